@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,15 +29,27 @@ def at_least(name: str, ratio: float, goal: float) -> Row:
     return Row(name, round(ratio, 3), f"≥ {goal:g}", ratio >= goal)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A candidate with a preparation that is not timed: `prepared` is a context manager that yields the step."""
+
+    prepared: Callable[[], AbstractContextManager[Callable[[], object]]]
+
+    def __call__(self) -> object:
+        with self.prepared() as step:
+            return step()
+
+
 def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
     """Median seconds of each candidate; one warm-up, then all take turns, so that drift of the machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions + 1):
         for name, candidate in candidates.items():
-            started = time.perf_counter()
-            candidate()
-            if repetition:
-                times[name].append(time.perf_counter() - started)
+            with candidate.prepared() if isinstance(candidate, Prepared) else nullcontext(candidate) as step:
+                started = time.perf_counter()
+                step()
+                if repetition:
+                    times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

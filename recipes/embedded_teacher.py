@@ -14,7 +14,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class TeacherConfig:
     layers: int = 6
     heads: int = 4
     batch_rows: int = 16
-    train_tokens: int = 9_000_000
+    cycles: tuple[int, ...] = (9_000_000, 18_000_000)  # tokens at which each cycle of the learning rate ends
     warmup_tokens: int = 400_000
     decay_share: float = 0.4
     muon_lr: float = 0.02
@@ -58,12 +58,17 @@ class TeacherConfig:
 
     @property
     def steps(self) -> int:
-        return self.train_tokens // (self.batch_rows * self.context)
+        return self.cycles[-1] // (self.batch_rows * self.context)
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rate at a step: linear warm-up, constant, then linear decay to zero (WSD)."""
+        """Share of the peak learning rate at a step: linear warm-up, constant, then linear decay to zero, in each cycle (WSD-S, Wen et al. 2024, arXiv:2410.05192).
+
+        A teacher whose loss still falls at the end of a cycle goes on from there with one more, and the steps before stay what they were.
+        """
+        ends = [tokens // (self.batch_rows * self.context) for tokens in self.cycles]
+        start, end = next((start, end) for start, end in zip([0, *ends], ends, strict=False) if step < end)
         warmup = max(1, self.warmup_tokens // (self.batch_rows * self.context))
-        return min(1.0, (step + 1) / warmup, (self.steps - step) / (self.decay_share * self.steps))
+        return min(1.0, (step - start + 1) / warmup, (end - step) / (self.decay_share * (end - start)))
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,7 @@ def heldout_loss(model: torch.nn.Module, rows: torch.Tensor, batch_rows: int = 1
 
 
 def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarray, folder: Path) -> None:
-    """Train to `config.train_tokens`, keeping the last two checkpoints and a record of the held-out loss; resumes from the newest checkpoint."""
+    """Train to the end of the last cycle, keeping the last two checkpoints and a record of the held-out loss; resumes from the newest checkpoint."""
     model = new_teacher(config)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
@@ -237,9 +242,9 @@ def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarra
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        # The length may change as long as the learning rate has not begun to fall: up to there the run is the same.
-        constant = config.rate(saved["step"]) == 1.0 or saved["config"]["train_tokens"] == config.train_tokens
-        if not constant or {**saved["config"], "train_tokens": config.train_tokens} != asdict(config):
+        # The cycles may change as long as no step that was taken would have had another learning rate.
+        before = TeacherConfig(**saved["config"])
+        if replace(before, cycles=config.cycles) != config or any(before.rate(step) != config.rate(step) for step in range(saved["step"])):
             raise CapacityError(f"{checkpoint} was trained with other settings ({saved['config']}): choose another --work")
         model.load_state_dict(saved["model"])
         for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):

@@ -17,7 +17,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 import tl_capacity as tlc
-from tl_capacity import attach
+from tl_capacity import encoding
 from tl_capacity import summary as summaries
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.statistics import document_groups
@@ -136,8 +136,8 @@ class TestAgainstDense:
         hook, hook_out = TRANSCODED["HookedTransformer"] if architecture in TRANSCODERS else (HOOK, None)
         sae = make_sae(architecture, hook, hook_out)
         found = []
-        for latents_at_once in (attach.CHUNK_LATENTS, 1):
-            monkeypatch.setattr(attach, "CHUNK_LATENTS", latents_at_once)
+        for latents_at_once in (encoding.CHUNK_LATENTS, 1):
+            monkeypatch.setattr(encoding, "CHUNK_LATENTS", latents_at_once)
             with tlc.add_capacity_hooks(hooked, sae, fvu_every=2) as capacity:
                 found.append(capacity.run(tokens.split(8)).measurement()[hook].summary)
         np.testing.assert_array_equal(found[0].arrays["counts"], found[1].arrays["counts"])
@@ -410,6 +410,9 @@ class TestSessions:
         counted = counted_positions(tokens)
         for found, sae in zip(measurement, [*saes[HOOK], saes[early]], strict=True):
             assert_counts_dense(found.summary, dense_latents(sae, activations(model, tokens, found.hook)[counted]), counted.nonzero()[:, 0])
+        assert measurement[early].architecture == "gated"
+        with pytest.raises(CapacityError, match=rf"2 SAEs were measured at '{HOOK}' \(StandardSAE with 64 latents, TopKSAE with 128 latents\)"):
+            measurement[HOOK]
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_run_stops_after_the_last_tap(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
@@ -499,6 +502,9 @@ class TestSessions:
             hooked(tokens[16:])
             with pytest.warns(UserWarning, match="1 of 3 forward passes did not reach every tapped hook point"):
                 summary = capacity.measurement()[hook].summary
+            hooked(tokens[16:], stop_at_layer=1)
+            with pytest.warns(UserWarning, match="2 of 4 forward passes did not reach every tapped hook point"):
+                capacity.measurement()
         counted = counted_positions(tokens[16:])
         inputs, targets = activations(hooked, tokens[16:], hook)[counted], activations(hooked, tokens[16:], hook_out)[counted]
         assert summary.fvu.value == pytest.approx(dense_fvu(sae, inputs, targets), rel=1e-4)

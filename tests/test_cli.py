@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -174,6 +175,41 @@ def test_killed_and_resumed_equals_uninterrupted(cli: Cli, setup: Path, killed: 
     assert cli(*arguments(setup, folder, "--resume", tokens=KILLED_TOKENS))[0] == 0
     assert cli(*arguments(setup, tmp_path / "whole", tokens=KILLED_TOKENS))[0] == 0
     same(tmp_path / "whole", folder)
+
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size=8m tmpfs "$DISK"
+cp -r "$KILLED" "$DISK/m"
+(cd "$DISK/m" && sha256sum *) > "$RESULTS/before"
+head -c 100000000 /dev/zero > "$DISK/filler" 2> /dev/null || true
+"$@" 2> "$RESULTS/error" > /dev/null && exit 90 || echo $? > "$RESULTS/code"
+(cd "$DISK/m" && find . -type f | sed 's,^./,,' | sort | xargs sha256sum) > "$RESULTS/after"
+rm "$DISK/filler"
+"$@" > /dev/null 2>&1
+cp -r "$DISK/m" "$RESULTS/m"
+"""
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(cli: Cli, setup: Path, killed: Path, tmp_path: Path) -> None:
+    """On a real file system with no space left, mounted in a namespace of the test's own; with space again, the run goes on from there."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*namespace, "mount", "-t", "tmpfs", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no user namespaces here, so no small file system can be mounted")
+    disk, results = tmp_path / "disk", tmp_path / "results"
+    disk.mkdir()
+    results.mkdir()
+    command = [sys.executable, "-m", "tl_capacity", *map(str, arguments(setup, disk / "m", "--resume", "--checkpoint-seconds", 0, tokens=KILLED_TOKENS))]
+    places = {"DISK": str(disk), "KILLED": str(killed), "RESULTS": str(results)}
+    done = subprocess.run([*namespace, "bash", "-c", FULL_DISK, "bash", *command], env={**os.environ, **places}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    error = (results / "error").read_text()
+    assert (results / "code").read_text().strip() == "2"
+    assert "cannot be written (No space left on device): free space or choose another folder; what was there before is whole" in error
+    assert "Traceback" not in error
+    assert (results / "after").read_text() == (results / "before").read_text()
+    assert cli(*arguments(setup, tmp_path / "whole", tokens=KILLED_TOKENS))[0] == 0
+    same(tmp_path / "whole", results / "m")
 
 
 def test_resume_refuses_what_is_not_the_same_run(cli: Cli, setup: Path, killed: Path, tmp_path: Path) -> None:

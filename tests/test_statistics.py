@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tl_capacity.encoding import active_entries
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.statistics import FeatureStatistics, LatentBatch, active_entries, document_groups
+from tl_capacity.statistics import FeatureStatistics, LatentBatch, document_groups
 from tl_capacity.summary import DOCUMENT_GROUPS, SUMS
 
 COUNTS = [name for name, (dtype, _) in SUMS.items() if dtype == "int64"]

@@ -24,17 +24,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tl_capacity.checks import checked
+from tl_capacity.encoding import CHECKED_TOKENS, Encoder
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
 from tl_capacity.measurement import HookMeasurement, Measurement, Provenance
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import token_progress
-from tl_capacity.statistics import FeatureStatistics, LatentBatch, active_entries, document_groups
+from tl_capacity.statistics import FeatureStatistics, LatentBatch, document_groups
 from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, FeatureSummary
 from tl_capacity.tokens import PADDING, TokenBatch, TokenStream, as_batches
-
-CHUNK_LATENTS = 256 * 24_576
-"""Latents that are dense at once: 25 MB in float32. A chunk of 256 tokens keeps the encoder's matrix product efficient and its output in cache."""
 
 LIBRARIES = ("tl-capacity", "torch", "transformer-lens", "sae-lens", "transformers", "numpy")
 
@@ -59,6 +58,7 @@ class HookedModel(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+@checked
 def add_capacity_hooks(
     model: Any,
     saes: SAEs,
@@ -186,7 +186,7 @@ class Tap:
     def __init__(self, point: TapPoint, sae: SparseAutoencoder, hook: str, estimators: Sequence[ImportanceEstimator], fvu_every: int) -> None:
         check_dictionary(sae, hook)
         self.point, self.sae, self.hook, self.estimators, self.fvu_every = point, sae, hook, estimators, fvu_every
-        self.name = dictionary_name(sae)
+        self.name, self.encoder = dictionary_name(sae), Encoder(sae)
         self.d_in, self.d_sae = int(sae.cfg.d_in), int(sae.W_dec.shape[0])
         if point.width is not None and point.width != self.d_in:
             raise HookPointError(f"{hook} has width {point.width}, but the SAE's d_in is {self.d_in}: it belongs to another hook point or model")
@@ -196,7 +196,8 @@ class Tap:
         target = getattr(getattr(sae.cfg, "metadata", None), "hook_name_out", None)
         self.target_hook: str | None = target if target and target != hook else None
         with torch.no_grad():
-            norms = sae.W_dec.detach().to(self.device).flatten(1).double().norm(dim=1)
+            # In pieces, because a float64 copy of a wide decoder is larger than all else that is kept.
+            norms = torch.cat([rows.double().norm(dim=1) for rows in torch.split(sae.W_dec.detach().to(self.device).flatten(1), 1024)])
             if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
                 norms = torch.ones_like(norms)  # SAELens' decode divides by them, so each latent writes a unit vector
         self.statistics = FeatureStatistics.empty(self.d_sae, sae.W_dec[0].numel(), norms, self.device)
@@ -235,13 +236,12 @@ class Tap:
         if not getattr(self.sae, "hook_z_reshaping_mode", False):
             inputs = inputs.flatten(1)  # only such an SAE joins the heads itself
         rows = batch.row_of_token.to(self.device)
-        chunk = max(64, CHUNK_LATENTS // self.d_sae)
+        chunk = self.encoder.chunk
         for start in range(0, len(inputs), chunk):
             self._count(inputs[start : start + chunk], rows[start : start + chunk], batch, seen)
 
     def _count(self, inputs: Tensor, rows: Tensor, batch: Batch, seen: Tensor) -> None:
-        latents = self.sae.encode(inputs)
-        tokens, features, values = (t.to(self.device) for t in active_entries(latents))
+        tokens, features, values = (t.to(self.device) for t in self.encoder(inputs))
         values = values.double()
         if not bool(torch.isfinite(values.sum())):
             raise CapacityError(f"the SAE at {self.hook} gives NaN or infinite latents in batch {batch.number}: check its weights")
@@ -267,19 +267,23 @@ class Tap:
             self._check_reconstruction(entries, checked)
 
     def _check_reconstruction(self, entries: LatentBatch, checked: Tensor) -> None:
-        inputs = entries.activations[checked.to(entries.activations.device)]
         if self._decodes_linearly is None:
-            # The sparse sum over active latents is used only after it agreed with the SAE's own decode, so that no architecture need be known here.
-            dense = self._decode_densely(inputs)
-            sparse = self._decode_sparsely(entries, checked, inputs)
-            if bool(checked[entries.tokens].any()):  # without an active latent nothing was compared
-                self._decodes_linearly = sparse.shape == dense.shape and torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4 * float(dense.abs().max()))
+            self._decodes_linearly = self._sparse_sum_is_decode(entries, checked & (torch.cumsum(checked, 0) <= CHECKED_TOKENS))
+        inputs = entries.activations[checked.to(entries.activations.device)]
         reconstruction = self._decode_sparsely(entries, checked, inputs) if self._decodes_linearly else self._decode_densely(inputs)
         groups = entries.token_groups[checked]
         if self.target_hook is None:
             self.statistics.update_reconstruction(inputs.flatten(1).to(self.device), reconstruction.to(self.device), groups)
         else:
             self._awaiting_target.append((reconstruction, groups))
+
+    def _sparse_sum_is_decode(self, entries: LatentBatch, few: Tensor) -> bool | None:
+        """Whether the sum over active latents is what the SAE's own decode gives, so that no architecture need be known here; None without an active latent."""
+        if not bool(few[entries.tokens].any()):
+            return None
+        inputs = entries.activations[few.to(entries.activations.device)]
+        dense, sparse = self._decode_densely(inputs), self._decode_sparsely(entries, few, inputs)
+        return sparse.shape == dense.shape and torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4 * float(dense.abs().max()))
 
     def _decode_densely(self, inputs: Tensor) -> Tensor:
         return self._with_skip(self.sae.decode(self.sae.encode(inputs)).flatten(1), inputs)
@@ -444,6 +448,7 @@ class CapacityHooks:
             remove()
         self._removers = []
 
+    @checked
     def run(
         self,
         stream: TokenStream | Tensor | Iterable[Any],
@@ -506,8 +511,8 @@ class CapacityHooks:
             CapacityError: where nothing was counted, or a tap never fired.
         """
         self._check_fired()
-        if self._unfired:
-            warnings.warn(f"{self._unfired} of {self._forwards} forward passes did not reach every tapped hook point; those were left out there", stacklevel=2)
+        if unfired := self._unfired + self._last_left_out():
+            warnings.warn(f"{unfired} of {self._forwards} forward passes did not reach every tapped hook point; those were left out there", stacklevel=2)
         return Measurement(tuple(self._hook_measurement(tap, tap.snapshot(close=True)[0]) for tap in self.taps), self._provenance(), complete)
 
     def checkpoint(self) -> tuple[Measurement, dict[str, NDArray[Any]]]:
@@ -571,12 +576,15 @@ class CapacityHooks:
                 raise HookPointError(
                     f"the hook point {point.name} was replaced since the capacity hooks were attached (by add_sae or reset_saes?): attach them again"
                 )
-        if self._forwards and any(tap.fired == 0 for tap in self.taps):
-            self._unfired += 1
+        self._unfired += self._last_left_out()
         for tap in self.taps:
             tap.fired, tap._awaiting_target = 0, []
         self._forwards += 1
         self._batch = Batch(tokens, self._mask_ids, self._skip_first, self._forwards)
+
+    def _last_left_out(self) -> bool:
+        """Whether the latest forward pass did not reach every tap."""
+        return self._forwards > 0 and any(tap.fired == 0 for tap in self.taps)
 
     def _on_activation(self, tap: Tap, activation: Tensor) -> None:
         tap.observe(activation, self._current(tap.hook))

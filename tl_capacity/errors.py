@@ -30,6 +30,10 @@ class MeasurementError(CapacityError):
     """A measurement on disk is damaged, of another schema, or does not fit what it is combined with."""
 
 
+class ArgumentTypeError(CapacityError, TypeError):
+    """A public function was given an argument of another type than it asks for."""
+
+
 class PluginError(CapacityError):
     """Two plugins clash, or one implements a hook that does not exist."""
 

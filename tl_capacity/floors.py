@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity import theory
+from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
@@ -81,6 +82,7 @@ class Curve:
     alpha: float
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Curve:
         """Read `{"sorted_importance": […], "alpha": …}`; where it also gives `F_alive`, the two must agree.
 

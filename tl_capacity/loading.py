@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
 from tl_capacity.interfaces import NamedModel, SparseAutoencoder
 from tl_capacity.plugins import plugins
@@ -40,6 +41,7 @@ class LoadedModel:
     named: NamedModel | None = None
 
 
+@checked
 def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
     """Load `spec`: a name that a plugin registered, else a folder written by `save_pretrained`, else a hub id.
 
@@ -97,6 +99,7 @@ def folder_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
+@checked
 def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     """Load `spec` in float32: a folder that SAELens saved, else `RELEASE/SAE_ID` of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity import storage
+from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.interfaces import ImportanceEstimator
 from tl_capacity.plugins import plugins
@@ -112,12 +113,20 @@ class Measurement:
         return iter(self.hooks)
 
     def __getitem__(self, hook: str) -> HookMeasurement:
+        """What was measured at a hook point.
+
+        Raises:
+            CapacityError: where nothing was measured there, or several SAEs were: iterate to see each.
+        """
         found = [h for h in self.hooks if h.hook == hook]
         if not found:
             raise CapacityError(f"{hook!r} was not measured: choose one of {', '.join(h.hook for h in self.hooks)}")
+        if len(found) > 1:
+            raise CapacityError(f"{len(found)} SAEs were measured at {hook!r} ({', '.join(h.sae for h in found)}): iterate over the measurement and choose one")
         return found[0]
 
-    def budget(self, widths: Sequence[int] = (), importance: str = "second_moment", law: str = "compressed_sensing", max_fvu: float | None = 1.0) -> Budget:
+    @checked
+    def budget(self, widths: Iterable[int] = (), importance: str = "second_moment", law: str = "compressed_sensing", max_fvu: float | None = 1.0) -> Budget:
         """The per-layer table, with predicted floors for `widths`.
 
         Raises:
@@ -127,8 +136,9 @@ class Measurement:
 
         return Budget.of(self, tuple(widths), importance, law, max_fvu)
 
+    @checked
     def floors(
-        self, widths: Sequence[int], importance: str = "second_moment", law: str = "compressed_sensing", max_fvu: float | None = 1.0
+        self, widths: Iterable[int], importance: str = "second_moment", law: str = "compressed_sensing", max_fvu: float | None = 1.0
     ) -> list[FloorPrediction]:
         """Predicted floors of every hook and width; arguments as in `budget`."""
         return list(self.budget(widths, importance, law, max_fvu).floors)
@@ -147,6 +157,7 @@ class Measurement:
 
         return measurement_warnings(self)
 
+    @checked
     def save(self, folder: str | Path) -> Path:
         """Write the measurement to `folder`; kept whole if the process dies or the disk fills while writing.
 
@@ -180,6 +191,7 @@ class Measurement:
         }
 
     @classmethod
+    @checked
     def load(cls, folder: str | Path) -> Measurement:
         """Read a measurement and check all that it relies on.
 
@@ -209,6 +221,7 @@ class Measurement:
             raise MeasurementError(f"{Path(folder) / JSON_NAME} lacks or garbles {problem}: the measurement was altered, measure again") from problem
 
     @classmethod
+    @checked
     def merge(cls, parts: Sequence[Measurement]) -> Measurement:
         """Join shards of one measurement: counts exactly, moments to rounding.
 

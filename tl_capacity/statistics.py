@@ -54,24 +54,6 @@ def document_groups(documents: NDArray[np.int64], groups: int = DOCUMENT_GROUPS)
     return ((x ^ (x >> np.uint64(31))) % np.uint64(groups)).astype(np.int64)
 
 
-def active_entries(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(token, feature, value)` of each non-zero latent of [token, feature], in row order.
-
-    `torch.nonzero` on the CPU costs per element whether zero or not, and few latents are active. So eight at a time are tested first, as one int64.
-    """
-    latents = latents.to_dense().contiguous()
-    width = latents.shape[-1]
-    if latents.device.type != "cpu" or width % 8:
-        tokens, features = torch.nonzero(latents, as_tuple=True)
-        return tokens, features, latents[tokens, features]
-    octets = torch.nonzero((latents != 0).view(torch.int64).view(-1)).view(-1)
-    candidates = latents.reshape(-1, 8)[octets]
-    octet, lane = torch.nonzero(candidates, as_tuple=True)
-    place = octets[octet] * 8 + lane
-    tokens = torch.div(place, width, rounding_mode="floor")
-    return tokens, place - tokens * width, candidates[octet, lane]
-
-
 @dataclass
 class FeatureStatistics:
     """Sums over counted tokens, per document group, and what they say.

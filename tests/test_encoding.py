@@ -1,0 +1,87 @@
+"""The short cuts that find active latents, against the SAE's own `encode`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import D_MODEL, SAES
+
+from tl_capacity.encoding import ACTIVATIONS, CHECKED_TOKENS, Encoder
+
+MakeSAE = Callable[..., Any]
+SHORT = [name for name, (kind, _) in SAES.items() if kind in ACTIVATIONS]
+
+
+def dense(encoder: Encoder, inputs: torch.Tensor) -> torch.Tensor:
+    tokens, features, values = encoder(inputs)
+    latents = torch.zeros(len(inputs), encoder.sae.cfg.d_sae, dtype=values.dtype)
+    latents[tokens, features] = values
+    return latents
+
+
+def inputs(rows: int = 3 * CHECKED_TOKENS) -> torch.Tensor:
+    return torch.randn(rows, D_MODEL, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("architecture", SAES)
+@pytest.mark.parametrize("d_sae", [64, 61])
+def test_the_same_latents_as_encode(make_sae: MakeSAE, architecture: str, d_sae: int) -> None:
+    sae = make_sae(architecture, d_sae=d_sae)
+    own = sae.encode(inputs()).detach()
+    assert 0 < own.count_nonzero() < own.numel()
+    torch.testing.assert_close(dense(Encoder(sae), inputs()), own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", SHORT)
+def test_no_latents_are_encoded_again(make_sae: MakeSAE, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SAE's own `encode` sees the first few tokens, and no more."""
+    sae, seen = make_sae(architecture), []
+    encode = sae.encode
+    monkeypatch.setattr(sae, "encode", lambda x: seen.append(len(x)) or encode(x))
+    encoder = Encoder(sae)
+    for chunk in inputs().split(CHECKED_TOKENS):
+        encoder(chunk)
+    assert seen == [CHECKED_TOKENS]
+
+
+def test_topk_that_rescales_by_the_decoder(make_sae: MakeSAE) -> None:
+    sae = make_sae("topk", rescale_acts_by_decoder_norm=True)
+    torch.testing.assert_close(dense(Encoder(sae), inputs()), sae.encode(inputs()).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", SHORT)
+def test_hooks_on_the_latents_are_obeyed(make_sae: MakeSAE, architecture: str) -> None:
+    sae = make_sae(architecture)
+    encoder = Encoder(sae)
+    before = dense(encoder, inputs())
+    sae.hook_sae_acts_post.add_hook(lambda acts, hook: torch.cat([torch.zeros_like(acts[:, :32]), acts[:, 32:]], dim=1))
+    after = dense(encoder, inputs())
+    assert before[:, :32].any()
+    assert not after[:, :32].any()
+    torch.testing.assert_close(after[:, 32:], before[:, 32:], rtol=1e-5, atol=1e-5)
+
+
+def test_an_encode_of_ones_own_is_used(make_sae: MakeSAE) -> None:
+    """A class that only looks like SAELens' (same name, another activation) is found out on the first tokens."""
+    from sae_lens import StandardSAE
+
+    other = type("StandardSAE", (StandardSAE,), {"encode": lambda self, x: 2 * StandardSAE.encode(self, x)})
+    sae = make_sae("standard")
+    sae.__class__ = other
+    torch.testing.assert_close(dense(Encoder(sae), inputs()), sae.encode(inputs()).detach())
+
+
+@pytest.mark.parametrize("architecture", SHORT)
+def test_nan_is_an_active_latent(make_sae: MakeSAE, architecture: str) -> None:
+    """So that it is found and reported: a comparison would let it pass for zero."""
+    sae = make_sae(architecture)
+    encoder = Encoder(sae)
+    encoder(inputs())
+    with torch.no_grad():
+        sae.b_enc[3] = float("nan")
+    tokens, features, values = encoder(inputs())
+    assert values[features == 3].isnan().all()
+    assert len(tokens[features == 3]) == len(inputs())
