@@ -1,14 +1,21 @@
-"""Importance estimators that need nothing but the sums that every measurement keeps."""
+"""Importance estimators: three that need nothing but the sums that every measurement keeps, and two in nats, from a backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.hookspecs import hookimpl
-from tl_capacity.interfaces import FeatureSums, ImportanceEstimator
+from tl_capacity.interfaces import FeatureSums, ImportanceEstimator, SparseAutoencoder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tl_capacity.statistics import LatentBatch
 
 
 class SecondMoment(ImportanceEstimator):
@@ -44,7 +51,57 @@ class FiringRate(ImportanceEstimator):
         return sums.counts / sums.tokens
 
 
+class Gradient(ImportanceEstimator):
+    """Iᵢ = E|zᵢ · ∂L/∂zᵢ|, L the next-token cross-entropy of the whole row: what each firing is worth to first order (attribution, arXiv:2403.19647)."""
+
+    name = "gradient"
+    unit = "nats per token"
+    summary = "E|z·∂L/∂z|, L the next-token cross-entropy; needs a backward pass"
+    gradient_of = ("cross_entropy",)
+
+    def start(self, sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:
+        return _zeros(("signed", "absolute", "square"), sae, groups, device)
+
+    def update(self, state: dict[str, Tensor], batch: LatentBatch) -> None:
+        attribution = batch.values * batch.latent_gradients("cross_entropy")
+        _add(state["signed"], batch, attribution)
+        _add(state["absolute"], batch, attribution.abs())
+        _add(state["square"], batch, attribution.square())
+
+    def compute(self, sums: FeatureSums) -> NDArray[np.float64]:
+        return sums.state["absolute"] / sums.tokens
+
+
+class Fisher(ImportanceEstimator):
+    """Iᵢ = ½ E[(zᵢ · ∂ log p(y)/∂zᵢ)²], y drawn from the model's output p: to second order, the KL to the clean output if each firing is ablated alone."""
+
+    name = "fisher"
+    unit = "nats per token"
+    summary = "½E[(z·∂log p(y)/∂z)²], y ~ p: KL of an ablation to second order; needs a backward pass"
+    gradient_of = ("sampled",)
+
+    def start(self, sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:
+        return _zeros(("square",), sae, groups, device)
+
+    def update(self, state: dict[str, Tensor], batch: LatentBatch) -> None:
+        _add(state["square"], batch, (batch.values * batch.latent_gradients("sampled")).square())
+
+    def compute(self, sums: FeatureSums) -> NDArray[np.float64]:
+        return sums.state["square"] / sums.tokens / 2
+
+
+def _zeros(names: tuple[str, ...], sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:
+    import torch
+
+    return {name: torch.zeros(groups, sae.W_dec.shape[0], dtype=torch.float64, device=device) for name in names}
+
+
+def _add(total: Tensor, batch: LatentBatch, values: Tensor) -> None:
+    """Add a value of each active latent to its feature, in its document group."""
+    total.view(-1).index_add_(0, batch.groups * total.shape[1] + batch.features, values)
+
+
 @hookimpl
 def register_importance_estimators(register: Callable[[ImportanceEstimator], None]) -> None:
-    for estimator in (SecondMoment, DecoderWeighted, FiringRate):
+    for estimator in (SecondMoment, DecoderWeighted, FiringRate, Gradient, Fisher):
         register(estimator())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import sys
 import time
 import warnings
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from tl_capacity.checks import checked
 from tl_capacity.encoding import CHECKED_TOKENS, Encoder
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.gradients import LOSSES, differentiable, gradients
 from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
 from tl_capacity.measurement import HookMeasurement, Measurement, Provenance
 from tl_capacity.plugins import plugins
@@ -36,6 +38,8 @@ from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, FeatureSummary
 from tl_capacity.tokens import PADDING, TokenBatch, TokenStream, as_batches
 
 LIBRARIES = ("tl-capacity", "torch", "transformer-lens", "sae-lens", "transformers", "numpy")
+
+NO_GRADIENTS: Mapping[str, Tensor] = {}
 
 Callback = TypeVar("Callback", bound=Callable[..., Any])
 SAEs = SparseAutoencoder | Sequence[SparseAutoencoder] | Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]]
@@ -163,11 +167,14 @@ class TapPoint:
     def watch(self, callback: Callable[[Tensor], None]) -> Callable[[], None]:
         """Call `callback` with each activation; returns what takes the hook away again, and nothing else."""
         # A compiled graph would trace through the bookkeeping; a graph break here costs less.
-        quiet = _untraced(callback)
+        return self.edit(_untraced(callback))
+
+    def edit(self, change: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+        """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again, and nothing else."""
         if hasattr(self.module, "fwd_hooks"):
             point: Any = self.module
             # Permanent, because `reset_hooks` and the end of `run_with_hooks` drop every other kind.
-            point.add_hook(lambda activation, hook: quiet(activation), is_permanent=True)
+            point.add_hook(lambda activation, hook: change(activation), is_permanent=True)
             handle = point.fwd_hooks[-1]
 
             def remove() -> None:
@@ -175,9 +182,21 @@ class TapPoint:
                 point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
             return remove
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            first = next(iter(kwargs)) if not args else None
+            changed = change(args[0] if first is None else kwargs[first])
+            if changed is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if first is None else (args, {**kwargs, first: changed})
+
+        def after(_: nn.Module, args: Any, out: Any) -> Any:
+            changed = change(out[0] if isinstance(out, tuple) else out)
+            return (changed, *out[1:]) if changed is not None and isinstance(out, tuple) else changed
+
         if self.side == "input":
-            return self.module.register_forward_pre_hook(lambda _, args, kwargs: quiet([*args, *kwargs.values()][0]), with_kwargs=True).remove
-        return self.module.register_forward_hook(lambda _, args, out: quiet(out[0] if isinstance(out, tuple) else out)).remove
+            return self.module.register_forward_pre_hook(before, with_kwargs=True).remove
+        return self.module.register_forward_hook(after).remove
 
 
 class Tap:
@@ -210,8 +229,8 @@ class Tap:
         self._awaiting_target: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def observe(self, activation: Tensor, batch: Batch) -> None:
-        """Count one forward pass's activations [row, position, ...]."""
+    def observe(self, activation: Tensor, batch: Batch, gradients: Mapping[str, Tensor] = NO_GRADIENTS) -> None:
+        """Count one forward pass's activations [row, position, ...], given the gradients there that estimators asked for."""
         self.fired += 1
         if self.fired > 1:
             raise HookPointError(f"{self.hook} fired {self.fired} times in one forward pass, so it cannot be counted: tap a hook point that fires once")
@@ -225,22 +244,23 @@ class Tap:
         # A sum is finite exactly where its terms are, short of overflow in float32, and needs no temporary of the activation's size.
         if not bool(torch.isfinite(activation.sum(dtype=torch.float32))):
             raise CapacityError(f"{self.hook} has NaN or infinite activations in batch {batch.number}: check the model's dtype and weights")
-        activation = activation.detach()
         norms = activation.float().flatten(2).square().sum(-1).double()
         sums = self.statistics
         sums.counted_norm += norms[batch.counted.to(norms.device)].sum().to(self.device)
         sums.masked_norm += norms[batch.unwanted.to(norms.device)].sum().to(self.device)
         sums.masked += batch.masked.to(self.device)
         seen = self._open_documents(batch)
-        inputs = activation.flatten(0, 1)[batch.counted.flatten().to(activation.device)]
+        counted = batch.counted.flatten().to(activation.device)
+        inputs = activation.flatten(0, 1)[counted]
         if not getattr(self.sae, "hook_z_reshaping_mode", False):
             inputs = inputs.flatten(1)  # only such an SAE joins the heads itself
+        along = {loss: gradient.flatten(0, 1)[counted].flatten(1) for loss, gradient in gradients.items()}
         rows = batch.row_of_token.to(self.device)
-        chunk = self.encoder.chunk
-        for start in range(0, len(inputs), chunk):
-            self._count(inputs[start : start + chunk], rows[start : start + chunk], batch, seen)
+        for start in range(0, len(inputs), self.encoder.chunk):
+            chunk = slice(start, start + self.encoder.chunk)
+            self._count(inputs[chunk], rows[chunk], batch, seen, {loss: gradient[chunk] for loss, gradient in along.items()})
 
-    def _count(self, inputs: Tensor, rows: Tensor, batch: Batch, seen: Tensor) -> None:
+    def _count(self, inputs: Tensor, rows: Tensor, batch: Batch, seen: Tensor, gradients: Mapping[str, Tensor]) -> None:
         tokens, features, values = (t.to(self.device) for t in self.encoder(inputs))
         values = values.double()
         if not bool(torch.isfinite(values.sum())):
@@ -255,8 +275,11 @@ class Tap:
             documents=batch.documents.to(self.device)[rows],
             token_groups=token_groups,
             sae=self.sae,
+            gradients=gradients,
         )
         self.statistics.update(entries)
+        if gradients:
+            self._refuse_unless_linear(entries)
         for estimator in self.estimators:
             prefix = f"{estimator.name}/"
             own = {k.removeprefix(prefix): v for k, v in self.statistics.state.items() if k.startswith(prefix)}
@@ -265,6 +288,14 @@ class Tap:
         checked = batch.checked(self.fvu_every).to(self.device)[rows]
         if bool(checked.any()):
             self._check_reconstruction(entries, checked)
+
+    def _refuse_unless_linear(self, entries: LatentBatch) -> None:
+        """A latent's gradient is taken along its decoder vector, which says something only where the SAE writes the sum of those at its own hook point."""
+        if self._decodes_linearly is None:
+            self._decodes_linearly = self._sparse_sum_is_decode(entries, torch.arange(len(entries.activations), device=self.device) < CHECKED_TOKENS)
+        if self._decodes_linearly is False or self.target_hook is not None:
+            what = "writes to another hook point" if self.target_hook is not None else "does not write the sum of its decoder vectors"
+            raise DictionaryError(f"the SAE at {self.hook} {what}, so the gradient of its latents is not known: choose an importance that needs none")
 
     def _check_reconstruction(self, entries: LatentBatch, checked: Tensor) -> None:
         if self._decodes_linearly is None:
@@ -370,6 +401,7 @@ class Batch:
         unwanted = special | position
         counted = ~(padding | unwanted)
         self.number = number
+        self.valid = torch.from_numpy(~padding)
         self.counted, self.unwanted = torch.from_numpy(counted), torch.from_numpy(unwanted)
         self.masked = torch.tensor([int(m.sum()) for m in (padding, special, position)])
         assert len(self.masked) == len(MASK_REASONS)
@@ -412,6 +444,13 @@ class CapacityHooks:
         self._seconds = 0.0
         self._removers: list[Callable[[], None]] = []
         self._points: list[TapPoint] = []
+        self._losses = sorted({loss for tap in taps for estimator in tap.estimators for loss in estimator.gradient_of})
+        self._awaiting_gradient: list[tuple[Tap, Tensor]] = []
+        if unknown := set(self._losses) - set(LOSSES):
+            raise CapacityError(f"no gradient of {', '.join(sorted(unknown))} can be had: an estimator's gradient_of names {', '.join(LOSSES)}")
+        # A cache of keys and values that nobody reads costs memory; TransformerLens keeps none by default.
+        self._options = {"use_cache": False} if not hasattr(model, "hook_dict") and "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._embedding = _embedding(model)
         try:
             self._watch_embedding()
             for tap in taps:
@@ -556,10 +595,6 @@ class CapacityHooks:
         self._points.append(point)
 
     def _watch_embedding(self) -> None:
-        embedding = self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else getattr(self.model, "embed", None)
-        if not isinstance(embedding, nn.Module):
-            raise HookPointError(f"{type(self.model).__name__} has no embedding at which its tokens can be seen: pass a TransformerLens or Hugging Face model")
-
         def see_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and not v.is_floating_point()), None)
             if ids is not None and not self._streaming:
@@ -568,7 +603,7 @@ class CapacityHooks:
                 self._begin(batch)
                 self._rows, self._digest = self._rows + len(rows), _chained(self._digest, batch)
 
-        self._removers.append(embedding.register_forward_pre_hook(_untraced(see_tokens), with_kwargs=True).remove)
+        self._removers.append(self._embedding.register_forward_pre_hook(_untraced(see_tokens), with_kwargs=True).remove)
 
     def _begin(self, tokens: TokenBatch) -> None:
         for point in self._points:
@@ -587,8 +622,16 @@ class CapacityHooks:
         return self._forwards > 0 and any(tap.fired == 0 for tap in self.taps)
 
     def _on_activation(self, tap: Tap, activation: Tensor) -> None:
-        tap.observe(activation, self._current(tap.hook))
-        self._stop_when_done()
+        batch = self._current(tap.hook)
+        if not self._losses:
+            tap.observe(activation.detach(), batch)
+            self._stop_when_done()
+        elif self._streaming:
+            self._awaiting_gradient.append((tap, activation))
+        else:
+            raise CapacityError(
+                f"an importance estimator needs the gradient of {', '.join(self._losses)}, which a plain call of the model does not give: use run()"
+            )
 
     def _on_target(self, tap: Tap, activation: Tensor) -> None:
         tap.observe_target(activation, self._current(tap.hook))
@@ -608,8 +651,11 @@ class CapacityHooks:
     def _forward(self, tokens: Tensor) -> None:
         self._streaming = True
         try:
-            with torch.no_grad():
-                self.model(tokens)
+            if self._losses:
+                self._forward_and_backward(tokens)
+            else:
+                with torch.no_grad():
+                    self.model(tokens, **self._options)
         except _EveryTapFiredError:
             pass
         finally:
@@ -618,6 +664,19 @@ class CapacityHooks:
             if tap._awaiting_target:
                 raise HookPointError(f"{tap.target_hook} did not fire after {tap.hook}, so the transcoder cannot be checked there: pass another hook_name_out")
         self._check_fired()
+
+    def _forward_and_backward(self, tokens: Tensor) -> None:
+        assert self._batch is not None
+        self._awaiting_gradient = []
+        with differentiable(self.model, self._embedding):
+            output = self.model(tokens, **self._options)
+            taps, activations = zip(*self._awaiting_gradient, strict=True) if self._awaiting_gradient else ((), ())
+            # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
+            seed = int(self._digest[:12], 16)
+            found = gradients(getattr(output, "logits", output), tokens, self._batch.valid, activations, self._losses, seed)
+        self._awaiting_gradient = []
+        for tap, activation, own in zip(taps, activations, found, strict=True):
+            tap.observe(activation.detach(), self._batch, own)
 
     def _check_fired(self) -> None:
         for tap in self.taps:
@@ -761,6 +820,13 @@ def special_token_ids(model: Any, tokenizer: Any) -> list[int]:
             value = getattr(holder, name, None)
             ids |= set(value) if isinstance(value, (list, tuple)) else set() if value is None else {value}
     return sorted(int(i) for i in ids)
+
+
+def _embedding(model: Any) -> nn.Module:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else getattr(model, "embed", None)
+    if not isinstance(embedding, nn.Module):
+        raise HookPointError(f"{type(model).__name__} has no embedding at which its tokens can be seen: pass a TransformerLens or Hugging Face model")
+    return embedding
 
 
 def _hook_width(model: Any, name: str) -> int | None:

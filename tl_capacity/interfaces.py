@@ -63,6 +63,8 @@ class FeatureSums:
 class ImportanceEstimator:
     """Base of an importance estimator: subclass, name it, and override `compute`; add `start` and `update` if the sums above do not suffice.
 
+    An estimator that needs gradients names the losses in `gradient_of`; `batch.gradients` then has them, and the model runs to its end and back.
+
     An estimator keeps nothing in itself. What it accumulates is a mapping of tensors whose first axis is the document group, so that shards merge by
     addition and the document bootstrap can resample it.
     """
@@ -73,6 +75,8 @@ class ImportanceEstimator:
     """Unit of the importance, and so of the floors predicted from it."""
     summary: str = ""
     """One line for `tl-capacity plugins`."""
+    gradient_of: tuple[str, ...] = ()
+    """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.gradients`)."""
 
     def start(self, sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:
         """The empty state: tensors [group, ...] of zeros."""
@@ -101,18 +105,21 @@ class CapacityLaw:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Where a Hugging Face architecture keeps its residual stream.
+    """Where a Hugging Face architecture keeps its residual stream, and how a narrower model of it looks.
 
     Attributes:
         name: the family's name.
         model_types: the `config.model_type` values it covers.
         blocks: dotted path from the causal language model to its list of blocks; block N writes `blocks.N.hook_resid_post`.
+        student: the fields that change in the teacher's configuration for a student of some width, or None where it has none of that width; without this
+            function the family cannot be distilled. It needs to be cheap: nearby widths are tried where one cannot be built.
     """
 
     name: str
     model_types: tuple[str, ...]
     blocks: str
     summary: str = ""
+    student: Callable[[Any, int], Mapping[str, Any] | None] | None = None
 
     _RESIDUAL = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)")
 

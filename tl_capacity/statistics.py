@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, SUMS, FeatureSummary, merge_sums
 
+ENTRIES_AT_ONCE = 2**14
+"""Active latents whose decoder vectors are gathered at once."""
+
 
 @dataclass(frozen=True)
 class LatentBatch:
@@ -28,6 +31,7 @@ class LatentBatch:
         documents: the number of the document each token belongs to.
         token_groups: the document group of each token.
         sae: the dictionary.
+        gradients: for each loss that an estimator asked for, its gradient ∂L/∂x at the hook point; L is in nats, summed over positions.
     """
 
     features: Int64[Tensor, " entry"]
@@ -38,6 +42,14 @@ class LatentBatch:
     documents: Int64[Tensor, " token"]
     token_groups: Int64[Tensor, " token"]
     sae: Any
+    gradients: Mapping[str, Float[Tensor, "token width"]] = field(default_factory=dict)
+
+    def latent_gradients(self, loss: str) -> Float64[Tensor, " entry"]:
+        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩, the error of the reconstruction held fixed (Marks et al. 2024, arXiv:2403.19647)."""
+        decoder, gradient = self.sae.W_dec.detach().flatten(1), self.gradients[loss]
+        pieces = zip(torch.split(self.features, ENTRIES_AT_ONCE), torch.split(self.tokens, ENTRIES_AT_ONCE), strict=True)
+        along = [(decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces]
+        return torch.cat(along).to(self.values)
 
     def dense(self) -> Tensor:
         """Latents [token, feature] in float64; costs what the sparse form avoids."""
