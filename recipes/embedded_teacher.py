@@ -61,7 +61,7 @@ class TeacherConfig:
         return self.cycles[-1] // (self.batch_rows * self.context)
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rate at a step: linear warm-up, constant, then linear decay to zero, in each cycle (WSD-S, Wen et al. 2024, arXiv:2410.05192).
+        """Share of the peak learning rate at a step: in each cycle linear warm-up, constant, linear decay to zero (WSD-S, Wen et al. 2024, arXiv:2410.05192).
 
         A teacher whose loss still falls at the end of a cycle goes on from there with one more, and the steps before stay what they were.
         """
@@ -305,8 +305,9 @@ def export(work: Path, out: Path) -> None:
     model.load_state_dict(saved["model"])
     # What is measured and distilled are the rounded weights, so the held-out loss of the record is theirs.
     model = model.half().float().eval()
-    rows = torch.from_numpy(packed_rows(documents(work / "sources"), "heldout", tokenizer, config.context, config.seed)).long()
-    characters = sum(len(d.text) for d in documents(work / "sources") if d.split == "heldout")
+    texts = documents(work / "sources")
+    rows = torch.from_numpy(packed_rows(texts, "heldout", tokenizer, config.context, config.seed)).long()
+    characters = sum(len(d.text) for d in texts if d.split == "heldout")
     loss = heldout_loss(model, rows)
     samples = list(sample(model, tokenizer))
     shutil.rmtree(out / "model", ignore_errors=True)

@@ -1,0 +1,137 @@
+"""Checks importances in nats by exact ablations: a sample of latents is set to zero one at a time, and the KL that it costs stands beside each estimate.
+
+`tl-capacity run check-importance --model embedded --hook blocks.3.hook_resid_post`
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from tl_capacity.ablation import ablation_kl
+from tl_capacity.attach import add_capacity_hooks, library_versions, special_token_ids
+from tl_capacity.errors import CapacityError, TokenSourceError
+from tl_capacity.floors import table
+from tl_capacity.loading import load_model, load_sae
+from tl_capacity.recipe import option, run_file
+from tl_capacity.storage import make_folder, write_json
+from tl_capacity.tokens import PADDING, TokenStream
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class CheckImportanceConfig:
+    """Everything that decides the result."""
+
+    model: str = option("embedded", "A model name, folder or hub id.")
+    hook: str = option("blocks.3.hook_resid_post", "The hook point, in TransformerLens' names.")
+    sae: str = option("", "An SAE folder or RELEASE/SAE_ID; by default the one that comes with the model.")
+    source: str = option("", "The token source; by default the corpus that belongs to the model.")
+    importance: tuple[str, ...] = option(("gradient", "fisher", "second_moment", "firing_rate"), "Estimators to check.")
+    rows: int = option(32, "Rows of text to ablate on; only rows that fill the context are taken.")
+    context: int = option(256, "Positions in a row, BOS included.")
+    latents: int = option(100, "Latents to ablate, evenly spaced in the order of the first estimator's importance among those that fire.")
+    out: Path | None = option(None, "A folder for check_importance.json.")
+
+
+def main(config: CheckImportanceConfig) -> None:
+    """Compare importances in nats with the KL of exact ablations."""
+    from scipy.stats import spearmanr
+
+    if min(config.rows, config.latents) < 2 or not config.importance:
+        raise CapacityError(f"--rows {config.rows} and --latents {config.latents} must be at least 2, and --importance must name an estimator")
+    loaded = load_model(config.model)
+    of_model = dict(loaded.named.saes) if loaded.named else {}
+    folder = config.sae or str(of_model.get(config.hook, ""))
+    if not folder:
+        raise CapacityError(f"no SAE comes with {config.model} at {config.hook}: pass --sae")
+    _, sae = load_sae(folder)
+    source = config.source or (loaded.named.corpus if loaded.named else None)
+    if not source:
+        raise TokenSourceError(f"no corpus belongs to {config.model}: pass --source")
+    rows = full_rows(TokenStream(source, loaded.tokenizer, context=config.context), config.rows)
+    started = time.monotonic()
+    with add_capacity_hooks(loaded.model, {config.hook: sae}, importance=config.importance, alive_threshold=0.0) as capacity:
+        measured = capacity.run(torch.split(rows, 8)).measurement()[config.hook]
+    alive = np.flatnonzero(measured.summary.alive)
+    estimates = {name: measured.importance(name) for name in config.importance}
+    order = np.argsort(estimates[config.importance[0]])
+    places = order[np.unique(np.linspace(0, len(order) - 1, config.latents).round().astype(int))]
+    counted = ~torch.isin(rows, torch.tensor(special_token_ids(loaded.model, loaded.tokenizer)))
+    kl = ablation_kl(loaded.model, config.hook, sae, rows, alive[places].tolist(), counted=counted, progress=True).numpy()
+    found = []
+    for name, values in estimates.items():
+        nats = measured.estimator(name).unit == "nats per token"
+        ratio = values[places][kl > 0] / kl[kl > 0]
+        found.append(
+            {
+                "importance": name,
+                "unit": measured.estimator(name).unit,
+                "rank_correlation": float(spearmanr(values[places], kl).statistic),
+                "rank_correlation_interval": interval(values[places], kl, lambda a, b: float(spearmanr(a, b).statistic)),
+                "median_ratio": float(np.median(ratio)) if nats else None,
+                "ratio_quartiles": [float(q) for q in np.quantile(ratio, (0.25, 0.75))] if nats else None,
+            }
+        )
+    Console().print(rendered(found, len(places), int(counted.sum())))
+    if config.out is not None:
+        make_folder(config.out)
+        content = {
+            "schema": 1,
+            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+            "tokens": int(counted.sum()),
+            "versions": library_versions(),
+            "seconds": round(time.monotonic() - started, 1),
+            "estimators": found,
+            "latents": [
+                {"latent": int(latent), "kl": float(value), **{name: float(estimates[name][place]) for name in estimates}}
+                for latent, place, value in zip(alive[places], places, kl, strict=True)
+            ],
+        }
+        write_json(config.out / "check_importance.json", content)
+
+
+def full_rows(stream: TokenStream, wanted: int) -> torch.Tensor:
+    """int64 [row, position]: the first rows of a stream that need no padding.
+
+    Raises:
+        TokenSourceError: where the source has fewer.
+    """
+    found: list[NDArray[np.int64]] = []
+    for batch in stream:
+        found += [row for row in batch.tokens if (row != PADDING).all()]
+        if len(found) >= wanted:
+            return torch.from_numpy(np.stack(found[:wanted]))
+    raise TokenSourceError(
+        f"{stream.name()} has {len(found)} rows that fill a context of {stream.context}, not {wanted}: choose fewer --rows or a shorter --context"
+    )
+
+
+def interval(a: NDArray[np.float64], b: NDArray[np.float64], statistic: Any) -> list[float]:
+    """95% interval of a statistic of pairs, by a bootstrap over latents."""
+    random = np.random.default_rng(0)
+    draws = [statistic(a[chosen], b[chosen]) for chosen in random.integers(0, len(a), size=(RESAMPLES, len(a)))]
+    return [float(q) for q in np.nanquantile(draws, (0.025, 0.975))]
+
+
+def rendered(found: list[dict[str, Any]], latents: int, tokens: int) -> Any:
+    """The result as a table."""
+    body = []
+    for row in found:
+        low, high = row["rank_correlation_interval"]
+        ratio = "–" if row["median_ratio"] is None else f"{row['median_ratio']:.2f} ({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f})"
+        body.append([row["importance"], row["unit"], f"{row['rank_correlation']:.2f} [{low:.2f}, {high:.2f}]", ratio])
+    title = f"Importance against the KL of {latents} exact ablations on {tokens:,} tokens"
+    return table(title, ["importance", "unit", "rank correlation", "importance / KL, median (quartiles)"], body)
+
+
+if __name__ == "__main__":
+    run_file(main)
