@@ -13,12 +13,12 @@ from tl_capacity.errors import CapacityError, TokenSourceError
 
 
 def test_fisher_is_near_the_kl_of_ablations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe.run(main, ["--rows", "4", "--context", "128", "--latents", "12", "--importance", "fisher,gradient", "--out", str(tmp_path)])
+    recipe.run(main, ["--rows", "8", "--context", "128", "--latents", "30", "--importance", "fisher,gradient", "--out", str(tmp_path)])
     assert "rank correlation" in capsys.readouterr().out
     found = json.loads((tmp_path / "check_importance.json").read_text())
     fisher, gradient = found["estimators"]
-    assert found["tokens"] == 4 * 127
-    assert len(found["latents"]) == 12
+    assert found["tokens"] == 8 * 127
+    assert len(found["latents"]) == 30
     assert 0.4 < fisher["median_ratio"] < 2.5
     assert fisher["rank_correlation"] > 0.6
     assert gradient["median_ratio"] > fisher["median_ratio"]

@@ -179,6 +179,31 @@ def floor(
 
 
 @app.command()
+def decompose(
+    measurement: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
+    distillation: Annotated[Path, typer.Argument(help="A distillation of it, as `tl-capacity run distill --out` wrote it.")],
+    hook: Annotated[str | None, typer.Option("--hook", help="The hook point to predict from. Default: the middle one of those measured.")] = None,
+    importance: Importance = "second_moment",
+    law: Law = "compressed_sensing",
+    observed: Annotated[str, typer.Option("--observed", help="fit: where the held-out curve is heading; last_tenth: its mean at the end.")] = "fit",
+    max_fvu: MaxFvu = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare predicted with observed floors, and with everything else that might explain them."""
+    from tl_capacity.decompose import decompose as run_decompose
+    from tl_capacity.distillation.run import DistillationRun
+    from tl_capacity.measurement import Measurement
+
+    found = run_decompose(
+        Measurement.load(measurement), DistillationRun.load(distillation), hook=hook, importance=importance, law=law, observed=observed, max_fvu=max_fvu
+    )
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _console().print(found)
+
+
+@app.command()
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="Measurements of the shards.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the joined measurement.")],

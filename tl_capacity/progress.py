@@ -1,4 +1,4 @@
-"""A progress bar with tokens per second and the remaining time, shown only once something takes longer than two seconds."""
+"""A progress bar with tokens (or steps) per second and the remaining time, shown only once something takes longer than two seconds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ PATIENCE_SECONDS = 2.0
 
 
 @contextmanager
-def token_progress(total: int | None, enabled: bool = True, label: str = "counting") -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the tokens done so far."""
+def token_progress(total: int | None, enabled: bool = True, label: str = "counting", unit: str = "tokens") -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with the tokens, or whatever else is counted, done so far."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -19,8 +19,8 @@ def token_progress(total: int | None, enabled: bool = True, label: str = "counti
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}" + (" of {task.total:,.0f}" if total else "") + " tokens"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TextColumn("{task.completed:,.0f}" + (" of {task.total:,.0f}" if total else "") + f" {unit}"),
+        TextColumn("{task.fields[rate]:,.0f} " + f"{unit}/s"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,

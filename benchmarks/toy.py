@@ -1,0 +1,77 @@
+"""What a training step of the whole sweep of directly trained toy models costs, in one batch and in the usual loop: `python benchmarks/toy.py [--json]`.
+
+48 configurations (n, α, d_T), student widths 1 … d_T, five seeds, 128 samples a step. The loop goes over (configuration, width), 312 of them, with the seeds
+batched, plain samples, autograd and `torch.optim.Adam`; the batch is what `tl_capacity.toy` does. Two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from common import Row, at_least, at_most, medians, report
+
+from tl_capacity.toy.features import zipf_importance
+from tl_capacity.toy.sweep import SweepSettings
+from tl_capacity.toy.training import BLOCK_STEPS, train
+
+SEEDS, BATCH = 5, 128
+GRID = SweepSettings(seeds=SEEDS, batch=BATCH, distilled=False)
+
+
+def batched(steps: int, distilled: bool = False, seeds: int = SEEDS) -> Callable[[], object]:
+    """The whole sweep for some steps, from drawing the initial weights to the last step."""
+    settings = SweepSettings(seeds=seeds, batch=BATCH, steps=steps, distilled=distilled)
+    return lambda: train(settings)
+
+
+def looped(steps: int) -> Callable[[], object]:
+    """The same models, those of one configuration and width at a time."""
+
+    def one(n: int, alpha: float, width: int) -> None:
+        weights = torch.nn.Parameter(torch.nn.init.xavier_normal_(torch.empty(SEEDS, width, n)))
+        bias = torch.nn.Parameter(torch.zeros(SEEDS, 1, n))
+        importance = torch.from_numpy(zipf_importance(n)).float()
+        optimizer = torch.optim.Adam([weights, bias], lr=GRID.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            x = torch.rand(SEEDS, BATCH, n) * (torch.rand(SEEDS, BATCH, n) >= alpha)
+            output = torch.relu(x @ weights.transpose(1, 2) @ weights + bias)
+            loss = ((output - x) ** 2 * importance).sum(-1).mean(-1).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+    def once() -> None:
+        for n in GRID.features:
+            for alpha in GRID.alphas:
+                for teacher_width in GRID.teacher_widths:
+                    for width in range(1, teacher_width + 1):
+                        one(n, alpha, width)
+
+    return once
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print a list of name, ratio, goal, holds")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4 * BLOCK_STEPS, help="steps that are timed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+
+    seconds = medians({"one batch": batched(arguments.steps), "loop": looped(arguments.steps)}, arguments.repetitions)
+    paper = SweepSettings()
+    seconds |= medians({"paper preset, as many steps of each kind": batched(arguments.steps, True, paper.seeds)}, 1)
+    minutes = seconds["paper preset, as many steps of each kind"] * paper.steps / arguments.steps / 60
+    rows: list[Row] = [
+        at_least("loop over (configuration, width) / one batch, directly trained", seconds["loop"] / seconds["one batch"], 6),
+        at_most("paper preset: minutes of training, extrapolated", minutes, 90),
+    ]
+    report("toy", rows, {f"{name}, {arguments.steps} steps": value for name, value in seconds.items()}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""GPT-2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tl_capacity.hooks.families.scaling import head_size, initial_weights, scaled
+
+from tl_capacity.interfaces import ModelFamily
+
+
+def student(config: Any, width: int) -> dict[str, Any] | None:
+    """What a student of some width has otherwise than its teacher; see `scaling`."""
+    size = head_size(width, config.n_embd // config.n_head)
+    if size is None:
+        return None
+    return {
+        "n_embd": width,
+        "n_head": width // size,
+        "n_inner": None if config.n_inner is None else scaled(config.n_inner, width, config.n_embd),  # None means 4 · n_embd
+        "initializer_range": initial_weights(config, width),
+    }
+
+
+FAMILY = ModelFamily("gpt2", ("gpt2",), "transformer.h", "GPT-2", student)

@@ -1,0 +1,127 @@
+"""Trains the toy models of 48 configurations, on the data and distilled from teachers, in one batch, and judges every predictor of the floors that they reach.
+
+`tl-capacity run toy-sweep --preset paper --out runs/toy`; after an interruption, the same command goes on from its checkpoint. With `--report FOLDER` it also
+writes `toy.md`, `toy.json` and the figures, from a finished sweep without training anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.progress import token_progress
+from tl_capacity.recipe import option, run_file
+from tl_capacity.storage import make_folder
+
+if TYPE_CHECKING:
+    from tl_capacity import toy
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"seeds": 2, "steps": 600, "evaluation_rows": 2**14},
+    "paper": {"seeds": 20, "steps": 10_000, "evaluation_rows": 2**17},
+}
+
+
+@dataclass(frozen=True)
+class ToySweepConfig:
+    """Everything that decides the sweep; what is not given is the preset's."""
+
+    preset: str = option("quick", "quick (2 seeds, 600 steps) or paper (20 seeds, 10,000 steps), both over all 48 configurations.")
+    out: Path = option(Path("runs/toy"), "The folder to write; a checkpoint stands beside it until it is complete, and a complete one is only judged.")
+    report: Path | None = option(None, "A folder to write toy.md, toy.json and the figures to; needs kaleido and Chromium.")
+    features: tuple[int, ...] = option((), "Numbers of features n; by default 10,20,40.")
+    alphas: tuple[float, ...] = option((), "Sparsities α; by default 0.8,0.9,0.95,0.99.")
+    teacher_widths: tuple[int, ...] = option((), "Widths d_T of teachers; by default 3,5,8,10.")
+    widths: tuple[int, ...] = option((), "Widths d_S of students; by default all from 1 to d_T.")
+    slope: float = option(1.0, "s of the importances i^−s: 1 for Zipf's law, 0 for uniform ones.")
+    correlation: str = option("independent", "independent, correlated or anticorrelated pairs of features.")
+    distilled: bool = option(True, "Whether students of the teachers are trained as well.")
+    seeds: int | None = option(None, "How many seeds.")
+    first_seed: int = option(0, "The first of them.")
+    steps: int | None = option(None, "Steps of Adam.")
+    batch: int = option(128, "Samples in a step, of those that are not all zero.")
+    lr: float = option(1e-2, "Learning rate at the start; it falls to zero along half a cosine.")
+
+    def settings(self) -> toy.SweepSettings:
+        """The sweep's settings.
+
+        Raises:
+            CapacityError: on an unknown preset or a value outside its domain.
+        """
+        from tl_capacity import toy
+
+        if self.preset not in PRESETS:
+            raise CapacityError(f"{self.preset!r} is no preset: choose one of {', '.join(PRESETS)}")
+        names = ("features", "alphas", "teacher_widths", "widths", "slope", "correlation", "distilled", "seeds", "first_seed", "steps", "batch", "lr")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) not in ((), None)}
+        return toy.SweepSettings(**{**PRESETS[self.preset], **given})
+
+    def arguments(self) -> str:
+        """What was given on the command line and decides the sweep."""
+        given = {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
+        words = []
+        for name, value in given.items():
+            if name in ("out", "report"):
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words.append(f"--{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return " ".join(words)
+
+
+def main(config: ToySweepConfig) -> None:
+    """Train toy models of superposition and judge every predictor of their floors.
+
+    Raises:
+        CapacityError: on settings that do not fit, a folder that holds another sweep, or when interrupted.
+    """
+    from rich.console import Console
+
+    from tl_capacity import toy
+    from tl_capacity.floors import table
+    from tl_capacity.toy.report import TRAINED, claims, pivot, write_report
+
+    result = _sweep(config.settings(), config.out)
+    students = toy.predictions(result)
+    console = Console()
+    for kind in result.settings.kinds:
+        judged = toy.accuracy(toy.cells(students, kind))
+        by_sparsity = judged[~judged.stratum.str.startswith(("d/d*", "0.8"))]
+        console.print(table(f"Students {TRAINED[kind]}: median of 1 − |predicted − observed|/observed", *pivot(by_sparsity, "relative")))
+    for claim in claims(result, students):
+        console.print(claim, highlight=False)
+    seconds = ", ".join(f"{stage} {value:,.0f} s" for stage, value in result.seconds.items())
+    console.print(f"{config.out}: {len(result.students):,} students of {result.settings.configurations} configurations; {seconds}", highlight=False)
+    if config.report is not None:
+        write_report(result, config.report, f"tl-capacity run toy-sweep {config.arguments()}".strip())
+        console.print(f"{config.report / 'toy.md'}: the tables, beside it toy.json and the figures", highlight=False)
+
+
+def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
+    """The sweep in `out`, trained if it is not there."""
+    from tl_capacity import toy
+
+    if out.exists():
+        result = toy.SweepResult.load(out)
+        if result.settings != settings:
+            before, now = result.settings.to_json(), settings.to_json()
+            changed = ", ".join(f"{name} = {value}" for name, value in before.items() if value != now[name])
+            raise CapacityError(f"{out} holds a sweep with other settings ({changed}): give those, or another --out")
+        return result
+    make_folder(out.parent)
+    checkpoint = out.with_name(f"{out.name}.checkpoint.safetensors")
+    try:
+        with token_progress(settings.total_steps, label="training", unit="steps") as advance:
+            result = toy.run(settings, checkpoint, advance)
+    except KeyboardInterrupt as problem:
+        raise CapacityError(f"the sweep was interrupted and its state kept in {checkpoint}: run the same command again to go on") from problem
+    result.save(out)
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+if __name__ == "__main__":
+    run_file(main)

@@ -1,0 +1,173 @@
+"""Students of every family on tiny random configurations: they have the width asked for, run, and say what they cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tl_capacity.hooks.families.scaling import head_size, key_value_heads
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, MambaConfig, OPTConfig, Qwen2Config, Qwen3Config
+
+from tl_capacity.distillation import students
+from tl_capacity.errors import CapacityError
+
+SHARED: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 16}
+CONFIGS: dict[str, Any] = {
+    "gpt-neox": lambda: GPTNeoXConfig(**SHARED, **SIZES, hidden_dropout=0.5, attention_dropout=0.5, rotary_pct=0.25),
+    "gpt2": lambda: GPT2Config(**SHARED, n_embd=32, n_layer=2, n_head=4, n_positions=16),
+    "llama": lambda: LlamaConfig(**SHARED, **SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SHARED, **SIZES, num_key_value_heads=4),
+    "qwen3": lambda: Qwen3Config(**SHARED, **SIZES, num_key_value_heads=2, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**SHARED, **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=5.0),
+    "mamba": lambda: MambaConfig(**SHARED, hidden_size=32, num_hidden_layers=2, state_size=4),
+}
+
+
+def teacher(family: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+
+
+TOKENS = torch.randint(2, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("width", [8, 24, 32, 40])
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.filterwarnings("ignore:the student of width 40 is wider than its teacher")
+def test_students_of_every_family(family: str, width: int) -> None:
+    of = teacher(family)
+    student = students.new_student(of, width, seed=1)
+    assert student.config.hidden_size == width
+    assert student.config.num_hidden_layers == of.config.num_hidden_layers
+    assert student.config.vocab_size == of.config.vocab_size
+    logits = student(TOKENS).logits
+    assert logits.shape == (2, 9, 50)
+    assert torch.isfinite(logits).all()
+    assert torch.equal(logits, student(TOKENS).logits), "dropout is off although the student trains"
+    students.check_output(student, TOKENS)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in student.parameters())
+    for size in ("intermediate_size", "n_inner"):
+        if getattr(of.config, size, None):
+            assert getattr(student.config, size) * of.config.hidden_size == getattr(of.config, size) * width
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_student_of_the_teachers_width_has_its_configuration(family: str) -> None:
+    of = teacher(family)
+    same = students.student_config(of.config, 32)
+    own, ours = of.config.to_dict(), same.to_dict()
+    differs = {name for name in own if own[name] != ours[name] and "drop" not in name}
+    assert differs <= {"architectures", "dtype", "_name_or_path"}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_weights_depend_on_the_seed_alone(family: str) -> None:
+    of = teacher(family)
+    torch.manual_seed(5)
+    one = students.new_student(of, 16, seed=1).state_dict()
+    before = torch.random.get_rng_state()
+    same, other = (students.new_student(of, 16, seed=seed).state_dict() for seed in (1, 2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_initial_logits_are_of_one_size_at_all_widths() -> None:
+    of = teacher("gpt-neox")
+    sizes = [float(students.new_student(of, width, seed=3)(TOKENS).logits.std().detach()) for width in (8, 16, 32)]
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "gpt2", "llama"])
+def test_the_control_says_what_the_teacher_says(family: str) -> None:
+    of = teacher(family)
+    control = students.new_student(of, 32, start="teacher")
+    assert torch.equal(control(TOKENS).logits, of(TOKENS).logits)
+    assert all(p.requires_grad for p in control.parameters())
+    with torch.no_grad():
+        next(control.parameters()).add_(1)
+    assert not torch.equal(control(TOKENS).logits, of(TOKENS).logits), "the teacher keeps its own weights"
+    with pytest.raises(CapacityError, match="width 16 cannot start from all of the teacher's weights"):
+        students.new_student(of, 16, start="teacher")
+
+
+def test_pythia_students_of_the_paper() -> None:
+    pythia = GPTNeoXConfig(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24, vocab_size=50304)
+    found = {w: students.student_config(pythia, w) for w in (128, 256, 512, 768, 1024)}
+    assert {w: c.num_attention_heads for w, c in found.items()} == {128: 2, 256: 4, 512: 8, 768: 12, 1024: 16}
+    assert {w: c.intermediate_size for w, c in found.items()} == {w: 4 * w for w in found}
+    assert {int(64 * c.rope_parameters["partial_rotary_factor"]) for c in found.values()} == {16}
+
+
+def test_smollm2_and_gemma2_students() -> None:
+    smol = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, num_hidden_layers=30)
+    third = students.student_config(smol, 192)
+    assert (third.num_attention_heads, third.num_key_value_heads, third.head_dim, third.intermediate_size) == (3, 1, 64, 512)
+    gemma = Gemma2Config()  # 2304 wide, 8 heads of 256, 4 for keys and values
+    half = students.student_config(gemma, 1152)
+    assert (half.num_attention_heads, half.num_key_value_heads, half.head_dim, half.query_pre_attn_scalar) == (4, 2, 256, 256)
+    narrow = students.student_config(gemma, 144)
+    assert (narrow.num_attention_heads, narrow.num_key_value_heads, narrow.head_dim, narrow.query_pre_attn_scalar) == (1, 1, 128, 128)
+
+
+@pytest.mark.parametrize(("width", "near"), [(34, "32 and 36"), (33, "32 and 36"), (7, "6 and 8"), (129, "128 and 130"), (1, "2"), (0, "2"), (-5, "2")])
+def test_a_width_that_cannot_be_built_names_the_nearest(width: int, near: str) -> None:
+    config = GPTNeoXConfig(hidden_size=128, num_attention_heads=4, intermediate_size=512)
+    with pytest.raises(CapacityError, match=f"the family gpt-neox has no student of width {width}: the nearest that it has are {near}$"):
+        students.student_config(config, width)
+    for each in map(int, near.split(" and ")):
+        assert students.student_config(config, each).hidden_size == each
+
+
+def test_architectures_without_students_are_refused() -> None:
+    with pytest.raises(CapacityError, match="no model family says how students of 'opt' are built"):
+        students.student_config(OPTConfig(), 32)
+    with pytest.raises(CapacityError, match="Linear cannot be distilled"):
+        students.new_student(torch.nn.Linear(2, 2), 1)
+    with pytest.raises(CapacityError, match="'svd' is no way to start"):
+        students.new_student(teacher("gpt2"), 16, start="svd")
+
+
+def test_a_scaled_head_is_noticed() -> None:
+    of = teacher("gpt-neox")
+    head = of.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: 3 * output)
+    with pytest.raises(CapacityError, match="are not its head applied to its last hidden state"):
+        students.check_output(of, TOKENS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 600), st.integers(1, 128))
+def test_head_sizes(width: int, teacher_size: int) -> None:
+    for multiple in (1, 2):
+        size = head_size(width, teacher_size, multiple)
+        fitting = [s for s in range(1, teacher_size + 1) if width % s == 0 and s % multiple == 0 and (2 * s >= teacher_size or s == width)]
+        assert size == (max(fitting) if fitting else None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8))
+def test_key_value_heads_divide_the_heads(heads: int, groups: int, sharing: int) -> None:
+    found = key_value_heads(heads, groups * sharing, groups)
+    assert heads % found == 0
+    if heads % sharing == 0:
+        assert found == heads // sharing
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.sampled_from([16, 32, 64, 80, 128]), st.sampled_from([0.25, 0.4, 0.5, 1.0]))
+def test_rotary_dimensions_are_even_and_fit(width: int, teacher_size: int, share: float) -> None:
+    from tl_capacity.hooks.families import gpt_neox
+
+    config = GPTNeoXConfig(hidden_size=4 * teacher_size, num_attention_heads=4, intermediate_size=16 * teacher_size, rotary_pct=share)
+    changes = gpt_neox.student(config, width)
+    if changes is not None:
+        size = width // changes["num_attention_heads"]
+        rotary = int(size * changes["rope_parameters"]["partial_rotary_factor"])  # as transformers computes it
+        assert rotary % 2 == 0
+        assert 2 <= rotary <= size

@@ -1,0 +1,34 @@
+"""Distillation of a teacher into narrower students, all of them at once, and the loss floors that they reach."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_capacity.distillation.losses import HiddenMatch as HiddenMatch
+    from tl_capacity.distillation.losses import LogitLoss as LogitLoss
+    from tl_capacity.distillation.observed import ObservedFloor as ObservedFloor
+    from tl_capacity.distillation.observed import observed_floors as observed_floors
+    from tl_capacity.distillation.run import DistillationRun as DistillationRun
+    from tl_capacity.distillation.train import DistillSettings as DistillSettings
+    from tl_capacity.distillation.train import distill as distill
+
+_HOMES = {
+    "DistillSettings": "train",
+    "DistillationRun": "run",
+    "HiddenMatch": "losses",
+    "LogitLoss": "losses",
+    "ObservedFloor": "observed",
+    "distill": "train",
+    "observed_floors": "observed",
+}
+
+__all__ = list(_HOMES)
+
+
+# A saved run is read without importing torch.
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tl_capacity.distillation' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tl_capacity.distillation.{_HOMES[name]}"), name)

@@ -1,0 +1,120 @@
+"""The state of a distillation on disk: weights and optimiser in safetensors, the run so far in JSON that names their hash and is renamed into place last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tl_capacity import storage
+from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.errors import MeasurementError
+
+JSON_NAME = "checkpoint.json"
+
+
+@dataclass
+class State:
+    """How far a run has come.
+
+    Attributes:
+        run: its curves so far.
+        step: steps taken; with the settings, this is the cursor in the data.
+        tokens: predicted tokens seen.
+        losses: sum of each student's training losses since the last evaluation.
+        since: steps since then.
+    """
+
+    run: DistillationRun
+    step: int = 0
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    since: int = 0
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the students as they are have been evaluated."""
+        return self.run.students[0].tokens[-1:] == (self.tokens,)
+
+    def advance(self, tokens: int, losses: list[float]) -> None:
+        """A step was taken."""
+        self.step, self.tokens, self.since = self.step + 1, self.tokens + tokens, self.since + 1
+        self.losses = [before + loss for before, loss in zip(self.losses or [0.0] * len(losses), losses, strict=True)]
+
+    def record(self, heldout_kl: list[float]) -> None:
+        """Add an evaluation to every student's curve."""
+        students = []
+        for i, (student, kl) in enumerate(zip(self.run.students, heldout_kl, strict=True)):
+            trained = (self.losses[i] / self.since,) if self.since else ()
+            students.append(
+                replace(student, tokens=(*student.tokens, self.tokens), heldout_kl=(*student.heldout_kl, kl), train_loss=(*student.train_loss, *trained))
+            )
+        self.run, self.losses, self.since = replace(self.run, students=tuple(students)), [], 0
+
+
+def save(folder: Path, state: State, students: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """Write a checkpoint in place of the one before, which stays whole until the new one is."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {f"weights/{name}": p.detach() for name, p in students.named_parameters()}
+    for index, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser/{index}/{key}": value for key, value in moments.items()}
+    data = to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    sha = storage.digest(data)
+    name = f"checkpoint-{sha[:16]}.safetensors"
+    storage.make_folder(folder)
+    storage.write_bytes(folder / name, data)
+    progress = {"step": state.step, "tokens": state.tokens, "losses": state.losses, "since": state.since}
+    storage.write_json(folder / JSON_NAME, {"file": name, "sha256": sha, **progress, "run": state.run.to_json()})
+    for stale in folder.glob("checkpoint-*.safetensors"):
+        if stale.name != name:
+            stale.unlink(missing_ok=True)
+
+
+def read(folder: Path) -> tuple[State, Mapping[str, Tensor]] | None:
+    """The state in a folder and its tensors, or None where there is no checkpoint.
+
+    Raises:
+        MeasurementError: where it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / JSON_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        data = (folder / content["file"]).read_bytes()
+        if storage.digest(data) != content["sha256"]:
+            raise ValueError("the SHA-256 of its tensors is not the recorded one")
+        run = DistillationRun.from_json(content["run"])
+        progress = {name: int(content[name]) for name in ("step", "tokens", "since")}
+        return State(run, **progress, losses=[float(loss) for loss in content["losses"]]), load(data)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
+        raise MeasurementError(f"the checkpoint {path} is damaged ({problem}): delete the folder to begin anew") from problem
+
+
+def restore(tensors: Mapping[str, Tensor], students: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's tensors back."""
+    with torch.no_grad():
+        for name, parameter in students.named_parameters():
+            parameter.copy_(tensors[f"weights/{name}"])
+    content = optimiser.state_dict()
+    content["state"] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimiser":
+            index, _, key = rest.partition("/")
+            content["state"].setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict(content)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint that is no longer needed."""
+    for path in (folder / JSON_NAME, *folder.glob("checkpoint-*.safetensors")):
+        path.unlink(missing_ok=True)

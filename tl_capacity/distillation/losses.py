@@ -1,0 +1,298 @@
+"""Losses of distillation: how far a student's next-token distribution is from its teacher's, from hidden states, a chunk of tokens at a time.
+
+A divergence is a plain function from log-probabilities to its value and its gradient. `chunked_losses` takes the gradient in the forward pass, so that the
+logits of a whole batch never exist, and computes the teacher's distribution once for all students. liger-kernel's `chunked_loss` (0.8.5) chunks likewise and
+runs on a CPU too, but takes one student at a time, with the teacher's logits computed anew for each, sums the loss in float32, and needs triton to install.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import log
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from tl_capacity.errors import CapacityError
+
+CHUNK_TOKENS = 128
+"""Four buffers of [chunk, vocabulary] live at once: 103 MB in float32 at a vocabulary of 50,304."""
+
+Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`(log_p, p, log_q, scratch)` → value [token] and gradient [token, vocabulary] with respect to the student's logits; overwrites `log_q` and `scratch`."""
+
+Probabilities = Float[Tensor, "token vocabulary"]
+
+
+def forward_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, scratch: Probabilities) -> tuple[Float[Tensor, " token"], Probabilities]:
+    """KL(p ‖ q) = Σ p (log p − log q) of teacher p and student q; its gradient is q − p (Hinton et al. 2015, arXiv:1503.02531)."""
+    return _dots(p, torch.sub(log_p, log_q, out=scratch)), log_q.exp_().sub_(p)
+
+
+def reverse_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, scratch: Probabilities) -> tuple[Float[Tensor, " token"], Probabilities]:
+    """KL(q ‖ p) = Σ q (log q − log p); its gradient is q (log q − log p − KL) (Gu et al. 2024, arXiv:2306.08543)."""
+    ratio = torch.sub(log_q, log_p, out=scratch)
+    q = log_q.exp_()
+    value = _dots(q, ratio)
+    return value, ratio.sub_(value[:, None]).mul_(q)
+
+
+def generalised_jsd(beta: float) -> Divergence:
+    """Generalised Jensen–Shannon divergence β KL(p ‖ m) + (1−β) KL(q ‖ m) with m = βp + (1−β)q (Agarwal et al. 2024, arXiv:2306.13649).
+
+    β is TRL's: as there, 0 means forward and 1 reverse KL, which the formula approaches only after division by β(1−β). Its gradient is
+    (1−β) q (log q/m − KL(q ‖ m)).
+
+    Raises:
+        CapacityError: unless 0 ≤ β ≤ 1.
+    """
+    if not 0 <= beta <= 1:
+        raise CapacityError(f"beta = {beta:g} is no mixture of teacher and student: choose a number from 0 (forward KL) to 1 (reverse KL)")
+    if beta in (0, 1):
+        return reverse_kl if beta else forward_kl
+
+    def divergence(log_p: Tensor, p: Tensor, log_q: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        log_m = torch.logaddexp(log_p + log(beta), log_q + log(1 - beta), out=scratch)
+        teacher = _dots(p, log_p - log_m)
+        ratio = torch.sub(log_q, log_m, out=scratch)
+        q = log_q.exp_()
+        student = _dots(q, ratio)
+        return beta * teacher + (1 - beta) * student, ratio.sub_(student[:, None]).mul_(q).mul_(1 - beta)
+
+    return divergence
+
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """(1−λ) · T² · D(teacher ‖ student at temperature T) + λ · cross-entropy of the text at T = 1 (Hinton et al. 2015, arXiv:1503.02531).
+
+    Attributes:
+        divergence: D, one of `DIVERGENCES`.
+        temperature: T; the factor T² keeps the size of the gradient.
+        beta: of the generalised Jensen–Shannon divergence.
+        ce_weight: λ.
+
+    Raises:
+        CapacityError: on an unknown divergence or a value outside its domain.
+    """
+
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    beta: float = 0.5
+    ce_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise CapacityError(f"{self.divergence!r} is no loss to distil with: choose one of {', '.join(DIVERGENCES)}")
+        if not self.temperature > 0:
+            raise CapacityError(f"temperature = {self.temperature:g} does not scale logits: choose a number above 0, such as 1 or 2")
+        if not 0 <= self.ce_weight <= 1:
+            raise CapacityError(f"ce_weight = {self.ce_weight:g} is no share of the loss: choose a number from 0 to 1")
+        generalised_jsd(self.beta)
+
+    def function(self) -> Divergence:
+        """The divergence as a function."""
+        return {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": generalised_jsd(self.beta)}[self.divergence]
+
+
+HELDOUT_LOSS = LogitLoss()
+"""What a student is judged by, whatever it was trained with: forward KL at T = 1, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language model's head: logits = cap · tanh((h Wᵀ + b) / cap), without the tanh where there is no cap (Gemma 2 has one)."""
+
+    weight: Float[Tensor, "vocabulary d_model"]
+    bias: Float[Tensor, " vocabulary"] | None = None
+    cap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "token d_model"], out: Probabilities) -> Probabilities:
+        """Logits of some tokens, into `out`; a head of another dtype than `out` computes in its own."""
+        hidden, weight = hidden.to(self.weight.dtype), self.weight
+        if weight.dtype != out.dtype:
+            out.copy_(F.linear(hidden, weight, self.bias))
+        elif self.bias is None:
+            torch.mm(hidden, weight.T, out=out)
+        else:
+            torch.addmm(self.bias, hidden, weight.T, out=out)
+        return out if self.cap is None else out.div_(self.cap).tanh_().mul_(self.cap)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a language model says about some tokens.
+
+    Attributes:
+        hidden: hidden states behind its last norm.
+        head: what turns them into logits.
+        states: activations at further hook points, by name.
+    """
+
+    hidden: Float[Tensor, "token d_model"]
+    head: Head
+    states: Mapping[str, Float[Tensor, "token width"]] = field(default_factory=dict)
+
+
+def chunked_losses(
+    teacher: Output, students: Sequence[Output], labels: Int[Tensor, " token"], loss: LogitLoss, total: int | None = None, chunk: int = CHUNK_TOKENS
+) -> Float[Tensor, " student"]:
+    """The loss of each student in float64: its sum over the tokens, divided by `total` (by default, by their number).
+
+    Gradients reach the students' hidden states, head weights and biases and are exact: chunks only order the sums.
+
+    Args:
+        labels: the next token of each, for the cross-entropy.
+        total: what to divide by, where these tokens are a part of a larger batch.
+        chunk: tokens whose logits exist at a time.
+
+    Raises:
+        CapacityError: where a student has another vocabulary than the teacher.
+    """
+    for student in students:
+        if student.head.weight.shape[0] != teacher.head.weight.shape[0]:
+            raise CapacityError(
+                f"the student's vocabulary has {student.head.weight.shape[0]:,} tokens and the teacher's {teacher.head.weight.shape[0]:,}: "
+                "distil between models of one tokenizer and one vocabulary size"
+            )
+    task = _Task(teacher, [s.head.cap for s in students], labels, loss, total or max(1, len(labels)), chunk)
+    losses: Tensor = _ChunkedLosses.apply(  # type: ignore[no-untyped-call]
+        task, *(part for s in students for part in (s.hidden, s.head.weight, s.head.bias))
+    )
+    return losses
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What `chunked_losses` was asked for, but for the tensors of which gradients are wanted."""
+
+    teacher: Output
+    caps: list[float | None]
+    labels: Tensor
+    loss: LogitLoss
+    total: int
+    chunk: int
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """The losses and, in the same pass over the chunks, their gradients, which the backward pass only scales."""
+
+    @staticmethod
+    def forward(ctx: Any, task: _Task, *parts: Tensor | None) -> Tensor:
+        of: Any = zip(parts[0::3], parts[1::3], parts[2::3], task.caps, strict=True)
+        students = [_Student(any(ctx.needs_input_grad), *each) for each in of]
+        teacher, temperature, divergence = task.teacher, task.loss.temperature, task.loss.function()
+        size = (min(task.chunk, len(task.labels)), teacher.head.weight.shape[0])
+        buffers = [torch.empty(size, dtype=students[0].head.weight.dtype, device=task.labels.device) for _ in range(4)]
+        for start in range(0, len(task.labels), task.chunk):
+            rows = slice(start, min(start + task.chunk, len(task.labels)))
+            log_p, p, log_q, scratch = (buffer[: rows.stop - start] for buffer in buffers)
+            logits = teacher.head.logits(teacher.hidden[rows], scratch)
+            torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1, out=log_p)
+            torch.exp(log_p, out=p)
+            for student in students:
+                student.add(rows, task, divergence, log_p, p, log_q, scratch)
+        ctx.save_for_backward(*(gradient for student in students for gradient in student.gradients))
+        ctx.total = task.total
+        return torch.stack([student.loss for student in students]) / task.total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        weights = (upstream / ctx.total).tolist()
+        return None, *(None if gradient is None else gradient * weights[i // 3] for i, gradient in enumerate(ctx.saved_tensors))
+
+
+class _Student:
+    """One student's hidden states and head, its loss, and the gradients of both, summed over chunks."""
+
+    def __init__(self, with_gradient: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> None:
+        self.hidden, self.head = hidden.to(weight.dtype), Head(weight, bias, cap)  # under autocast the trunk's output is of lower precision
+        self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        of = (self.hidden, weight, bias) if with_gradient else (None, None, None)
+        self.gradients = [None if tensor is None else torch.zeros_like(tensor) for tensor in of]
+
+    def add(self, rows: slice, task: _Task, divergence: Divergence, log_p: Tensor, p: Tensor, log_q: Tensor, scratch: Tensor) -> None:
+        """Add the loss and the gradients of a chunk, given the teacher's distribution on it; overwrites `log_q` and `scratch`."""
+        loss, hidden = task.loss, self.hidden[rows]
+        logits = self.head.logits(hidden, scratch)
+        slope = None if self.head.cap is None else 1 - (logits / self.head.cap).square()  # of the cap's tanh
+        hard = torch.log_softmax(logits, -1) if loss.ce_weight else None
+        torch.log_softmax(logits if loss.temperature == 1 else logits.div_(loss.temperature), -1, out=log_q)
+        value, gradient = divergence(log_p, p, log_q, scratch)
+        soft_weight = (1 - loss.ce_weight) * loss.temperature  # T² · ∂(logits/T)/∂logits
+        self.loss += value.double().sum() * soft_weight * loss.temperature
+        if hard is not None:
+            labels = task.labels[rows, None]
+            self.loss -= hard.gather(1, labels).double().sum() * loss.ce_weight
+            gradient.mul_(soft_weight).add_(hard.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=hard.dtype)), alpha=loss.ce_weight)
+            soft_weight = 1.0
+        if slope is not None:
+            gradient.mul_(slope)
+        of_hidden, of_weight, of_bias = self.gradients
+        if of_hidden is not None and of_weight is not None:
+            torch.addmm(of_hidden[rows], gradient, self.head.weight, beta=0, alpha=soft_weight, out=of_hidden[rows])
+            of_weight.addmm_(gradient.T, hidden, alpha=soft_weight)
+            if of_bias is not None:
+                of_bias.add_(gradient.sum(0), alpha=soft_weight)
+
+
+def mean_square(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:
+    """Mean squared difference of mapped student states and teacher states (Romero et al. 2015, arXiv:1412.6550; TinyBERT, arXiv:1909.10351)."""
+    return (student - teacher).square().mean(-1)
+
+
+def cosine(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:
+    """1 − cosine of the angle between mapped student states and teacher states (DistilBERT, arXiv:1910.01108)."""
+    return 1 - F.cosine_similarity(student, teacher, dim=-1)
+
+
+MATCHES = {"mse": mean_square, "cosine": cosine}
+
+
+@dataclass(frozen=True)
+class HiddenMatch:
+    """Also match the states at one hook point, through a linear map from the student's width to the teacher's that is learned beside the student.
+
+    Attributes:
+        hook: a residual-stream hook point, by TransformerLens' name, in teacher and student.
+        kind: "mse" or "cosine".
+        weight: what the loss per token is multiplied by.
+
+    Raises:
+        CapacityError: on an unknown kind or a weight that is not positive.
+    """
+
+    hook: str
+    kind: str = "mse"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in MATCHES:
+            raise CapacityError(f"{self.kind!r} is no loss between hidden states: choose one of {', '.join(MATCHES)}")
+        if not self.weight > 0:
+            raise CapacityError(f"weight = {self.weight:g} of {self.hook} has no effect: choose a number above 0")
+
+    @classmethod
+    def parse(cls, text: str) -> HiddenMatch:
+        """`HOOK[=KIND[*WEIGHT]]`, as on the command line: `blocks.3.hook_resid_post=cosine*0.5`."""
+        hook, _, rest = text.partition("=")
+        kind, _, weight = rest.partition("*")
+        try:
+            return cls(hook, kind or "mse", float(weight or 1))
+        except ValueError as problem:
+            if isinstance(problem, CapacityError):
+                raise
+            raise CapacityError(f"{text!r} is no hidden state to match: write HOOK=mse or HOOK=cosine*0.5") from problem
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """Row-wise dot products without a product of the whole [token, vocabulary] in between."""
+    return torch.bmm(x[:, None], y[:, :, None]).flatten()

@@ -1,0 +1,123 @@
+"""Observed floors: where a student's held-out loss would end if training went on, from its curve, in nats per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_capacity.distillation.run import DistillationRun, StudentCurve
+
+REPLICATES = 100
+MIN_EVALUATIONS = 8
+SKIPPED_SHARE = 0.1
+"""Of the curve at its beginning, which is warm-up and no power law."""
+BLOCK = 4
+"""Neighbouring evaluations are of nearly the same weights on the same text, so residuals are resampled in blocks of so many."""
+
+
+@dataclass(frozen=True)
+class ObservedFloor:
+    """The floor of one student.
+
+    Attributes:
+        value, low, high: L∞ of the fit L(t) = L∞ + a·t^−b to the held-out curve, with its 95% interval (moving-block bootstrap of the residuals), in nats per
+            token; without an interval and equal to `last_tenth` where there are too few evaluations to fit.
+        last_tenth: mean held-out loss over the last tenth of training, as the paper takes it.
+        a, b: of the fit, with t as a share of the whole training; 0 without a fit.
+        residual: root mean square of what the fit leaves, in nats per token.
+        falling: how much the curve would still fall: `last_tenth` − `value`.
+    """
+
+    name: str
+    width: int
+    seed: int
+    start: str
+    value: float
+    low: float | None
+    high: float | None
+    last_tenth: float
+    a: float = 0.0
+    b: float = 0.0
+    residual: float = 0.0
+
+    @property
+    def falling(self) -> float:
+        return self.last_tenth - self.value
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat object."""
+        return {**asdict(self), "falling": self.falling}
+
+
+def observed_floors(run: DistillationRun) -> list[ObservedFloor]:
+    """The floor of every student of a run."""
+    return [observed_floor(student) for student in run]
+
+
+def observed_floor(student: StudentCurve) -> ObservedFloor:
+    """The floor of one student, deterministic."""
+    tokens, losses = student.curve()
+    who: dict[str, Any] = {"name": student.name, "width": student.width, "seed": student.seed, "start": student.start}
+    share = tokens / tokens[-1]
+    last_tenth = float(losses[share > 0.9].mean())
+    fitted = share >= SKIPPED_SHARE
+    if fitted.sum() < MIN_EVALUATIONS or student.start == "teacher":  # a control starts at its floor and has no power law to fall by
+        return ObservedFloor(**who, value=last_tenth, low=None, high=None, last_tenth=last_tenth)
+    t, y = share[fitted], losses[fitted]
+    best = fit_power_law(t, y)
+    curve = power_law(t, *best)
+    residuals, random = (y - curve) * np.sqrt(len(t) / (len(t) - 3)), np.random.default_rng(0)  # the fit has taken three degrees of freedom
+    again = [fit_power_law(t, curve + _blocks(residuals, random), start=best)[0] for _ in range(REPLICATES)]
+    low, high = (float(np.clip(q, None, best[0]) if i == 0 else max(q, best[0])) for i, q in enumerate(np.quantile(again, [0.025, 0.975])))
+    return ObservedFloor(**who, value=best[0], low=low, high=high, last_tenth=last_tenth, a=best[1], b=best[2], residual=float(np.sqrt((residuals**2).mean())))
+
+
+def floor_cells(floors: Sequence[ObservedFloor]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of observed floors, as text."""
+    header = ["student", "width", "L∞ of the fit", "last tenth", "still falling by", "a", "b"]
+    return header, [
+        [
+            f.name,
+            f"{f.width:,}",
+            "not fitted" if f.low is None else f"{f.value:.4f} [{f.low:.4f}, {f.high:.4f}]",
+            f"{f.last_tenth:.4f}",
+            "" if f.low is None else f"{f.falling:.4f}",
+            "" if f.low is None else f"{f.a:.3g}",
+            "" if f.low is None else f"{f.b:.2f}",
+        ]
+        for f in floors
+    ]
+
+
+def power_law(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArray[np.float64]:
+    """L(t) = L∞ + a·t^−b."""
+    return np.asarray(floor + a * t**-b)
+
+
+def fit_power_law(t: NDArray[np.float64], losses: NDArray[np.float64], start: tuple[float, float, float] | None = None) -> tuple[float, float, float]:
+    """`(L∞, a, b)` by least squares, with L∞ ≥ 0, a ≥ 0 and 0.05 ≤ b ≤ 5: a slower fall cannot be told from a straight line in so short a curve.
+
+    Args:
+        t: training so far, in (0, 1].
+        losses: held-out loss at each t.
+        start: where to begin the search.
+    """
+    from scipy.optimize import curve_fit
+
+    low, high = np.array([0.0, 0.0, 0.05]), np.array([np.inf, np.inf, 5.0])
+    guess = np.array(start or (0.8 * losses.min(), max(1e-9, 0.2 * losses.min()), 0.5))
+    span = np.maximum(high - low, 1e-9)
+    inside = np.clip(guess, low + 1e-9, np.where(np.isfinite(span), high - 1e-9, np.inf))
+    found, _ = curve_fit(power_law, t, losses, p0=inside, bounds=(low, high), max_nfev=2000)
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+def _blocks(residuals: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
+    """Residuals resampled in blocks of neighbours."""
+    n = len(residuals)
+    starts = random.integers(0, n - BLOCK + 1, size=-(-n // BLOCK))
+    return np.concatenate([residuals[s : s + BLOCK] for s in starts])[:n]

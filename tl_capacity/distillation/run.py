@@ -1,0 +1,148 @@
+"""DistillationRun: what was distilled from what and how, and the held-out loss of every student on the way; JSON on disk, read without importing torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_capacity import storage
+from tl_capacity.errors import CapacityError, MeasurementError
+
+SCHEMA = 1
+JSON_NAME = "distillation.json"
+
+
+@dataclass(frozen=True)
+class StudentCurve:
+    """One student and its losses.
+
+    Attributes:
+        name: of its folder under `students/`, where the run was saved.
+        width: d_S.
+        seed: of its initial weights.
+        start: "random", or "teacher" for the control of the teacher's width that began with its weights.
+        parameters, body_parameters: their number, and without embeddings and head.
+        tokens: predicted tokens seen at each evaluation.
+        heldout_kl: forward KL from the teacher at T = 1 on held-out text, in nats per token, at each evaluation.
+        train_loss: mean training loss since the evaluation before; NaN-free, so it has one entry less than the others, which begin before the first step.
+    """
+
+    name: str
+    width: int
+    seed: int
+    start: str
+    parameters: int
+    body_parameters: int
+    tokens: tuple[int, ...] = ()
+    heldout_kl: tuple[float, ...] = ()
+    train_loss: tuple[float, ...] = ()
+
+    def curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Tokens and held-out KL [evaluation], without the one before training."""
+        return np.array(self.tokens[1:], dtype=np.int64), np.array(self.heldout_kl[1:], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class DistillationRun:
+    """Students of one teacher, trained together. Immutable; `save` and `load` keep it.
+
+    Attributes:
+        teacher: name, folder or hub id of the teacher.
+        teacher_width: d_T.
+        fingerprint: of its weights.
+        source, heldout_source: what text was read.
+        heldout_tokens: predicted tokens of the held-out text.
+        heldout_digest, train_digest: SHA-256 of the rows.
+        distinct_tokens: predicted tokens of the training text; fewer than were trained on where it was repeated.
+        settings: everything else that decides the result.
+        versions: of the libraries.
+        seconds: what it cost, in wall-clock seconds.
+        complete: whether training ended.
+    """
+
+    students: tuple[StudentCurve, ...]
+    teacher: str = "unnamed model"
+    teacher_width: int = 0
+    fingerprint: str = ""
+    source: str = ""
+    heldout_source: str = ""
+    heldout_tokens: int = 0
+    heldout_digest: str = ""
+    train_digest: str = ""
+    distinct_tokens: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    complete: bool = True
+
+    def __iter__(self) -> Iterator[StudentCurve]:
+        return iter(self.students)
+
+    def __repr__(self) -> str:
+        tokens = self.students[0].tokens[-1] if self.students and self.students[0].tokens else 0
+        return f"DistillationRun({self.teacher} into {', '.join(s.name for s in self.students)}; {tokens:,} tokens of {self.source})"
+
+    def __getitem__(self, name: str) -> StudentCurve:
+        found = [s for s in self.students if s.name == name]
+        if not found:
+            raise CapacityError(f"there is no student {name!r}: choose one of {', '.join(s.name for s in self.students)}")
+        return found[0]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of the students, controls left out, in ascending order."""
+        return tuple(sorted({s.width for s in self.students if s.start != "teacher"}))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `distillation.json` into a folder, whole or not at all.
+
+        Raises:
+            CapacityError: where the folder cannot be written.
+        """
+        storage.make_folder(Path(folder))
+        storage.write_json(Path(folder) / JSON_NAME, self.to_json())
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DistillationRun:
+        """Read a run.
+
+        Raises:
+            MeasurementError: where it is missing, damaged, or of a newer schema.
+        """
+        path = Path(folder) / JSON_NAME
+        if not path.is_file():
+            raise MeasurementError(f"{folder} is no distillation: it has no {JSON_NAME}; pass a folder that `tl-capacity run distill --out` wrote")
+        try:
+            content = json.loads(path.read_bytes())
+            json.dumps(content, allow_nan=False)  # Python reads NaN, which was never written
+            return cls.from_json(content)
+        except MeasurementError:
+            raise
+        except (ValueError, OSError, RecursionError, KeyError, TypeError, AttributeError) as problem:
+            raise MeasurementError(f"{path} is truncated or was altered ({problem}): distil again") from problem
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> DistillationRun:
+        """What `to_json` wrote."""
+        if not isinstance(content["schema"], int) or content["schema"] > SCHEMA:
+            raise MeasurementError(f"the distillation has schema {content['schema']!r}, and this version reads up to {SCHEMA}: upgrade tl-capacity")
+        students = []
+        for saved in content["students"]:
+            series = {name: tuple(kind(x) for x in saved[name]) for name, kind in (("tokens", int), ("heldout_kl", float), ("train_loss", float))}
+            if len(series["tokens"]) != len(series["heldout_kl"]) or list(series["tokens"]) != sorted(set(series["tokens"])):
+                raise ValueError(f"the curve of {saved['name']} is not whole")
+            students.append(StudentCurve(**{**saved, **series}))
+        if not students:
+            raise ValueError("it has no students")
+        return cls(**{name: value for name, value in content.items() if name not in ("schema", "students")}, students=tuple(students))

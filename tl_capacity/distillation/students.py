@@ -1,0 +1,136 @@
+"""Students: models of the teacher's family, vocabulary and depth, but narrower, and what makes one out of hidden states and a head.
+
+They are plain Hugging Face modules: a model inside TransformerLens' bridge would train other parameters than its own. Wrap them afterwards.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from tl_capacity.attach import TapPoint
+from tl_capacity.distillation.losses import Head, Output
+from tl_capacity.errors import CapacityError
+from tl_capacity.plugins import plugins
+
+STARTS = ("random", "teacher")
+
+
+def new_student(teacher: Any, width: int, seed: int = 0, start: str = "random") -> Any:
+    """A student in float32, in training mode but without dropout, so that a step depends on nothing but weights and tokens.
+
+    Args:
+        teacher: a Hugging Face causal language model.
+        width: d_S.
+        seed: of the initial weights.
+        start: "random"; or "teacher", the control of the teacher's own width that begins with its weights, at KL 0.
+
+    Raises:
+        CapacityError: where the teacher's family has no students of that width; names the nearest that it has.
+    """
+    check_teacher(teacher)
+    if start not in STARTS:
+        raise CapacityError(f"{start!r} is no way to start a student: choose one of {', '.join(STARTS)}")
+    if start == "teacher" and width != teacher.config.hidden_size:
+        raise CapacityError(f"a student of width {width} cannot start from all of the teacher's weights, whose width is {teacher.config.hidden_size}")
+    if width > teacher.config.hidden_size:
+        warnings.warn(f"the student of width {width} is wider than its teacher, {teacher.config.hidden_size}", stacklevel=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student = type(teacher)(student_config(teacher.config, width)).float()
+    if start == "teacher":
+        student.load_state_dict(teacher.state_dict())
+    student.to(next(teacher.parameters()).device)
+    return student.requires_grad_(True).train()
+
+
+def student_config(config: Any, width: int) -> Any:
+    """The configuration of a student of some width, by its family's rule.
+
+    Raises:
+        CapacityError: where no family has a rule for the architecture, or its rule has no such width.
+    """
+    family = plugins().family_of(config.model_type)
+    if family is None or family.student is None:
+        able = ", ".join(f.name for f in plugins().model_families if f.student is not None)
+        raise CapacityError(f"no model family says how students of {config.model_type!r} are built: register one (docs/families.md); {able} have students")
+    changes = family.student(config, width) if width >= 1 else None
+    if changes is None:
+        near = [next((w for w in side if family.student(config, w) is not None), None) for side in _around(width, int(config.hidden_size))]
+        shown = " and ".join(str(w) for w in near if w is not None)
+        raise CapacityError(f"the family {family.name} has no student of width {width}: the nearest that it has are {shown}")
+    values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype", "transformers_version", "model_type")}
+    no_dropout = {name: 0.0 for name in values if "dropout" in name or name.endswith("pdrop")}
+    return type(config)(**(values | no_dropout | dict(changes)))
+
+
+def _around(width: int, teacher_width: int) -> tuple[range, range]:
+    """Widths below, nearest first, and above as far as a sure one: the teacher's own or a multiple."""
+    return range(width - 1, 0, -1), range(max(1, width + 1), max(0, width) + teacher_width + 1)
+
+
+def check_teacher(teacher: Any) -> None:
+    """Whether a model can be distilled.
+
+    Raises:
+        CapacityError: where it is no Hugging Face causal language model.
+    """
+    from transformers import PreTrainedModel
+
+    model: Any = teacher
+    if not isinstance(teacher, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise CapacityError(f"{type(teacher).__name__} cannot be distilled: pass a Hugging Face causal language model, unwrapped")
+
+
+def head_of(model: Any) -> Head:
+    """The head of a Hugging Face causal language model."""
+    linear = model.get_output_embeddings()
+    return Head(linear.weight, linear.bias, getattr(model.config, "final_logit_softcapping", None))
+
+
+def output_of(model: Any, tokens: Int[Tensor, "row position"], counted: Bool[Tensor, "row position"], hooks: Sequence[str] = ()) -> Output:
+    """Hidden states of the counted positions, also at some hook points, and the head. Rows are padded on the right, where causal models do not look.
+
+    Raises:
+        HookPointError: where the model has no such hook point.
+    """
+    states: dict[str, Tensor] = {}
+    with ExitStack() as watching:
+        for hook in hooks:
+            watching.callback(TapPoint.of(model, hook).watch(lambda activation, hook=hook: states.update({hook: activation[counted]})))  # type: ignore[misc]
+        hidden = model.base_model(tokens, use_cache=False)[0][counted]
+    return Output(hidden, head_of(model), states)
+
+
+@torch.no_grad()
+def check_output(model: Any, tokens: Int[Tensor, "row position"]) -> None:
+    """Whether the model's own logits are its head's of its last hidden state.
+
+    Raises:
+        CapacityError: where they are not, as in architectures that scale them.
+    """
+    training = model.training
+    model.eval()
+    few = tokens[:1, :8]
+    output = output_of(model, few, torch.ones_like(few, dtype=torch.bool))
+    own = model(few, use_cache=False).logits[0].float()
+    found = output.head.logits(output.hidden, torch.empty_like(own))
+    model.train(training)
+    if not torch.allclose(own, found, rtol=1e-2, atol=1e-2):
+        raise CapacityError(
+            f"the logits of {model.config.model_type!r} are not its head applied to its last hidden state (they differ by up to "
+            f"{float((own - found).abs().max()):.2g}): this architecture cannot be distilled yet"
+        )
+
+
+def parameters_of(model: nn.Module) -> tuple[int, int]:
+    """Number of parameters: all, and without the embeddings and the head."""
+    hf: Any = model
+    embeddings = {id(p) for module in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if id(p) not in embeddings)

@@ -1,0 +1,194 @@
+"""Judges predictors against the floors that toy models reached, under several definitions of accuracy, and fits the packing law."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from tl_capacity import theory
+from tl_capacity.errors import CapacityError
+from tl_capacity.toy.features import FeatureDistribution, zipf_importance
+from tl_capacity.toy.predictors import Case, Predictor, predictors
+from tl_capacity.toy.result import SweepResult
+
+BANDS = {"d/d* < 0.8": (0.0, 0.8), "0.8 ≤ d/d* ≤ 1.2": (0.8, 1.2), "d/d* > 1.2": (1.2, np.inf)}
+"""Below, around and above the critical width; the middle band includes both of its ends."""
+ACCURACIES = ("relative", "relative_to_nothing", "r2", "mae", "pearson_r")
+CELL = ["n", "alpha", "teacher_width", "width"]
+"""Columns that a student shares with those of other seeds."""
+SATURATED = 0.9
+"""Models that keep more than this share of all features say how many there are, not how many fit."""
+RESAMPLES = 1000
+
+
+def predictions(result: SweepResult, chosen: Sequence[Predictor] | None = None) -> Any:
+    """The students of a sweep that converged, as a pandas DataFrame with one further column for each predictor, by its name."""
+    chosen = predictors() if chosen is None else chosen
+    students = result.students[~result.students.diverged].reset_index(drop=True)
+    settings = result.settings
+    cases = []
+    for n, alpha, width, kept in zip(students.n, students.alpha, students.width, students.kept_set, strict=True):
+        distribution, importance = FeatureDistribution(n, alpha, settings.correlation), zipf_importance(n, settings.slope)
+        cases.append(Case(importance * distribution.second_moment, importance * distribution.variance, alpha, width, kept))
+    return students.assign(**{p.name: [p.predict(case) for case in cases] for p in chosen})
+
+
+def cells(students: Any, kind: str = "direct", seeds: str = "mean") -> Any:
+    """One row per configuration and width: the mean over seeds of every number, or the row of the best seed.
+
+    Args:
+        students: what `predictions` returned.
+        kind: direct or distilled.
+        seeds: `mean`, or `best` for the seed with the lowest achieved floor.
+
+    Raises:
+        ValueError: on another value of `seeds`.
+    """
+    if seeds not in ("mean", "best"):
+        raise ValueError(f"seeds = {seeds!r} is no way to combine seeds: choose mean or best")
+    chosen = students[students.kind == kind].drop(columns="kept_set")
+    if seeds == "best":
+        return chosen.loc[chosen.groupby(CELL).achieved_floor.idxmin()].reset_index(drop=True)
+    return chosen.drop(columns="kind").groupby(CELL, as_index=False).mean()
+
+
+def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
+    """How well each predictor did, over all rows, by α, and by band of d/d*.
+
+    With prediction p, observation o and L(0) = Σ Iᵢ·E[xᵢ²], the loss of keeping nothing:
+    `relative` is the median of 1 − |p−o|/o, `relative_to_nothing` the median of 1 − |p−o|/L(0), `r2` is 1 − Σ(p−o)²/Σ(o−ō)², `mae` the mean of |p−o|, and
+    `pearson_r` Pearson's correlation of p with o. What is not defined, such as r for a constant prediction, is NaN.
+
+    Args:
+        rows: students or cells that carry predictions.
+
+    Returns:
+        A pandas DataFrame with the columns `predictor`, `stratum`, `count` and the five accuracies.
+    """
+    import pandas
+
+    names = [p.name for p in predictors()] if names is None else names
+    found = [
+        {"predictor": name, "stratum": stratum, "count": len(chosen), **_accuracies(chosen[name], chosen.achieved_floor, chosen.nothing)}
+        for name in names
+        for stratum, chosen in strata(rows).items()
+    ]
+    return pandas.DataFrame(found, columns=["predictor", "stratum", "count", *ACCURACIES])
+
+
+def strata(rows: Any) -> dict[str, Any]:
+    """The rows as a whole, by α, and by band of d/d*; empty ones are left out."""
+    ratio = rows.width / [theory.critical_width(n, alpha) for n, alpha in zip(rows.n.astype(float), rows.alpha, strict=True)]
+    found = {"all": rows}
+    found |= {f"α = {alpha:g}": rows[rows.alpha == alpha] for alpha in sorted(rows.alpha.unique())}
+    bands = {name: ((ratio >= low) & (ratio <= high)) if high == 1.2 else ((ratio > low) & (ratio < high)) for name, (low, high) in BANDS.items()}
+    found |= {name: rows[inside] for name, inside in bands.items()}
+    return {name: chosen for name, chosen in found.items() if len(chosen)}
+
+
+def at_every_sparsity(table: Any, threshold: float = 0.93) -> list[tuple[str, str, float]]:
+    """Under which definitions the published claim holds: `(predictor, definition, lowest value)` where a median accuracy exceeds the threshold at every α."""
+    by_alpha = table[table.stratum.str.startswith("α")]
+    lowest = by_alpha.groupby("predictor", sort=False)[["relative", "relative_to_nothing"]].min()
+    return [
+        (str(name), definition, float(lowest.loc[name, definition]))
+        for definition in ("relative", "relative_to_nothing")
+        for name in lowest.index
+        if lowest.loc[name, definition] > threshold
+    ]
+
+
+def _accuracies(predicted: Any, observed: Any, nothing: Any) -> dict[str, float]:
+    from scipy.stats import pearsonr
+
+    p, o, most = (np.asarray(values, dtype=np.float64) for values in (predicted, observed, nothing))
+    error, spread = np.abs(p - o), ((o - o.mean()) ** 2).sum()
+    positive = o > 0
+    varies = len(p) > 1 and np.ptp(p) > 0 and np.ptp(o) > 0
+    return {
+        "relative": float(np.median(1 - error[positive] / o[positive])) if positive.any() else float("nan"),
+        "relative_to_nothing": float(np.median(1 - error / most)),
+        "r2": float(1 - (error**2).sum() / spread) if spread > 0 else float("nan"),
+        "mae": float(error.mean()),
+        "pearson_r": float(pearsonr(p, o).statistic) if varies else float("nan"),
+    }
+
+
+@dataclass(frozen=True)
+class PackingLaw:
+    """ĝ = a·g(α)^b, features that trained models keep per dimension, with the standard errors of a bootstrap over seeds.
+
+    Attributes:
+        alphas, packing: what was fitted: the mean of kept features over d, at each α.
+    """
+
+    a: float
+    b: float
+    a_error: float
+    b_error: float
+    alphas: tuple[float, ...]
+    packing: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"ĝ = ({self.a:.2f} ± {self.a_error:.2f})·g(α)^({self.b:.2f} ± {self.b_error:.2f})"
+
+
+def fit_packing_law(alpha: Float[np.ndarray, " cell"], packing: Float[np.ndarray, "seed cell"], resamples: int = RESAMPLES, random_seed: int = 0) -> PackingLaw:
+    """Fit ĝ = a·g(α)^b by least squares of ln ĝ against ln g(α).
+
+    Args:
+        alpha: α of each cell (a model size); cells of one α are averaged.
+        packing: kept features per dimension, of each seed; NaN where a seed is missing.
+        resamples: bootstrap samples of the seeds, drawn with replacement.
+
+    Raises:
+        CapacityError: where fewer than two sparsities have a model that keeps something.
+    """
+    values = np.unique(alpha)
+    log_g = np.log([theory.capacity(float(value)) for value in values])
+
+    def averages(seeds: NDArray[np.int_]) -> NDArray[np.float64]:
+        chosen = packing[seeds]
+        return np.array([np.nanmean(chosen[:, alpha == value]) for value in values])
+
+    def fit(seeds: NDArray[np.int_]) -> NDArray[np.float64]:
+        b, log_a = np.polyfit(log_g, np.log(averages(seeds)), 1)
+        return np.array([np.exp(log_a), b])
+
+    everyone = np.arange(len(packing))
+    if len(values) < 2 or not (averages(everyone) > 0).all():
+        raise CapacityError(f"models of {len(values)} sparsities keep features, but a packing law needs at least two: sweep more values of α")
+    random = np.random.default_rng(random_seed)
+    a, b = fit(everyone)
+    errors = np.full(2, np.nan)
+    if len(packing) > 1:
+        errors = np.std([fit(random.choice(everyone, len(everyone))) for _ in range(resamples)], axis=0, ddof=1)
+    return PackingLaw(float(a), float(b), float(errors[0]), float(errors[1]), tuple(values.tolist()), tuple(averages(everyone).tolist()))
+
+
+def packing_law(result: SweepResult, kind: str = "direct", threshold: float | None = None) -> tuple[PackingLaw, tuple[int, int]]:
+    """The packing law of a sweep's students of one size, and that size (n, d): the widest of the largest n that at no sparsity keep nearly all features.
+
+    Narrower students are limited by their few dimensions and not by the sparsity: of width 1 all keep an antipodal pair.
+
+    Args:
+        threshold: τ of ‖Wᵢ‖² > τ, one of `result.THRESHOLDS`; by default 0.5.
+
+    Raises:
+        CapacityError: where there is no such size, and as `fit_packing_law`.
+    """
+    students = result.students[~result.students.diverged & (result.students.kind == kind)]
+    column = "kept" if threshold is None else f"kept_{threshold:g}"
+    fullest = students.groupby(CELL)[column].mean().groupby(["n", "teacher_width", "width"]).max()
+    free = [size for size, kept in fullest.items() if kept <= SATURATED * size[0]]
+    if not free:
+        raise CapacityError("models of every size keep nearly all features, so that none says how many fit: sweep more features or narrower students")
+    n, teacher_width, width = max(free)
+    chosen = students[(students.n == n) & (students.teacher_width == teacher_width) & (students.width == width)]
+    table = chosen.pivot(index="seed", columns="alpha", values=column)
+    return fit_packing_law(np.asarray(table.columns, dtype=np.float64), np.asarray(table, dtype=np.float64) / width), (int(n), int(width))

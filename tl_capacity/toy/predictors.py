@@ -1,0 +1,89 @@
+"""Predictors of a toy model's floor: the closed forms of the theory, every capacity law that a plugin registers, and the measured kept set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from tl_capacity import theory
+from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.plugins import plugins
+
+TRANSITION = 0.15
+"""Half-width of the smooth band, as a share of the budget: the middle of the 10 to 20% over which the paper sees the transition at d* smeared out."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a predictor may look at; features in order of importance.
+
+    Attributes:
+        importance: Iᵢ·E[xᵢ²], the loss of a feature that is put out as 0.
+        variance: Iᵢ·Var[xᵢ], the loss of a feature that is put out as its mean, which the bias can do.
+        alpha, width: α and d_S.
+        kept: which features the trained model keeps; only the measured predictors look at it.
+    """
+
+    importance: Float[np.ndarray, " feature"]
+    variance: Float[np.ndarray, " feature"]
+    alpha: float
+    width: int
+    kept: Bool[np.ndarray, " feature"]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One way to say which floor a model will reach."""
+
+    name: str
+    summary: str
+    predict: Callable[[Case], float]
+
+
+def smooth_band_floor(importance: NDArray[np.float64], width: int, alpha: float, transition: float = TRANSITION) -> float:
+    """The refined floor with a soft cut: the share of feature i that is lost rises from 0 to 1 as i passes from (1−δ)·d·g(α) to (1+δ)·d·g(α).
+
+    That is the refined floor averaged over budgets that lie evenly within ±δ of d·g(α).
+
+    Raises:
+        ValueError: unless 0 < δ < 1, and as in `theory.refined_floor`.
+    """
+    if not 0 < transition < 1:
+        raise ValueError(f"transition = {transition:.8g} is outside its domain 0 < δ < 1")
+    budget = theory.budget(width, alpha)
+    ordered = np.sort(importance)[::-1]
+    rank = np.arange(1, len(ordered) + 1) - 0.5
+    lost = np.clip((rank - (1 - transition) * budget) / (2 * transition * budget), 0, 1) if budget > 0 else np.ones(len(ordered))
+    return float(lost @ ordered)
+
+
+def law_floor(law: CapacityLaw, importance: NDArray[np.float64], charged: NDArray[np.float64], width: int, alpha: float) -> float:
+    """Σ of what the features beyond ⌊d·ĝ⌋ are charged, ĝ from a capacity law that sees the importances."""
+    kept = min(int(width * law.features_per_dimension(alpha, importance)), len(importance))
+    return float(theory.lost_importance(charged, kept))
+
+
+def predictors() -> tuple[Predictor, ...]:
+    """All predictors, those of plugins last."""
+    laws = plugins().capacity_laws
+    named = [("refined", laws["compressed_sensing"]), *((law.name, law) for law in laws if law.name != "compressed_sensing")]
+    return (
+        Predictor("naive", "every feature equally important", lambda c: float(theory.naive_floor(c.importance, c.width, c.alpha))),
+        Predictor("refined", "the paper's: the ⌊d·g(α)⌋ most important are kept", lambda c: float(theory.refined_floor(c.importance, c.width, c.alpha))),
+        Predictor("smooth band", f"refined, with the cut smeared over ±{TRANSITION:.0%}", lambda c: smooth_band_floor(c.importance, c.width, c.alpha)),
+        *(
+            Predictor(law.name, f"{law.summary}; ⌊d·ĝ⌋ kept", lambda c, law=law: law_floor(law, c.importance, c.importance, c.width, c.alpha))  # type: ignore[misc]
+            for name, law in named
+            if name != "refined"
+        ),
+        *(
+            Predictor(f"{name}, Var", f"{name}, lost features charged Var[x]", lambda c, law=law: law_floor(law, c.importance, c.variance, c.width, c.alpha))  # type: ignore[misc]
+            for name, law in named
+        ),
+        Predictor("measured set", "the features that the trained model keeps; nothing fitted", lambda c: float(c.importance[~c.kept].sum())),
+        Predictor("measured set, Var", "measured set, lost features charged Var[x]", lambda c: float(c.variance[~c.kept].sum())),
+    )

@@ -1,0 +1,198 @@
+"""The result of a sweep: every trained model, the floor it reached, and a table of what was measured on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_capacity import theory
+from tl_capacity.errors import CapacityError
+from tl_capacity.storage import make_folder, write_bytes, write_json
+from tl_capacity.toy import measures
+from tl_capacity.toy.features import zipf_importance
+from tl_capacity.toy.sweep import Family, Stream, SweepSettings
+from tl_capacity.toy.training import EVALUATION, Objective, Stack, generator, teacher_of, train, worker_threads
+
+SCHEMA = 1
+THRESHOLDS = (0.25, 0.5, 0.75)
+"""τ at which kept features are counted."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All models of a sweep and their floors.
+
+    Attributes:
+        tensors: `FAMILY.weights`, `FAMILY.bias`, `FAMILY.floor`, `FAMILY.floor_error`, and `FAMILY.teacher_floor` of distilled students, with the axes
+            (stream, student, …) of `Stack`.
+        seconds: how long each stage took.
+        versions, machine: of the libraries, and what it ran on.
+    """
+
+    settings: SweepSettings
+    tensors: dict[str, Tensor]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    machine: str
+
+    @cached_property
+    def students(self) -> Any:
+        """A pandas DataFrame with one row per student.
+
+        Columns: `kind` (direct or distilled), `n`, `alpha`, `teacher_width` (0 where trained on the data), `width`, `seed`; `achieved_floor` on the data and
+        its Monte-Carlo `floor_error`; `teacher_floor`, the loss against the teacher's output; `nothing`, the loss of keeping nothing Σ Iᵢ·E[xᵢ²]; `diverged`;
+        `kept` and `kept_τ`, numbers of features; `kept_set`, which ones, as a boolean array; `total_capacity` Σᵢ Cᵢ; `overlap` with the theory's set;
+        `ordered`, the share of the kept set that is most important; `contained`, the share of it that the teacher keeps as well.
+        """
+        import pandas
+
+        rows = [row for kind in self.settings.kinds for family in self.settings.families(kind) for row in self._rows(kind, family)]
+        return pandas.DataFrame(rows)
+
+    @property
+    def diverged(self) -> Any:
+        """The students that did not converge, or to something worse than keeping nothing; they enter no average."""
+        return self.students[self.students.diverged]
+
+    def stack(self, family: Family) -> Stack:
+        return Stack(self.tensors[f"{family.name}.weights"], self.tensors[f"{family.name}.bias"])
+
+    def save(self, folder: Path) -> None:
+        """Write the result as a new folder: tensors in safetensors, everything else in JSON.
+
+        Raises:
+            CapacityError: where the folder exists or cannot be written.
+        """
+        from safetensors.torch import save
+
+        if folder.exists():
+            raise CapacityError(f"{folder} exists already: choose another folder, or delete it first")
+        make_folder(folder.parent)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            whole = Path(temporary) / "sweep"
+            whole.mkdir()
+            write_bytes(whole / "students.safetensors", save({name: tensor.contiguous() for name, tensor in self.tensors.items()}))
+            content = {"settings": self.settings.to_json(), "seconds": self.seconds, "versions": self.versions, "machine": self.machine}
+            write_json(whole / "sweep.json", {"schema": SCHEMA, **content})
+            os.rename(whole, folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> SweepResult:
+        """Read what `save` wrote.
+
+        Raises:
+            CapacityError: where the folder holds no sweep, a damaged one, or one of another schema.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            content = json.loads((folder / "sweep.json").read_bytes())
+            if content["schema"] != SCHEMA:
+                raise CapacityError(f"{folder} has schema {content['schema']}, but {SCHEMA} is read here: run the sweep anew")
+            settings = SweepSettings.from_json(content["settings"])
+            result = cls(settings, load_file(folder / "students.safetensors"), content["seconds"], content["versions"], content["machine"])
+            missing = {f"{family.name}.floor" for kind in settings.kinds for family in settings.families(kind)} - set(result.tensors)
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as problem:
+            raise CapacityError(f"{folder} holds no whole toy sweep ({problem}): pass the folder that `tl-capacity run toy-sweep` wrote") from problem
+        if missing:
+            raise CapacityError(f"{folder} lacks the floors of {', '.join(sorted(missing))}: it is damaged, run the sweep anew")
+        return result
+
+    def _rows(self, kind: str, family: Family) -> list[dict[str, Any]]:
+        streams = self.settings.streams(family.n)
+        importance = zipf_importance(family.n, self.settings.slope)
+        stack, values = self.stack(family), self.tensors
+        norms = measures.squared_norms(stack.weights).numpy()
+        capacity = measures.fractional_capacity(stack.weights).sum(-1)
+        teacher = teacher_of(family, self.settings, {f"n{n}.direct": self.stack(Family(n, (), None)) for n in self.settings.features})
+        teacher_kept = None if teacher is None else measures.kept_features(teacher.weights)[:, 0].numpy()
+        rows = []
+        for i, stream in enumerate(streams):
+            alpha, nothing = stream.distribution.alpha, float(importance.sum() * stream.distribution.second_moment)
+            for j, width in enumerate(family.widths):
+                floor, kept = float(values[f"{family.name}.floor"][i, j]), norms[i, j] > measures.KEPT_THRESHOLD
+                against_teacher = float(values[f"{family.name}.teacher_floor"][i, j]) if teacher is not None else float("nan")
+                rows.append(
+                    {
+                        "kind": kind,
+                        "n": family.n,
+                        "alpha": alpha,
+                        "teacher_width": family.teacher_width or 0,
+                        "width": width,
+                        "seed": stream.seed,
+                        "achieved_floor": floor,
+                        "floor_error": float(values[f"{family.name}.floor_error"][i, j]),
+                        "teacher_floor": against_teacher,
+                        "nothing": nothing,
+                        "diverged": not floor <= nothing,  # NaN is not
+                        "kept": int(kept.sum()),
+                        **{f"kept_{t:g}": int((norms[i, j] > t).sum()) for t in THRESHOLDS},
+                        "kept_set": kept,
+                        "total_capacity": float(capacity[i, j]),
+                        "overlap": measures.overlap(kept, theory.kept_features(width, alpha, family.n)),
+                        "ordered": measures.ordered_share(kept),
+                        "contained": float("nan") if teacher_kept is None else measures.containment(kept, teacher_kept[i]),
+                    }
+                )
+        return rows
+
+
+def run(settings: SweepSettings, checkpoint: Path | None = None, advance: Callable[[int], None] = lambda steps: None) -> SweepResult:
+    """Train all models of a sweep and measure the floors that they reach.
+
+    Args:
+        checkpoint: a file to keep the state of the training in; where it exists, training goes on from it to the same last bit.
+        advance: called with the training steps done so far, out of `settings.total_steps`.
+
+    Raises:
+        CapacityError: as `train`.
+    """
+    from tl_capacity.attach import library_versions
+
+    stacks, seconds = train(settings, checkpoint, advance)
+    started = time.monotonic()
+    tensors = {f"{name}.{part}": getattr(stack, part) for name, stack in stacks.items() for part in ("weights", "bias")}
+    with worker_threads() as workers:
+        families = [family for kind in settings.kinds for family in settings.families(kind)]
+        for found in workers.map(lambda family: _floors(family, stacks, settings), families):
+            tensors |= found
+    seconds = seconds | {"evaluation": round(time.monotonic() - started, 1)}
+    return SweepResult(settings, tensors, seconds, library_versions(), _machine())
+
+
+def _floors(family: Family, stacks: dict[str, Stack], settings: SweepSettings) -> dict[str, Tensor]:
+    """The floors of one family, on held-out samples that all seeds of one sparsity share."""
+    streams, stack, teacher = settings.streams(family.n), stacks[family.name], teacher_of(family, settings, stacks)
+    against_data, against_teacher = [], []
+    for first in range(0, len(streams), settings.seeds):
+        same = slice(first, first + settings.seeds)
+        distribution = streams[first].distribution
+        x = torch.from_numpy(distribution.sample_nonzero(settings.evaluation_rows, generator(Stream(distribution, 0), EVALUATION))).to(stack.bias.dtype)
+        objective = Objective.of(family.n, streams[same], settings.slope, stack.bias.dtype)
+        against_data.append(measures.floors(stack.chunk(same), objective, x))
+        if teacher is not None:
+            against_teacher.append(measures.floors(stack.chunk(same), objective, x, teacher.chunk(same)))
+    found = {"floor": torch.cat([f.mean for f in against_data]), "floor_error": torch.cat([f.error for f in against_data])}
+    if against_teacher:
+        found["teacher_floor"] = torch.cat([f.mean for f in against_teacher])
+    return {f"{family.name}.{name}": value for name, value in found.items()}
+
+
+def _machine() -> str:
+    """Processor and threads, which the seconds depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{model[1] if model else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
