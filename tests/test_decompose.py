@@ -141,6 +141,7 @@ def test_few_widths_make_no_winner() -> None:
     json.dumps(one.to_json(), allow_nan=False)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_is_wrong_with_the_floors_is_said() -> None:
     rising = decomposed(floors(lambda w: w / 100))
     assert any("do not fall with the width" in note for note in rising.notes())
@@ -206,6 +207,7 @@ def test_every_importance_and_law_is_a_candidate(measured: Measurement, run: Dis
     assert "asked for" in shown
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_last_tenth_can_be_taken_instead(measured: Measurement, run: DistillationRun) -> None:
     found = decompose(measured, run, observed="last_tenth", max_fvu=None)
     assert [row["observed_floor"] for row in found.table_of_floors()] == pytest.approx([8 / w + (1 / 19 + 1 / 20) / 2 for w in run.widths])
@@ -232,6 +234,7 @@ def test_what_does_not_belong_together_is_refused(measured: Measurement, run: Di
         decompose(measured, replace(run, students=control), max_fvu=None)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_command(measured: Measurement, run: DistillationRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tl_capacity.cli import main
 

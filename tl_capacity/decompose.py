@@ -58,6 +58,7 @@ class Candidate:
         kind: "prediction" (refined floor), "naive floor" or "rival".
         x: x [student] of some points.
         free_exponent: whether s is fitted too.
+        as_is: whether C = 1 and only B is fitted: the claim of a prediction in nats per token.
         hook, importance, law: of a prediction.
     """
 
@@ -65,6 +66,7 @@ class Candidate:
     kind: str
     x: Callable[[Points], NDArray[np.float64]]
     free_exponent: bool = False
+    as_is: bool = False
     hook: str = ""
     importance: str = ""
     law: str = ""
@@ -76,7 +78,7 @@ class Fit:
 
     Attributes:
         c, b: C and B with 95% intervals (bootstrap over widths and, within a width, over seeds), C in nats per token for each unit of x; C is None where x is
-            the same at all widths.
+            the same at all widths, and has no interval where it was not fitted.
         exponent: s, where it was free.
         r2: share of the variance explained.
         error: leave-one-width-out error: root mean square, over widths, of the mean observed floor less the one that the other widths predict, in nats per
@@ -341,7 +343,8 @@ def resamples(points: Points) -> list[NDArray[np.int64]]:
     """Places of the points of each bootstrap replicate: widths drawn with replacement, at least two different ones, and for each its students likewise."""
     random = np.random.default_rng(0)
     students = {width: np.flatnonzero(points.widths == width) for width in np.unique(points.widths)}
-    widths, found = np.array(list(students)), []
+    widths = np.array(list(students))
+    found: list[NDArray[np.int64]] = []
     while len(found) < REPLICATES:
         drawn = random.choice(widths, len(widths))
         if len(widths) == 1 or np.ptp(drawn) > 0:
