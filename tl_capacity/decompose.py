@@ -7,7 +7,7 @@ predicted floors of the paper (arXiv:2604.04037).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ OBSERVED = ("fit", "last_tenth")
 PAPER = "compressed_sensing"
 EXPONENTS = (0.02, 8.0)
 """Where the exponent of a power law is looked for."""
+NATS = "nats per token"
+"""The unit of the observed floors. A prediction in it needs no C."""
+SHOWN = 10
+"""Candidates that the table shows; the rivals and the prediction that was asked for come besides."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Candidate:
         x: x [student] of some points.
         free_exponent: whether s is fitted too.
         as_is: whether C = 1 and only B is fitted: the claim of a prediction in nats per token.
-        hook, importance, law: of a prediction.
+        hook, importance, law, unit: of a prediction.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Candidate:
     hook: str = ""
     importance: str = ""
     law: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class Fit:
             "hook": self.candidate.hook,
             "importance": self.candidate.importance,
             "law": self.candidate.law,
+            "unit": self.candidate.unit,
             "C": None if self.c is None else self.c.to_json(),
             "B": self.b.to_json(),
             "exponent": self.exponent,
@@ -136,7 +142,11 @@ class Decomposition:
     fits: tuple[Fit, ...]
     chosen: Fit
     predicted: Mapping[int, Estimate]
-    unit: str
+
+    @property
+    def unit(self) -> str:
+        """Of the prediction that was asked for."""
+        return self.chosen.candidate.unit
 
     @property
     def winner(self) -> Fit | None:
@@ -157,6 +167,12 @@ class Decomposition:
         if self.winner is self.chosen:
             return f"{best}; it is the prediction asked for"
         return f"{best}; {self.chosen.candidate.name} comes {place} of {len(self.fits)}, with {_error(self.chosen)}"
+
+    def in_nats(self) -> list[Fit]:
+        """The predictions in nats per token at the hook point and by the law asked for, C fitted: they are right where it is 1."""
+        asked = self.chosen.candidate
+        of = [(f, f.candidate) for f in self.fits]
+        return [f for f, c in of if c.kind == "prediction" and c.unit == NATS and not c.as_is and (c.hook, c.law) == (asked.hook, asked.law)]
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -203,7 +219,7 @@ class Decomposition:
             for f in floors
         ]
         yield table(f"Observed floors ({'L∞ of the fit' if self.which == 'fit' else 'mean of the last tenth'}) and {self.chosen.candidate.name}", header, rows)
-        yield table("Candidates: observed = C · candidate + B", *_cells(self.fits, self.chosen))
+        yield table("Candidates: observed = C · candidate + B, best first", *_cells(self.fits, self.chosen))
         for note in self.notes():
             yield f"[yellow]note:[/yellow] {_plain(note)}"
 
@@ -273,9 +289,9 @@ def decompose_floors(
     replicates = resamples(points)
     fits = [fit(candidate, points, replicates) for candidate in (*RIVALS, *_candidates(predictions))]
     chosen_from = next(p for p in predictions if (p.hook, p.importance, p.law) == asked)
-    chosen = next(f for f in fits if f.candidate.kind == "prediction" and (f.candidate.hook, f.candidate.importance, f.candidate.law) == asked)
+    chosen = next(f for f in fits if (f.candidate.hook, f.candidate.importance, f.candidate.law) == asked and not f.candidate.as_is)
     ranked = tuple(sorted(fits, key=lambda f: (f.error is None, f.error or 0.0)))
-    return Decomposition(tuple(floors), observed, ranked, chosen, chosen_from.floors, chosen_from.unit)
+    return Decomposition(tuple(floors), observed, ranked, chosen, chosen_from.floors)
 
 
 def fit(candidate: Candidate, points: Points, replicates: Sequence[NDArray[np.int64]]) -> Fit:
@@ -285,7 +301,8 @@ def fit(candidate: Candidate, points: Points, replicates: Sequence[NDArray[np.in
     values = _values(candidate, points, numbers)
     again = np.array([_solve(candidate, points.take(places)) for places in replicates])
     varies = bool(np.ptp(candidate.x(points)) > 0)
-    needed = 1 + varies + candidate.free_exponent
+    free_c = varies and not candidate.as_is
+    needed = 1 + free_c + candidate.free_exponent
     error = None
     if len(widths) > needed:
         misses = []
@@ -298,7 +315,7 @@ def fit(candidate: Candidate, points: Points, replicates: Sequence[NDArray[np.in
     enough = len(widths) > needed
     return Fit(
         candidate,
-        c=_estimate(numbers[0], again[:, 0], enough) if varies else None,
+        c=_estimate(numbers[0], again[:, 0], enough and free_c) if varies else None,
         b=_estimate(numbers[1], again[:, 1], enough),
         exponent=float(numbers[2]) if candidate.free_exponent else None,
         r2=1 - float(np.square(points.floors - values).sum()) / spread if spread else 0.0,
@@ -310,6 +327,8 @@ def fit(candidate: Candidate, points: Points, replicates: Sequence[NDArray[np.in
 def _solve(candidate: Candidate, points: Points) -> NDArray[np.float64]:
     """`[C, B, s]` by least squares; for a free exponent, the best C and B of each s are a straight line's, so only s is searched for."""
     x = candidate.x(points)
+    if candidate.as_is:
+        return np.array([1.0, float((points.floors - x).mean()), -1.0])
     if not candidate.free_exponent:
         return np.array([*_line(x, points.floors), -1.0])
     from scipy.optimize import minimize_scalar
@@ -387,8 +406,11 @@ def _candidates(predictions: Sequence[Prediction]) -> list[Candidate]:
     """The refined floor of each prediction, and the naive one of each hook point and law, on which the importance has no effect but a factor."""
     found, naive = [], set[tuple[str, str]]()
     for p in predictions:
-        at = {width: floor.value for width, floor in p.floors.items()}
-        found.append(Candidate(f"{p.importance}, {p.law} at {p.hook}", "prediction", _looked_up(at), hook=p.hook, importance=p.importance, law=p.law))
+        name, x = f"{p.importance}, {p.law} at {p.hook}", _looked_up({width: floor.value for width, floor in p.floors.items()})
+        refined = Candidate(name, "prediction", x, hook=p.hook, importance=p.importance, law=p.law, unit=p.unit)
+        found.append(refined)
+        if p.unit == NATS:
+            found.append(replace(refined, name=f"{name}, C = 1", as_is=True))
         if (p.hook, p.law) not in naive:
             naive.add((p.hook, p.law))
             found.append(Candidate(f"naive floor, {p.law} at {p.hook}", "naive floor", _looked_up(p.naive), hook=p.hook, law=p.law))
@@ -401,6 +423,19 @@ def _looked_up(floors: Mapping[int, float]) -> Callable[[Points], NDArray[np.flo
 
 def _notes(found: Decomposition) -> list[str]:
     notes = []
+    rival = next(f for f in found.fits if f.candidate.kind == "rival")
+    if found.winner is not None and found.winner is not rival:
+        notes.append(f"of the candidates that know nothing of features, {rival.candidate.name} is the best, with an error of {_error(rival)} nats per token")
+    if found.winner is not None:
+        notes.append(
+            f"the best of {len(found.fits)} candidates on {len(found.predicted)} widths is better than it would be on further widths, for having been chosen"
+        )
+    for each in found.in_nats():
+        if each.c is not None and each.c.low is not None and each.c.high is not None:
+            right = (
+                "1 is within, so its nats may be those observed" if each.c.low <= 1 <= each.c.high else "1 is not within, so its nats are not those observed"
+            )
+            notes.append(f"{each.candidate.name} predicts nats per token, and C = {each.c.show('.3g')}: {right}")
     if found.chosen.c is None:
         notes.append(f"{found.chosen.candidate.name} predicts the same floor at all widths, so there is no C: distil narrower students")
     elif found.chosen.c.value < 0:
@@ -419,10 +454,10 @@ def _notes(found: Decomposition) -> list[str]:
 
 
 def _cells(fits: Sequence[Fit], chosen: Fit) -> tuple[list[str], list[list[str]]]:
-    header = ["", "candidate", "leave-one-width-out error, nats per token", "R²", "C", "B", "exponent"]
+    header = ["place", "candidate", "leave-one-width-out error, nats per token", "R²", "C", "B", "exponent"]
     return header, [
         [
-            "asked for" if f is chosen else "",
+            f"{place}{', asked for' if f is chosen else ''}",
             f.candidate.name,
             _error(f),
             f"{f.r2:.4f}",
@@ -430,7 +465,8 @@ def _cells(fits: Sequence[Fit], chosen: Fit) -> tuple[list[str], list[list[str]]
             f.b.show(".3g"),
             "" if f.exponent is None else f"{f.exponent:.2f}",
         ]
-        for f in fits
+        for place, f in enumerate(fits, 1)
+        if place <= SHOWN or f is chosen or f.candidate.kind == "rival"
     ]
 
 

@@ -63,7 +63,7 @@ class SweepResult:
 
     @property
     def diverged(self) -> Any:
-        """The students that did not converge, or to something worse than keeping nothing; they enter no average."""
+        """The students whose floor is not finite, or above the loss of keeping nothing by more than three standard errors; they enter no average."""
         return self.students[self.students.diverged]
 
     def stack(self, family: Family) -> Stack:
@@ -123,7 +123,8 @@ class SweepResult:
         for i, stream in enumerate(streams):
             alpha, nothing = stream.distribution.alpha, float(importance.sum() * stream.distribution.second_moment)
             for j, width in enumerate(family.widths):
-                floor, kept = float(values[f"{family.name}.floor"][i, j]), norms[i, j] > measures.KEPT_THRESHOLD
+                floor, floor_error = (float(values[f"{family.name}.{name}"][i, j]) for name in ("floor", "floor_error"))
+                kept = norms[i, j] > measures.KEPT_THRESHOLD
                 against_teacher = float(values[f"{family.name}.teacher_floor"][i, j]) if teacher is not None else float("nan")
                 rows.append(
                     {
@@ -134,10 +135,10 @@ class SweepResult:
                         "width": width,
                         "seed": stream.seed,
                         "achieved_floor": floor,
-                        "floor_error": float(values[f"{family.name}.floor_error"][i, j]),
+                        "floor_error": floor_error,
                         "teacher_floor": against_teacher,
                         "nothing": nothing,
-                        "diverged": not floor <= nothing,  # NaN is not
+                        "diverged": not floor - 3 * floor_error <= nothing,  # NaN is not
                         "kept": int(kept.sum()),
                         **{f"kept_{t:g}": int((norms[i, j] > t).sum()) for t in THRESHOLDS},
                         "kept_set": kept,
