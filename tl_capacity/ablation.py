@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from tl_capacity.attach import TapPoint, check_dictionary
+from tl_capacity.attach import TapPoint, check_dictionary, target_hook
+from tl_capacity.encoding import decoder_vectors_add_up
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.progress import token_progress
 
@@ -47,7 +48,7 @@ def ablation_kl(
         CapacityError: where a latent does not exist, or nothing is counted.
     """
     check_dictionary(sae, hook)
-    if getattr(getattr(sae.cfg, "metadata", None), "hook_name_out", None) not in (None, hook):
+    if target_hook(sae, hook) is not None:
         raise DictionaryError(f"the SAE at {hook} writes to another hook point, so its latents cannot be ablated there: pass an SAE of one hook point")
     n_latents = int(sae.W_dec.shape[0])
     wrong = [latent for latent in latents if not 0 <= latent < n_latents]
@@ -57,41 +58,30 @@ def ablation_kl(
             f"latents {wrong} of {n_latents} do not exist" if wrong else "no token is counted, so no latent can be ablated: pass tokens to count"
         )
     point, chosen = TapPoint.of(model, hook), torch.tensor(list(latents), dtype=torch.int64)
-    strength = _strengths(model, point, sae, tokens, counted, chosen, rows_at_once)
-    total = torch.zeros(len(chosen), dtype=torch.float64)
+    total, linear = torch.zeros(len(chosen), dtype=torch.float64), None
     decoder = sae.W_dec.detach().flatten(1)
+    seen: list[Tensor] = []
     with token_progress(len(tokens), progress, "ablating", "rows") as advance:
         for rows in torch.split(torch.arange(len(tokens)), rows_at_once):
-            fires = (strength[rows] != 0).any(1).nonzero()  # [pair, (row, latent)]
-            clean = _log_probabilities(model, tokens[rows])
+            seen.clear()
+            with _edited(point, seen.append):
+                clean = _log_probabilities(model, tokens[rows])
+            inputs = seen[0].flatten(0, 1) if getattr(sae, "hook_z_reshaping_mode", False) else seen[0].flatten(0, 1).flatten(1)
+            linear = decoder_vectors_add_up(sae, inputs) if linear is None else linear
+            if linear is False:
+                raise DictionaryError("the SAE does not write the sum of its decoder vectors, so one latent cannot be taken out of it: choose another SAE")
+            encoded = sae.encode(inputs).to_dense()
+            # zᵢ [row, position, latent] of the chosen latents at counted tokens, zero elsewhere.
+            strength = encoded[:, chosen.to(encoded.device)].unflatten(0, tuple(tokens[rows].shape)).cpu() * counted[rows, :, None]
+            fires = (strength != 0).any(1).nonzero()  # [pair, (row, latent)]
             for pairs in torch.split(fires, rows_at_once) if len(fires) else ():
                 row, latent = pairs.unbind(1)
-                change = -strength[rows][row, :, latent, None].to(decoder) * decoder[chosen[latent].to(decoder.device)][:, None]
+                change = -strength[row, :, latent, None].to(decoder) * decoder[chosen[latent].to(decoder.device)][:, None]
                 with _edited(point, partial(_changed, change)):
                     ablated = _log_probabilities(model, tokens[rows][row])
                 total.index_add_(0, latent, (clean[row].exp() * (clean[row] - ablated)).sum((1, 2)).double().cpu())
             advance(int(rows[-1]) + 1)
     return total / int(counted.sum())
-
-
-def _strengths(model: Any, point: TapPoint, sae: Any, tokens: Tensor, counted: Tensor, latents: Tensor, rows_at_once: int) -> Tensor:
-    """zᵢ [row, position, latent] of the chosen latents at counted tokens, zero elsewhere."""
-    found: list[Tensor] = []
-
-    def see(activation: Tensor) -> Tensor:
-        inputs = activation.flatten(0, 1) if getattr(sae, "hook_z_reshaping_mode", False) else activation.flatten(0, 1).flatten(1)
-        encoded = sae.encode(inputs).to_dense()
-        if not found:
-            written, summed = sae.decode(encoded).flatten(1), encoded.to(sae.W_dec) @ sae.W_dec.flatten(1) + getattr(sae, "b_dec", torch.zeros(())).flatten()
-            if not torch.allclose(written, summed, rtol=1e-3, atol=1e-4 * float(written.abs().max())):
-                raise DictionaryError("the SAE does not write the sum of its decoder vectors, so one latent cannot be taken out of it: choose another SAE")
-        found.append(encoded[:, latents.to(encoded.device)].unflatten(0, activation.shape[:2]).cpu())
-        return activation
-
-    with _edited(point, see):
-        for rows in torch.split(tokens, rows_at_once):
-            _log_probabilities(model, rows)
-    return torch.cat(found) * counted[..., None]
 
 
 def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
@@ -106,8 +96,8 @@ def _changed(change: Tensor, activation: Tensor) -> Tensor:
 
 
 @contextmanager
-def _edited(point: TapPoint, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the activation at a tap point while the block runs."""
+def _edited(point: TapPoint, edit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """See the activation at a tap point, and replace it where `edit` gives another, while the block runs."""
     remove = point.edit(edit)
     try:
         yield

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tl_capacity.checks import checked
-from tl_capacity.encoding import CHECKED_TOKENS, Encoder
+from tl_capacity.encoding import Encoder, decoder_vectors_add_up
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.gradients import LOSSES, differentiable, gradients
 from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
@@ -212,8 +212,7 @@ class Tap:
         device = sae.W_dec.device
         # MPS has no float64, so there the sums live on the CPU.
         self.device = torch.device("cpu") if device.type == "mps" else device
-        target = getattr(getattr(sae.cfg, "metadata", None), "hook_name_out", None)
-        self.target_hook: str | None = target if target and target != hook else None
+        self.target_hook = target_hook(sae, hook)
         with torch.no_grad():
             # In pieces, because a float64 copy of a wide decoder is larger than all else that is kept.
             norms = torch.cat([rows.double().norm(dim=1) for rows in torch.split(sae.W_dec.detach().to(self.device).flatten(1), 1024)])
@@ -278,8 +277,10 @@ class Tap:
             gradients=gradients,
         )
         self.statistics.update(entries)
+        if self._decodes_linearly is None:
+            self._decodes_linearly = decoder_vectors_add_up(self.sae, inputs)
         if gradients:
-            self._refuse_unless_linear(entries)
+            self._refuse_unless_linear()
         for estimator in self.estimators:
             prefix = f"{estimator.name}/"
             own = {k.removeprefix(prefix): v for k, v in self.statistics.state.items() if k.startswith(prefix)}
@@ -289,17 +290,13 @@ class Tap:
         if bool(checked.any()):
             self._check_reconstruction(entries, checked)
 
-    def _refuse_unless_linear(self, entries: LatentBatch) -> None:
+    def _refuse_unless_linear(self) -> None:
         """A latent's gradient is taken along its decoder vector, which says something only where the SAE writes the sum of those at its own hook point."""
-        if self._decodes_linearly is None:
-            self._decodes_linearly = self._sparse_sum_is_decode(entries, torch.arange(len(entries.activations), device=self.device) < CHECKED_TOKENS)
         if self._decodes_linearly is False or self.target_hook is not None:
             what = "writes to another hook point" if self.target_hook is not None else "does not write the sum of its decoder vectors"
             raise DictionaryError(f"the SAE at {self.hook} {what}, so the gradient of its latents is not known: choose an importance that needs none")
 
     def _check_reconstruction(self, entries: LatentBatch, checked: Tensor) -> None:
-        if self._decodes_linearly is None:
-            self._decodes_linearly = self._sparse_sum_is_decode(entries, checked & (torch.cumsum(checked, 0) <= CHECKED_TOKENS))
         inputs = entries.activations[checked.to(entries.activations.device)]
         reconstruction = self._decode_sparsely(entries, checked, inputs) if self._decodes_linearly else self._decode_densely(inputs)
         groups = entries.token_groups[checked]
@@ -307,14 +304,6 @@ class Tap:
             self.statistics.update_reconstruction(inputs.flatten(1).to(self.device), reconstruction.to(self.device), groups)
         else:
             self._awaiting_target.append((reconstruction, groups))
-
-    def _sparse_sum_is_decode(self, entries: LatentBatch, few: Tensor) -> bool | None:
-        """Whether the sum over active latents is what the SAE's own decode gives, so that no architecture need be known here; None without an active latent."""
-        if not bool(few[entries.tokens].any()):
-            return None
-        inputs = entries.activations[few.to(entries.activations.device)]
-        dense, sparse = self._decode_densely(inputs), self._decode_sparsely(entries, few, inputs)
-        return sparse.shape == dense.shape and torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4 * float(dense.abs().max()))
 
     def _decode_densely(self, inputs: Tensor) -> Tensor:
         return self._with_skip(self.sae.decode(self.sae.encode(inputs)).flatten(1), inputs)
@@ -749,6 +738,12 @@ def check_dictionary(sae: Any, hook: str) -> None:
         raise DictionaryError(
             f"the SAE at {hook} expects activations normalised by {normalisation!r}, which encode does not apply: fold it in first with sae.{fold}(…)"
         )
+
+
+def target_hook(sae: Any, hook: str) -> str | None:
+    """The hook point that a transcoder writes to; None for an SAE, which reconstructs what it reads."""
+    target = getattr(getattr(sae.cfg, "metadata", None), "hook_name_out", None)
+    return str(target) if target and target != hook else None
 
 
 def dictionary_digest(sae: Any) -> str:

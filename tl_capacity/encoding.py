@@ -66,7 +66,7 @@ class Encoder:
 
 
 def _relu(sae: Any, preactivations: Tensor) -> Entries:
-    return _above(preactivations, torch.zeros((), dtype=preactivations.dtype, device=preactivations.device))
+    return _above(preactivations, 0.0)
 
 
 def _jumprelu(sae: Any, preactivations: Tensor) -> Entries:
@@ -85,9 +85,22 @@ ACTIVATIONS: dict[str, Callable[[Any, Tensor], Entries]] = {"StandardSAE": _relu
 """How the active latents are found among the preactivations, by SAELens' class."""
 
 
-def _above(preactivations: Tensor, threshold: Tensor) -> Entries:
+def _above(preactivations: Tensor, threshold: Tensor | float) -> Entries:
     # Not "greater than", so that NaN counts as active and is reported, rather than passing for zero.
     return _entries(preactivations, (preactivations <= threshold).logical_not_())
+
+
+@torch.no_grad()
+def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
+    """Whether `decode` adds up decoder vectors, seen on a few tokens [token, d_in], so that no architecture need be known; None without an active latent."""
+    few = inputs[:CHECKED_TOKENS]
+    latents = sae.encode(few).to_dense()
+    if not bool(latents.any()):
+        return None
+    decoder, bias = sae.W_dec.detach().flatten(1), getattr(sae, "b_dec", None)
+    written, summed = sae.decode(latents).flatten(1), latents.to(decoder) @ decoder
+    summed = summed if bias is None else summed + bias.detach().flatten()
+    return written.shape == summed.shape and torch.allclose(summed, written, rtol=1e-3, atol=1e-4 * float(written.abs().max()))
 
 
 def active_entries(latents: Tensor) -> Entries:

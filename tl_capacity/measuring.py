@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_capacity.attach import CapacityHooks, add_capacity_hooks, special_token_ids
+from tl_capacity.attach import CapacityHooks, add_capacity_hooks, special_token_ids, target_hook
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measurement import JSON_NAME, Measurement, read_folder, write_folder
 from tl_capacity.plugins import plugins
@@ -201,7 +201,7 @@ def _context(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:
 def _hooked(loaded: Any, saes: Sequence[Any], hooks: Sequence[str]) -> Any:
     """The Hugging Face model where its family can tap every hook asked for, else a bridge around it."""
     family = plugins().family_of(loaded.model.config.model_type)
-    outputs = [getattr(sae.cfg.metadata, "hook_name_out", None) for sae in saes]
+    outputs = [target_hook(sae, hook) for sae, hook in zip(saes, hooks, strict=True)]
     wanted = [*hooks, *(o for o in outputs if o)]
     if family is not None and all(family.residual(hook) for hook in wanted):
         return loaded.model
