@@ -54,10 +54,7 @@ def main(config: CheckImportanceConfig) -> None:
     if not folder:
         raise CapacityError(f"no SAE comes with {config.model} at {config.hook}: pass --sae")
     _, sae = load_sae(folder)
-    source = config.source or (loaded.named.corpus if loaded.named else None)
-    if not source:
-        raise TokenSourceError(f"no corpus belongs to {config.model}: pass --source")
-    rows = full_rows(TokenStream(source, loaded.tokenizer, context=config.context), config.rows)
+    rows = full_rows(TokenStream(loaded.source(config.source), loaded.tokenizer, context=config.context), config.rows)
     started = time.monotonic()
     with add_capacity_hooks(loaded.model, {config.hook: sae}, importance=config.importance, alive_threshold=0.0) as capacity:
         measured = capacity.run(torch.split(rows, 8)).measurement()[config.hook]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.errors import CapacityError
 from tl_capacity.recipe import option, run_file
 
 
@@ -80,13 +79,10 @@ def main(config: DistillConfig) -> DistillationRun:
         mixed_precision=config.mixed_precision,
     )
     teacher = load_model(config.teacher, device=config.device, dtype=config.dtype)
-    source = config.source or (teacher.named.corpus if teacher.named else None)
-    if not source:
-        raise CapacityError(f"no corpus belongs to {config.teacher!r}: name one with --source, such as a .txt or .jsonl file")
     run = distill(
         teacher,
         config.widths,
-        TokenStream(source, teacher.tokenizer, context=config.context),
+        TokenStream(teacher.source(config.source), teacher.tokenizer, context=config.context),
         heldout=TokenStream(config.heldout, teacher.tokenizer, context=config.context) if config.heldout else None,
         settings=settings,
         out=config.out,

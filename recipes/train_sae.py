@@ -78,9 +78,7 @@ def main(config: TrainSAEConfig) -> None:
     from tl_capacity.attach import library_versions, special_token_ids
 
     loaded = load_model(config.model, device=config.device)
-    source = config.source or (loaded.named.corpus if loaded.named else None)
-    if not source:
-        raise TokenSourceError(f"no corpus belongs to {config.model!r}: name one with --source, such as a .txt or .jsonl file")
+    source = loaded.source(config.source)
     special = special_token_ids(loaded.model, loaded.tokenizer)
     stream = TokenStream(source, loaded.tokenizer, context=config.context)
     train_rows, heldout_rows = split_rows(stream, config, special)

@@ -40,6 +40,22 @@ class LoadedModel:
     revision: str | None
     named: NamedModel | None = None
 
+    @property
+    def corpus(self) -> str | None:
+        """The token source that belongs to the model, if any."""
+        return self.named.corpus if self.named else None
+
+    def source(self, given: str) -> str:
+        """The token source that was given, or else the one that belongs to the model.
+
+        Raises:
+            TokenSourceError: where there is neither.
+        """
+        source = given or self.corpus
+        if not source:
+            raise TokenSourceError(f"no corpus belongs to {self.name!r}: name one with --source, such as a .txt or .jsonl file")
+        return source
+
 
 @checked
 def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:

@@ -74,7 +74,7 @@ def measure(settings: MeasureSettings) -> Measurement:
 
     loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
     named = _dictionaries(settings, loaded.named)
-    source = settings.source or (loaded.named.corpus if loaded.named else None)
+    source = settings.source or loaded.corpus
     if source is None:
         raise CapacityError(f"no text to measure {settings.model!r} on: name a file, a `datasets` id or `embedded` with --source")
     stream = TokenStream(
