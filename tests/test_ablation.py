@@ -11,7 +11,7 @@ from conftest import BOS, KINDS, all_hooks
 from torch.nn import functional as F
 
 from tl_capacity.ablation import ablation_kl
-from tl_capacity.errors import CapacityError, DictionaryError
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 
 MakeSAE = Callable[..., Any]
 HOOK = "blocks.1.hook_resid_post"
@@ -68,6 +68,8 @@ def test_bad_input(hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None
         ablation_kl(hooked, HOOK, sae, tokens, [3, 64, -1])
     with pytest.raises(CapacityError, match="no token is counted"):
         ablation_kl(hooked, HOOK, sae, tokens, [3], counted=torch.zeros_like(tokens, dtype=torch.bool))
+    with pytest.raises(HookPointError, match=r"blocks\.1\.hook_mlp_in did not fire"):
+        ablation_kl(hooked, "blocks.1.hook_mlp_in", make_sae("standard", "blocks.1.hook_mlp_in"), tokens, [3])
     with pytest.raises(DictionaryError, match="does not write the sum of its decoder vectors"):
         ablation_kl(hooked, HOOK, make_sae("layer_norm", HOOK), tokens, [3])
     with pytest.raises(DictionaryError, match="writes to another hook point"):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tl_capacity as tlc
 from tl_capacity import gradients
-from tl_capacity.errors import CapacityError, DictionaryError
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator
 
 MakeSAE = Callable[..., Any]
@@ -172,6 +172,13 @@ def test_an_sae_that_does_not_write_its_decoder_vectors_is_refused(hooked: Any, 
         (make_sae("transcoder", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"), "writes to another hook point"),
     ):
         with tlc.add_capacity_hooks(hooked, sae, importance=["gradient"]) as capacity, pytest.raises(DictionaryError, match=says):
+            capacity.run(tokens)
+
+
+def test_a_tap_that_never_fires(hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+    hook = "blocks.1.hook_mlp_in"
+    with tlc.add_capacity_hooks(hooked, make_sae("standard", hook), importance=["gradient"]) as capacity:
+        with pytest.raises(HookPointError, match=f"{hook} did not fire in 1 forward pass"):
             capacity.run(tokens)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_capacity.attach import TapPoint, check_dictionary, target_hook
 from tl_capacity.encoding import decoder_vectors_add_up
-from tl_capacity.errors import CapacityError, DictionaryError
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.progress import token_progress
 
 
@@ -45,6 +45,7 @@ def ablation_kl(
 
     Raises:
         DictionaryError: where the SAE cannot be ablated latent by latent.
+        HookPointError: where there is no such hook point, or the model does not run it.
         CapacityError: where a latent does not exist, or nothing is counted.
     """
     check_dictionary(sae, hook)
@@ -66,6 +67,8 @@ def ablation_kl(
             seen.clear()
             with _edited(point, seen.append):
                 clean = _log_probabilities(model, tokens[rows])
+            if not seen:
+                raise HookPointError(f"{hook} did not fire: the model does not run it, ablate at another hook point")
             inputs = seen[0].flatten(0, 1) if getattr(sae, "hook_z_reshaping_mode", False) else seen[0].flatten(0, 1).flatten(1)
             linear = decoder_vectors_add_up(sae, inputs) if linear is None else linear
             if linear is False:

@@ -659,7 +659,9 @@ class CapacityHooks:
         self._awaiting_gradient = []
         with differentiable(self.model, self._embedding):
             output = self.model(tokens, **self._options)
-            taps, activations = zip(*self._awaiting_gradient, strict=True) if self._awaiting_gradient else ((), ())
+            if not self._awaiting_gradient:
+                return
+            taps, activations = zip(*self._awaiting_gradient, strict=True)
             # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
             seed = int(self._digest[:12], 16)
             found = gradients(getattr(output, "logits", output), tokens, self._batch.valid, activations, self._losses, seed)
