@@ -177,9 +177,11 @@ def test_an_sae_that_does_not_write_its_decoder_vectors_is_refused(hooked: Any, 
 
 def test_a_tap_that_never_fires(hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
     hook = "blocks.1.hook_mlp_in"
-    with tlc.add_capacity_hooks(hooked, make_sae("standard", hook), importance=["gradient"]) as capacity:
-        with pytest.raises(HookPointError, match=f"{hook} did not fire in 1 forward pass"):
-            capacity.run(tokens)
+    with (
+        tlc.add_capacity_hooks(hooked, make_sae("standard", hook), importance=["gradient"]) as capacity,
+        pytest.raises(HookPointError, match=f"{hook} did not fire in 1 forward pass"),
+    ):
+        capacity.run(tokens)
 
 
 def test_unknown_losses_are_refused(neox: Any, make_sae: MakeSAE) -> None:
