@@ -12,14 +12,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import pearsonr
+from sklearn.metrics import mean_absolute_error, r2_score
 from tl_capacity.recipes.toy_sweep import main
 
-from tl_capacity import recipe, theory
+from tl_capacity import CapacityLaw, hookimpl, recipe, theory
 from tl_capacity.errors import CapacityError
+from tl_capacity.plugins import register_plugin, unregister_plugin
 from tl_capacity.toy import (
     Case,
     FeatureDistribution,
@@ -38,6 +43,7 @@ from tl_capacity.toy import (
     smooth_band_floor,
     zipf_importance,
 )
+from tl_capacity.toy.report import claims, floors_figure, markdown, predictors_figure, student_list
 from tl_capacity.toy.sweep import Family, Stream
 from tl_capacity.toy.training import Objective, Stack, initial_stack, train
 
@@ -155,6 +161,19 @@ class TestTraining:
         assert float(weights[0] * weights[1]) < -0.8
         assert int(best.kept) == 2
 
+    def test_of_two_dense_features_one_is_kept_and_the_other_put_out_as_its_mean(self) -> None:
+        """n = 2, d = 1, α = 0.1: sharing costs more than losing, and a bias of E[x₂] leaves I₂·Var[x₂]."""
+        result = run(SweepSettings(features=(2,), alphas=(0.1,), teacher_widths=(1,), seeds=3, steps=2000, slope=3.0, distilled=False))
+        distribution = FeatureDistribution(2, 0.1)
+        assert result.students.achieved_floor.min() == pytest.approx(zipf_importance(2, 3.0)[1] * distribution.variance, rel=0.02)
+        assert (result.students.kept == 1).any()
+
+    def test_as_wide_as_there_are_features_nothing_is_lost(self) -> None:
+        settings = SweepSettings(features=(3,), alphas=(0.9,), teacher_widths=(3, 5), widths=(3, 5), seeds=2, steps=1000, evaluation_rows=2048)
+        students = predictions(run(settings))
+        assert (students.refined == 0).all()
+        assert (students.achieved_floor < 0.01 * students.nothing).all()
+
     @pytest.mark.slow
     def test_floors_of_a_published_replication(self) -> None:
         """5 seeds, Zipf importances i⁻¹, 10,000 steps of Adam: within 3%, and within 5% at d = 1."""
@@ -220,6 +239,43 @@ class TestPredictors:
         importance = zipf_importance(5)
         assert float(theory.refined_floor(importance, 50, 0.9)) == 0
 
+    def test_a_law_of_a_plugin_is_judged_too(self) -> None:
+        class Two(CapacityLaw):
+            name = "two_each"
+
+            def features_per_dimension(self, alpha: float, importance: NDArray[np.float64]) -> float:
+                return 2.0
+
+        class Laws:
+            @hookimpl
+            def register_capacity_laws(self, register: Callable[[CapacityLaw], None]) -> None:
+                register(Two())
+
+        importance = zipf_importance(10)
+        case = Case(importance, importance / 2, 0.9, 3, np.ones(10, dtype=bool))
+        register_plugin(Laws(), name="laws of a test")
+        try:
+            found = {p.name: p.predict(case) for p in predictors()}
+        finally:
+            unregister_plugin("laws of a test")
+        assert found["two_each"] == pytest.approx(importance[6:].sum())
+        assert found["two_each, Var"] == pytest.approx(importance[6:].sum() / 2)
+
+    def test_accuracy_is_that_of_scikit_learn_and_scipy(self) -> None:
+        random = np.random.default_rng(4)
+        observed = random.uniform(1, 2, 40)
+        rows = pandas.DataFrame(
+            {"n": 10, "alpha": 0.9, "width": 1 + np.arange(40) % 5, "achieved_floor": observed, "nothing": 5.0, "mine": observed + random.normal(0, 0.1, 40)}
+        )
+        table = accuracy(rows, ["mine", "achieved_floor"]).set_index(["predictor", "stratum"])
+        mine, perfect = table.loc[("mine", "all")], table.loc[("achieved_floor", "all")]
+        assert mine.r2 == pytest.approx(r2_score(rows.achieved_floor, rows.mine))
+        assert mine.mae == pytest.approx(mean_absolute_error(rows.achieved_floor, rows.mine))
+        assert mine.pearson_r == pytest.approx(pearsonr(rows.mine, rows.achieved_floor).statistic)
+        assert (perfect.relative, perfect.relative_to_nothing, perfect.r2, perfect.mae) == (1, 1, 1, 0)
+        # d* = 10/g(0.9) = 2.30: widths 1, then 2, then 3 to 5, which are 8 each
+        assert table.loc["mine"]["count"].to_dict() == {"all": 40, "α = 0.9": 40, "d/d* < 0.8": 8, "0.8 ≤ d/d* ≤ 1.2": 8, "d/d* > 1.2": 24}
+
     def test_accuracy_by_its_definitions(self) -> None:
         students = predictions(run(TINY))
         table = accuracy(cells(students))
@@ -239,8 +295,25 @@ class TestPredictors:
         law = fit_packing_law(alpha, np.tile(1.1 * g**0.6, (4, 1)))
         assert (law.a, law.b) == (pytest.approx(1.1), pytest.approx(0.6))
         assert law.a_error == pytest.approx(0, abs=1e-9)
-        with pytest.raises(CapacityError, match="needs at least two"):
-            fit_packing_law(np.array([0.9]), np.ones((2, 1)))
+        one_missing = np.tile(1.1 * g**0.6, (4, 1)) * np.array([1, 1, 1, np.nan])[:, None]
+        assert fit_packing_law(alpha, one_missing).b == pytest.approx(0.6)
+
+    @pytest.mark.parametrize(
+        ("alpha", "packing", "says"),
+        [([0.9], [[1.0], [1.0]], "needs at least two"), ([0.8, 0.9], [[1.0, np.nan]], "no seed converged"), ([0.8, 0.9], [[1.0, 0.0]], "keep nothing at all")],
+    )
+    def test_packing_that_says_nothing(self, alpha: list[float], packing: list[list[float]], says: str) -> None:
+        with pytest.raises(CapacityError, match=says):
+            fit_packing_law(np.array(alpha), np.array(packing))
+
+    def test_errors_of_the_packing_law_are_the_spread_of_seeds(self) -> None:
+        """Seeds that all scale one law: a's standard error is that of a mean, and b does not vary."""
+        alpha, scales = np.array([0.8, 0.9, 0.95, 0.99]), np.random.default_rng(3).uniform(0.8, 1.2, 30)
+        g = np.array([theory.capacity(float(a)) for a in alpha])
+        law = fit_packing_law(alpha, scales[:, None] * g**0.5)
+        assert law.a == pytest.approx(scales.mean())
+        assert law.a_error == pytest.approx(scales.std() / len(scales) ** 0.5, rel=0.1)
+        assert law.b_error == pytest.approx(0, abs=1e-9)
 
 
 class TestSweep:
@@ -266,18 +339,39 @@ class TestSweep:
         with pytest.raises(CapacityError, match="holds no whole toy sweep"):
             SweepResult.load(tmp_path / "sweep")
 
-    def test_what_diverges_is_reported_and_left_out(self) -> None:
-        result = run(replace(TINY, lr=1e4))
+    @pytest.mark.parametrize("lr", [1e4, 1e30])
+    def test_what_diverges_is_reported_and_left_out(self, lr: float) -> None:
+        result = run(replace(TINY, lr=lr))
         assert len(result.diverged) > 0
         students = predictions(result)
-        assert len(students) == len(result.students) - len(result.diverged)
+        assert len(students) == len(result.students) - len(result.diverged) == 0 or np.isfinite(students.achieved_floor).all()
+        assert len(student_list(result)) == len(students.query("kind == 'direct'"))
+        assert any(f"{len(result.diverged)} students diverged" in claim for claim in claims(result, students))
+
+    def test_the_report(self) -> None:
+        result = run(replace(TINY, steps=200))
+        students = predictions(result)
+        page = markdown(result, students, predictors(), "tl-capacity run toy-sweep")
+        assert page.startswith("# Toy models: 4 configurations")
+        for heading in ("Where the theorem holds", "Accuracy", "What the students keep", "Distilled students", "Floors"):
+            assert f"\n## {heading}" in page
+        listed = student_list(result)
+        assert len(listed) == (result.students.kind == "direct").sum() == 12
+        assert listed[0].keys() == {"n", "alpha", "width", "seed", "achieved_floor", "kept"}
+        for figure in (floors_figure(students), predictors_figure(students)):
+            assert len(figure.data) > 4
+
+    @pytest.mark.parametrize("content", [b"", b"nothing of the sort", b"\x08" + bytes(7) + b'{"a": 1}'])
+    def test_a_damaged_checkpoint_is_one_sentence(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "state").write_bytes(content)
+        with pytest.raises(CapacityError, match="no checkpoint of a toy sweep"):
+            train(TINY, tmp_path / "state")
 
     def test_killed_and_continued(self, tmp_path: Path) -> None:
         """SIGKILL after a checkpoint; the same call goes on to the same last bit."""
         checkpoint, longer = tmp_path / "state.safetensors", replace(TINY, steps=1200)
         code = (
             "import sys; from pathlib import Path; from tl_capacity.toy import training, SweepSettings; training.CHECKPOINT_SECONDS = 0.0\n"
-            f"state = training.Checkpoint.__init__.__defaults__; training.Checkpoint.__init__.__defaults__ = (0.0,)\n"
             f"training.train(SweepSettings.from_json({longer.to_json()!r}), Path({str(checkpoint)!r}))"
         )
         process = subprocess.Popen([sys.executable, "-c", code])

@@ -143,26 +143,31 @@ def fit_packing_law(alpha: Float[np.ndarray, " cell"], packing: Float[np.ndarray
 
     Args:
         alpha: α of each cell (a model size); cells of one α are averaged.
-        packing: kept features per dimension, of each seed; NaN where a seed is missing.
+        packing: kept features per dimension, of each seed; a seed with a NaN, for a model that did not converge, is left out.
         resamples: bootstrap samples of the seeds, drawn with replacement.
 
     Raises:
         CapacityError: where fewer than two sparsities have a model that keeps something.
     """
+    packing = packing[~np.isnan(packing).any(axis=1)]
     values = np.unique(alpha)
     log_g = np.log([theory.capacity(float(value)) for value in values])
 
     def averages(seeds: NDArray[np.int_]) -> NDArray[np.float64]:
         chosen = packing[seeds]
-        return np.array([np.nanmean(chosen[:, alpha == value]) for value in values])
+        return np.array([chosen[:, alpha == value].mean() for value in values])
 
     def fit(seeds: NDArray[np.int_]) -> NDArray[np.float64]:
         b, log_a = np.polyfit(log_g, np.log(averages(seeds)), 1)
         return np.array([np.exp(log_a), b])
 
     everyone = np.arange(len(packing))
-    if len(values) < 2 or not (averages(everyone) > 0).all():
+    if not len(packing):
+        raise CapacityError("no seed converged at every sparsity, so that no packing law can be fitted: sweep more seeds, or take a smaller learning rate")
+    if len(values) < 2:
         raise CapacityError(f"models of {len(values)} sparsities keep features, but a packing law needs at least two: sweep more values of α")
+    if not (averages(everyone) > 0).all():
+        raise CapacityError("models of one sparsity keep nothing at all, and nothing has no logarithm to fit: train for longer, or at other values of α")
     random = np.random.default_rng(random_seed)
     a, b = fit(everyone)
     errors = np.full(2, np.nan)

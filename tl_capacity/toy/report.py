@@ -242,7 +242,7 @@ def _floors(students: Any) -> list[str]:
     floor, kept = by_cell.achieved_floor.agg(["mean", "std", "min"]), by_cell.kept.mean()
     nothing = by_cell.nothing.first()
 
-    def shown(cell: tuple[int, float, int]) -> str:
+    def shown(cell: tuple[Any, ...]) -> str:  # pandas' own numbers
         return f"{floor.loc[cell, 'mean']:.4f} ± {floor.loc[cell, 'std']:.4f}"
 
     rows = [
@@ -364,7 +364,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def _set(values: Sequence[float]) -> str:
+def _set(values: Sequence[int] | Sequence[float]) -> str:
     return "{" + ", ".join(f"{value:g}" for value in values) + "}"
 
 

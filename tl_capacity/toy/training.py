@@ -172,8 +172,8 @@ class Checkpoint:
         CapacityError: where the file is damaged or belongs to a sweep with other settings.
     """
 
-    def __init__(self, path: Path | None, settings: SweepSettings, every_seconds: float = CHECKPOINT_SECONDS) -> None:
-        self.path, self.settings, self.every_seconds = path, settings, every_seconds
+    def __init__(self, path: Path | None, settings: SweepSettings) -> None:
+        self.path, self.settings = path, settings
         self.tensors: dict[str, Tensor] = {}
         self.seconds: dict[str, float] = {}
         self._saved = time.monotonic()
@@ -196,7 +196,7 @@ class Checkpoint:
 
     def save(self, tensors: dict[str, Tensor], force: bool = False) -> None:
         """Write the state, unless that was done a moment ago."""
-        if self.path is None or (not force and time.monotonic() - self._saved < self.every_seconds):
+        if self.path is None or (not force and time.monotonic() - self._saved < CHECKPOINT_SECONDS):
             return
         from safetensors.torch import save
 
