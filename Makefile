@@ -1,4 +1,4 @@
-# make demo: measure the embedded teacher.  make test: the test suite.  make check: all that CI checks beside the tests.
+# make demo: measure the embedded teacher, and the whole experiment at its shortest.  make test: the test suite.  make check: all that CI checks beside the tests.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -9,8 +9,9 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test slow check benchmarks help-pages clean
 
 demo: .venv/.package
-	rm -rf runs/demo
+	rm -rf runs/demo runs/demo-floors
 	$(BIN)/tl-capacity measure --model embedded --tokens 400000 --widths $(WIDTHS) --out runs/demo
+	$(BIN)/tl-capacity run pythia-floor --preset quick --widths $(WIDTHS) --out runs/demo-floors
 
 test: .venv/.test
 	$(BIN)/python -m pytest
@@ -27,6 +28,7 @@ check: .venv/.dev
 
 benchmarks: .venv/.test
 	$(BIN)/python benchmarks/measure.py
+	$(BIN)/python benchmarks/distill.py
 
 help-pages: .venv/.package
 	$(BIN)/python docs/write_help.py

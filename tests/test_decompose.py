@@ -39,10 +39,10 @@ def floors(of: Callable[[int], float], widths: tuple[int, ...] = WIDTHS, seeds: 
     return [ObservedFloor(f"{w}-{s}", w, s, "random", v, v - 0.01, v + 0.01, v + 0.02, 0.1, 1.0, 0.001) for w, s, v in values]
 
 
-def decomposed(observed: list[ObservedFloor], predicted: dict[int, float] = PREDICTED) -> Decomposition:
+def decomposed(observed: list[ObservedFloor], predicted: dict[int, float] = PREDICTED, unit: str = "unit") -> Decomposition:
     widths = {f.width for f in observed if f.start != "teacher"}
     naive = {w: max(0.0, 10 - 0.1 * w) for w in widths}
-    prediction = Prediction(*ASKED, "unit", {w: Estimate(predicted[w]) for w in widths}, naive)
+    prediction = Prediction(*ASKED, unit, {w: Estimate(predicted[w]) for w in widths}, naive)
     return decompose_floors(observed, {f.name: f.width**2 for f in observed}, [prediction], ASKED)
 
 
@@ -86,6 +86,25 @@ def test_the_verdict_names_a_rival_where_it_holds(name: str, of: Callable[[int],
     assert true.error < 1e-4 < 1e-2 < found.chosen.error  # a power law with the right exponent may be as good as 1/d
     assert f"{found.winner.candidate.name} explains the floors best" in found.verdict()
     assert f"importance, law at hook comes {1 + next(i for i, f in enumerate(found.fits) if f is found.chosen)} of 6" in found.verdict()
+
+
+@pytest.mark.parametrize(("c", "says"), [(1.0, "1 is inside, so it may be right as it is"), (0.8, "1 is outside, so it is not right as it is")])
+def test_a_prediction_in_nats_can_be_wrong_as_it_is(c: float, says: str) -> None:
+    found = decomposed(floors(lambda w: c * PREDICTED[w] + 0.1, seeds=2, noise=0.01), unit="nats per token")
+    (as_is,) = (f for f in found.fits if f.candidate.as_is)
+    (fitted_c,) = found.in_nats()
+    assert fitted_c is found.chosen
+    assert (as_is.c, as_is.candidate.name) == (Estimate(1.0), "importance, law at hook, C = 1")
+    assert as_is.b.value == pytest.approx(np.mean([f.value - PREDICTED[f.width] for f in found.observed]))
+    assert as_is.error is not None
+    assert (as_is.error < 0.02) == (c == 1)
+    assert any(says in note for note in found.notes())
+    assert not any("as it is" in note for note in decomposed(floors(lambda w: PREDICTED[w])).notes())
+
+
+def test_the_best_that_knows_nothing_of_features_is_named() -> None:
+    assert decomposed(floors(lambda w: 0.3 + 20 / w)).notes()[1].startswith("the best of 6 candidates was chosen by its error on 7 widths")
+    assert "know nothing of features, 1/d is the best" in decomposed(floors(lambda w: PREDICTED[w])).notes()[1]
 
 
 def test_floors_that_are_all_the_same_are_a_constant() -> None:

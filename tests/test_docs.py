@@ -138,7 +138,7 @@ def test_a_wrong_command_is_noticed(wrong: str) -> None:
 
 def test_the_refusals_that_are_listed_exist() -> None:
     listed = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
-    source = "".join(path.read_text(encoding="utf-8") for folder in ("tl_capacity", "hooks", "recipes") for path in (ROOT / folder).glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for folder in ("tl_capacity", "hooks", "recipes") for path in (ROOT / folder).rglob("*.py"))
     assert len(listed) > 30
     assert not [fragment for fragment in listed if fragment not in source]
 

@@ -26,8 +26,8 @@ MIN_WIDTHS = 5
 REPLICATES = 200
 OBSERVED = ("fit", "last_tenth")
 PAPER = "compressed_sensing"
-EXPONENTS = (0.02, 8.0)
-"""Where the exponent of a power law is looked for."""
+EXPONENTS = np.geomspace(0.02, 8, 3000)
+"""Among which the exponent of a power law is looked for: 0.2% apart."""
 NATS = "nats per token"
 """The unit of the observed floors. A prediction in it needs no C."""
 SHOWN = 10
@@ -294,52 +294,53 @@ def decompose_floors(
     return Decomposition(tuple(floors), observed, ranked, chosen, chosen_from.floors)
 
 
-def fit(candidate: Candidate, points: Points, replicates: Sequence[NDArray[np.int64]]) -> Fit:
-    """Fit a candidate by least squares, every student counting the same; `replicates` as `resamples` draws them."""
+def fit(candidate: Candidate, points: Points, replicates: NDArray[np.float64]) -> Fit:
+    """Fit a candidate by least squares, every student counting the same.
+
+    Args:
+        replicates: [replicate, student] how often each student counts, as `resamples` draws it.
+    """
     widths = np.unique(points.widths)
-    numbers = _solve(candidate, points)
-    values = _values(candidate, points, numbers)
-    again = np.array([_solve(candidate, points.take(places)) for places in replicates])
-    varies = bool(np.ptp(candidate.x(points)) > 0)
-    free_c = varies and not candidate.as_is
-    needed = 1 + free_c + candidate.free_exponent
+    without = (points.widths != widths[:, None]).astype(np.float64)
+    free_c = bool(np.ptp(candidate.x(points)) > 0) and not candidate.as_is
+    enough = len(widths) > 1 + free_c + candidate.free_exponent
+    # In one go: with all students, without each width (nothing is left where there is but one), and as the bootstrap draws them.
+    numbers = _solve(candidate, points, np.concatenate([np.ones((1, len(points.widths))), without if enough else without[:0], replicates]))
+    own, left_out, again = numbers[0], numbers[1 : len(numbers) - len(replicates)], numbers[len(numbers) - len(replicates) :]
+    values = _values(candidate, points, own)
     error = None
-    if len(widths) > needed:
-        misses = []
-        for width in widths:
-            left = points.take(points.widths == width)
-            predicted = _values(candidate, left, _solve(candidate, points.take(points.widths != width)))
-            misses.append(float((left.floors - predicted).mean()))
+    if enough:
+        misses = [(points.floors - _values(candidate, points, of))[points.widths == width].mean() for width, of in zip(widths, left_out, strict=True)]
         error = float(np.sqrt(np.mean(np.square(misses))))
     spread = float(np.square(points.floors - points.floors.mean()).sum())
-    enough = len(widths) > needed
     return Fit(
         candidate,
-        c=_estimate(numbers[0], again[:, 0], enough and free_c) if varies else None,
-        b=_estimate(numbers[1], again[:, 1], enough),
-        exponent=float(numbers[2]) if candidate.free_exponent else None,
+        c=_estimate(own[0], again[:, 0], enough and free_c) if free_c or candidate.as_is else None,
+        b=_estimate(own[1], again[:, 1], enough),
+        exponent=float(own[2]) if candidate.free_exponent else None,
         r2=1 - float(np.square(points.floors - values).sum()) / spread if spread else 0.0,
         error=error,
         fitted={int(width): float(values[points.widths == width][0]) for width in widths},
     )
 
 
-def _solve(candidate: Candidate, points: Points) -> NDArray[np.float64]:
-    """`[C, B, s]` by least squares; for a free exponent, the best C and B of each s are a straight line's, so only s is searched for."""
-    x = candidate.x(points)
+def _solve(candidate: Candidate, points: Points, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[C, B, s]` by least squares, a row for each row of weights [replicate, student]."""
+    x, y = candidate.x(points), points.floors
+    nothing = np.full(len(weights), -1.0)
     if candidate.as_is:
-        return np.array([1.0, float((points.floors - x).mean()), -1.0])
+        return np.stack([np.ones(len(weights)), weights @ (y - x) / weights.sum(1), nothing], 1)
     if not candidate.free_exponent:
-        return np.array([*_line(x, points.floors), -1.0])
-    from scipy.optimize import minimize_scalar
-
-    def left(s: float) -> float:
+        return np.stack([*_line(x, y, weights), nothing], 1)
+    # The best C and B of each exponent are a straight line's, so only the exponent is searched for.
+    found, smallest = np.zeros((len(weights), 3)), np.full(len(weights), np.inf)
+    for s in EXPONENTS:
         power = _power(x, s)
-        c, b = _line(power, points.floors)
-        return float(np.square(points.floors - c * power - b).sum())
-
-    s = float(minimize_scalar(left, bounds=EXPONENTS, method="bounded", options={"xatol": 1e-5}).x)
-    return np.array([*_line(_power(x, s), points.floors), s])
+        c, b = _line(power, y, weights)
+        left = (weights * np.square(y - c[:, None] * power - b[:, None])).sum(1)
+        better = left < smallest
+        found[better], smallest[better] = np.stack([c, b, np.full_like(c, s)], 1)[better], left[better]
+    return found
 
 
 def _values(candidate: Candidate, points: Points, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -351,15 +352,19 @@ def _power(x: NDArray[np.float64], s: float) -> NDArray[np.float64]:
     return np.asarray(x**-s)
 
 
-def _line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
-    """`(C, B)` of the least-squares line; C is 0 where x is the same everywhere, as nothing tells what it is."""
-    centred = x - x.mean()
-    c = float(centred @ y / (centred @ centred)) if np.ptp(x) > 0 else 0.0
-    return c, float(y.mean() - c * x.mean())
+def _line(x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`(C, B)` of the weighted least-squares line of each row of weights; C is 0 where x is the same everywhere, as nothing tells what it is."""
+    total = weights.sum(1)
+    mean_x, mean_y = weights @ x / total, weights @ y / total
+    centred = weights * (x - mean_x[:, None])
+    spread, product = centred @ x, centred @ y
+    varies = spread > 1e-12 * (weights @ x**2)  # below it is what rounding leaves of zero
+    c = np.divide(product, spread, out=np.zeros_like(total), where=varies)
+    return c, mean_y - c * mean_x
 
 
-def resamples(points: Points) -> list[NDArray[np.int64]]:
-    """Places of the points of each bootstrap replicate: widths drawn with replacement, at least two different ones, and for each its students likewise."""
+def resamples(points: Points) -> NDArray[np.float64]:
+    """How often each student counts in each replicate [replicate, student]: two or more widths, drawn with replacement, and students for each."""
     random = np.random.default_rng(0)
     students = {width: np.flatnonzero(points.widths == width) for width in np.unique(points.widths)}
     widths = np.array(list(students))
@@ -367,8 +372,9 @@ def resamples(points: Points) -> list[NDArray[np.int64]]:
     while len(found) < REPLICATES:
         drawn = random.choice(widths, len(widths))
         if len(widths) == 1 or np.ptp(drawn) > 0:
-            found.append(np.concatenate([random.choice(students[width], len(students[width])) for width in drawn]))
-    return found
+            places = np.concatenate([random.choice(students[width], len(students[width])) for width in drawn])
+            found.append(np.bincount(places, minlength=len(points.widths)))
+    return np.array(found, dtype=np.float64)
 
 
 def _estimate(value: float, again: NDArray[np.float64], enough: bool) -> Estimate:
@@ -403,7 +409,7 @@ def _measured(hook: HookMeasurement, importance: str) -> bool:
 
 
 def _candidates(predictions: Sequence[Prediction]) -> list[Candidate]:
-    """The refined floor of each prediction, and the naive one of each hook point and law, on which the importance has no effect but a factor."""
+    """The refined floor of each prediction; the naive one of each hook point and law, for the first importance: others change little but a factor."""
     found, naive = [], set[tuple[str, str]]()
     for p in predictions:
         name, x = f"{p.importance}, {p.law} at {p.hook}", _looked_up({width: floor.value for width, floor in p.floors.items()})
@@ -427,14 +433,10 @@ def _notes(found: Decomposition) -> list[str]:
     if found.winner is not None and found.winner is not rival:
         notes.append(f"of the candidates that know nothing of features, {rival.candidate.name} is the best, with an error of {_error(rival)} nats per token")
     if found.winner is not None:
-        notes.append(
-            f"the best of {len(found.fits)} candidates on {len(found.predicted)} widths is better than it would be on further widths, for having been chosen"
-        )
+        notes.append(f"the best of {len(found.fits)} candidates was chosen by its error on {len(found.predicted)} widths: on others expect a larger one")
     for each in found.in_nats():
         if each.c is not None and each.c.low is not None and each.c.high is not None:
-            right = (
-                "1 is within, so its nats may be those observed" if each.c.low <= 1 <= each.c.high else "1 is not within, so its nats are not those observed"
-            )
+            right = "1 is inside, so it may be right as it is" if each.c.low <= 1 <= each.c.high else "1 is outside, so it is not right as it is"
             notes.append(f"{each.candidate.name} predicts nats per token, and C = {each.c.show('.3g')}: {right}")
     if found.chosen.c is None:
         notes.append(f"{found.chosen.candidate.name} predicts the same floor at all widths, so there is no C: distil narrower students")

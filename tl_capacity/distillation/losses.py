@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from tl_capacity.errors import CapacityError
 
-CHUNK_TOKENS = 128
-"""Four buffers of [chunk, vocabulary] live at once: 103 MB in float32 at a vocabulary of 50,304."""
+CHUNK_TOKENS = 256
+"""Four buffers of [chunk, vocabulary] live at once: 206 MB in float32 at a vocabulary of 50,304."""
 
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`(log_p, p, log_q, scratch)` → value [token] and gradient [token, vocabulary] with respect to the student's logits; overwrites `log_q` and `scratch`."""

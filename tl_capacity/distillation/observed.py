@@ -112,8 +112,13 @@ def fit_power_law(t: NDArray[np.float64], losses: NDArray[np.float64], start: tu
     guess = np.array(start or (0.8 * losses.min(), max(1e-9, 0.2 * losses.min()), 0.5))
     span = np.maximum(high - low, 1e-9)
     inside = np.clip(guess, low + 1e-9, np.where(np.isfinite(span), high - 1e-9, np.inf))
-    found, _ = curve_fit(power_law, t, losses, p0=inside, bounds=(low, high), max_nfev=2000)
+    found, _ = curve_fit(power_law, t, losses, p0=inside, jac=_slopes, bounds=(low, high), max_nfev=2000)
     return float(found[0]), float(found[1]), float(found[2])
+
+
+def _slopes(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArray[np.float64]:
+    """Derivatives of the power law [evaluation, parameter]."""
+    return np.stack([np.ones_like(t), t**-b, -a * t**-b * np.log(t)], 1)
 
 
 def _blocks(residuals: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:

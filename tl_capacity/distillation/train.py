@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tl_capacity.attach import library_versions
 from tl_capacity.distillation import checkpoint, data
-from tl_capacity.distillation.losses import HELDOUT_LOSS, MATCHES, HiddenMatch, LogitLoss, Output, chunked_losses
+from tl_capacity.distillation.losses import CHUNK_TOKENS, HELDOUT_LOSS, MATCHES, HiddenMatch, LogitLoss, Output, chunked_losses
 from tl_capacity.distillation.run import JSON_NAME, DistillationRun, StudentCurve
 from tl_capacity.distillation.students import check_output, check_teacher, new_student, output_of, parameters_of
 from tl_capacity.errors import CapacityError
@@ -81,7 +81,7 @@ class DistillSettings:
     repeat: bool = False
     seed: int = 0
     mixed_precision: str = "no"
-    chunk_tokens: int = 128
+    chunk_tokens: int = CHUNK_TOKENS
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

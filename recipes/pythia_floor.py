@@ -1,0 +1,178 @@
+"""The paper's experiment as one command: measure a teacher, predict the floor of each student width, distil, observe the floors, and compare.
+
+`tl-capacity run pythia-floor --preset quick`; each stage is saved, and the same command goes on where it stopped. The paper's own setting (arXiv:2604.04037) is
+`--teacher EleutherAI/pythia-410m --widths 128,256,512,768,1024 --sae … --source …`, through the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tl_capacity.decompose import Decomposition, decompose
+from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
+from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.errors import CapacityError
+from tl_capacity.measurement import Measurement
+from tl_capacity.recipe import option, run_file
+from tl_capacity.storage import make_folder, write_json
+
+IMPORTANCES = ("second_moment", "gradient", "fisher")
+"""Measured in any case: the paper's, and two in nats per token, whose C must be 1."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"measure_tokens": 16_000, "tokens": 25_000, "evaluations": 12, "heldout_tokens": 1_500, "batch_rows": 2, "context": 128},
+    "demo": {"measure_tokens": 100_000, "tokens": 250_000, "evaluations": 20, "heldout_tokens": 4_000, "batch_rows": 4, "context": 256},
+    "full": {"measure_tokens": 400_000, "tokens": 20_000_000, "evaluations": 60, "heldout_tokens": 16_384, "batch_rows": 8, "context": 256},
+}
+
+
+@dataclass(frozen=True)
+class PythiaFloorConfig:
+    """Everything that decides the result; what is not given is the preset's."""
+
+    preset: str = option("quick", "quick (2 minutes on 2 cores), demo (10 minutes) or full (20 million tokens).")
+    out: Path = option(Path("runs/pythia-floor"), "The folder to write; a rerun continues in it.")
+    teacher: str = option("embedded", "A model name, folder or hub id.")
+    sae: tuple[str, ...] = option((), "SAELens folders or release/sae_id, each optionally HOOK=…; by default all that come with the teacher.")
+    widths: tuple[int, ...] = option((16, 24, 32, 48, 64, 96, 128), "Student widths.")
+    seeds: tuple[int, ...] = option((0,), "Of the students' initial weights.")
+    control: bool = option(True, "Also train a student of the teacher's width that starts with its weights: what the training itself costs.")
+    measurement: Path | None = option(None, "A finished measurement of the teacher to use instead of measuring.")
+    source: str = option("", "The text to measure and to train on; by default the corpus that belongs to the teacher.")
+    heldout: str = option("", "The text to judge the students by; by default embedded:heldout for the embedded teacher, else documents of --source.")
+    hook: str = option("", "The hook point to predict from; by default the middle one of those measured.")
+    importance: str = option("second_moment", "Importance estimator of the prediction.")
+    law: str = option("compressed_sensing", "Capacity law of the prediction.")
+    observed: str = option("fit", "Observed floor: fit, where the held-out curve is heading, or last_tenth, its mean at the end.")
+    measure_tokens: int | None = option(None, "Tokens to measure on.")
+    tokens: int | None = option(None, "Predicted tokens to train on; a source that is shorter is repeated.")
+    evaluations: int | None = option(None, "How often the students are judged.")
+    heldout_tokens: int | None = option(None, "Predicted tokens that they are judged by.")
+    batch_rows: int | None = option(None, "Rows in a step.")
+    context: int | None = option(None, "Positions in a row, BOS included.")
+    temperature: float = option(1.0, "Of the training loss.")
+    lr: float = option(3e-3, "Peak learning rate.")
+    schedule: str = option("cosine", "Of the learning rate: cosine or wsd.")
+    seed: int = option(0, "Of the order of the rows.")
+    device: str = option("cpu", "Where everything runs.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+
+    def whole(self) -> PythiaFloorConfig:
+        """With the preset's values where none were given.
+
+        Raises:
+            CapacityError: on an unknown preset.
+        """
+        if self.preset not in PRESETS:
+            raise CapacityError(f"{self.preset!r} is no preset: choose one of {', '.join(PRESETS)}")
+        return replace(self, **{name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None})
+
+
+def main(config: PythiaFloorConfig) -> Decomposition:
+    """Measure a teacher, predict floors, distil students, and compare.
+
+    Raises:
+        CapacityError: on settings that do not fit, a folder of other settings, or whatever a stage refuses.
+    """
+    config = config.whole()
+    _same_settings(config)
+    measurement = measure(config)
+    predicted = measurement.budget(config.widths, config.importance, config.law)  # before an hour of training, in case it is refused
+    write_json(config.out / "predicted.json", [f.to_json() for f in predicted.floors])
+    _print(predicted)
+    run = train(config)
+    found = decompose(measurement, run, hook=config.hook or None, importance=config.importance, law=config.law, observed=config.observed)
+    write_json(config.out / "decomposition.json", found.to_json())
+    write_json(config.out / "floors.json", found.table_of_floors())
+    _print(found)
+    print(f"written to {config.out}; next: tl-capacity decompose {config.measurement or config.out / 'measurement'} {config.out / 'distillation'} --json")
+    return found
+
+
+def measure(config: PythiaFloorConfig) -> Measurement:
+    """The measurement, finished or continued."""
+    from tl_capacity.measuring import MeasureSettings
+    from tl_capacity.measuring import measure as run_measure
+
+    if config.measurement is not None:
+        return Measurement.load(config.measurement)
+    _threads(config)
+    return run_measure(
+        MeasureSettings(
+            model=config.teacher,
+            out=config.out / "measurement",
+            saes=config.sae,
+            tokens=config.measure_tokens or 0,
+            source=config.source or None,
+            resume=True,
+            importance=tuple(dict.fromkeys((*IMPORTANCES, config.importance))),
+            device=config.device,
+        )
+    )
+
+
+def train(config: PythiaFloorConfig) -> DistillationRun:
+    """The distillation, finished or continued."""
+    out = config.out / "distillation"
+    if (out / DISTILLATION_JSON).exists():  # with these settings, which stand beside it
+        return DistillationRun.load(out)
+    from tl_capacity.distillation import DistillSettings, LogitLoss
+    from tl_capacity.distillation import distill as run_distill
+    from tl_capacity.loading import load_model
+    from tl_capacity.tokens import TokenStream
+
+    _threads(config)
+    teacher = load_model(config.teacher, device=config.device)
+    source = config.source or (teacher.named.corpus if teacher.named else None)
+    if not source:
+        raise CapacityError(f"no corpus belongs to {config.teacher!r}: name one with --source, such as a .txt or .jsonl file")
+    heldout = config.heldout or ("embedded:heldout" if source == "embedded" else "")
+    assert config.context is not None  # by the preset
+    return run_distill(
+        teacher,
+        config.widths,
+        TokenStream(source, teacher.tokenizer, context=config.context),
+        heldout=TokenStream(heldout, teacher.tokenizer, context=config.context) if heldout else None,
+        settings=DistillSettings(
+            loss=LogitLoss(temperature=config.temperature),
+            repeat=True,
+            **{
+                name: getattr(config, name) for name in ("seeds", "control", "lr", "schedule", "seed", *PRESETS["quick"].keys() - {"measure_tokens", "context"})
+            },
+        ),
+        out=out,
+        resume=True,
+    )
+
+
+def _threads(config: PythiaFloorConfig) -> None:
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+
+
+def _same_settings(config: PythiaFloorConfig) -> None:
+    """Keep the settings beside the results, and refuse to go on with others."""
+    make_folder(config.out)
+    path = config.out / "settings.json"
+    free = ("out", "preset", "device", "threads", "hook", "importance", "law", "observed")  # of which no stage that is kept depends, or which it checks itself
+    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in free}, default=str))
+    if path.is_file():
+        before = json.loads(path.read_text())
+        changed = [f"{name} {before.get(name)!r}, and this one has {value!r}" for name, value in settings.items() if before.get(name) != value]
+        if changed:
+            raise CapacityError(f"{config.out} holds a run with {changed[0]}: go on with the same settings, or choose another --out")
+    write_json(path, settings)
+
+
+def _print(shown: Any) -> None:
+    from rich.console import Console
+
+    Console(width=160).print(shown)
+
+
+if __name__ == "__main__":
+    run_file(main)
