@@ -27,6 +27,8 @@ class DistillConfig:
     evaluations: int = option(40, "How often to do so, evenly spaced.")
     repeat: bool = option(False, "Read a source that is shorter than --tokens several times.")
     seeds: tuple[int, ...] = option((0,), "Of the initial weights; each width is trained once for each.")
+    seeded_widths: tuple[int, ...] = option((), "Widths that are trained with every seed, the others with the first; by default all.")
+    start: str = option("random", "Of the students' weights: random, or truncated, the teacher's in the leading directions of its residual stream.")
     control: bool = option(False, "Also train a student of the teacher's width that starts with its weights.")
     loss: str = option("forward_kl", "Between next-token distributions: forward_kl, reverse_kl or jsd.")
     temperature: float = option(1.0, "Of the training loss, which is multiplied by its square; students are judged at 1.")
@@ -42,6 +44,7 @@ class DistillConfig:
     seed: int = option(0, "Of the order of the rows.")
     device: str = option("cpu", "Where teacher and students run.")
     dtype: str = option("float32", "Of the teacher's weights; the students' are float32.")
+    shard_teacher: bool = option(False, "Spread a teacher that was loaded on the CPU over the processes (FSDP).")
     mixed_precision: str = option("no", "no, or bf16 for the students' blocks.")
     checkpoint_seconds: float = option(60.0, "Save a checkpoint this often.")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
@@ -64,8 +67,10 @@ def main(config: DistillConfig) -> DistillationRun:
     settings = DistillSettings(
         tokens=config.tokens,
         seeds=config.seeds,
+        seeded_widths=config.seeded_widths,
         loss=LogitLoss(config.loss, config.temperature, config.beta, config.ce_weight),
         hidden=tuple(HiddenMatch.parse(text) for text in config.hidden),
+        start=config.start,
         control=config.control,
         lr=config.lr,
         warmup=config.warmup,
@@ -87,6 +92,7 @@ def main(config: DistillConfig) -> DistillationRun:
         settings=settings,
         out=config.out,
         resume=config.resume,
+        shard_teacher=config.shard_teacher,
         checkpoint_seconds=config.checkpoint_seconds,
     )
     show(run)

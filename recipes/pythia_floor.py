@@ -21,6 +21,8 @@ from tl_capacity.storage import make_folder, write_json
 
 IMPORTANCES = ("second_moment", "gradient", "fisher")
 """Measured in any case: the paper's, and two in nats per token, whose C must be 1."""
+PASSED_ON = ("seeds", "seeded_widths", "start", "control", "lr", "schedule", "seed")
+"""What the distillation takes as it stands here."""
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"measure_tokens": 16_000, "tokens": 25_000, "evaluations": 12, "heldout_tokens": 1_500, "batch_rows": 2, "context": 128},
     "demo": {"measure_tokens": 100_000, "tokens": 250_000, "evaluations": 20, "heldout_tokens": 4_000, "batch_rows": 4, "context": 256},
@@ -38,6 +40,8 @@ class PythiaFloorConfig:
     sae: tuple[str, ...] = option((), "SAELens folders or release/sae_id, each optionally HOOK=…; by default all that come with the teacher.")
     widths: tuple[int, ...] = option((16, 24, 32, 48, 64, 96, 128), "Student widths.")
     seeds: tuple[int, ...] = option((0,), "Of the students' initial weights.")
+    seeded_widths: tuple[int, ...] = option((), "Widths that are trained with every seed, the others with the first; by default all.")
+    start: str = option("truncated", "Of the students' weights: truncated, the teacher's in the leading directions of its residual stream, or random.")
     control: bool = option(True, "Also train a student of the teacher's width that starts with its weights: what the training itself costs.")
     measurement: Path | None = option(None, "A finished measurement of the teacher to use instead of measuring.")
     source: str = option("", "The text to measure and to train on; by default the corpus that belongs to the teacher.")
@@ -138,9 +142,7 @@ def train(config: PythiaFloorConfig) -> DistillationRun:
         settings=DistillSettings(
             loss=LogitLoss(temperature=config.temperature),
             repeat=True,
-            **{
-                name: getattr(config, name) for name in ("seeds", "control", "lr", "schedule", "seed", *PRESETS["quick"].keys() - {"measure_tokens", "context"})
-            },
+            **{name: getattr(config, name) for name in (*PASSED_ON, *PRESETS["quick"].keys() - {"measure_tokens", "context"})},
         ),
         out=out,
         resume=True,

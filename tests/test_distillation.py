@@ -322,6 +322,7 @@ def test_hidden_losses_are_what_they_say() -> None:
         ({"lr": -1.0}, "lr = -1.0 trains nothing"),
         ({"warmup": 0.9}, "are no shares of one run"),
         ({"seeds": (1, 1)}, r"seeds = \(1, 1\)"),
+        ({"start": "teacher"}, "'teacher' is no way to start all students"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings_: dict[str, Any], message: str) -> None:
@@ -347,6 +348,8 @@ def test_input_that_cannot_be_distilled_is_refused(teacher: Any) -> None:
         attempt([8], np.where(train_tokens() == 5, 150, train_tokens()))
     with pytest.raises(CapacityError, match="rows have 40 positions, more than the teacher's 32"):
         attempt([8], rows(200, positions=40))
+    with pytest.raises(CapacityError, match="one process has nobody to share the teacher with"):
+        attempt([8], train_tokens(), shard_teacher=True)
     with pytest.raises(CapacityError, match="nothing to resume"):
         attempt([8], train_tokens(), resume=True)
     with pytest.warns(UserWarning, match="width 40 is wider than its teacher"):
@@ -427,14 +430,15 @@ def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: Dis
     assert losses_of(DistillationRun.load(out)) == losses_of(undisturbed)
 
 
-def test_two_processes_follow_the_curves_of_one(on_disk: Path, undisturbed: DistillationRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("--shard-teacher",)])
+def test_two_processes_follow_the_curves_of_one(on_disk: Path, undisturbed: DistillationRun, tmp_path: Path, more: tuple[str, ...]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(
-            command(on_disk, tmp_path / "run"), env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command(on_disk, tmp_path / "run", *more), env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         for rank in range(2)
     ]

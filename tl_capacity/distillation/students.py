@@ -16,20 +16,22 @@ from torch import Tensor, nn
 
 from tl_capacity.attach import TapPoint
 from tl_capacity.distillation.losses import Head, Output
+from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError
 from tl_capacity.plugins import plugins
 
-STARTS = ("random", "teacher")
+STARTS = ("random", "truncated", "teacher")
 
 
-def new_student(teacher: Any, width: int, seed: int = 0, start: str = "random") -> Any:
+def new_student(teacher: Any, width: int, seed: int = 0, start: str = "random", tokens: Int[Tensor, "row position"] | None = None) -> Any:
     """A student in float32, in training mode but without dropout, so that a step depends on nothing but weights and tokens.
 
     Args:
         teacher: a Hugging Face causal language model.
         width: d_S.
         seed: of the initial weights.
-        start: "random"; or "teacher", the control of the teacher's own width that begins with its weights, at KL 0.
+        start: "random"; "truncated", the teacher's weights in the leading directions of its stream, which `tokens` show (see `truncation`); or "teacher",
+            the control of the teacher's own width that begins with its weights, at KL 0.
 
     Raises:
         CapacityError: where the teacher's family has no students of that width; names the nearest that it has.
@@ -47,6 +49,10 @@ def new_student(teacher: Any, width: int, seed: int = 0, start: str = "random") 
     if start == "teacher":
         student.load_state_dict(teacher.state_dict())
     student.to(next(teacher.parameters()).device)
+    if start == "truncated":
+        if tokens is None:
+            raise CapacityError("a student that starts truncated needs text in which its teacher's stream is seen: pass tokens")
+        truncate(teacher, student, tokens.to(next(teacher.parameters()).device))
     return student.requires_grad_(True).train()
 
 
@@ -66,7 +72,7 @@ def student_config(config: Any, width: int) -> Any:
         shown = " and ".join(str(w) for w in near if w is not None)
         raise CapacityError(f"the family {family.name} has no student of width {width}: the nearest that it has are {shown}")
     values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype", "transformers_version", "model_type")}
-    no_dropout = {name: 0.0 for name in values if "dropout" in name or name.endswith("pdrop")}
+    no_dropout = {name: 0.0 for name in values if "dropout" in name or name.endswith(("pdrop", "layerdrop"))}
     return type(config)(**(values | no_dropout | dict(changes)))
 
 

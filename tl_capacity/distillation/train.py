@@ -31,11 +31,14 @@ from tl_capacity.distillation.run import JSON_NAME, DistillationRun, StudentCurv
 from tl_capacity.distillation.students import check_output, check_teacher, new_student, output_of, parameters_of
 from tl_capacity.errors import CapacityError
 from tl_capacity.loading import LoadedModel
+from tl_capacity.plugins import plugins
 from tl_capacity.progress import token_progress
 from tl_capacity.storage import make_folder
 from tl_capacity.tokens import PADDING
 
 SCHEDULES = ("cosine", "wsd")
+SHOWN_ROWS = 16
+"""Rows of the training text in which the directions of a teacher's stream are taken."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,10 @@ class DistillSettings:
     Attributes:
         tokens: predicted tokens to train on.
         seeds: of the initial weights; each width is trained once for each.
+        seeded_widths: the only widths that are, if any are named; the others are trained with the first seed.
         loss: between the next-token distributions.
         hidden: hidden states to match besides.
+        start: of the students' weights: "random", or "truncated", the teacher's in the leading directions of its stream.
         control: also train a student of the teacher's width that starts with its weights.
         lr, warmup, schedule, decay: peak learning rate of AdamW; the share of steps over which it rises; "cosine" to zero, or "wsd", constant and then
             linear to zero over the last `decay` of the steps.
@@ -65,8 +70,10 @@ class DistillSettings:
 
     tokens: int = 1_000_000
     seeds: tuple[int, ...] = (0,)
+    seeded_widths: tuple[int, ...] = ()
     loss: LogitLoss = LogitLoss()
     hidden: tuple[HiddenMatch, ...] = ()
+    start: str = "random"
     control: bool = False
     lr: float = 1e-3
     warmup: float = 0.05
@@ -86,6 +93,8 @@ class DistillSettings:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise CapacityError(f"{self.schedule!r} is no schedule of the learning rate: choose one of {', '.join(SCHEDULES)}")
+        if self.start not in ("random", "truncated"):
+            raise CapacityError(f"{self.start!r} is no way to start all students: choose random or truncated")
         if self.mixed_precision not in ("no", "bf16"):
             raise CapacityError(f"{self.mixed_precision!r} is no precision to train in: choose no or bf16")
         for name in ("tokens", "batch_rows", "evaluations", "heldout_tokens", "chunk_tokens", "lr", "clip"):
@@ -117,6 +126,7 @@ def distill(
     settings: DistillSettings | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    shard_teacher: bool = False,
     checkpoint_seconds: float = 60.0,
     progress: bool = True,
 ) -> DistillationRun:
@@ -129,6 +139,7 @@ def distill(
         heldout: text to judge the students by; None holds out documents of `stream`.
         out: a folder for the result, the students (each as `save_pretrained` writes it) and checkpoints; None keeps the result in memory only.
         resume: go on from the checkpoint in `out`.
+        shard_teacher: spread the teacher's blocks over the processes (FSDP), so that it need not fit on one device; load it on the CPU.
         checkpoint_seconds: write one this often.
 
     Raises:
@@ -142,10 +153,12 @@ def distill(
     _check_folder(folder, resume)
     train, held = data.read(stream, heldout, settings.tokens, settings.heldout_tokens, settings.repeat)
     _check_tokens(model, train, held)
-    accelerator = _accelerator(model, settings)
-    model.to(accelerator.device).eval().requires_grad_(False)
+    accelerator = _accelerator(model, settings, shard_teacher)
+    model.eval().requires_grad_(False)
+    if not shard_teacher:
+        model.to(accelerator.device)
 
-    curves, models = _students(model, widths, settings)
+    curves, models = _students(model, widths, settings, train)
     run = DistillationRun(
         students=curves,
         teacher=name,
@@ -165,6 +178,8 @@ def distill(
         finished = DistillationRun.load(folder)
         _check_same(finished, run)
         return finished
+    if shard_teacher:
+        _shard(model, accelerator)
     students = Students(models, model.config.hidden_size, settings)
     students.to(accelerator.device)
     for each in (model, *models):
@@ -284,11 +299,34 @@ def fingerprint(model: Any) -> str:
     return total.hexdigest()
 
 
-def _accelerator(model: Any, settings: DistillSettings) -> Any:
+def _accelerator(model: Any, settings: DistillSettings, shard_teacher: bool) -> Any:
     """Accelerate's handle of this process: alone, or one of several that `accelerate launch` started."""
     from accelerate import Accelerator
 
-    return Accelerator(cpu=next(model.parameters()).device.type == "cpu", mixed_precision=settings.mixed_precision)
+    waits_for_gpus = shard_teacher and torch.cuda.is_available()
+    return Accelerator(cpu=next(model.parameters()).device.type == "cpu" and not waits_for_gpus, mixed_precision=settings.mixed_precision)
+
+
+def _shard(model: Any, accelerator: Any) -> None:
+    """Leave each process a part of every block, which are gathered one at a time in a forward pass; embeddings and head stay whole.
+
+    Raises:
+        CapacityError: where there is one process, or no family says where the blocks are.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    family = plugins().family_of(model.config.model_type)
+    if accelerator.num_processes == 1:
+        raise CapacityError("one process has nobody to share the teacher with: start several with accelerate launch, or leave the teacher whole")
+    if family is None:
+        raise CapacityError(
+            f"no model family says where {model.config.model_type!r} has its blocks: register one (docs/families.md), or leave the teacher whole"
+        )
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in model.get_submodule(family.blocks):
+        fully_shard(block, mesh=mesh)
+    model.to(accelerator.device)
 
 
 def _named(teacher: Any) -> tuple[str, Any, Any]:
@@ -298,17 +336,28 @@ def _named(teacher: Any) -> tuple[str, Any, Any]:
     return getattr(teacher, "name_or_path", "") or type(teacher).__name__, None, teacher
 
 
-def _students(teacher: Any, widths: Sequence[int], settings: DistillSettings) -> tuple[tuple[StudentCurve, ...], list[Any]]:
+def _students(teacher: Any, widths: Sequence[int], settings: DistillSettings, text: data.Rows) -> tuple[tuple[StudentCurve, ...], list[Any]]:
     """The students before training, and what is known of them."""
     if len(set(widths)) < len(widths) or not (widths or settings.control):
         raise CapacityError(f"widths = {','.join(map(str, widths))} name no students, or one twice: pass different widths such as 32,64")
-    wanted = [(f"width{width}-seed{seed}", width, seed, "random") for width in widths for seed in settings.seeds]
+    if unknown := set(settings.seeded_widths) - set(widths):
+        raise CapacityError(f"seeded_widths = {','.join(map(str, sorted(unknown)))} are not among the widths {','.join(map(str, widths))}: name some of these")
+    seeded = set(settings.seeded_widths or widths)
+    wanted = [
+        (f"width{width}-seed{seed}", width, seed, settings.start) for width in widths for seed in (settings.seeds if width in seeded else settings.seeds[:1])
+    ]
     if settings.control:
         wanted.append(("control", int(teacher.config.hidden_size), settings.seeds[0], "teacher"))
+    whole = text.tokens[(text.tokens != PADDING).all(1)]
+    shown = torch.from_numpy((whole if len(whole) else text.trimmed(slice(0, 1)))[:SHOWN_ROWS].astype(np.int64))
     curves, models = [], []
     for name, width, seed, start in wanted:
-        models.append(new_student(teacher, width, seed, start))
+        models.append(new_student(teacher, width, seed, start, shown))
         curves.append(StudentCurve(name, width, seed, start, *parameters_of(models[-1])))
+        if seed != settings.seeds[0] and all(map(torch.equal, models[-1].parameters(), models[-2].parameters())):
+            raise CapacityError(
+                f"students of width {width} start alike with every seed, as all of their weights are the teacher's: name others as seeded_widths"
+            )
     return tuple(curves), models
 
 

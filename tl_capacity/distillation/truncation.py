@@ -1,0 +1,250 @@
+"""A start for students: the teacher's weights, in the leading directions of its residual stream.
+
+The stream of a pre-norm transformer is only ever read through a norm and written by adding to it, so it can be rotated, and cut, and nothing else need change
+(SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024). What reads and writes it is found by watching a forward pass, so no family has to say it.
+
+- Directions: the principal components of what the norms read, all of them together; for a LayerNorm, which takes the mean out, the mean's direction is one of
+  the student's as well.
+- Matrices that read the stream take the gain of their norm, and what the student's norm makes too small for having fewer directions. Where that cannot
+  be, because the matrix is also the embedding, or what is read is no matrix, the norm keeps the diagonal of its rotated gain.
+- Neurons, and heads with their keys and values, that contribute most to the stream are kept. Where the student's heads have another size than the teacher's,
+  or share keys otherwise, attention keeps its random start.
+
+At the teacher's own width the student is the teacher, unless embedding and head are the same matrix.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tl_capacity.errors import CapacityError
+
+ROWS_AT_ONCE = 4
+
+
+@dataclass
+class Reading:
+    """What a forward pass showed of the stream of a model.
+
+    Attributes:
+        readers: the matrices that read each norm's output, by name.
+        second_moment: [d_T, d_T] Σ x xᵀ of what each norm reads, normalised but without its gain.
+        inner: [d_inner] Σ z² of what each matrix that writes to the stream is given.
+    """
+
+    readers: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    second_moment: dict[str, Tensor] = field(default_factory=dict)
+    inner: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) -> None:
+    """Give a student its teacher's weights in the leading directions of the teacher's residual stream.
+
+    Args:
+        teacher: a Hugging Face causal language model in evaluation mode.
+        student: a model of the same class, not wider; its random weights stay where the teacher's have no counterpart.
+        tokens: the text in which the directions and the contributions are taken.
+
+    Raises:
+        CapacityError: where the student is wider, or the architecture does more to its stream than to norm, read and add.
+    """
+    width, teacher_width = int(student.config.hidden_size), int(teacher.config.hidden_size)
+    if width > teacher_width:
+        raise CapacityError(f"a student of width {width} cannot start from fewer directions, its teacher's {teacher_width}: start it at random")
+    seen = read_stream(teacher, tokens)
+    modules, of_student = dict(teacher.named_modules()), dict(student.named_modules())
+    if not seen.readers:
+        raise CapacityError(_refusal(teacher, "no matrix of it reads the output of a norm"))
+    basis = _basis(seen, modules, width).float()
+    wider = sqrt(teacher_width / width)
+    scale = _scale(teacher) / _scale(student)
+    tied = {name for name in modules if isinstance(modules[name], nn.Linear) and modules[name].weight is teacher.get_input_embeddings().weight}
+    folded = {norm for norm, readers in seen.readers.items() if not tied & set(readers)}
+    norm_of = {reader: norm for norm, readers in seen.readers.items() for reader in readers}
+    kept = {writer: _kept(writer, seen, modules, of_student, teacher.config, student.config) for writer in seen.inner}
+    writer_beside = {_parent(writer): writer for writer in seen.inner}
+
+    set_: set[int] = set()
+
+    def put(parameter: Tensor | None, value: Tensor | None) -> None:
+        if parameter is not None and value is not None:
+            if parameter.shape != value.shape:
+                raise CapacityError(_refusal(teacher, f"the student has {tuple(parameter.shape)} where {tuple(value.shape)} of the teacher's are kept"))
+            parameter.copy_(value)
+        set_.add(id(parameter))
+
+    for name, module in modules.items():
+        own = of_student[name]
+        if isinstance(module, nn.Embedding) and module.embedding_dim == teacher_width:
+            put(own.weight, module.weight.float() @ basis * scale)
+        elif _is_norm(module, teacher_width):
+            gain, bias = _gain(module), getattr(module, "bias", None)
+            if name in folded:
+                new, own_bias = torch.ones(width), None if bias is None else basis.T @ torch.where(gain.abs() > 1e-6, bias / gain, 0) / wider
+            else:
+                to_head = scale if name in seen.readers else 1.0
+                new, own_bias = wider / to_head * torch.einsum("ts,t,ts->s", basis, gain, basis), None if bias is None else basis.T @ bias.float() / to_head
+            put(own.weight, new - (gain - module.weight).mean())  # Gemma's gain is 1 + its weight
+            put(getattr(own, "bias", None), own_bias)
+        elif name in norm_of:
+            weight = _matrix(module)
+            weight = wider * weight * _gain(modules[norm_of[name]]) @ basis if norm_of[name] in folded else weight @ basis
+            writer = writer_beside.get(_parent(name))
+            rows = None if writer is None else kept[writer]
+            if writer is not None and rows is None:
+                set_.update(id(p) for p in own.parameters())  # stays random
+                continue
+            if rows is not None:
+                units = _rows(name, rows, len(weight), _matrix(own).shape[0], seen.inner[writer].numel(), teacher.config)  # type: ignore[index]
+                weight, bias = weight[units], None if module.bias is None else module.bias[units]
+            else:
+                bias = module.bias
+            put(own.weight, weight.T if isinstance(module, Conv1D) else weight)
+            put(own.bias, bias)
+        elif name in seen.inner:
+            if (columns := kept[name]) is None:
+                set_.update(id(p) for p in own.parameters())
+                continue
+            weight = basis.T @ _matrix(module)[:, columns]
+            put(own.weight, weight.T if isinstance(module, Conv1D) else weight)
+            put(own.bias, None if module.bias is None else basis.T @ module.bias.float())
+    of_teacher = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        if id(parameter) not in set_:
+            put(parameter, of_teacher[name])
+
+
+@torch.no_grad()
+def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
+    """Watch what is read from and written to a model's residual stream.
+
+    Raises:
+        CapacityError: where the first norm reads something else than the sum of the embeddings.
+    """
+    seen, width = Reading(), int(model.config.hidden_size)
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by address; held, so that no address is used twice in a pass
+    embedded: list[Tensor] = []
+    first: list[Tensor] = []
+    reading: set[str] = set()
+
+    def norm(name: str, module: Any, x: Tensor, y: Tensor) -> None:
+        outputs[y.data_ptr()] = (name, y)
+        first.append(x)
+        normed = nn.functional.layer_norm(x.double(), (width,)) if isinstance(module, nn.LayerNorm) else nn.functional.rms_norm(x.double(), (width,))
+        flat = normed.flatten(0, -2)
+        seen.second_moment[name] = seen.second_moment.get(name, 0) + flat.T @ flat
+
+    def matrix(name: str, module: Any, x: Tensor) -> None:
+        if x.data_ptr() in outputs and x.shape[-1] == width:
+            reading.add(name)
+            if name not in (readers := seen.readers[outputs[x.data_ptr()][0]]):
+                readers.append(name)
+        elif _matrix(module).shape[0] == width and name not in reading:
+            seen.inner[name] = seen.inner.get(name, 0) + x.double().flatten(0, -2).square().sum(0)
+
+    with ExitStack() as watching:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and module.embedding_dim == width:
+                handle = module.register_forward_hook(lambda _m, _x, y: embedded.append(y))
+            elif _is_norm(module, width):
+                handle = module.register_forward_hook(lambda m, x, y, name=name: norm(name, m, x[0], y))
+            elif isinstance(module, nn.Linear | Conv1D):
+                handle = module.register_forward_pre_hook(lambda m, x, name=name: matrix(name, m, x[0]))
+            else:
+                continue
+            watching.callback(handle.remove)
+        for rows in torch.split(tokens, ROWS_AT_ONCE):
+            model(rows, use_cache=False)
+            whole = sum(embedded[1:], embedded[0])
+            if not first or not torch.allclose(first[0], whole.expand_as(first[0]), rtol=1e-3, atol=1e-5):
+                raise CapacityError(_refusal(model, "its first norm reads something else than the sum of the embeddings"))
+            for held in (outputs, embedded, first):
+                held.clear()
+    return seen
+
+
+def _basis(seen: Reading, modules: dict[str, Any], width: int) -> Float[Tensor, "d_T d_S"]:
+    """Orthonormal columns: the student's stream is `basisᵀ x`."""
+    moment = torch.stack([seen.second_moment[norm] for norm in seen.readers]).sum(0)
+    directions: Tensor = torch.linalg.eigh(moment).eigenvectors.flip(1)
+    if not any(isinstance(modules[norm], nn.LayerNorm) for norm in seen.readers):
+        return directions[:, :width]
+    # The student's norms take the mean of its coordinates out, so that direction must hold the teacher's mean, which is taken out too.
+    mean, own_mean = (torch.full((d, 1), d**-0.5, dtype=moment.dtype, device=moment.device) for d in (len(directions), width))
+    inner = torch.cat([mean, directions[:, : width - 1]], 1)
+    outer, triangular = torch.linalg.qr(torch.cat([own_mean, torch.eye(width).to(own_mean)[:, 1:]], 1))
+    columns: Tensor = inner @ (outer * triangular.diagonal().sign()).T
+    return columns
+
+
+def _kept(writer: str, seen: Reading, modules: dict[str, Any], of_student: dict[str, Any], config: Any, own: Any) -> Tensor | None:
+    """Which inner coordinates of a matrix that writes to the stream the student keeps; None where its heads are others than the teacher's."""
+    weight, size = _matrix(modules[writer]), _matrix(of_student[writer]).shape[1]
+    contribution = seen.inner[writer] * weight.double().square().sum(0)
+    unit = 1
+    if "attn" in writer or "attention" in writer:
+        of_teacher, of_own = _heads(config), _heads(own)
+        if of_teacher != of_own:
+            return None
+        unit = of_teacher[0] * of_teacher[1]
+    best = contribution.view(-1, unit).sum(1).topk(size // unit).indices.sort().values
+    return (best[:, None] * unit + torch.arange(unit, device=best.device)).flatten()
+
+
+def _rows(name: str, kept: Tensor, rows: int, own_rows: int, inner: int, config: Any) -> Tensor:
+    """The rows of a matrix that reads the stream that belong to the inner coordinates kept."""
+    if name.endswith("query_key_value"):  # GPT-NeoX: query, key and value of one head beside each other
+        size = _heads(config)[0]
+        heads = kept.view(-1, size)[:, 0] // size
+        return (heads[:, None] * 3 * size + torch.arange(3 * size, device=kept.device)).flatten()
+    if rows >= inner:  # one block, or several one below the other: GPT-2's query, key and value
+        return torch.cat([kept + block * inner for block in range(rows // inner)])
+    size, shared = _heads(config)  # keys and values that several heads share
+    groups = kept.view(-1, size * shared)[:, 0] // (size * shared)
+    return (groups[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Size of a head, and how many share a key."""
+    heads = int(config.num_attention_heads)
+    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return size, heads // int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _scale(model: Any) -> float:
+    """What an architecture multiplies its embeddings by (Gemma: √d)."""
+    return float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
+
+
+def _is_norm(module: Any, width: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return "Norm" in type(module).__name__ and weight is not None and weight.shape == (width,)
+
+
+def _gain(norm: Any) -> Float[Tensor, " d_T"]:
+    """What a norm multiplies by: an RMS norm leaves ones as they are but for it."""
+    gain: Tensor = norm.weight if isinstance(norm, nn.LayerNorm) else norm(torch.ones_like(norm.weight))
+    return gain.float()
+
+
+def _matrix(module: Any) -> Float[Tensor, "out in"]:
+    weight: Tensor = module.weight.float()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _refusal(model: Any, reason: str) -> str:
+    return f"{model.config.model_type!r} students cannot start from a truncated teacher ({reason}): start them at random"
