@@ -48,7 +48,7 @@ class TeacherConfig:
     layers: int = 6
     heads: int = 4
     batch_rows: int = 16
-    cycles: tuple[int, ...] = (9_000_000,)  # tokens at which each cycle of the learning rate ends
+    cycles: tuple[int, ...] = (9_000_000, 15_000_000)  # tokens at which each cycle of the learning rate ends
     warmup_tokens: int = 400_000
     decay_share: float = 0.4
     muon_lr: float = 0.02
