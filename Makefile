@@ -1,4 +1,5 @@
-# make demo: measure the embedded teacher, and the whole experiment at its shortest.  make test: the test suite.  make check: all that CI checks beside the tests.
+# make demo: measure the embedded teacher, and the whole experiment at its shortest.  make test: the test suite.
+# make check: all that CI checks beside the tests.  make site: the documentation as HTML.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -6,7 +7,7 @@ WIDTHS := 16,24,32,48,64,96,128
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow check benchmarks help-pages clean
+.PHONY: demo test slow check site benchmarks help-pages clean
 
 demo: .venv/.package
 	rm -rf runs/demo runs/demo-floors
@@ -19,16 +20,23 @@ test: .venv/.test
 slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
 
-check: .venv/.dev
+check: .venv/.dev site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 	$(BIN)/python docs/write_help.py --check
+
+site: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 benchmarks: .venv/.test
 	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/importance.py
+	$(BIN)/python benchmarks/probe.py
+	$(BIN)/python benchmarks/toy.py
 
 help-pages: .venv/.package
 	$(BIN)/python docs/write_help.py
@@ -48,5 +56,9 @@ help-pages: .venv/.package
 	$(PIP_INSTALL) --editable '.[test,dev]'
 	touch $@
 
+.venv/.docs: .venv/.package
+	$(PIP_INSTALL) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs build dist site *.egg-info

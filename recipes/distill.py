@@ -47,6 +47,7 @@ class DistillConfig:
     shard_teacher: bool = option(False, "Spread a teacher that was loaded on the CPU over the processes (FSDP).")
     mixed_precision: str = option("no", "no, or bf16 for the students' blocks.")
     checkpoint_seconds: float = option(60.0, "Save a checkpoint this often.")
+    trackers: tuple[str, ...] = option((), "Also report to these trackers of Accelerate's, such as wandb,tensorboard.")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
 
@@ -94,6 +95,7 @@ def main(config: DistillConfig) -> DistillationRun:
         resume=config.resume,
         shard_teacher=config.shard_teacher,
         checkpoint_seconds=config.checkpoint_seconds,
+        trackers=config.trackers,
     )
     show(run)
     print(f"written to {config.out}")

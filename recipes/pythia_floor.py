@@ -59,6 +59,7 @@ class PythiaFloorConfig:
     temperature: float = option(1.0, "Of the training loss.")
     lr: float = option(3e-3, "Peak learning rate.")
     schedule: str = option("cosine", "Of the learning rate: cosine or wsd.")
+    concepts: tuple[str, ...] = option((), "Also probe teacher and students for these concepts, such as embedded (docs/probe.md); takes minutes more.")
     seed: int = option(0, "Of the order of the rows.")
     device: str = option("cpu", "Where everything runs.")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
@@ -91,6 +92,8 @@ def main(config: PythiaFloorConfig) -> Decomposition:
     write_json(config.out / "decomposition.json", found.to_json())
     write_json(config.out / "floors.json", found.table_of_floors())
     _print(found)
+    if config.concepts:
+        probe(config, measurement)
     print(f"written to {config.out}; next: tl-capacity decompose {config.measurement or config.out / 'measurement'} {config.out / 'distillation'} --json")
     return found
 
@@ -149,6 +152,37 @@ def train(config: PythiaFloorConfig) -> DistillationRun:
     )
 
 
+def probe(config: PythiaFloorConfig, measurement: Measurement) -> None:
+    """The probes, unless they are there.
+
+    Raises:
+        CapacityError: where those that are there are for other concepts.
+    """
+    from tl_capacity.recipes.probe import JSON_NAME as PROBES_JSON
+    from tl_capacity.recipes.probe import ProbeConfig
+    from tl_capacity.recipes.probe import main as run_probes
+
+    out = config.out / "probes"
+    if (out / PROBES_JSON).exists():
+        before = json.loads((out / PROBES_JSON).read_text())["settings"]["concepts"]
+        if before != list(config.concepts):
+            raise CapacityError(f"{out} holds probes for {','.join(before)}: go on with the same --concepts, or choose another --out")
+        return
+    run_probes(
+        ProbeConfig(
+            model=(config.teacher, str(config.out / "distillation")),
+            hook=config.hook or measurement.hooks[len(measurement.hooks) // 2].hook,
+            concepts=config.concepts,
+            out=out,
+            measurement=config.measurement or config.out / "measurement",
+            importance=config.importance,
+            law=config.law,
+            device=config.device,
+            threads=config.threads,
+        )
+    )
+
+
 def _threads(config: PythiaFloorConfig) -> None:
     if config.threads:
         import torch
@@ -160,7 +194,8 @@ def _same_settings(config: PythiaFloorConfig) -> None:
     """Keep the settings beside the results, and refuse to go on with others."""
     make_folder(config.out)
     path = config.out / "settings.json"
-    free = ("out", "preset", "device", "threads", "hook", "importance", "law", "observed")  # of which no stage that is kept depends, or which it checks itself
+    # Of these no stage that is kept depends, or it checks them itself.
+    free = ("out", "preset", "device", "threads", "hook", "importance", "law", "observed", "concepts")
     settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in free}, default=str))
     if path.is_file():
         before = json.loads(path.read_text())

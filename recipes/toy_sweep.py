@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tl_capacity.errors import CapacityError
 from tl_capacity.progress import token_progress
 from tl_capacity.recipe import option, run_file
-from tl_capacity.storage import make_folder
+from tl_capacity.storage import make_folder, previous
 
 if TYPE_CHECKING:
     from tl_capacity import toy
@@ -119,7 +119,8 @@ def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
     except KeyboardInterrupt as problem:
         raise CapacityError(f"the sweep was interrupted and its state kept in {checkpoint}: run the same command again to go on") from problem
     result.save(out)
-    checkpoint.unlink(missing_ok=True)
+    for path in (checkpoint, previous(checkpoint)):
+        path.unlink(missing_ok=True)
     return result
 
 

@@ -166,7 +166,6 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
         HookPointError: where the model has no such hook point.
     """
     from sae_lens.load_model import HookedProxyLM
-    from transformer_lens.model_bridge import TransformerBridge
 
     from tl_capacity.attach import TapPoint
 
@@ -181,9 +180,8 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
         module = place[0] if place[1] == "output" else f"{blocks}.{int(layer) - 1}"
         if not module.endswith(".-1"):
             return HookedProxyLM(model, loaded.tokenizer, hook_names=[module]), module, model
-    bridge = TransformerBridge.boot_transformers(loaded.name, hf_model=model, tokenizer=loaded.tokenizer, device=str(model.device))
-    TapPoint.of(bridge, hook)
-    return bridge, hook, bridge
+    TapPoint.of(loaded.bridge, hook)
+    return loaded.bridge, hook, loaded.bridge
 
 
 def measure(folder: Path, config: TrainSAEConfig, model: Any, rows: NDArray[np.int32], special: list[int]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ Every function of the package is checked against its annotations (jaxtyping's im
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import jaxtyping
 
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
+from commands import HOOK, Cli
 from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
@@ -216,3 +219,57 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs `tl-capacity` in this process and returns exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        from tl_capacity.cli import main
+
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and tokenizer, two SAEs that fit it, one of another width, and text."""
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    folder = tmp_path_factory.mktemp("setup")
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder / "model")
+    words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, 64)}}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="<s>", unk_token="<unk>").save_pretrained(folder / "model")
+    for name, width, hook in (("sae", 32, HOOK), ("sae0", 32, "blocks.0.hook_resid_post"), ("wide", 48, HOOK)):
+        sae = StandardSAE(StandardSAEConfig(d_in=width, d_sae=64, metadata=SAEMetadata(hook_name=hook)))
+        # An orthogonal pair ±w reconstructs x exactly, so the SAE fits the model; a bias makes it sparse.
+        w = torch.linalg.qr(torch.randn(width, width)).Q[:, : min(32, width)]
+        sae.W_enc.data = torch.cat([w, -w], dim=1)[:, :64]
+        sae.W_dec.data = sae.W_enc.data.T.contiguous()
+        sae.b_enc.data.fill_(-0.01)
+        sae.save_model(folder / name)
+        if name == "sae":
+            sae.W_dec.data *= 1.01
+            sae.save_model(folder / "scaled")
+    draw = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in draw.zipf(1.3, size=70) % 62 + 2) for _ in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return folder

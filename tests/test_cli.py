@@ -1,98 +1,18 @@
-"""The command line: the main job from files on disk, kill and resume, published curves, and one clear sentence for every bad input."""
+"""The command line: the main job from files on disk, published curves, and one clear sentence for every bad input."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from commands import HOOK, Cli, arguments
 
 from tl_capacity import Measurement
-from tl_capacity.cli import main
-
-HOOK = "blocks.1.hook_resid_post"
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs `tl-capacity` in this process and returns exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and tokenizer, two SAEs that fit it, one of another width, and text."""
-    from sae_lens import StandardSAE, StandardSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("setup")
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(folder / "model")
-    words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, 64)}}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="<s>", unk_token="<unk>").save_pretrained(folder / "model")
-    for name, width, hook in (("sae", 32, HOOK), ("sae0", 32, "blocks.0.hook_resid_post"), ("wide", 48, HOOK)):
-        sae = StandardSAE(StandardSAEConfig(d_in=width, d_sae=64, metadata=SAEMetadata(hook_name=hook)))
-        # An orthogonal pair ±w reconstructs x exactly, so the SAE fits the model; a bias makes it sparse.
-        w = torch.linalg.qr(torch.randn(width, width)).Q[:, : min(32, width)]
-        sae.W_enc.data = torch.cat([w, -w], dim=1)[:, :64]
-        sae.W_dec.data = sae.W_enc.data.T.contiguous()
-        sae.b_enc.data.fill_(-0.01)
-        sae.save_model(folder / name)
-        if name == "sae":
-            sae.W_dec.data *= 1.01
-            sae.save_model(folder / "scaled")
-    draw = np.random.default_rng(0)
-    texts = [" ".join(f"w{i}" for i in draw.zipf(1.3, size=70) % 62 + 2) for _ in range(400)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return folder
-
-
-def arguments(setup: Path, out: Path, *more: object, tokens: int = 3000, sae: str = "sae") -> list[object]:
-    return ["measure", "--model", setup / "model", "--sae", setup / sae, "--source", setup / "text.jsonl", "--tokens", tokens, "--out", out, *more]
-
-
-def same(one: Path, other: Path) -> None:
-    """Both folders hold the same measurement, bit for bit, but for the time that it took."""
-    a, b = Measurement.load(one), Measurement.load(other)
-    for mine, theirs in zip(a, b, strict=True):
-        for name, array in mine.summary.arrays.items():
-            np.testing.assert_array_equal(array, theirs.summary.arrays[name], err_msg=name)
-    mine_json, theirs_json = a.to_json(), b.to_json()
-    for content in (mine_json, theirs_json):
-        del content["provenance"]["seconds"]
-    assert mine_json == theirs_json
 
 
 def test_measure_then_budget_then_floor(cli: Cli, setup: Path, tmp_path: Path) -> None:
@@ -146,95 +66,6 @@ def test_shards_merge_to_the_whole(cli: Cli, setup: Path, tmp_path: Path) -> Non
     code, _, err = cli("merge", tmp_path / "part0", tmp_path / "part0", "--out", tmp_path / "twice")
     assert code == 2
     assert "twice" in err
-
-
-KILLED_TOKENS = 12_000
-
-
-@pytest.fixture(scope="module")
-def killed(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves that was killed (SIGKILL) right after its first checkpoint."""
-    out = tmp_path_factory.mktemp("killed") / "m"
-    command = [str(a) for a in arguments(setup, out, "--checkpoint-seconds", 0, tokens=KILLED_TOKENS)]
-    process = subprocess.Popen([sys.executable, "-m", "tl_capacity", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "measurement.json").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    return out
-
-
-def test_killed_and_resumed_equals_uninterrupted(cli: Cli, setup: Path, killed: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(killed, tmp_path / "killed"))
-    left = Measurement.load(folder)
-    assert not left.complete
-    assert 0 < left.hooks[0].summary.n_tokens < KILLED_TOKENS
-    code, _, err = cli(*arguments(setup, folder, tokens=KILLED_TOKENS))
-    assert code == 2
-    assert "--resume" in err
-    assert cli(*arguments(setup, folder, "--resume", tokens=KILLED_TOKENS))[0] == 0
-    assert cli(*arguments(setup, tmp_path / "whole", tokens=KILLED_TOKENS))[0] == 0
-    same(tmp_path / "whole", folder)
-
-
-FULL_DISK = """
-set -e
-mount -t tmpfs -o size=8m tmpfs "$DISK"
-cp -r "$KILLED" "$DISK/m"
-(cd "$DISK/m" && sha256sum *) > "$RESULTS/before"
-head -c 100000000 /dev/zero > "$DISK/filler" 2> /dev/null || true
-"$@" 2> "$RESULTS/error" > /dev/null && exit 90 || echo $? > "$RESULTS/code"
-(cd "$DISK/m" && find . -type f | sed 's,^./,,' | sort | xargs sha256sum) > "$RESULTS/after"
-rm "$DISK/filler"
-"$@" > /dev/null 2>&1
-cp -r "$DISK/m" "$RESULTS/m"
-"""
-
-
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(cli: Cli, setup: Path, killed: Path, tmp_path: Path) -> None:
-    """On a real file system with no space left, mounted in a namespace of the test's own; with space again, the run goes on from there."""
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if shutil.which("unshare") is None or subprocess.run([*namespace, "mount", "-t", "tmpfs", "tmpfs", tmp_path], capture_output=True).returncode:
-        pytest.skip("no user namespaces here, so no small file system can be mounted")
-    disk, results = tmp_path / "disk", tmp_path / "results"
-    disk.mkdir()
-    results.mkdir()
-    command = [sys.executable, "-m", "tl_capacity", *map(str, arguments(setup, disk / "m", "--resume", "--checkpoint-seconds", 0, tokens=KILLED_TOKENS))]
-    places = {"DISK": str(disk), "KILLED": str(killed), "RESULTS": str(results)}
-    done = subprocess.run([*namespace, "bash", "-c", FULL_DISK, "bash", *command], env={**os.environ, **places}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    error = (results / "error").read_text()
-    assert (results / "code").read_text().strip() == "2"
-    assert "cannot be written (No space left on device): free space or choose another folder; what was there before is whole" in error
-    assert "Traceback" not in error
-    assert (results / "after").read_text() == (results / "before").read_text()
-    assert cli(*arguments(setup, tmp_path / "whole", tokens=KILLED_TOKENS))[0] == 0
-    same(tmp_path / "whole", results / "m")
-
-
-def test_resume_refuses_what_is_not_the_same_run(cli: Cli, setup: Path, killed: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(killed, tmp_path / "killed"))
-    before = (folder / "measurement.json").read_bytes()
-    code, _, err = cli(*arguments(setup, folder, "--resume", "--skip-first-positions", 1))
-    assert code == 2
-    assert "settings" in err
-    other = tmp_path / "other.jsonl"
-    other.write_text((setup / "text.jsonl").read_text().replace("w5", "w6"))
-    code, _, err = cli("measure", "--model", setup / "model", "--sae", setup / "sae", "--source", other, "--out", folder, "--resume")
-    assert code == 2
-    assert "source" in err
-    code, _, err = cli(*arguments(setup, folder, "--resume", sae="scaled"))
-    assert code == 2
-    assert "other weights" in err
-    (setup / "text.jsonl").rename(setup / "text.away")
-    try:
-        (setup / "text.jsonl").write_text(other.read_text())
-        code, _, err = cli(*arguments(setup, folder, "--resume"))
-        assert code == 2
-        assert "does not begin with the tokens counted before" in err
-    finally:
-        (setup / "text.away").replace(setup / "text.jsonl")
-    assert (folder / "measurement.json").read_bytes() == before
 
 
 BAD_INPUT = [

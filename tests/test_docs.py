@@ -79,7 +79,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_in_the_contents() -> None:
     listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
-    assert listed == {page.name for page in PAGES[1:]} - {"index.md"}
+    notebooks = {f"notebooks/{path.name}" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    assert listed == ({page.name for page in PAGES[1:]} - {"index.md"}) | notebooks
 
 
 def commands(page: Path) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tl_capacity import Measurement, TokenStream, add_capacity_hooks
 from tl_capacity.loading import load_model, load_sae
-from tl_capacity.measuring import MeasureSettings, bridge, measure
+from tl_capacity.measuring import MeasureSettings, measure
 from tl_capacity.tokens import PADDING, documents
 
 PUBLIC_DOMAIN = {"spurgeon", "henry", "web-bible", "austen"}
@@ -92,7 +92,7 @@ def test_saes_are_sparse_and_explain_the_stream(measured: Measurement, layer: in
 
 def test_measuring_by_name_equals_measuring_a_bridge(measured: Measurement, teacher: Any) -> None:
     saes = {f"blocks.{layer}.hook_resid_post": load_sae(str(FOLDER / "saes" / f"layer{layer}"))[1] for layer in LAYERS}
-    wrapped = bridge(load_model("embedded"))
+    wrapped = load_model("embedded").bridge
     stream = TokenStream("embedded", teacher.tokenizer, measured.provenance.settings["context"])
     with add_capacity_hooks(wrapped, saes, mask_token_ids=measured.provenance.settings["masked_token_ids"]) as capacity:
         capacity.run(stream, max_tokens=4_000, progress=False)

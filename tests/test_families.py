@@ -9,7 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tl_capacity.hooks.families.scaling import head_size, key_value_heads
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, MambaConfig, OPTConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from tl_capacity.distillation import students
 from tl_capacity.errors import CapacityError
@@ -19,10 +34,17 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: GPTNeoXConfig(**SHARED, **SIZES, hidden_dropout=0.5, attention_dropout=0.5, rotary_pct=0.25),
     "gpt2": lambda: GPT2Config(**SHARED, n_embd=32, n_layer=2, n_head=4, n_positions=16),
+    "opt": lambda: OPTConfig(
+        **SHARED, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96, max_position_embeddings=16, word_embed_proj_dim=16, layerdrop=0.5
+    ),
     "llama": lambda: LlamaConfig(**SHARED, **SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**SHARED, **SIZES, num_key_value_heads=2, sliding_window=8),
+    "olmo2": lambda: Olmo2Config(**SHARED, **SIZES, num_key_value_heads=2),
     "qwen2": lambda: Qwen2Config(**SHARED, **SIZES, num_key_value_heads=4),
     "qwen3": lambda: Qwen3Config(**SHARED, **SIZES, num_key_value_heads=2, head_dim=16),
     "gemma2": lambda: Gemma2Config(**SHARED, **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=5.0),
+    "gemma3": lambda: Gemma3TextConfig(**SHARED, **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+    "phi": lambda: PhiConfig(**SHARED, **SIZES, partial_rotary_factor=0.5, resid_pdrop=0.5),
     "mamba": lambda: MambaConfig(**SHARED, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 
@@ -51,7 +73,7 @@ def test_students_of_every_family(family: str, width: int) -> None:
     students.check_output(student, TOKENS)
     logits.sum().backward()
     assert all(p.grad is not None for p in student.parameters())
-    for size in ("intermediate_size", "n_inner"):
+    for size in ("intermediate_size", "n_inner", "ffn_dim", "word_embed_proj_dim"):
         if getattr(of.config, size, None):
             assert getattr(student.config, size) * of.config.hidden_size == getattr(of.config, size) * width
 
@@ -125,8 +147,8 @@ def test_a_width_that_cannot_be_built_names_the_nearest(width: int, near: str) -
 
 
 def test_architectures_without_students_are_refused() -> None:
-    with pytest.raises(CapacityError, match="no model family says how students of 'opt' are built"):
-        students.student_config(OPTConfig(), 32)
+    with pytest.raises(CapacityError, match="no model family says how students of 'phi3' are built"):
+        students.student_config(Phi3Config(), 32)
     with pytest.raises(CapacityError, match="Linear cannot be distilled"):
         students.new_student(torch.nn.Linear(2, 2), 1)
     with pytest.raises(CapacityError, match="'svd' is no way to start"):

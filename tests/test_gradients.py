@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, HOOKED, KINDS, all_hooks
+from tl_capacity.hooks.importance import IntegratedGradients
 from torch.nn import functional as F
 
 import tl_capacity as tlc
@@ -190,3 +191,94 @@ def test_unknown_losses_are_refused(neox: Any, make_sae: MakeSAE) -> None:
 
     with pytest.raises(CapacityError, match=f"no gradient of perplexity can be had: an estimator's gradient_of names {', '.join(gradients.LOSSES)}"):
         tlc.add_capacity_hooks(neox, make_sae("standard", HOOK), importance=[Odd()])
+
+
+class TestIntegratedGradients:
+    """Against a loop over the path by hand, and against the difference of the loss that all attributions together must account for."""
+
+    def on_the_path(self, model: Any, sae: Any, tokens: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss at α, with latents [row, position, feature] and the SAE's error, both already times α, as leaves; BOS is left as it is."""
+        kept: list[torch.Tensor] = []
+
+        def splice(_: Any, args: Any, out: Any) -> Any:
+            x = (out[0] if isinstance(out, tuple) else out).detach()
+            z = sae.encode(x).detach()
+            leaves = [(alpha * z).requires_grad_(), (alpha * (x - sae.decode(z))).detach().requires_grad_()]
+            kept.extend(leaves)
+            moved = torch.where((tokens == BOS)[..., None], x, sae.decode(leaves[0]) + leaves[1])
+            return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
+        handle = model.gpt_neox.layers[1].register_forward_hook(splice)
+        logits = model(tokens).logits
+        handle.remove()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"), kept[0], kept[1]
+
+    def measured(self, model: Any, sae: Any, tokens: torch.Tensor, steps: int) -> dict[str, np.ndarray]:
+        with tlc.add_capacity_hooks(model, {HOOK: sae}, importance=[IntegratedGradients(steps)]) as capacity:
+            arrays = capacity.run(tokens.split(6)).measurement()[HOOK].summary.arrays
+        return {name: arrays[f"state/integrated_gradients/{name}"].sum(0) for name in ("signed", "absolute", "error")}
+
+    @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+    def test_a_loop_over_the_path(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor, architecture: str) -> None:
+        sae = make_sae(architecture, HOOK)
+        z, error, slopes = None, None, 0
+        for place, weight in ((0.5 - 0.6**0.5 / 2, 5 / 18), (0.5, 4 / 9), (0.5 + 0.6**0.5 / 2, 5 / 18)):  # Gauss-Legendre of three points on [0, 1]
+            loss, latents, rest = self.on_the_path(neox, sae, tokens, place)
+            by_latent, by_rest = torch.autograd.grad(loss, [latents, rest])
+            z, error = latents.detach() / place, rest.detach() / place
+            slopes = slopes + torch.cat([weight * z * by_latent, (weight * error * by_rest).sum(-1, keepdim=True)], dim=-1).double()
+        expected = slopes[tokens != BOS]
+        found = self.measured(neox, sae, tokens, 3)
+        for name, values in (("signed", expected[:, :-1].sum(0)), ("absolute", expected[:, :-1].abs().sum(0)), ("error", expected[:, -1].sum(0))):
+            np.testing.assert_allclose(found[name], values.numpy(), rtol=2e-3, atol=1e-3 * float(values.abs().max()))
+
+    def test_attributions_and_error_sum_to_the_loss_difference(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+        sae = make_sae("standard", HOOK)
+        with torch.no_grad():
+            difference = float(self.on_the_path(neox, sae, tokens, 1.0)[0] - self.on_the_path(neox, sae, tokens, 0.0)[0])
+        missing = []
+        for steps in (1, 4, 16, 64):
+            found = self.measured(neox, sae, tokens, steps)
+            missing.append(abs(float(found["signed"].sum() + found["error"]) / difference - 1))
+        assert missing[-1] < 0.002
+        assert missing[0] > missing[1] > missing[-1]
+
+    @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "gpt2", "llama"])
+    def test_each_hook_has_its_own_path(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+        model, saes = models_by_kind[kind], {EARLY: make_sae("topk", EARLY), HOOK: make_sae("standard", HOOK)}
+        with tlc.add_capacity_hooks(model, saes, importance=["integrated_gradients", "gradient"]) as capacity:
+            together = capacity.run(tokens[:8]).measurement()
+        for hook, sae in saes.items():
+            with tlc.add_capacity_hooks(model, {hook: sae}, importance=["integrated_gradients"]) as capacity:
+                alone = capacity.run(tokens[:8]).measurement()[hook]
+            np.testing.assert_allclose(together[hook].importance("integrated_gradients"), alone.importance("integrated_gradients"), rtol=1e-3, atol=1e-7)
+            with tlc.add_capacity_hooks(model, {hook: sae}, importance=["gradient"]) as capacity:
+                plain = capacity.run(tokens[:8]).measurement()[hook]
+            np.testing.assert_allclose(together[hook].importance("gradient"), plain.importance("gradient"), rtol=1e-3, atol=1e-7)
+            assert (together[hook].summary.arrays["counts"] == plain.summary.arrays["counts"]).all()
+
+    @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "gpt_neox"])
+    def test_nothing_is_left_behind(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+        model = models_by_kind[kind]
+        before, asking = all_hooks(model), [p.requires_grad for p in model.parameters()]
+        with torch.no_grad(), tlc.add_capacity_hooks(model, make_sae("standard", HOOK), importance=["integrated_gradients"]) as capacity:
+            attached = all_hooks(model)
+            capacity.run(tokens[:4])
+            assert all_hooks(model) == attached
+        assert all_hooks(model) == before
+        assert [p.requires_grad for p in model.parameters()] == asking
+
+    def test_bad_input(self, hooked: Any, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match="steps = 0 is outside its domain steps ≥ 1"):
+            IntegratedGradients(0)
+        with (
+            tlc.add_capacity_hooks(neox, make_sae("standard", HOOK), importance=["integrated_gradients"]) as capacity,
+            pytest.raises(CapacityError, match="use run"),
+        ):
+            neox(tokens)
+        transcoder = make_sae("transcoder", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out")
+        with (
+            tlc.add_capacity_hooks(hooked, transcoder, importance=["integrated_gradients"]) as capacity,
+            pytest.raises(DictionaryError, match="writes to another hook point"),
+        ):
+            capacity.run(tokens)

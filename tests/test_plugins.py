@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import Cli, arguments
 
 import tl_capacity
 from tl_capacity import hookimpl, plugins
 from tl_capacity.errors import PluginError
 from tl_capacity.interfaces import FeatureSums, ImportanceEstimator
+from tl_capacity.summary import merge_sums
+from tl_capacity.tokens import TokenBatch
 
 CORE = Path(tl_capacity.__file__).parent
 
@@ -84,6 +90,46 @@ def test_a_name_clash_names_both_plugins(registered: Callable[[object], str]) ->
         plugins.plugins()
 
 
+def test_two_plugins_of_one_name_are_named() -> None:
+    class Other:
+        """Has a name that is taken."""
+
+    with pytest.raises(PluginError, match=r"Other object .* cannot be registered as 'laws', because <module 'tl_capacity.hooks.laws' .* has that name"):
+        plugins.register_plugin(Other(), "laws")
+    laws = plugins._manager()[0].get_plugin("laws")
+    with pytest.raises(PluginError, match="as 'more-laws', because it is registered as 'laws' already"):
+        plugins.register_plugin(laws, "more-laws")
+    assert "compressed_sensing" in plugins.plugins().capacity_laws
+
+
+def test_two_packages_with_plugins_of_one_name_are_named(tmp_path: Path) -> None:
+    for package in ("one", "two"):
+        (tmp_path / f"{package}-1.dist-info").mkdir()
+        (tmp_path / f"{package}-1.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
+        (tmp_path / f"{package}-1.dist-info" / "entry_points.txt").write_text("[tl_capacity]\nsame = json\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "tl_capacity", "plugins"], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "error: the packages 'one' and 'two' both have a plugin named 'same': rename or uninstall one\n"
+
+
+def test_a_class_in_place_of_an_object_is_refused(registered: Callable[[object], str]) -> None:
+    registered(estimator_plugin(Largest))  # type: ignore[arg-type]
+    with pytest.raises(PluginError, match=r"'test-0' registers the class Largest itself: register an object of it, Largest\(\)"):
+        plugins.plugins()
+
+
+def test_a_hook_with_another_argument_is_an_error() -> None:
+    class Different:
+        @hookimpl
+        def register_recipes(self, registry: Any) -> None: ...
+
+    with pytest.raises(PluginError, match=r"'different' for hook 'register_recipes' .*\{'registry'\} are declared .*: a hook takes one argument, `register`$"):
+        plugins.register_plugin(Different(), "different")
+    assert "train-sae" in plugins.plugins().recipes
+
+
 def test_a_misspelt_hook_is_an_error_with_the_right_spelling(registered: Callable[[object], str]) -> None:
     class Misspelt:
         @hookimpl
@@ -131,9 +177,98 @@ def test_a_plugin_file_adds_a_law(tmp_path: Path) -> None:
         plugins.unregister_plugin(name)
 
 
+CUBED = """
+import torch
+from tl_capacity import ImportanceEstimator, hookimpl
+
+class Cubed(ImportanceEstimator):
+    name, unit = "cubed", "latent³"
+
+    def start(self, sae, groups, device):
+        return {"cubes": torch.zeros(groups, len(sae.W_dec), dtype=torch.float64, device=device)}
+
+    def update(self, state, batch):
+        state["cubes"].index_put_((batch.groups, batch.features), batch.values.abs() ** 3, accumulate=True)
+
+    def compute(self, sums):
+        return RETURNED
+
+@hookimpl
+def register_importance_estimators(register):
+    register(Cubed())
+"""
+
+
+@pytest.fixture
+def plugin_file(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
+    """Writes plugin files, and takes what they register out again."""
+    files: list[Path] = []
+
+    def write(name: str, content: str) -> Path:
+        files.append(tmp_path / name)
+        files[-1].write_text(content, encoding="utf-8")
+        return files[-1]
+
+    yield write
+    manager, failures = plugins._manager()
+    for path in files:
+        failures.pop(str(path), None)
+        if manager.has_plugin(str(path)):
+            manager.unregister(name=str(path))
+    plugins.plugins.cache_clear()
+
+
+def test_an_estimator_from_a_file_beside_a_file_that_fails(cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path]) -> None:
+    broken = plugin_file("broken.py", "import tl_capacity\nraise RuntimeError('no such disk')\n")
+    cubed = plugin_file("cubed.py", CUBED.replace("RETURNED", "sums.state['cubes'] / sums.tokens"))
+    measure = arguments(setup, tmp_path / "out", "--importance", "cubed", "--widths", "4", tokens=600)
+    code, out, err = cli("--plugin", broken, "--plugin", cubed, *measure)
+    assert (code, err) == (0, f"the plugin file {broken} failed and is left out (RuntimeError: no such disk)\n")
+    assert "latent³" in out
+    measured = tl_capacity.Measurement.load(tmp_path / "out").hooks[0]
+    squared, cubes = measured.importance("second_moment"), measured.importance("cubed")
+    assert ((cubes > 0) == (squared > 0)).all()
+    assert np.corrcoef(np.log(squared), np.log(cubes))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("sums.counts[:3]", "shape (3,), but one value for each of (64,) is needed"),
+        ("sums.counts * float('nan')", "negative or non-finite values: importances must be finite and ≥ 0"),
+        ("-sums.squares - 1", "negative or non-finite values: importances must be finite and ≥ 0"),
+    ],
+)
+def test_an_estimator_that_is_wrong_is_refused_before_everything_is_counted(
+    cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path], returned: str, message: str
+) -> None:
+    wrong = plugin_file("wrong.py", CUBED.replace("RETURNED", returned))
+    measure = arguments(setup, tmp_path / "out", "--importance", "cubed", "--fvu-every", 1, tokens=20_000)
+    assert cli("--plugin", wrong, *measure) == (2, "", f"error: the importance estimator 'cubed' returned {message}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plugin_file_given_twice_is_refused(cli: Cli, plugin_file: Callable[[str, str], Path]) -> None:
+    cubed = plugin_file("cubed.py", CUBED)
+    code, _, err = cli("--plugin", cubed, "--plugin", cubed, "plugins")
+    assert code == 2
+    assert err.startswith("error: the plugin <module")
+    assert f"cannot be registered as {str(cubed)!r}" in err
+    assert err.count("\n") == 1
+
+
 def test_unknown_names_are_met_with_the_nearest() -> None:
     with pytest.raises(PluginError, match="did you mean 'firing_rate'"):
         plugins.plugins().importance_estimators["firing_rates"]
+
+
+def test_a_name_that_is_taken_leaves_the_notebook_working() -> None:
+    class Taken(Largest):
+        name = "second_moment"
+
+    with pytest.raises(PluginError, match="'importance' and 'notebook:second_moment' both register"):
+        tl_capacity.register_importance_estimator(Taken)
+    assert plugins.plugins().importance_estimators["second_moment"].unit == "latent²"
 
 
 def test_registering_from_a_notebook_replaces_the_earlier_one() -> None:
@@ -159,6 +294,84 @@ class TestEstimatorWithState:
         handle.remove()
         expected = (latents.abs() ** 3).mean(0).numpy()
         np.testing.assert_allclose(measured.summary.importance(Largest().compute, "cubed"), expected[measured.summary.alive], rtol=1e-6)
+
+    def test_the_batch_offers_all_there_is_to_know_of_a_token(self, neox: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+        batches: list[Any] = []
+
+        class Looking(ImportanceEstimator):
+            name, unit = "looking", "nothing"
+
+            def update(self, state: dict[str, torch.Tensor], batch: Any) -> None:
+                batches.append(batch)
+
+        sae, hook = make_sae("standard"), "blocks.1.hook_resid_post"
+        with tl_capacity.add_capacity_hooks(neox, {hook: sae}, importance=[Looking()], skip_first_positions=2) as capacity:
+            capacity.taps[0].encoder.chunk = 7  # a forward pass in many pieces
+            capacity.run(tokens, progress=False)
+        with torch.no_grad():
+            activations = neox(tokens, output_hidden_states=True).hidden_states[2]
+        counted = (tokens != 0) & (torch.arange(tokens.shape[1]) >= 2)
+        assert len(batches) > 1
+        assert all(torch.equal(batch.counted, counted) and batch.sae is sae for batch in batches)
+        rows, positions, documents = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("rows", "positions", "documents"))
+        assert torch.equal(torch.stack([rows, positions], 1), counted.nonzero())
+        assert torch.equal(documents, rows), "each row of a tensor is a document of its own"
+        torch.testing.assert_close(torch.cat([batch.activations for batch in batches]), activations[rows, positions])
+        for batch in batches:
+            torch.testing.assert_close(batch.dense(), sae.encode(batch.activations).double(), rtol=1e-4, atol=1e-5)
+            assert torch.equal(batch.groups, batch.token_groups[batch.tokens])
+            assert torch.equal(batch.dense()[batch.tokens, batch.features], batch.values)
+
+    def test_shards_merge(self, neox: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+        sae, hook = make_sae("standard"), "blocks.1.hook_resid_post"
+
+        def measured(documents: slice) -> tl_capacity.Measurement:
+            with tl_capacity.add_capacity_hooks(neox, {hook: sae}, importance=[Largest()]) as capacity:
+                capacity.run(TokenBatch(tokens.numpy()[documents], np.arange(len(tokens))[documents]) for _ in range(1))
+            return capacity.measurement()
+
+        whole, parts = measured(slice(None)), [measured(slice(None, 9)), measured(slice(9, None))]
+        summed = sum(part[hook].summary.arrays["state/cubed/cubes"] for part in parts)
+        np.testing.assert_allclose(summed, whole[hook].summary.arrays["state/cubed/cubes"], rtol=1e-9)
+        merged = merge_sums(*(part[hook].summary.arrays for part in parts))
+        np.testing.assert_array_equal(merged["state/cubed/cubes"], summed)
+
+    def test_a_state_that_cannot_be_merged_is_refused(self, neox: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+        class Ungrouped(Largest):
+            def start(self, sae: Any, groups: int, device: torch.device) -> dict[str, torch.Tensor]:
+                return {"cubes": torch.zeros(len(sae.W_dec))}
+
+        class Replacing(Largest):
+            def update(self, state: dict[str, torch.Tensor], batch: Any) -> None:
+                state["cubes"] = state["cubes"] + 1
+
+        saes = {"blocks.1.hook_resid_post": make_sae("standard", d_sae=72)}
+        with pytest.raises(tl_capacity.CapacityError, match=r"'cubed' starts with 'cubes' of shape \(72,\): its first axis must be the 64 document groups"):
+            tl_capacity.add_capacity_hooks(neox, saes, importance=[Ungrouped()])
+        with (
+            tl_capacity.add_capacity_hooks(neox, saes, importance=[Replacing()]) as capacity,
+            pytest.raises(tl_capacity.CapacityError, match="'cubed' replaces its state"),
+        ):
+            capacity.run(tokens, progress=False)
+
+    def test_one_that_needs_gradients_is_refused_in_inference_mode(self, make_model: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+        saes = {"blocks.1.hook_resid_post": make_sae("standard")}
+        message = "'gradient' needs the gradient of cross_entropy, which torch.inference_mode does not give"
+        model = make_model("gpt_neox")
+        with tl_capacity.add_capacity_hooks(model, saes, importance=["gradient"]) as capacity:
+            with torch.inference_mode(), pytest.raises(tl_capacity.CapacityError, match=message):
+                capacity.run(tokens, progress=False)
+            capacity.run(tokens, progress=False)
+        with torch.inference_mode():
+            made_there = make_model("gpt_neox")
+            with tl_capacity.add_capacity_hooks(made_there, saes) as plain:
+                plain.run(tokens, progress=False)
+        np.testing.assert_array_equal(plain.measurement().hooks[0].summary.arrays["counts"], capacity.measurement().hooks[0].summary.arrays["counts"])
+        with (
+            tl_capacity.add_capacity_hooks(made_there, saes, importance=["gradient"]) as capacity,
+            pytest.raises(tl_capacity.CapacityError, match=message),
+        ):
+            capacity.run(tokens, progress=False)
 
     @pytest.mark.parametrize(("returned", "message"), [(np.ones(3), "shape"), (np.full(64, np.nan), "non-finite"), (np.full(64, -1.0), "negative")])
     def test_a_wrong_result_is_refused_by_name(

@@ -98,6 +98,21 @@ def test_a_measurement_can_be_given(setup: Path, finished: Path, tmp_path: Path)
     assert json.loads((tmp_path / "floors.json").read_text()) == json.loads((finished / "floors.json").read_text())
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_students_are_probed_where_concepts_are_named(setup: Path, finished: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    rows = [{"text": " ".join(f"w{i}" for i in random.integers(1, 40 + 50 * (row % 2), size=9)), "label": row % 2} for row in range(150)]
+    concept = tmp_path / "words.jsonl"
+    concept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe.run(main, options(setup, finished, "--concepts", str(concept)))
+    probes = json.loads((finished / "probes" / "probes.json").read_text())
+    assert {row["width"] for row in probes["probes"] if row["kind"] == "trained"} == {*WIDTHS, 32}
+    assert all(width is None or width >= 1 for sparse in probes["sparse"] for width in sparse["widths"])
+    recipe.run(main, options(setup, finished, "--concepts", str(concept)))
+    with pytest.raises(CapacityError, match="go on with the same --concepts"):
+        recipe.run(main, options(setup, finished, "--concepts", "question"))
+
+
 def test_what_does_not_fit_is_refused(setup: Path, finished: Path, tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match=r"holds a run with tokens 1500, and this one has 1600: go on with the same settings, or choose another --out"):
         recipe.run(main, options(setup, finished, "--tokens", "1600"))

@@ -106,7 +106,9 @@ def batch_of(latents: torch.Tensor, documents: torch.Tensor, activations: torch.
     tokens, features, values = active_entries(latents)
     groups = torch.from_numpy(document_groups(documents.numpy()))
     sae = SimpleNamespace(cfg=SimpleNamespace(d_sae=latents.shape[1]))
-    return LatentBatch(features, tokens, groups[tokens], values.double(), activations, documents, groups, sae)
+    place = torch.arange(len(latents))
+    counted = torch.ones(len(latents), 1, dtype=torch.bool)
+    return LatentBatch(features, tokens, groups[tokens], values.double(), activations, documents, groups, place, torch.zeros_like(place), counted, sae)
 
 
 def statistics_of(latents: torch.Tensor, documents: torch.Tensor, rows: Sequence[int] | slice = slice(None), width: int = 4) -> FeatureStatistics:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tl_capacity.checks import checked
 from tl_capacity.encoding import Encoder, decoder_vectors_add_up
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
-from tl_capacity.gradients import LOSSES, differentiable, gradients
-from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
+from tl_capacity.gradients import LOSSES, differentiable, frozen, gradients, path_gradient
+from tl_capacity.interfaces import ImportanceEstimator, PathGradient, SparseAutoencoder
 from tl_capacity.measurement import HookMeasurement, Measurement, Provenance
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import token_progress
@@ -164,10 +164,19 @@ class TapPoint:
             raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, hook_names(model))}")
         return cls(name, lambda: _walk(model, place[0]), module, place[1], int(model.config.hidden_size))
 
-    def watch(self, callback: Callable[[Tensor], None]) -> Callable[[], None]:
-        """Call `callback` with each activation; returns what takes the hook away again, and nothing else."""
+    def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Callable[[], None]:
+        """Call `callback` with each activation; returns what takes the hook away again, and nothing else.
+
+        A bridge shows some hooks a view of their own (`hook_z`, cut into heads) and goes on with the activation itself, so that the view has no gradient. With
+        `differentiable`, what was seen is handed back unchanged, and the model goes on with that.
+        """
+
+        def see(activation: Tensor) -> Tensor | None:
+            callback(activation)
+            return activation if differentiable else None
+
         # A compiled graph would trace through the bookkeeping; a graph break here costs less.
-        return self.edit(_untraced(callback))
+        return self.edit(_untraced(see))
 
     def edit(self, change: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
         """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again, and nothing else."""
@@ -221,6 +230,11 @@ class Tap:
         self.statistics = FeatureStatistics.empty(self.d_sae, sae.W_dec[0].numel(), norms, self.device)
         for estimator in estimators:
             for key, zeros in estimator.start(sae, DOCUMENT_GROUPS, self.device).items():
+                if zeros.shape[:1] != (DOCUMENT_GROUPS,):
+                    raise CapacityError(
+                        f"the importance estimator {estimator.name!r} starts with {key!r} of shape {tuple(zeros.shape)}: its first axis must be the "
+                        f"{DOCUMENT_GROUPS} document groups"
+                    )
                 self.statistics.state[f"{estimator.name}/{key}"] = zeros
         self.fired = 0
         self._open: dict[int, Tensor] = {}
@@ -254,12 +268,12 @@ class Tap:
         if not getattr(self.sae, "hook_z_reshaping_mode", False):
             inputs = inputs.flatten(1)  # only such an SAE joins the heads itself
         along = {loss: gradient.flatten(0, 1)[counted].flatten(1) for loss, gradient in gradients.items()}
-        rows = batch.row_of_token.to(self.device)
+        rows, positions = batch.row_of_token.to(self.device), batch.position_of_token.to(self.device)
         for start in range(0, len(inputs), self.encoder.chunk):
             chunk = slice(start, start + self.encoder.chunk)
-            self._count(inputs[chunk], rows[chunk], batch, seen, {loss: gradient[chunk] for loss, gradient in along.items()})
+            self._count(inputs[chunk], rows[chunk], positions[chunk], batch, seen, {loss: gradient[chunk] for loss, gradient in along.items()})
 
-    def _count(self, inputs: Tensor, rows: Tensor, batch: Batch, seen: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    def _count(self, inputs: Tensor, rows: Tensor, positions: Tensor, batch: Batch, seen: Tensor, gradients: Mapping[str, Tensor]) -> None:
         tokens, features, values = (t.to(self.device) for t in self.encoder(inputs))
         values = values.double()
         if not bool(torch.isfinite(values.sum())):
@@ -273,6 +287,9 @@ class Tap:
             activations=inputs,
             documents=batch.documents.to(self.device)[rows],
             token_groups=token_groups,
+            rows=rows,
+            positions=positions,
+            counted=batch.counted,
             sae=self.sae,
             gradients=gradients,
         )
@@ -280,17 +297,20 @@ class Tap:
         if self._decodes_linearly is None:
             self._decodes_linearly = decoder_vectors_add_up(self.sae, inputs)
         if gradients:
-            self._refuse_unless_linear()
+            self.refuse_unless_linear()
         for estimator in self.estimators:
             prefix = f"{estimator.name}/"
-            own = {k.removeprefix(prefix): v for k, v in self.statistics.state.items() if k.startswith(prefix)}
+            kept = {k.removeprefix(prefix): v for k, v in self.statistics.state.items() if k.startswith(prefix)}
+            own = dict(kept)
             estimator.update(own, entries)
+            if any(own.get(key) is not tensor for key, tensor in kept.items()):
+                raise CapacityError(f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the tensors in place")
         seen.view(-1)[batch.slots.to(self.device)[rows][tokens] * self.d_sae + features] = True
         checked = batch.checked(self.fvu_every).to(self.device)[rows]
         if bool(checked.any()):
             self._check_reconstruction(entries, checked)
 
-    def _refuse_unless_linear(self) -> None:
+    def refuse_unless_linear(self) -> None:
         """A latent's gradient is taken along its decoder vector, which says something only where the SAE writes the sum of those at its own hook point."""
         if self._decodes_linearly is False or self.target_hook is not None:
             what = "writes to another hook point" if self.target_hook is not None else "does not write the sum of its decoder vectors"
@@ -398,7 +418,7 @@ class Batch:
         self._documents = tokens.documents
         self.documents = torch.from_numpy(tokens.documents)
         self.groups = torch.from_numpy(document_groups(tokens.documents))
-        self.row_of_token = torch.from_numpy(np.nonzero(counted)[0])
+        self.row_of_token, self.position_of_token = (torch.from_numpy(place) for place in np.nonzero(counted))
         self.unique_documents: list[int] = list(dict.fromkeys(tokens.documents.tolist()))
         self.counted_documents: list[int] = tokens.documents[counted.any(1)].tolist()
         place = {document: slot for slot, document in enumerate(self.unique_documents)}
@@ -433,17 +453,21 @@ class CapacityHooks:
         self._seconds = 0.0
         self._removers: list[Callable[[], None]] = []
         self._points: list[TapPoint] = []
-        self._losses = sorted({loss for tap in taps for estimator in tap.estimators for loss in estimator.gradient_of})
+        wanted = {loss for tap in taps for estimator in tap.estimators for loss in estimator.gradient_of}
+        self._losses = sorted(loss for loss in wanted if isinstance(loss, str))
+        self._paths = sorted((along for along in wanted if isinstance(along, PathGradient)), key=lambda along: along.name)
+        self._gradients = [*self._losses, *(along.name for along in self._paths)]
+        self._on_a_path = False
         self._awaiting_gradient: list[tuple[Tap, Tensor]] = []
-        if unknown := set(self._losses) - set(LOSSES):
+        self._asking = next((estimator.name for tap in taps for estimator in tap.estimators if estimator.gradient_of), None)
+        if unknown := {*self._losses, *(along.loss for along in self._paths)} - set(LOSSES):
             raise CapacityError(f"no gradient of {', '.join(sorted(unknown))} can be had: an estimator's gradient_of names {', '.join(LOSSES)}")
-        # A cache of keys and values that nobody reads costs memory; TransformerLens keeps none by default.
-        self._options = {"use_cache": False} if not hasattr(model, "hook_dict") and "use_cache" in inspect.signature(model.forward).parameters else {}
-        self._embedding = _embedding(model)
+        self._options = forward_options(model)
+        self._embedding = embedding_of(model)
         try:
             self._watch_embedding()
             for tap in taps:
-                self._watch(tap.point, partial(self._on_activation, tap))
+                self._watch(tap.point, partial(self._on_activation, tap), differentiable=bool(self._gradients))
                 if tap.target_hook is not None:
                     self._watch(TapPoint.of(model, tap.target_hook), partial(self._on_target, tap))
         except BaseException:
@@ -498,6 +522,11 @@ class CapacityHooks:
         """
         if not self._removers:
             raise CapacityError("these capacity hooks were removed: attach new ones with add_capacity_hooks")
+        if self._gradients and (torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in self.model.parameters())):
+            raise CapacityError(
+                f"the importance estimator {self._asking!r} needs the gradient of {', '.join(self._gradients)}, which torch.inference_mode does not give: "
+                "load the model and call run() outside of it"
+            )
         self._describe_stream(stream)
         device = next(self.model.parameters()).device
         filler = int(self._mask_ids[0]) if len(self._mask_ids) else 0
@@ -508,7 +537,7 @@ class CapacityHooks:
         if not skip:
             for tap in self.taps:
                 tap.close_open_documents()
-        with _evaluating(self.model), token_progress(max_tokens, progress) as advance:
+        with evaluating(self.model), token_progress(max_tokens, progress) as advance:
             for tokens in as_batches(stream, earlier_rows):
                 seen += len(tokens.tokens)
                 digest = _chained(digest, tokens)
@@ -579,8 +608,8 @@ class CapacityHooks:
         self._digest = measurement.provenance.tokens_digest
         self._seconds, self._started = measurement.provenance.seconds, time.monotonic()
 
-    def _watch(self, point: TapPoint, callback: Callable[[Tensor], None]) -> None:
-        self._removers.append(point.watch(callback))
+    def _watch(self, point: TapPoint, callback: Callable[[Tensor], None], differentiable: bool = False) -> None:
+        self._removers.append(point.watch(callback, differentiable))
         self._points.append(point)
 
     def _watch_embedding(self) -> None:
@@ -611,18 +640,23 @@ class CapacityHooks:
         return self._forwards > 0 and any(tap.fired == 0 for tap in self.taps)
 
     def _on_activation(self, tap: Tap, activation: Tensor) -> None:
+        if self._on_a_path:
+            return
         batch = self._current(tap.hook)
-        if not self._losses:
+        if not self._gradients:
             tap.observe(activation.detach(), batch)
             self._stop_when_done()
         elif self._streaming:
             self._awaiting_gradient.append((tap, activation))
         else:
             raise CapacityError(
-                f"an importance estimator needs the gradient of {', '.join(self._losses)}, which a plain call of the model does not give: use run()"
+                f"the importance estimator {self._asking!r} needs the gradient of {', '.join(self._gradients)}, which a plain call of the model does not give: "
+                "use run()"
             )
 
     def _on_target(self, tap: Tap, activation: Tensor) -> None:
+        if self._on_a_path:
+            return
         tap.observe_target(activation, self._current(tap.hook))
         self._stop_when_done()
 
@@ -640,7 +674,7 @@ class CapacityHooks:
     def _forward(self, tokens: Tensor) -> None:
         self._streaming = True
         try:
-            if self._losses:
+            if self._gradients:
                 self._forward_and_backward(tokens)
             else:
                 with torch.no_grad():
@@ -665,9 +699,34 @@ class CapacityHooks:
             # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
             seed = int(self._digest[:12], 16)
             found = gradients(getattr(output, "logits", output), tokens, self._batch.valid, activations, self._losses, seed)
+        del output  # and with it the graph, before others are built
         self._awaiting_gradient = []
         for tap, activation, own in zip(taps, activations, found, strict=True):
+            own |= {along.name: self._path_gradient(tap, tokens, along, seed) for along in self._paths}
             tap.observe(activation.detach(), self._batch, own)
+
+    def _path_gradient(self, tap: Tap, tokens: Tensor, along: PathGradient, seed: int) -> Tensor:
+        """The gradient at a tap, averaged along the path from the decoder's bias; other taps stay as they are, and nothing is counted meanwhile."""
+        assert self._batch is not None
+        tap.refuse_unless_linear()
+
+        def logits_with(move: Callable[[Tensor], Tensor]) -> Tensor:
+            take_away = tap.point.edit(_untraced(move))
+            try:
+                output: Any = self.model(tokens, **self._options)
+            finally:
+                take_away()
+            logits: Tensor = getattr(output, "logits", output)
+            return logits
+
+        bias = getattr(tap.sae, "b_dec", None)
+        baseline = torch.zeros(tap.d_in) if bias is None else bias.detach().flatten()
+        self._on_a_path = True
+        try:
+            with frozen(self.model):
+                return path_gradient(logits_with, baseline, self._batch.counted, tokens, self._batch.valid, along, seed)
+        finally:
+            self._on_a_path = False
 
     def _check_fired(self) -> None:
         for tap in self.taps:
@@ -819,7 +878,17 @@ def special_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(int(i) for i in ids)
 
 
-def _embedding(model: Any) -> nn.Module:
+def forward_options(model: Any) -> dict[str, Any]:
+    """What a forward pass is called with: a cache of keys and values that nobody reads costs memory; TransformerLens keeps none by default."""
+    return {"use_cache": False} if not hasattr(model, "hook_dict") and "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def embedding_of(model: Any) -> nn.Module:
+    """The module that turns token ids into vectors.
+
+    Raises:
+        HookPointError: where the model has none.
+    """
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else getattr(model, "embed", None)
     if not isinstance(embedding, nn.Module):
         raise HookPointError(f"{type(model).__name__} has no embedding at which its tokens can be seen: pass a TransformerLens or Hugging Face model")
@@ -857,7 +926,7 @@ def _chained(previous: str, batch: TokenBatch) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and each module back as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

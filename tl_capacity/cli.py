@@ -6,8 +6,11 @@ Exit codes: 0 done, 2 bad input (one sentence on standard error), 130 interrupte
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +18,9 @@ import typer
 
 from tl_capacity import __version__
 from tl_capacity.errors import CapacityError, reporting_errors
+from tl_capacity.logs import configure, figures
+from tl_capacity.logs import log as logger
+from tl_capacity.progress import peak_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,9 +44,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 @app.callback(invoke_without_command=True)
 def root(
     plugin: Annotated[list[Path] | None, typer.Option("--plugin", help="Also load this Python file as a plugin; may be repeated.")] = None,
+    log: Annotated[str, typer.Option("--log", help="What to say on standard error while something runs: text, or json, an object a line.")] = "text",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors there: no progress, no warnings.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Load plugins named on the command line."""
+    if log not in ("text", "json"):
+        raise CapacityError(f"--log {log!r} is no kind of log: choose text or json")
+    configure(log == "json", quiet)
+    if quiet or log == "json" or not sys.stderr.isatty():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' too, which it draws where nobody can see them move
     if version:
         typer.echo(f"tl-capacity {__version__}")
         raise typer.Exit
@@ -49,7 +62,8 @@ def root(
         from tl_capacity.plugins import plugins as find
 
         for path in plugin:
-            problem = find().failures.get(load_plugin_file(path))
+            name = load_plugin_file(path)
+            problem = find().failures.get(name)
             if problem is not None:
                 typer.echo(f"the plugin file {path} failed and is left out ({problem})", err=True)
 
@@ -60,7 +74,9 @@ def measure(
     out: Annotated[Path, typer.Option("--out", help="Folder of the measurement.")],
     sae: Annotated[
         list[str] | None,
-        typer.Option("--sae", help="SAELens folder or release/sae_id, optionally HOOK=…; may be repeated. Default: all that come with the model."),
+        typer.Option(
+            "--sae", help="SAE folder or release/sae_id, optionally HOOK=…; or neurons:HOOK, pca:HOOK; may be repeated. Default: all that come with the model."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to count.")] = 1_000_000,
     source: Annotated[str | None, typer.Option("--source", help="Embedded corpus, txt/jsonl/parquet file, or `datasets` id.")] = None,
@@ -78,15 +94,16 @@ def measure(
     dtype: Annotated[str, typer.Option("--dtype", help="Of the model's weights: float32, bfloat16, float16.")] = "float32",
     max_fvu: MaxFvu = 1.0,
     checkpoint_seconds: Annotated[float, typer.Option("--checkpoint-seconds", help="Save a checkpoint this often.")] = 30.0,
+    max_memory: Annotated[str, typer.Option("--max-memory", help="Memory that the process may hold, as 4GB; fewer tokens are encoded at once.")] = "",
 ) -> None:
     """Count a model's SAE features on text and write a measurement."""
     wanted = _widths(widths)
     console = _console()
     from tl_capacity.floors import error_warnings
     from tl_capacity.measuring import MeasureSettings
-    from tl_capacity.measuring import measure as run_measure
+    from tl_capacity.together import is_first, measure_together
 
-    measurement = run_measure(
+    measurement = measure_together(
         MeasureSettings(
             model=model,
             out=out,
@@ -106,14 +123,17 @@ def measure(
             dtype=dtype,
             max_fvu=max_fvu,
             checkpoint_seconds=checkpoint_seconds,
+            max_memory=_bytes(max_memory) if max_memory else None,
         )
     )
+    if not is_first():
+        return
     p = measurement.provenance
     masked = measurement.hooks[0].summary
     console.print(
         f"{masked.n_tokens:,} tokens of {p.source} through {p.model} in {p.seconds:,.0f} s; masked: "
         + ", ".join(f"{count:,} {reason}" for reason, count in masked.masked.items())
-        + f" (special and first positions hold {masked.masked_norm_share:.1%} of Σ‖x‖²)",
+        + f" (special and first positions hold {masked.masked_norm_share:.1%} of Σ‖x‖²); peak memory {peak_memory() / 1e9:.2f} GB",
         markup=False,
         highlight=False,
     )
@@ -204,6 +224,124 @@ def decompose(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="A measurement or checkpoint that is to be gone on with; instead of --model.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="As for measure.")] = None,
+    sae: Annotated[list[str] | None, typer.Option("--sae", help="As for measure; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the measurement is to be written; nothing is written there.")] = Path("runs"),
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens that are to be counted, for the time that it takes.")] = 1_000_000,
+    source: Annotated[str | None, typer.Option("--source", help="As for measure.")] = None,
+    importance: Annotated[list[str] | None, typer.Option("--importance", help="As for measure; may be repeated.")] = None,
+    context: Annotated[int | None, typer.Option("--context", help="As for measure.")] = None,
+    batch_rows: Annotated[int, typer.Option("--batch-rows", help="As for measure.")] = 8,
+    prepend_bos: Annotated[bool, typer.Option("--bos/--no-bos", help="As for measure.")] = True,
+    skip_first_positions: Annotated[int, typer.Option("--skip-first-positions", help="As for measure.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="As for measure.")] = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", help="As for measure.")] = "float32",
+    max_fvu: MaxFvu = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Check a set-up before a long measurement, on its first thousand tokens, and say what to change; exit code 2 where a run would fail or mean nothing."""
+    if (folder is None) == (model is None):
+        raise CapacityError("doctor checks either a folder or a model: pass one of DIR and --model")
+    from dataclasses import asdict
+
+    from tl_capacity import floors
+    from tl_capacity.doctor import STOP, examine, examine_folder
+    from tl_capacity.measuring import MeasureSettings
+
+    if folder is not None:
+        findings = examine_folder(folder, tokens, device)
+    else:
+        settings = MeasureSettings(
+            model=str(model),
+            out=out,
+            saes=tuple(sae or ()),
+            tokens=tokens,
+            source=source,
+            importance=tuple(importance or ("second_moment",)),
+            context=context,
+            batch_rows=batch_rows,
+            prepend_bos=prepend_bos,
+            skip_first_positions=skip_first_positions,
+            device=device,
+            dtype=dtype,
+            max_fvu=max_fvu,
+        )
+        findings = examine(settings)
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        _console().print(floors.table("Doctor", ["", "check", "what was found"], [[f.level, f.check, f.says] for f in findings], right=False))
+    if stops := sum(finding.level == STOP for finding in findings):
+        raise CapacityError(f"{stops} of {len(findings)} checks found what would stop this run or leave it without meaning: mend what is marked {STOP!r} above")
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path], typer.Argument(help="A measurement, and with it a distillation, probes, recoverability: folders or JSON files, in any order.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    widths: Annotated[str, typer.Option("--widths", help="Student widths, as 128,256,512. Default: those that were distilled.")] = "",
+    importance: Importance = "second_moment",
+    law: Law = "compressed_sensing",
+    hook: Annotated[str | None, typer.Option("--hook", help="The hook point that the verdict is about. Default: the middle one of those measured.")] = None,
+    observed: Annotated[str, typer.Option("--observed", help="As for decompose: fit or last_tenth.")] = "fit",
+    snippets: Annotated[bool, typer.Option("--snippets/--no-snippets", help="Show the text on which features are most active; runs the model.")] = True,
+    model: Annotated[str | None, typer.Option("--model", help="The model that was measured, where it is now to be found elsewhere.")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="Text to show features on. Default: that which was measured.")] = None,
+    snippet_tokens: Annotated[int, typer.Option("--snippet-tokens", help="How much of it to look through.")] = 20_000,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps.")] = "cpu",
+) -> None:
+    """Write one self-contained HTML page that shows everything that was found."""
+    from tl_capacity.report import ReportSettings, Results, find_snippets, write_report
+
+    found = Results.load(results)
+    settings = ReportSettings(tuple(_widths(widths)), importance, law, hook, observed)
+    examples, note = find_snippets(found, settings, model, source, snippet_tokens, device) if snippets else ({}, "Text was left out with --no-snippets.")
+    write_report(out, found, settings, examples, note)
+    typer.echo(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)" + (f"; {note[:1].lower()}{note[1:]}" if note else ""))
+
+
+@app.command()
+def plan(
+    folder: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
+    keep: Annotated[float | None, typer.Option("--keep", help="Share of the features to keep, as 0.95.")] = None,
+    target_loss: Annotated[float | None, typer.Option("--target-loss", help="Largest predicted floor, in the importance's unit per token.")] = None,
+    widths: Annotated[str, typer.Option("--widths", help="Also show what these widths cost.")] = "",
+    hook: Annotated[str | None, typer.Option("--hook", help="Only this hook point. Default: the goal must be met at all of them.")] = None,
+    importance: Importance = "second_moment",
+    law: Law = "compressed_sensing",
+    model: Annotated[str | None, typer.Option("--model", help="The teacher, for the cost in parameters. Default: the one that was measured.")] = None,
+    max_fvu: MaxFvu = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Find the smallest student width that meets a goal, and what each width costs in parameters."""
+    from tl_capacity.measurement import Measurement
+    from tl_capacity.plan import check_goal, teacher_config
+    from tl_capacity.plan import plan as make_plan
+
+    check_goal(keep, target_loss)
+    measurement = Measurement.load(folder)
+    found = make_plan(
+        measurement,
+        keep=keep,
+        target_loss=target_loss,
+        widths=_widths(widths),
+        hook=hook,
+        importance=importance,
+        law=law,
+        max_fvu=max_fvu,
+        config=teacher_config(measurement, model),
+    )
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _console().print(found)
+
+
+@app.command()
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="Measurements of the shards.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the joined measurement.")],
@@ -247,9 +385,8 @@ def hooks(
     """List the hook points of a model."""
     from tl_capacity.attach import hook_names
     from tl_capacity.loading import load_model
-    from tl_capacity.measuring import bridge
 
-    for name in hook_names(bridge(load_model(model))):
+    for name in hook_names(load_model(model).bridge):
         if matching in name:
             typer.echo(name)
 
@@ -274,8 +411,12 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line's entry point."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: the name of a file need not be UTF-8
     with reporting_errors():
-        raise SystemExit(app(arguments, standalone_mode=False) or 0)
+        code = app(arguments, standalone_mode=False) or 0
+        logger.info("done", extra=figures(peak_memory_bytes=peak_memory()))
+        raise SystemExit(code)
 
 
 def _widths(text: str) -> list[int]:
@@ -293,6 +434,13 @@ def _shard(text: str) -> tuple[int, int]:
     if not (index.isdigit() and of.isdigit()):
         raise CapacityError(f"--shard {text!r} is not INDEX/OF: write 0/4 for the first of four")
     return int(index), int(of)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", text.strip())
+    if not found:
+        raise CapacityError(f"--max-memory {text!r} is no size: write 500MB or 4GB")
+    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]])
 
 
 def _console() -> Console:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.floors import Curve, hook_floors, table
+from tl_capacity.floors import Curve, hook_floors, html_table, table
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.summary import Estimate
@@ -188,6 +189,25 @@ class Decomposition:
             "notes": self.notes()[1:],
             "candidates": [fit.to_json() for fit in self.fits],
         }
+
+    def plot(self) -> Any:
+        """A plotly figure of the observed floors with what explains them; see `report.figures.observed_figure`."""
+        from tl_capacity.report.figures import observed_figure
+
+        return observed_figure(self.observed, self)
+
+    def to_frame(self) -> Any:
+        """The candidates as a pandas DataFrame, best first."""
+        import pandas
+
+        flat = []
+        for row in (fit.to_json() for fit in self.fits):
+            intervals = {f"{key} {end}": row[key][end] if row[key] else None for key in ("C", "B") for end in ("low", "high")}
+            flat.append({**row, **{key: row[key]["value"] if row[key] else None for key in ("C", "B")}, **intervals})
+        return pandas.DataFrame(flat).drop(columns="fitted_floors")
+
+    def _repr_html_(self) -> str:
+        return html_table(*_cells(self.fits, self.chosen)) + "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
 
     def table_of_floors(self) -> list[dict[str, Any]]:
         """One object per student: width, seed, observed floor with its interval, and predicted floor."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -12,6 +14,9 @@ EXIT_INTERRUPTED = 130
 
 class CapacityError(ValueError):
     """Bad input or state that the user can mend; its message is one sentence and the command line prints nothing else."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())  # the reasons of other libraries inside it come on several lines
 
 
 class HookPointError(CapacityError):
@@ -44,11 +49,9 @@ def reporting_errors() -> Iterator[None]:
     try:
         yield
     except CapacityError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
+        _say(str(problem), EXIT_BAD_INPUT, "error: ")
     except KeyboardInterrupt:
-        print("interrupted; what was saved is whole, and --resume goes on", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        _say("interrupted; what was saved is whole, and --resume goes on", EXIT_INTERRUPTED)
     except Exception as problem:
         # Typer carries click's exceptions under a private name: what can show itself and has an exit code is one of them.
         show, code = getattr(problem, "show", None), getattr(problem, "exit_code", None)
@@ -56,3 +59,15 @@ def reporting_errors() -> Iterator[None]:
             raise
         show()
         raise SystemExit(code) from None
+
+
+def _say(sentence: str, code: int, prefix: str = "") -> NoReturn:
+    """Show a sentence, in the log where there is one, and end."""
+    # A file's name may hold anything, and a terminal obeys control characters.
+    sentence = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+    log = logging.getLogger("tl_capacity")
+    if log.handlers:
+        log.error(sentence, extra={"figures": {"exit_code": code}})
+    else:
+        print(prefix + sentence, file=sys.stderr)
+    raise SystemExit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from math import floor
 from pathlib import Path
@@ -18,6 +18,7 @@ from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
+from tl_capacity.suite import suites
 from tl_capacity.summary import Estimate, Resample
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class FloorPrediction:
     """The loss that a student of one width cannot avoid, according to one capacity law and importance estimator.
 
     Attributes:
-        hook: the hook point that was measured, or the curve's name.
+        hook: the hook point that was measured, or the curve's name; where several SAEs were measured there, the SAE's name as well.
         width: d_S.
         features_kept, features_lost: F_S and F − F_S.
         predicted_floor: Σ of the lost features' importance, in `unit` per token, with its document-bootstrap interval.
@@ -94,7 +95,7 @@ class Curve:
             importance, alpha = np.asarray(content["sorted_importance"], dtype=np.float64), float(content["alpha"])
         except OSError as problem:
             raise MeasurementError(f"{path} cannot be read ({problem.strerror}): pass a measurement folder or a curve's JSON file") from problem
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
             raise MeasurementError(f"{path} is no importance curve ({problem}): it needs `sorted_importance`, a list of numbers, and `alpha`") from problem
         if content.get("F_alive", len(importance)) != len(importance):
             raise MeasurementError(f"{path} says F_alive = {content['F_alive']} but lists {len(importance)} importances: it is truncated or altered")
@@ -130,7 +131,9 @@ class Budget:
                     "wrong hook or wrong model? (max_fvu=None, or --max-fvu inf, reports the budget all the same)"
                 )
         chosen = plugins().capacity_laws[law]
-        return cls(measurement, tuple(f for hook in measurement for f in hook_floors(hook, widths, importance, chosen)), law)
+        name = _told_apart(measurement)
+        floors = tuple(replace(f, hook=name(hook)) for hook in measurement for f in hook_floors(hook, widths, importance, chosen))
+        return cls(measurement, floors, law)
 
     def rows(self) -> list[dict[str, Any]]:
         """One object per hook point: every figure an `Estimate` or a number."""
@@ -180,26 +183,34 @@ class Budget:
 
         return pandas.DataFrame([f.to_json() for f in self.floors])
 
+    def plot(self) -> Any:
+        """A plotly figure of the predicted floors against the student's width; see `report.figures.floors_figure`."""
+        from tl_capacity.report.figures import floors_figure
+
+        return floors_figure(self.floors)
+
     def cells(self, hooks: slice = slice(None)) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the per-layer table as text: a column for each hook point, a row for each figure."""
-        rows = self.rows()[hooks]
+        rows, names = self.rows()[hooks], list(map(_told_apart(self.measurement), self.measurement))[hooks]
         lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
             ("tokens (documents)", lambda r: f"{r['tokens']:,} ({r['documents']:,})"),
             ("F alive", lambda r: r["F"].show(",.0f")),
             ("L0", lambda r: r["L0"].show(",.2f")),
             ("α = 1 − L0/F", lambda r: r["alpha"].show(".4f")),
             ("g(α) per dimension", lambda r: r["g"].show(",.2f")),
-            (f"budget d·g(α), {self.law}", lambda r: r["budget"].show(",.0f")),
+            ("budget d·g(α)" if self.law == "compressed_sensing" else f"budget, {self.law}", lambda r: r["budget"].show(",.0f")),
             ("d* = F/g(α)", lambda r: r["d*"].show(",.1f")),
             ("d*_het = Σ p ln 1/p", lambda r: r["d*_het"].show(",.1f")),
             ("FVU of the SAE", lambda r: "not checked" if r["FVU"] is None else r["FVU"].show(".3f")),
             ("explained variance", lambda r: "not checked" if r["FVU"] is None else r["explained variance"].show(".3f")),
         ]
-        return ["", *(f"{r['hook']} (d={r['width']:,})" for r in rows)], [[label, *(show(r) for r in rows)] for label, show in lines]
+        return ["", *(f"{name} (d={r['width']:,})" for name, r in zip(names, rows, strict=True))], [[label, *(show(r) for r in rows)] for label, show in lines]
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         for first_hook in range(0, len(self.measurement.hooks), HOOKS_IN_A_TABLE):
             yield table("Feature capacity [95% interval over documents]", *self.cells(slice(first_hook, first_hook + HOOKS_IN_A_TABLE)))
+        for suite in suites(self.measurement):
+            yield table(f"d* over the dictionaries at {suite.hook}", *suite.cells())
         if self.floors:
             first = self.floors[0]
             yield table(f"Predicted floors: importance {first.importance}, law {first.law}", *floor_cells(self.floors))
@@ -207,16 +218,16 @@ class Budget:
             yield f"[yellow]note:[/yellow] {_plain(warning)}"
 
     def _repr_html_(self) -> str:
-        parts = [_html_table(*self.cells())]
+        parts = [html_table(*self.cells()), *(html_table(*suite.cells()) for suite in suites(self.measurement))]
         if self.floors:
-            parts.append(_html_table(*floor_cells(self.floors)))
+            parts.append(html_table(*floor_cells(self.floors)))
         parts += [f"<p>note: {escape(w)}</p>" for w in self.notes()]
         return "".join(parts)
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting these figures."""
         caveat = plugins().capacity_laws[self.law].caveat
-        return self.measurement.warnings + ([f"{self.law}: {caveat}"] if caveat else [])
+        return [suite.statement() for suite in suites(self.measurement)] + self.measurement.warnings + ([f"{self.law}: {caveat}"] if caveat else [])
 
     def __repr__(self) -> str:
         return f"Budget({', '.join(h.hook for h in self.measurement)}; law {self.law}, {len(self.floors)} floors)"
@@ -238,7 +249,8 @@ def hook_floors(hook: HookMeasurement, widths: Sequence[int], importance: str, l
     alpha, values = s.alpha.value, hook.importance(importance)
     if not 0 < alpha < 1:
         raise CapacityError(
-            f"{hook.hook} has {int(s.n_alive.value)} alive features at L0 = {s.l0.value:.3g}, for which no sparsity is defined: count more tokens"
+            f"{hook.hook} has {int(s.n_alive.value)} alive features at L0 = {s.l0.value:.3g}, for which no sparsity is defined: count more tokens, "
+            f"or keep the largest coordinates of a basis, as in pca:{hook.hook},k=24"
         )
 
     def floors_of(sums: Resample) -> list[float]:
@@ -253,11 +265,11 @@ def hook_floors(hook: HookMeasurement, widths: Sequence[int], importance: str, l
 
 def measurement_warnings(measurement: Measurement) -> list[str]:
     """What a reader must know before trusting the figures of a measurement."""
-    found = []
+    found, name = [], _told_apart(measurement)
     if not measurement.complete:
         found.append("this measurement is a checkpoint of a run that has not ended; resume it with --resume")
     for hook in measurement:
-        s, where = hook.summary, hook.hook
+        s, where = hook.summary, name(hook)
         if s.fvu is None:
             found.append(f"{where}: the reconstruction was not checked on any document, so a wrong SAE would not be noticed")
         elif s.fvu.value > 1:
@@ -315,7 +327,7 @@ def table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], righ
 def _prediction(
     hook: str, width: int, values: NDArray[np.float64], alpha: float, law: CapacityLaw, floor_: Estimate, importance: str, unit: str
 ) -> FloorPrediction:
-    kept, total = _kept(values, alpha, width, law), float(values.sum())
+    kept, total = kept_features(values, alpha, width, law), float(values.sum())
     per_dimension = law.features_per_dimension(alpha, values)
     return FloorPrediction(
         hook=hook,
@@ -332,12 +344,13 @@ def _prediction(
     )
 
 
-def _kept(values: NDArray[np.float64], alpha: float, width: int, law: CapacityLaw) -> int:
+def kept_features(values: NDArray[np.float64], alpha: float, width: int, law: CapacityLaw) -> int:
+    """F_S = min(⌊d_S · ĝ(α)⌋, F) of the alive features' importances [feature], by some law."""
     return min(floor(width * law.features_per_dimension(alpha, values)), len(values))
 
 
 def _floor(values: NDArray[np.float64], alpha: float, width: int, law: CapacityLaw) -> float:
-    return float(theory.lost_importance(values, _kept(values, alpha, width, law)))
+    return float(theory.lost_importance(values, kept_features(values, alpha, width, law)))
 
 
 def _budget(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
@@ -351,6 +364,18 @@ def _budget(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
     return s.estimates(budget_of)[0]
 
 
+def _told_apart(measurement: Measurement) -> Callable[[HookMeasurement], str]:
+    """Names a hook point, and the SAE as well where several were measured there."""
+    several = {suite.hook for suite in suites(measurement)}
+
+    def name(hook: HookMeasurement) -> str:
+        if hook.hook not in several:
+            return hook.hook
+        return hook.sae if hook.hook in hook.sae else f"{hook.hook}, {hook.sae}"
+
+    return name
+
+
 def _checked(widths: Sequence[int]) -> Sequence[int]:
     for width in widths:
         if width < 1:
@@ -358,7 +383,8 @@ def _checked(widths: Sequence[int]) -> Sequence[int]:
     return widths
 
 
-def _html_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table for a notebook, every cell escaped."""
     line: Callable[[str, Sequence[str]], str] = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
     return f"<table><thead>{line('th', header)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
 

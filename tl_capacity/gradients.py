@@ -1,4 +1,6 @@
-"""Gradients on request: one backward pass for each loss, from a model's logits to every tapped hook point, through frozen parameters."""
+"""Gradients on request, through frozen parameters: from a model's logits to every tapped hook point in one backward pass for each loss, or averaged along a
+path that leads to the activations from their baseline.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.interfaces import PathGradient
 
 PREDICTED = -100
 """Marks a position that predicts nothing, as PyTorch's cross-entropy does."""
@@ -36,19 +40,28 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {"cr
 
 
 @contextmanager
-def differentiable(model: nn.Module, embedding: nn.Module) -> Iterator[None]:
-    """Record what activations depend on, from the embedding on, while no parameter asks for a gradient; afterwards the parameters ask as before."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Record what is computed from tensors that ask for a gradient, while no parameter does; afterwards the parameters ask as before."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
-    handle = embedding.register_forward_hook(lambda _, args, embedded: embedded.requires_grad_())
     try:
         with torch.enable_grad():
             yield
     finally:
-        handle.remove()
         for parameter in asking:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def differentiable(model: nn.Module, embedding: nn.Module) -> Iterator[None]:
+    """Record what activations depend on, from the embedding on, through frozen parameters."""
+    handle = embedding.register_forward_hook(lambda _, args, embedded: embedded.requires_grad_())
+    try:
+        with frozen(model):
+            yield
+    finally:
+        handle.remove()
 
 
 def gradients(logits: Tensor, tokens: Tensor, valid: Tensor, activations: Sequence[Tensor], losses: Sequence[str], seed: int) -> list[dict[str, Tensor]]:
@@ -68,11 +81,10 @@ def gradients(logits: Tensor, tokens: Tensor, valid: Tensor, activations: Sequen
     Raises:
         CapacityError: where the logits do not depend on an activation.
     """
-    following = torch.where(valid[:, 1:], tokens[:, 1:], PREDICTED)
-    generator = torch.Generator().manual_seed(seed)
     found: list[dict[str, Tensor]] = [{} for _ in activations]
+    generator = torch.Generator().manual_seed(seed)
     for i, name in enumerate(losses):
-        loss = LOSSES[name](logits[:, :-1].float(), following.to(logits.device), generator)
+        loss = _loss(name, logits, tokens, valid, generator)
         several: Any = torch.autograd.grad(loss, activations, retain_graph=i + 1 < len(losses), allow_unused=True)
         for gradient, own in zip(several, found, strict=True):
             if gradient is None:
@@ -81,3 +93,43 @@ def gradients(logits: Tensor, tokens: Tensor, valid: Tensor, activations: Sequen
                 )
             own[name] = gradient
     return found
+
+
+def path_gradient(
+    logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor], baseline: Tensor, moving: Tensor, tokens: Tensor, valid: Tensor, along: PathGradient, seed: int
+) -> Tensor:
+    """∫₀¹ ∂L/∂x at x(α) = b + α(x − b) dα: the gradient along the straight path from a baseline b to the activations x, all moving tokens together.
+
+    By Gauss-Legendre quadrature, which is exact for polynomials of degree 2·steps − 1 in α. ⟨x − b, ∫∂L/∂x dα⟩, summed over moving tokens, is then
+    L(x) − L(b): the completeness of integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365).
+
+    Args:
+        logits_with: runs the model with what a function makes of the activation [row, position, ...] in its place, and returns the logits.
+        baseline: b [width].
+        moving: bool [row, position], the tokens that move; the others stay as they are.
+        tokens, valid, seed: as in `gradients`.
+        along: the loss, and the number of points on the path.
+
+    Returns:
+        [row, position, ...], in nats per unit of the activation.
+    """
+    places, weights = np.polynomial.legendre.leggauss(along.steps)
+    total: Any = 0
+    for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
+        reached: list[Tensor] = []
+
+        def move(activation: Tensor, alpha: float = float(place), reached: list[Tensor] = reached) -> Tensor:
+            activation = activation.detach()
+            origin = baseline.to(activation).view(activation.shape[2:])
+            chosen = moving.to(activation.device).view(*moving.shape, *[1] * (activation.ndim - 2))
+            reached.append(torch.where(chosen, origin + alpha * (activation - origin), activation).requires_grad_())
+            return reached[-1]
+
+        loss = _loss(along.loss, logits_with(move), tokens, valid, torch.Generator().manual_seed(seed))
+        total = total + weight * torch.autograd.grad(loss, reached[-1])[0].float()
+    return torch.as_tensor(total)
+
+
+def _loss(name: str, logits: Tensor, tokens: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
+    following = torch.where(valid[:, 1:], tokens[:, 1:], PREDICTED)
+    return LOSSES[name](logits[:, :-1].float(), following.to(logits.device), generator)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pluggy
 
-from tl_capacity.interfaces import CapacityLaw, ImportanceEstimator, ModelFamily, NamedModel, Recipe, TokenSource
+from tl_capacity.interfaces import CapacityLaw, Concept, ImportanceEstimator, ModelFamily, NamedModel, Recipe, TokenSource
 
 hookspec = pluggy.HookspecMarker("tl_capacity")
 hookimpl = pluggy.HookimplMarker("tl_capacity")
@@ -35,6 +35,11 @@ def register_models(register: Callable[[NamedModel], None]) -> None:
 @hookspec
 def register_token_sources(register: Callable[[TokenSource], None]) -> None:
     """Add places to read documents from."""
+
+
+@hookspec
+def register_concepts(register: Callable[[Concept], None]) -> None:
+    """Add labelled texts to probe models for."""
 
 
 @hookspec

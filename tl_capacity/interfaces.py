@@ -6,7 +6,7 @@ Importing this module imports neither torch nor TransformerLens, so that listing
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -60,6 +60,24 @@ class FeatureSums:
     state: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PathGradient:
+    """The gradient of a loss, averaged along the straight path from the SAE's decoder bias to the activations; costs `steps` passes for each hook point.
+
+    Attributes:
+        loss: `cross_entropy`, whose points on the path have one target.
+        steps: points on the path.
+    """
+
+    loss: str = "cross_entropy"
+    steps: int = 8
+
+    @property
+    def name(self) -> str:
+        """What it is called among `batch.gradients`."""
+        return f"{self.loss} along a path of {self.steps}"
+
+
 class ImportanceEstimator:
     """Base of an importance estimator: subclass, name it, and override `compute`; add `start` and `update` if the sums above do not suffice.
 
@@ -75,8 +93,8 @@ class ImportanceEstimator:
     """Unit of the importance, and so of the floors predicted from it."""
     summary: str = ""
     """One line for `tl-capacity plugins`."""
-    gradient_of: tuple[str, ...] = ()
-    """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.gradients`)."""
+    gradient_of: tuple[str | PathGradient, ...] = ()
+    """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.gradients`), or `PathGradient`s."""
 
     def start(self, sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:
         """The empty state: tensors [group, ...] of zeros."""
@@ -164,6 +182,43 @@ class TokenSource:
     def documents(self, spec: str) -> Iterator[str]:
         """The documents, always in the same order."""
         raise NotImplementedError(f"the token source {self.name!r} does not override documents()")
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One text of a concept.
+
+    Attributes:
+        text: what is probed.
+        label: its class.
+        document: what it is from: texts of one document stay in one split and are resampled together; by default each text is a document of its own.
+        split: "train", "validation" or "test"; by default a hash of the document decides.
+    """
+
+    text: str
+    label: str
+    document: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A property of texts that a probe is to read off activations: texts of two classes.
+
+    Attributes:
+        name: as given to `--concepts`.
+        classes: the class that the concept is named after, and the other.
+        load: the texts, always in the same order; may import and read whatever it needs.
+        collection: the name of the set it belongs to, which `--concepts` also takes.
+        licence: of the texts.
+    """
+
+    name: str
+    classes: tuple[str, str]
+    load: Callable[[], Iterable[LabelledText]]
+    summary: str = ""
+    collection: str = ""
+    licence: str = ""
 
 
 @dataclass(frozen=True)

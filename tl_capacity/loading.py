@@ -6,10 +6,12 @@ Whatever fails on the way comes out as one sentence. Nothing heavy is imported b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,24 @@ class LoadedModel:
     def corpus(self) -> str | None:
         """The token source that belongs to the model, if any."""
         return self.named.corpus if self.named else None
+
+    @cached_property
+    def bridge(self) -> Any:
+        """A TransformerBridge around the model, without asking a hub anything; made once, since it rewrites the model in place.
+
+        Raises:
+            CapacityError: where TransformerLens cannot bridge the architecture.
+        """
+        from transformer_lens.model_bridge import TransformerBridge
+
+        device = str(next(self.model.parameters()).device)
+        try:
+            return TransformerBridge.boot_transformers(self.name, hf_model=self.model, tokenizer=self.tokenizer, device=device)
+        except (ValueError, KeyError, AttributeError, NotImplementedError) as problem:
+            kind, reason = self.model.config.model_type, _reason(problem).partition(". ")[0]  # it goes on to list all that it can
+            known = plugins().family_of(kind) is not None
+            what = "tap a residual-stream hook instead" if known else "register a model family (docs/families.md), and tap a residual-stream hook"
+            raise CapacityError(f"TransformerLens cannot bridge {kind!r} ({reason}): {what}") from problem
 
     def source(self, given: str) -> str:
         """The token source that was given, or else the one that belongs to the model.
@@ -90,6 +110,25 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
     return LoadedModel(model, tokenizer, spec, revision, named)
 
 
+@checked
+def load_config(spec: str) -> Any:
+    """The configuration of the model that `load_model` would load; weights are read only where a plugin cannot but load them.
+
+    Raises:
+        CapacityError: where nothing knows the name, or its configuration is damaged.
+    """
+    from transformers import AutoConfig
+
+    if any(m.name == spec for m in plugins().models):
+        return load_model(spec).model.config
+    folder = Path(spec).expanduser()
+    try:
+        with _hub(needed=not folder.is_dir()):
+            return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else spec, trust_remote_code=False)
+    except _loading_errors() as problem:
+        raise CapacityError(f"the configuration of {spec!r} cannot be loaded ({_reason(problem)}): pass a registered name, a folder or a hub id") from problem
+
+
 def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
     """The causal language model and the tokenizer that `save_pretrained` wrote to `folder`.
 
@@ -117,7 +156,8 @@ def folder_digest(folder: Path) -> str:
 
 @checked
 def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
-    """Load `spec` in float32: a folder that SAELens saved, else `RELEASE/SAE_ID` of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub.
+    """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, else `RELEASE/SAE_ID` of SAELens' directory, else
+    `OWNER/REPOSITORY/SAE_ID` on the hub.
 
     Returns:
         the SAE's name for the record, and the SAE.
@@ -130,6 +170,8 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     if folder.is_dir():
         return spec, _load_sae_folder(folder, device)
 
+    if not _sae_lens_works():
+        raise DictionaryError(f"{spec!r} is no folder, and SAELens, which knows SAEs by name, is not installed for this TransformerLens: pass a folder")
     from sae_lens import SAE
 
     release, sae_id = _release_and_id(spec)
@@ -198,25 +240,57 @@ def _pretrained(source: str, dtype: str) -> tuple[Any, Any]:
     model, found = from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights in their place
         raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as problem:
+        if type(problem) is not Exception:  # all that the tokenizers library raises on a damaged file
+            raise
+        raise ValueError(f"its tokenizer is damaged: {problem}") from problem
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where the files are missing
         raise ValueError("its tokenizer is missing or has no vocabulary")
     return model, tokenizer
 
 
 def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
-    if not (folder / "cfg.json").is_file():
-        raise DictionaryError(f"{folder} holds no cfg.json: pass a folder that SAELens saved, with cfg.json and sae_weights.safetensors in it")
-    if not (folder / "sae_weights.safetensors").is_file():
-        raise DictionaryError(f"{folder} holds no sae_weights.safetensors: pass a folder that SAELens saved")
+    """The dictionary in a folder, by whichever trainer's files lie in it."""
+    from tl_capacity import dictionaries
 
+    formats: dict[tuple[str, str], tuple[str, Callable[[Path], Any]]] = {
+        ("cfg.json", dictionaries.SPARSIFY_WEIGHTS): ("sparsify", dictionaries.read_sparsify),
+        ("config.json", dictionaries.DICTIONARY_LEARNING_WEIGHTS): ("dictionary_learning", dictionaries.read_dictionary_learning),
+        ("cfg.json", dictionaries.SAE_LENS_WEIGHTS): ("SAELens", _read_sae_lens),
+    }
+    for names, (trainer, read) in formats.items():
+        if all((folder / name).is_file() for name in names):
+            try:
+                sae: SparseAutoencoder = read(folder).to(device)
+                return sae
+            except DictionaryError:
+                raise
+            except _loading_errors() as problem:
+                raise DictionaryError(f"the SAE in {folder} cannot be loaded ({_reason(problem)}): save it again with {trainer}") from problem
+    if not (folder / "cfg.json").is_file():
+        raise DictionaryError(f"{folder} holds no cfg.json: pass a folder that SAELens saved, with cfg.json and {dictionaries.SAE_LENS_WEIGHTS} in it")
+    raise DictionaryError(f"{folder} holds no {dictionaries.SAE_LENS_WEIGHTS}: pass a folder that SAELens saved")
+
+
+def _read_sae_lens(folder: Path) -> Any:
+    if not _sae_lens_works():
+        from tl_capacity.dictionaries import read_sae_lens
+
+        return read_sae_lens(folder)
     from sae_lens import SAE
 
+    return SAE.load_from_disk(folder, dtype="float32")
+
+
+def _sae_lens_works() -> bool:
+    """Whether SAELens can be imported: beside TransformerLens 4 it cannot, whether it is installed or not."""
     try:
-        sae: SparseAutoencoder = SAE.load_from_disk(folder, device=device, dtype="float32")
-        return sae
-    except _loading_errors() as problem:
-        raise DictionaryError(f"the SAE in {folder} cannot be loaded ({_reason(problem)}): save it again with SAELens") from problem
+        importlib.import_module("sae_lens")
+    except ImportError:
+        return False
+    return True
 
 
 def _release_and_id(spec: str) -> tuple[str, str]:
@@ -281,9 +355,24 @@ def _hub_answers() -> bool:
 
 def _loading_errors() -> tuple[type[Exception], ...]:
     """What transformers, SAELens and safetensors raise on missing, damaged or unfitting files."""
+    from pickle import UnpicklingError
+
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+    return (
+        StrictDataclassError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        EOFError,
+        SafetensorError,
+        UnpicklingError,
+    )
 
 
 def _reason(problem: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -150,6 +149,13 @@ class Measurement:
     def _repr_html_(self) -> str:
         return self.budget(max_fvu=None)._repr_html_()
 
+    @checked
+    def plot_importance(self, widths: Sequence[int] = (), importance: str = "second_moment", law: str = "compressed_sensing", hook: str | None = None) -> Any:
+        """A plotly figure of the sorted importances, with the budget of each student width drawn in; see `report.figures.importance_figure`."""
+        from tl_capacity.report.figures import importance_figure
+
+        return importance_figure(self, widths, importance, law, hook)
+
     @cached_property
     def warnings(self) -> list[str]:
         """What a reader must know before trusting the figures."""
@@ -198,12 +204,17 @@ class Measurement:
         Raises:
             MeasurementError: where it is missing, truncated, altered, or of a newer schema.
         """
-        content, arrays = read_folder(Path(folder))
+        return cls.read(Path(folder) / JSON_NAME)
+
+    @classmethod
+    def read(cls, path: Path) -> Measurement:
+        """As `load`, from the JSON file of the measurement."""
+        content, arrays = read_folder(path.parent, path.name)
         try:
             hooks = []
             for i, saved in enumerate(content["hooks"]):
                 own = {key.removeprefix(f"{i}/"): value for key, value in arrays.items() if key.startswith(f"{i}/")}
-                check_sums(own, str(folder))
+                check_sums(own, str(path.parent))
                 hooks.append(
                     HookMeasurement(
                         **{name: _typed(saved, name, str) for name in ("hook", "sae", "sae_digest", "architecture")},
@@ -218,7 +229,7 @@ class Measurement:
         except MeasurementError:
             raise
         except (CapacityError, KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as problem:
-            raise MeasurementError(f"{Path(folder) / JSON_NAME} lacks or garbles {problem}: the measurement was altered, measure again") from problem
+            raise MeasurementError(f"{path} lacks or garbles {problem}: the measurement was altered, measure again") from problem
 
     @classmethod
     @checked
@@ -305,8 +316,8 @@ def figures(summary: FeatureSummary) -> dict[str, Any]:
     }
 
 
-def write_folder(folder: Path, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Path:
-    """Write JSON and arrays so that the JSON, renamed into place last, always names arrays that are whole."""
+def write_folder(folder: Path, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], keep_previous: bool = False) -> Path:
+    """Write JSON and arrays so that the JSON, renamed into place last, always names arrays that are whole; with `keep_previous`, beside what was there."""
     from safetensors.numpy import save
 
     storage.make_folder(folder)
@@ -314,14 +325,13 @@ def write_folder(folder: Path, content: Mapping[str, Any], arrays: Mapping[str, 
     sha = storage.digest(data)
     tensors_name = f"statistics-{sha[:16]}.safetensors"
     storage.write_bytes(folder / tensors_name, data)
-    storage.write_json(folder / JSON_NAME, {"schema": SCHEMA, "statistics": tensors_name, "statistics_sha256": sha, **content})
-    for stale in folder.glob("statistics-*.safetensors"):
-        if stale.name != tensors_name:
-            stale.unlink(missing_ok=True)
+    record = {"schema": SCHEMA, "statistics": tensors_name, "statistics_sha256": sha, **content}
+    storage.write_record(folder / JSON_NAME, record, keep_previous)
+    storage.remove_stale(folder / JSON_NAME, "statistics", "statistics-*.safetensors", keep_previous)
     return folder
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The JSON and the arrays of a measurement folder, checked.
 
     Raises:
@@ -330,28 +340,27 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    path = folder / JSON_NAME
+    path = folder / name
     if not path.is_file():
         raise MeasurementError(f"{folder} is no measurement: it has no {JSON_NAME}; pass a folder that `tl-capacity measure --out` wrote")
     try:
-        content = json.loads(path.read_bytes())
-        json.dumps(content, allow_nan=False)  # Python reads NaN and infinity, which are no JSON and were never written
+        content = storage.read_record(path, SCHEMA)
+    except MeasurementError:
+        raise
     except (ValueError, OSError, RecursionError) as problem:
-        raise MeasurementError(f"{path} is truncated or no JSON ({problem}): measure again") from problem
-    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+        raise MeasurementError(f"{path} is truncated, altered or no JSON ({problem}): measure again") from problem
+    if not isinstance(content.get("schema"), int):
         raise MeasurementError(f"{path} has no schema version: it was not written by this tool or was altered, measure again")
-    if content["schema"] > SCHEMA:
-        raise MeasurementError(f"{path} has schema {content['schema']}, and this version reads up to {SCHEMA}: upgrade tl-capacity")
-    name, sha = content.get("statistics"), content.get("statistics_sha256")
-    if not isinstance(name, str) or Path(name).name != name:
+    tensors_name, sha = content.get("statistics"), content.get("statistics_sha256")
+    if not isinstance(tensors_name, str) or Path(tensors_name).name != tensors_name:
         raise MeasurementError(f"{path} names no statistics file: it was altered, measure again")
     try:
-        data = (folder / name).read_bytes()
+        data = (folder / tensors_name).read_bytes()
     except (OSError, ValueError) as problem:
-        raise MeasurementError(f"{folder / name} cannot be read ({problem}): copy the whole measurement folder, or measure again") from problem
+        raise MeasurementError(f"{folder / tensors_name} cannot be read ({problem}): copy the whole measurement folder, or measure again") from problem
     if storage.digest(data) != sha:
-        raise MeasurementError(f"{folder / name} is truncated or altered (its SHA-256 is not the recorded one): copy it again, or measure again")
+        raise MeasurementError(f"{folder / tensors_name} is truncated or altered (its SHA-256 is not the recorded one): copy it again, or measure again")
     try:
         return content, load(data)
     except SafetensorError as problem:
-        raise MeasurementError(f"{folder / name} is no safetensors file ({problem}): measure again") from problem
+        raise MeasurementError(f"{folder / tensors_name} is no safetensors file ({problem}): measure again") from problem

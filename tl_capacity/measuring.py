@@ -9,15 +9,33 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tl_capacity.attach import CapacityHooks, add_capacity_hooks, special_token_ids, target_hook
+from tl_capacity.bases import BasisSpec
+from tl_capacity.encoding import CHECKED_TOKENS
 from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.interfaces import NamedModel
+from tl_capacity.logs import figures, log
 from tl_capacity.measurement import JSON_NAME, Measurement, read_folder, write_folder
 from tl_capacity.plugins import plugins
+from tl_capacity.progress import peak_memory
+from tl_capacity.storage import last_whole
 from tl_capacity.tokens import TokenStream
 
+if TYPE_CHECKING:
+    from tl_capacity.loading import LoadedModel
+
 FVU_TOKENS_BEFORE_REFUSAL = 2_000
+
+SUMS_AT_ONCE = 4.5
+"""The sums, and while they are saved the snapshot, its counts as floats, and its bytes twice: as safetensors gathers them, and joined."""
+LATENT_BYTES = 6
+"""Of a latent that is encoded: its value, whether it is active, and what finds those that are."""
+OWN_ENCODE_BYTES = 16
+"""Of a latent in an SAE's own `encode`, which makes a new block at each of its steps."""
+RESERVE = 300_000_000
+"""For the activations of a small model, and for libraries that are first needed on the way."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +44,7 @@ class MeasureSettings:
 
     Attributes:
         model: a registered name, a `save_pretrained` folder or a hub id.
-        saes: SAELens folders or `release/sae_id`, each optionally as `HOOK=…`; none for all SAEs that come with a registered model.
+        saes: SAE folders or `release/sae_id`, each optionally as `HOOK=…`, or bases such as `pca:HOOK`; none for all SAEs that come with a registered model.
         tokens: tokens to count.
         source: token source; None for the corpus that comes with a registered model.
         out: folder of the measurement.
@@ -35,6 +53,7 @@ class MeasureSettings:
         shard: `(index, of)`.
         max_fvu: refuse SAEs that leave more of the variance unexplained.
         checkpoint_seconds: save a checkpoint once this long has passed since the last one.
+        max_memory: bytes that the process may hold; fewer tokens are encoded at once to stay below.
     """
 
     model: str
@@ -55,11 +74,12 @@ class MeasureSettings:
     dtype: str = "float32"
     max_fvu: float = 1.0
     checkpoint_seconds: float = 30.0
+    max_memory: int | None = None
     progress: bool = True
 
 
 def measure(settings: MeasureSettings) -> Measurement:
-    """Measure and save; the folder always holds the last whole checkpoint.
+    """Measure in this process and save; the folder always holds the last whole checkpoint.
 
     Raises:
         CapacityError: on anything that the user can mend; what was saved before stays.
@@ -73,14 +93,14 @@ def measure(settings: MeasureSettings) -> Measurement:
     from tl_capacity.loading import load_model
 
     loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-    named = _dictionaries(settings, loaded.named)
+    named = dictionaries(settings, loaded)
     source = settings.source or loaded.corpus
     if source is None:
         raise CapacityError(f"no text to measure {settings.model!r} on: name a file, a `datasets` id or `embedded` with --source")
     stream = TokenStream(
-        source, loaded.tokenizer, _context(settings, loaded.model, [sae for _, _, sae in named]), settings.batch_rows, settings.prepend_bos, settings.shard
+        source, loaded.tokenizer, row_length(settings, loaded.model, [sae for _, _, sae in named]), settings.batch_rows, settings.prepend_bos, settings.shard
     )
-    model = _hooked(loaded, [sae for _, _, sae in named], [hook for hook, _, _ in named])
+    model = tapped_model(loaded, [sae for _, _, sae in named], [hook for hook, _, _ in named])
     saes: dict[str, list[Any]] = {}
     for hook, _, sae in named:
         saes.setdefault(hook, []).append(sae)
@@ -100,16 +120,45 @@ def measure(settings: MeasureSettings) -> Measurement:
         if earlier is not None:
             _check_settings(earlier[0], capacity, stream)
             capacity.resume(*earlier)
+        if settings.max_memory is not None:
+            fit_memory(capacity, settings.max_memory)
         checkpoints = _Checkpoints(settings)
         capacity.run(stream, settings.tokens, progress=settings.progress, after_batch=checkpoints.after_batch)
         _refuse_bad_fit(capacity, settings.max_fvu)
         measurement = capacity.measurement()
     measurement.save(settings.out)
+    if settings.max_memory is not None and peak_memory() > settings.max_memory:
+        log.warning(f"the peak was {peak_memory() / 1e9:.2f} GB, more than --max-memory: the model itself takes more than was left for it")
     return measurement
 
 
+def sums_of(capacity: CapacityHooks) -> int:
+    """Bytes of the sums of all taps."""
+    return sum(tensor.nbytes for tap in capacity.taps for tensor in tap.statistics.tensors().values())
+
+
+def fit_memory(capacity: CapacityHooks, limit: int) -> None:
+    """Choose how many tokens are encoded at once so that this process stays below `limit` bytes: beside what it holds, the sums while they are saved, and a
+    reserve for the model's own activations.
+
+    Raises:
+        CapacityError: where not one token would fit.
+    """
+    import psutil
+
+    fixed = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
+    per_token = sum(LATENT_BYTES * tap.d_sae for tap in capacity.taps)
+    # The first tokens are also encoded by the SAE itself, to compare.
+    spare = limit - fixed - max(CHECKED_TOKENS * OWN_ENCODE_BYTES * tap.d_sae for tap in capacity.taps)
+    if spare < per_token:
+        needed = (limit - spare + per_token) / 1e9
+        raise CapacityError(f"--max-memory {limit / 1e9:.2f} GB is too little: these SAEs need {needed:.2f} GB, so allow that or measure fewer at once")
+    for tap in capacity.taps:
+        tap.encoder.chunk = min(tap.encoder.chunk, spare // per_token)
+
+
 class _Checkpoints:
-    """Saves a checkpoint now and then, and stops a run early whose SAEs do not fit the model."""
+    """Saves a checkpoint now and then, and stops a run early whose SAEs do not fit the model or whose estimators do not work."""
 
     def __init__(self, settings: MeasureSettings) -> None:
         self.settings, self.last, self.fit_checked = settings, time.monotonic(), False
@@ -117,10 +166,12 @@ class _Checkpoints:
     def after_batch(self, capacity: CapacityHooks) -> None:
         if not self.fit_checked and all(int(t.statistics.fvu_tokens.sum()) >= FVU_TOKENS_BEFORE_REFUSAL for t in capacity.taps):
             _refuse_bad_fit(capacity, self.settings.max_fvu)
+            _refuse_bad_importance(capacity)
             self.fit_checked = True
         if time.monotonic() - self.last >= self.settings.checkpoint_seconds:
             measurement, extra = capacity.checkpoint()
-            write_folder(self.settings.out, measurement.to_json(), measurement.arrays() | extra)
+            write_folder(self.settings.out, measurement.to_json(), measurement.arrays() | extra, keep_previous=True)
+            log.info("checkpoint saved", extra=figures(folder=str(self.settings.out), tokens=capacity.n_tokens))
             self.last = time.monotonic()
 
 
@@ -136,14 +187,41 @@ def _refuse_bad_fit(capacity: CapacityHooks, max_fvu: float) -> None:
             )
 
 
+def _refuse_bad_importance(capacity: CapacityHooks) -> None:
+    for tap in capacity.taps:
+        summary = tap.statistics.compute(capacity.alive_threshold)
+        for estimator in tap.estimators:
+            summary.importance(estimator.compute, estimator.name)  # raises on what no importance can be
+
+
 def _earlier(settings: MeasureSettings) -> tuple[Measurement, dict[str, Any]] | None:
     """The measurement in the output folder and its resumable state, if there is one."""
     if not (settings.out / JSON_NAME).exists():
         return None
     if not settings.resume:
         raise MeasurementError(f"{settings.out} already holds a measurement: go on with --resume, or choose another --out")
-    measurement = Measurement.load(settings.out)
-    return measurement, {k: v for k, v in read_folder(settings.out)[1].items() if k.startswith("resume/")}
+    return last_whole(settings.out / JSON_NAME, _resumable)
+
+
+def _resumable(path: Path) -> tuple[Measurement, dict[str, Any]]:
+    """A measurement, and the arrays that its handle can be resumed from."""
+    measurement = Measurement.read(path)
+    return measurement, {k: v for k, v in read_folder(path.parent, path.name)[1].items() if k.startswith("resume/")}
+
+
+def finished(settings: MeasureSettings) -> Measurement | None:
+    """The measurement in the output folder, if there is one.
+
+    Raises:
+        MeasurementError: where it is a checkpoint, or of something else.
+    """
+    earlier = _earlier(settings)
+    if earlier is None:
+        return None
+    if not earlier[0].complete:
+        raise MeasurementError(f"{settings.out} holds the checkpoint of one process: go on with it in one process, or choose another --out")
+    _check_finished(earlier[0], settings)
+    return earlier[0]
 
 
 def _check_finished(finished: Measurement, settings: MeasureSettings) -> None:
@@ -162,33 +240,47 @@ def _check_settings(earlier: Measurement, capacity: CapacityHooks, stream: Token
             raise MeasurementError(f"the checkpoint was made with {name} {was!r}, and this run has {is_!r}: resume with the same, or choose another --out")
 
 
-def _dictionaries(settings: MeasureSettings, named: Any) -> list[tuple[str, str, Any]]:
-    """`(hook, name, SAE)` of every SAE asked for, or of all that come with the model."""
-    from tl_capacity.loading import load_sae
-
+def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[tuple[str, str, Any]]:
+    """`(hook, name, SAE)` of every SAE or basis asked for, or of all SAEs that come with the model."""
+    named = loaded.named
     specs = list(settings.saes) or [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
     if not specs:
         raise CapacityError(f"no SAE was given for {settings.model!r}: pass --sae with a SAELens folder or release/sae_id")
-    found = []
-    for spec in specs:
-        hook, equals, rest = spec.partition("=")
-        if not equals or not hook.startswith(("blocks.", "hook_")):
-            hook, rest = "", spec
-        if named and rest in named.saes:
-            name, sae = load_sae(str(named.saes[rest]), settings.device)
-            name = f"{named.name}/{rest}"
-        else:
-            name, sae = load_sae(rest, settings.device)
-            if named and hook in named.saes and str(named.saes[hook]) == rest:
-                name = f"{named.name}/{hook}"
-        hook = hook or getattr(sae.cfg.metadata, "hook_name", None) or ""
-        if not hook:
-            raise CapacityError(f"the SAE {rest} does not name its hook point: pass it as --sae HOOK={rest}")
-        found.append((hook, name, sae))
-    return found
+    wanted = [BasisSpec.parse(spec) or _dictionary(spec, named, settings.device) for spec in specs]
+    bases = [basis for basis in wanted if isinstance(basis, BasisSpec)]
+    saes = [loaded_sae for loaded_sae in wanted if not isinstance(loaded_sae, BasisSpec)]
+    fitted: dict[BasisSpec, Any] = {}
+    if bases:
+        model = tapped_model(loaded, [sae for _, _, sae in saes], [hook for hook, _, _ in saes], [basis.hook for basis in bases])
+        source = loaded.source(settings.source or "")
+        # From the whole source, so that every shard is measured in the same basis.
+        stream = TokenStream(source, loaded.tokenizer, row_length(settings, loaded.model, []), settings.batch_rows, settings.prepend_bos)
+        fitted = {basis: basis.fit(model, stream).to(settings.device) for basis in bases}
+    return [(one.hook, str(one), fitted[one]) if isinstance(one, BasisSpec) else one for one in wanted]
 
 
-def _context(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:
+def _dictionary(spec: str, named: NamedModel | None, device: str) -> tuple[str, str, Any]:
+    """`(hook, name, SAE)` of one SAE that is loaded by name."""
+    from tl_capacity.loading import load_sae
+
+    hook, equals, rest = spec.partition("=")
+    if not equals or not hook.startswith(("blocks.", "hook_")):
+        hook, rest = "", spec
+    if named and rest in named.saes:
+        name, sae = load_sae(str(named.saes[rest]), device)
+        name = f"{named.name}/{rest}"
+    else:
+        name, sae = load_sae(rest, device)
+        if named and hook in named.saes and str(named.saes[hook]) == rest:
+            name = f"{named.name}/{hook}"
+    hook = hook or getattr(sae.cfg.metadata, "hook_name", None) or ""
+    if not hook:
+        raise CapacityError(f"the SAE {rest} does not name its hook point: pass it as --sae HOOK={rest}")
+    return hook, name, sae
+
+
+def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:
+    """Positions in a row: as asked for, else the shortest context of the SAEs' own, else 512; never more than the model has."""
     limit = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
     if settings.context is not None:
         if settings.context > limit:
@@ -198,22 +290,11 @@ def _context(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:
     return min([limit, *(int(c) for c in own if c)] if any(own) else [limit, 512])
 
 
-def _hooked(loaded: Any, saes: Sequence[Any], hooks: Sequence[str]) -> Any:
-    """The Hugging Face model where its family can tap every hook asked for, else a bridge around it."""
+def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:
+    """The Hugging Face model where its family can tap every hook that is read or written, else a bridge around it."""
     family = plugins().family_of(loaded.model.config.model_type)
     outputs = [target_hook(sae, hook) for sae, hook in zip(saes, hooks, strict=True)]
-    wanted = [*hooks, *(o for o in outputs if o)]
+    wanted = [*hooks, *more_hooks, *(o for o in outputs if o)]
     if family is not None and all(family.residual(hook) for hook in wanted):
         return loaded.model
-    return bridge(loaded)
-
-
-def bridge(loaded: Any) -> Any:
-    """A TransformerBridge around a loaded Hugging Face model, without asking a hub anything; it rewrites the model in place."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    device = str(next(loaded.model.parameters()).device)
-    try:
-        return TransformerBridge.boot_transformers(loaded.name, hf_model=loaded.model, tokenizer=loaded.tokenizer, device=device)
-    except (ValueError, KeyError, AttributeError, NotImplementedError) as problem:
-        raise CapacityError(f"TransformerLens cannot bridge {loaded.model.config.model_type!r} ({problem}): tap a residual-stream hook instead") from problem
+    return loaded.bridge

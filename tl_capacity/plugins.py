@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ import pluggy
 from tl_capacity import hookspecs
 from tl_capacity.errors import PluginError
 from tl_capacity.hookspecs import hookimpl
-from tl_capacity.interfaces import CapacityLaw, ImportanceEstimator, ModelFamily, NamedModel, Recipe, TokenSource
+from tl_capacity.interfaces import CapacityLaw, Concept, ImportanceEstimator, ModelFamily, NamedModel, Recipe, TokenSource
 
 Item = TypeVar("Item")
 Estimator = TypeVar("Estimator", bound=ImportanceEstimator | type[ImportanceEstimator])
@@ -35,6 +35,8 @@ class Registry(Generic[Item]):
         name = str(getattr(item, "name", ""))
         if not name:
             raise PluginError(f"plugin {origin!r} registers a {self.kind} without a name: give it a `name` attribute")
+        if isinstance(item, type):
+            raise PluginError(f"plugin {origin!r} registers the class {item.__name__} itself: register an object of it, {item.__name__}()")
         if name in self.items:
             raise PluginError(f"plugins {self.origins[name]!r} and {origin!r} both register a {self.kind} named {name!r}: rename or uninstall one")
         self.items[name], self.origins[name] = item, origin
@@ -62,6 +64,7 @@ class Plugins:
     model_families: Registry[ModelFamily] = field(default_factory=lambda: Registry("model family"))
     models: Registry[NamedModel] = field(default_factory=lambda: Registry("model"))
     token_sources: Registry[TokenSource] = field(default_factory=lambda: Registry("token source"))
+    concepts: Registry[Concept] = field(default_factory=lambda: Registry("concept"))
     recipes: Registry[Recipe] = field(default_factory=lambda: Registry("recipe"))
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -79,9 +82,14 @@ def _manager() -> tuple[pluggy.PluginManager, dict[str, str]]:
     manager = pluggy.PluginManager("tl_capacity")
     manager.add_hookspecs(hookspecs)
     failures: dict[str, str] = {}
-    for entry in sorted(entry_points(group="tl_capacity"), key=lambda e: (not e.value.startswith("tl_capacity."), e.name)):
+    packages: dict[str, str] = {}
+    for entry in sorted(entry_points(group="tl_capacity"), key=lambda e: (not e.value.startswith("tl_capacity."), e.name, _package(e))):
+        package = _package(entry)
+        if entry.name in packages:
+            raise PluginError(f"the packages {packages[entry.name]!r} and {package!r} both have a plugin named {entry.name!r}: rename or uninstall one")
+        packages[entry.name] = package
         try:
-            manager.register(entry.load(), name=entry.name)
+            _register(manager, entry.load(), entry.name)
         except Exception as problem:  # somebody's plugin must not take the tool down
             failures[entry.name] = f"{type(problem).__name__}: {problem}"
     return manager, failures
@@ -115,16 +123,39 @@ def plugins() -> Plugins:
     return found
 
 
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value
+
+
+def _register(manager: pluggy.PluginManager, plugin: object, name: str | None) -> str:
+    try:
+        registered = manager.register(plugin, name=name)
+    except pluggy.PluginValidationError as problem:
+        if manager.is_registered(plugin):  # pluggy before 1.7 leaves it half registered
+            manager.unregister(plugin)
+        raise PluginError(f"{' '.join(str(problem).split())}: a hook takes one argument, `register`") from problem
+    except ValueError as problem:
+        known = manager.get_name(plugin)
+        taken = f"it is registered as {known!r} already" if known else f"{manager.get_plugin(str(name))!r} has that name"
+        raise PluginError(
+            f"the plugin {plugin!r} cannot be registered as {name!r}, because {taken}: choose another name, or unregister that first"
+        ) from problem
+    if registered is None:
+        raise PluginError(f"a plugin named {name!r} is blocked: choose another name")
+    return registered
+
+
 def _adder(registry: Registry[Any], origin: str) -> Callable[[Any], None]:
     return lambda item: registry.add(item, origin)
 
 
 def register_plugin(plugin: object, name: str | None = None) -> str:
-    """Add a plugin (a module or an object with `@hookimpl` methods) to this process and return the name it is known by."""
-    manager, _ = _manager()
-    registered = manager.register(plugin, name=name)
-    if registered is None:
-        raise PluginError(f"a plugin named {name!r} is blocked or already registered: choose another name")
+    """Add a plugin (a module or an object with `@hookimpl` methods) to this process and return the name it is known by.
+
+    Raises:
+        PluginError: where it or another plugin of that name is registered already, or it implements a hook with other arguments than the hook's.
+    """
+    registered = _register(_manager()[0], plugin, name)
     plugins.cache_clear()
     return registered
 
@@ -156,7 +187,11 @@ def load_plugin_file(path: Path) -> str:
 
 
 def register_importance_estimator(estimator: Estimator) -> Estimator:
-    """Add one importance estimator from a notebook, also as a decorator of its class; running the cell again replaces the earlier one of that name."""
+    """Add one importance estimator from a notebook, also as a decorator of its class; running the cell again replaces the earlier one of that name.
+
+    Raises:
+        PluginError: where another plugin has an estimator of that name; nothing is registered then.
+    """
     instance: ImportanceEstimator = estimator() if isinstance(estimator, type) else estimator
     origin = f"notebook:{instance.name}"
 
@@ -168,5 +203,9 @@ def register_importance_estimator(estimator: Estimator) -> Estimator:
     if _manager()[0].get_plugin(origin) is not None:
         unregister_plugin(origin)
     register_plugin(AdHoc(), name=origin)
-    plugins()
+    try:
+        plugins()
+    except PluginError:
+        unregister_plugin(origin)  # otherwise nothing would work until the kernel is started again
+        raise
     return estimator

@@ -33,10 +33,15 @@ def option(default: Any, help: str, **parameters: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help}, **parameters)
 
 
+def argument(help: str) -> Any:
+    """A dataclass field that is given by its place instead of by an option's name; required."""
+    return dataclasses.field(metadata={"help": help, "by_place": True})
+
+
 def run(function: Callable[[Any], Any], arguments: Sequence[str] | None = None, name: str | None = None) -> Any:
     """Parse `arguments` (by default the command line's) into the function's dataclass and call it.
 
-    `tuple[int, ...]` fields are given as `16,32,64`; a field without a default is a required option.
+    `tuple[int, ...]` fields are given as `16,32,64`, or the option is repeated; a field without a default is a required option.
     """
     import typer
 
@@ -67,19 +72,20 @@ def _command(function: Callable[[Any], Any]) -> Callable[..., Any]:
             default = field.default_factory()
         if typing.get_origin(kind) is tuple:
             listed.add(field.name)
-            kind, default = str, default if default is ... else ",".join(map(str, default))
+            kind, default = list[str], default if default is ... else [",".join(map(str, default))] if default else []
         elif isinstance(kind, types.UnionType) and type(None) not in typing.get_args(kind):
             raise PluginError(f"the option {field.name!r} of {function.__name__} has the type {kind}, of which no option can be made: use one type or None")
-        info = typer.Option(default, help=str(field.metadata.get("help", "")))
+        declare = typer.Argument if field.metadata.get("by_place") else typer.Option
+        info = declare(default, help=str(field.metadata.get("help", "")))
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind))
 
     def command(**values: Any) -> Any:
         for name in listed:
-            item = typing.get_args(field_types[name])[0]
+            item, given = typing.get_args(field_types[name])[0], ",".join(values[name])
             try:
-                values[name] = tuple(item(part) for part in str(values[name]).split(",") if part.strip())
+                values[name] = tuple(item(part) for part in given.split(",") if part.strip())
             except ValueError as problem:
-                raise CapacityError(f"--{name.replace('_', '-')} {values[name]!r} is no list of {item.__name__}s: write them as 1,2,3") from problem
+                raise CapacityError(f"--{name.replace('_', '-')} {given!r} is no list of {item.__name__}s: write them as 1,2,3") from problem
         return function(config_type(**values))
 
     command.__doc__ = (inspect.getdoc(function) or "").split("\n\n")[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,6 +30,9 @@ class LatentBatch:
         activations: what the SAE encoded.
         documents: the number of the document each token belongs to.
         token_groups: the document group of each token.
+        rows: the row of each token in the forward pass.
+        positions: its position in that row.
+        counted: on the CPU, the token mask of the forward pass, of which this batch may be a part; false at padding, special tokens and skipped positions.
         sae: the dictionary.
         gradients: for each loss that an estimator asked for, its gradient ∂L/∂x at the hook point; L is in nats, summed over positions.
     """
@@ -41,6 +44,9 @@ class LatentBatch:
     activations: Float[Tensor, "token ..."]
     documents: Int64[Tensor, " token"]
     token_groups: Int64[Tensor, " token"]
+    rows: Int64[Tensor, " token"]
+    positions: Int64[Tensor, " token"]
+    counted: Bool[Tensor, "row position"]
     sae: Any
     gradients: Mapping[str, Float[Tensor, "token width"]] = field(default_factory=dict)
 

@@ -67,6 +67,29 @@ class Estimate:
         return f"{self.value:{digits}}{interval}"
 
 
+def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """How often each replicate of the document bootstrap takes each document group [replicate, group]; None where too few groups have a token."""
+    occupied = np.flatnonzero(tokens)
+    if len(occupied) < MIN_GROUPS_FOR_INTERVAL:
+        return None
+    weights = np.zeros((REPLICATES, len(tokens)))
+    weights[:, occupied] = np.random.default_rng(0).multinomial(len(occupied), np.full(len(occupied), 1 / len(occupied)), size=REPLICATES)
+    return weights
+
+
+def estimate_around(value: float, replicates: NDArray[np.float64]) -> Estimate:
+    """An estimate with the 95% percentile interval of its replicates [replicate].
+
+    The replicates are shifted so that their mean lies on the estimate: a resample repeats some documents and leaves others out, so rare features vanish from
+    it and counts of features come out low.
+    """
+    defined = replicates[np.isfinite(replicates)]  # a resample may miss every document on which the statistic is defined
+    if len(defined) < 0.9 * len(replicates) or not isfinite(value):
+        return Estimate(float(value))
+    low, high = np.percentile(defined, [2.5, 97.5]) - defined.mean()
+    return Estimate(float(value), float(value + min(low, 0)), float(value + max(high, 0)))
+
+
 def merge_sums(mine: Mapping[str, Sums], theirs: Mapping[str, Sums]) -> dict[str, Sums]:
     """The sums (arrays or tensors) of two disjoint sets of documents together.
 
@@ -263,26 +286,14 @@ class FeatureSummary:
     def estimates(self, statistic: Callable[[Resample], Sequence[float]]) -> list[Estimate]:
         """Estimates of several statistics of the sums, each with the percentile interval of the document bootstrap.
 
-        The replicates are shifted so that their mean lies on the estimate: a resample repeats some documents and leaves others out, so rare features vanish
-        from it and counts of features come out low. How many features no document showed is another question: `features_chao2`.
+        How many features no document showed is another question: `features_chao2`.
         """
         values = np.asarray(statistic(self._whole), dtype=np.float64)
-        occupied = np.flatnonzero(self.arrays["tokens"])
-        if len(occupied) < MIN_GROUPS_FOR_INTERVAL:
+        draws = document_resamples(self.arrays["tokens"])
+        if draws is None:
             return [Estimate(float(v)) for v in values]
-        draws = np.random.default_rng(0).multinomial(len(occupied), np.full(len(occupied), 1 / len(occupied)), size=REPLICATES)
-        weights = np.zeros((REPLICATES, len(self.arrays["tokens"])))
-        weights[:, occupied] = draws
-        replicates = np.array([statistic(Resample(self._floats, w)) for w in weights], dtype=np.float64)
-        found = []
-        for value, column in zip(values, replicates.T, strict=True):
-            defined = column[np.isfinite(column)]  # a resample may miss every document on which the reconstruction was checked
-            if len(defined) < 0.9 * REPLICATES or not isfinite(value):
-                found.append(Estimate(float(value)))
-                continue
-            low, high = np.percentile(defined, [2.5, 97.5]) - defined.mean()
-            found.append(Estimate(float(value), float(value + min(low, 0)), float(value + max(high, 0))))
-        return found
+        replicates = np.array([statistic(Resample(self._floats, w)) for w in draws], dtype=np.float64)
+        return [estimate_around(value, column) for value, column in zip(values, replicates.T, strict=True)]
 
     @cached_property
     def _figures(self) -> dict[str, Estimate]:
@@ -307,7 +318,7 @@ class FeatureSummary:
 
     @cached_property
     def _floats(self) -> dict[str, NDArray[Any]]:
-        return {name: array.astype(np.float64) for name, array in self.arrays.items()}
+        return {name: array.astype(np.float64, copy=False) for name, array in self.arrays.items()}
 
     @cached_property
     def _whole(self) -> Resample:

@@ -102,7 +102,9 @@ class TokenStream:
         body = self.context - len(bos)
         numbered = ((n, text) for n, text in enumerate(self._texts()) if n % of == index)
         while some := list(islice(numbered, 64)):
-            encoded = self.tokenizer([text for _, text in some], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            # Half of a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark; tokenizers refuse it.
+            texts = [text.encode("utf-8", "replace").decode("utf-8") for _, text in some]
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
             for (number, _), ids in zip(some, encoded, strict=True):
                 for start in range(0, len(ids), body):
                     yield number, np.array(bos + ids[start : start + body], dtype=np.int64)

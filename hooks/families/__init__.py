@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tl_capacity.hooks.families import gemma, gpt2, gpt_neox, llama, mamba, others, qwen
+from tl_capacity.hooks.families import gemma, gpt2, gpt_neox, llama, mamba, opt, phi, qwen
 
 from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import ModelFamily
 
-FAMILIES = (gpt_neox.FAMILY, gpt2.FAMILY, llama.FAMILY, qwen.FAMILY, gemma.FAMILY, mamba.FAMILY, *others.FAMILIES)
+FAMILIES = (gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, llama.FAMILY, qwen.FAMILY, gemma.FAMILY, *phi.FAMILIES, mamba.FAMILY)
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tl_capacity.hooks.families.scaling import even, head_size, initial_weights, scaled
+from tl_capacity.hooks.families.scaling import head_size, initial_weights, partly_rotated, scaled
 
 from tl_capacity.interfaces import ModelFamily
 
@@ -14,12 +14,11 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
     size = head_size(width, config.hidden_size // config.num_attention_heads, multiple=2)
     if size is None:
         return None
-    rotary = min(size, even(size * config.rope_parameters["partial_rotary_factor"]))
     return {
         "hidden_size": width,
         "num_attention_heads": width // size,
         "intermediate_size": scaled(config.intermediate_size, width, config.hidden_size),
-        "rope_parameters": {**config.rope_parameters, "partial_rotary_factor": rotary / size},
+        "rope_parameters": partly_rotated(config.rope_parameters, size),
         "initializer_range": initial_weights(config, width),
     }
 

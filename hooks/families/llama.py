@@ -1,4 +1,4 @@
-"""Llama and what shares its configuration: SmolLM2, Mistral."""
+"""Llama and what shares its configuration: SmolLM2, Mistral, OLMo."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from tl_capacity.hooks.families.scaling import decoder
 
 from tl_capacity.interfaces import ModelFamily
 
-FAMILY = ModelFamily("llama", ("llama", "mistral"), "model.layers", "Llama, SmolLM2, Mistral", decoder)
+FAMILY = ModelFamily("llama", ("llama", "mistral", "olmo", "olmo2"), "model.layers", "Llama, SmolLM2, Mistral, OLMo", decoder)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
@@ -37,13 +38,19 @@ def even(size: float) -> int:
     return max(2, 2 * round(size / 2))
 
 
-def initial_weights(config: Any, width: int) -> float:
-    """Standard deviation of the student's initial weights."""
-    return float(config.initializer_range) * sqrt(config.hidden_size / width)
+def partly_rotated(rope_parameters: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The rotary parameters of heads of some size, of which the same share is rotated as in the teacher."""
+    rotary = min(size, even(size * rope_parameters["partial_rotary_factor"]))
+    return {**rope_parameters, "partial_rotary_factor": rotary / size}
+
+
+def initial_weights(config: Any, width: int, name: str = "initializer_range") -> float:
+    """Standard deviation of the student's initial weights, which the teacher's configuration has under `name`."""
+    return float(getattr(config, name)) * sqrt(config.hidden_size / width)
 
 
 def decoder(config: Any, width: int) -> dict[str, Any] | None:
-    """What changes in a configuration with Llama's names (Mistral, Qwen, Gemma), or None where no head size fits.
+    """What changes in a configuration with Llama's names (Mistral, OLMo, Qwen, Gemma, Phi), or None where no head size fits.
 
     Where the head size is free of the width (`head_dim`, as in Qwen 3 and Gemma 2), it stays the teacher's, as long as one such head is not more than the
     student's share of the attention's width.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_capacity import storage
-from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.distillation.run import SCHEMA, DistillationRun
 from tl_capacity.errors import MeasurementError
 
 JSON_NAME = "checkpoint.json"
@@ -57,7 +56,7 @@ class State:
 
 
 def save(folder: Path, state: State, students: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Write a checkpoint in place of the one before, which stays whole until the new one is."""
+    """Write a checkpoint; the one before stays beside it, and the one before that is deleted."""
     from safetensors.torch import save as to_bytes
 
     tensors = {f"weights/{name}": p.detach() for name, p in students.named_parameters()}
@@ -69,33 +68,32 @@ def save(folder: Path, state: State, students: nn.Module, optimiser: torch.optim
     storage.make_folder(folder)
     storage.write_bytes(folder / name, data)
     progress = {"step": state.step, "tokens": state.tokens, "losses": state.losses, "since": state.since}
-    storage.write_json(folder / JSON_NAME, {"file": name, "sha256": sha, **progress, "run": state.run.to_json()})
-    for stale in folder.glob("checkpoint-*.safetensors"):
-        if stale.name != name:
-            stale.unlink(missing_ok=True)
+    storage.write_record(folder / JSON_NAME, {"file": name, "sha256": sha, **progress, "run": state.run.to_json()}, keep_previous=True)
+    storage.remove_stale(folder / JSON_NAME, "file", "checkpoint-*.safetensors", keep_previous=True)
 
 
 def read(folder: Path) -> tuple[State, Mapping[str, Tensor]] | None:
-    """The state in a folder and its tensors, or None where there is no checkpoint.
+    """The state in a folder and its tensors, or None where there is no checkpoint; of the checkpoint before the last where that is damaged.
 
     Raises:
-        MeasurementError: where it is damaged.
+        MeasurementError: where both are damaged.
     """
+    return storage.last_whole(folder / JSON_NAME, _read)
+
+
+def _read(path: Path) -> tuple[State, Mapping[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = folder / JSON_NAME
-    if not path.is_file():
-        return None
     try:
-        content = json.loads(path.read_bytes())
-        data = (folder / content["file"]).read_bytes()
+        content = storage.read_record(path, SCHEMA)
+        data = (path.parent / content["file"]).read_bytes()
         if storage.digest(data) != content["sha256"]:
             raise ValueError("the SHA-256 of its tensors is not the recorded one")
         run = DistillationRun.from_json(content["run"])
         progress = {name: int(content[name]) for name in ("step", "tokens", "since")}
         return State(run, **progress, losses=[float(loss) for loss in content["losses"]]), load(data)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
+    except (ValueError, OSError, RecursionError, OverflowError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
         raise MeasurementError(f"the checkpoint {path} is damaged ({problem}): delete the folder to begin anew") from problem
 
 
@@ -116,5 +114,5 @@ def restore(tensors: Mapping[str, Tensor], students: nn.Module, optimiser: torch
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint that is no longer needed."""
-    for path in (folder / JSON_NAME, *folder.glob("checkpoint-*.safetensors")):
+    for path in (folder / JSON_NAME, storage.previous(folder / JSON_NAME), *folder.glob("checkpoint-*.safetensors")):
         path.unlink(missing_ok=True)

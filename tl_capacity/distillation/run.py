@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +41,10 @@ class StudentCurve:
     tokens: tuple[int, ...] = ()
     heldout_kl: tuple[float, ...] = ()
     train_loss: tuple[float, ...] = ()
+
+    def losses(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
+        """Both losses by name."""
+        return ("heldout_kl", self.heldout_kl), ("train_loss", self.train_loss)
 
     def curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Tokens and held-out KL [evaluation], without the one before training."""
@@ -99,6 +102,36 @@ class DistillationRun:
         """The widths of the students, controls left out, in ascending order."""
         return tuple(sorted({s.width for s in self.students if s.start != "teacher"}))
 
+    def plot(self) -> Any:
+        """A plotly figure of the held-out curves with their asymptotes; see `report.figures.curves_figure`."""
+        from tl_capacity.report.figures import curves_figure
+
+        return curves_figure(self)
+
+    def plot_floors(self) -> Any:
+        """A plotly figure of the observed floors against the student's width; `decompose(measurement, run).plot()` shows the predicted ones too."""
+        from tl_capacity.distillation.observed import observed_floors
+        from tl_capacity.report.figures import observed_figure
+
+        return observed_figure(observed_floors(self))
+
+    def to_frame(self) -> Any:
+        """The held-out curves as a pandas DataFrame, one row for each evaluation of each student."""
+        import pandas
+
+        rows = [
+            {"student": s.name, "width": s.width, "seed": s.seed, "start": s.start, "tokens": tokens, "heldout_kl": kl}
+            for s in self.students
+            for tokens, kl in zip(s.tokens, s.heldout_kl, strict=True)
+        ]
+        return pandas.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        from tl_capacity.distillation.observed import floor_cells, observed_floors
+        from tl_capacity.floors import html_table
+
+        return html_table(*floor_cells(observed_floors(self)))
+
     def to_json(self) -> dict[str, Any]:
         """All of it."""
         return {"schema": SCHEMA, **asdict(self)}
@@ -110,7 +143,7 @@ class DistillationRun:
             CapacityError: where the folder cannot be written.
         """
         storage.make_folder(Path(folder))
-        storage.write_json(Path(folder) / JSON_NAME, self.to_json())
+        storage.write_record(Path(folder) / JSON_NAME, self.to_json())
         return Path(folder)
 
     @classmethod
@@ -124,12 +157,10 @@ class DistillationRun:
         if not path.is_file():
             raise MeasurementError(f"{folder} is no distillation: it has no {JSON_NAME}; pass a folder that `tl-capacity run distill --out` wrote")
         try:
-            content = json.loads(path.read_bytes())
-            json.dumps(content, allow_nan=False)  # Python reads NaN, which was never written
-            return cls.from_json(content)
+            return cls.from_json(storage.read_record(path, SCHEMA))
         except MeasurementError:
             raise
-        except (ValueError, OSError, RecursionError, KeyError, TypeError, AttributeError) as problem:
+        except (ValueError, OSError, RecursionError, OverflowError, KeyError, TypeError, AttributeError) as problem:
             raise MeasurementError(f"{path} is truncated or was altered ({problem}): distil again") from problem
 
     @classmethod

@@ -128,6 +128,7 @@ def distill(
     resume: bool = False,
     shard_teacher: bool = False,
     checkpoint_seconds: float = 60.0,
+    trackers: Sequence[Any] = (),
     progress: bool = True,
 ) -> DistillationRun:
     """Distil a teacher into students of some widths.
@@ -141,6 +142,7 @@ def distill(
         resume: go on from the checkpoint in `out`.
         shard_teacher: spread the teacher's blocks over the processes (FSDP), so that it need not fit on one device; load it on the CPU.
         checkpoint_seconds: write one this often.
+        trackers: of Accelerate's, by name or as `accelerate.tracking.GeneralTracker`; each evaluation is reported to them.
 
     Raises:
         CapacityError: on anything that the user can mend: a width that the family cannot build, text that is too short, a loss that is no longer finite
@@ -153,7 +155,7 @@ def distill(
     _check_folder(folder, resume)
     train, held = data.read(stream, heldout, settings.tokens, settings.heldout_tokens, settings.repeat)
     _check_tokens(model, train, held)
-    accelerator = _accelerator(model, settings, shard_teacher)
+    accelerator = _accelerator(model, settings, shard_teacher, trackers, folder)
     model.eval().requires_grad_(False)
     if not shard_teacher:
         model.to(accelerator.device)
@@ -188,7 +190,8 @@ def distill(
     steps = train.steps(settings.tokens, settings.batch_rows)
     evaluations = sorted({round(steps * i / settings.evaluations) for i in range(settings.evaluations + 1)})
     state = checkpoint.State(run)
-    earlier = checkpoint.read(folder) if folder is not None else None
+    with accelerator.main_process_first():  # it puts the checkpoint before the last in its place where that is damaged
+        earlier = checkpoint.read(folder) if folder is not None else None
     if earlier is not None:
         _check_same(earlier[0].run, run)
         state, tensors = earlier
@@ -205,6 +208,7 @@ def distill(
                 _check_weights(state, students, folder)
             if evaluating:
                 state.record(evaluate(model, students, held, settings, accelerator))
+                accelerator.log({f"{s.name}/{name}": curve[-1] for s in state.run.students for name, curve in s.losses() if curve}, step=state.tokens)
             if folder is not None and saving:
                 state.run, saved = replace(state.run, seconds=time.monotonic() - started), time.monotonic()
                 if accelerator.is_main_process:
@@ -234,6 +238,8 @@ def distill(
     if folder is not None and accelerator.is_main_process:
         _save(folder, run, models, tokenizer)
     accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return run
 
 
@@ -299,12 +305,24 @@ def fingerprint(model: Any) -> str:
     return total.hexdigest()
 
 
-def _accelerator(model: Any, settings: DistillSettings, shard_teacher: bool) -> Any:
+def _accelerator(model: Any, settings: DistillSettings, shard_teacher: bool, trackers: Sequence[Any], folder: Path | None) -> Any:
     """Accelerate's handle of this process: alone, or one of several that `accelerate launch` started."""
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
+    installed = [str(name) for name in get_available_trackers()]
+    if missing := [name for name in trackers if isinstance(name, str) and name not in installed]:
+        raise CapacityError(f"the tracker {missing[0]!r} is not installed: install it, or choose one of {', '.join(installed) or 'none'}")
     waits_for_gpus = shard_teacher and torch.cuda.is_available()
-    return Accelerator(cpu=next(model.parameters()).device.type == "cpu" and not waits_for_gpus, mixed_precision=settings.mixed_precision)
+    accelerator = Accelerator(
+        cpu=next(model.parameters()).device.type == "cpu" and not waits_for_gpus,
+        mixed_precision=settings.mixed_precision,
+        log_with=list(trackers) or None,
+        project_dir=folder or tempfile.gettempdir(),
+    )
+    if trackers:
+        accelerator.init_trackers("tl-capacity", config={name: str(value) for name, value in asdict(settings).items()})
+    return accelerator
 
 
 def _shard(model: Any, accelerator: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
-from tl_capacity.storage import make_folder, write_bytes, write_json
+from tl_capacity.storage import digest, make_folder, read_record, write_bytes, write_record
 from tl_capacity.toy import measures
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import Family, Stream, SweepSettings
@@ -83,9 +82,10 @@ class SweepResult:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             whole = Path(temporary) / "sweep"
             whole.mkdir()
-            write_bytes(whole / "students.safetensors", save({name: tensor.contiguous() for name, tensor in self.tensors.items()}))
+            data = save({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+            write_bytes(whole / "students.safetensors", data)
             content = {"settings": self.settings.to_json(), "seconds": self.seconds, "versions": self.versions, "machine": self.machine}
-            write_json(whole / "sweep.json", {"schema": SCHEMA, **content})
+            write_record(whole / "sweep.json", {"schema": SCHEMA, "students_sha256": digest(data), **content})
             os.rename(whole, folder)
 
     @classmethod
@@ -96,16 +96,21 @@ class SweepResult:
             CapacityError: where the folder holds no sweep, a damaged one, or one of another schema.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         try:
-            content = json.loads((folder / "sweep.json").read_bytes())
+            content = read_record(folder / "sweep.json", SCHEMA)
             if content["schema"] != SCHEMA:
                 raise CapacityError(f"{folder} has schema {content['schema']}, but {SCHEMA} is read here: run the sweep anew")
             settings = SweepSettings.from_json(content["settings"])
-            result = cls(settings, load_file(folder / "students.safetensors"), content["seconds"], content["versions"], content["machine"])
+            data = (folder / "students.safetensors").read_bytes()
+            if content.get("students_sha256", found := digest(data)) != found:
+                raise ValueError("the SHA-256 of its tensors is not the recorded one")
+            result = cls(settings, load(data), content["seconds"], content["versions"], content["machine"])
             missing = {f"{family.name}.floor" for kind in settings.kinds for family in settings.families(kind)} - set(result.tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as problem:
+        except CapacityError:
+            raise
+        except (OSError, SafetensorError, RecursionError, OverflowError, KeyError, TypeError, AttributeError, ValueError) as problem:
             raise CapacityError(f"{folder} holds no whole toy sweep ({problem}): pass the folder that `tl-capacity run toy-sweep` wrote") from problem
         if missing:
             raise CapacityError(f"{folder} lacks the floors of {', '.join(sorted(missing))}: it is damaged, run the sweep anew")

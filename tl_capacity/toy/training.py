@@ -7,6 +7,7 @@ there are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.storage import write_bytes
+from tl_capacity.storage import last_whole, write_bytes
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import Family, Stream, SweepSettings
 
@@ -177,22 +178,26 @@ class Checkpoint:
         self.tensors: dict[str, Tensor] = {}
         self.seconds: dict[str, float] = {}
         self._saved = time.monotonic()
-        if path is not None and path.exists():
-            self._load(path)
+        earlier = None if path is None else last_whole(path, self._read)
+        if earlier is not None:
+            self.tensors, self.seconds = earlier
 
-    def _load(self, path: Path) -> None:
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings, self.seconds = json.loads(metadata["settings"]), json.loads(metadata["seconds"])
-        except (OSError, SafetensorError, KeyError, ValueError) as problem:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            settings, seconds = json.loads(metadata["settings"]), json.loads(metadata["seconds"])
+            if metadata.get("sha256", found := _digest(tensors, metadata["settings"], metadata["seconds"])) != found:
+                raise ValueError("the SHA-256 of its content is not the recorded one")
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as problem:
             raise CapacityError(f"{path} is no checkpoint of a toy sweep ({problem}): delete it to begin anew") from problem
         if settings != self.settings.to_json():
             changed = ", ".join(f"{name} = {value}" for name, value in settings.items() if value != self.settings.to_json().get(name))
             raise CapacityError(f"{path} belongs to a sweep with other settings ({changed}): use those to go on with it, or delete it to begin anew")
+        return tensors, seconds
 
     def save(self, tensors: dict[str, Tensor], force: bool = False) -> None:
         """Write the state, unless that was done a moment ago."""
@@ -200,8 +205,19 @@ class Checkpoint:
             return
         from safetensors.torch import save
 
-        write_bytes(self.path, save(tensors, {"settings": json.dumps(self.settings.to_json()), "seconds": json.dumps(self.seconds)}))
+        settings, seconds = json.dumps(self.settings.to_json()), json.dumps(self.seconds)
+        sha = _digest(tensors, settings, seconds)
+        write_bytes(self.path, save(tensors, {"settings": settings, "seconds": seconds, "sha256": sha}), keep_previous=True)
         self._saved = time.monotonic()
+
+
+def _digest(tensors: dict[str, Tensor], *texts: str) -> str:
+    """SHA-256 of a checkpoint's content; safetensors keeps none."""
+    total = hashlib.sha256("\n".join(texts).encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().contiguous()
+        total.update(f"{name}{tuple(values.shape)}{values.dtype}".encode() + values.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def train(

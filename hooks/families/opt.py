@@ -1,0 +1,26 @@
+"""OPT, whose smallest post-norm model (350M) embeds in fewer dimensions than its stream has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tl_capacity.hooks.families.scaling import head_size, initial_weights, scaled
+
+from tl_capacity.interfaces import ModelFamily
+
+
+def student(config: Any, width: int) -> dict[str, Any] | None:
+    """What a student of some width has otherwise than its teacher; see `scaling`."""
+    size = head_size(width, config.hidden_size // config.num_attention_heads)
+    if size is None:
+        return None
+    return {
+        "hidden_size": width,
+        "num_attention_heads": width // size,
+        "ffn_dim": scaled(config.ffn_dim, width, config.hidden_size),
+        "word_embed_proj_dim": scaled(config.word_embed_proj_dim, width, config.hidden_size),
+        "init_std": initial_weights(config, width, "init_std"),
+    }
+
+
+FAMILY = ModelFamily("opt", ("opt",), "model.decoder.layers", "OPT", student)

@@ -1,0 +1,23 @@
+"""Phi, which rotates a part of each head; Phi 3 stretches each rotary dimension by a factor of its own, so that no rule gives those of another head size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tl_capacity.hooks.families.scaling import decoder, partly_rotated
+
+from tl_capacity.interfaces import ModelFamily
+
+
+def student(config: Any, width: int) -> dict[str, Any] | None:
+    """What a student of some width has otherwise than its teacher; see `scaling`."""
+    changes = decoder(config, width)
+    if changes is None:
+        return None
+    return changes | {"rope_parameters": partly_rotated(config.rope_parameters, width // changes["num_attention_heads"])}
+
+
+FAMILIES = (
+    ModelFamily("phi", ("phi",), "model.layers", "Phi 1, 1.5 and 2", student),
+    ModelFamily("phi3", ("phi3",), "model.layers", "Phi 3"),
+)

@@ -1,0 +1,356 @@
+"""Which concepts a model and its students still tell: `tl-capacity run probe --model TEACHER --model STUDENT … --hook H --concepts embedded --out DIR`.
+
+Linear probes of each concept at one hook point of each model, beside a majority vote, a bag of embeddings, models with random weights, a control task, and as
+many principal components of the teacher as a student is wide; and, with an SAE, the few features that carry a concept.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tl_capacity.recipes.recover import dictionary
+
+from tl_capacity.attach import TapPoint, dictionary_digest, library_versions
+from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
+from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.floors import table
+from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.loading import LoadedModel, load_model, load_sae
+from tl_capacity.measurement import HookMeasurement, Measurement
+from tl_capacity.measuring import tapped_model
+from tl_capacity.probing.activations import Activations, bag_of_embeddings, collect, randomly_initialised
+from tl_capacity.probing.concepts import LabelledTexts, load_concepts
+from tl_capacity.probing.probes import Probe, fit_probes, on_principal_components
+from tl_capacity.probing.sparse import SparseProbe, falls_at, sparse_probes
+from tl_capacity.recipe import option, run_file
+from tl_capacity.storage import make_folder, write_bytes, write_json
+
+SCHEMA = 1
+JSON_NAME, TABLE_NAME, FIGURE_NAME = "probes.json", "probes.csv", "probes.html"
+TRAINED, RANDOM, COMPONENTS, EMBEDDINGS = "trained", "random weights", "teacher's principal components", "bag of embeddings"
+# Okabe and Ito's palette, which readers with any colour vision can tell apart; each series has its own symbol as well.
+SHOWN = {TRAINED: ("#0072B2", "circle"), RANDOM: ("#D55E00", "square"), COMPONENTS: ("#009E73", "diamond")}
+PANELS_IN_A_ROW = 4
+MODELS_IN_A_TABLE = 4
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Everything that decides the result."""
+
+    model: tuple[str, ...] = option(
+        ("embedded",), "A model name, folder or hub id, or the folder of a distillation; may be repeated. The first is the teacher."
+    )
+    hook: str = option("blocks.3.hook_resid_post", "The hook point, in TransformerLens' names.")
+    concepts: tuple[str, ...] = option(("embedded",), "Concepts, collections of them, .jsonl files or datasets ids; `tl-capacity plugins` lists the first two.")
+    out: Path = option(Path("runs/probes"), "The folder to write.")
+    pooling: str = option("mean", "Of a text's activations: mean, last (its last token) or token (up to eight tokens, each by itself).")
+    sae: str = option("", "An SAE of the teacher at that hook point, for k-sparse probes; by default the one that comes with it.")
+    measurement: Path | None = option(None, "A measurement of the teacher: names the SAE, ranks its features, and says at which width the law lets them go.")
+    importance: str = option("second_moment", "Importance estimator of the ranks.")
+    law: str = option("compressed_sensing", "Capacity law of the widths.")
+    baselines: bool = option(True, "Also probe models with random weights, the teacher's principal components, its embeddings, and the control task.")
+    context: int | None = option(None, "Positions in a row, BOS included; by default what the model takes, at most 512.")
+    batch_rows: int = option(32, "Texts in a forward pass.")
+    seed: int = option(0, "Of folds, random weights, control labels and resamples.")
+    device: str = option("cpu", "Where the models run.")
+    threads: int = option(0, "CPU threads of the models; 0 leaves it to torch.")
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The probes of one kind on one model.
+
+    Attributes:
+        model: its name.
+        kind: what was probed: the trained model, or a baseline.
+        width: of the model, or of the student that the baseline stands beside.
+        probes: one for each concept.
+    """
+
+    model: str
+    kind: str
+    width: int
+    probes: tuple[Probe, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat object for each concept."""
+        about = {"kind": self.kind, "model": self.model, "baseline": self.kind != TRAINED}
+        return [about | probe.to_json() | {"width": self.width} for probe in self.probes]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What was found.
+
+    Attributes:
+        concepts: what was probed for.
+        probed: the teacher, its students and the baselines.
+        sparse: probes on few features of the teacher's SAE.
+        truncated: texts that did not fit the context, by concept.
+    """
+
+    concepts: tuple[LabelledTexts, ...]
+    probed: tuple[Probed, ...]
+    sparse: tuple[SparseProbe, ...]
+    truncated: dict[str, int]
+
+    @property
+    def trained(self) -> list[Probed]:
+        """The teacher and its students."""
+        return [probed for probed in self.probed if probed.kind == TRAINED]
+
+    def falls(self) -> dict[str, int | None]:
+        """For each concept, the widest student that is less accurate than the teacher by more than its interval."""
+        teacher, students = self.trained[0], self.trained[1:]
+        return {c.name: falls_at(teacher.probes[i], [s.probes[i] for s in students]) for i, c in enumerate(self.concepts)}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        falls = self.falls()
+        return {
+            "concepts": [
+                {"name": c.name, "classes": list(c.classes), "texts": len(c.texts), "truncated": self.truncated[c.name], "falls_at": falls[c.name]}
+                for c in self.concepts
+            ],
+            "probes": [row for probed in self.probed for row in probed.rows()],
+            "sparse": [sparse.to_json() | {"falls_at": falls[sparse.probe.concept]} for sparse in self.sparse],
+        }
+
+
+def main(config: ProbeConfig) -> ProbeResult:
+    """Probe models for concepts, and write accuracy and AUROC beside their baselines.
+
+    Raises:
+        CapacityError: on an unknown model, concept or hook point, texts that cannot be probed, or a folder that already holds probes.
+    """
+    if (config.out / JSON_NAME).exists():
+        raise CapacityError(f"{config.out} already holds a {JSON_NAME}: choose another --out")
+    import torch
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    started = time.monotonic()
+    concepts = load_concepts(config.concepts)
+    measurement = None if config.measurement is None else Measurement.load(config.measurement)
+    models = [load_model(name, device=config.device) for name in named(config.model)]
+    tapped = [_tapped(model, config.hook) for model in models]  # all of them before anything is collected, in case one lacks the hook
+    sae, measured = _dictionary(config, models[0], measurement)
+    result = probe(config, concepts, models, tapped, sae, measured)
+    settings = {name: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for name, v in asdict(config).items() if name != "out"}
+    versions = library_versions() | {"scikit-learn": importlib.metadata.version("scikit-learn")}
+    about = {"schema": SCHEMA, "settings": settings, "versions": versions, "seconds": round(time.monotonic() - started, 1)}
+    write(result, about, config.out)
+    show(result)
+    print(f"written to {config.out}")
+    return result
+
+
+def named(models: Sequence[str]) -> list[str]:
+    """The models that are meant: a distillation stands for its teacher, unless another model comes first, and its students, controls left out.
+
+    Raises:
+        CapacityError: where none is named.
+    """
+    found: list[str] = []
+    for name in models:
+        if (Path(name) / DISTILLATION_JSON).is_file():
+            run = DistillationRun.load(name)
+            found += [] if found else [run.teacher]
+            found += [str(Path(name) / "students" / student.name) for student in run if student.start != "teacher"]
+        else:
+            found.append(name)
+    if not found:
+        raise CapacityError("no model is named: pass --model, the teacher first")
+    return found
+
+
+def probe(
+    config: ProbeConfig,
+    concepts: list[LabelledTexts],
+    models: list[LoadedModel],
+    tapped: list[Any],
+    sae: SparseAutoencoder | None,
+    measured: HookMeasurement | None,
+) -> ProbeResult:
+    """Collect and fit, model by model; of the activations only the teacher's are kept."""
+
+    def activations(model: LoadedModel, module: Any, dictionary: SparseAutoencoder | None = None) -> dict[str, Activations]:
+        return {
+            c.name: collect(
+                module,
+                config.hook,
+                c.texts,
+                config.pooling,
+                tokenizer=model.tokenizer,
+                sae=dictionary,
+                context=config.context,
+                batch_rows=config.batch_rows,
+            )
+            for c in concepts
+        }
+
+    def fit(kind: str, model: LoadedModel, width: int, read: dict[str, Activations], control: bool = False) -> Probed:
+        return Probed(_short(model.name), kind, width, tuple(fit_probes(read, concepts, control=control, seed=config.seed)))
+
+    probed: list[Probed] = []
+    teacher, of_teacher = models[0], activations(models[0], tapped[0])
+    for model, module in zip(models, tapped, strict=True):
+        own = of_teacher if model is teacher else activations(model, module)
+        width = next(iter(own.values())).width
+        probed.append(fit(TRAINED, model, width, own, control=config.baselines))
+        if not config.baselines:
+            continue
+        untrained = LoadedModel(randomly_initialised(model.model, config.seed), model.tokenizer, model.name, None)
+        probed.append(fit(RANDOM, model, width, activations(untrained, _tapped(untrained, config.hook))))
+        if model is teacher:
+            probed.append(fit(EMBEDDINGS, model, width, {c.name: bag_of_embeddings(module, own[c.name]) for c in concepts}))
+        else:
+            projected = {c.name: on_principal_components(of_teacher[c.name], c, width) for c in concepts}
+            probed.append(fit(COMPONENTS, model, width, projected))
+    sparse = (
+        []
+        if sae is None
+        else sparse_probes(activations(teacher, tapped[0], sae), concepts, measured, importance=config.importance, law=config.law, seed=config.seed)
+    )
+    return ProbeResult(tuple(concepts), tuple(probed), tuple(sparse), {name: own.truncated for name, own in of_teacher.items()})
+
+
+def write(result: ProbeResult, about: dict[str, Any], out: Path) -> None:
+    """The table, the figure, and last the JSON, as it says that all is there."""
+    import pandas
+
+    make_folder(out)
+    content = about | result.to_json()
+    write_bytes(out / TABLE_NAME, pandas.DataFrame(content["probes"]).to_csv(index=False).encode())
+    write_bytes(out / FIGURE_NAME, figure(result).to_html(include_plotlyjs=True).encode())
+    write_json(out / JSON_NAME, content)
+
+
+def figure(result: ProbeResult) -> Any:
+    """Accuracy against width, a panel for each concept: models with 95% intervals, baselines of the same widths, and what needs no width as lines."""
+    from plotly.subplots import make_subplots
+
+    columns = min(PANELS_IN_A_ROW, len(result.concepts))
+    n_rows = -(-len(result.concepts) // columns)
+    titles = [f"{c.classes[0]} or {c.classes[1]}" for c in result.concepts]
+    made = make_subplots(rows=n_rows, cols=columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.3 / n_rows)
+    teacher = result.trained[0]
+    for i in range(len(result.concepts)):
+        at = {"row": i // columns + 1, "col": i % columns + 1, "showlegend": i == 0}
+        for kind, (colour, symbol) in SHOWN.items():
+            shown = sorted((probed for probed in result.probed if probed.kind == kind), key=lambda probed: probed.width)
+            estimates = [probed.probes[i].accuracy for probed in shown]
+            made.add_scatter(
+                x=[probed.width for probed in shown],
+                y=[e.value for e in estimates],
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [(e.value if e.high is None else e.high) - e.value for e in estimates],
+                    "arrayminus": [e.value - (e.value if e.low is None else e.low) for e in estimates],
+                    "thickness": 1,
+                },
+                mode="lines+markers",
+                name=kind,
+                legendgroup=kind,
+                line={"color": colour},
+                marker={"symbol": symbol},
+                **at,
+            )
+        lines = {"majority": teacher.probes[i].majority, "control task (teacher)": teacher.probes[i].control_accuracy}
+        lines |= {probed.kind: probed.probes[i].accuracy.value for probed in result.probed if probed.kind == EMBEDDINGS}
+        widths = [min(p.width for p in result.trained), max(p.width for p in result.trained)]
+        for (name, value), dash in zip(lines.items(), ("dot", "dashdot", "dash"), strict=False):
+            if value is not None:
+                made.add_scatter(x=widths, y=[value] * 2, mode="lines", name=name, legendgroup=name, line={"color": "gray", "dash": dash}, **at)
+    made.update_xaxes(title="width", type="log")
+    made.update_yaxes(range=[0.4, 1.02])
+    made.update_yaxes(title="accuracy", col=1)
+    made.update_layout(template="plotly_white", height=130 + 260 * n_rows, legend={"orientation": "h", "y": -0.15 / n_rows, "yanchor": "top"})
+    return made
+
+
+def show(result: ProbeResult) -> None:
+    """Print the tables."""
+    from rich.console import Console
+
+    console, trained, falls = Console(width=180), result.trained, result.falls()
+    embeddings = next((probed for probed in result.probed if probed.kind == EMBEDDINGS), None)
+    for first in range(0, len(trained), MODELS_IN_A_TABLE):
+        some = trained[first : first + MODELS_IN_A_TABLE]
+        header = ["concept", "majority", EMBEDDINGS, *(f"{probed.model} (d={probed.width:,})" for probed in some)]
+        body = [
+            [c.name, f"{trained[0].probes[i].majority:.3f}", "" if embeddings is None else f"{embeddings.probes[i].accuracy.value:.3f}"]
+            + [probed.probes[i].accuracy.show(".3f") for probed in some]
+            for i, c in enumerate(result.concepts)
+        ]
+        console.print(table("Accuracy of linear probes [95% interval over documents]", header, body))
+    if result.sparse:
+        ranked, has_students = bool(result.sparse[0].ranks), len(trained) > 1
+        header = ["concept", "k", "accuracy", "features (importance rank)" if ranked else "features"]
+        header += ["the law keeps all from width"] * ranked + ["the full probe falls at width"] * has_students
+        body = [
+            [
+                found.probe.concept,
+                str(len(found.features)),
+                found.probe.accuracy.show(".3f"),
+                " ".join(f"{f} ({r or '–'})" for f, r in zip(found.features, found.ranks, strict=True)) if ranked else " ".join(map(str, found.features)),
+                *(["–" if found.lost_below is None else f"{found.lost_below:,}"] * ranked),
+                *(["–" if falls[found.probe.concept] is None else f"{falls[found.probe.concept]:,}"] * has_students),
+            ]
+            for found in result.sparse
+            if len(found.features) <= 4
+        ]
+        console.print(table(f"k-sparse probes on the SAE at {result.sparse[0].probe.hook}", header, body, right=False))
+    if cut := sum(result.truncated.values()):
+        console.print(f"note: {cut:,} texts were longer than the context, and only their beginning was read", highlight=False)
+
+
+def _tapped(model: LoadedModel, hook: str) -> Any:
+    """What a hook point of a model is tapped on.
+
+    Raises:
+        HookPointError: where it has none of that name; names the model.
+    """
+    try:
+        module = tapped_model(model, [], [], [hook])
+        TapPoint.of(module, hook)
+    except HookPointError as problem:
+        raise HookPointError(f"{model.name}: {problem}") from problem
+    return module
+
+
+def _dictionary(config: ProbeConfig, teacher: LoadedModel, measurement: Measurement | None) -> tuple[SparseAutoencoder | None, HookMeasurement | None]:
+    """The SAE of the k-sparse probes, and what was measured of it.
+
+    Raises:
+        CapacityError: where the measurement is of another model, or of other weights than the SAE has that is given.
+    """
+    own = teacher.named.saes.get(config.hook) if teacher.named else None
+    given = config.sae or (str(own) if own is not None and measurement is None else "")
+    sae = load_sae(given, config.device)[1] if given else None
+    if measurement is None:
+        return sae, None
+    measured, of = measurement[config.hook], measurement.provenance
+    if of.revision != teacher.revision:
+        raise CapacityError(f"{config.measurement} was measured on {of.model!r} with other weights than {teacher.name!r} has: pass the teacher's measurement")
+    sae = sae or dictionary(measured, teacher, of, config.device)
+    if dictionary_digest(sae) != measured.sae_digest:
+        raise CapacityError(f"{config.measurement} was measured with another SAE at {config.hook}: pass its own with --sae, or leave that out")
+    return sae, measured
+
+
+def _short(name: str) -> str:
+    """A folder's own name; any other as it is."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+if __name__ == "__main__":
+    run_file(main)

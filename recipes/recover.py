@@ -1,0 +1,142 @@
+"""Which features of the teacher did its students keep: `tl-capacity run recover MEASUREMENT DISTILLATION --out DIR`.
+
+Reads every feature out of every student linearly, on documents that the readouts were not fitted to, beside the teacher, its principal components and students
+with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from tl_capacity.attach import library_versions, special_token_ids
+from tl_capacity.bases import BasisSpec
+from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.distillation.students import new_student
+from tl_capacity.distillation.train import fingerprint
+from tl_capacity.errors import CapacityError
+from tl_capacity.loading import LoadedModel, load_model
+from tl_capacity.measurement import HookMeasurement, Measurement, Provenance
+from tl_capacity.measuring import MeasureSettings, dictionaries, tapped_model
+from tl_capacity.probing.recover import Recovery, recover_features, recovery_figure
+from tl_capacity.recipe import argument, option, run_file
+from tl_capacity.storage import make_folder, write_bytes, write_json
+from tl_capacity.tokens import TokenStream
+
+JSON_NAME = "recoverability.json"
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Everything that decides the result."""
+
+    measurement: Path = argument("A measurement of the teacher.")
+    distillation: Path = argument("A distillation of it, as `tl-capacity run distill --out` wrote it.")
+    out: Path = option(Path("runs/recover"), "The folder to write.")
+    hook: tuple[str, ...] = option((), "Hook points; by default the middle one of those measured.")
+    source: str = option("", "The text to read; by default the distillation's held-out source, else the one that the teacher was measured on.")
+    tokens: int = option(200_000, "Tokens to read: 6 of 10 documents fit the readouts, 1 chooses the ridge, 3 judge.")
+    tau: float = option(0.95, "AUROC from which a feature counts as kept.")
+    importance: str = option("second_moment", "Importance estimator of the predicted set.")
+    random: bool = option(True, "Also read out students with random weights, the floor.")
+    device: str = option("cpu", "Where the models run.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+
+
+def main(config: RecoverConfig) -> list[Recovery]:
+    """Count the features that students kept, and write them down beside their budget.
+
+    Raises:
+        CapacityError: where the measurement and the distillation are not of the same teacher, or on whatever reading refuses.
+    """
+    if (config.out / JSON_NAME).exists():
+        raise CapacityError(f"{config.out} already holds a {JSON_NAME}: choose another --out")
+    measurement, run = Measurement.load(config.measurement), DistillationRun.load(config.distillation)
+    hooks = chosen(measurement, config.hook)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    started = time.monotonic()
+    provenance = measurement.provenance
+    teacher = load_model(provenance.model, device=config.device)
+    if provenance.revision not in (None, teacher.revision):
+        raise CapacityError(f"{config.measurement} was measured with other weights than {provenance.model!r} has now: measure again")
+    if fingerprint(teacher.model) != run.fingerprint:
+        raise CapacityError(f"{config.distillation} was distilled from {run.teacher!r} with other weights than {provenance.model!r} has now: distil again")
+    source = config.source or (run.heldout_source if run.heldout_source != run.source else provenance.source)
+    mask = provenance.settings.get("masked_token_ids", special_token_ids(teacher.model, teacher.tokenizer))
+    stream = TokenStream(source, teacher.tokenizer, int(provenance.settings.get("context", 256)), prepend_bos=provenance.settings.get("bos", 0) is not None)
+    models = {s.name: load_model(str(config.distillation / "students" / s.name), device=config.device) for s in run if s.start != "teacher"}
+    untrained = random_students(teacher, run, models) if config.random else {}
+    found = []
+    for measured in hooks:
+        sae = dictionary(measured, teacher, provenance, config.device)
+        tapped = {name: tapped_model(model, [], [], [measured.hook]) for name, model in models.items()}
+        found.append(
+            recover_features(
+                tapped_model(teacher, [sae], [measured.hook]),
+                sae,
+                tapped,
+                stream,
+                measured=measured,
+                random={name: tapped_model(model, [], [], [measured.hook]) for name, model in untrained.items()},
+                importance=config.importance,
+                tau=config.tau,
+                max_tokens=config.tokens,
+                mask_token_ids=mask,
+            )
+        )
+        Console(width=180).print(found[-1])
+    settings = {name: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for name, v in asdict(config).items() if name != "out"}
+    about = {"schema": 1, "settings": {**settings, "source": source}, "versions": library_versions(), "seconds": round(time.monotonic() - started, 1)}
+    write(found, config.out, about, recovery_figure(found))
+    print(f"written to {config.out}")
+    return found
+
+
+def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:
+    """What was measured at some hook points, or at the middle one."""
+    return [measurement[hook] for hook in hooks] if hooks else [measurement.hooks[len(measurement.hooks) // 2]]
+
+
+def dictionary(measured: HookMeasurement, teacher: LoadedModel, provenance: Provenance, device: str) -> Any:
+    """The SAE or basis that was measured, by the name in the measurement."""
+    own = f"{teacher.named.name}/" if teacher.named else ""
+    if own and measured.sae.startswith(own):
+        spec = measured.sae.removeprefix(own)
+    else:
+        spec = measured.sae if BasisSpec.parse(measured.sae) else f"{measured.hook}={measured.sae}"
+    context = provenance.settings.get("context")
+    [(_, _, sae)] = dictionaries(MeasureSettings(provenance.model, Path(), (spec,), source=provenance.source, context=context, device=device), teacher)
+    return sae
+
+
+def random_students(teacher: LoadedModel, run: DistillationRun, models: dict[str, LoadedModel]) -> dict[str, LoadedModel]:
+    """Each student with the random weights that its seed gives."""
+    return {
+        name: LoadedModel(new_student(teacher.model, run[name].width, run[name].seed).eval(), teacher.tokenizer, f"{name} with random weights", None)
+        for name in models
+    }
+
+
+def write(found: list[Recovery], out: Path, about: dict[str, Any], figure: Any) -> None:
+    """The list of students, the figures of every feature, the figure, and what it was made with; the list last, as it says that all is there."""
+    from safetensors.numpy import save
+
+    make_folder(out)
+    for recovery in found:
+        arrays = {name: np.ascontiguousarray(array) for name, array in recovery.arrays().items()}
+        write_bytes(out / f"features-{recovery.hook}.safetensors", save(arrays, {"about": json.dumps(about)}))
+    write_bytes(out / "recoverability.html", figure.to_html(include_plotlyjs=True).encode())
+    write_json(out / "settings.json", about)
+    write_json(out / JSON_NAME, [row for recovery in found for row in recovery.to_json()])
+
+
+if __name__ == "__main__":
+    run_file(main)

@@ -1,0 +1,52 @@
+"""What tests of the command line share: the options of the main job, and when two measurements are the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+
+from tl_capacity import Measurement
+
+HOOK = "blocks.1.hook_resid_post"
+Cli = Callable[..., tuple[int, str, str]]
+"""What the fixture `cli` gives: exit code, standard output and standard error."""
+
+
+def arguments(setup: Path, out: Path, *more: object, tokens: int = 3000, sae: str = "sae") -> list[object]:
+    return ["measure", "--model", setup / "model", "--sae", setup / sae, "--source", setup / "text.jsonl", "--tokens", tokens, "--out", out, *more]
+
+
+def same(one: Path, other: Path) -> None:
+    """Both folders hold the same measurement, bit for bit, but for the time that it took."""
+    a, b = Measurement.load(one), Measurement.load(other)
+    for mine, theirs in zip(a, b, strict=True):
+        for name, array in mine.summary.arrays.items():
+            np.testing.assert_array_equal(array, theirs.summary.arrays[name], err_msg=name)
+    mine_json, theirs_json = a.to_json(), b.to_json()
+    for content in (mine_json, theirs_json):
+        del content["provenance"]["seconds"]
+    assert mine_json == theirs_json
+
+
+# A server that has imported everything once; each child is forked from it, begins at once, and dies alone.
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["commands", "torch", "transformers", "sae_lens", "tl_capacity.cli", "tl_capacity.measuring", "tl_capacity.distillation"])
+
+
+def run_in_a_child(arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
+    """What a child process does: run the command, and save a checkpoint whenever one can be saved."""
+    import torch
+
+    from tl_capacity.cli import main
+    from tl_capacity.toy import training
+
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    training.CHECKPOINT_SECONDS = 0.0
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        main([str(a) for a in arguments])

@@ -1,0 +1,73 @@
+"""Text and names that are out to break something: HTML, control characters, marks that turn the writing around, half of a surrogate pair, lines of 1 MB."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import HOOK, Cli
+
+from tl_capacity import Measurement
+
+HOSTILE = {
+    "html": "<script>alert('w2')</script> & <img src=x onerror=alert(1)> \"w3\" w4",
+    "control": "w2 \x01\x07\x1b[31mw3\x1b[0m \r w4 \x7f \x85 \u2028 \u2029",
+    "right_to_left": "w2 \u202ew3\u202c \u200f w4 \u2066w5\u2069",
+    "surrogate": "w2 \ud800 w3 \udfff",
+    "long_line": ("w2" + " " * 98) * 10_000,
+    "long_word": "w2 " + "w" * 1_000_000,
+    "odd": "\ufeffw2 \ufffe \U0010ffff e\u0301\u0301\u0301 \u00a0 w6",
+}
+
+
+def hostile_source(folder: Path) -> Path:
+    """Every hostile text once, between plain ones, in a file whose name is hostile itself."""
+    path = folder / "<b onmouseover=alert(1)>\u202e.jsonl"
+    plain = [" ".join(f"w{i % 60 + 2}" for i in range(start, start + 40)) for start in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*plain, *HOSTILE.values(), *plain]))
+    return path
+
+
+@pytest.fixture
+def measured(setup: Path, tmp_path: Path, cli: Cli) -> Path:
+    source = hostile_source(tmp_path)
+    code, out, err = cli("measure", "--model", setup / "model", "--sae", setup / "sae", "--source", source, "--tokens", 10**7, "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    return tmp_path / "m"
+
+
+def test_it_is_counted_and_stays_text(measured: Path, cli: Cli) -> None:
+    measurement = Measurement.load(measured)
+    assert measurement[HOOK].summary.n_documents == 80 + len(HOSTILE)
+    assert measurement[HOOK].summary.n_tokens > 10_000
+    assert measurement.provenance.source.endswith("<b onmouseover=alert(1)>\u202e.jsonl")
+    page = measurement._repr_html_()
+    assert "<b onmouseover" not in page
+    assert "<script>" not in page
+    assert cli("budget", measured)[0] == 0
+
+
+def test_in_a_log(setup: Path, tmp_path: Path, cli: Cli) -> None:
+    """Each line of the log is an object, whatever is in it."""
+    name = tmp_path / "\u2028\x1b[31m\u202e<b>\ud800.txt"
+    code, _, err = cli("--log", "json", "doctor", "--model", setup / "model", "--sae", setup / "sae", "--source", name)
+    cli("plugins")
+    assert code == 2
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert [line["level"] for line in lines] == ["error"]
+    assert err.isascii()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_each_by_itself(name: str, setup: Path, tmp_path: Path, cli: Cli) -> None:
+    """As a text file too, where it can be one; nothing else than a result or one sentence comes out."""
+    source = tmp_path / "text.txt"
+    source.write_bytes((HOSTILE[name] + "\n\n" + "w2 w3 w4 w5 " * 20).encode("utf-8", "surrogatepass"))
+    code, _, err = cli("measure", "--model", setup / "model", "--sae", setup / "sae", "--source", source, "--out", tmp_path / "m", "--max-fvu", "inf")
+    if name == "surrogate":
+        assert code == 2
+        assert "cannot be read as UTF-8 text" in err
+    else:
+        assert (code, err) == (0, "")

@@ -1,0 +1,233 @@
+"""SIGKILL at random moments of everything that takes long: what is on disk is whole at every moment, and the same command goes on to the same last bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import CHILDREN, Cli, arguments, run_in_a_child, same
+from safetensors.numpy import load_file
+
+from tl_capacity import Measurement
+from tl_capacity.distillation import checkpoint
+from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.storage import previous
+from tl_capacity.toy import training
+from tl_capacity.toy.result import SweepResult
+
+MOMENTS = [pytest.param(seed, marks=() if seed < 1 else pytest.mark.slow, id=f"moment{seed}") for seed in range(20)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something that takes long.
+
+    Attributes:
+        command: what to run to write a folder, and to go on after it was killed.
+        whole: raises where what lies on disk after a kill is half of anything.
+        same: raises where two finished folders differ.
+    """
+
+    command: Callable[[Path, Path], list[object]]
+    whole: Callable[[Path], object]
+    same: Callable[[Path, Path], None]
+
+
+def measure(setup: Path, out: Path) -> list[object]:
+    return arguments(setup, out, "--resume", "--checkpoint-seconds", 0, tokens=12_000)
+
+
+def distil(setup: Path, out: Path) -> list[object]:
+    text = ["--teacher", setup / "model", "--source", setup / "text.jsonl", "--context", 32, "--heldout-tokens", 300, "--tokens", 6_000]
+    return ["run", "distill", *text, "--widths", "8,16", "--evaluations", 4, "--out", out, "--resume", "--checkpoint-seconds", 0]
+
+
+def toy(setup: Path, out: Path) -> list[object]:
+    models = ["--features", "6", "--alphas", "0.7,0.9", "--teacher-widths", "2,3", "--seeds", 1]
+    return ["run", "toy-sweep", *models, "--steps", 1_500, "--out", out]
+
+
+def whole_measurement(out: Path) -> None:
+    if (out / "measurement.json").exists():
+        Measurement.load(out)
+
+
+def whole_distillation(out: Path) -> None:
+    checkpoint.read(out)
+    if (out / "distillation.json").exists():
+        DistillationRun.load(out)
+
+
+def whole_sweep(out: Path) -> None:
+    state = out.with_name(f"{out.name}.checkpoint.safetensors")
+    if state.exists():
+        load_file(state)
+    if out.exists():
+        SweepResult.load(out)
+
+
+def same_distillation(one: Path, other: Path) -> None:
+    a, b = ({**DistillationRun.load(folder).to_json(), "seconds": 0} for folder in (one, other))
+    assert a == b
+    for weights in sorted(one.glob("students/*/model.safetensors")):
+        assert weights.read_bytes() == (other / weights.relative_to(one)).read_bytes()
+
+
+def same_sweep(one: Path, other: Path) -> None:
+    assert (one / "students.safetensors").read_bytes() == (other / "students.safetensors").read_bytes()
+
+
+JOBS = {
+    "measure": Job(measure, whole_measurement, same),
+    "distil": Job(distil, whole_distillation, same_distillation),
+    "toy": Job(toy, whole_sweep, same_sweep),
+}
+
+
+def run_for(command: list[object], seconds: float | None = None) -> float:
+    """Run a command in a child, and kill it after some seconds; returns how long it took."""
+    child = CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command],))
+    started = time.monotonic()
+    child.start()
+    child.join(seconds)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    else:
+        assert child.exitcode == 0
+    return time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, float]]:
+    """`undisturbed(job)`: what a run leaves that nobody kills, and how long it took."""
+    done: dict[str, tuple[Path, float]] = {}
+
+    def run(name: str) -> tuple[Path, float]:
+        if name not in done:
+            out = tmp_path_factory.mktemp(name) / "whole"
+            done[name] = out, run_for(JOBS[name].command(setup, out))
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("seed", MOMENTS)
+@pytest.mark.parametrize("name", JOBS)
+def test_killed_at_a_random_moment(name: str, seed: int, setup: Path, undisturbed: Callable[[str], tuple[Path, float]], tmp_path: Path) -> None:
+    """Killed, and gone on with, until a run reaches its end; each kill leaves whole files."""
+    whole, seconds = undisturbed(name)
+    job, out, draw = JOBS[name], tmp_path / "killed", random.Random(seed)
+    for _ in range(2):
+        run_for(job.command(setup, out), draw.uniform(0.1, 1.0) * seconds)
+        job.whole(out)
+    run_for(job.command(setup, out))
+    job.same(whole, out)
+    assert not [path for path in tmp_path.rglob("*") if "checkpoint" in path.name or "previous" in path.name]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoints(job)`: what a run leaves that was killed once it had written two checkpoints."""
+    left: dict[str, Path] = {}
+    records = {"measure": "killed/measurement.json", "distil": "killed/checkpoint.json", "toy": "killed.checkpoint.safetensors"}
+
+    def run(name: str) -> Path:
+        if name not in left:
+            folder = tmp_path_factory.mktemp(name)
+            child = CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in JOBS[name].command(setup, folder / "killed")],))
+            child.start()
+            last, before = folder / records[name], previous(folder / records[name])
+            # A kill between the two writes leaves the same record under both names, and nothing to fall back to.
+            while not (before.exists() and before.read_bytes() != last.read_bytes()) and child.is_alive():
+                time.sleep(0.001)
+            child.kill()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+            left[name] = folder
+        return left[name]
+
+    return run
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def last_tensors(record: Path, field: str) -> Path:
+    """The tensors that a record names."""
+    return record.with_name(json.loads(record.read_bytes())[field])
+
+
+DAMAGED: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "measurement.json": ("measure", lambda folder: folder / "killed" / "measurement.json"),
+    "statistics": ("measure", lambda folder: last_tensors(folder / "killed" / "measurement.json", "statistics")),
+    "checkpoint.json": ("distil", lambda folder: folder / "killed" / "checkpoint.json"),
+    "students' weights": ("distil", lambda folder: last_tensors(folder / "killed" / "checkpoint.json", "file")),
+    "toy checkpoint": ("toy", lambda folder: folder / "killed.checkpoint.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_last_checkpoint(
+    kind: str,
+    damage: Callable[[Path], None],
+    setup: Path,
+    checkpoints: Callable[[str], Path],
+    undisturbed: Callable[[str], tuple[Path, float]],
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The run goes on from the checkpoint before, says so, and ends with the same result; where that is damaged as well, it says so and changes nothing."""
+    name, find = DAMAGED[kind]
+    folder = tmp_path / "folder"
+    shutil.copytree(checkpoints(name), folder)
+    damage(find(folder))
+    both = tmp_path / "both"
+    shutil.copytree(folder, both)
+    code, _, _ = cli(*JOBS[name].command(setup, folder / "killed"))
+    assert code == 0
+    assert "the last checkpoint is left out, and the one before it gone on from" in caplog.text
+    JOBS[name].same(undisturbed(name)[0], folder / "killed")
+
+    for path in both.rglob("*previous*"):
+        truncate(path)
+    before = {path: path.read_bytes() for path in both.rglob("*") if path.is_file()}
+    code, _, err = cli(*JOBS[name].command(setup, both / "killed"))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in both.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_folder_holds_no_checkpoint(setup: Path, undisturbed: Callable[[str], tuple[Path, float]]) -> None:
+    out, _ = undisturbed("measure")
+    assert sorted(path.name.partition("-")[0] for path in out.iterdir()) == ["measurement.json", "statistics"]
+
+
+def test_the_toy_checkpoint_is_of_its_content(tmp_path: Path) -> None:
+    """Not of the order in which its tensors are written."""
+    import torch
+
+    tensors = {"a": torch.arange(3.0), "b": torch.tensor(5)}
+    assert training._digest(tensors, "x") == training._digest(dict(reversed(tensors.items())), "x")
+    assert training._digest(tensors, "x") != training._digest(tensors, "y")
+    assert training._digest(tensors, "x") != training._digest({**tensors, "a": torch.arange(3.0).view(1, 3)}, "x")
+    assert len({training._digest({"a": torch.from_numpy(np.eye(3)[i])}, "x") for i in range(3)}) == 3

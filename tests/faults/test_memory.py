@@ -1,0 +1,70 @@
+"""Wide SAEs stay within a stated memory, whatever is asked of it, and give the same figures however few tokens are encoded at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import HOOK, arguments
+
+from tl_capacity import Measurement
+
+
+def wide_sae(folder: Path, latents: int) -> Path:
+    """A random SAE of which few latents are active."""
+    from sae_lens import StandardSAE, StandardSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    torch.manual_seed(0)
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=latents, metadata=SAEMetadata(hook_name=HOOK)))
+    with torch.no_grad():
+        directions = torch.randn(32, latents)
+        sae.W_enc.copy_(directions / directions.norm(dim=0))
+        sae.W_dec.copy_(sae.W_enc.T)
+        sae.b_enc.fill_(-0.12)
+    sae.save_model(folder / "sae")
+    return folder / "sae"
+
+
+@pytest.mark.parametrize("latents", [32_768, pytest.param(262_144, marks=pytest.mark.slow)])
+def test_a_wide_sae_within_its_bound(latents: int, setup: Path, tmp_path: Path) -> None:
+    """Asked for too little it says how much it needs; with that it stays below it, checkpoints included."""
+    sae = wide_sae(tmp_path, latents)
+
+    def run(out: str, memory: str) -> subprocess.CompletedProcess[str]:
+        more = ("--max-fvu", "inf", "--max-memory", memory, "--checkpoint-seconds", 0)
+        command = arguments(setup, tmp_path / out, *more, tokens=500, sae=str(sae))
+        return subprocess.run([sys.executable, "-m", "tl_capacity", "--log", "json", *map(str, command)], capture_output=True, text=True)
+
+    refused = run("refused", "100MB")
+    assert refused.returncode == 2
+    needed = re.search(r"these SAEs need ([\d.]+) GB", json.loads(refused.stderr.splitlines()[-1])["message"])
+    assert needed is not None
+    sums = 64 * latents * 3 * 8
+    assert 4.5 * sums < float(needed[1]) * 1e9 < 4.5 * sums + 2.5e9
+    limit = float(needed[1]) + 0.05  # what a process holds differs a little each time
+    kept = run("kept", f"{limit:.2f}GB")
+    assert kept.returncode == 0, kept.stderr
+    assert json.loads(kept.stderr.splitlines()[-1])["peak_memory_bytes"] <= limit * 1e9
+    free = run("free", "100GB")
+    assert free.returncode == 0, free.stderr
+    one, other = (Measurement.load(tmp_path / out)[HOOK].summary for out in ("kept", "free"))
+    # Products over fewer tokens are rounded otherwise, so that a latent on the edge may fall to the other side.
+    assert np.abs(one.arrays["counts"] - other.arrays["counts"]).sum() <= 1e-4 * other.arrays["counts"].sum()
+    assert 0 < one.l0.value < latents / 20
+
+
+@pytest.mark.parametrize("text", ["4", "4 TB", "lots", "-1GB", "1e9GB"])
+def test_sizes_that_are_none(text: str) -> None:
+    from tl_capacity.cli import _bytes
+    from tl_capacity.errors import CapacityError
+
+    assert (_bytes("1.5GB"), _bytes("500MB")) == (1_500_000_000, 500_000_000)
+    with pytest.raises(CapacityError, match="is no size: write 500MB or 4GB"):
+        _bytes(text)

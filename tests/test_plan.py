@@ -1,0 +1,171 @@
+"""Plans: the smallest width is the smallest, its cost is that of the student that is built, and goals out of their domain are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import HOOK, Cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_report import of_counts
+
+from tl_capacity import theory
+from tl_capacity.distillation.students import new_student, parameters_of
+from tl_capacity.errors import CapacityError
+from tl_capacity.loading import load_config, load_model
+from tl_capacity.measurement import Measurement
+from tl_capacity.measuring import MeasureSettings, measure
+from tl_capacity.plan import kept_shares, ladder, plan, teacher_config
+from tl_capacity.plugins import plugins
+
+LAW = plugins().capacity_laws["compressed_sensing"]
+ZIPF = of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def measured(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plan") / "measurement"
+    source = str(setup / "text.jsonl")
+    measure(MeasureSettings(str(setup / "model"), out, (str(setup / "sae"), str(setup / "sae0")), tokens=2_000, source=source, context=20, progress=False))
+    return out
+
+
+@given(st.floats(0.01, 1.0))
+@settings(max_examples=6, deadline=None)
+def test_the_smallest_width_keeps_the_share_and_the_next_smaller_does_not(keep: float) -> None:
+    hook, found = ZIPF.hooks[0], plan(ZIPF, keep=keep, widths=[1])
+    alpha, alive = hook.summary.alpha.value, int(hook.summary.n_alive.value)
+    width = found.width
+    assert theory.kept_features(width, alpha, alive) >= keep * alive * (1 - 1e-9)
+    assert width == 1 or theory.kept_features(width - 1, alpha, alive) < keep * alive
+
+
+@given(st.floats(0.0, 1.0))
+@settings(max_examples=6, deadline=None)
+def test_the_smallest_width_stays_below_the_floor_and_the_next_smaller_does_not(share: float) -> None:
+    hook = ZIPF.hooks[0]
+    importance, alpha = hook.importance(), hook.summary.alpha.value
+    target = share * float(importance.sum())
+    width = plan(ZIPF, target_loss=target, widths=[1]).width
+    assert theory.refined_floor(importance, width, alpha) <= target
+    assert width == 1 or theory.refined_floor(importance, width - 1, alpha) > target
+
+
+def test_keeping_all_takes_the_critical_width() -> None:
+    s = ZIPF.hooks[0].summary
+    needed = plan(ZIPF, keep=1.0).deciding.width
+    assert needed.value == np.ceil(s.l0.value * np.log(s.n_alive.value / s.l0.value))
+    assert needed.low is not None
+    assert needed.high is not None
+    assert needed.low <= needed.value <= needed.high
+
+
+def test_the_interval_is_the_bootstraps(measured: Path) -> None:
+    hook = Measurement.load(measured).hooks[0]
+    s, needed = hook.summary, plan(Measurement.load(measured), keep=1.0, hook=HOOK).deciding.width
+    assert needed.low == np.ceil(s.critical_width.low or 0)
+    assert needed.high == np.ceil(s.critical_width.high or 0)
+
+
+def test_the_widest_need_decides() -> None:
+    rare, frequent = np.full(100, 64), np.full(100, 1280)
+    both = of_counts(rare, frequent)
+    found = plan(both, keep=0.9, widths=[8])
+    assert found.deciding.hook == "blocks.1.hook_resid_post"
+    assert found.width == plan(both, keep=0.9, widths=[8], hook="blocks.1.hook_resid_post").width
+    assert plan(both, keep=0.9, widths=[8], hook="blocks.0.hook_resid_post").width < found.width
+
+
+def test_what_a_width_costs_is_what_its_student_has(setup: Path, measured: Path) -> None:
+    teacher = load_model(str(setup / "model")).model
+    found = plan(Measurement.load(measured), keep=0.5, widths=[8, 16, 32], config=load_config(str(setup / "model")))
+    for cost in found.costs:
+        total, body = parameters_of(new_student(teacher, cost.width))
+        assert (cost.parameters, cost.body_parameters) == (total, body)
+        assert cost.share == pytest.approx(total / parameters_of(teacher)[0])
+    assert {8, 16, 32, found.width} == {cost.width for cost in found.costs}
+
+
+def test_a_width_that_cannot_be_built_gives_way_to_the_next(setup: Path, measured: Path) -> None:
+    config, measurement = load_config(str(setup / "model")), Measurement.load(measured)
+    shares = np.linspace(0.2, 1, 5)
+    bare = [plan(measurement, keep=float(share), widths=[8]).width for share in shares]
+    built = [plan(measurement, keep=float(share), widths=[8], config=config).width for share in shares]
+    assert any(b > a for a, b in zip(bare, built, strict=True))
+    assert all(b >= a and b % 2 == 0 for a, b in zip(bare, built, strict=True))  # rotary dimensions come in pairs
+
+
+def test_kept_shares_agree_with_the_closed_form() -> None:
+    s = ZIPF.hooks[0].summary
+    widths = [1, 3, 9, 27, 1_000]
+    kept = theory.kept_features(np.array(widths), s.alpha.value, s.n_alive.value)
+    shares = kept_shares(ZIPF.hooks[0], widths, "second_moment", LAW)
+    np.testing.assert_allclose([e.value for e in shares], kept / s.n_alive.value)
+    assert all(0 <= (e.low or 0) <= e.value <= (e.high or 1) <= 1 for e in shares)
+
+
+def test_the_ladder_is_two_widths_an_octave() -> None:
+    assert ladder(1024) == (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+    assert ladder(3) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("goal", "says"),
+    [
+        ({}, "needs one goal"),
+        ({"keep": 0.5, "target_loss": 1.0}, "needs one goal"),
+        ({"keep": 0.0}, "no share of the features"),
+        ({"keep": 1.5}, "no share of the features"),
+        ({"keep": float("nan")}, "no share of the features"),
+        ({"target_loss": -1.0}, "no loss"),
+        ({"target_loss": float("nan")}, "no loss"),
+        ({"target_loss": float("inf")}, "no loss"),
+        ({"keep": 0.5, "hook": "blocks.7.hook_resid_post"}, "was not measured"),
+        ({"keep": 0.5, "widths": [0]}, "no student width"),
+    ],
+)
+def test_goals_out_of_their_domain_are_refused(goal: dict[str, Any], says: str) -> None:
+    with pytest.raises(CapacityError, match=says):
+        plan(ZIPF, **goal)
+
+
+def test_nothing_alive_is_refused() -> None:
+    with pytest.raises(CapacityError, match="count more tokens"):
+        plan(of_counts(np.zeros(8, dtype=np.int64)), keep=0.5)
+
+
+def test_an_unknown_teacher_costs_nothing_known(measured: Path) -> None:
+    assert teacher_config(ZIPF) is None
+    with pytest.raises(CapacityError, match="cannot be loaded"):
+        teacher_config(ZIPF, "no-such/model")
+    found = plan(ZIPF, keep=0.5)
+    assert all(cost.parameters is None for cost in found.costs)
+    assert "pass --model" in found.notes()[0]
+
+
+def test_it_shows_itself(measured: Path) -> None:
+    found = plan(Measurement.load(measured), keep=0.5, widths=[8])
+    html = found._repr_html_()
+    assert html.startswith("<p>To keep 50% of the features, the smallest student width is")
+    frame = found.to_frame()
+    assert list(frame.width) == [cost.width for cost in found.costs]
+    assert list(frame.kept_low) == [cost.kept.low for cost in found.costs]
+
+
+def test_on_the_command_line(measured: Path, setup: Path, cli: Cli) -> None:
+    code, out, err = cli("plan", measured, "--keep", "0.5", "--widths", "8,16", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["width"] == plan(Measurement.load(measured), keep=0.5, config=load_config(str(setup / "model"))).width
+    assert all(cost["parameters"] > 0 for cost in found["costs"])
+    code, out, _ = cli("plan", measured, "--target-loss", "0.0")
+    assert code == 0
+    assert "For a predicted floor of at most 0 latent² per token" in out
+    for arguments, says in (([], "needs one goal"), (["--keep", "2"], "no share"), (["--keep", "0.5", "--model", "no/such"], "cannot be loaded")):
+        code, out, err = cli("plan", measured, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert says in err

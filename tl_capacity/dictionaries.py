@@ -1,0 +1,338 @@
+"""Dictionaries in plain torch: those that EleutherAI's `sparsify` and `dictionary_learning` save, and bases of neurons or of PCA to compare an SAE with.
+
+Each is a `SparseAutoencoder` of `tl_capacity.interfaces`. None needs SAELens, whose own folders of the three commonest kinds are read here too, where it is
+not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from tl_capacity.errors import DictionaryError
+
+SPARSIFY_WEIGHTS, DICTIONARY_LEARNING_WEIGHTS, SAE_LENS_WEIGHTS = "sae.safetensors", "ae.pt", "sae_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Where a dictionary belongs, as far as its files say."""
+
+    hook_name: str | None = None
+    hook_name_out: str | None = None
+    context_size: int | None = None
+
+
+@dataclass(frozen=True)
+class DictionaryConfig:
+    """What a dictionary is, under the names that SAELens uses."""
+
+    d_in: int
+    d_sae: int
+    architecture: str
+    metadata: Metadata = Metadata()
+
+
+class Dictionary(nn.Module):
+    """One linear encoder, an activation, one linear decoder: z = activation((x − b_dec) W_enc + b_enc), x̂ = z W_dec + b_dec.
+
+    Args:
+        architecture: a key of `ACTIVATIONS`.
+        weights: `W_enc` [d_in, feature], `b_enc` [feature], `W_dec` [feature, d_out], `b_dec` [d_out], and what the activation needs: `threshold`,
+            `b_gate`, `r_mag`, `b_mag`; `W_skip` [d_out, d_in] of a skip transcoder.
+        metadata: where it belongs.
+        subtract_bias: whether b_dec is taken from the input, as in the formula.
+        k: active latents per token, where the activation has that.
+
+    Raises:
+        DictionaryError: unknown architecture, or weights that are missing or do not fit one another.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+    def __init__(
+        self, architecture: str, weights: Mapping[str, Tensor], metadata: Metadata | None = None, *, subtract_bias: bool = True, k: int | None = None
+    ) -> None:
+        super().__init__()
+        if architecture not in ACTIVATIONS:
+            raise DictionaryError(f"{architecture!r} is no architecture that can be read: choose one of {', '.join(ACTIVATIONS)}, or load it with SAELens")
+        needed = {"W_enc", "b_enc", "W_dec", "b_dec", *NEEDED.get(architecture, ())}
+        if missing := sorted(needed - weights.keys()):
+            raise DictionaryError(f"the weights of this {architecture} dictionary lack {', '.join(missing)}: save it again")
+        for name, value in weights.items():
+            self.register_buffer(name, value.float().contiguous())
+        d_in, d_sae = self.W_enc.shape
+        if self.W_dec.shape[0] != d_sae or self.b_enc.shape != (d_sae,) or self.b_dec.shape != self.W_dec.shape[1:]:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items())
+            raise DictionaryError(f"the weights of this {architecture} dictionary do not fit one another ({shapes}): save it again")
+        if architecture in ("topk", "groupmax") and not (k is not None and 1 <= k <= d_sae and (architecture == "topk" or d_sae % k == 0)):
+            raise DictionaryError(f"k = {k} does not fit the {d_sae:,} latents of this {architecture} dictionary: its configuration was altered")
+        self.cfg = DictionaryConfig(d_in, d_sae, architecture, metadata or Metadata())
+        self.subtract_bias, self.k = subtract_bias, k
+
+    def encode(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token feature"]:
+        """Latents of activations."""
+        x = x.to(self.W_enc)
+        return ACTIVATIONS[self.cfg.architecture](self, torch.addmm(self.b_enc, x - self.b_dec if self.subtract_bias else x, self.W_enc))
+
+    def decode(self, feature_acts: Float[Tensor, "token feature"]) -> Float[Tensor, "token d_out"]:
+        """Activations of latents, without a skip connection's part."""
+        return feature_acts @ self.W_dec + self.b_dec
+
+
+def _relu(sae: Any, preactivations: Tensor) -> Tensor:
+    return preactivations.relu()
+
+
+def _topk(sae: Any, preactivations: Tensor) -> Tensor:
+    values, features = preactivations.relu().topk(sae.k, dim=-1, sorted=False)
+    return torch.zeros_like(preactivations).scatter_(-1, features, values)
+
+
+def _groupmax(sae: Any, preactivations: Tensor) -> Tensor:
+    groups = preactivations.relu().reshape(len(preactivations), sae.k, -1)
+    values, place = groups.max(dim=-1, keepdim=True)
+    return torch.zeros_like(groups).scatter_(-1, place, values).flatten(1)
+
+
+def _jumprelu(sae: Any, preactivations: Tensor) -> Tensor:
+    positive, threshold = preactivations.relu(), torch.as_tensor(sae.threshold)
+    return positive * (positive > threshold)  # a product, so that NaN stays NaN
+
+
+def _gated(sae: Any, preactivations: Tensor) -> Tensor:
+    open_gates: Tensor = preactivations + sae.b_gate > 0
+    size: Tensor = (preactivations * sae.r_mag.exp() + sae.b_mag).relu()
+    return size * open_gates
+
+
+ACTIVATIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "standard": _relu,
+    "topk": _topk,
+    "groupmax": _groupmax,
+    "jumprelu": _jumprelu,
+    "gated": _gated,
+}
+"""Latents from preactivations [token, feature], by architecture."""
+
+NEEDED = {"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}
+
+
+class LargestOfABasis(nn.Module):
+    """An orthonormal basis as a dictionary: latents are coordinates, and negative ones are active too.
+
+    Coordinates are seldom zero, and a basis whose every feature is active on every token has no sparsity. With `k`, only the k largest in size of each token
+    are kept, as in an AbsTopK SAE, and the FVU says what that costs.
+
+    Args:
+        kind: what the features are.
+        basis: [feature, d], rows of norm 1.
+        mean: [d], the origin of the coordinates.
+        hook: the hook point.
+        k: coordinates kept per token; None for all.
+
+    Raises:
+        DictionaryError: where k is no number of features.
+    """
+
+    W_dec: Tensor
+    b_dec: Tensor
+
+    def __init__(self, kind: str, basis: Float[Tensor, "feature d"], mean: Float[Tensor, " d"], hook: str, k: int | None = None) -> None:
+        super().__init__()
+        if k is not None and not 1 <= k <= len(basis):
+            raise DictionaryError(f"k = {k} must lie between 1 and the {len(basis):,} features of the {kind} basis at {hook}")
+        self.register_buffer("W_dec", basis)
+        self.register_buffer("b_dec", mean)
+        self.cfg, self.k = DictionaryConfig(basis.shape[1], len(basis), kind if k is None else f"{kind}, {k} largest", Metadata(hook)), k
+
+    def encode(self, x: Float[Tensor, "token d"]) -> Float[Tensor, "token feature"]:
+        """Coordinates of activations, but for the `k` largest in size zero."""
+        return self._largest(self._coordinates(x.to(self.W_dec) - self.b_dec))
+
+    def decode(self, feature_acts: Float[Tensor, "token feature"]) -> Float[Tensor, "token d"]:
+        """The activations that have these coordinates."""
+        return feature_acts @ self.W_dec + self.b_dec
+
+    def _coordinates(self, centred: Tensor) -> Tensor:
+        return centred @ self.W_dec.T
+
+    def _largest(self, coordinates: Tensor) -> Tensor:
+        if self.k is None:
+            return coordinates
+        places = coordinates.abs().topk(self.k, dim=-1, sorted=False).indices
+        return torch.zeros_like(coordinates).scatter_(-1, places, coordinates.gather(-1, places))
+
+
+class NeuronBasis(LargestOfABasis):
+    """No dictionary at all: each of `width` dimensions of a hook point, such as the neurons at `blocks.3.mlp.hook_post`, is a feature.
+
+    Neurons behind a ReLU are sparse by themselves; behind a GELU none is ever zero, so give k. Its W_dec is the identity, width² numbers.
+    """
+
+    def __init__(self, width: int, hook: str, k: int | None = None) -> None:
+        super().__init__("neurons", torch.eye(width), torch.zeros(width), hook, k)
+
+    def _coordinates(self, centred: Tensor) -> Tensor:
+        return centred
+
+
+class PCABasis(LargestOfABasis):
+    """Principal components of a hook point's activations, by falling variance: the best basis that knows nothing of sparsity.
+
+    Args:
+        mean: [d] of the activations.
+        covariance: [d, d] of the activations.
+        hook: the hook point.
+        k: components kept per token, the largest in size; None for all.
+    """
+
+    def __init__(self, mean: Float64[Tensor, " d"], covariance: Float64[Tensor, "d d"], hook: str, k: int | None = None) -> None:
+        components = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)  # eigh sorts by rising variance
+        # An eigenvector's sign is arbitrary; its largest entry is made positive, so that the same activations always give the same basis.
+        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+        super().__init__("pca", (components * largest.sign()).float().contiguous(), mean.float(), hook, k)
+
+
+def read_sparsify(folder: Path) -> Dictionary:
+    """A sparse coder that EleutherAI's `sparsify` saved: `cfg.json` and `sae.safetensors`; the folder's name says where it belongs (`layers.3`).
+
+    Raises:
+        DictionaryError: where it lacks its weights or is of a kind unknown here.
+        OSError, ValueError, SafetensorError: where a file is damaged.
+    """
+    from safetensors.torch import load_file
+
+    config, weights = _json(folder / "cfg.json"), load_file(folder / SPARSIFY_WEIGHTS)
+    if config.get("signed"):
+        raise DictionaryError(f"the sparse coder in {folder} keeps the largest latents of either sign, which `sparsify` no longer does: choose another")
+    transcodes = bool(config.get("transcode"))
+    activation, k = str(config.get("activation", "topk")), config.get("k")
+    return Dictionary(activation, _renamed(weights), sparsify_hooks(folder, transcodes), subtract_bias=not transcodes, k=k)
+
+
+def sparsify_hooks(folder: Path, transcodes: bool) -> Metadata:
+    """Hook points of a folder that `sparsify` named after a module: `layers.3`, `h.3.mlp`, `layers.3.attention`; `/seed1` follows where it trained several."""
+    name = folder.name if not re.fullmatch(r"seed\d+", folder.name) else folder.parent.name
+    found = re.search(r"(?:layers|h|blocks)\.(\d+)(?:\.(mlp|attention|attn|self_attn))?$", name)
+    if found is None:
+        return Metadata("hook_embed") if name.endswith(("embed_in", "embed_tokens", "wte")) and not transcodes else Metadata()
+    block, inside = f"blocks.{found[1]}", {None: "hook_resid_post", "mlp": "hook_mlp_out"}.get(found[2], "hook_attn_out")
+    if not transcodes:
+        return Metadata(f"{block}.{inside}")
+    reads = {None: "hook_resid_pre", "mlp": "mlp.hook_in"}.get(found[2], "attn.hook_in")
+    return Metadata(f"{block}.{reads}", f"{block}.{inside}")
+
+
+def read_dictionary_learning(folder: Path) -> Dictionary:
+    """A dictionary that `dictionary_learning` saved: `config.json` and `ae.pt`, a state dictionary, which is loaded without running any code in it.
+
+    As its own `load_dictionary` does, decoder vectors of an `AutoEncoder` are scaled to norm 1, and its latents with them.
+
+    Raises:
+        DictionaryError: where it lacks weights, is of a kind unknown here, or was saved before its threshold was set.
+        OSError, ValueError, KeyError, RuntimeError, UnpicklingError: where a file is damaged.
+    """
+    trainer, buffer = (_json(folder / "config.json").get(part) or {} for part in ("trainer", "buffer"))
+    weights: dict[str, Tensor] = torch.load(folder / DICTIONARY_LEARNING_WEIGHTS, map_location="cpu", weights_only=True)
+    kind = str(trainer["dict_class"])
+    if kind not in DICTIONARY_LEARNING:
+        raise DictionaryError(f"{folder} holds a {kind!r} of dictionary_learning, which cannot be read: choose one of {', '.join(DICTIONARY_LEARNING)}")
+    architecture, subtract_bias = DICTIONARY_LEARNING[kind]
+    found = _renamed(weights)
+    if architecture == "gated" and "W_enc" in found:
+        found["b_enc"] = torch.zeros(found["W_enc"].shape[1])
+    if architecture == "jumprelu" and "threshold" in found and float(found["threshold"].min()) < 0:
+        raise DictionaryError(f"the {kind} in {folder} was saved before its threshold was set, so its latents depend on the whole batch: train it further")
+    if architecture != "jumprelu":
+        found.pop("threshold", None)  # a TopK dictionary keeps one beside k, and does not use it by default
+    if kind == "AutoEncoder" and {"W_enc", "b_enc", "W_dec"} <= found.keys():
+        norms = found["W_dec"].norm(dim=1)
+        found |= {"W_dec": found["W_dec"] / norms[:, None], "W_enc": found["W_enc"] * norms, "b_enc": found["b_enc"] * norms}
+    metadata = Metadata(_dictionary_learning_hook(trainer), context_size=buffer.get("ctx_len"))
+    return Dictionary(architecture, found, metadata, subtract_bias=subtract_bias, k=trainer.get("k"))
+
+
+DICTIONARY_LEARNING = {
+    "AutoEncoder": ("standard", True),
+    "AutoEncoderNew": ("standard", False),
+    "GatedAutoEncoder": ("gated", True),
+    "AutoEncoderTopK": ("topk", True),
+    "BatchTopKSAE": ("jumprelu", True),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", True),
+    "JumpReluAutoEncoder": ("jumprelu", False),
+}
+"""`dict_class` of dictionary_learning: the architecture, and whether it subtracts its decoder's bias from the input."""
+
+RENAMED = {
+    "W_enc": "W_enc",
+    "W_dec": "W_dec",
+    "b_enc": "b_enc",
+    "encoder.bias": "b_enc",
+    "b_dec": "b_dec",
+    "bias": "b_dec",
+    "decoder_bias": "b_dec",
+    "decoder.bias": "b_dec",
+    "W_skip": "W_skip",
+    "threshold": "threshold",
+    "gate_bias": "b_gate",
+    "r_mag": "r_mag",
+    "mag_bias": "b_mag",
+}
+"""Other trainers' names of the weights."""
+
+TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
+"""Those of them that are stored [out, in], as `torch.nn.Linear` does."""
+
+
+def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: weights[theirs] for theirs, name in RENAMED.items() if theirs in weights}
+    return found | {name: weights[theirs].T for theirs, name in TRANSPOSED.items() if theirs in weights}
+
+
+def _dictionary_learning_hook(trainer: Mapping[str, Any]) -> str | None:
+    """The hook point, from the layer and the name of the submodule whose output it was trained on."""
+    if trainer.get("layer") is None:
+        return None
+    name = str(trainer.get("submodule_name") or "resid_post")
+    kind = next((hook for part, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"), ("att", "hook_attn_out")) if part in name), None)
+    return f"blocks.{int(trainer['layer'])}.{kind}" if kind else None
+
+
+def read_sae_lens(folder: Path) -> Dictionary:
+    """A standard, TopK or JumpReLU SAE that SAELens saved, where SAELens is not installed.
+
+    Raises:
+        DictionaryError: where it is of another kind, or expects inputs that are normalised or reshaped.
+        OSError, ValueError, SafetensorError: where a file is damaged.
+    """
+    from safetensors.torch import load_file
+
+    config = _json(folder / "cfg.json")
+    architecture, said = str(config.get("architecture")), config.get("metadata") or {}
+    plain = config.get("normalize_activations", "none") == "none" and config.get("reshape_activations", "none") == "none"
+    if architecture not in ("standard", "topk", "jumprelu") or not plain or config.get("rescale_acts_by_decoder_norm"):
+        raise DictionaryError(
+            f"the SAE in {folder} ({architecture}) cannot be read without SAELens, which is not installed for this TransformerLens: install transformer-lens<4"
+        )
+    metadata = Metadata(said.get("hook_name"), said.get("hook_name_out"), said.get("context_size"))
+    subtract_bias = bool(config.get("apply_b_dec_to_input", True))
+    return Dictionary(architecture, load_file(folder / SAE_LENS_WEIGHTS), metadata, subtract_bias=subtract_bias, k=config.get("k"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content

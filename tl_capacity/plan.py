@@ -1,0 +1,348 @@
+"""Plan: the smallest student width that keeps a share of the features, or stays below a predicted floor, and what each width costs in parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from math import ceil, isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_capacity import theory
+from tl_capacity.checks import checked
+from tl_capacity.errors import CapacityError
+from tl_capacity.floors import html_table, kept_features, table
+from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.measurement import HookMeasurement, Measurement
+from tl_capacity.plugins import plugins
+from tl_capacity.summary import Estimate, Resample
+
+SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
+"""Widths that are looked at where none are given, as shares of the teacher's: two to each octave."""
+
+
+@dataclass(frozen=True)
+class HookPlan:
+    """What one hook point asks of a student.
+
+    Attributes:
+        hook, teacher_width: the hook point and its width d_T.
+        features: features that must be kept, of `alive`.
+        width: the smallest d_S that keeps them, a whole number, with its 95% interval over documents.
+    """
+
+    hook: str
+    teacher_width: int
+    features: int
+    alive: int
+    width: Estimate
+
+
+@dataclass(frozen=True)
+class WidthCost:
+    """What a student of one width keeps, and what it costs.
+
+    Attributes:
+        kept: share of the features at the deciding hook point that it keeps.
+        floor: its predicted floor there, in the importance's unit per token.
+        parameters, body_parameters: their number, and without embeddings and head; None where the model is not known or its family has no such width.
+        share: `parameters` as a share of the teacher's.
+    """
+
+    width: int
+    kept: Estimate
+    floor: Estimate
+    parameters: int | None = None
+    body_parameters: int | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; shows itself in a terminal and in a notebook.
+
+    Attributes:
+        goal: in words.
+        hooks: of each hook point; the one that needs the widest student decides.
+        width: the narrowest student that satisfies all and that the model's family can build.
+        costs: of that width and of others around it.
+    """
+
+    goal: str
+    unit: str
+    importance: str
+    law: str
+    hooks: tuple[HookPlan, ...]
+    width: int
+    costs: tuple[WidthCost, ...]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def deciding(self) -> HookPlan:
+        """The hook point that needs the widest student."""
+        return max(self.hooks, key=lambda h: h.width.value)
+
+    def answer(self) -> str:
+        """The answer in one sentence."""
+        needed = self.deciding
+        built = f"; the narrowest from there on that its family can build is {self.width:,}" if self.width != needed.width.value else ""
+        narrower = "" if needed.width.value <= needed.teacher_width else f"; that is wider than the teacher's {needed.teacher_width:,}"
+        return f"{self.goal}, the smallest student width is {needed.width.show(',.0f')}, decided at {needed.hook}{built}{narrower}"
+
+    def notes(self) -> list[str]:
+        """What a reader must know before building it."""
+        caveat = plugins().capacity_laws[self.law].caveat
+        return [*self.remarks, *([f"{self.law}: {caveat}"] if caveat else [])]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "schema": 1,
+            "goal": self.goal,
+            "width": self.width,
+            "answer": self.answer(),
+            "importance": self.importance,
+            "unit": self.unit,
+            "law": self.law,
+            "hooks": [{**vars(h), "width": h.width.to_json()} for h in self.hooks],
+            "costs": [{**vars(c), "kept": c.kept.to_json(), "floor": c.floor.to_json()} for c in self.costs],
+            "notes": self.notes(),
+        }
+
+    def to_frame(self) -> Any:
+        """The widths and what they cost as a pandas DataFrame."""
+        import pandas
+
+        flat = [
+            {
+                "width": c.width,
+                **{f"{name}{suffix}": getattr(e, part) for name, e in (("kept", c.kept), ("floor", c.floor)) for part, suffix in _PARTS},
+                "parameters": c.parameters,
+                "body_parameters": c.body_parameters,
+                "share_of_teacher": c.share,
+            }
+            for c in self.costs
+        ]
+        return pandas.DataFrame(flat)
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.text import Text
+
+        yield Text(f"{self.answer()}\n")
+        yield table("What each hook point asks [95% interval over documents]", *self.hook_cells())
+        yield table(f"What each width costs; features and floor at {self.deciding.hook}", *self.cost_cells())
+        for note in self.notes():
+            yield Text(f"note: {note}")
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
+        return f"<p>{escape(self.answer())}</p>{html_table(*self.hook_cells())}{html_table(*self.cost_cells())}{notes}"
+
+    def hook_cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the hook points, as text."""
+        return ["hook", "features to keep", "alive", "smallest width"], [[h.hook, f"{h.features:,}", f"{h.alive:,}", h.width.show(",.0f")] for h in self.hooks]
+
+    def cost_cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the widths, as text."""
+        unit = f" ({self.unit} per token)" if self.unit else ""
+        header = ["width", "features kept", f"predicted floor{unit}", "parameters", "without embeddings", "of the teacher's"]
+        return header, [
+            [
+                f"{c.width:,}{' ←' if c.width == self.width else ''}",
+                show_share(c.kept),
+                c.floor.show(".4g"),
+                "unknown" if c.parameters is None else f"{c.parameters:,}",
+                "unknown" if c.body_parameters is None else f"{c.body_parameters:,}",
+                "unknown" if c.share is None else f"{c.share:.1%}",
+            ]
+            for c in self.costs
+        ]
+
+
+_PARTS = (("value", ""), ("low", "_low"), ("high", "_high"))
+
+
+@checked
+def plan(
+    measurement: Measurement,
+    *,
+    keep: float | None = None,
+    target_loss: float | None = None,
+    widths: Sequence[int] = (),
+    hook: str | None = None,
+    importance: str = "second_moment",
+    law: str = "compressed_sensing",
+    max_fvu: float | None = 1.0,
+    config: Any = None,
+) -> Plan:
+    """The smallest student width for a goal, by the theorem; what else a student loses, training it will show.
+
+    Args:
+        measurement: of the teacher.
+        keep: share of the alive features to keep, in (0, 1].
+        target_loss: largest predicted floor, in the importance's unit per token; give this or `keep`.
+        widths: of which the cost is shown besides; by default some between a sixteenth of the teacher's width and all of it.
+        hook: only this hook point; by default the goal must be met at all of them.
+        importance, law: of the prediction.
+        max_fvu: refuse SAEs that leave more of the variance unexplained.
+        config: the teacher's Hugging Face configuration, as `teacher_config` finds it, for the cost in parameters and for which widths can be built.
+
+    Raises:
+        CapacityError: where not exactly one goal is given or it is out of its domain, or a hook point has no sparsity.
+    """
+    check_goal(keep, target_loss)
+    measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
+    hooks = [h for h in measurement if hook in (None, h.hook)] or [measurement[str(hook)]]
+    chosen = plugins().capacity_laws[law]
+    found = tuple(_hook_plan(each, keep, target_loss, importance, chosen) for each in hooks)
+    place = max(range(len(found)), key=lambda i: found[i].width.value)
+    decides, needed = hooks[place], int(found[place].width.value)
+    unit = str(decides.estimator(importance).unit)
+    goal = f"To keep {100 * keep:.4g}% of the features" if keep is not None else f"For a predicted floor of at most {target_loss:.4g} {unit} per token"
+    width = needed if config is None else _next_that_can_be_built(config, needed)
+    shown = sorted({width, *(widths or ladder(decides.width))})
+    sizes = {} if config is None else _sizes(config, [*shown, int(config.hidden_size)])
+    teacher = sizes.get(int(config.hidden_size)) if config is not None else None
+    kept, floors = kept_shares(decides, shown, importance, chosen), _floors(decides, shown, importance, chosen)
+    costs = []
+    for w, share, floor in zip(shown, kept, floors, strict=True):
+        total, body = sizes.get(w, (None, None))
+        costs.append(WidthCost(w, share, floor, total, body, total / teacher[0] if total is not None and teacher is not None else None))
+    return Plan(goal, unit, importance, law, found, width, tuple(costs), tuple(_remarks(measurement, goal, sizes)))
+
+
+def check_goal(keep: float | None, target_loss: float | None) -> None:
+    """Raises `CapacityError` where not exactly one goal is given, or it is out of its domain."""
+    if (keep is None) == (target_loss is None):
+        raise CapacityError("a plan needs one goal: pass keep (--keep 0.95, a share of the features) or target_loss (--target-loss 0.05, a predicted floor)")
+    if keep is not None and not 0 < keep <= 1:
+        raise CapacityError(f"keep = {keep:g} is no share of the features: choose a number above 0 and at most 1")
+    if target_loss is not None and not 0 <= target_loss < float("inf"):
+        raise CapacityError(f"target_loss = {target_loss:g} is no loss: choose a finite number of at least 0")
+
+
+def teacher_config(measurement: Measurement, model: str | None = None) -> Any:
+    """The configuration of the teacher, or None where it is not known by the name that the measurement has and no other was given.
+
+    Raises:
+        CapacityError: where `model` was given and cannot be found, or its family has no students.
+    """
+    from tl_capacity.distillation.students import student_config
+    from tl_capacity.loading import load_config
+
+    try:
+        config = load_config(model or measurement.provenance.model)
+        student_config(config, int(config.hidden_size))
+    except CapacityError:
+        if model:
+            raise
+        return None
+    return config
+
+
+def ladder(width: int) -> tuple[int, ...]:
+    """Student widths to look at for a teacher of some width: two to each octave, from a sixteenth of it to all."""
+    return tuple(sorted({max(1, round(width * share)) for share in SHARES}))
+
+
+def kept_shares(hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw) -> list[Estimate]:
+    """F_S / F, the share of the alive features that a student of each width keeps, with its interval over documents.
+
+    Raises:
+        CapacityError: where the hook point has no sparsity.
+    """
+    return _capped(_bootstrap(hook, importance, lambda values, alpha: [kept_features(values, alpha, w, law) / len(values) for w in widths]))
+
+
+def show_share(share: Estimate) -> str:
+    """A share as a percentage with its interval."""
+    return f"{100 * share.value:.1f}%" + ("" if share.low is None or share.high is None else f" [{100 * share.low:.1f}%, {100 * share.high:.1f}%]")
+
+
+def _hook_plan(hook: HookMeasurement, keep: float | None, target_loss: float | None, importance: str, law: CapacityLaw) -> HookPlan:
+    def needed(values: NDArray[np.float64]) -> int:
+        if keep is not None:
+            return ceil(keep * len(values) - 1e-9)  # 0.95 · 2,000 is 1,900 and a rounding error
+        tails = np.asarray(theory.lost_importance(values, np.arange(len(values) + 1)))
+        return int(np.argmax(tails <= float(target_loss or 0.0)))
+
+    def smallest(values: NDArray[np.float64], alpha: float) -> list[float]:
+        return [needed(values) / law.features_per_dimension(alpha, values)]
+
+    exact = _bootstrap(hook, importance, smallest)[0]
+    alive = int(hook.summary.n_alive.value)
+    whole = Estimate(*(None if part is None else float(max(1, ceil(part - 1e-9))) for part in (exact.value, exact.low, exact.high)))  # type: ignore[arg-type]
+    return HookPlan(hook.hook, hook.width, needed(hook.importance(importance)), alive, whole)
+
+
+def _floors(hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw) -> list[Estimate]:
+    from tl_capacity.floors import hook_floors
+
+    return [f.predicted_floor for f in hook_floors(hook, widths, importance, law)]
+
+
+def _bootstrap(hook: HookMeasurement, importance: str, statistic: Callable[[NDArray[np.float64], float], Sequence[float]]) -> list[Estimate]:
+    """Estimates of a statistic of the alive features' importances and their sparsity."""
+    estimator, s = hook.estimator(importance), hook.summary
+    if not 0 < s.alpha.value < 1:
+        raise CapacityError(
+            f"{hook.hook} has {int(s.n_alive.value)} alive features at L0 = {s.l0.value:.3g}, for which no sparsity is defined: count more tokens"
+        )
+    size = len(statistic(hook.importance(importance), s.alpha.value))
+
+    def of(sums: Resample) -> Sequence[float]:
+        alpha = s.sparsity_of(sums)
+        if not 0 < alpha < 1:
+            return [float("nan")] * size
+        return statistic(sums.importance(estimator.compute, importance)[sums.rates > s.alive_threshold], alpha)
+
+    return s.estimates(of)
+
+
+def _capped(shares: Sequence[Estimate]) -> list[Estimate]:
+    """Shares whose shifted intervals do not leave [0, 1]."""
+    return [Estimate(e.value, None if e.low is None else max(0.0, e.low), None if e.high is None else min(1.0, e.high)) for e in shares]
+
+
+def _next_that_can_be_built(config: Any, width: int) -> int:
+    """The narrowest student of at least `width` that the family can build: a multiple of the teacher's width at the latest."""
+    return next(w for w in count(width) if _student_config(config, w) is not None)
+
+
+def _student_config(config: Any, width: int) -> Any:
+    """The configuration of a student, or None where the family has none of that width."""
+    from tl_capacity.distillation.students import student_config
+
+    try:
+        return student_config(config, width)
+    except CapacityError:
+        return None
+
+
+def _sizes(config: Any, widths: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Parameters of the student of each width, all and without embeddings and head; counted on a model without storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tl_capacity.distillation.students import parameters_of
+
+    build: Any = AutoModelForCausalLM.from_config  # which has no annotations
+    sizes = {}
+    for width in sorted(set(widths)):
+        narrower = _student_config(config, width)
+        if narrower is not None:
+            with torch.device("meta"):
+                sizes[width] = parameters_of(build(narrower))
+    return sizes
+
+
+def _remarks(measurement: Measurement, goal: str, sizes: dict[int, tuple[int, int]]) -> list[str]:
+    found = [] if sizes else ["what the widths cost is not known, as the model or the students of its family are not: pass --model"]
+    if all(isfinite(h.summary.critical_width.value) for h in measurement):
+        found.append("d* rests on the SAE's L0: plan with several SAEs of one hook point before building on one number")
+    return [*found, *measurement.warnings]

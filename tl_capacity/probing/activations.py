@@ -1,0 +1,238 @@
+"""Activations of labelled texts: one pooled vector for each, taken at any hook point of any model that can be tapped, and the tokens that went into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tl_capacity.attach import TapPoint, check_dictionary, embedding_of, evaluating, forward_options, special_token_ids
+from tl_capacity.checks import checked
+from tl_capacity.encoding import Encoder
+from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.progress import token_progress
+
+POOLINGS = ("mean", "last", "token")
+TOKENS_PER_TEXT = 8
+"""Of a text whose tokens are kept apart, evenly spaced: memory stays within so many vectors a text."""
+DEFAULT_CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Pooled activations of some texts.
+
+    Attributes:
+        hook: where they were taken.
+        pooling: `mean` over a text's tokens, its `last` token, or up to eight of its tokens, each by itself (`token`).
+        values: float32 [row, width]; a row is a text, or a token where tokens are kept apart.
+        texts: int64 [row], the number of the text.
+        tokens: ids [token] of what was pooled, for each row; special tokens are never pooled.
+        truncated: texts longer than the context, of which only the beginning was read.
+    """
+
+    hook: str
+    pooling: str
+    values: NDArray[np.float32]
+    texts: NDArray[np.int64]
+    tokens: tuple[NDArray[np.int64], ...]
+    truncated: int = 0
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a vector."""
+        return int(self.values.shape[1])
+
+
+@checked
+def collect(
+    model: Any,
+    hook: str,
+    texts: Sequence[str],
+    pooling: str = "mean",
+    *,
+    tokenizer: Any = None,
+    sae: SparseAutoencoder | None = None,
+    context: int | None = None,
+    batch_rows: int = 32,
+    prepend_bos: bool = True,
+    progress: bool = True,
+) -> Activations:
+    """Run a model over texts and keep one pooled vector of each.
+
+    Args:
+        model: a `HookedTransformer`, a `TransformerBridge`, or a Hugging Face causal language model of a registered family.
+        hook: the hook point; the forward pass stops there.
+        texts: the texts; each is one row `[BOS, tokens…]`, of which what exceeds the context is left out and counted.
+        pooling: `mean`, `last` or `token`, see `Activations`.
+        tokenizer: by default the model's own.
+        sae: pool its latents in place of the activations.
+        context: positions in a row; by default what the model takes, at most 512.
+        batch_rows: texts in a forward pass.
+        prepend_bos: begin each row with the tokenizer's BOS, as TransformerLens does.
+
+    Raises:
+        HookPointError: where the model has no such hook point, or it has no vector for each token.
+        CapacityError: on an unknown pooling, a text without tokens, no tokenizer, or activations that are not finite.
+    """
+    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    if pooling not in POOLINGS:
+        raise CapacityError(f"{pooling!r} is no pooling: choose one of {', '.join(POOLINGS)}")
+    if tokenizer is None:
+        raise CapacityError(f"this {type(model).__name__} has no tokenizer: pass one as tokenizer=…")
+    if not texts or batch_rows < 1:
+        raise CapacityError(f"{len(texts)} texts in batches of {batch_rows} are nothing to collect: pass at least one text and one row")
+    point = TapPoint.of(model, hook)
+    pool = _latents(sae, hook) if sae is not None else _activations
+    rows, truncated = _rows(tokenizer, texts, min(context or DEFAULT_CONTEXT, _longest(model)), prepend_bos)
+    special = special_token_ids(model, tokenizer)
+    chosen = [_chosen(ids, special, pooling, number) for number, ids in enumerate(rows)]
+    per_text = np.array([len(positions) if pooling == "token" else 1 for positions in chosen])
+    first_row = np.cumsum(per_text) - per_text
+    values: NDArray[np.float32] | None = None
+    with evaluating(model), token_progress(len(texts), progress, "collecting", "texts") as advance:
+        done = 0
+        for batch in _batches(rows, batch_rows):
+            activation = _activation(model, point, _padded([rows[i] for i in batch], special))
+            place = [(row, position) for row, i in enumerate(batch) for position in chosen[i]]
+            taken = activation[tuple(torch.tensor(place, device=activation.device).T)].flatten(1)
+            group = np.repeat(np.arange(int(per_text[batch].sum())), [n for i in batch for n in _sizes(chosen[i], pooling)])
+            pooled = pool(taken, torch.from_numpy(group).to(taken.device))
+            if not bool(torch.isfinite(pooled).all()):
+                raise CapacityError(f"{hook} has NaN or infinite activations on text {batch[0]} or one near it: check the model's dtype and weights")
+            if values is None:
+                values = np.empty((int(per_text.sum()), pooled.shape[1]), dtype=np.float32)
+            values[np.concatenate([np.arange(first_row[i], first_row[i] + per_text[i]) for i in batch])] = pooled.float().cpu().numpy()
+            advance(done := done + len(batch))
+    assert values is not None  # there is a text
+    tokens = [part for ids, positions in zip(rows, chosen, strict=True) for part in np.split(ids[positions], len(positions) if pooling == "token" else 1)]
+    return Activations(hook, pooling, values, np.repeat(np.arange(len(texts)), per_text), tuple(tokens), truncated)
+
+
+def bag_of_embeddings(model: Any, activations: Activations) -> Activations:
+    """The mean of the model's input embeddings over the tokens that were pooled: what can be told from the words alone, without their order.
+
+    Args:
+        model: the model whose tokenizer made the tokens.
+    """
+    ids = np.unique(np.concatenate(activations.tokens))
+    with evaluating(model), torch.no_grad():
+        embedding = embedding_of(model)
+        table = embedding(torch.from_numpy(ids)[None].to(next(model.parameters()).device))[0].float().cpu().numpy()
+    values = np.stack([table[np.searchsorted(ids, tokens)].mean(axis=0) for tokens in activations.tokens])
+    return Activations("embedding", activations.pooling, values, activations.texts, activations.tokens, activations.truncated)
+
+
+def randomly_initialised(model: Any, seed: int = 0) -> Any:
+    """A Hugging Face model of the same configuration with fresh weights, in eval mode: what width and architecture tell without any training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = type(model)(model.config)
+    return fresh.to(next(model.parameters()).device).eval()
+
+
+def _rows(tokenizer: Any, texts: Sequence[str], context: int, prepend_bos: bool) -> tuple[list[NDArray[np.int64]], int]:
+    """Token ids of each text within the context, and how many were longer."""
+    bos = getattr(tokenizer, "bos_token_id", None) if prepend_bos else None
+    first = [] if bos is None else [bos]
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    longer = sum(len(first) + len(ids) > context for ids in encoded)
+    return [np.array([*first, *ids][:context], dtype=np.int64) for ids in encoded], longer
+
+
+def _chosen(ids: NDArray[np.int64], special: Sequence[int], pooling: str, number: int) -> NDArray[np.int64]:
+    """Positions of the tokens that are pooled, or kept."""
+    counted = np.flatnonzero(~np.isin(ids, special))
+    if not len(counted):
+        raise CapacityError(f"text {number} has no token that counts: leave out what is empty or consists of special tokens")
+    if pooling == "last":
+        counted = counted[-1:]
+    if pooling == "token" and len(counted) > TOKENS_PER_TEXT:
+        counted = counted[np.linspace(0, len(counted) - 1, TOKENS_PER_TEXT).round().astype(int)]
+    return np.asarray(counted)
+
+
+def _sizes(positions: NDArray[np.int64], pooling: str) -> list[int]:
+    """Tokens in each row that a text gives."""
+    return [1] * len(positions) if pooling == "token" else [len(positions)]
+
+
+def _batches(rows: Sequence[NDArray[np.int64]], size: int) -> Iterator[list[int]]:
+    """Numbers of texts of about one length, so that little is padded; the longest come first, so that what does not fit into memory shows at once."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _padded(rows: Sequence[NDArray[np.int64]], special: Sequence[int]) -> Tensor:
+    """Rows of one length, filled on the right, where a causal model does not look."""
+    filled = np.full((len(rows), max(map(len, rows))), special[0] if len(special) else 0, dtype=np.int64)
+    for row, ids in enumerate(rows):
+        filled[row, : len(ids)] = ids
+    return torch.from_numpy(filled)
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass whose rest nobody looks at."""
+
+
+def _activation(model: Any, point: TapPoint, tokens: Tensor) -> Tensor:
+    """What a hook point carries on a batch of tokens, [row, position, ...]."""
+    seen: list[Tensor] = []
+
+    def keep(activation: Tensor) -> None:
+        seen.append(activation.detach())
+        raise _ReachedError
+
+    remove = point.watch(keep)
+    try:
+        with torch.no_grad():
+            model(tokens.to(next(model.parameters()).device), **forward_options(model))
+    except _ReachedError:
+        pass
+    finally:
+        remove()
+    if not seen:
+        raise HookPointError(f"{point.name} did not fire: the model does not run it, tap another hook point")
+    if seen[0].shape[:2] != tokens.shape:
+        raise HookPointError(
+            f"{point.name} has shape {tuple(seen[0].shape)}, but the tokens have shape {tuple(tokens.shape)}: tap a hook point with one vector per token"
+        )
+    return seen[0]
+
+
+def _activations(taken: Float32[Tensor, "token width"], group: Tensor) -> Tensor:
+    """Means of activations over each group of tokens."""
+    sums = torch.zeros(int(group[-1]) + 1, taken.shape[1], dtype=torch.float32, device=taken.device).index_add_(0, group, taken.float())
+    return sums / torch.bincount(group)[:, None]
+
+
+def _latents(sae: SparseAutoencoder, hook: str) -> Any:
+    """What pools an SAE's latents in the same way, of which only the active ones are made."""
+    check_dictionary(sae, hook)
+    encoder = Encoder(sae)
+
+    def pool(taken: Tensor, group: Tensor) -> Tensor:
+        if taken.shape[1] != int(sae.cfg.d_in):
+            raise HookPointError(f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook or model")
+        sums = torch.zeros(int(group[-1]) + 1, len(sae.W_dec), dtype=torch.float32, device=taken.device)
+        for start in range(0, len(taken), encoder.chunk):
+            tokens, features, values = encoder(taken[start : start + encoder.chunk])
+            sums.index_put_((group[start + tokens], features), values.float(), accumulate=True)
+        return sums / torch.bincount(group)[:, None]
+
+    return pool
+
+
+def _longest(model: Any) -> int:
+    """Positions that the model takes."""
+    config = getattr(model, "cfg", None) or getattr(model, "config", None)
+    found = next((value for name in ("n_ctx", "max_position_embeddings") if (value := getattr(config, name, None))), None)
+    return int(found) if found else 2**31

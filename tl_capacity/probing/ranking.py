@@ -1,0 +1,184 @@
+"""How well a readout tells when features fire: scores go into fixed bins as they come, and AUROC, average precision and R² are computed from the counts.
+
+Binning makes ties of scores that differ; how much AUROC and average precision can be off for it is computed beside them, for every feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tl_capacity.probing.ridge import Latents, Readout
+from tl_capacity.summary import DOCUMENT_GROUPS, Estimate, document_resamples, estimate_around
+
+BINS = 256
+FINE = 2.0
+"""Standard deviations within which half of the bins lie. A score t falls into bin ½(1 + t/(2 + |t|)) · 256: bins widen outwards and no score is too large."""
+BLOCK_SCORES = 2**18
+"""Scores that exist at once: 1 MB, which stays in a core's cache through all that is done to them."""
+
+
+class Ranking:
+    """What a readout's scores on held-out tokens say of every feature, as sums over tokens; nothing of the size tokens · features is ever kept."""
+
+    def __init__(self, readout: Readout, groups: int = DOCUMENT_GROUPS) -> None:
+        features, device = len(readout.weight), readout.weight.device
+        still = readout.spread == 0
+        self.readout, self.scale = readout, torch.where(still, 1.0, readout.spread)
+        # Standardised and centred before they are rounded to float32, which keeps what a large mean would drown.
+        self._weight = torch.where(still[:, None], 0.0, readout.weight / self.scale[:, None]).float()
+        self._offset = (readout.z_mean / self.scale).float()
+        self._basis = None if readout.basis is None else readout.basis.float()
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.tokens = 0
+        self.all, self.firing = zeros(features, BINS, dtype=torch.int32), zeros(features, BINS, dtype=torch.int32)
+        self.z, self.zz, self.cross, self.squares = (zeros(features) for _ in range(4))
+        self.ranks, self.firings = zeros(groups, features), zeros(groups, features)
+
+    @torch.no_grad()
+    def update(self, x: Float[Tensor, "token width"], latents: Latents, groups: Int64[Tensor, " token"]) -> None:
+        """Score some held-out tokens.
+
+        Args:
+            groups: the document group of each token.
+        """
+        x = x.float() if self._basis is None else x.float() @ self._basis
+        inputs = (x - self.readout.x_mean.float()).T.contiguous()
+        starts = latents.starts.tolist()
+        one = torch.ones((), dtype=torch.int32, device=inputs.device)
+        self.tokens += len(x)
+        self.z.index_add_(0, latents.features, latents.values)
+        self.zz.index_add_(0, latents.features, latents.values.square())
+        step = max(1, BLOCK_SCORES // len(x))
+        for first in range(0, len(self._weight), step):
+            block = slice(first, min(first + step, len(self._weight)))
+            entries = slice(starts[block.start], starts[block.stop])
+            features, tokens, values = latents.features[entries], latents.tokens[entries], latents.values[entries]
+            scores = torch.mm(self._weight[block], inputs)
+            rectified = scores.add(self._offset[block, None]).clamp_(min=0)
+            self.cross.index_add_(0, features, values * rectified[features - first, tokens])
+            self.squares[block] += rectified.square_().sum(1, dtype=torch.float64)
+            bins = bins_of_(scores)
+            fired = bins[features - first, tokens].long()
+            place = (features - first) * BINS + fired
+            self.firing[block].view(-1).index_add_(0, place, one.expand(len(place)))
+            bins += torch.arange(0, len(bins) * BINS, BINS, dtype=torch.int32, device=bins.device)[:, None]
+            self.all[block].view(-1).index_add_(0, bins.view(-1), one.expand(bins.numel()))
+            self._rank(block, place, features, groups[tokens])
+
+    def _rank(self, block: slice, place: Int64[Tensor, " entry"], features: Int64[Tensor, " entry"], groups: Int64[Tensor, " entry"]) -> None:
+        """Each firing's share of silent tokens that score lower, among those scored so far: they are many, so it hardly matters which.
+
+        AUROC is the mean of these over firings. Kept per document group, they say how much it varies with the documents that the firings are in.
+        """
+        silent = self.all[block] - self.firing[block]
+        below = (silent.cumsum(1) - 0.5 * silent) / silent.sum(1, keepdim=True).clamp(min=1)
+        group_and_feature = groups * self.ranks.shape[1] + features
+        self.ranks.view(-1).index_add_(0, group_and_feature, below.view(-1)[place].double())
+        self.firings.view(-1).index_add_(0, group_and_feature, torch.ones_like(place, dtype=torch.float64))
+
+    def scores(self) -> Scores:
+        """What was found so far."""
+        auroc, auroc_error = auroc_of(self.firing.double(), (self.all - self.firing).double())
+        precision, precision_error = average_precision_of(self.firing.double(), (self.all - self.firing).double())
+        squares, cross = self.squares * self.scale.square(), self.cross * self.scale
+        r2 = 1 - (squares - 2 * cross + self.zz) / (self.zz - self.z.square() / self.tokens)
+        found = {"auroc": auroc, "auroc_error": auroc_error, "average_precision": precision, "average_precision_error": precision_error, "r2": r2}
+        arrays = {name: array.cpu().numpy() for name, array in {**found, "ranks": self.ranks, "firings": self.firings}.items()}
+        return Scores(**arrays, tokens=self.tokens, ridge=self.readout.ridge)
+
+
+def bins_of_(scores: Float[Tensor, "*any"]) -> Tensor:
+    """The bin of each score, int32; overwrites the scores."""
+    # A hair less than half, so that a score whose quotient rounds to 1 stays in the last bin.
+    half = 0.5 * BINS * (1 - 1e-6)
+    return scores.div_(scores.abs().add_(FINE)).add_(1).mul_(half).to(torch.int32)
+
+
+def auroc_of(firing: Float64[Tensor, "feature bin"], silent: Float64[Tensor, "feature bin"]) -> tuple[Float64[Tensor, " feature"], Float64[Tensor, " feature"]]:
+    """Area under the ROC curve of binned scores, ties counting half, and how far it can be from that of the scores themselves.
+
+    Whatever the order within a bin, only its own pairs of a firing and a silent token change sides: the error is at most ½ Σ_b p_b n_b, the shares of firing
+    and of silent tokens in each bin. NaN for features that never fire or are never silent.
+    """
+    p, n = firing / firing.sum(1, keepdim=True), silent / silent.sum(1, keepdim=True)
+    return (p * (n.cumsum(1) - 0.5 * n)).sum(1), 0.5 * (p * n).sum(1)
+
+
+def average_precision_of(
+    firing: Float64[Tensor, "feature bin"], silent: Float64[Tensor, "feature bin"]
+) -> tuple[Float64[Tensor, " feature"], Float64[Tensor, " feature"]]:
+    """Average precision Σ (Rₙ − Rₙ₋₁) Pₙ of binned scores, as scikit-learn has it for tied scores, and how far it can be from that of the scores themselves.
+
+    The error is taken from the two extreme orders within each bin: all its firing tokens first, or all last. NaN for features that never fire.
+    """
+    down, silent = firing.flip(1), silent.flip(1)
+    hits, seen = down.cumsum(1), (down + silent).cumsum(1)
+    share = down / firing.sum(1, keepdim=True)
+
+    def mean(precision: Tensor) -> Tensor:
+        return (share * precision.nan_to_num(0.0)).sum(1)
+
+    value = mean(hits / seen)
+    highest = mean(hits / (seen - silent))
+    lowest = mean((hits - down + 1) / (seen - down + 1))
+    return value, torch.maximum(highest - value, value - lowest)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well one readout predicts each feature on held-out tokens.
+
+    Attributes:
+        auroc, average_precision: of whether the feature fires, by the readout's score [feature]; NaN where it never does.
+        auroc_error, average_precision_error: how far binning can have moved them [feature].
+        r2: of the rectified readout max(0, ẑ) against z [feature]; below 0 where the mean predicts better.
+        ranks: sums over firings of the share of silent tokens that score lower [group, feature].
+        firings: on held-out tokens [group, feature].
+        tokens: held-out tokens.
+        ridge: the penalty that was chosen.
+    """
+
+    auroc: NDArray[np.float64]
+    auroc_error: NDArray[np.float64]
+    average_precision: NDArray[np.float64]
+    average_precision_error: NDArray[np.float64]
+    r2: NDArray[np.float64]
+    ranks: NDArray[np.float64]
+    firings: NDArray[np.float64]
+    tokens: int
+    ridge: float
+
+    def kept(self, tau: float) -> NDArray[np.bool_]:
+        """Whether each feature's AUROC is at least τ [feature]."""
+        return np.asarray(self.auroc >= tau)
+
+    def count(self, tau: float, among: NDArray[np.bool_]) -> Estimate:
+        """How many of some features are kept, with its 95% interval over the documents that the firings are in.
+
+        The readout is taken as it is, and so are the silent tokens: there are so many more of them that they hardly add to the variance of AUROC. Of a feature
+        that fires on a third of the tokens, the spread comes out a quarter too small.
+        """
+        value = float((self.kept(tau) & among).sum())
+        if self._resampled is None:
+            return Estimate(value)
+        return estimate_around(value, ((self._resampled >= tau) & among).sum(1).astype(np.float64))
+
+    @cached_property
+    def _resampled(self) -> NDArray[np.float64] | None:
+        """AUROC in each replicate of the document bootstrap [replicate, feature]."""
+        weights = document_resamples(self.firings.sum(1).round().astype(np.int64))
+        if weights is None:
+            return None
+        with np.errstate(invalid="ignore"):  # a resample may leave out every document in which a feature fires: it says nothing about that one
+            change = (weights @ self.ranks) / (weights @ self.firings) - self.ranks.sum(0) / self.firings.sum(0)
+        return np.asarray(self.auroc + np.nan_to_num(change))

@@ -1,0 +1,528 @@
+"""Feature recoverability: which features of the teacher's SAE a linear readout still finds in a student's residual stream.
+
+Latents are rectified and rare, so R² says little even of the teacher's own stream. What counts is how well a readout's score tells when the feature fires,
+beside three baselines that are read out in the same way: the teacher itself, a student with random weights, and as many principal components of the teacher as
+the student is wide.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tl_capacity.attach import Batch, TapPoint, dictionary_digest, evaluating, forward_options, special_token_ids
+from tl_capacity.checks import checked
+from tl_capacity.encoding import Encoder
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, TokenSourceError
+from tl_capacity.floors import kept_features, table
+from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.measurement import HookMeasurement
+from tl_capacity.plugins import plugins
+from tl_capacity.probing.ranking import Ranking, Scores
+from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
+from tl_capacity.progress import token_progress
+from tl_capacity.statistics import document_groups
+from tl_capacity.summary import Estimate
+from tl_capacity.theory import budget
+from tl_capacity.tokens import PADDING, TokenBatch, as_batches
+
+SCHEMA = 1
+FIT, VALIDATION, HELD_OUT = "fit", "validation", "held-out"
+TENTHS = (HELD_OUT,) * 3 + (VALIDATION,) + (FIT,) * 6
+"""What each tenth of the documents is for."""
+SPLIT_SALT = 2**41
+"""Added to a document's number, so that the split is independent of the groups that the bootstrap resamples."""
+MIN_FIRINGS = 10
+"""Held-out tokens on which a feature must fire, and be silent, to be judged: with fewer, AUROC ≥ 0.95 comes about by chance."""
+TAU = 0.95
+TAUS = tuple(round(0.80 + 0.01 * i, 2) for i in range(20))
+TEACHER, RANDOM = "teacher", "with random weights"
+COUNTS = {"student": "kept", "random": "kept_random", "pca": "kept_pca", "teacher": "kept_teacher"}
+"""What is read out at each width, and the name of its number of kept features in JSON."""
+# Okabe and Ito's palette, which readers with any colour vision can tell apart; each series has its own symbol as well.
+SHOWN = (
+    ("student", "#0072B2", "circle"),
+    ("student with random weights", "#D55E00", "square"),
+    ("teacher's principal components, as many as d", "#009E73", "diamond"),
+    ("teacher", "#CC79A7", "cross"),
+)
+
+
+@dataclass(frozen=True)
+class StudentRecovery:
+    """What was read out of one student, and of what it is compared with.
+
+    Attributes:
+        name: as it was passed.
+        width: of its activations.
+        student: readout of the student.
+        random: of the same student with random weights; None where none was given.
+        pca: of the teacher's leading principal components, as many as the student is wide.
+    """
+
+    name: str
+    width: int
+    student: Scores
+    random: Scores | None
+    pca: Scores
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Which features of one SAE linear readouts find, in the teacher and in its students; shows itself in a terminal.
+
+    Attributes:
+        measured: the measurement that says which features are alive and how important they are.
+        importance: the importance estimator that the prediction rests on.
+        teacher: readout of the teacher's own stream: the ceiling.
+        students: in the order of their widths.
+        tokens: counted tokens by what they were used for.
+        tau: AUROC from which a feature counts as kept.
+        seconds: what it cost, in wall-clock seconds.
+    """
+
+    measured: HookMeasurement
+    importance: str
+    teacher: Scores
+    students: tuple[StudentRecovery, ...]
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    tau: float = TAU
+    seconds: float = 0.0
+
+    @property
+    def hook(self) -> str:
+        """Where activations were read."""
+        return self.measured.hook
+
+    @cached_property
+    def features(self) -> NDArray[np.int64]:
+        """Number of each alive latent in the SAE [feature]; the order of every other array here."""
+        return np.flatnonzero(self.measured.summary.alive)
+
+    @cached_property
+    def importances(self) -> NDArray[np.float64]:
+        """Importance [feature]."""
+        return self.measured.importance(self.importance)
+
+    @cached_property
+    def judged(self) -> NDArray[np.bool_]:
+        """Whether each feature fires, and is silent, on enough held-out tokens to be judged [feature]."""
+        firings = self.teacher.firings.sum(0)
+        return np.asarray((firings >= MIN_FIRINGS) & (self.teacher.tokens - firings >= MIN_FIRINGS))
+
+    def kept(self, scores: Scores, tau: float | None = None) -> NDArray[np.bool_]:
+        """Whether each feature is judged, and found by a readout [feature]."""
+        return scores.kept(self.tau if tau is None else tau) & self.judged
+
+    def count(self, scores: Scores, tau: float | None = None) -> Estimate:
+        """How many features a readout finds, with a 95% interval over documents."""
+        return scores.count(self.tau if tau is None else tau, self.judged)
+
+    def predicted(self, width: int, law: str = "compressed_sensing") -> NDArray[np.bool_]:
+        """Whether each feature is among the F_S most important ones, which the theory lets a student of that width keep [feature]."""
+        kept = kept_features(self.importances, self.measured.summary.alpha.value, width, plugins().capacity_laws[law])
+        return most_important(self.importances, kept)
+
+    def overlap(self, student: StudentRecovery) -> dict[str, Any]:
+        """How the kept set compares with the predicted one, among judged features, and with what chance would give.
+
+        Returns:
+            `predicted`: judged features among the F_S most important; `kept_of_predicted`: the share of them that is kept; `kept_of_all`: the share of all
+            judged features that is kept, which it would be by chance; `ordered`: of the k kept, the share that is among the k most important;
+            `ordered_by_chance`: k over the judged. None where there is nothing to take a share of.
+        """
+        kept, judged = self.kept(student.student)[self.judged], int(self.judged.sum())
+        predicted = self.predicted(student.width)[self.judged]
+        ordered = most_important(self.importances[self.judged], int(kept.sum()))
+
+        def share(of: NDArray[np.bool_]) -> float | None:
+            return float(kept[of].mean()) if of.any() else None
+
+        return {
+            "predicted": int(predicted.sum()),
+            "kept_of_predicted": share(predicted),
+            "kept_of_all": share(np.ones(judged, dtype=bool)),
+            "ordered": share(ordered),
+            "ordered_by_chance": float(kept.mean()) if judged and kept.any() else None,
+        }
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object per student."""
+        alpha = self.measured.summary.alpha.value
+        found = []
+        for student in self.students:
+            readouts = _readouts(self, student)
+            counts = {name: self.count(scores) for name, scores in readouts.items()}
+            found.append(
+                {
+                    "schema": SCHEMA,
+                    "student": student.name,
+                    "width": student.width,
+                    "hook": self.hook,
+                    "tau": self.tau,
+                    **{key: int(counts[name].value) if name in counts else None for name, key in COUNTS.items()},
+                    "budget": budget(student.width, alpha),
+                    "equilibrium": student.width * plugins().capacity_laws["equilibrium"].features_per_dimension(alpha, self.importances),
+                    "predicted": int(self.predicted(student.width).sum()),
+                    "n_features": len(self.features),
+                    "n_judged": int(self.judged.sum()),
+                    "intervals": {name: None if e.low is None or e.high is None else [e.low, e.high] for name, e in counts.items()},
+                    "overlap": self.overlap(student),
+                    "by_tau": {f"{tau:.2f}": {name: int(self.kept(scores, tau).sum()) for name, scores in readouts.items()} for tau in TAUS},
+                    "readouts": {name: self._typical(scores) for name, scores in readouts.items()},
+                    "tokens": dict(self.tokens),
+                }
+            )
+        return found
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every figure of every feature, as it lies on disk: `teacher/auroc`, `STUDENT/pca/r2` and so on [feature]."""
+        readouts = {"teacher": self.teacher}
+        for student in self.students:
+            readouts |= {f"{student.name}/{name}": scores for name, scores in _readouts(self, student).items() if name != "teacher"}
+        figures = ("auroc", "auroc_error", "average_precision", "average_precision_error", "r2")
+        of_readouts = {f"{name}/{figure}": getattr(scores, figure) for name, scores in readouts.items() for figure in figures}
+        firings = self.teacher.firings.sum(0).astype(np.int64)
+        return {"features": self.features, "importance": self.importances, "firings": firings, "judged": self.judged, **of_readouts}
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of a table: a row for each student."""
+        header = ["student", "kept", "random weights", "PCA", "teacher", "d·g(α)", "equilibrium", "of predicted (of all)", "AP, median", "R², median"]
+        rows = []
+        for student, row in zip(self.students, self.to_json(), strict=True):
+            readouts, overlap = _readouts(self, student), row["overlap"]
+            counts = [self.count(readouts[name]).show(",.0f") if name in readouts else "–" for name in ("student", "random", "pca", "teacher")]
+            shares = ["–" if overlap[name] is None else f"{overlap[name]:.0%}" for name in ("kept_of_predicted", "kept_of_all")]
+            typical = [f"{_shown(row['readouts']['student'][name])} ({_shown(row['readouts']['teacher'][name])})" for name in ("average_precision", "r2")]
+            budgets = [f"{row[name]:,.0f}" for name in ("budget", "equilibrium")]
+            rows.append([f"{student.name} (d={student.width})", *counts, *budgets, f"{shares[0]} ({shares[1]})", *typical])
+        return header, rows
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        title = (
+            f"Features with AUROC ≥ {self.tau:g} at {self.hook}, of {int(self.judged.sum()):,} judged and {len(self.features):,} alive, "
+            f"on {self.tokens[HELD_OUT]:,} held-out tokens [95% interval over documents]; AP and R² of the student (teacher)"
+        )
+        yield table(title, *self.cells())
+
+    def __repr__(self) -> str:
+        return f"Recovery({self.hook}; {len(self.features):,} features in {', '.join(s.name for s in self.students)})"
+
+    def _typical(self, scores: Scores) -> dict[str, float | None]:
+        """Medians over judged features, and the largest error of an AUROC that binning may have caused."""
+        found = {name: np.median(getattr(scores, name)[self.judged]) if self.judged.any() else None for name in ("auroc", "average_precision", "r2")}
+        worst = scores.auroc_error[self.judged].max() if self.judged.any() else None
+        return {**{name: None if v is None else float(v) for name, v in found.items()}, "largest_auroc_error": worst, "ridge": scores.ridge}
+
+
+@checked
+def recover_features(
+    teacher: Any,
+    sae: SparseAutoencoder,
+    students: Mapping[str, Any],
+    stream: Any,
+    *,
+    measured: HookMeasurement,
+    random: Mapping[str, Any] | None = None,
+    importance: str = "second_moment",
+    tau: float = TAU,
+    max_tokens: int | None = None,
+    mask_token_ids: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Recovery:
+    """How well linear readouts of students' activations predict each alive feature of the teacher's SAE on held-out documents.
+
+    Documents are split by a hash of their number: six tenths fit the readouts, one chooses each model's ridge penalty, three judge. Each token passes once
+    through every model, and once through the SAE, whatever the number of students.
+
+    Args:
+        teacher: a hooked or Hugging Face model.
+        sae: the SAE that was measured.
+        students: models by name, read at the hook point of the same name.
+        stream: a `TokenStream`, rows of token ids [row, position], or another iterable of batches that can be gone over twice.
+        measured: of the teacher with the SAE: which features are alive, their importance and sparsity.
+        random: for students by name, the same model with random weights: the floor.
+        importance: estimator by which the theory's kept set is taken.
+        tau: AUROC from which a feature counts as kept.
+        max_tokens: read no more tokens of the stream than this, padding and special ones included.
+        mask_token_ids: ids not to count; by default every special token of the teacher's tokenizer.
+        progress: show it once it takes longer than two seconds.
+
+    Raises:
+        HookPointError: where a model lacks the hook point, or it does not fire.
+        DictionaryError: where the SAE is not the one that was measured.
+        CapacityError: where an activation is NaN or infinite, or there are too few documents.
+    """
+    if not 0.5 <= tau <= 1:
+        raise CapacityError(f"tau = {tau:g} is no AUROC to ask for: choose one from 0.5, which chance gives, to 1")
+    if not students:
+        raise CapacityError("there is no student to read features from: pass a mapping from names to models")
+    if unknown := set(random or {}) - set(students):
+        raise CapacityError(f"random weights are given for {', '.join(sorted(unknown))}, which is no student: use the students' names")
+    if dictionary_digest(sae) != measured.sae_digest:
+        raise DictionaryError(f"the SAE is not the one that was measured at {measured.hook}: its weights differ, pass the same")
+    if isinstance(stream, Iterator):
+        raise TokenSourceError("the stream can be gone over only once, but it is read twice: pass a TokenStream, or a list of batches")
+    started = time.monotonic()
+    readers = {TEACHER: Reader.of(teacher, measured.hook, "the teacher")}
+    for name, model in students.items():
+        readers[name] = Reader.of(model, measured.hook, f"the student {name!r}")
+    for name, model in (random or {}).items():
+        readers[f"{name} {RANDOM}"] = Reader.of(model, measured.hook, f"the student {name!r} with random weights")
+    mask = special_token_ids(teacher, getattr(teacher, "tokenizer", None)) if mask_token_ids is None else list(mask_token_ids)
+    passes = _Passes(readers, sae, measured, stream, np.array(sorted(mask), dtype=np.int64), max_tokens, progress)
+    with ExitStack() as modes:
+        for reader in readers.values():
+            modes.enter_context(evaluating(reader.model))
+        readouts, sources = passes.fit(tuple(students))
+        rankings = passes.judge(readouts, sources)
+    scores = {name: ranking.scores() for name, ranking in rankings.items()}
+    found = [
+        StudentRecovery(name, width, scores[name], scores.get(f"{name} {RANDOM}"), scores[_pca(width)])
+        for name, width in ((name, passes.widths[name]) for name in students)
+    ]
+    return Recovery(
+        measured,
+        importance,
+        scores[TEACHER],
+        tuple(sorted(found, key=lambda student: student.width)),
+        passes.tokens,
+        tau,
+        round(time.monotonic() - started, 1),
+    )
+
+
+class _Seen(Exception):  # noqa: N818
+    """Ends a forward pass whose rest nobody looks at."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that is run up to one hook point."""
+
+    who: str
+    model: Any
+    point: TapPoint
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Any, hook: str, who: str) -> Reader:
+        """A reader of some model.
+
+        Raises:
+            HookPointError: where the model has no such hook point.
+        """
+        try:
+            return cls(who, model, TapPoint.of(model, hook), forward_options(model))
+        except HookPointError as problem:
+            raise HookPointError(f"{who} cannot be read at {hook}: {problem}") from problem
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, tokens: TokenBatch, filler: int) -> Float[Tensor, "token ..."]:
+        """Activations of the counted tokens.
+
+        Raises:
+            HookPointError: where the hook point does not fire, or gives no vector per token.
+            CapacityError: where an activation is NaN or infinite.
+        """
+        seen: list[Tensor] = []
+
+        def stop(activation: Tensor) -> None:
+            seen.append(activation)
+            raise _Seen
+
+        ids = torch.from_numpy(np.where(tokens.tokens == PADDING, filler, tokens.tokens)).to(next(self.model.parameters()).device)
+        remove = self.point.watch(stop)
+        try:
+            self.model(ids, **self.options)
+        except _Seen:
+            pass
+        finally:
+            remove()
+        if not seen or seen[0].shape[:2] != batch.counted.shape:
+            what = f"has shape {tuple(seen[0].shape)} for tokens of shape {tuple(batch.counted.shape)}" if seen else "did not fire"
+            raise HookPointError(f"{self.point.name} of {self.who} {what}: choose a hook point with one vector per token")
+        found = seen[0].flatten(0, 1)[batch.counted.flatten().to(seen[0].device)]
+        if not bool(torch.isfinite(found.sum(dtype=torch.float32))):
+            raise CapacityError(f"{self.who} has NaN or infinite activations at {self.point.name} in batch {batch.number}: check its dtype and weights")
+        return found
+
+
+class _Passes:
+    """The two passes over the stream: one fits readouts, the other judges them."""
+
+    def __init__(
+        self,
+        readers: Mapping[str, Reader],
+        sae: Any,
+        measured: HookMeasurement,
+        stream: Any,
+        mask_ids: NDArray[np.int64],
+        max_tokens: int | None,
+        progress: bool,
+    ) -> None:
+        self.readers, self.sae, self.stream, self.mask_ids, self.max_tokens, self.progress = readers, sae, stream, mask_ids, max_tokens, progress
+        self.encoder = Encoder(sae)
+        device = sae.W_dec.device
+        # MPS has no float64, so there the sums live on the CPU.
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        alive = np.flatnonzero(measured.summary.alive)
+        self.n_features = len(alive)
+        self.place = torch.full((measured.summary.d_sae,), -1, dtype=torch.int64, device=self.device)
+        self.place[torch.from_numpy(alive).to(self.device)] = torch.arange(len(alive), device=self.device)
+        self.tokens = dict.fromkeys((FIT, VALIDATION, HELD_OUT), 0)
+        self.widths: dict[str, int] = {}
+
+    def fit(self, students: Sequence[str]) -> tuple[dict[str, Readout], dict[str, str]]:
+        """The readout of every model and of the teacher's principal components, and whose activations each reads."""
+        moments: dict[tuple[str, str], Moments] = {}
+        for part, activations, latents, _ in self._batches((FIT, VALIDATION), "fitting readouts"):
+            for name, x in activations.items():
+                if (part, name) not in moments:
+                    moments[part, name] = Moments.zeros(x.shape[1], self.n_features, self.device)
+                moments[part, name].update(x, latents)
+        self.widths = {name: len(moments[FIT, name].x) for name in self.readers}
+        readouts, sources = {}, {name: name for name in self.readers}
+        for width in {self.widths[name] for name in students}:
+            training, validation = moments[FIT, TEACHER], moments[VALIDATION, TEACHER]
+            readouts[_pca(width)] = fit(training, validation, principal_axes(training, width))
+            sources[_pca(width)] = TEACHER
+        for name in self.readers:
+            readouts[name] = fit(moments.pop((FIT, name)), moments.pop((VALIDATION, name)))
+        return readouts, sources
+
+    def judge(self, readouts: Mapping[str, Readout], sources: Mapping[str, str]) -> dict[str, Ranking]:
+        """Every readout's scores on the held-out documents."""
+        rankings = {name: Ranking(readout) for name, readout in readouts.items()}
+        for _, activations, latents, groups in self._batches((HELD_OUT,), "judging readouts"):
+            for name, ranking in rankings.items():
+                ranking.update(activations[sources[name]], latents, groups)
+        return rankings
+
+    def _batches(self, parts: Sequence[str], label: str) -> Iterator[tuple[str, dict[str, Tensor], Latents, Tensor]]:
+        """The part, every model's activations, the latents and the document groups of each batch of the documents of some parts."""
+        filler = int(self.mask_ids[0]) if len(self.mask_ids) else 0
+        with token_progress(None, self.progress, label) as advance:
+            for number, (part, tokens) in enumerate(split(self.stream, parts, self.max_tokens), start=1):
+                batch = Batch(tokens, self.mask_ids, 0, number)
+                if not batch.n_counted:
+                    continue
+                activations = {name: reader(batch, tokens, filler) for name, reader in self.readers.items()}
+                latents = self._latents(activations[TEACHER], number)
+                self.tokens[part] += batch.n_counted
+                groups = batch.groups[batch.row_of_token].to(self.device)
+                yield part, {name: x.flatten(1).to(self.device) for name, x in activations.items()}, latents, groups
+                advance(sum(self.tokens[p] for p in parts))
+        if missing := [p for p in parts if not self.tokens[p]]:
+            raise TokenSourceError(f"no document is left for {missing[0]}: of every ten, 6 fit, 1 chooses the ridge and 3 judge, so give more documents")
+
+    def _latents(self, x: Float[Tensor, "token ..."], number: int) -> Latents:
+        inputs = x if getattr(self.sae, "hook_z_reshaping_mode", False) else x.flatten(1)
+        found = []
+        for start in range(0, len(inputs), self.encoder.chunk):
+            tokens, latents, values = (t.to(self.device) for t in self.encoder(inputs[start : start + self.encoder.chunk]))
+            found.append((tokens + start, latents, values))
+        tokens, latents, values = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        if not bool(torch.isfinite(values.sum())):
+            raise CapacityError(f"the SAE gives NaN or infinite latents in batch {number}: check its weights")
+        return Latents.of((tokens, latents, values), self.place, self.n_features, len(inputs))
+
+
+def split(stream: Any, parts: Sequence[str], max_tokens: int | None = None) -> Iterator[tuple[str, TokenBatch]]:
+    """Batches of the documents that belong to some parts, each of one part and with as many rows as the stream's own."""
+    waiting: dict[str, list[tuple[NDArray[np.int64], int]]] = {part: [] for part in parts}
+    seen, rows = 0, 1
+    for batch in as_batches(stream):
+        rows = max(rows, len(batch.tokens))
+        for row, document, part in zip(batch.tokens, batch.documents.tolist(), parts_of(batch.documents), strict=True):
+            if part in waiting:
+                waiting[part].append((row, document))
+        for part, some in waiting.items():
+            while len(some) >= rows:
+                yield part, _stacked(some[:rows])
+                del some[:rows]
+        seen += int((batch.tokens != PADDING).sum())
+        if max_tokens is not None and seen >= max_tokens:
+            break
+    for part, some in waiting.items():
+        if some:
+            yield part, _stacked(some)
+
+
+def parts_of(documents: NDArray[np.int64]) -> list[str]:
+    """What each document is for, by a hash of its number."""
+    return [TENTHS[tenth] for tenth in document_groups(documents + SPLIT_SALT, len(TENTHS)).tolist()]
+
+
+def most_important(importances: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Whether each feature is among the `count` most important ones [feature]."""
+    chosen = np.zeros(len(importances), dtype=bool)
+    chosen[np.argsort(-importances, kind="stable")[:count]] = True
+    return chosen
+
+
+def recovery_figure(recoveries: Sequence[Recovery]) -> Any:
+    """A plotly figure, a panel per hook point: features kept against the student's width, beside the budget and the baselines."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(cols=len(recoveries), subplot_titles=[r.hook for r in recoveries], shared_yaxes=True, horizontal_spacing=0.04)
+    for column, recovery in enumerate(recoveries, start=1):
+        at = {"row": 1, "col": column, "showlegend": column == 1}
+        rows = recovery.to_json()
+        widths = [row["width"] for row in rows]
+        for (readout, key), (name, colour, symbol) in zip(COUNTS.items(), SHOWN, strict=True):
+            with_it = [row for row in rows if row[key] is not None]
+            kept = [row[key] for row in with_it]
+            low, high = zip(*(row["intervals"][readout] or (row[key], row[key]) for row in with_it), strict=True) if with_it else ((), ())
+            above, below = np.subtract(high, kept), np.subtract(kept, low)
+            figure.add_scatter(
+                x=[row["width"] for row in with_it],
+                y=kept,
+                error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
+                mode="markers+lines",
+                name=name,
+                legendgroup=key,
+                line={"color": colour},
+                marker={"symbol": symbol, "size": 8},
+                **at,
+            )
+        for key, name, dash in (("budget", "d·g(α), at most F", "dash"), ("equilibrium", "equilibrium law", "dot")):
+            y = [min(row[key], row["n_features"]) for row in rows]
+            figure.add_scatter(x=widths, y=y, mode="lines", name=name, legendgroup=key, line={"color": "black", "dash": dash}, **at)
+    figure.update_xaxes(title="student width d")
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title=f"features with AUROC ≥ {recoveries[0].tau:g}", col=1)
+    figure.update_layout(template="plotly_white", legend={"orientation": "h", "y": -0.2})
+    return figure
+
+
+def _readouts(recovery: Recovery, student: StudentRecovery) -> dict[str, Scores]:
+    """What is compared at one width."""
+    found = {"student": student.student, "random": student.random, "pca": student.pca, "teacher": recovery.teacher}
+    return {name: scores for name, scores in found.items() if scores is not None}
+
+
+def _pca(width: int) -> str:
+    return f"teacher's {width} principal components"
+
+
+def _stacked(rows: Sequence[tuple[NDArray[np.int64], int]]) -> TokenBatch:
+    """Rows of any lengths as one batch."""
+    tokens = np.full((len(rows), max(len(row) for row, _ in rows)), PADDING, dtype=np.int64)
+    for place, (row, _) in zip(tokens, rows, strict=True):
+        place[: len(row)] = row
+    return TokenBatch(tokens[:, : max(1, int((tokens != PADDING).sum(1).max()))], np.array([document for _, document in rows], dtype=np.int64))
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

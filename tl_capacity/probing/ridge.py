@@ -1,0 +1,203 @@
+"""Streaming ridge regression of an SAE's latents on activations: sums over tokens that merge by addition, and from them the closed form.
+
+Memory is O(width · features) whatever the number of tokens; latents stay sparse throughout.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from tl_capacity.encoding import Entries
+from tl_capacity.errors import CapacityError
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Penalties to choose from, in units of the activations' mean variance per dimension."""
+CHOOSING_FEATURES = 1024
+"""Features by which the penalty is chosen, evenly spaced: solving for all of a wide SAE with every penalty would cost more than the pass over the tokens."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The active latents of some tokens, sorted by feature: one entry per (token, feature) with z ≠ 0.
+
+    Attributes:
+        features: the feature's place among those that are looked at.
+        tokens: the token's place in the batch.
+        values: z.
+        starts: where each feature's entries begin, and the number of all entries.
+        n_tokens: tokens in the batch, with an active latent or not.
+    """
+
+    features: Int64[Tensor, " entry"]
+    tokens: Int64[Tensor, " entry"]
+    values: Float64[Tensor, " entry"]
+    starts: Int64[Tensor, " boundary"]
+    n_tokens: int
+
+    @classmethod
+    def of(cls, entries: Entries, place: Int64[Tensor, " latent"], n_features: int, n_tokens: int) -> Latents:
+        """Those of an encoder's entries whose latent has a place.
+
+        Args:
+            place: of each latent of the SAE, or −1 for those that are not looked at.
+        """
+        tokens, latents, values = entries
+        features = place[latents]
+        wanted = torch.nonzero(features >= 0).view(-1)
+        order = wanted[torch.argsort(features[wanted], stable=True)]
+        features = features[order]
+        starts = torch.zeros(n_features + 1, dtype=torch.int64, device=features.device)
+        torch.cumsum(torch.bincount(features, minlength=n_features), 0, out=starts[1:])
+        return cls(features, tokens[order], values[order].double(), starts, n_tokens)
+
+    def matrix(self) -> Tensor:
+        """Z transposed, [feature, token], as a sparse matrix of compressed rows."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(self.starts, self.tokens, self.values, (len(self.starts) - 1, self.n_tokens), check_invariants=False)
+
+
+@dataclass
+class Moments:
+    """Sums over tokens that a regression of latents z on activations x needs, in float64."""
+
+    tokens: int
+    x: Float64[Tensor, " width"]
+    z: Float64[Tensor, " feature"]
+    xx: Float64[Tensor, "width width"]
+    zx: Float64[Tensor, "feature width"]
+    zz: Float64[Tensor, " feature"]
+
+    @classmethod
+    def zeros(cls, width: int, features: int, device: torch.device | str = "cpu") -> Moments:
+        """Of no tokens."""
+        sizes = [(width,), (features,), (width, width), (features, width), (features,)]
+        return cls(0, *(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
+
+    def update(self, x: Float[Tensor, "token width"], latents: Latents) -> None:
+        """Add some tokens."""
+        x = x.to(self.x)
+        self.tokens += len(x)
+        self.x += x.sum(0)
+        self.xx.addmm_(x.T, x)
+        self.zx.addmm_(latents.matrix(), x)
+        self.z.index_add_(0, latents.features, latents.values)
+        self.zz.index_add_(0, latents.features, latents.values.square())
+
+    def merge(self, other: Moments) -> Moments:
+        """The sums over both sets of tokens."""
+        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def about(self, x: Float64[Tensor, " width"], z: Float64[Tensor, " feature"]) -> Moments:
+        """The sums of (x − x₀) and (z − z₀) and of their products."""
+        n = self.tokens
+        return Moments(
+            n,
+            self.x - n * x,
+            self.z - n * z,
+            self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + n * torch.outer(x, x),
+            self.zx - torch.outer(z, self.x) - torch.outer(self.z, x) + n * torch.outer(z, x),
+            self.zz - 2 * z * self.z + n * z.square(),
+        )
+
+    def centred(self) -> Moments:
+        """About the means."""
+        return self.about(self.x / self.tokens, self.z / self.tokens)
+
+    def take(self, features: Int64[Tensor, " chosen"]) -> Moments:
+        """Of some of the features."""
+        return Moments(self.tokens, self.x, self.z[features], self.xx, self.zx[features], self.zz[features])
+
+    def project(self, basis: Float64[Tensor, "width dimension"]) -> Moments:
+        """Of the projected activations x·basis."""
+        return Moments(self.tokens, self.x @ basis, self.z, basis.T @ self.xx @ basis, self.zx @ basis, self.zz)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A linear readout of every feature: ẑ = z̄ + W(x·basis − x̄).
+
+    Attributes:
+        weight: W.
+        x_mean, z_mean: x̄ of the projected activations, and z̄.
+        spread: standard deviation of each feature's ẑ on the tokens that the readout was fitted to.
+        ridge: the penalty, in units of the mean variance per dimension.
+        basis: what activations are projected on first; None for the activations themselves.
+    """
+
+    weight: Float64[Tensor, "feature dimension"]
+    x_mean: Float64[Tensor, " dimension"]
+    z_mean: Float64[Tensor, " feature"]
+    spread: Float64[Tensor, " feature"]
+    ridge: float
+    basis: Float64[Tensor, "width dimension"] | None = None
+
+
+def fit(training: Moments, validation: Moments, basis: Float64[Tensor, "width dimension"] | None = None, ridges: Sequence[float] = RIDGES) -> Readout:
+    """The readout of both streams together, with the penalty that predicts `validation` best from `training` alone.
+
+    Best is the lowest mean over features of Σ(z − ẑ)² / Σ(z − z̄)²; both come from the sums, so no token is looked at again.
+
+    Raises:
+        CapacityError: where a stream is empty or the activations are all the same.
+    """
+    if basis is not None:
+        training, validation = training.project(basis), validation.project(basis)
+    ridge = choose_ridge(training, validation, ridges) if len(ridges) > 1 else ridges[0]
+    return solve(training.merge(validation), ridge, basis)
+
+
+def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimension"] | None = None) -> Readout:
+    """Ridge regression with an intercept that is not penalised: W = Σ(z − z̄)(x − x̄)ᵀ (Σ(x − x̄)(x − x̄)ᵀ + αI)⁻¹.
+
+    α is `ridge` times the mean over dimensions of Σ(x − x̄)²: scaling the activations or repeating the tokens changes no prediction.
+
+    Raises:
+        CapacityError: where there are no tokens, or the activations are all the same.
+    """
+    if moments.tokens == 0:
+        raise CapacityError("there are no tokens to fit a readout to: give more documents")
+    about = moments.centred()
+    alpha = ridge * float(about.xx.diagonal().mean())
+    if not alpha > 0:
+        raise CapacityError(f"{moments.tokens:,} tokens have the same activation, from which nothing can be read: check the hook point, or give more text")
+    penalised = about.xx + alpha * torch.eye(len(about.xx), dtype=about.xx.dtype, device=about.xx.device)
+    weight = torch.cholesky_solve(about.zx.T, torch.linalg.cholesky(penalised)).T
+    # The normal equations give wᵀ Σ(x − x̄)(x − x̄)ᵀ w without another product of width² · features.
+    explained = (weight * about.zx).sum(1) - alpha * weight.square().sum(1)
+    spread = (explained.clamp(min=0) / moments.tokens).sqrt()
+    return Readout(weight, moments.x / moments.tokens, moments.z / moments.tokens, spread, ridge, basis)
+
+
+def choose_ridge(training: Moments, validation: Moments, ridges: Sequence[float] = RIDGES) -> float:
+    """The penalty with which a readout of `training` predicts `validation` best.
+
+    Raises:
+        CapacityError: where none of the features fires there.
+    """
+    variance = validation.centred().zz if validation.tokens else torch.zeros_like(validation.zz)
+    firing = torch.nonzero((variance > 0) & (training.zz > 0)).view(-1)
+    if not len(firing):
+        raise CapacityError("no feature fires on both the documents to fit and those to choose the ridge by: give more documents")
+    chosen = firing[:: -(-len(firing) // CHOOSING_FEATURES)]
+    training, validation, variance = training.take(chosen), validation.take(chosen), variance[chosen]
+
+    def error(ridge: float) -> float:
+        readout = solve(training, ridge)
+        about, weight = validation.about(readout.x_mean, readout.z_mean), readout.weight
+        squared = about.zz - 2 * (weight * about.zx).sum(1) + ((weight @ about.xx) * weight).sum(1)
+        return float((squared / variance).mean())
+
+    return min(ridges, key=error)
+
+
+def principal_axes(moments: Moments, dimensions: int) -> Float64[Tensor, "width dimension"]:
+    """The directions of largest variance of the activations, at most as many as they have dimensions."""
+    axes: Tensor = torch.linalg.eigh(moments.centred().xx).eigenvectors
+    return axes[:, -dimensions:]

@@ -1,0 +1,145 @@
+"""k-sparse probes (Gurnee et al. 2023, arXiv:2305.01610): which few features of an SAE carry a concept, and at which student width the theorem lets them go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from tl_capacity.checks import checked
+from tl_capacity.errors import CapacityError
+from tl_capacity.measurement import HookMeasurement
+from tl_capacity.plugins import plugins
+from tl_capacity.probing.activations import Activations
+from tl_capacity.probing.concepts import LabelledTexts
+from tl_capacity.probing.probes import Probe, fit_probes
+from tl_capacity.probing.probes import difference as difference_of
+
+FEATURES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class SparseProbe:
+    """A probe that reads k features.
+
+    Attributes:
+        probe: the probe, on those features alone.
+        features: their numbers in the SAE, the most telling first.
+        ranks: of their importance, 1 for the most important of the alive features; None for a feature that the measurement does not know as alive.
+        widths: the narrowest student in which the law keeps each, ⌈rank / ĝ⌉; None where it has no rank.
+    """
+
+    probe: Probe
+    features: tuple[int, ...]
+    ranks: tuple[int | None, ...] = ()
+    widths: tuple[int | None, ...] = ()
+
+    @property
+    def lost_below(self) -> int | None:
+        """The narrowest student in which the law keeps all of them: below this width one goes. None where a rank is missing."""
+        known = [width for width in self.widths if width is not None]
+        return max(known) if known and len(known) == len(self.widths) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The probe, and what it reads."""
+        return {
+            **self.probe.to_json(),
+            "features": list(self.features),
+            "ranks": list(self.ranks),
+            "widths": list(self.widths),
+            "lost_below": self.lost_below,
+        }
+
+
+@checked
+def sparse_probes(
+    latents: Mapping[str, Activations],
+    concepts: Sequence[LabelledTexts],
+    measurement: HookMeasurement | None = None,
+    *,
+    importance: str = "second_moment",
+    law: str = "compressed_sensing",
+    ks: Sequence[int] = FEATURES,
+    seed: int = 0,
+) -> list[SparseProbe]:
+    """Probes of each concept on its k most telling features, for each k.
+
+    Features are chosen on the training split, by the t statistic of their mean pooled latent between the classes, so that what is reported is of documents that
+    had no say in the choice.
+
+    Args:
+        latents: of each concept's texts, by its name: what `collect(…, sae=…)` gives.
+        concepts: the concepts.
+        measurement: of the same SAE, for importance ranks and the law's widths.
+        importance, law: as for predicted floors.
+        ks: numbers of features.
+
+    Raises:
+        CapacityError: where latents are missing or the measurement is of another SAE.
+    """
+    if not ks or min(ks) < 1:
+        raise CapacityError(f"k = {list(ks)} are no numbers of features: pass whole numbers of at least 1")
+    ranks, per_dimension = ({}, 0.0) if measurement is None else _ranked(measurement, importance, law)
+    found = []
+    for concept in concepts:
+        if concept.name not in latents:
+            raise CapacityError(f"there are no latents of the concept {concept.name!r}: collect those of its texts with sae=…")
+        own = latents[concept.name]
+        if measurement is not None and own.width != measurement.summary.d_sae:
+            raise CapacityError(f"the SAE has {own.width:,} latents, and the measurement is of one with {measurement.summary.d_sae:,}: measure this SAE")
+        train = concept.splits[own.texts] == "train"
+        telling = most_telling(own.values[train], concept.labels[own.texts][train], max(ks))
+        for k in ks:
+            chosen = telling[:k]
+            narrowed = Activations(own.hook, own.pooling, own.values[:, chosen], own.texts, own.tokens, own.truncated)
+            (probe,) = fit_probes({concept.name: narrowed}, [concept], control=False, seed=seed)
+            features = tuple(int(feature) for feature in chosen)
+            own_ranks = tuple(ranks.get(feature) for feature in features) if measurement is not None else ()
+            widths = tuple(None if rank is None else narrowest_with(rank, per_dimension) for rank in own_ranks)
+            found.append(SparseProbe(probe, features, own_ranks, widths))
+    return found
+
+
+def most_telling(values: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"], k: int) -> NDArray[np.int64]:
+    """Numbers of the k features whose means differ most between the classes, in units of their standard error (Welch's |t|), the most telling first.
+
+    Features that never vary are not chosen, so there may be fewer than k.
+
+    Raises:
+        CapacityError: where none varies.
+    """
+    one, other = values[labels].astype(np.float64), values[~labels].astype(np.float64)
+    error = np.sqrt(one.var(axis=0) / len(one) + other.var(axis=0) / len(other))
+    apart = np.abs(one.mean(axis=0) - other.mean(axis=0))
+    varies = values.min(axis=0) < values.max(axis=0)
+    if not varies.any():
+        raise CapacityError("no feature of the SAE tells these texts from one another: it is another model's, or all of its latents are silent")
+    # A feature that is constant within each class, but not over both, tells them apart without error.
+    t = np.divide(apart, error, out=np.where(varies, np.inf, -1.0), where=error > 0)
+    return np.argsort(-t, kind="stable")[: min(k, int(varies.sum()))]
+
+
+def narrowest_with(rank: int, per_dimension: float) -> int:
+    """The narrowest width d with ⌊d·ĝ⌋ ≥ rank, in which the law keeps the feature of that rank."""
+    return ceil(rank / per_dimension)
+
+
+def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | None:
+    """The widest student whose probe is less accurate than the teacher's by more than resampled documents explain, the whole 95% interval below zero; None
+    where there is none."""
+    fallen = [student.width for student in students if (high := difference_of(student, teacher, seed).high) is not None and high < 0]
+    return max(fallen, default=None)
+
+
+def _ranked(measurement: HookMeasurement, importance: str, law: str) -> tuple[dict[int, int], float]:
+    """The importance rank of each alive feature, and features per dimension by the law."""
+    values = measurement.importance(importance)
+    alive = np.flatnonzero(measurement.summary.alive)
+    order = alive[np.argsort(-values, kind="stable")]
+    per_dimension = plugins().capacity_laws[law].features_per_dimension(measurement.summary.alpha.value, values)
+    return {int(feature): rank for rank, feature in enumerate(order, 1)}, per_dimension

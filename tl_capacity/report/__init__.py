@@ -1,0 +1,30 @@
+"""The report: figures of every result, and one self-contained HTML page that shows them in order."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_capacity.report.page import find_snippets as find_snippets
+    from tl_capacity.report.page import report_page as report_page
+    from tl_capacity.report.page import write_report as write_report
+    from tl_capacity.report.results import Results as Results
+    from tl_capacity.report.sections import ReportSettings as ReportSettings
+
+_HOMES = {
+    "ReportSettings": "sections",
+    "Results": "results",
+    "find_snippets": "page",
+    "report_page": "page",
+    "write_report": "page",
+}
+
+__all__ = list(_HOMES)
+
+
+# Who only wants a figure in a notebook loads no template.
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tl_capacity.report' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tl_capacity.report.{_HOMES[name]}"), name)

@@ -1,0 +1,674 @@
+"""The sections of the report: each function takes the story, which holds all results, and returns what one section says and shows, as plain text.
+
+A section without data says in a sentence, with a command, how to get it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from math import isfinite
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tl_capacity.decompose import PAPER, Decomposition
+from tl_capacity.distillation.observed import ObservedFloor
+from tl_capacity.errors import CapacityError
+from tl_capacity.floors import FloorPrediction, error_warnings
+from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.measurement import HookMeasurement, Measurement
+from tl_capacity.plan import kept_shares, show_share
+from tl_capacity.plugins import plugins
+from tl_capacity.report import figures
+from tl_capacity.report.results import RECOVERED, RecoveryRow, Results, probe_rows, recoverability_rows
+from tl_capacity.report.snippets import Edge, ShownFeature, Snippet, shown_features
+from tl_capacity.suite import suites
+from tl_capacity.summary import DOCUMENT_GROUPS, REPLICATES, Estimate
+
+CANDIDATES = 8
+"""Of a decomposition that are shown before a click."""
+PROBE_FIGURES = 8
+"""Concepts that get a figure; the table has all."""
+Snippets = Mapping[tuple[int, int], Sequence[Snippet]]
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What the page shows.
+
+    Attributes:
+        widths: student widths; none for those distilled, or some between a sixteenth of the teacher's width and all of it.
+        importance, law: of the predictions.
+        hook: the hook point that the verdict is about; None for the middle one.
+        observed: "fit" or "last_tenth", as in `decompose`.
+    """
+
+    widths: tuple[int, ...] = ()
+    importance: str = "second_moment"
+    law: str = "compressed_sensing"
+    hook: str | None = None
+    observed: str = "fit"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: what it says, its interval or other small print, and what it sorts by."""
+
+    text: str
+    small: str = ""
+    order: int | float | str | None = None
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table whose columns can be sorted; a `folded` one is opened with a click on its title."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page.
+
+    Attributes:
+        missing: in a sentence, why there is nothing to see; `command`, how to get it.
+    """
+
+    id: str
+    title: str
+    text: Sequence[str] = ()
+    figures: Sequence[tuple[str, go.Figure, str]] = ()
+    tables: Sequence[PageTable] = ()
+    missing: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Story:
+    """What all sections share, computed once."""
+
+    results: Results
+    settings: ReportSettings
+    widths: tuple[int, ...]
+    law: CapacityLaw
+    main: HookMeasurement
+    floors: Mapping[int, Sequence[FloorPrediction]]
+    edges: Mapping[int, Sequence[Edge]]
+    observed: Sequence[ObservedFloor] = ()
+    decomposition: Decomposition | None = None
+    undecomposed: str = ""
+    snippets: Snippets = field(default_factory=dict)
+    snippets_note: str = ""
+
+    @property
+    def measurement(self) -> Measurement:
+        return self.results.measurement
+
+    @property
+    def unit(self) -> str:
+        return str(plugins().importance_estimators[self.settings.importance].unit)
+
+    def name(self, hook: HookMeasurement) -> str:
+        return figures.name(self.measurement, hook)
+
+
+def verdict(story: Story) -> list[str]:
+    hook, s, p = story.main, story.main.summary, story.measurement.provenance
+    if not 0 < s.alpha.value < 1:
+        alive = int(s.n_alive.value)
+        return [
+            f"{_where(story, hook)} of {p.model} has {alive:,} alive features at L0 = {s.l0.show(',.2f')}, for which no sparsity is defined: count more tokens."
+        ]
+    star = s.critical_width
+    fits = "of the teacher's" if star.value <= hook.width else "more than the teacher's"
+    sentences = [
+        f"{_where(story, hook)} of {p.model} holds F = {s.n_alive.show(',.0f')} alive features at L0 = {s.l0.show(',.2f')}, so by the minimum-width theorem a "
+        f"student needs d* = {star.show(',.1f')} {fits} {hook.width:,} dimensions to keep them all."
+    ]
+    floor = _verdict_floor(story)
+    if floor is not None:
+        kept = kept_shares(hook, [floor.width], story.settings.importance, story.law)[0]
+        worth = floor.predicted_floor.show(_digits(floor.predicted_floor.value))
+        sentences.append(
+            f"A student of width {floor.width:,} keeps about {show_share(kept)} of them; its predicted floor is {worth} {floor.unit} per token, "
+            f"{100 * floor.share:.3g}% of what all of them are worth."
+        )
+    if story.decomposition is not None:
+        sentences.append(f"Of the students that were distilled: {_short(story, story.decomposition.verdict())}.")
+    return sentences
+
+
+def intervals_apart(text: str) -> list[tuple[str, bool]]:
+    """A sentence in pieces, each with whether it is an interval, which the page sets smaller."""
+    return [(piece, piece.startswith("[")) for piece in re.split(r"(\[[^\]]*\])", text) if piece]
+
+
+def _where(story: Story, hook: HookMeasurement) -> str:
+    """A hook point at the beginning of a sentence."""
+    name = story.name(hook)
+    return f"{name[:1].upper()}{name[1:]} ({hook.hook})" if name.startswith("layer ") else name
+
+
+def _verdict_floor(story: Story) -> FloorPrediction | None:
+    """The floor of the width that is nearest to half of the hook point's."""
+    mine = story.floors.get(_place(story.measurement, story.main), ())
+    return min(mine, key=lambda f: abs(f.width - story.main.width / 2), default=None)
+
+
+def tiles(story: Story) -> list[tuple[str, Cell]]:
+    s, hook = story.main.summary, story.main
+    tiles = [("alive features F", _estimate(s.n_alive, ",.0f")), (f"critical width d*; the teacher has {hook.width:,}", _estimate(s.critical_width, ",.1f"))]
+    floor = _verdict_floor(story)
+    if floor is not None:
+        tiles.append((f"predicted floor at width {floor.width:,}, {floor.unit} per token", _estimate(floor.predicted_floor)))
+    tiles.append(("FVU of the SAE", Cell("not checked") if s.fvu is None else _estimate(s.fvu, ".3f")))
+    return tiles
+
+
+def notes(story: Story) -> list[str]:
+    """What a reader must know, what holds at several hook points said once."""
+    measurement = story.measurement
+    found = list(measurement.warnings)
+    if all(0 < h.summary.alpha.value < 1 for h in measurement):
+        found += error_warnings(measurement, story.widths, story.law.name)
+    grouped: dict[str, list[str]] = {}
+    hooks = {name for h in measurement for name in (h.hook, h.sae, f"{h.hook}, {h.sae}")}
+    for note in found:
+        where, colon, what = note.partition(": ")
+        at = where if colon and where in hooks else ""
+        grouped.setdefault(what if at else note, []).extend([at] if at else [])
+    notes = [f"{', '.join(dict.fromkeys(where))}: {what}" if where else what for what, where in grouped.items()]
+    notes += [f"{story.law.name}: {story.law.caveat}"] if story.law.caveat else []
+    return [sentence(note) for note in [*notes, *(story.decomposition.notes()[1:] if story.decomposition is not None else [])]]
+
+
+# The sections
+
+
+def _layers(story: Story, empty: Section) -> Section:
+    rows = []
+    for row, hook in zip(story.measurement.budget(max_fvu=None, law=story.law.name).rows(), story.measurement, strict=True):
+        alone = sum(h.hook == hook.hook for h in story.measurement) == 1
+        rows.append(
+            [
+                _words(hook.hook, f"d = {hook.width:,}" + ("" if alone else f" · {hook.sae}")),
+                _estimate(row["F"], ",.0f"),
+                _estimate(row["L0"], ",.2f"),
+                _estimate(row["alpha"], ".4f"),
+                _estimate(row["g"], ",.2f"),
+                _estimate(row["budget"], ",.0f"),
+                _estimate(row["d*"], ",.1f"),
+                _estimate(row["d*_het"], ",.1f"),
+                Cell("not checked", order=-1) if row["FVU"] is None else _estimate(row["FVU"], ".3f"),
+            ]
+        )
+    header = ["hook point", "F alive", "L0", "α = 1 − L0/F", "g(α)", "budget d·ĝ", "d* = F/g(α)", "d*_het", "FVU"]
+    text = [
+        "F counts the features whose firing rate exceeds the alive threshold, L0 is the mean number that are active on a token. One dimension holds "
+        "g(α) = 1/((1−α) ln(1/(1−α))) features, so d* is the narrowest student that can keep them all; d*_het = Σ p ln(1/p) lets each feature have its own "
+        "rate. FVU is the variance that the SAE leaves unexplained: what it misses is in no feature and in no floor."
+    ]
+    s = story.main.summary
+    title = f"{s.n_tokens:,} tokens of {s.n_documents:,} documents; 95% intervals over documents. A click on a heading sorts."
+    return replace(empty, text=text, tables=[PageTable(title, header, rows)])
+
+
+def _importance(story: Story, empty: Section) -> Section:
+    hook = story.main.hook if sum(h.hook == story.main.hook for h in story.measurement) == 1 else None
+    figure = figures.importance_figure(story.measurement, story.widths, story.settings.importance, story.law.name, hook)
+    caption = (
+        "Bands are 95% intervals over documents. Markers show where the budget of each student width ends: what is to the right is lost. Dotted lines, some "
+        f"labelled with the width, are those of {story.name(story.main)}."
+    )
+    return replace(empty, figures=[("importance", figure, caption)])
+
+
+def _firing_rates(story: Story, empty: Section) -> Section:
+    rows = []
+    for hook in story.measurement:
+        s = hook.summary
+        never = int((s.firing_rates == 0).sum())
+        counted = [_estimate(estimate, ",.0f") for estimate in s.alive_at.values()]
+        rows.append([_words(story.name(hook)), *counted, _estimate(s.features_chao2, ",.0f"), _number(never), _number(s.dense_latents)])
+    thresholds = [f"F at p > {figures.power_of_ten(t)}" for t in story.main.summary.alive_at]
+    header = ["hook point", *thresholds, "can fire (Chao2)", "never fired", "dense, p > 1/e"]
+    text = [
+        "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million to place a feature to within 10%. Chao2 "
+        "estimates from features that only one or two documents showed how many can fire at all."
+    ]
+    caption = "The thick line is the alive threshold of this report, thin dotted ones are others; above 1/e a latent is too dense for g(α)."
+    return replace(
+        empty,
+        text=text,
+        figures=[("firing-rates", figures.firing_rate_figure(story.measurement), caption)],
+        tables=[PageTable("Features at several thresholds, with 95% intervals", header, rows)],
+    )
+
+
+def _suite(story: Story, empty: Section) -> Section:
+    found = suites(story.measurement)
+    text = [
+        "d* = F/g(α) is the same number as L0 · ln(F/L0): it rests on the dictionary's L0, which whoever trained the SAE chose. One d* is a statement about "
+        "the model and that SAE together; over several SAEs of one hook point it shows how much is the model's."
+    ]
+    if not found:
+        return replace(
+            empty,
+            text=text,
+            missing="Each hook point was measured with one SAE, so it is not known how far d* rests on that choice: measure several at one hook point.",
+            command=f"tl-capacity measure --model {_quoted(story.measurement.provenance.model)} --sae SAE --sae SAE_OF_ANOTHER_L0 --out runs/suite",
+        )
+    text += [sentence(suite.statement()) for suite in found]
+    rows = [
+        [
+            _words(hook.sae, hook.hook),
+            _number(hook.summary.d_sae),
+            _estimate(hook.summary.l0, ",.2f"),
+            _estimate(hook.summary.n_alive, ",.0f"),
+            _estimate(hook.summary.critical_width, ",.1f"),
+            _estimate(hook.summary.heterogeneous_critical_width, ",.1f"),
+            Cell("not checked", order=-1) if hook.summary.fvu is None else _estimate(hook.summary.fvu, ".3f"),
+        ]
+        for suite in found
+        for hook in suite.saes
+    ]
+    return replace(
+        empty,
+        text=text,
+        figures=[("suite", figures.suite_figure(story.measurement), "Error bars are 95% intervals over documents, often smaller than the markers.")],
+        tables=[PageTable("SAEs of one hook point", ["SAE", "latents", "L0", "F alive", "d*", "d*_het", "FVU"], rows)],
+    )
+
+
+def _floors(story: Story, empty: Section) -> Section:
+    labelled = [replace(f, hook=story.name(story.measurement.hooks[place])) for place, mine in story.floors.items() for f in mine]
+    if not labelled:
+        raise CapacityError("no hook point has enough alive features for a prediction: count more tokens")
+    same_unit = story.settings.importance == "decoder_weighted"
+    errors = {story.name(h): h.summary.reconstruction_error for h in story.measurement} if same_unit else {}
+    drawn = figures.floors_figure(labelled, {name: error for name, error in errors.items() if error is not None})
+    unit = f"{story.unit} per token"
+    caption = f"Predicted floor L*(d_S), the importance ({story.settings.importance}) of what a student of that width cannot keep, with 95% intervals."
+    section_figures = [("predicted-floors", drawn, caption)]
+    tables = _floor_tables(story)
+    text = [
+        f"A student of width d_S keeps the F_S = min(⌊d_S · ĝ(α)⌋, F) most important features and loses the importance of the rest. The unit is {unit}"
+        + ("." if story.unit.startswith("nats") else ", so a predicted floor can be compared with a loss in nats only through a fitted factor C.")
+    ]
+    section = replace(empty, text=text, figures=section_figures, tables=tables)
+    if story.results.run is None:
+        widths = ",".join(map(str, story.widths))
+        teacher = _quoted(story.measurement.provenance.model)
+        return replace(
+            section,
+            missing="No student was distilled, so nothing was observed that could contradict the prediction.",
+            command=f"tl-capacity run distill --teacher {teacher} --widths {widths} --tokens 1000000 --repeat --out runs/students\n"
+            f"tl-capacity report {_quoted(story.results.folder)} runs/students",
+        )
+    if story.observed:
+        observed = figures.observed_figure(story.observed, story.decomposition, story.settings.observed)
+        section_figures.append(("observed-floors", observed, "Observed floors of the distilled students, in nats per token, with 95% intervals of the fit."))
+        tables.append(_observed_table(story))
+    found = story.decomposition
+    if found is None:
+        return replace(section, missing=sentence(f"Predicted and observed floors could not be compared: {story.undecomposed}"))
+    text.append(f"{_short(story, found.verdict())}.")
+    tables += _candidate_tables(story, found)
+    return section
+
+
+def _floor_tables(story: Story) -> list[PageTable]:
+    """The floors at the hook point of the verdict, and folded those at all."""
+
+    def cells(f: FloorPrediction) -> list[Cell]:
+        share, naive = Cell(f"{100 * f.share:.3g}%", order=f.share), Cell(f"{f.naive_floor:{_digits(f.naive_floor)}}", order=f.naive_floor)
+        return [_number(f.features_lost), _estimate(f.predicted_floor), share, naive]
+
+    header = ["lost", f"predicted floor, {story.unit} per token", "share of all importance", "naive floor"]
+    title = f"importance {story.settings.importance}, law {story.law.name}"
+    main = _place(story.measurement, story.main)
+    tables = []
+    if main in story.floors:
+        kept = kept_shares(story.main, story.widths, story.settings.importance, story.law)
+        rows = [
+            [_number(f.width), Cell(f"{f.features_kept:,}", show_share(share), f.features_kept), *cells(f)]
+            for f, share in zip(story.floors[main], kept, strict=True)
+        ]
+        tables.append(PageTable(f"Predicted floors at {story.name(story.main)}: {title}", ["width d_S", "kept F_S", *header], rows))
+    if set(story.floors) - {main}:
+        rows = [
+            [Cell(story.name(story.measurement.hooks[place]), order=place), _number(f.width), _number(f.features_kept), *cells(f)]
+            for place, mine in story.floors.items()
+            for f in mine
+        ]
+        tables.append(
+            PageTable(f"Predicted floors at all {len(story.floors)} hook points: {title}", ["hook point", "width d_S", "kept F_S", *header], rows, True)
+        )
+    return tables
+
+
+def _observed_table(story: Story) -> PageTable:
+    predicted = {} if story.decomposition is None else story.decomposition.predicted
+    rows = [
+        [
+            _words(f.name, "began with the teacher's weights" if f.start == "teacher" else ""),
+            _number(f.width),
+            _number(f.seed),
+            Cell("not fitted", order=f.value) if f.low is None else _estimate(Estimate(f.value, f.low, f.high), ".4f"),
+            Cell(f"{f.last_tenth:.4f}", order=f.last_tenth),
+            Cell("" if f.low is None else f"{f.falling:.4f}", order=f.falling),
+            _estimate(predicted[f.width]) if f.width in predicted and f.start != "teacher" else Cell(""),
+        ]
+        for f in story.observed
+    ]
+    header = [
+        "student",
+        "width d_S",
+        "seed",
+        "L∞ of the fit, nats per token",
+        "mean of the last tenth",
+        "still falling by",
+        f"predicted, {story.unit} per token",
+    ]
+    return PageTable("Observed floors", header, rows)
+
+
+def _candidate_tables(story: Story, found: Decomposition) -> list[PageTable]:
+    """The best candidates with the rivals and the prediction asked for, and folded all of them."""
+    rows = {
+        place: [
+            _number(place),
+            _words(_short(story, f.candidate.name), f"{f.candidate.kind}{', asked for' if f is found.chosen else ''}"),
+            Cell("too few widths", order=float("inf")) if f.error is None else Cell(f"{f.error:.4f}", order=f.error),
+            Cell(f"{f.r2:.4f}", order=f.r2),
+            Cell("") if f.c is None else _estimate(f.c, ".3g"),
+            _estimate(f.b, ".3g"),
+            Cell("" if f.exponent is None else f"{f.exponent:.2f}", order=f.exponent or 0.0),
+        ]
+        for place, f in enumerate(found.fits, 1)
+    }
+    header = ["place", "candidate", "error, nats per token", "R²", "C", "B, nats per token", "exponent"]
+    first = [rows[place] for place, f in enumerate(found.fits, 1) if place <= CANDIDATES or f is found.chosen or f.candidate.kind == "rival"]
+    title = "What explains the observed floors: observed = C · candidate + B, the smallest error at a width that was left out first"
+    tables = [PageTable(title, header, first)]
+    return tables if len(first) == len(rows) else [*tables, PageTable(f"All {len(rows)} candidates", header, list(rows.values()), True)]
+
+
+def _short(story: Story, text: str) -> str:
+    """A sentence of a decomposition with short names of hook points, and without the law where it is the theorem's own."""
+    for hook in sorted(story.measurement, key=lambda h: -len(h.hook)):
+        text = text.replace(f" at {hook.hook}", f" at {figures.short_hook(story.measurement, hook.hook)}")
+    return text.replace(f", {PAPER}", "")
+
+
+def _curves(story: Story, empty: Section) -> Section:
+    run = story.results.run
+    if run is None:
+        command = f"tl-capacity report {_quoted(story.results.folder)} runs/students"
+        return replace(empty, missing="There are no training curves, as no distillation was given: once there is one, name its folder.", command=command)
+    text = [
+        f"{run.teacher}, d = {run.teacher_width:,}, distilled on {run.students[0].tokens[-1]:,} tokens of {run.source or 'text'}; judged in nats per token at "
+        f"temperature 1 on {run.heldout_tokens:,} held-out tokens. Not the last value is the floor but where the curve is heading."
+    ]
+    caption = "Thin dotted lines are the fits L∞ + a·t^−b, thin dashed ones their asymptotes L∞."
+    figure = figures.curves_figure(run, story.observed)
+    return replace(empty, text=text, figures=[("curves", figure, caption)])
+
+
+def _probes(story: Story, empty: Section) -> Section:
+    if story.results.probes is None:
+        return replace(
+            empty,
+            missing="No probe was trained, so it is not known which concepts the students' activations still tell apart.",
+            command=f"tl-capacity run probe --help\ntl-capacity report {_quoted(story.results.folder)} runs/students runs/probes",
+        )
+    rows = probe_rows(story.results.probes)
+    drawn = []
+    for place, concept in enumerate(list(dict.fromkeys(row.concept for row in rows))[:PROBE_FIGURES]):
+        series = [
+            {"series": row.kind, "width": row.width, "value": row.accuracy.value, "low": row.accuracy.low, "high": row.accuracy.high, "baseline": row.baseline}
+            for row in rows
+            if row.concept == concept
+        ]
+        majority = {"series": "commoner class", "low": None, "high": None, "baseline": True}
+        series += [{**majority, "width": r.width, "value": r.majority} for r in rows if r.concept == concept and not r.baseline and r.majority is not None]
+        drawn.append((f"probes-{place}", figures.series_figure(series, "accuracy"), concept))
+    cells = [
+        [
+            _words(row.concept),
+            _words(row.kind, "baseline" if row.baseline else ""),
+            _number(row.width),
+            _estimate(row.accuracy, ".3f"),
+            Cell("") if row.majority is None else Cell(f"{row.majority:.3f}", order=row.majority),
+            Cell("") if row.selectivity is None else Cell(f"{row.selectivity:.3f}", order=row.selectivity),
+        ]
+        for row in rows
+    ]
+    text = [
+        "Accuracy of a logistic regression on activations of unseen documents, with 95% intervals. Dotted lines are baselines: what a model with random "
+        "weights, principal components or a bag of embeddings tell as well says nothing about the student. Selectivity is the accuracy above that of a "
+        "control task."
+    ]
+    header = ["concept", "read", "width d_S", "accuracy", "commoner class", "selectivity"]
+    return replace(empty, text=text, figures=drawn, tables=[PageTable("All probes", header, cells, folded=len(cells) > 12)])
+
+
+def _recoverability(story: Story, empty: Section) -> Section:
+    if story.results.recoverability is None:
+        return replace(
+            empty,
+            missing="Recoverability was not measured, so it is not known whether the features that the students kept are the ones that the theorem names.",
+            command=f"tl-capacity run recover --help\ntl-capacity report {_quoted(story.results.folder)} runs/students runs/recoverability",
+        )
+    rows = recoverability_rows(story.results.recoverability)
+    series = [
+        {
+            "series": f"{label}{which}",
+            "width": row.width,
+            "value": row.counts[key].value,
+            "low": row.counts[key].low,
+            "high": row.counts[key].high,
+            "baseline": key != "kept",
+        }
+        for row, which in zip(rows, _which(rows), strict=True)
+        for key, label in RECOVERED.items()
+        if key in row.counts
+    ]
+    header = ["hook point", "width d_S", "AUROC ≥ τ", *(RECOVERED[key] for key in RECOVERED), "features"]
+    cells = [
+        [
+            _words(_short(story, f" at {row.hook}").removeprefix(" at ")),
+            _number(row.width),
+            Cell(f"{row.tau:g}" if isfinite(row.tau) else "", order=row.tau),
+            *(_estimate(row.counts[key], ",.0f") if key in row.counts else Cell("") for key in RECOVERED),
+            _number(row.n_features),
+        ]
+        for row in rows
+    ]
+    text = [
+        "A feature counts as kept where a linear readout of the student's activations tells, on held-out documents, at an AUROC of at least τ where it fires. "
+        "The teacher's own activations are the ceiling, a student with random weights the floor. The theorem speaks of the budget."
+    ]
+    caption = "Dotted: what the student is compared with. Error bars are 95% intervals over documents."
+    return replace(
+        empty,
+        text=text,
+        figures=[("recoverability", figures.series_figure(series, "features"), caption)],
+        tables=[PageTable("Features that linear readouts find", header, cells)],
+    )
+
+
+def _which(rows: Sequence[RecoveryRow]) -> list[str]:
+    """What tells the series of recoverability rows apart: hook point and τ, where there are several."""
+    hooks, taus = len({row.hook for row in rows}) > 1, len({row.tau for row in rows}) > 1
+    return [(f" at {row.hook}" if hooks else "") + (f", τ = {row.tau:g}" if taus else "") for row in rows]
+
+
+SECTIONS: tuple[tuple[Section, Callable[[Story, Section], Section]], ...] = (
+    (Section("layers", "What each layer holds"), _layers),
+    (Section("importance", "How importance is spread, and where each width's budget ends"), _importance),
+    (Section("firing-rates", "How often features fire"), _firing_rates),
+    (Section("suite", "Critical width and the dictionary's L0"), _suite),
+    (Section("floors", "Predicted and observed floors"), _floors),
+    (Section("training", "Training curves and where they are heading"), _curves),
+    (Section("probes", "What students still know: probes"), _probes),
+    (Section("recoverability", "Features that students kept"), _recoverability),
+)
+"""The sections with figures and tables in their order, empty, and what fills each."""
+
+
+def all_sections(story: Story) -> list[Section]:
+    """Every section with figures and tables; in place of one that cannot be, the reason."""
+    return [_filled(story, empty, fill) for empty, fill in SECTIONS]
+
+
+def _filled(story: Story, empty: Section, fill: Callable[[Story, Section], Section]) -> Section:
+    try:
+        return fill(story, empty)
+    except CapacityError as problem:
+        return replace(empty, missing=sentence(str(problem)))
+
+
+# Which features go first
+
+
+def features(story: Story) -> dict[str, Any]:
+    """What the page's script needs for the lists of features, every number as text."""
+    hooks = []
+    for place, around in story.edges.items():
+        hook = story.measurement.hooks[place]
+        latents = sorted({latent for edge in around for latent in (*edge.kept, *edge.lost)})
+        known = shown_features(hook, latents, story.settings.importance)
+        hooks.append(
+            {
+                "name": story.name(hook),
+                "main": hook is story.main,
+                "edges": [{"width": e.width, "n_kept": f"{e.n_kept:,}", "n_lost": f"{e.n_lost:,}", "kept": list(e.kept), "lost": list(e.lost)} for e in around],
+                "features": {str(latent): _shown_feature(story, place, feature) for latent, feature in known.items()},
+            }
+        )
+    return {"unit": story.unit, "hooks": hooks, "snippets": bool(story.snippets)}
+
+
+def _shown_feature(story: Story, place: int, feature: ShownFeature) -> dict[str, Any]:
+    return {
+        "rank": f"{feature.rank:,}",
+        "importance": feature.importance.show("#.3g"),
+        "rate": show_share(Estimate(*(None if v is None else min(1.0, v) for v in vars(feature.rate).values()))),  # type: ignore[arg-type]
+        "snippets": [
+            {
+                "strength": f"{snippet.strength:.3g}",
+                "document": snippet.document,
+                "pieces": _joined(snippet),
+            }
+            for snippet in story.snippets.get((place, feature.latent), ())
+        ],
+    }
+
+
+def _joined(snippet: Snippet) -> list[tuple[str, float]]:
+    """The pieces with neighbours of equal share joined: most of the text is not active, and the page is smaller for it."""
+    rounded = [(text, round(share, 2)) for text, share in snippet.pieces]
+    return [("".join(text for text, _ in run).replace("\n", "⏎"), share) for share, run in groupby(rounded, key=lambda piece: piece[1])]
+
+
+def features_missing(story: Story) -> str:
+    return "" if story.edges else "No hook point has enough alive features to rank: count more tokens."
+
+
+# Method
+
+
+def method(story: Story) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Titled lists of what decided the figures."""
+    m, p, s = story.measurement, story.measurement.provenance, story.main.summary
+    masked = ", ".join(f"{count:,} {reason}" for reason, count in s.masked.items())
+    estimator = plugins().importance_estimators[story.settings.importance]
+    settings = {name: value for name, value in p.settings.items() if name != "masked_token_ids"}
+    measured = [
+        ("model", f"{p.model}, {p.dtype}, revision {(p.revision or 'unknown')[:16]}"),
+        ("text", f"{p.source}: {s.n_tokens:,} counted tokens of {s.n_documents:,} documents; shards {', '.join(map(str, p.shards))} of {p.shard_count}"),
+        ("masked tokens", f"{masked}; special and first positions (BOS) hold {s.masked_norm_share:.1%} of Σ‖x‖² and are not counted"),
+        ("settings", ", ".join(f"{name} {value}" for name, value in settings.items()) or "none recorded"),
+        ("alive", f"firing rate > {s.alive_threshold:g}"),
+        ("time", f"{p.seconds:,.0f} s"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in p.versions.items()) or "not recorded"),
+    ]
+    groups = [("Measurement", measured)]
+    groups.append(
+        ("Dictionaries", [(story.name(h), f"{h.sae}: {h.architecture}, {h.summary.d_sae:,} latents, SHA-256 {h.sae_digest[:12]}") for h in m]),
+    )
+    groups.append(
+        (
+            "Predictions",
+            [
+                ("importance", f"{story.settings.importance}: {estimator.summary or 'no description'} ({story.unit})"),
+                ("law", f"{story.law.name}: {story.law.summary}"),
+                ("intervals", f"95%, bootstrap over documents in {DOCUMENT_GROUPS} groups, {REPLICATES} replicates"),
+            ],
+        )
+    )
+    run = story.results.run
+    if run is not None:
+        chosen = ", ".join(f"{name} {value}" for name, value in run.settings.items())
+        groups.append(
+            (
+                "Distillation",
+                [
+                    ("teacher", f"{run.teacher}, d = {run.teacher_width:,}"),
+                    ("text", f"{run.source}; held out: {run.heldout_tokens:,} tokens of {run.heldout_source or run.source}"),
+                    ("settings", chosen),
+                    ("time", f"{run.seconds:,.0f} s"),
+                ],
+            )
+        )
+    return [(title, [(key, value) for key, value in rows]) for title, rows in groups]
+
+
+# Small things
+
+
+def _digits(value: float) -> str:
+    """Four significant digits, and no powers of ten for thousands."""
+    return ",.0f" if abs(value) >= 1000 else ".4g"
+
+
+def _estimate(estimate: Estimate, digits: str = "") -> Cell:
+    """A number with its interval beneath it."""
+    if not isfinite(estimate.value):
+        return Cell("undefined", order=float("-inf"))
+    digits = digits or _digits(estimate.value)
+    interval = "" if estimate.low is None or estimate.high is None else f"[{estimate.low:{digits}}, {estimate.high:{digits}}]"
+    return Cell(f"{estimate.value:{digits}}", interval, estimate.value)
+
+
+def _words(text: str, small: str = "") -> Cell:
+    """Text that sorts as such."""
+    return Cell(text, small, text)
+
+
+def _number(value: int) -> Cell:
+    return Cell(f"{value:,}", order=value)
+
+
+def sentence(text: str) -> str:
+    """A message as a sentence of its own."""
+    text = text.strip()
+    if text.partition(" ")[0].isalpha():  # no name of a hook point
+        text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _quoted(text: str) -> str:
+    return shlex.quote(text)
+
+
+def _place(measurement: Measurement, hook: HookMeasurement) -> int:
+    return next(place for place, each in enumerate(measurement) if each is hook)
