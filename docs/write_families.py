@@ -145,11 +145,10 @@ class Tiny:
             handle.remove()
             return (self.sae.encode(seen[0][:, 1:].flatten(0, 1)) != 0).sum(0).numpy()
 
-    def observe(self, model: Any, importance: str = "second_moment") -> Measurement:
-        """Tap any form of the model and compare what is counted."""
+    def count(self, model: Any, importance: str = "second_moment") -> Measurement:
+        """Tap any form of the model and count."""
         with add_capacity_hooks(model, {HOOK: self.sae}, importance=[importance], mask_token_ids=[0]) as capacity:
             capacity.run(self.tokens, progress=False)
-        self.compare(capacity.measurement())
         return capacity.measurement()
 
     def compare(self, measurement: Measurement) -> None:
@@ -182,15 +181,15 @@ def probe(tiny: Tiny) -> None:
 
 
 def hugging_face(tiny: Tiny) -> None:
-    tiny.observe(tiny.model)
+    tiny.compare(tiny.count(tiny.model))
 
 
 def bridge(tiny: Tiny) -> None:
-    tiny.observe(tiny.bridge)
+    tiny.compare(tiny.count(tiny.bridge))
 
 
 def hooked_transformer(tiny: Tiny) -> None:
-    tiny.observe(tiny.hooked_transformer)
+    tiny.compare(tiny.count(tiny.hooked_transformer))
 
 
 def stops(tiny: Tiny) -> None:
@@ -198,7 +197,7 @@ def stops(tiny: Tiny) -> None:
     for model in forms(tiny):
         ran: list[Any] = []
         handle = last_block(model).register_forward_hook(lambda *_, ran=ran: ran.append(None))
-        tiny.observe(model)
+        tiny.count(model)
         handle.remove()
         if ran:
             raise CapacityError(f"{type(model).__name__} runs on after the tapped layer")
@@ -206,7 +205,7 @@ def stops(tiny: Tiny) -> None:
 
 def gradient(tiny: Tiny) -> None:
     """Whether importances in nats are the same in every form."""
-    found = [tiny.observe(model, "gradient")[HOOK].importance("gradient") for model in forms(tiny)]
+    found = [tiny.count(model, "gradient")[HOOK].importance("gradient") for model in forms(tiny)]
     for other in found[1:]:
         if not np.allclose(other, found[0], rtol=1e-3, atol=1e-5 * found[0].max()):
             raise CapacityError("the forms of the model differ in their gradients")

@@ -241,7 +241,7 @@ def figure(result: ProbeResult) -> Any:
     n_rows = -(-len(result.concepts) // columns)
     titles = [f"{c.classes[0]} or {c.classes[1]}" for c in result.concepts]
     made = make_subplots(rows=n_rows, cols=columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.3 / n_rows)
-    teacher = result.trained[0]
+    teacher, widths = result.trained[0], sorted({probed.width for probed in result.trained})
     for i in range(len(result.concepts)):
         at = {"row": i // columns + 1, "col": i % columns + 1, "showlegend": i == 0}
         for kind, (colour, symbol) in SHOWN.items():
@@ -266,14 +266,15 @@ def figure(result: ProbeResult) -> Any:
             )
         lines = {"majority": teacher.probes[i].majority, "control task (teacher)": teacher.probes[i].control_accuracy}
         lines |= {probed.kind: probed.probes[i].accuracy.value for probed in result.probed if probed.kind == EMBEDDINGS}
-        widths = [min(p.width for p in result.trained), max(p.width for p in result.trained)]
         for (name, value), dash in zip(lines.items(), ("dot", "dashdot", "dash"), strict=False):
             if value is not None:
-                made.add_scatter(x=widths, y=[value] * 2, mode="lines", name=name, legendgroup=name, line={"color": "gray", "dash": dash}, **at)
-    made.update_xaxes(title="width", type="log")
+                made.add_scatter(
+                    x=[widths[0], widths[-1]], y=[value] * 2, mode="lines", name=name, legendgroup=name, line={"color": "gray", "dash": dash}, **at
+                )
+    made.update_xaxes(title={"text": "width", "standoff": 2}, type="log", tickvals=widths)
     made.update_yaxes(range=[0.4, 1.02])
     made.update_yaxes(title="accuracy", col=1)
-    made.update_layout(template="plotly_white", height=130 + 260 * n_rows, legend={"orientation": "h", "y": -0.15 / n_rows, "yanchor": "top"})
+    made.update_layout(template="plotly_white", height=130 + 260 * n_rows, legend={"orientation": "h", "y": 1 + 0.2 / n_rows, "yanchor": "bottom"})
     return made
 
 
@@ -341,7 +342,7 @@ def _dictionary(config: ProbeConfig, teacher: LoadedModel, measurement: Measurem
     measured, of = measurement[config.hook], measurement.provenance
     if of.revision != teacher.revision:
         raise CapacityError(f"{config.measurement} was measured on {of.model!r} with other weights than {teacher.name!r} has: pass the teacher's measurement")
-    sae = sae or dictionary(measured, teacher, of, config.device)
+    sae = sae if sae is not None else dictionary(measured, teacher, of, config.device)  # an SAE has a length, so its truth is asked of that
     if dictionary_digest(sae) != measured.sae_digest:
         raise CapacityError(f"{config.measurement} was measured with another SAE at {config.hook}: pass its own with --sae, or leave that out")
     return sae, measured

@@ -32,6 +32,14 @@ def tiny(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield made
 
 
+@pytest.mark.parametrize("tiny", BOTH_CLASSES, indirect=True)
+def test_each_form_counts_what_a_dense_computation_does_and_all_agree_in_nats(tiny: Any) -> None:
+    forms = list(write_families.forms(tiny))
+    assert [type(form).__name__ for form in forms[1:]] == ["TransformerBridge", "HookedTransformer"]
+    for trial in ("hugging_face", "bridge", "hooked_transformer", "stops", "gradient"):
+        getattr(write_families, trial)(tiny)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", write_families.ARCHITECTURES)
 def test_the_table_says_what_works(architecture: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from tl_capacity.recipes.pythia_floor import IMPORTANCES, PRESETS, main
+from tl_capacity.recipes.pythia_floor import IMPORTANCES, PRESETS, PythiaFloorConfig, main, probe
 
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, observed_floors
@@ -101,16 +102,17 @@ def test_a_measurement_can_be_given(setup: Path, finished: Path, tmp_path: Path)
 @pytest.mark.usefixtures("unchecked")
 def test_students_are_probed_where_concepts_are_named(setup: Path, finished: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(1)
-    rows = [{"text": " ".join(f"w{i}" for i in random.integers(1, 40 + 50 * (row % 2), size=9)), "label": row % 2} for row in range(150)]
+    rows = [{"text": " ".join(f"w{i}" for i in random.integers(1, 40 + 50 * (row % 2), size=9)), "label": row % 2} for row in range(60)]
     concept = tmp_path / "words.jsonl"
     concept.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe.run(main, options(setup, finished, "--concepts", str(concept)))
     probes = json.loads((finished / "probes" / "probes.json").read_text())
     assert {row["width"] for row in probes["probes"] if row["kind"] == "trained"} == {*WIDTHS, 32}
     assert all(width is None or width >= 1 for sparse in probes["sparse"] for width in sparse["widths"])
-    recipe.run(main, options(setup, finished, "--concepts", str(concept)))
+    again = PythiaFloorConfig(out=finished, concepts=(str(concept),))
+    probe(again, Measurement.load(finished / "measurement"))  # which leaves what is there
     with pytest.raises(CapacityError, match="go on with the same --concepts"):
-        recipe.run(main, options(setup, finished, "--concepts", "question"))
+        probe(replace(again, concepts=("question",)), Measurement.load(finished / "measurement"))
 
 
 def test_what_does_not_fit_is_refused(setup: Path, finished: Path, tmp_path: Path) -> None:

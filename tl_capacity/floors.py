@@ -296,7 +296,7 @@ def error_warnings(measurement: Measurement, widths: Sequence[int], law: str = "
 
     Compared in the same unit: the decoder-weighted floor and E‖x − x̂‖², both squared activations per token.
     """
-    found = []
+    found, name = [], _told_apart(measurement)
     for hook in measurement:
         error = hook.summary.reconstruction_error
         if error is None:
@@ -305,7 +305,7 @@ def error_warnings(measurement: Measurement, widths: Sequence[int], law: str = "
         if below:
             listed = ", ".join(f"{f.width:,}" for f in below)
             found.append(
-                f"{hook.hook}: at width {listed} the decoder-weighted floor is below the SAE's own error of {error:.3g} activation² per token: "
+                f"{name(hook)}: at width {listed} the decoder-weighted floor is below the SAE's own error of {error:.3g} activation² per token: "
                 "what the SAE misses is larger than what the student is predicted to lose"
             )
     return found
