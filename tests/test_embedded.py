@@ -31,6 +31,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measurement:
     return measure(MeasureSettings("embedded", tmp_path_factory.mktemp("embedded") / "m", tokens=40_000, fvu_every=2, progress=False))
 
 
+def test_in_a_session_it_goes_by_its_name(teacher: Any) -> None:
+    """So that what is measured and what is distilled there are of one teacher, and no folder of this machine is kept."""
+    assert teacher.model.name_or_path == teacher.model.config.name_or_path == "embedded"
+
+
 def test_texts_are_public_domain_and_enough() -> None:
     texts = [
         json.loads(line) for split in ("measure", "heldout") for line in lzma.decompress((FOLDER / "texts" / f"{split}.jsonl.xz").read_bytes()).splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -362,6 +363,42 @@ def loads_or_says_why(folder: Path) -> None:
     assert all(isinstance(h.hook, str) and h.width > 0 and h.summary.n_tokens > 0 for h in measurement)
     assert all(0 <= shard < measurement.provenance.shard_count for shard in measurement.provenance.shards)
     json.dumps(measurement.to_json()["provenance"], allow_nan=False)
+
+
+class TestFailingWrites:
+    """A disk that fills up, at either of the two files."""
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+    @pytest.mark.parametrize("which", ["arrays", "json"])
+    def test_the_earlier_measurement_stays(self, whole: Measurement, shards: list[Measurement], folder: Path, tmp_path: Path, which: str) -> None:
+        name = JSON_NAME if which == "json" else next(shards[0].save(tmp_path / "other").glob("*.safetensors")).name
+        (folder / f".{name}.{os.getpid()}.writing").symlink_to("/dev/full")
+        with pytest.raises(CapacityError, match=rf"{name} cannot be written \(No space left on device\).*what was there before is whole"):
+            shards[0].save(folder)
+        assert_same_sums(Measurement.load(folder), whole)
+        assert not list(folder.glob(".*"))
+        shards[0].save(folder)
+        assert_same_sums(Measurement.load(folder), shards[0])
+        assert len(list(folder.iterdir())) == 2
+
+    def test_a_size_limit(self, whole: Measurement, shards: list[Measurement], folder: Path) -> None:
+        resource = pytest.importorskip("resource")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+            with pytest.raises(CapacityError, match="cannot be written"):
+                shards[0].save(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert_same_sums(Measurement.load(folder), whole)
+        assert len(list(folder.iterdir())) == 2
+
+    def test_a_file_in_the_way(self, whole: Measurement, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way")
+        for target in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(CapacityError, match="cannot be made"):
+                whole.save(target)
+        assert (tmp_path / "file").read_text() == "in the way"
 
 
 class TestResume:

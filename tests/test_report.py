@@ -529,6 +529,14 @@ def test_one_width_is_enough(measurement: Measurement) -> None:
     assert report_widths(Results(measurement, run=run), ReportSettings()) == (8,)
 
 
+def test_an_unfinished_or_unevaluated_distillation_is_said_so(measurement: Measurement) -> None:
+    unfinished = replace(distilled(measurement.provenance.model), complete=False)
+    assert "the distillation has not ended" in report_page(Results(measurement, run=unfinished))
+    started = distilled(measurement.provenance.model)
+    started = replace(started, complete=False, students=tuple(replace(s, tokens=(0,), heldout_kl=(3.0,), train_loss=()) for s in started))
+    assert "No student was evaluated" in report_page(Results(measurement, run=started))
+
+
 def test_very_long_and_odd_names() -> None:
     name = "blocks." + "x" * 3_000 + "<script>alert(1)</script>\ud800\x00"
     text = report_page(Results(of_counts(np.arange(64, 0, -1) * 64, hook=name.replace("{", "").replace("}", ""))))

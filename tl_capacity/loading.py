@@ -99,6 +99,8 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
             origin, kind = plugins().models.origins[spec], type(problem).__name__
             raise CapacityError(f"the plugin {origin!r} fails to load its model {spec!r} ({kind}: {_reason(problem)}): mend or uninstall it") from problem
         revision = named.revision
+        # What is measured or distilled in a session names its model by this; the folder that a plugin reads is a place on one machine.
+        model.name_or_path = model.config.name_or_path = spec
     elif Path(spec).expanduser().is_dir():
         folder = Path(spec).expanduser()
         model, tokenizer = load_folder(folder, dtype)

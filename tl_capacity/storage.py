@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
     """
     if keep_previous and path.exists():
         write_bytes(previous(path), path.read_bytes())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary = path.with_name(f".{path.name}{_unfinished()}")
     _remove_unfinished(path.parent, glob.escape(path.name))
     try:
         with open(temporary, "wb") as file:
@@ -36,7 +37,7 @@ def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise CapacityError(f"{path} cannot be written ({problem.strerror}): free space or choose another folder; what was there before is whole") from problem
 
 
@@ -76,18 +77,29 @@ def remove_stale(record: Path, names: str, pattern: str, keep_previous: bool) ->
     without `keep_previous`, that record too.
     """
     if not keep_previous:
-        previous(record).unlink(missing_ok=True)
+        _discard(previous(record))
     named = [_field(path, names) for path in (record, previous(record)) if path.exists()]
     for path in record.parent.glob(pattern):
         if path.name not in named:
-            path.unlink(missing_ok=True)
+            _discard(path)
     _remove_unfinished(record.parent, pattern)
 
 
 def _remove_unfinished(folder: Path, pattern: str) -> None:
-    """Delete what a process left that was killed while it wrote; each file has one writer."""
+    """Delete what another process left that was killed while it wrote; each file has one writer, which writes over its own."""
     for path in folder.glob(f".{pattern}.*.writing"):
-        path.unlink(missing_ok=True)
+        if not path.name.endswith(_unfinished()):
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Delete a file that is no longer of use; where it cannot be, as in a folder that is read-only, it does no harm."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def _unfinished() -> str:
+    return f".{os.getpid()}.writing"
 
 
 def _field(record: Path, name: str) -> Any:

@@ -75,3 +75,11 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(cli: Cli, setup: Path, c
     assert (results / "after").read_text() == (results / "before").read_text()
     assert cli(*arguments(setup, tmp_path / "whole", tokens=TOKENS))[0] == 0
     same(tmp_path / "whole", results / "m")
+
+
+def test_a_folder_that_cannot_be_written(setup: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """On a real file system that is mounted read-only, which stops root as well."""
+    results = in_a_namespace(READ_ONLY, setup, checkpoint, tmp_path)
+    assert "cannot be written (Read-only file system)" in (results / "error").read_text()
+    for path in checkpoint.iterdir():
+        assert (tmp_path / "disk" / "m" / path.name).read_bytes() == path.read_bytes()
