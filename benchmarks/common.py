@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +55,26 @@ def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int) ->
                 if repetition:
                     times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def arguments(description: str | None, repetitions: int, **numbers: int) -> argparse.Namespace:
+    """What every benchmark is asked on the command line, and `numbers` of its own with their defaults; two threads, and no warnings between the figures."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print a list of name, ratio, goal, holds")
+    for name, default in {"repetitions": repetitions, **numbers}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    return parser.parse_args()
+
+
+def growth_apart(script: str, candidates: Sequence[str]) -> dict[str, float]:
+    """Peak growth of each candidate in MB, as the script prints it with `--memory-of`, in a process of its own."""
+    run = [sys.executable, script, "--memory-of"]
+    return {which: float(subprocess.run([*run, which], capture_output=True, text=True, check=True).stdout.split()[-1]) for which in candidates}
 
 
 def peak_growth_mb(candidate: Callable[[], object]) -> float:

@@ -7,15 +7,11 @@ head), into buffers that are there already.
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import Row, at_most, medians, peak_growth_mb, report
+from common import Row, arguments, at_most, growth_apart, medians, peak_growth_mb, report
 from torch.nn import functional as F
 
 from tl_capacity.distillation.losses import CHUNK_TOKENS, Head, LogitLoss, Output, chunked_losses
@@ -167,22 +163,13 @@ def memory(which: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print a list of name, ratio, goal, holds")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(2)
-    if arguments.memory_of:
-        print(memory(arguments.memory_of))
+    asked = arguments(__doc__, 3)
+    if asked.memory_of:
+        print(memory(asked.memory_of))
         return
 
-    growth = {
-        which: float(subprocess.run([sys.executable, __file__, "--memory-of", which], capture_output=True, text=True, check=True).stdout.split()[-1])
-        for which in ("chunks", "plain loop")
-    }
-    seconds = medians({"head": head(), "its four GEMMs": four_gemms()}, 2 * arguments.repetitions)
+    growth = growth_apart(__file__, ("chunks", "plain loop"))
+    seconds = medians({"head": head(), "its four GEMMs": four_gemms()}, 2 * asked.repetitions)
     of, tokens = teacher(), token_ids()
     seconds |= medians(
         {
@@ -190,7 +177,7 @@ def main() -> None:
             **{f"step, student of {width}": ours(of, (width,), tokens) for width in WIDTHS},
             **{f"plain loop, student of {width}": plain(of, width, tokens) for width in WIDTHS},
         },
-        arguments.repetitions,
+        asked.repetitions,
     )
     together, alone, loops = (
         seconds["step, five students at once"],
@@ -204,7 +191,7 @@ def main() -> None:
         at_most("five students in one run / five runs", together / alone, 0.65),
         at_most("five students in one run / five plain loops", together / loops, 0.42),
     ]
-    report("distill", rows, {**seconds, **{f"peak RSS growth of {k}, MB": v for k, v in growth.items()}}, arguments.json)
+    report("distill", rows, {**seconds, **{f"peak RSS growth of {k}, MB": v for k, v in growth.items()}}, asked.json)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ gradients, and nothing counted; every candidate counts all that a measurement co
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import Prepared, Row, at_most, medians, report
+from common import Prepared, Row, arguments, at_most, medians, report
 from measure import HOOK, hugging_face, sparse_autoencoder, tokens
 from tl_capacity.hooks.importance import IntegratedGradients
 
@@ -48,12 +46,7 @@ def measuring(model: Any, sae: Any, importance: list[Any]) -> Prepared:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print a list of name, ratio, goal, holds")
-    parser.add_argument("--repetitions", type=int, default=5)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(2)
+    asked = arguments(__doc__, 5)
 
     model = hugging_face()
     sae = sparse_autoencoder("standard", model)
@@ -65,7 +58,7 @@ def main() -> None:
             "gradient and fisher": measuring(model, sae, ["gradient", "fisher"]),
             f"integrated_gradients, {STEPS} steps": measuring(model, sae, [IntegratedGradients(STEPS)]),
         },
-        arguments.repetitions,
+        asked.repetitions,
     )
     forward, gradient = seconds["plain forward"], seconds["gradient"]
     rows: list[Row] = [
@@ -75,7 +68,7 @@ def main() -> None:
         at_most("gradient and fisher / plain forward", seconds["gradient and fisher"] / forward, 5.2),
         at_most(f"integrated_gradients of {STEPS} steps / plain forward", seconds[f"integrated_gradients, {STEPS} steps"] / forward, 1 + 3.2 * STEPS),
     ]
-    report("importance", rows, seconds, arguments.json)
+    report("importance", rows, seconds, asked.json)
 
 
 if __name__ == "__main__":

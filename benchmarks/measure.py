@@ -6,16 +6,12 @@ float32, two threads. The *limit* is the Hugging Face forward pass (SDPA) cut af
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import Prepared, Row, at_least, at_most, medians, peak_growth_mb, report
+from common import Prepared, Row, arguments, at_least, at_most, growth_apart, medians, peak_growth_mb, report
 
 D_MODEL, LAYERS, TAPPED, D_SAE, VOCABULARY, ROWS, CONTEXT, ACTIVE = 768, 12, 6, 24_576, 50_304, 8, 256, 0.008
 HOOK = f"blocks.{TAPPED - 1}.hook_resid_post"
@@ -207,15 +203,9 @@ def memory(which: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print a list of name, ratio, goal, holds")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(2)
-    if arguments.memory_of:
-        print(memory(arguments.memory_of))
+    asked = arguments(__doc__, 5)
+    if asked.memory_of:
+        print(memory(asked.memory_of))
         return
 
     seconds: dict[str, float] = {}
@@ -231,7 +221,7 @@ def main() -> None:
             "three layers, one pass": counting(hf, dict.fromkeys(hooks, relu)),
             **{f"one layer, {hook}": counting(hf, {hook: relu}) for hook in hooks},
         },
-        arguments.repetitions,
+        asked.repetitions,
     )
     hooked = hooked_transformer()
     peers = {
@@ -239,15 +229,12 @@ def main() -> None:
         "run_evals, HookedTransformer": sae_lens_evals(hooked, sparse_autoencoder("standard", hooked)),
         "run_evals, HookedProxyLM": sae_lens_evals(proxy_model(hugging_face()), sparse_autoencoder("standard", hf, f"gpt_neox.layers.{TAPPED - 1}")),
     }
-    seconds |= medians({"counting, beside the peers": counting(hf, {HOOK: relu}), **peers}, arguments.repetitions)
+    seconds |= medians({"counting, beside the peers": counting(hf, {HOOK: relu}), **peers}, asked.repetitions)
     for name, model in (("HookedTransformer", hooked), ("TransformerBridge", bridge())):
         sae = sparse_autoencoder("standard", model)
-        seconds |= medians({f"limit, {name}": limit(model, sae), f"counting, {name}": counting(model, {HOOK: sae})}, arguments.repetitions)
+        seconds |= medians({f"limit, {name}": limit(model, sae), f"counting, {name}": counting(model, {HOOK: sae})}, asked.repetitions)
 
-    growth = {
-        which: float(subprocess.run([sys.executable, __file__, "--memory-of", which], capture_output=True, text=True, check=True).stdout.split()[-1])
-        for which in ("counting", "dense loop", "run_evals")
-    }
+    growth = growth_apart(__file__, ("counting", "dense loop", "run_evals"))
     three_passes = sum(seconds[f"one layer, {hook}"] for hook in hooks)
     rows: list[Row] = [
         at_most("everything / limit, HF forward", seconds["counting"] / seconds["limit"], 1.10),
@@ -258,7 +245,7 @@ def main() -> None:
         at_most("TopK / ReLU", seconds["counting, topk"] / seconds["counting"], 1.1),
         at_most("JumpReLU / ReLU", seconds["counting, jumprelu"] / seconds["counting"], 1.1),
     ]
-    report("measure", rows, {**seconds, **{f"peak RSS growth of {k}, MB": v for k, v in growth.items()}}, arguments.json)
+    report("measure", rows, {**seconds, **{f"peak RSS growth of {k}, MB": v for k, v in growth.items()}}, asked.json)
 
 
 if __name__ == "__main__":

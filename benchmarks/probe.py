@@ -7,13 +7,11 @@ and their scores. What must run anyway is the teacher's measurement over the sam
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Row, at_most, medians, peak_growth_mb, report
+from common import Row, arguments, at_most, medians, peak_growth_mb, report
 from measure import CONTEXT, HOOK, ROWS, VOCABULARY, hugging_face, sparse_autoencoder
 
 from tl_capacity import add_capacity_hooks
@@ -55,14 +53,8 @@ def recovering(teacher: Any, sae: Any, students: dict[str, Any], stream: list[to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print a list of name, ratio, goal, holds")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32_768)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(2)
-    teacher, stream = hugging_face(), batches(arguments.tokens)
+    asked = arguments(__doc__, 3, tokens=32_768)
+    teacher, stream = hugging_face(), batches(asked.tokens)
     sae = sparse_autoencoder("standard", teacher)
     student, random = new_student(teacher, WIDTH).eval(), new_student(teacher, WIDTH, seed=1).eval()
     measured = measuring(teacher, sae, stream)()
@@ -73,7 +65,7 @@ def main() -> None:
             "recovering": recovering(teacher, sae, {"a": student}, stream, measured, {}),
             "recovering, with random weights too": recovering(teacher, sae, {"a": student}, stream, measured, {"a": random}),
         },
-        arguments.repetitions,
+        asked.repetitions,
     )
     measurement, passed = seconds["the teacher's measurement"], seconds["the student's forward pass"]
     growth = peak_growth_mb(recovering(teacher, sae, {"a": student}, stream[:4], measured, {}))
@@ -83,7 +75,7 @@ def main() -> None:
             "with random weights too / measurement and two forward passes", seconds["recovering, with random weights too"] / (measurement + 2 * passed), 1.6
         ),
     ]
-    report("probe", rows, {**seconds, "peak RSS growth of recovering, MB": growth}, arguments.json)
+    report("probe", rows, {**seconds, "peak RSS growth of recovering, MB": growth}, asked.json)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ batched, plain samples, autograd and `torch.optim.Adam`; the batch is what `tl_c
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from common import Row, at_least, at_most, medians, report
+from common import Row, arguments, at_least, at_most, medians, report
 
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import SweepSettings
@@ -55,22 +54,17 @@ def looped(steps: int) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print a list of name, ratio, goal, holds")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4 * BLOCK_STEPS, help="steps that are timed")
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    asked = arguments(__doc__, 3, steps=4 * BLOCK_STEPS)
 
-    seconds = medians({"one batch": batched(arguments.steps), "loop": looped(arguments.steps)}, arguments.repetitions)
+    seconds = medians({"one batch": batched(asked.steps), "loop": looped(asked.steps)}, asked.repetitions)
     paper = SweepSettings()
-    seconds |= medians({"paper preset, as many steps of each kind": batched(arguments.steps, True, paper.seeds)}, 1)
-    minutes = seconds["paper preset, as many steps of each kind"] * paper.steps / arguments.steps / 60
+    seconds |= medians({"paper preset, as many steps of each kind": batched(asked.steps, True, paper.seeds)}, 1)
+    minutes = seconds["paper preset, as many steps of each kind"] * paper.steps / asked.steps / 60
     rows: list[Row] = [
         at_least("loop over (configuration, width) / one batch, directly trained", seconds["loop"] / seconds["one batch"], 6),
         at_most("paper preset: minutes of training, extrapolated", minutes, 90),
     ]
-    report("toy", rows, {f"{name}, {arguments.steps} steps": value for name, value in seconds.items()}, arguments.json)
+    report("toy", rows, {f"{name}, {asked.steps} steps": value for name, value in seconds.items()}, asked.json)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tl_capacity.attach import add_capacity_hooks, library_versions, special_tok
 from tl_capacity.errors import CapacityError, TokenSourceError
 from tl_capacity.floors import table
 from tl_capacity.loading import load_model, load_sae
-from tl_capacity.recipe import option, run_file
+from tl_capacity.recipe import option, run_file, settings_of
 from tl_capacity.storage import make_folder, write_json
 from tl_capacity.tokens import PADDING, TokenStream
 
@@ -83,7 +83,7 @@ def main(config: CheckImportanceConfig) -> None:
         make_folder(config.out)
         content = {
             "schema": 1,
-            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+            "settings": settings_of(config),
             "tokens": int(counted.sum()),
             "versions": library_versions(),
             "seconds": round(time.monotonic() - started, 1),

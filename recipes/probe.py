@@ -9,11 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tl_capacity.recipes.recover import dictionary
 
 from tl_capacity.attach import TapPoint, dictionary_digest, library_versions
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
@@ -23,12 +21,12 @@ from tl_capacity.floors import table
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.loading import LoadedModel, load_model, load_sae
 from tl_capacity.measurement import HookMeasurement, Measurement
-from tl_capacity.measuring import tapped_model
+from tl_capacity.measuring import measured_dictionary, tapped_model
 from tl_capacity.probing.activations import Activations, bag_of_embeddings, collect, randomly_initialised
 from tl_capacity.probing.concepts import LabelledTexts, load_concepts
 from tl_capacity.probing.probes import Probe, fit_probes, on_principal_components
 from tl_capacity.probing.sparse import SparseProbe, falls_at, sparse_probes
-from tl_capacity.recipe import option, run_file
+from tl_capacity.recipe import option, run_file, settings_of
 from tl_capacity.storage import make_folder, write_bytes, write_json
 
 SCHEMA = 1
@@ -143,9 +141,8 @@ def main(config: ProbeConfig) -> ProbeResult:
     tapped = [_tapped(model, config.hook) for model in models]  # all of them before anything is collected, in case one lacks the hook
     sae, measured = _dictionary(config, models[0], measurement)
     result = probe(config, concepts, models, tapped, sae, measured)
-    settings = {name: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for name, v in asdict(config).items() if name != "out"}
     versions = library_versions() | {"scikit-learn": importlib.metadata.version("scikit-learn")}
-    about = {"schema": SCHEMA, "settings": settings, "versions": versions, "seconds": round(time.monotonic() - started, 1)}
+    about = {"schema": SCHEMA, "settings": settings_of(config, "out"), "versions": versions, "seconds": round(time.monotonic() - started, 1)}
     write(result, about, config.out)
     show(result)
     print(f"written to {config.out}")
@@ -342,7 +339,8 @@ def _dictionary(config: ProbeConfig, teacher: LoadedModel, measurement: Measurem
     measured, of = measurement[config.hook], measurement.provenance
     if of.revision != teacher.revision:
         raise CapacityError(f"{config.measurement} was measured on {of.model!r} with other weights than {teacher.name!r} has: pass the teacher's measurement")
-    sae = sae if sae is not None else dictionary(measured, teacher, of, config.device)  # an SAE has a length, so its truth is asked of that
+    if sae is None:
+        return measured_dictionary(measured, teacher, of), measured
     if dictionary_digest(sae) != measured.sae_digest:
         raise CapacityError(f"{config.measurement} was measured with another SAE at {config.hook}: pass its own with --sae, or leave that out")
     return sae, measured

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ import torch
 from rich.console import Console
 
 from tl_capacity.attach import library_versions, special_token_ids
-from tl_capacity.bases import BasisSpec
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.students import new_student
 from tl_capacity.distillation.train import fingerprint
 from tl_capacity.errors import CapacityError
 from tl_capacity.loading import LoadedModel, load_model
-from tl_capacity.measurement import HookMeasurement, Measurement, Provenance
-from tl_capacity.measuring import MeasureSettings, dictionaries, tapped_model
+from tl_capacity.measurement import HookMeasurement, Measurement
+from tl_capacity.measuring import measured_dictionary, tapped_model
 from tl_capacity.probing.recover import Recovery, recover_features, recovery_figure
-from tl_capacity.recipe import argument, option, run_file
+from tl_capacity.recipe import argument, option, run_file, settings_of
 from tl_capacity.storage import make_folder, write_bytes, write_json
 from tl_capacity.tokens import TokenStream
 
@@ -76,7 +75,7 @@ def main(config: RecoverConfig) -> list[Recovery]:
     untrained = random_students(teacher, run, models) if config.random else {}
     found = []
     for measured in hooks:
-        sae = dictionary(measured, teacher, provenance, config.device)
+        sae = measured_dictionary(measured, teacher, provenance)
         tapped = {name: tapped_model(model, [], [], [measured.hook]) for name, model in models.items()}
         found.append(
             recover_features(
@@ -93,8 +92,12 @@ def main(config: RecoverConfig) -> list[Recovery]:
             )
         )
         Console(width=180).print(found[-1])
-    settings = {name: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for name, v in asdict(config).items() if name != "out"}
-    about = {"schema": 1, "settings": {**settings, "source": source}, "versions": library_versions(), "seconds": round(time.monotonic() - started, 1)}
+    about = {
+        "schema": 1,
+        "settings": {**settings_of(config, "out"), "source": source},
+        "versions": library_versions(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
     write(found, config.out, about, recovery_figure(found))
     print(f"written to {config.out}")
     return found
@@ -103,18 +106,6 @@ def main(config: RecoverConfig) -> list[Recovery]:
 def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:
     """What was measured at some hook points, or at the middle one."""
     return [measurement[hook] for hook in hooks] if hooks else [measurement.hooks[len(measurement.hooks) // 2]]
-
-
-def dictionary(measured: HookMeasurement, teacher: LoadedModel, provenance: Provenance, device: str) -> Any:
-    """The SAE or basis that was measured, by the name in the measurement."""
-    own = f"{teacher.named.name}/" if teacher.named else ""
-    if own and measured.sae.startswith(own):
-        spec = measured.sae.removeprefix(own)
-    else:
-        spec = measured.sae if BasisSpec.parse(measured.sae) else f"{measured.hook}={measured.sae}"
-    context = provenance.settings.get("context")
-    [(_, _, sae)] = dictionaries(MeasureSettings(provenance.model, Path(), (spec,), source=provenance.source, context=context, device=device), teacher)
-    return sae
 
 
 def random_students(teacher: LoadedModel, run: DistillationRun, models: dict[str, LoadedModel]) -> dict[str, LoadedModel]:

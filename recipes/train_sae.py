@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
 from tl_capacity.loading import LoadedModel, load_model
 from tl_capacity.plugins import plugins
-from tl_capacity.recipe import option, run_file
+from tl_capacity.recipe import option, run_file, settings_of
 from tl_capacity.storage import make_folder, write_json
 from tl_capacity.tokens import PADDING, TokenStream
 
@@ -97,7 +97,7 @@ def main(config: TrainSAEConfig) -> None:
         write_json(
             folder / "training.json",
             {
-                "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items() if name != "out"},
+                "settings": settings_of(config, "out"),
                 "source": source,
                 "model_revision": loaded.revision,
                 "d_in": int(sae.cfg.d_in),

@@ -221,6 +221,15 @@ def test_a_folder_that_is_whole(measured: Path, cli: Cli) -> None:
     assert "holds a measurement that has ended" in json.loads(out)[0]["says"]
 
 
+def test_a_folder_with_a_basis(measured: Path, cli: Cli) -> None:
+    """A basis has no file: it is fitted to the text again, and is the same."""
+    basis = f"pca:{HOOK},k=4"
+    assert cli(*arguments(measured, measured / "bases", "--sae", basis))[0] == 0
+    findings = examine_folder(measured / "bases")
+    assert [f.says for f in findings if f.level == STOP] == []
+    assert [f.says for f in findings if f.check == "SAE"][1].startswith(basis)
+
+
 def test_a_folder_whose_model_or_sae_has_changed(measured: Path) -> None:
     from sae_lens import SAE
     from transformers import GPTNeoXForCausalLM

@@ -35,7 +35,7 @@ from tl_capacity.report import ReportSettings, Results, find_snippets, report_pa
 from tl_capacity.report import figures as drawn
 from tl_capacity.report.page import report_widths, shown_latents
 from tl_capacity.report.results import probe_rows, recoverability_rows
-from tl_capacity.report.snippets import edges, ranked, stream_of, token_texts, top_snippets
+from tl_capacity.report.snippets import edges, stream_of, token_texts, top_snippets
 from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, FeatureSummary
 
 EVIL = "</script><script>document.title='taken'</script>"
@@ -383,7 +383,7 @@ def test_snippets_are_where_a_dense_computation_finds_them(folder: Path, measure
     loaded = load_model(str(folder / "model"))
     stream = stream_of(measurement, loaded.tokenizer)
     place, hook = 1, measurement.hooks[1]
-    latents = ranked(hook, "second_moment")[::7].tolist()
+    latents = hook.ranked("second_moment")[::7].tolist()
     found = top_snippets(loaded, measurement, {place: latents}, stream, 700, progress=False)
     _, sae = load_sae(hook.sae)
     best: dict[int, list[tuple[float, int]]] = {latent: [] for latent in latents}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from tl_capacity.hookspecs import hookimpl
+from tl_capacity.lazy import lazily
 
 if TYPE_CHECKING:
     from tl_capacity import theory as theory
@@ -42,12 +43,11 @@ _HOMES = {
 __all__ = ["__version__", "hookimpl", "theory", *sorted(_HOMES)]
 
 
+_public = lazily(__name__, _HOMES)
+
+
 def __getattr__(name: str) -> Any:
-    if name == "theory":
-        return importlib.import_module("tl_capacity.theory")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tl_capacity' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tl_capacity.{_HOMES[name]}"), name)
+    return importlib.import_module("tl_capacity.theory") if name == "theory" else _public(name)
 
 
 # Waits for TransformerLens instead of importing it, which takes seconds; this mixin is all that its hooked models share.

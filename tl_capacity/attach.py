@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ from tl_capacity.plugins import plugins
 from tl_capacity.progress import token_progress
 from tl_capacity.statistics import FeatureStatistics, LatentBatch, document_groups
 from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, FeatureSummary
-from tl_capacity.tokens import PADDING, TokenBatch, TokenStream, as_batches
+from tl_capacity.tokens import PADDING, TokenBatch, TokenStream, as_batches, source_of
 
 LIBRARIES = ("tl-capacity", "torch", "transformer-lens", "sae-lens", "transformers", "numpy")
 
@@ -734,11 +735,9 @@ class CapacityHooks:
                 raise HookPointError(f"{tap.hook} did not fire in {self._forwards} forward passes: the model does not run it, tap another hook point")
 
     def _describe_stream(self, stream: Any) -> None:
+        self._source = source_of(stream)
         if isinstance(stream, TokenStream):
-            self._source, self._shard = stream.name(), stream.shard
-            self._stream_settings = {"context": stream.context, "bos": stream.bos, "batch_rows": stream.batch_rows}
-        else:
-            self._source = "token ids given in a session"
+            self._shard, self._stream_settings = stream.shard, {"context": stream.context, "bos": stream.bos, "batch_rows": stream.batch_rows}
 
     def planned_provenance(self, stream: TokenStream) -> Provenance:
         """What the provenance of a run over `stream` will say, before it begins."""
@@ -881,6 +880,29 @@ def special_token_ids(model: Any, tokenizer: Any) -> list[int]:
 def forward_options(model: Any) -> dict[str, Any]:
     """What a forward pass is called with: a cache of keys and values that nobody reads costs memory; TransformerLens keeps none by default."""
     return {"use_cache": False} if not hasattr(model, "hook_dict") and "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass whose rest nobody looks at."""
+
+
+@torch.no_grad()
+def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position"]) -> Tensor | None:
+    """Run a model up to a hook point and return what it carries [row, position, ...]; None where the hook point does not fire."""
+    seen: list[Tensor] = []
+
+    def keep(activation: Tensor) -> None:
+        seen.append(activation.detach())
+        raise _ReachedError
+
+    remove = point.watch(keep)
+    try:
+        model(tokens.to(next(model.parameters()).device), **forward_options(model))
+    except _ReachedError:
+        pass
+    finally:
+        remove()
+    return seen[0] if seen else None
 
 
 def embedding_of(model: Any) -> nn.Module:

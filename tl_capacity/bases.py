@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_capacity.attach import TapPoint, evaluating, special_token_ids
+from tl_capacity.attach import TapPoint, activation_at, evaluating, special_token_ids
 from tl_capacity.dictionaries import LargestOfABasis, NeuronBasis, PCABasis
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.tokens import PADDING, TokenStream
@@ -64,46 +63,39 @@ class BasisSpec:
             HookPointError: where the model has no such hook point, or does not run it.
             CapacityError: where the stream has no tokens, or the activations are not finite.
         """
-        with closing(activations(model, self.hook, stream)) as seen:
-            first = next(seen, None)
-            if first is None:
-                raise CapacityError(f"{stream.name()} has no token to count, so no basis can be made: choose another --source")
-            if self.kind == "neurons":
-                return NeuronBasis(first.shape[1], self.hook, self.k)
-            # About the first batch's mean, because Σxxᵀ − n·μμᵀ loses digits where the mean is much larger than the spread.
-            origin = first.double().mean(0)
-            count, total, products = 0, torch.zeros_like(origin), torch.zeros(len(origin), len(origin), dtype=torch.float64)
-            for x in chain([first], seen):
-                centred = x.double() - origin
-                count, total, products = count + len(x), total + centred.sum(0), products + centred.T @ centred
-                if count >= tokens:
-                    break
+        seen = activations(model, self.hook, stream)
+        first = next(seen, None)
+        if first is None:
+            raise CapacityError(f"{stream.name()} has no token to count, so no basis can be made: choose another --source")
+        if self.kind == "neurons":
+            return NeuronBasis(first.shape[1], self.hook, self.k)
+        # About the first batch's mean, because Σxxᵀ − n·μμᵀ loses digits where the mean is much larger than the spread.
+        origin = first.double().mean(0)
+        count, total, products = 0, torch.zeros_like(origin), torch.zeros(len(origin), len(origin), dtype=torch.float64)
+        for x in chain([first], seen):
+            centred = x.double() - origin
+            count, total, products = count + len(x), total + centred.sum(0), products + centred.T @ centred
+            if count >= tokens:
+                break
         if not bool(torch.isfinite(products).all()):
             raise CapacityError(f"{self.hook} has NaN or infinite activations: check the model's dtype and weights")
         shift = total / count
         return PCABasis(origin + shift, products / count - torch.outer(shift, shift), self.hook, self.k)
 
 
-def activations(model: Any, hook: str, stream: TokenStream) -> Generator[Float[Tensor, "token d"], None, None]:
+def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Tensor, "token d"]]:
     """Activations at one hook point, batch by batch, of tokens that are neither special nor padding; heads are joined.
 
     Raises:
         HookPointError: where the model has no such hook point, or does not run it.
     """
-    special = torch.tensor(special_token_ids(model, stream.tokenizer))
-    device = next(model.parameters()).device
-    seen: list[Tensor] = []
-    remove = TapPoint.of(model, hook).watch(seen.append)
-    try:
-        for batch in stream:
-            ids = torch.from_numpy(batch.tokens.astype("int64"))
-            counted = (ids != PADDING) & ~torch.isin(ids, special)
-            seen.clear()
-            with torch.no_grad(), evaluating(model):
-                model(ids.clamp(min=0).to(device))
-            if not seen:
-                raise HookPointError(f"{hook} did not fire: the model does not run it, choose another hook point")
-            if bool(counted.any()):
-                yield seen[0].flatten(2)[counted.to(seen[0].device)].float().cpu()
-    finally:
-        remove()
+    special, point = torch.tensor(special_token_ids(model, stream.tokenizer)), TapPoint.of(model, hook)
+    for batch in stream:
+        ids = torch.from_numpy(batch.tokens.astype("int64"))
+        counted = (ids != PADDING) & ~torch.isin(ids, special)
+        with evaluating(model):
+            seen = activation_at(model, point, ids.clamp(min=0))
+        if seen is None:
+            raise HookPointError(f"{hook} did not fire: the model does not run it, choose another hook point")
+        if bool(counted.any()):
+            yield seen.flatten(2)[counted.to(seen.device)].float().cpu()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.floors import Curve, hook_floors, html_table, table
+from tl_capacity.floors import Curve, hook_floors, html_table, plain, table
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.summary import Estimate
@@ -241,7 +241,7 @@ class Decomposition:
         yield table(f"Observed floors ({'L∞ of the fit' if self.which == 'fit' else 'mean of the last tenth'}) and {self.chosen.candidate.name}", header, rows)
         yield table("Candidates: observed = C · candidate + B, best first", *_cells(self.fits, self.chosen))
         for note in self.notes():
-            yield f"[yellow]note:[/yellow] {_plain(note)}"
+            yield f"[yellow]note:[/yellow] {plain(note)}"
 
 
 def decompose(
@@ -494,9 +494,3 @@ def _cells(fits: Sequence[Fit], chosen: Fit) -> tuple[list[str], list[list[str]]
 
 def _error(fit: Fit) -> str:
     return "too few widths" if fit.error is None else f"{fit.error:.4f}"
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

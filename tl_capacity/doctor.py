@@ -24,7 +24,7 @@ from tl_capacity.attach import Batch, CapacityHooks, TapPoint, add_capacity_hook
 from tl_capacity.errors import CapacityError
 from tl_capacity.loading import LoadedModel, load_model
 from tl_capacity.measurement import Measurement
-from tl_capacity.measuring import SUMS_AT_ONCE, MeasureSettings, dictionaries, row_length, sums_of, tapped_model
+from tl_capacity.measuring import SUMS_AT_ONCE, MeasureSettings, dictionaries, row_length, spec_of, sums_of, tapped_model
 from tl_capacity.progress import peak_memory
 from tl_capacity.tokens import PADDING, TokenBatch, TokenStream
 
@@ -76,7 +76,7 @@ def _settings_of(measurement: Measurement, folder: Path, tokens: int, device: st
     return MeasureSettings(
         model=p.model,
         out=folder,
-        saes=tuple(f"{h.hook}={h.sae.removeprefix(p.model + '/')}" for h in measurement),
+        saes=tuple(spec_of(h, p.model) for h in measurement),
         tokens=tokens,
         source=p.source,
         context=p.settings.get("context"),

@@ -215,7 +215,7 @@ class Budget:
             first = self.floors[0]
             yield table(f"Predicted floors: importance {first.importance}, law {first.law}", *floor_cells(self.floors))
         for warning in self.notes():
-            yield f"[yellow]note:[/yellow] {_plain(warning)}"
+            yield f"[yellow]note:[/yellow] {plain(warning)}"
 
     def _repr_html_(self) -> str:
         parts = [html_table(*self.cells()), *(html_table(*suite.cells()) for suite in suites(self.measurement))]
@@ -245,22 +245,42 @@ def hook_floors(hook: HookMeasurement, widths: Sequence[int], importance: str, l
     """Predicted floors of one hook point, each with its document-bootstrap interval."""
     if not _checked(widths):
         return []
-    estimator, s = hook.estimator(importance), hook.summary
-    alpha, values = s.alpha.value, hook.importance(importance)
-    if not 0 < alpha < 1:
+    alpha, values, unit = sparsity(hook), hook.importance(importance), hook.estimator(importance).unit
+    estimates = resampled(hook, importance, lambda values, alpha: [_floor(values, alpha, width, law) for width in widths])
+    return [_prediction(hook.hook, width, values, alpha, law, estimate, importance, unit) for width, estimate in zip(widths, estimates, strict=True)]
+
+
+def sparsity(hook: HookMeasurement) -> float:
+    """α of a hook point.
+
+    Raises:
+        CapacityError: where none is defined, with no feature alive or all of them always active.
+    """
+    s = hook.summary
+    if not 0 < s.alpha.value < 1:
         raise CapacityError(
             f"{hook.hook} has {int(s.n_alive.value)} alive features at L0 = {s.l0.value:.3g}, for which no sparsity is defined: count more tokens, "
             f"or keep the largest coordinates of a basis, as in pca:{hook.hook},k=24"
         )
+    return s.alpha.value
 
-    def floors_of(sums: Resample) -> list[float]:
-        resampled, sparsity = sums.importance(estimator.compute, importance)[sums.rates > s.alive_threshold], s.sparsity_of(sums)
-        return [_floor(resampled, sparsity, width, law) if 0 < sparsity < 1 else float("nan") for width in widths]
 
-    return [
-        _prediction(hook.hook, width, values, alpha, law, estimate, importance, estimator.unit)
-        for width, estimate in zip(widths, s.estimates(floors_of), strict=True)
-    ]
+def resampled(hook: HookMeasurement, importance: str, statistic: Callable[[NDArray[np.float64], float], Sequence[float]]) -> list[Estimate]:
+    """Figures that follow from the alive features' importances [feature] and their sparsity, with intervals over documents.
+
+    Raises:
+        CapacityError: where the hook point has no sparsity.
+    """
+    estimator, s = hook.estimator(importance), hook.summary
+    size = len(statistic(hook.importance(importance), sparsity(hook)))
+
+    def of(sums: Resample) -> Sequence[float]:
+        alpha = s.sparsity_of(sums)
+        if not 0 < alpha < 1:
+            return [float("nan")] * size
+        return statistic(sums.importance(estimator.compute, importance)[sums.rates > s.alive_threshold], alpha)
+
+    return s.estimates(of)
 
 
 def measurement_warnings(measurement: Measurement) -> list[str]:
@@ -389,7 +409,8 @@ def html_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f"<table><thead>{line('th', header)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text for a terminal, in which no bracket is markup."""
     from rich.markup import escape as escape_markup
 
     return escape_markup(text)

@@ -87,6 +87,11 @@ class HookMeasurement:
         """
         return self.summary.importance(self.estimator(name).compute, name)
 
+    def ranked(self, importance: str = "second_moment") -> NDArray[np.int64]:
+        """Numbers of the alive features in the SAE, the most important first; of equals the one with the smaller number."""
+        order = np.argsort(-self.importance(importance), kind="stable")
+        return np.asarray(np.flatnonzero(self.summary.alive)[order], dtype=np.int64)
+
     def estimator(self, name: str) -> Any:
         """The registered estimator, checked to have accumulated what it needs."""
         estimator = plugins().importance_estimators[name]

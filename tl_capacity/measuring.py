@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_capacity.attach import CapacityHooks, add_capacity_hooks, special_token_ids, target_hook
+from tl_capacity.attach import CapacityHooks, add_capacity_hooks, dictionary_digest, special_token_ids, target_hook
 from tl_capacity.bases import BasisSpec
 from tl_capacity.encoding import CHECKED_TOKENS
-from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.interfaces import NamedModel
 from tl_capacity.logs import figures, log
-from tl_capacity.measurement import JSON_NAME, Measurement, read_folder, write_folder
+from tl_capacity.measurement import JSON_NAME, HookMeasurement, Measurement, Provenance, read_folder, write_folder
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import peak_memory
 from tl_capacity.storage import last_whole
@@ -257,6 +257,27 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[tuple[s
         stream = TokenStream(source, loaded.tokenizer, row_length(settings, loaded.model, []), settings.batch_rows, settings.prepend_bos)
         fitted = {basis: basis.fit(model, stream).to(settings.device) for basis in bases}
     return [(one.hook, str(one), fitted[one]) if isinstance(one, BasisSpec) else one for one in wanted]
+
+
+def spec_of(measured: HookMeasurement, model: str) -> str:
+    """What `--sae` takes for the SAE or basis that was measured of a model of that name."""
+    registered = any(m.name == model for m in plugins().models)
+    own = measured.sae.removeprefix(f"{model}/") if registered else measured.sae
+    return own if BasisSpec.parse(own) else f"{measured.hook}={own}"
+
+
+def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenance: Provenance) -> Any:
+    """The SAE or basis that was measured, found by its name and checked by its weights.
+
+    Raises:
+        DictionaryError: where it cannot be found, or has other weights by now.
+    """
+    context, device = provenance.settings.get("context"), str(next(loaded.model.parameters()).device)
+    settings = MeasureSettings(provenance.model, Path(), (spec_of(measured, loaded.name),), source=provenance.source, context=context, device=device)
+    [(_, _, sae)] = dictionaries(settings, loaded)
+    if dictionary_digest(sae) != measured.sae_digest:
+        raise DictionaryError(f"the SAE {measured.sae!r} at {measured.hook} has other weights than the one that was measured: measure again")
+    return sae
 
 
 def _dictionary(spec: str, named: NamedModel | None, device: str) -> tuple[str, str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import ceil, isfinite
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from tl_capacity import theory
 from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError
-from tl_capacity.floors import html_table, kept_features, table
+from tl_capacity.floors import hook_floors, html_table, kept_features, resampled, table
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.summary import Estimate, Resample
+from tl_capacity.summary import Estimate
 
 SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 """Widths that are looked at where none are given, as shares of the teacher's: two to each octave."""
@@ -208,7 +208,7 @@ def plan(
     shown = sorted({width, *(widths or ladder(decides.width))})
     sizes = {} if config is None else _sizes(config, [*shown, int(config.hidden_size)])
     teacher = sizes.get(int(config.hidden_size)) if config is not None else None
-    kept, floors = kept_shares(decides, shown, importance, chosen), _floors(decides, shown, importance, chosen)
+    kept, floors = kept_shares(decides, shown, importance, chosen), [f.predicted_floor for f in hook_floors(decides, shown, importance, chosen)]
     costs = []
     for w, share, floor in zip(shown, kept, floors, strict=True):
         total, body = sizes.get(w, (None, None))
@@ -256,7 +256,7 @@ def kept_shares(hook: HookMeasurement, widths: Sequence[int], importance: str, l
     Raises:
         CapacityError: where the hook point has no sparsity.
     """
-    return _capped(_bootstrap(hook, importance, lambda values, alpha: [kept_features(values, alpha, w, law) / len(values) for w in widths]))
+    return _capped(resampled(hook, importance, lambda values, alpha: [kept_features(values, alpha, w, law) / len(values) for w in widths]))
 
 
 def show_share(share: Estimate) -> str:
@@ -274,34 +274,10 @@ def _hook_plan(hook: HookMeasurement, keep: float | None, target_loss: float | N
     def smallest(values: NDArray[np.float64], alpha: float) -> list[float]:
         return [needed(values) / law.features_per_dimension(alpha, values)]
 
-    exact = _bootstrap(hook, importance, smallest)[0]
+    exact = resampled(hook, importance, smallest)[0]
     alive = int(hook.summary.n_alive.value)
     whole = Estimate(*(None if part is None else float(max(1, ceil(part - 1e-9))) for part in (exact.value, exact.low, exact.high)))  # type: ignore[arg-type]
     return HookPlan(hook.hook, hook.width, needed(hook.importance(importance)), alive, whole)
-
-
-def _floors(hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw) -> list[Estimate]:
-    from tl_capacity.floors import hook_floors
-
-    return [f.predicted_floor for f in hook_floors(hook, widths, importance, law)]
-
-
-def _bootstrap(hook: HookMeasurement, importance: str, statistic: Callable[[NDArray[np.float64], float], Sequence[float]]) -> list[Estimate]:
-    """Estimates of a statistic of the alive features' importances and their sparsity."""
-    estimator, s = hook.estimator(importance), hook.summary
-    if not 0 < s.alpha.value < 1:
-        raise CapacityError(
-            f"{hook.hook} has {int(s.n_alive.value)} alive features at L0 = {s.l0.value:.3g}, for which no sparsity is defined: count more tokens"
-        )
-    size = len(statistic(hook.importance(importance), s.alpha.value))
-
-    def of(sums: Resample) -> Sequence[float]:
-        alpha = s.sparsity_of(sums)
-        if not 0 < alpha < 1:
-            return [float("nan")] * size
-        return statistic(sums.importance(estimator.compute, importance)[sums.rates > s.alive_threshold], alpha)
-
-    return s.estimates(of)
 
 
 def _capped(shares: Sequence[Estimate]) -> list[Estimate]:

@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tl_capacity.errors import CapacityError, PluginError, reporting_errors
@@ -36,6 +37,11 @@ def option(default: Any, help: str, **parameters: Any) -> Any:
 def argument(help: str) -> Any:
     """A dataclass field that is given by its place instead of by an option's name; required."""
     return dataclasses.field(metadata={"help": help, "by_place": True})
+
+
+def settings_of(config: Any, *without: str) -> dict[str, Any]:
+    """A recipe's settings as JSON holds them, but for some that say nothing of the result, such as where it is written."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items() if name not in without}
 
 
 def run(function: Callable[[Any], Any], arguments: Sequence[str] | None = None, name: str | None = None) -> Any:

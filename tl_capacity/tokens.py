@@ -126,6 +126,11 @@ def documents(spec: str) -> Iterator[str]:
     raise TokenSourceError(f"no token source knows {spec!r}: pass a file (txt, jsonl, parquet), a `datasets` id, or an embedded corpus (sources: {known})")
 
 
+def source_of(stream: Any) -> str:
+    """What a stream reads, for the record."""
+    return stream.name() if isinstance(stream, TokenStream) else "token ids given in a session"
+
+
 def as_batches(stream: Any, first_document: int = 0) -> Iterator[TokenBatch]:
     """Batches of a `TokenStream`, or of anything a notebook has at hand: a tensor of rows, a `datasets.Dataset`, an iterable of tensors or of
     `{"input_ids": …}`.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tl_capacity.lazy import lazily
 
 if TYPE_CHECKING:
     from tl_capacity.distillation.losses import HiddenMatch as HiddenMatch
@@ -28,7 +29,4 @@ __all__ = list(_HOMES)
 
 
 # A saved run is read without importing torch.
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tl_capacity.distillation' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tl_capacity.distillation.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import TokenSourceError
-from tl_capacity.tokens import PADDING, TokenStream, as_batches
+from tl_capacity.tokens import PADDING, as_batches
 
 HELDOUT_EVERY = 16
 """Where no held-out text is given, every so many-th document is held out until there is enough."""
@@ -98,8 +98,3 @@ def _table(rows: list[NDArray[np.int32]]) -> NDArray[np.int32]:
     for place, row in zip(table, rows, strict=True):
         place[: len(row)] = row
     return table
-
-
-def describe(stream: Any) -> str:
-    """What a stream reads, for the record."""
-    return stream.name() if isinstance(stream, TokenStream) else "tokens given in a session"

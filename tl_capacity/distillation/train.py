@@ -34,7 +34,7 @@ from tl_capacity.loading import LoadedModel
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import token_progress
 from tl_capacity.storage import make_folder
-from tl_capacity.tokens import PADDING
+from tl_capacity.tokens import PADDING, source_of
 
 SCHEDULES = ("cosine", "wsd")
 SHOWN_ROWS = 16
@@ -166,8 +166,8 @@ def distill(
         teacher=name,
         teacher_width=int(model.config.hidden_size),
         fingerprint=fingerprint(model),
-        source=data.describe(stream),
-        heldout_source=data.describe(stream if heldout is None else heldout),
+        source=source_of(stream),
+        heldout_source=source_of(stream if heldout is None else heldout),
         heldout_tokens=int(held.predicted.sum()),
         heldout_digest=held.digest,
         train_digest=train.digest,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tl_capacity.lazy import lazily
 
 if TYPE_CHECKING:
     from tl_capacity.probing.activations import Activations as Activations
@@ -25,9 +26,4 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tl_capacity.probing' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tl_capacity.probing.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

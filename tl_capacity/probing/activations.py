@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_capacity.attach import TapPoint, check_dictionary, embedding_of, evaluating, forward_options, special_token_ids
+from tl_capacity.attach import TapPoint, activation_at, check_dictionary, embedding_of, evaluating, special_token_ids
 from tl_capacity.checks import checked
 from tl_capacity.encoding import Encoder
 from tl_capacity.errors import CapacityError, HookPointError
@@ -179,33 +179,16 @@ def _padded(rows: Sequence[NDArray[np.int64]], special: Sequence[int]) -> Tensor
     return torch.from_numpy(filled)
 
 
-class _ReachedError(Exception):
-    """Ends a forward pass whose rest nobody looks at."""
-
-
 def _activation(model: Any, point: TapPoint, tokens: Tensor) -> Tensor:
     """What a hook point carries on a batch of tokens, [row, position, ...]."""
-    seen: list[Tensor] = []
-
-    def keep(activation: Tensor) -> None:
-        seen.append(activation.detach())
-        raise _ReachedError
-
-    remove = point.watch(keep)
-    try:
-        with torch.no_grad():
-            model(tokens.to(next(model.parameters()).device), **forward_options(model))
-    except _ReachedError:
-        pass
-    finally:
-        remove()
-    if not seen:
+    found = activation_at(model, point, tokens)
+    if found is None:
         raise HookPointError(f"{point.name} did not fire: the model does not run it, tap another hook point")
-    if seen[0].shape[:2] != tokens.shape:
+    if found.shape[:2] != tokens.shape:
         raise HookPointError(
-            f"{point.name} has shape {tuple(seen[0].shape)}, but the tokens have shape {tuple(tokens.shape)}: tap a hook point with one vector per token"
+            f"{point.name} has shape {tuple(found.shape)}, but the tokens have shape {tuple(tokens.shape)}: tap a hook point with one vector per token"
         )
-    return seen[0]
+    return found
 
 
 def _activations(taken: Float32[Tensor, "token width"], group: Tensor) -> Tensor:

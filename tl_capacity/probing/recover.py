@@ -20,7 +20,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_capacity.attach import Batch, TapPoint, dictionary_digest, evaluating, forward_options, special_token_ids
+from tl_capacity.attach import Batch, TapPoint, activation_at, dictionary_digest, evaluating, special_token_ids
 from tl_capacity.checks import checked
 from tl_capacity.encoding import Encoder
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, TokenSourceError
@@ -302,10 +302,6 @@ def recover_features(
     )
 
 
-class _Seen(Exception):  # noqa: N818
-    """Ends a forward pass whose rest nobody looks at."""
-
-
 @dataclass(frozen=True)
 class Reader:
     """A model that is run up to one hook point."""
@@ -313,7 +309,6 @@ class Reader:
     who: str
     model: Any
     point: TapPoint
-    options: dict[str, Any]
 
     @classmethod
     def of(cls, model: Any, hook: str, who: str) -> Reader:
@@ -323,11 +318,10 @@ class Reader:
             HookPointError: where the model has no such hook point.
         """
         try:
-            return cls(who, model, TapPoint.of(model, hook), forward_options(model))
+            return cls(who, model, TapPoint.of(model, hook))
         except HookPointError as problem:
             raise HookPointError(f"{who} cannot be read at {hook}: {problem}") from problem
 
-    @torch.no_grad()
     def __call__(self, batch: Batch, tokens: TokenBatch, filler: int) -> Float[Tensor, "token ..."]:
         """Activations of the counted tokens.
 
@@ -335,24 +329,12 @@ class Reader:
             HookPointError: where the hook point does not fire, or gives no vector per token.
             CapacityError: where an activation is NaN or infinite.
         """
-        seen: list[Tensor] = []
-
-        def stop(activation: Tensor) -> None:
-            seen.append(activation)
-            raise _Seen
-
-        ids = torch.from_numpy(np.where(tokens.tokens == PADDING, filler, tokens.tokens)).to(next(self.model.parameters()).device)
-        remove = self.point.watch(stop)
-        try:
-            self.model(ids, **self.options)
-        except _Seen:
-            pass
-        finally:
-            remove()
-        if not seen or seen[0].shape[:2] != batch.counted.shape:
-            what = f"has shape {tuple(seen[0].shape)} for tokens of shape {tuple(batch.counted.shape)}" if seen else "did not fire"
+        ids = torch.from_numpy(np.where(tokens.tokens == PADDING, filler, tokens.tokens))
+        seen = activation_at(self.model, self.point, ids)
+        if seen is None or seen.shape[:2] != batch.counted.shape:
+            what = "did not fire" if seen is None else f"has shape {tuple(seen.shape)} for tokens of shape {tuple(batch.counted.shape)}"
             raise HookPointError(f"{self.point.name} of {self.who} {what}: choose a hook point with one vector per token")
-        found = seen[0].flatten(0, 1)[batch.counted.flatten().to(seen[0].device)]
+        found = seen.flatten(0, 1)[batch.counted.flatten().to(seen.device)]
         if not bool(torch.isfinite(found.sum(dtype=torch.float32))):
             raise CapacityError(f"{self.who} has NaN or infinite activations at {self.point.name} in batch {batch.number}: check its dtype and weights")
         return found

@@ -138,8 +138,5 @@ def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | 
 
 def _ranked(measurement: HookMeasurement, importance: str, law: str) -> tuple[dict[int, int], float]:
     """The importance rank of each alive feature, and features per dimension by the law."""
-    values = measurement.importance(importance)
-    alive = np.flatnonzero(measurement.summary.alive)
-    order = alive[np.argsort(-values, kind="stable")]
-    per_dimension = plugins().capacity_laws[law].features_per_dimension(measurement.summary.alpha.value, values)
-    return {int(feature): rank for rank, feature in enumerate(order, 1)}, per_dimension
+    per_dimension = plugins().capacity_laws[law].features_per_dimension(measurement.summary.alpha.value, measurement.importance(importance))
+    return {int(feature): rank for rank, feature in enumerate(measurement.ranked(importance), 1)}, per_dimension

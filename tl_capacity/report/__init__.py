@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tl_capacity.lazy import lazily
 
 if TYPE_CHECKING:
     from tl_capacity.report.page import find_snippets as find_snippets
@@ -24,7 +25,4 @@ __all__ = list(_HOMES)
 
 
 # Who only wants a figure in a notebook loads no template.
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tl_capacity.report' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tl_capacity.report.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, MeasurementError
-from tl_capacity.floors import kept_features
+from tl_capacity.errors import HookPointError, MeasurementError
+from tl_capacity.floors import kept_features, sparsity
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.summary import Estimate, Resample
@@ -84,10 +84,7 @@ def edges(hook: HookMeasurement, widths: Sequence[int], importance: str, law: Ca
     Raises:
         CapacityError: where the hook point has no sparsity.
     """
-    alpha, values = hook.summary.alpha.value, hook.importance(importance)
-    if not 0 < alpha < 1:
-        raise CapacityError(f"{hook.hook} has {len(values)} alive features, for which no sparsity is defined: count more tokens")
-    order = ranked(hook, importance)
+    alpha, values, order = sparsity(hook), hook.importance(importance), hook.ranked(importance)
     found = []
     for width in widths:
         kept = kept_features(values, alpha, width, law)
@@ -95,18 +92,12 @@ def edges(hook: HookMeasurement, widths: Sequence[int], importance: str, law: Ca
     return found
 
 
-def ranked(hook: HookMeasurement, importance: str) -> NDArray[np.int64]:
-    """The alive latents, the most important first; of equals the one with the smaller number first."""
-    order = np.argsort(-hook.importance(importance), kind="stable")
-    return np.asarray(np.flatnonzero(hook.summary.alive)[order], dtype=np.int64)
-
-
 def shown_features(hook: HookMeasurement, latents: Sequence[int], importance: str) -> dict[int, ShownFeature]:
     """What is known of some alive latents."""
     if not latents:
         return {}
     estimator, chosen = hook.estimator(importance), np.array(sorted(set(latents)), dtype=np.int64)
-    rank = {int(latent): place for place, latent in enumerate(ranked(hook, importance), 1)}
+    rank = {int(latent): place for place, latent in enumerate(hook.ranked(importance), 1)}
 
     def of(sums: Resample) -> list[float]:
         return [*sums.importance(estimator.compute, importance)[chosen], *sums.rates[chosen]]
@@ -143,11 +134,11 @@ def top_snippets(
     import torch
 
     from tl_capacity.attach import TapPoint
-    from tl_capacity.measuring import tapped_model
+    from tl_capacity.measuring import measured_dictionary, tapped_model
     from tl_capacity.progress import token_progress
 
     wanted = {place: list(latents) for place, latents in shown.items() if latents}
-    dictionaries = {place: measured_sae(measurement.hooks[place], loaded) for place in wanted}
+    dictionaries = {place: measured_dictionary(measurement.hooks[place], loaded, measurement.provenance) for place in wanted}
     if measurement.provenance.revision not in (None, loaded.revision):
         raise MeasurementError(f"{loaded.name!r} is no longer the model that was measured (its revision is {loaded.revision!r}): measure again")
     model = tapped_model(loaded, list(dictionaries.values()), [measurement.hooks[place].hook for place in wanted])
@@ -176,23 +167,6 @@ def top_snippets(
             if read >= max_tokens:
                 break
     return {(place, latent): found for place, each in heaps.items() for latent, found in each.snippets(stream.tokenizer)}
-
-
-def measured_sae(hook: HookMeasurement, loaded: LoadedModel) -> Any:
-    """The SAE that was measured, found by the name in the measurement and checked against its weights.
-
-    Raises:
-        DictionaryError: where it cannot be found, or has other weights by now.
-    """
-    from tl_capacity.attach import dictionary_digest
-    from tl_capacity.loading import load_sae
-
-    named = loaded.named
-    spec = str(named.saes[hook.hook]) if named is not None and hook.sae == f"{named.name}/{hook.hook}" else hook.sae
-    sae = load_sae(spec, str(next(loaded.model.parameters()).device))[1]
-    if dictionary_digest(sae) != hook.sae_digest:
-        raise DictionaryError(f"the SAE {hook.sae!r} at {hook.hook} has other weights than the one that was measured: measure again")
-    return sae
 
 
 @dataclass(frozen=True)
