@@ -34,6 +34,8 @@ LATENT_BYTES = 6
 """Of a latent that is encoded: its value, whether it is active, and what finds those that are."""
 OWN_ENCODE_BYTES = 16
 """Of a latent in an SAE's own `encode`, which makes a new block at each of its steps."""
+VARIATION = 100_000_000
+"""By which what a process holds before it begins differs from one time to the next; who allows what a refusal asks for must not be refused again."""
 RESERVE = 300_000_000
 """For the activations of a small model, and for libraries that are first needed on the way."""
 
@@ -151,7 +153,7 @@ def fit_memory(capacity: CapacityHooks, limit: int) -> None:
     # The first tokens are also encoded by the SAE itself, to compare.
     spare = limit - fixed - max(CHECKED_TOKENS * OWN_ENCODE_BYTES * tap.d_sae for tap in capacity.taps)
     if spare < per_token:
-        needed = (limit - spare + per_token) / 1e9
+        needed = (limit - spare + per_token + VARIATION) / 1e9
         raise CapacityError(f"--max-memory {limit / 1e9:.2f} GB is too little: these SAEs need {needed:.2f} GB, so allow that or measure fewer at once")
     for tap in capacity.taps:
         tap.encoder.chunk = min(tap.encoder.chunk, spare // per_token)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from commands import Cli, arguments, same
 
+pytestmark = pytest.mark.slow
 TOKENS = 12_000
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 

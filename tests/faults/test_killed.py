@@ -23,7 +23,8 @@ from tl_capacity.storage import previous
 from tl_capacity.toy import training
 from tl_capacity.toy.result import SweepResult
 
-MOMENTS = [pytest.param(seed, marks=() if seed < 1 else pytest.mark.slow, id=f"moment{seed}") for seed in range(20)]
+pytestmark = pytest.mark.slow
+MOMENTS = [pytest.param(seed, id=f"moment{seed}") for seed in range(20)]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def test_random_numbers_of_the_user(make_model: Callable[..., Any], tokenizer: A
     assert random_states() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_memory_over_many_cycles(make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor) -> None:
     """Attach, count, detach: in 200 cycles a leak of one batch's latents would be 24·20·2,048·8 bytes each, and 1.5 GB in all."""

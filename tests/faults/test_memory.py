@@ -32,7 +32,8 @@ def wide_sae(folder: Path, latents: int) -> Path:
     return folder / "sae"
 
 
-@pytest.mark.parametrize("latents", [32_768, pytest.param(262_144, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("latents", [32_768, 262_144])
 def test_a_wide_sae_within_its_bound(latents: int, setup: Path, tmp_path: Path) -> None:
     """Asked for too little it says how much it needs; with that it stays below it, checkpoints included."""
     sae = wide_sae(tmp_path, latents)

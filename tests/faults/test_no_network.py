@@ -47,6 +47,7 @@ def test_import() -> None:
     assert run(f"import {names}\nfrom tl_capacity.plugins import plugins; plugins()").returncode == 0
 
 
+@pytest.mark.slow
 def test_commands_on_this_machine(setup: Path, tmp_path: Path) -> None:
     """One after another in one process, because most of the time goes into starting."""
     model, few = ["--model", setup / "model"], ["--tokens", 300, "--heldout-tokens", 100]

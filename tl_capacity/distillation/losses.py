@@ -216,8 +216,15 @@ class _Student:
     def __init__(self, with_gradient: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> None:
         self.hidden, self.head = hidden.to(weight.dtype), Head(weight, bias, cap)  # under autocast the trunk's output is of lower precision
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        of = (self.hidden, weight, bias) if with_gradient else (None, None, None)
-        self.gradients = [None if tensor is None else torch.zeros_like(tensor) for tensor in of]
+        self.of_hidden = torch.empty_like(self.hidden) if with_gradient else None
+        # Transposed, because a product with many columns is up to 1.8 times as fast as one with as many rows.
+        self.of_weight = torch.zeros(weight.shape[::-1], dtype=weight.dtype, device=weight.device) if with_gradient else None
+        self.of_bias = torch.zeros_like(bias) if with_gradient and bias is not None else None
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of the sum of the losses, with respect to hidden states, weight and bias."""
+        return self.of_hidden, None if self.of_weight is None else self.of_weight.T, self.of_bias
 
     def add(self, rows: slice, task: _Task, divergence: Divergence, log_p: Tensor, p: Tensor, log_q: Tensor, scratch: Tensor) -> None:
         """Add the loss and the gradients of a chunk, given the teacher's distribution on it; overwrites `log_q` and `scratch`."""
@@ -236,12 +243,11 @@ class _Student:
             soft_weight = 1.0
         if slope is not None:
             gradient.mul_(slope)
-        of_hidden, of_weight, of_bias = self.gradients
-        if of_hidden is not None and of_weight is not None:
-            torch.addmm(of_hidden[rows], gradient, self.head.weight, beta=0, alpha=soft_weight, out=of_hidden[rows])
-            of_weight.addmm_(gradient.T, hidden, alpha=soft_weight)
-            if of_bias is not None:
-                of_bias.add_(gradient.sum(0), alpha=soft_weight)
+        if self.of_hidden is not None and self.of_weight is not None:
+            torch.addmm(self.of_hidden[rows], gradient, self.head.weight, beta=0, alpha=soft_weight, out=self.of_hidden[rows])
+            self.of_weight.addmm_(hidden.T, gradient, alpha=soft_weight)
+            if self.of_bias is not None:
+                self.of_bias.add_(gradient.sum(0), alpha=soft_weight)
 
 
 def mean_square(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:
