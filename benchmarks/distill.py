@@ -119,7 +119,7 @@ def four_gemms() -> Callable[[], object]:
     """The products that no head can do without, chunk by chunk."""
     of, student = outputs(torch.float32, ROWS * CONTEXT)
     buffers = torch.empty(2, CHUNK_TOKENS, VOCABULARY)
-    of_hidden, of_weight = torch.empty(ROWS * CONTEXT, WIDTH), torch.zeros(VOCABULARY, WIDTH)
+    of_hidden, of_weight = torch.empty(ROWS * CONTEXT, WIDTH), torch.zeros(WIDTH, VOCABULARY)
 
     @torch.no_grad()
     def once() -> object:
@@ -128,7 +128,7 @@ def four_gemms() -> Callable[[], object]:
             torch.mm(of.hidden[rows], of.head.weight.T, out=buffers[0])
             gradient = torch.mm(student.hidden[rows], student.head.weight.T, out=buffers[1])
             torch.mm(gradient, student.head.weight, out=of_hidden[rows])
-            of_weight.addmm_(gradient.T, student.hidden[rows])
+            of_weight.addmm_(student.hidden[rows].T, gradient)
         return of_weight
 
     return once
