@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tl_capacity.probing.activations import Activations, bag_of_embeddings, coll
 from tl_capacity.probing.concepts import LabelledTexts, load_concepts
 from tl_capacity.probing.probes import Probe, fit_probes, on_principal_components
 from tl_capacity.probing.sparse import SparseProbe, falls_at, sparse_probes
+from tl_capacity.progress import token_progress
 from tl_capacity.recipe import option, run_file, settings_of
 from tl_capacity.storage import make_folder, write_bytes, write_json
 
@@ -177,10 +178,27 @@ def probe(
     measured: HookMeasurement | None,
 ) -> ProbeResult:
     """Collect and fit, model by model; of the activations only the teacher's are kept."""
+    passes = len(models) * (2 if config.baselines else 1) + (sae is not None)
+    with token_progress(passes * sum(len(c.texts) for c in concepts), label="probing", unit="texts") as advance:
+        return _probe(config, concepts, models, tapped, sae, measured, advance)
+
+
+def _probe(
+    config: ProbeConfig,
+    concepts: list[LabelledTexts],
+    models: list[LoadedModel],
+    tapped: list[Any],
+    sae: SparseAutoencoder | None,
+    measured: HookMeasurement | None,
+    advance: Callable[[int], None],
+) -> ProbeResult:
+    done = 0
 
     def activations(model: LoadedModel, module: Any, dictionary: SparseAutoencoder | None = None) -> dict[str, Activations]:
-        return {
-            c.name: collect(
+        nonlocal done
+        read = {}
+        for c in concepts:
+            read[c.name] = collect(
                 module,
                 config.hook,
                 c.texts,
@@ -189,9 +207,11 @@ def probe(
                 sae=dictionary,
                 context=config.context,
                 batch_rows=config.batch_rows,
+                progress=False,
             )
-            for c in concepts
-        }
+            done += len(c.texts)
+            advance(done)
+        return read
 
     def fit(kind: str, model: LoadedModel, width: int, read: dict[str, Activations], control: bool = False) -> Probed:
         return Probed(_short(model.name), kind, width, tuple(fit_probes(read, concepts, control=control, seed=config.seed)))
