@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,32 +246,34 @@ def write(result: ProbeResult, about: dict[str, Any], out: Path) -> None:
     make_folder(out)
     content = about | result.to_json()
     write_bytes(out / TABLE_NAME, pandas.DataFrame(content["probes"]).to_csv(index=False).encode())
-    write_bytes(out / FIGURE_NAME, figure(result).to_html(include_plotlyjs=True).encode())
+    write_bytes(out / FIGURE_NAME, figure(content).to_html(include_plotlyjs=True).encode())
     write_json(out / JSON_NAME, content)
 
 
-def figure(result: ProbeResult) -> Any:
-    """Accuracy against width, a panel for each concept: models with 95% intervals, baselines of the same widths, and what needs no width as lines."""
+def figure(content: Mapping[str, Any]) -> Any:
+    """Accuracy against width, of what a `probes.json` holds: a panel for each concept, models and baselines of the same widths with 95% intervals, and what
+    needs no width as lines."""
     from plotly.subplots import make_subplots
 
-    columns = min(PANELS_IN_A_ROW, len(result.concepts))
-    n_rows = -(-len(result.concepts) // columns)
-    titles = [f"{c.classes[0]} or {c.classes[1]}" for c in result.concepts]
+    concepts, probes = content["concepts"], content["probes"]
+    columns = min(PANELS_IN_A_ROW, len(concepts))
+    n_rows = -(-len(concepts) // columns)
+    titles = [" or ".join(c["classes"]) for c in concepts]
     made = make_subplots(rows=n_rows, cols=columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.3 / n_rows)
-    teacher, widths = result.trained[0], sorted({probed.width for probed in result.trained})
-    for i in range(len(result.concepts)):
+    widths = sorted({row["width"] for row in probes if row["kind"] == TRAINED})
+    for i, concept in enumerate(concepts):
         at = {"row": i // columns + 1, "col": i % columns + 1, "showlegend": i == 0}
+        of_concept = [row for row in probes if row["concept"] == concept["name"]]
         for kind, (colour, symbol) in SHOWN.items():
-            shown = sorted((probed for probed in result.probed if probed.kind == kind), key=lambda probed: probed.width)
-            estimates = [probed.probes[i].accuracy for probed in shown]
+            shown = sorted((row for row in of_concept if row["kind"] == kind), key=lambda row: int(row["width"]))
             made.add_scatter(
-                x=[probed.width for probed in shown],
-                y=[e.value for e in estimates],
+                x=[row["width"] for row in shown],
+                y=[row["accuracy"] for row in shown],
                 error_y={
                     "type": "data",
                     "symmetric": False,
-                    "array": [(e.value if e.high is None else e.high) - e.value for e in estimates],
-                    "arrayminus": [e.value - (e.value if e.low is None else e.low) for e in estimates],
+                    "array": [0 if row["high"] is None else row["high"] - row["accuracy"] for row in shown],
+                    "arrayminus": [0 if row["low"] is None else row["accuracy"] - row["low"] for row in shown],
                     "thickness": 1,
                 },
                 mode="lines+markers",
@@ -281,8 +283,9 @@ def figure(result: ProbeResult) -> Any:
                 marker={"symbol": symbol},
                 **at,
             )
-        lines = {"majority": teacher.probes[i].majority, "control task (teacher)": teacher.probes[i].control_accuracy}
-        lines |= {probed.kind: probed.probes[i].accuracy.value for probed in result.probed if probed.kind == EMBEDDINGS}
+        teacher = next(row for row in of_concept if row["kind"] == TRAINED)
+        lines = {"majority": teacher["majority"], "control task (teacher)": teacher["control_accuracy"]}
+        lines |= {row["kind"]: row["accuracy"] for row in of_concept if row["kind"] == EMBEDDINGS}
         for (name, value), dash in zip(lines.items(), ("dot", "dashdot", "dash"), strict=False):
             if value is not None:
                 made.add_scatter(

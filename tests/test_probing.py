@@ -566,7 +566,7 @@ class TestRecipe:
         assert content["concepts"][0]["truncated"] == sum(len(text.split()) >= CONTEXT for text in concept.texts) > 0
         with open(tmp_path / "out" / "probes.csv", newline="") as file:
             assert len(list(csv.DictReader(file))) == len(content["probes"])
-        figure = recipe.figure(result)
+        figure = recipe.figure(content)
         students = next(trace for trace in figure.data if trace.name == "trained")
         assert list(students.x) == [16, 32]
         assert students.y[1] == pytest.approx(row["accuracy"])

@@ -24,6 +24,7 @@ RECOVERED = {
     "kept_random": "with random weights",
     "kept_pca": "in the teacher's leading components",
     "budget": "budget d·g(α)",
+    "equilibrium": "budget by the equilibrium law",
 }
 """The numbers of a recoverability row that the page shows."""
 INTERVALS = {"kept": "student", "kept_teacher": "teacher", "kept_random": "random", "kept_pca": "pca"}

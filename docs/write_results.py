@@ -1,0 +1,198 @@
+"""Writes the tables and figures of docs/results/ on the embedded teacher's students: `python docs/write_results.py runs`.
+
+The folder holds what the commands that the pages name have written.
+Only what stands between two marks is written; the text around it is for people to write, who must read the tables first. The figures need plotly's static
+export (`pip install kaleido`) and Chromium.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tl_capacity.recipes.probe import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED
+from tl_capacity.recipes.probe import figure as accuracy_figure
+
+from tl_capacity import Measurement
+from tl_capacity.decompose import decompose
+from tl_capacity.distillation.observed import observed_floors
+from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.report.figures import series_figure
+from tl_capacity.report.results import RECOVERED, recoverability_rows
+
+RESULTS = Path(__file__).parent / "results"
+FIRST_RANKS = 10
+"""Candidates that are shown; further down only those in nats at C = 1 or near it, and those that know nothing of features."""
+SHOWN_BELOW = ("gradient, compressed_sensing", "1/d", "constant")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The folders of the commands that the pages name."""
+
+    folder: Path
+
+    def json(self, path: str) -> Any:
+        return json.loads((self.folder / path).read_text())
+
+    def distillation(self, path: str) -> DistillationRun:
+        return DistillationRun.load(self.folder / path / "distillation")
+
+    @property
+    def probes(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """By kind, model and concept."""
+        return {(row["kind"], row["model"], row["concept"]): row for row in self.json("probes/probes.json")["probes"]}
+
+
+def floors(runs: Runs) -> str:
+    predicted = {row["width"]: row["predicted_floor"] for row in runs.json("full/floors.json")}
+    rows = [
+        [floor.width, floor.seed, f"{floor.last_tenth:.3f}", f"{floor.value:.3f} [{floor.low:.3f}, {floor.high:.3f}]", f"{predicted[floor.width]:,.0f}"]
+        for floor in observed_floors(runs.distillation("full"))
+    ]
+    return table(["width", "seed", "last tenth, nats per token", "L∞ of the fit [95%]", "predicted, layer 3, latent²"], rows)
+
+
+def candidates(runs: Runs) -> str:
+    found = decompose(Measurement.load(runs.folder / "nats"), runs.distillation("full"), observed="last_tenth")
+    shown = [(rank, fit) for rank, fit in enumerate(found.fits, 1) if rank <= FIRST_RANKS or fit.candidate.name.startswith(SHOWN_BELOW)]
+    body = [
+        [rank, fit.candidate.name, f"{fit.error:.4f}", f"{fit.r2:.4f}", "" if fit.c is None else fit.c.show(".3g"), fit.b.show(".3g")] for rank, fit in shown
+    ]
+    return table(["rank", "candidate", "error", "R²", "C", "B"], body) + f"\n{len(found.fits)} candidates in all.\n"
+
+
+def tokens(runs: Runs) -> str:
+    """Last-tenth losses of runs that each went down the whole schedule."""
+    lengths = {"1M": "short-1M", "2M": "short-2M", "4M": "full"}
+    seen = {length: {f.width: f.last_tenth for f in observed_floors(runs.distillation(path)) if f.seed == 0} for length, path in lengths.items()}
+    rows = []
+    for width in sorted(seen["4M"]):
+        losses = [seen[length][width] for length in lengths]
+        rows.append([width, *(f"{loss:.3f}" for loss in losses), f"{losses[0] - losses[1]:.3f}", f"{losses[1] - losses[2]:.3f}"])
+    return table(["width", *(f"after {length} tokens" for length in lengths), "first doubling gains", "second doubling gains"], rows)
+
+
+def starts(runs: Runs) -> str:
+    named = {"truncated": runs.distillation("short-1M"), "random": runs.distillation("starts-1M")}
+    first = {start: {student.width: student.heldout_kl[0] for student in run} for start, run in named.items()}
+    last = {start: {floor.width: floor.last_tenth for floor in observed_floors(run)} for start, run in named.items()}
+    rows = [[width, *(f"{of[start][width]:.3f}" for of in (first, last) for start in named)] for width in last["random"]]
+    return table(["width", *(f"{start}, {when}" for when in ("before the first step", "at the end") for start in named)], rows)
+
+
+def features(runs: Runs) -> str:
+    rows = []
+    for row in runs.json("recover/recoverability.json"):
+        of, overlap = row["intervals"], row["overlap"]
+        named = {"student": "kept", "pca": "kept_pca", "random": "kept_random"}
+        counts = {name: f"{row[kept]:,} [{of[name][0]:,.0f}, {of[name][1]:,.0f}]" for name, kept in named.items()}
+        shares = [f"{overlap[name]:.0%}" for name in ("kept_of_predicted", "kept_of_all")]
+        seed = row["student"].rpartition("seed")[2]
+        rows.append([row["width"], seed, counts["student"], f"{row['budget']:,.0f}", f"{row['equilibrium']:,.0f}", counts["pca"], counts["random"], *shares])
+    header = ["width", "seed", "kept by the student", "d·g(α)", "equilibrium law", "teacher's PCA of that width", "random weights"]
+    return table([*header, "of the F_S predicted, kept", "by chance"], rows)
+
+
+def concepts(runs: Runs) -> str:
+    probes, named = runs.probes, runs.json("probes/probes.json")["concepts"]
+    teacher = next(iter(probes))[1]
+    students = [model for kind, model, concept in probes if kind == TRAINED and concept == named[0]["name"] and (model == teacher or model.endswith("seed0"))]
+    rows = []
+    for concept in named:
+        name, words = concept["name"], probes[EMBEDDINGS, teacher, concept["name"]]
+        own = [probes[TRAINED, model, name] for model in students]
+        rows.append(
+            [
+                " or ".join(concept["classes"]),
+                f"{words['accuracy']:.2f}",
+                *(f"{probe['accuracy']:.2f} [{probe['low']:.2f}, {probe['high']:.2f}]" for probe in own),
+                f"{own[0]['selectivity']:.2f} [{own[0]['selectivity_low']:.2f}, {own[0]['selectivity_high']:.2f}]",
+                concept["falls_at"] or "–",
+            ]
+        )
+    widths = [f"d = {probes[TRAINED, model, named[0]['name']]['width']}" + " (teacher)" * (model == teacher) for model in students]
+    return table(["concept", EMBEDDINGS, *widths, "selectivity (teacher)", "falls at"], rows)
+
+
+def baselines(runs: Runs) -> str:
+    """Means over concepts; an interval of them would need the concepts' texts resampled together."""
+    probes = runs.probes
+    rows = []
+    for kind, model, _ in dict.fromkeys((kind, model, "") for kind, model, _ in probes if kind == TRAINED):
+        width = next(row["width"] for (k, m, _), row in probes.items() if (k, m) == (kind, model))
+        means = [[row["accuracy"] for (k, m, _), row in probes.items() if (k, m) == (other, model)] for other in (TRAINED, COMPONENTS, RANDOM)]
+        rows.append([model, width, *(f"{np.mean(some):.3f}" if some else "–" for some in means)])
+    return table(["model", "width", *(TRAINED, COMPONENTS, RANDOM)], rows)
+
+
+def few_features(runs: Runs) -> str:
+    rows = []
+    for sparse in runs.json("probes/probes.json")["sparse"]:
+        if len(sparse["features"]) in (1, 4):
+            ranks = ", ".join("–" if rank is None else f"{rank:,}" for rank in sparse["ranks"])
+            shown = f"{sparse['accuracy']:.2f} [{sparse['low']:.2f}, {sparse['high']:.2f}]"
+            rows.append([sparse["concept"], len(sparse["features"]), shown, ranks, sparse["lost_below"] or "–", sparse["falls_at"] or "–"])
+    return table(["concept", "features", "accuracy", "importance ranks", "the law keeps all from width", "the full probe falls at width"], rows)
+
+
+TABLES: dict[str, dict[str, Callable[[Runs], str]]] = {
+    "embedded_floor.md": {"floors": floors, "candidates": candidates, "tokens": tokens, "starts": starts},
+    "probing.md": {"features": features, "concepts": concepts, "baselines": baselines, "few features": few_features},
+}
+
+
+def kept_figure(runs: Runs) -> Any:
+    """Kept features against the width; of several seeds the first."""
+    rows = []
+    for row in recoverability_rows(runs.json("recover/recoverability.json")):
+        if row.width not in {each["width"] for each in rows}:
+            rows += [
+                {"series": RECOVERED[key], "width": row.width, "value": count.value, "low": count.low, "high": count.high, "baseline": key != "kept"}
+                for key, count in row.counts.items()
+            ]
+    return series_figure(rows, "features").update_layout(width=900, height=460)
+
+
+def concepts_figure(runs: Runs) -> Any:
+    return accuracy_figure(runs.json("probes/probes.json")).update_layout(width=1100)
+
+
+FIGURES: dict[str, Callable[[Runs], Any]] = {"kept": kept_figure, "concepts": concepts_figure}
+
+
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+
+
+def filled(text: str, name: str, content: str) -> str:
+    """A page with one table exchanged."""
+    begin, end = f"<!-- {name}, by docs/write_results.py -->\n", f"<!-- end of {name} -->\n"
+    before, _, rest = text.partition(begin)
+    if end not in rest:
+        raise ValueError(f"the page has no place for the table of {name}: put {begin.strip()} and {end.strip()} where it belongs")
+    return before + begin + content + end + rest.split(end, 1)[1]
+
+
+def main(folder: str) -> None:
+    runs = Runs(Path(folder))
+    for page, tables in TABLES.items():
+        text = (RESULTS / page).read_text(encoding="utf-8")
+        for name, of in tables.items():
+            text = filled(text, name, of(runs))
+        (RESULTS / page).write_text(text, encoding="utf-8")
+    for name, of in FIGURES.items():
+        of(runs).write_image(RESULTS / f"{name}.png", scale=1.5)
+    shutil.copy(runs.folder / "full/floors.json", RESULTS / "embedded_floor.json")
+    shutil.copy(runs.folder / "recover/recoverability.json", RESULTS / "recoverability.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
