@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One test file to a core at a time; what a file's tests share is then made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 WIDTHS := 16,24,32,48,64,96,128
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -11,14 +13,14 @@ export TOKENIZERS_PARALLELISM ?= false
 
 demo: .venv/.package
 	rm -rf runs/demo runs/demo-floors
-	$(BIN)/tl-capacity measure --model embedded --tokens 400000 --widths $(WIDTHS) --out runs/demo
-	$(BIN)/tl-capacity run pythia-floor --preset quick --widths $(WIDTHS) --out runs/demo-floors
+	$(BIN)/tl-capacity measure --model embedded --tokens 200000 --widths $(WIDTHS) --out runs/demo
+	$(BIN)/tl-capacity run pythia-floor --preset quick --widths $(WIDTHS) --no-control --measurement runs/demo --out runs/demo-floors
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: .venv/.test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: .venv/.dev site
 	$(BIN)/ruff check .

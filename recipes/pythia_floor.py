@@ -24,7 +24,7 @@ IMPORTANCES = ("second_moment", "gradient", "fisher")
 PASSED_ON = ("seeds", "seeded_widths", "start", "control", "lr", "schedule", "seed")
 """What the distillation takes as it stands here."""
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"measure_tokens": 16_000, "tokens": 25_000, "evaluations": 12, "heldout_tokens": 1_500, "batch_rows": 2, "context": 128},
+    "quick": {"measure_tokens": 16_000, "tokens": 20_000, "evaluations": 10, "heldout_tokens": 1_000, "batch_rows": 4, "context": 128},
     "demo": {"measure_tokens": 100_000, "tokens": 250_000, "evaluations": 20, "heldout_tokens": 4_000, "batch_rows": 4, "context": 256},
     "full": {"measure_tokens": 400_000, "tokens": 20_000_000, "evaluations": 60, "heldout_tokens": 16_384, "batch_rows": 8, "context": 256},
 }
