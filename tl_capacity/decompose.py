@@ -468,7 +468,10 @@ def _notes(found: Decomposition) -> list[str]:
         notes.append("the observed floors do not fall with the width: train longer, or on more text")
     falling = [f for f in found.observed if f.low is not None and f.falling > 0.1 * f.value]
     if found.which == "fit" and falling:
-        notes.append(f"{len(falling)} students have not come near their floor (more than a tenth of it above at the end), so it is extrapolated: train longer")
+        notes.append(
+            f"{len(falling)} students have not come near their floor (more than a tenth of it above at the end), so it is extrapolated, and too low where the "
+            "learning rate fell to zero: train longer, and see whether the mean of the last tenth says the same"
+        )
     unfitted = [f for f in found.observed if f.low is None and f.start != "teacher"]
     if found.which == "fit" and unfitted:
         notes.append(f"{len(unfitted)} students have too few evaluations for a fit: their floor is the mean of the last tenth of training")
