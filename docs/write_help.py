@@ -34,15 +34,8 @@ def sections() -> Iterator[tuple[str, str]]:
     for built_in in plugins().recipes:
         if built_in.target.startswith("tl_capacity."):
             title = f"tl-capacity run {built_in.name}"
-            command = recipe_command(recipe.load(built_in))
+            command = recipe.command_of(recipe.load(built_in))
             yield title, command.get_help(command.context_class(command, info_name=title, terminal_width=COLUMNS))
-
-
-def recipe_command(function: Any) -> Any:
-    """A recipe's function as the command that `tl-capacity run` makes of it."""
-    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    alone.command()(recipe._command(function))
-    return typer.main.get_command(alone)
 
 
 def page() -> str:

@@ -49,13 +49,8 @@ def run(function: Callable[[Any], Any], arguments: Sequence[str] | None = None, 
 
     `tuple[int, ...]` fields are given as `16,32,64`, or the option is repeated; a field without a default is a required option.
     """
-    import typer
-
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(_command(function))
-    command = typer.main.get_command(app)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return command.main(given, prog_name=name or sys.argv[0], standalone_mode=False)
+    return command_of(function).main(given, prog_name=name or sys.argv[0], standalone_mode=False)
 
 
 def run_file(function: Callable[[Any], Any]) -> None:
@@ -64,7 +59,16 @@ def run_file(function: Callable[[Any], Any]) -> None:
         run(function)
 
 
-def _command(function: Callable[[Any], Any]) -> Callable[..., Any]:
+def command_of(function: Callable[[Any], Any]) -> Any:
+    """A recipe's function as a command of click, which Typer makes."""
+    import typer
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(_with_options(function))
+    return typer.main.get_command(app)
+
+
+def _with_options(function: Callable[[Any], Any]) -> Callable[..., Any]:
     import typer
 
     hints = typing.get_type_hints(function)
