@@ -15,10 +15,10 @@ from plotly.subplots import make_subplots
 from tl_capacity.hooks.embedded import FOLDER
 
 from tl_capacity import Measurement
+from tl_capacity.palette import COLOURS
 
 FIGURES = Path(__file__).parent / "figures"
-# Okabe and Ito's palette, which readers with any colour vision can tell apart; each series has its own dash as well.
-COLOURS, DASHES = ("#0072B2", "#D55E00", "#009E73"), ("solid", "dash", "dot")
+DASHES = ("solid", "dash", "dot")
 WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 

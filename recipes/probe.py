@@ -22,6 +22,7 @@ from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.loading import LoadedModel, load_model, load_sae
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.measuring import measured_dictionary, tapped_model
+from tl_capacity.palette import BLUE, GREEN, VERMILION
 from tl_capacity.probing.activations import Activations, bag_of_embeddings, collect, randomly_initialised
 from tl_capacity.probing.concepts import LabelledTexts, load_concepts
 from tl_capacity.probing.probes import Probe, fit_probes, on_principal_components
@@ -33,8 +34,7 @@ from tl_capacity.storage import make_folder, write_bytes, write_json
 SCHEMA = 1
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "probes.json", "probes.csv", "probes.html"
 TRAINED, RANDOM, COMPONENTS, EMBEDDINGS = "trained", "random weights", "teacher's principal components", "bag of embeddings"
-# Okabe and Ito's palette, which readers with any colour vision can tell apart; each series has its own symbol as well.
-SHOWN = {TRAINED: ("#0072B2", "circle"), RANDOM: ("#D55E00", "square"), COMPONENTS: ("#009E73", "diamond")}
+SHOWN = {TRAINED: (BLUE, "circle"), RANDOM: (VERMILION, "square"), COMPONENTS: (GREEN, "diamond")}
 PANELS_IN_A_ROW = 4
 MODELS_IN_A_TABLE = 4
 

@@ -1,6 +1,6 @@
 """Figures: each function takes a result and returns a plotly figure, for a notebook and for the report alike.
 
-Colours are Okabe and Ito's, which readers with any colour vision can tell apart; each series has its own dash or symbol as well. Every axis names its unit.
+Every axis names its unit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError
 from tl_capacity.floors import FloorPrediction, kept_features
 from tl_capacity.measurement import HookMeasurement, Measurement
+from tl_capacity.palette import COLOURS
 from tl_capacity.plugins import plugins
 from tl_capacity.summary import THRESHOLDS, Estimate, Resample
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 GREY = "#8A8F98"

@@ -10,6 +10,7 @@ import numpy as np
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
+from tl_capacity.palette import COLOURS
 from tl_capacity.storage import make_folder, write_bytes, write_json
 from tl_capacity.toy.judging import BANDS, accuracy, at_every_sparsity, cells, packing_law, predictions, strata
 from tl_capacity.toy.measures import containment
@@ -28,8 +29,6 @@ HOLDS = {"relative": 0.93, "r2": 0.9}
 """What is asked of a predictor that is said to hold: the published accuracy under its strictest reading, and that it explains nine tenths of the variance."""
 PUBLISHED = {(40, 0.90, 1): (0.0915, 0.0034), (40, 0.90, 5): (0.0462, 0.0001), (40, 0.90, 9): (0.0293, 0.0003), (20, 0.80, 4): (0.0687, 0.0013)}
 """(n, α, d) → mean and standard deviation of the floor over 5 seeds of 10,000 steps of 1,024 samples, from github.com/PalmeseMattia/checkerboard."""
-# Okabe and Ito's palette, which readers with any colour vision can tell apart; each series has its own dash or symbol as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 DASHES, SYMBOLS = ("solid", "dash", "dot", "dashdot"), ("circle", "square", "diamond", "cross")
 SHOWN = ("refined", "smooth band", "equilibrium", "measured set")
 
@@ -294,7 +293,7 @@ def floors_figure(students: Any) -> Any:
             legendgroup="a",
             **at,
         )
-        for name, colour, dash in zip(SHOWN, COLOURS, DASHES, strict=True):
+        for name, colour, dash in zip(SHOWN, COLOURS[: len(SHOWN)], DASHES, strict=True):
             predicted = by_width[name].mean()
             figure.add_scatter(
                 x=predicted.index, y=predicted, mode="lines", name=name, line={"color": colour, "dash": dash, "width": 2}, legendgroup=name, **at
