@@ -367,6 +367,7 @@ class TestSweep:
         with pytest.raises(CapacityError, match="no checkpoint of a toy sweep"):
             train(TINY, tmp_path / "state")
 
+    @pytest.mark.slow
     def test_killed_and_continued(self, tmp_path: Path) -> None:
         """SIGKILL after a checkpoint; the same call goes on to the same last bit."""
         checkpoint, longer = tmp_path / "state.safetensors", replace(TINY, steps=1200)
