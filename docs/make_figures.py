@@ -35,11 +35,11 @@ def floors(measurement: Measurement) -> go.Figure:
         curve = np.sort(hook.importance("decoder_weighted"))[::-1]
         figure.add_scatter(x=np.arange(1, len(curve) + 1), y=curve, mode="lines", line=line, name=name, legendgroup=name, col=1, row=1)
         predictions = measurement.budget(WIDTHS, importance="decoder_weighted").floors
-        mine = [p for p in predictions if p.hook == hook.hook and p.features_lost > 0]
+        mine = [p for p in predictions if p.hook == hook.hook and p.features_lost.value > 0]
         total = curve.sum()
         figure.add_scatter(
             x=[p.width for p in mine],
-            y=[p.share for p in mine],
+            y=[p.share.value for p in mine],
             error_y={
                 "type": "data",
                 "symmetric": False,

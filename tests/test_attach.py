@@ -221,7 +221,8 @@ class TestAgainstSAELens:
         np.testing.assert_allclose(summary.firing_rates, by_feature["feature_density"], rtol=1e-6)
         assert summary.l0.value == pytest.approx(theirs["sparsity"]["l0"], rel=1e-6)
         assert summary.explained_variance.value == pytest.approx(theirs["reconstruction_quality"]["explained_variance"], rel=1e-4)
-        assert summary.reconstruction_error == pytest.approx(theirs["reconstruction_quality"]["mse"], rel=1e-4)
+        assert summary.reconstruction_error is not None
+        assert summary.reconstruction_error.value == pytest.approx(theirs["reconstruction_quality"]["mse"], rel=1e-4)
 
 
 class TestHuggingFaceAgainstTheBridge:

@@ -135,10 +135,15 @@ def test_fits_and_errors_are_scikit_learns() -> None:
 
 def test_power_laws_find_their_exponent() -> None:
     found = fitted("power law in d", points(floors(lambda w: 0.4 + 7 * w**-0.9)))
-    assert found.exponent == pytest.approx(0.9, abs=1e-3)
+    assert found.exponent is not None
+    assert found.exponent.value == pytest.approx(0.9, abs=1e-3)
     assert found.b.value == pytest.approx(0.4, abs=1e-3)
+    assert found.exponent.low == pytest.approx(0.9, abs=1e-2)  # as floors without noise leave nothing to doubt
+    assert found.exponent.high == pytest.approx(0.9, abs=1e-2)
     # The parameters here are d², so the exponent is half of it.
-    assert fitted("power law in parameters", points(floors(lambda w: 0.4 + 7 * w**-0.9))).exponent == pytest.approx(0.45, abs=1e-3)
+    halved = fitted("power law in parameters", points(floors(lambda w: 0.4 + 7 * w**-0.9))).exponent
+    assert halved is not None
+    assert halved.value == pytest.approx(0.45, abs=1e-3)
 
 
 def test_r2_of_one_over_d_on_the_published_floors(published_curve: Path) -> None:

@@ -482,6 +482,15 @@ def test_floors_without_a_fit_are_the_mean_of_the_last_tenth() -> None:
     share = np.arange(55, 61) / 60
     assert whole.last_tenth == pytest.approx(np.mean(1 + 0.5 / share), abs=1e-6)
     assert whole.falling == pytest.approx(whole.last_tenth - whole.value)
+    assert (few.last_tenth_low, few.falling_low) == (None, None)
+    noisy = observed_floor(curve(1.0, 0.5, 1.0, noise=0.005))
+    for low, value, high in ((noisy.last_tenth_low, noisy.last_tenth, noisy.last_tenth_high), (noisy.falling_low, noisy.falling, noisy.falling_high)):
+        assert low is not None
+        assert high is not None
+        assert low < value < high
+        assert high - low < 0.3
+    # The mean of six evaluations wavers less than the point to which all of them lead.
+    assert noisy.last_tenth_high - noisy.last_tenth_low < noisy.high - noisy.low
 
 
 def test_floors_of_a_run_are_the_same_each_time(finished: tuple[DistillationRun, Path]) -> None:

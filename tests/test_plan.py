@@ -16,11 +16,13 @@ from test_report import of_counts
 from tl_capacity import theory
 from tl_capacity.distillation.students import new_student, parameters_of
 from tl_capacity.errors import CapacityError
+from tl_capacity.floors import hook_floors
 from tl_capacity.loading import load_config, load_model
 from tl_capacity.measurement import Measurement
 from tl_capacity.measuring import MeasureSettings, measure
-from tl_capacity.plan import kept_shares, ladder, plan, teacher_config
+from tl_capacity.plan import ladder, plan, teacher_config
 from tl_capacity.plugins import plugins
+from tl_capacity.summary import document_resamples
 
 LAW = plugins().capacity_laws["compressed_sensing"]
 ZIPF = of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))
@@ -103,9 +105,30 @@ def test_kept_shares_agree_with_the_closed_form() -> None:
     s = ZIPF.hooks[0].summary
     widths = [1, 3, 9, 27, 1_000]
     kept = theory.kept_features(np.array(widths), s.alpha.value, s.n_alive.value)
-    shares = kept_shares(ZIPF.hooks[0], widths, "second_moment", LAW)
+    shares = [f.kept_share for f in hook_floors(ZIPF.hooks[0], widths, "second_moment", LAW)]
     np.testing.assert_allclose([e.value for e in shares], kept / s.n_alive.value)
     assert all(0 <= (e.low or 0) <= e.value <= (e.high or 1) <= 1 for e in shares)
+
+
+def test_every_figure_of_a_floor_has_the_bootstraps_interval(measured: Path) -> None:
+    hook, widths = Measurement.load(measured).hooks[0], [2, 4, 8]
+    sums, threshold = hook.summary.arrays, hook.summary.alive_threshold
+    drawn = document_resamples(sums["tokens"])
+    assert drawn is not None
+    for width, found in zip(widths, hook_floors(hook, widths, "second_moment", LAW), strict=True):
+        again = []
+        for weights in drawn:
+            rates, squares = (weights @ sums[name] / (weights @ sums["tokens"]) for name in ("counts", "squares"))
+            values = squares[rates > threshold]
+            alpha = theory.sparsity(float(rates.sum()), len(values))
+            kept, floor = theory.kept_features(width, alpha, len(values)), theory.refined_floor(values, width, alpha)
+            again.append([kept, len(values) - kept, kept / len(values), floor, theory.naive_floor(values, width, alpha), floor / values.sum()])
+        figures = [found.features_kept, found.features_lost, found.kept_share, found.predicted_floor, found.naive_floor, found.share]
+        for figure, replicates in zip(figures, np.array(again).T, strict=True):
+            low, high = figure.value + np.percentile(replicates, [2.5, 97.5]) - replicates.mean()
+            assert (figure.low, figure.high) == pytest.approx((max(0.0, min(low, figure.value)), max(high, figure.value)))
+        assert found.predicted_floor.value == pytest.approx(theory.refined_floor(hook.importance(), width, hook.summary.alpha.value))
+        assert found.naive_floor.value == pytest.approx(theory.naive_floor(hook.importance(), width, hook.summary.alpha.value))
 
 
 def test_the_ladder_is_two_widths_an_octave() -> None:

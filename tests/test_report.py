@@ -35,7 +35,7 @@ from tl_capacity.report import ReportSettings, Results, find_snippets, report_pa
 from tl_capacity.report import figures as drawn
 from tl_capacity.report.page import report_widths, shown_latents
 from tl_capacity.report.results import probe_rows, recoverability_rows
-from tl_capacity.report.snippets import edges, stream_of, token_texts, top_snippets
+from tl_capacity.report.snippets import edges, shown_features, stream_of, token_texts, top_snippets
 from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, FeatureSummary
 
 EVIL = "</script><script>document.title='taken'</script>"
@@ -239,7 +239,7 @@ def test_the_verdict_says_what_was_computed(full: Results) -> None:
     assert f"d* = {hook.summary.critical_width.show(',.1f')}" in head
     floor = next(f for f in full.measurement.floors([16]) if f.hook.startswith(hook.hook) or hook.sae in f.hook)
     assert "A student of width 16 keeps about" in head
-    assert f"{floor.features_kept / hook.summary.n_alive.value:.1%}" in head
+    assert f"{floor.features_kept.value / hook.summary.n_alive.value:.1%}" in head
 
 
 def test_what_is_missing_says_how_to_get_it(measurement: Measurement) -> None:
@@ -328,7 +328,7 @@ def test_curves_end_where_they_are_fitted_to(full: Results) -> None:
     assert full.run is not None
     figure, floors = full.run.plot(), {f.name: f for f in observed_floors(full.run)}
     for student in full.run:
-        mine = [trace for trace in figure.data if trace.legendgroup == student.name]
+        mine = [t for t in figure.data if t.legendgroup == f"width {student.width}{' (control)' if student.start == 'teacher' else ''}"]
         assert list(mine[0].y) == list(student.heldout_kl[1:])
         if student.start == "teacher":
             assert len(mine) == 1
@@ -377,6 +377,17 @@ def test_edges_are_the_two_sides_of_the_budget(measurement: Measurement) -> None
         order = sorted(importance, key=lambda latent: -importance[latent])
         assert list(edge.kept) == order[max(0, edge.n_kept - 5) : edge.n_kept]
         assert list(edge.lost) == order[edge.n_kept : edge.n_kept + 5]
+
+
+def test_a_rank_is_as_uncertain_as_the_documents(measurement: Measurement) -> None:
+    hook = measurement.hooks[1]
+    importance = dict(zip(np.flatnonzero(hook.summary.alive).tolist(), hook.importance(), strict=True))
+    for latent, feature in shown_features(hook, list(importance), "second_moment").items():
+        assert feature.rank.value == 1 + sum(other > importance[latent] for other in importance.values())
+        assert 1 <= (feature.rank.low or 0) <= feature.rank.value <= (feature.rank.high or 0)
+    alike = of_counts(np.arange(64, 0, -1) * 64).hooks[0]  # every document group is the same
+    ranks = [feature.rank for feature in shown_features(alike, range(64), "second_moment").values()]
+    assert all(rank.low == rank.value == rank.high for rank in ranks)
 
 
 def test_snippets_are_where_a_dense_computation_finds_them(folder: Path, measurement: Measurement) -> None:

@@ -102,7 +102,7 @@ class TestClosedForms:
         assert rates_summary([0.0, 1e-6], threshold=0.0).alive.tolist() == [False, True]
 
     def test_dense_latents(self) -> None:
-        assert rates_summary([1 / e - 0.001, 1 / e + 0.001, 1.0, 0.0]).dense_latents == 2
+        assert rates_summary([1 / e - 0.001, 1 / e + 0.001, 1.0, 0.0]).dense_latents.value == 2
 
     @pytest.mark.parametrize("rates", [[0.0, 0.0], [1.0, 1.0]])
     def test_undefined_figures_are_said_to_be(self, rates: list[float]) -> None:
@@ -127,7 +127,9 @@ class TestClosedForms:
         assert summary.fvu.value == pytest.approx(wanted, rel=1e-9)
         assert summary.explained_variance is not None
         assert summary.explained_variance.value == pytest.approx(1 - wanted, rel=1e-9)
-        assert summary.reconstruction_error == pytest.approx((noise**2).sum(1).mean(), rel=1e-9)
+        assert summary.reconstruction_error is not None
+        assert summary.reconstruction_error.value == pytest.approx((noise**2).sum(1).mean(), rel=1e-9)
+        assert summary.reconstruction_error.low < 0.27 < summary.reconstruction_error.high  # 3 · 0.3², as they were drawn
         assert summary.fvu.low < wanted < summary.fvu.high
         unchecked = rates_summary([0.1])
         assert (unchecked.fvu, unchecked.explained_variance, unchecked.reconstruction_error) == (None, None, None)

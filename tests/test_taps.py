@@ -101,7 +101,7 @@ def test_a_basis_without_k_has_no_sparsity(hooked: Any, tokens: torch.Tensor) ->
     with tlc.add_capacity_hooks(hooked, NeuronBasis(D_MODEL, RESIDUAL), fvu_every=1) as capacity:
         measurement = capacity.run(tokens.split(8)).measurement()
     summary = measurement[RESIDUAL].summary
-    assert (summary.l0.value, summary.n_alive.value, summary.dense_latents) == (D_MODEL, D_MODEL, D_MODEL)
+    assert (summary.l0.value, summary.n_alive.value, summary.dense_latents.value) == (D_MODEL, D_MODEL, D_MODEL)
     assert summary.fvu.value == pytest.approx(0, abs=1e-9)
     assert summary.critical_width.show() == "undefined"
     with pytest.raises(

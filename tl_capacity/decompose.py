@@ -85,7 +85,7 @@ class Fit:
     Attributes:
         c, b: C and B with 95% intervals (bootstrap over widths and, within a width, over seeds), C in nats per token for each unit of x; C is None where x is
             the same at all widths, and has no interval where it was not fitted.
-        exponent: s, where it was free.
+        exponent: s with its interval, where it was free.
         r2: share of the variance explained.
         error: leave-one-width-out error: root mean square, over widths, of the mean observed floor less the one that the other widths predict, in nats per
             token; None where too few widths are left to fit.
@@ -95,7 +95,7 @@ class Fit:
     candidate: Candidate
     c: Estimate | None
     b: Estimate
-    exponent: float | None
+    exponent: Estimate | None
     r2: float
     error: float | None
     fitted: Mapping[int, float]
@@ -111,7 +111,7 @@ class Fit:
             "unit": self.candidate.unit,
             "C": None if self.c is None else self.c.to_json(),
             "B": self.b.to_json(),
-            "exponent": self.exponent,
+            "exponent": None if self.exponent is None else self.exponent.to_json(),
             "r2": self.r2,
             "leave_one_width_out_error": self.error,
             "fitted_floors": {str(width): floor for width, floor in self.fitted.items()},
@@ -202,8 +202,9 @@ class Decomposition:
 
         flat = []
         for row in (fit.to_json() for fit in self.fits):
-            intervals = {f"{key} {end}": row[key][end] if row[key] else None for key in ("C", "B") for end in ("low", "high")}
-            flat.append({**row, **{key: row[key]["value"] if row[key] else None for key in ("C", "B")}, **intervals})
+            numbers = ("C", "B", "exponent")
+            intervals = {f"{key} {end}": row[key][end] if row[key] else None for key in numbers for end in ("low", "high")}
+            flat.append({**row, **{key: row[key]["value"] if row[key] else None for key in numbers}, **intervals})
         return pandas.DataFrame(flat).drop(columns="fitted_floors")
 
     def _repr_html_(self) -> str:
@@ -337,7 +338,7 @@ def fit(candidate: Candidate, points: Points, replicates: NDArray[np.float64]) -
         candidate,
         c=_estimate(own[0], again[:, 0], enough and free_c) if free_c or candidate.as_is else None,
         b=_estimate(own[1], again[:, 1], enough),
-        exponent=float(own[2]) if candidate.free_exponent else None,
+        exponent=_estimate(own[2], again[:, 2], enough) if candidate.free_exponent else None,
         r2=1 - float(np.square(points.floors - values).sum()) / spread if spread else 0.0,
         error=error,
         fitted={int(width): float(values[points.widths == width][0]) for width in widths},
@@ -416,7 +417,7 @@ def _predictions(measurement: Measurement, widths: Sequence[int], asked: tuple[s
                 this = (hook.hook, estimator.name, law.name)
                 floors = hook_floors(hook, widths, estimator.name, law) if this == asked else curve.floors(widths, law.name)
                 by_width = {f.width: f.predicted_floor for f in floors}
-                found.append(Prediction(*this, estimator.unit, by_width, {f.width: f.naive_floor for f in floors}))
+                found.append(Prediction(*this, estimator.unit, by_width, {f.width: f.naive_floor.value for f in floors}))
     return found
 
 
@@ -488,7 +489,7 @@ def _cells(fits: Sequence[Fit], chosen: Fit) -> tuple[list[str], list[list[str]]
             f"{f.r2:.4f}",
             "" if f.c is None else f.c.show(".3g"),
             f.b.show(".3g"),
-            "" if f.exponent is None else f"{f.exponent:.2f}",
+            "" if f.exponent is None else f.exponent.show(".2f"),
         ]
         for place, f in enumerate(fits, 1)
         if place <= SHOWN or f is chosen or f.candidate.kind == "rival"

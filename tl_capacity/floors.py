@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from math import floor
+from math import floor, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from tl_capacity import theory
 from tl_capacity.checks import checked
-from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.errors import CapacityError, MeasurementError, PluginError, plugin_code
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
 from tl_capacity.suite import suites
-from tl_capacity.summary import Estimate, Resample
+from tl_capacity.summary import Estimate, Resample, significant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,18 +38,20 @@ class FloorPrediction:
         hook: the hook point that was measured, or the curve's name; where several SAEs were measured there, the SAE's name as well.
         width: d_S.
         features_kept, features_lost: F_S and F − F_S.
-        predicted_floor: Σ of the lost features' importance, in `unit` per token, with its document-bootstrap interval.
+        kept_share: F_S / F.
+        predicted_floor: Σ of the lost features' importance, in `unit` per token.
         naive_floor: the same with every feature equally important.
         share: predicted floor / L_∞, the loss of keeping nothing.
     """
 
     hook: str
     width: int
-    features_kept: int
-    features_lost: int
+    features_kept: Estimate
+    features_lost: Estimate
+    kept_share: Estimate
     predicted_floor: Estimate
-    naive_floor: float
-    share: float
+    naive_floor: Estimate
+    share: Estimate
     unit: str
     importance: str
     law: str
@@ -60,13 +62,21 @@ class FloorPrediction:
         return {
             "hook": self.hook,
             "width": self.width,
-            "features_kept": self.features_kept,
-            "features_lost": self.features_lost,
+            "features_kept": int(self.features_kept.value),
+            "kept_low": self.features_kept.low,
+            "kept_high": self.features_kept.high,
+            "features_lost": int(self.features_lost.value),
+            "lost_low": self.features_lost.low,
+            "lost_high": self.features_lost.high,
             "predicted_floor": self.predicted_floor.value,
             "predicted_low": self.predicted_floor.low,
             "predicted_high": self.predicted_floor.high,
-            "naive_floor": self.naive_floor,
-            "share_of_total": self.share,
+            "naive_floor": self.naive_floor.value,
+            "naive_low": self.naive_floor.low,
+            "naive_high": self.naive_floor.high,
+            "share_of_total": self.share.value,
+            "share_low": self.share.low,
+            "share_high": self.share.high,
             "unit": self.unit,
             "importance": self.importance,
             "law": self.law,
@@ -106,10 +116,8 @@ class Curve:
     def floors(self, widths: Sequence[int], law: str = "compressed_sensing") -> list[FloorPrediction]:
         """Predicted floors, without intervals: a bare curve does not say how uncertain it is."""
         chosen = plugins().capacity_laws[law]
-        return [
-            _prediction(self.name, width, self.importance, self.alpha, chosen, Estimate(_floor(self.importance, self.alpha, width, chosen)), "as published", "")
-            for width in _checked(widths)
-        ]
+        figures = map(Estimate, _floor_figures(self.importance, self.alpha, _checked(widths), chosen))
+        return _predictions(self.name, widths, list(figures), "as published", "", chosen)
 
 
 @dataclass(frozen=True)
@@ -237,17 +245,24 @@ def floor_cells(floors: Sequence[FloorPrediction]) -> tuple[list[str], list[list
     """Header and rows of predicted floors, as text."""
     unit = f" ({floors[0].unit} per token)" if floors and floors[0].unit else ""
     return ["hook", "width", "kept", "lost", f"predicted floor{unit}", "share of total"], [
-        [f.hook, f"{f.width:,}", f"{f.features_kept:,}", f"{f.features_lost:,}", f.predicted_floor.show(".4g"), f"{100 * f.share:.3g}%"] for f in floors
+        [
+            f.hook,
+            f"{f.width:,}",
+            f"{f.features_kept.value:,.0f}",
+            f"{f.features_lost.value:,.0f}",
+            f.predicted_floor.show(".4g"),
+            f"{100 * f.share.value:.3g}%",
+        ]
+        for f in floors
     ]
 
 
 def hook_floors(hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw) -> list[FloorPrediction]:
-    """Predicted floors of one hook point, each with its document-bootstrap interval."""
+    """Predicted floors of one hook point, every figure with its document-bootstrap interval."""
     if not _checked(widths):
         return []
-    alpha, values, unit = sparsity(hook), hook.importance(importance), hook.estimator(importance).unit
-    estimates = resampled(hook, importance, lambda values, alpha: [_floor(values, alpha, width, law) for width in widths])
-    return [_prediction(hook.hook, width, values, alpha, law, estimate, importance, unit) for width, estimate in zip(widths, estimates, strict=True)]
+    estimates = resampled(hook, importance, lambda values, alpha: _floor_figures(values, alpha, widths, law))
+    return _predictions(hook.hook, widths, estimates, importance, str(hook.estimator(importance).unit), law)
 
 
 def sparsity(hook: HookMeasurement) -> float:
@@ -306,8 +321,8 @@ def measurement_warnings(measurement: Measurement) -> list[str]:
             found.append(f"{where}: {s.n_alive.value:,.0f} of the SAE's {s.d_sae:,} latents are alive: the dictionary bounds F, and a wider SAE may find more")
         if s.n_alive.low is None:
             found.append(f"{where}: {s.n_documents} documents are too few for intervals over documents")
-        if s.dense_latents:
-            found.append(f"{where}: {s.dense_latents} latents fire on more than 1/e of the tokens, outside the sparse regime of g(α)")
+        if s.dense_latents.value:
+            found.append(f"{where}: {s.dense_latents.value:,.0f} latents fire on more than 1/e of the tokens, outside the sparse regime of g(α)")
     return found
 
 
@@ -321,11 +336,12 @@ def error_warnings(measurement: Measurement, widths: Sequence[int], law: str = "
         error = hook.summary.reconstruction_error
         if error is None:
             continue
-        below = [f for f in hook_floors(hook, widths, "decoder_weighted", plugins().capacity_laws[law]) if f.predicted_floor.value < error]
+        below = [f for f in hook_floors(hook, widths, "decoder_weighted", plugins().capacity_laws[law]) if f.predicted_floor.value < error.value]
         if below:
             listed = ", ".join(f"{f.width:,}" for f in below)
             found.append(
-                f"{name(hook)}: at width {listed} the decoder-weighted floor is below the SAE's own error of {error:.3g} activation² per token: "
+                f"{name(hook)}: at width {listed} the decoder-weighted floor is below the SAE's own error of "
+                f"{error.show(significant(error.value, 3))} activation² per token: "
                 "what the SAE misses is larger than what the student is predicted to lose"
             )
     return found
@@ -344,33 +360,57 @@ def table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], righ
     return shown
 
 
-def _prediction(
-    hook: str, width: int, values: NDArray[np.float64], alpha: float, law: CapacityLaw, floor_: Estimate, importance: str, unit: str
-) -> FloorPrediction:
-    kept, total = kept_features(values, alpha, width, law), float(values.sum())
-    per_dimension = law.features_per_dimension(alpha, values)
-    return FloorPrediction(
-        hook=hook,
-        width=width,
-        features_kept=kept,
-        features_lost=len(values) - kept,
-        predicted_floor=floor_,
-        naive_floor=total * max(0.0, 1 - width * per_dimension / len(values)) if len(values) else 0.0,
-        share=floor_.value / total if total else 0.0,
-        unit=unit,
-        importance=importance,
-        law=law.name,
-        caveat=law.caveat,
-    )
+def features_per_dimension(law: CapacityLaw, alpha: float, importance: NDArray[np.float64]) -> float:
+    """ĝ for sparsity `alpha` and the alive features' importances [feature], by some law.
+
+    Raises:
+        PluginError: where the law fails, or gives no finite number above 0.
+    """
+    with plugin_code("capacity law", law.name, law):
+        found = float(law.features_per_dimension(alpha, importance))
+    if not (isfinite(found) and found > 0):
+        raise PluginError(f"the capacity law {law.name!r} gives {found:g} features per dimension, but a finite number above 0 is needed: mend it")
+    return found
 
 
 def kept_features(values: NDArray[np.float64], alpha: float, width: int, law: CapacityLaw) -> int:
     """F_S = min(⌊d_S · ĝ(α)⌋, F) of the alive features' importances [feature], by some law."""
-    return min(floor(width * law.features_per_dimension(alpha, values)), len(values))
+    return min(floor(width * features_per_dimension(law, alpha, values)), len(values))
 
 
-def _floor(values: NDArray[np.float64], alpha: float, width: int, law: CapacityLaw) -> float:
-    return float(theory.lost_importance(values, kept_features(values, alpha, width, law)))
+def _floor_figures(values: NDArray[np.float64], alpha: float, widths: Sequence[int], law: CapacityLaw) -> list[float]:
+    """For each width in turn what a `FloorPrediction` says, in its order: features kept and lost, the share kept, refined and naive floor, the share lost."""
+    features, total = len(values), float(values.sum())
+    budgets = np.array(widths) * features_per_dimension(law, alpha, values)
+    kept = np.minimum(np.floor(budgets), features).astype(np.int64)
+    refined = theory.lost_importance(values, kept)
+    naive = total * np.maximum(0.0, 1 - budgets / max(features, 1))
+    shares = refined / total if total else np.zeros(len(kept))
+    return list(np.stack([kept, features - kept, kept / max(features, 1), refined, naive, shares], 1).ravel())
+
+
+def _predictions(hook: str, widths: Sequence[int], figures: Sequence[Estimate], importance: str, unit: str, law: CapacityLaw) -> list[FloorPrediction]:
+    """What `_floor_figures` found, with or without intervals."""
+    found, of = [], iter(figures)
+    for width in widths:
+        kept, lost, kept_share, refined, naive, share = (next(of) for _ in range(6))
+        found.append(
+            FloorPrediction(
+                hook=hook,
+                width=width,
+                features_kept=kept.within(0.0),
+                features_lost=lost.within(0.0),
+                kept_share=kept_share.within(0.0, 1.0),
+                predicted_floor=refined.within(0.0),
+                naive_floor=naive.within(0.0),
+                share=share.within(0.0, 1.0),
+                unit=unit,
+                importance=importance,
+                law=law.name,
+                caveat=law.caveat,
+            )
+        )
+    return found
 
 
 def _budget(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
@@ -379,7 +419,7 @@ def _budget(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
 
     def budget_of(sums: Resample) -> list[float]:
         alpha = s.sparsity_of(sums)
-        return [hook.width * law.features_per_dimension(alpha, values) if 0 < alpha < 1 else float("nan")]
+        return [hook.width * features_per_dimension(law, alpha, values) if 0 < alpha < 1 else float("nan")]
 
     return s.estimates(budget_of)[0]
 

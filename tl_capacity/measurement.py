@@ -315,7 +315,7 @@ def figures(summary: FeatureSummary) -> dict[str, Any]:
         "capacity": summary.capacity.to_json(),
         "critical_width": summary.critical_width.to_json(),
         "heterogeneous_critical_width": summary.heterogeneous_critical_width.to_json(),
-        "dense_latents": summary.dense_latents,
+        "dense_latents": int(summary.dense_latents.value),
         "fvu": None if summary.fvu is None else summary.fvu.to_json(),
         "explained_variance": None if summary.explained_variance is None else summary.explained_variance.to_json(),
     }

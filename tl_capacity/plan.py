@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from tl_capacity import theory
 from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError
-from tl_capacity.floors import hook_floors, html_table, kept_features, resampled, table
+from tl_capacity.floors import features_per_dimension, hook_floors, html_table, resampled, table
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.summary import Estimate
+from tl_capacity.summary import Estimate, significant
 
 SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 """Widths that are looked at where none are given, as shares of the teacher's: two to each octave."""
@@ -154,8 +154,8 @@ class Plan:
         return header, [
             [
                 f"{c.width:,}{' ←' if c.width == self.width else ''}",
-                show_share(c.kept),
-                c.floor.show(".4g"),
+                c.kept.show(".1%"),
+                c.floor.show(significant(c.floor.value)),
                 "unknown" if c.parameters is None else f"{c.parameters:,}",
                 "unknown" if c.body_parameters is None else f"{c.body_parameters:,}",
                 "unknown" if c.share is None else f"{c.share:.1%}",
@@ -208,11 +208,11 @@ def plan(
     shown = sorted({width, *(widths or ladder(decides.width))})
     sizes = {} if config is None else _sizes(config, [*shown, int(config.hidden_size)])
     teacher = sizes.get(int(config.hidden_size)) if config is not None else None
-    kept, floors = kept_shares(decides, shown, importance, chosen), [f.predicted_floor for f in hook_floors(decides, shown, importance, chosen)]
     costs = []
-    for w, share, floor in zip(shown, kept, floors, strict=True):
-        total, body = sizes.get(w, (None, None))
-        costs.append(WidthCost(w, share, floor, total, body, total / teacher[0] if total is not None and teacher is not None else None))
+    for f in hook_floors(decides, shown, importance, chosen):
+        total, body = sizes.get(f.width, (None, None))
+        share = total / teacher[0] if total is not None and teacher is not None else None
+        costs.append(WidthCost(f.width, f.kept_share, f.predicted_floor, total, body, share))
     return Plan(goal, unit, importance, law, found, width, tuple(costs), tuple(_remarks(measurement, goal, sizes)))
 
 
@@ -250,20 +250,6 @@ def ladder(width: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(width * share)) for share in SHARES}))
 
 
-def kept_shares(hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw) -> list[Estimate]:
-    """F_S / F, the share of the alive features that a student of each width keeps, with its interval over documents.
-
-    Raises:
-        CapacityError: where the hook point has no sparsity.
-    """
-    return _capped(resampled(hook, importance, lambda values, alpha: [kept_features(values, alpha, w, law) / len(values) for w in widths]))
-
-
-def show_share(share: Estimate) -> str:
-    """A share as a percentage with its interval."""
-    return f"{100 * share.value:.1f}%" + ("" if share.low is None or share.high is None else f" [{100 * share.low:.1f}%, {100 * share.high:.1f}%]")
-
-
 def _hook_plan(hook: HookMeasurement, keep: float | None, target_loss: float | None, importance: str, law: CapacityLaw) -> HookPlan:
     def needed(values: NDArray[np.float64]) -> int:
         if keep is not None:
@@ -272,17 +258,12 @@ def _hook_plan(hook: HookMeasurement, keep: float | None, target_loss: float | N
         return int(np.argmax(tails <= float(target_loss or 0.0)))
 
     def smallest(values: NDArray[np.float64], alpha: float) -> list[float]:
-        return [needed(values) / law.features_per_dimension(alpha, values)]
+        return [needed(values) / features_per_dimension(law, alpha, values)]
 
     exact = resampled(hook, importance, smallest)[0]
     alive = int(hook.summary.n_alive.value)
     whole = Estimate(*(None if part is None else float(max(1, ceil(part - 1e-9))) for part in (exact.value, exact.low, exact.high)))  # type: ignore[arg-type]
     return HookPlan(hook.hook, hook.width, needed(hook.importance(importance)), alive, whole)
-
-
-def _capped(shares: Sequence[Estimate]) -> list[Estimate]:
-    """Shares whose shifted intervals do not leave [0, 1]."""
-    return [Estimate(e.value, None if e.low is None else max(0.0, e.low), None if e.high is None else min(1.0, e.high)) for e in shares]
 
 
 def _next_that_can_be_built(config: Any, width: int) -> int:

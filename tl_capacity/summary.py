@@ -7,16 +7,16 @@ figure has an interval clustered by document, any two shards merge exactly, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from math import exp, isfinite, log, sqrt
+from math import exp, floor, isfinite, log, log10, sqrt
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity import theory
-from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.errors import CapacityError, MeasurementError, plugin_code
 from tl_capacity.interfaces import FeatureSums
 
 DOCUMENT_GROUPS = 64
@@ -65,6 +65,18 @@ class Estimate:
             return "undefined"
         interval = "" if self.low is None or self.high is None else f" [{self.low:{digits}}, {self.high:{digits}}]"
         return f"{self.value:{digits}}{interval}"
+
+    def within(self, least: float, most: float = float("inf")) -> Estimate:
+        """The same with an interval that does not leave [least, most], as a shifted one of a count or a share may."""
+        low, high = (None if end is None else min(max(end, least), most) for end in (self.low, self.high))
+        return Estimate(self.value, low, high)
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """The format in which a number has so many significant digits, and the ends of its interval as many decimals: no powers of ten but for tiny ones."""
+    if not isfinite(value) or abs(value) < 1e-4:
+        return f".{digits}g"
+    return f",.{max(0, digits - 1 - floor(log10(abs(value))))}f"
 
 
 def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
@@ -228,9 +240,9 @@ class FeatureSummary:
         return self._figures["heterogeneous_critical_width"]
 
     @property
-    def dense_latents(self) -> int:
-        """Latents that fire on more than 1/e of the tokens."""
-        return theory.dense_latents(self.firing_rates)
+    def dense_latents(self) -> Estimate:
+        """Number of latents that fire on more than 1/e of the tokens."""
+        return self._figures["dense_latents"]
 
     @property
     def fvu(self) -> Estimate | None:
@@ -243,10 +255,9 @@ class FeatureSummary:
         return self._figures["explained_variance"] if self.arrays["fvu_tokens"].sum() > 0 else None
 
     @property
-    def reconstruction_error(self) -> float | None:
+    def reconstruction_error(self) -> Estimate | None:
         """E‖x − x̂‖² per token, in squared activations, or None where no reconstruction was checked."""
-        count = int(self.arrays["fvu_tokens"].sum())
-        return float(self.arrays["residual"].sum()) / count if count else None
+        return self._figures["reconstruction_error"] if self.arrays["fvu_tokens"].sum() > 0 else None
 
     def firing_rate_histogram(self, bins_per_decade: int = 4) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
         """`(edges, features per bin, features that never fired)` of the firing rates, on a logarithmic scale down to one token in all."""
@@ -297,13 +308,11 @@ class FeatureSummary:
 
     @cached_property
     def _figures(self) -> dict[str, Estimate]:
-        names = ["n_alive", "l0", "alpha", "capacity", "critical_width", "heterogeneous_critical_width", "fvu", "explained_variance"]
-        names += [f"alive_at_{threshold}" for threshold in THRESHOLDS]
+        names = ["n_alive", "l0", "alpha", "capacity", "critical_width", "heterogeneous_critical_width", "dense_latents"]
+        names += ["fvu", "explained_variance", "reconstruction_error", *(f"alive_at_{threshold}" for threshold in THRESHOLDS)]
         figures = dict(zip(names, self.estimates(self._figures_of), strict=True))
-        for name, figure in figures.items():
-            if "alive" in name and figure.high is not None:
-                figures[name] = replace(figure, high=min(figure.high, float(self.d_sae)))
-        return figures
+        counts = [name for name in names if "alive" in name or name == "dense_latents"]
+        return figures | {name: figures[name].within(0.0, float(self.d_sae)) for name in counts}
 
     def sparsity_of(self, sums: Resample) -> float:
         """α of some resampled sums; NaN where nothing is alive."""
@@ -311,10 +320,13 @@ class FeatureSummary:
         return 1 - float(sums.rates.sum()) / alive if alive else float("nan")
 
     def _figures_of(self, sums: Resample) -> list[float]:
-        alive, l0, fvu, alpha = float((sums.rates > self.alive_threshold).sum()), float(sums.rates.sum()), sums.fvu, self.sparsity_of(sums)
+        alive, l0, alpha = float((sums.rates > self.alive_threshold).sum()), float(sums.rates.sum()), self.sparsity_of(sums)
         capacity = theory.capacity(alpha) if 0 < alpha < 1 else float("nan")
-        heterogeneous = theory.heterogeneous_critical_width(np.minimum(sums.rates, 1.0))
-        return [alive, l0, alpha, capacity, alive / capacity, heterogeneous, fvu, 1 - fvu, *(float((sums.rates > t).sum()) for t in THRESHOLDS)]
+        rates = np.minimum(sums.rates, 1.0)
+        heterogeneous = theory.heterogeneous_critical_width(rates)
+        reconstruction = [sums.fvu, 1 - sums.fvu, sums.reconstruction_error]
+        at_thresholds = [float((sums.rates > t).sum()) for t in THRESHOLDS]
+        return [alive, l0, alpha, capacity, alive / capacity, heterogeneous, float(theory.dense_latents(rates)), *reconstruction, *at_thresholds]
 
     @cached_property
     def _floats(self) -> dict[str, NDArray[Any]]:
@@ -342,6 +354,12 @@ class Resample:
         return np.asarray(self.weights @ self.arrays["counts"] / self.tokens)
 
     @property
+    def reconstruction_error(self) -> float:
+        """E‖x − x̂‖² per token; NaN where no reconstruction was checked."""
+        count = float(self.weights @ self.arrays["fvu_tokens"])
+        return float(self.weights @ self.arrays["residual"]) / count if count else float("nan")
+
+    @property
     def fvu(self) -> float:
         count = float(self.weights @ self.arrays["fvu_tokens"])
         if count == 0:
@@ -354,22 +372,22 @@ class Resample:
         """Importance [feature] of every latent.
 
         Raises:
-            CapacityError: where the estimator returns another shape, or negative or non-finite values.
+            CapacityError: where the estimator fails, or returns another shape, or negative or non-finite values.
         """
         prefix = f"state/{estimator}/"
-        importance = compute(
-            FeatureSums(
-                tokens=self.tokens,
-                counts=np.asarray(self.weights @ self.arrays["counts"]),
-                sums=np.asarray(self.weights @ self.arrays["sums"]),
-                squares=np.asarray(self.weights @ self.arrays["squares"]),
-                decoder_norm=self.arrays["decoder_norm"],
-                state={k.removeprefix(prefix): np.tensordot(self.weights, v, 1) for k, v in self.arrays.items() if k.startswith(prefix)},
-            )
+        sums = FeatureSums(
+            tokens=self.tokens,
+            counts=np.asarray(self.weights @ self.arrays["counts"]),
+            sums=np.asarray(self.weights @ self.arrays["sums"]),
+            squares=np.asarray(self.weights @ self.arrays["squares"]),
+            decoder_norm=self.arrays["decoder_norm"],
+            state={k.removeprefix(prefix): np.tensordot(self.weights, v, 1) for k, v in self.arrays.items() if k.startswith(prefix)},
         )
+        with plugin_code("importance estimator", estimator, compute):
+            importance = np.asarray(compute(sums), dtype=np.float64)
         expected = (self.arrays["counts"].shape[1],)
-        if np.shape(importance) != expected:
-            raise CapacityError(f"the importance estimator {estimator!r} returned shape {np.shape(importance)}, but one value for each of {expected} is needed")
+        if importance.shape != expected:
+            raise CapacityError(f"the importance estimator {estimator!r} returned shape {importance.shape}, but one value for each of {expected} is needed")
         if not (np.isfinite(importance).all() and (importance >= 0).all()):
             raise CapacityError(f"the importance estimator {estimator!r} returned negative or non-finite values: importances must be finite and ≥ 0")
-        return np.asarray(importance, dtype=np.float64)
+        return importance

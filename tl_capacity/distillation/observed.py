@@ -26,10 +26,10 @@ class ObservedFloor:
     Attributes:
         value, low, high: L∞ of the fit L(t) = L∞ + a·t^−b to the held-out curve, with its 95% interval (moving-block bootstrap of the residuals), in nats per
             token; without an interval and equal to `last_tenth` where there are too few evaluations to fit.
-        last_tenth: mean held-out loss over the last tenth of training, as the paper takes it.
+        last_tenth, last_tenth_low, last_tenth_high: mean held-out loss over the last tenth of training, as the paper takes it, with its interval likewise.
         a, b: of the fit, with t as a share of the whole training; 0 without a fit.
         residual: root mean square of what the fit leaves, in nats per token.
-        falling: how much the curve would still fall: `last_tenth` − `value`.
+        falling, falling_low, falling_high: how much the curve would still fall: `last_tenth` − `value`.
     """
 
     name: str
@@ -43,6 +43,10 @@ class ObservedFloor:
     a: float = 0.0
     b: float = 0.0
     residual: float = 0.0
+    last_tenth_low: float | None = None
+    last_tenth_high: float | None = None
+    falling_low: float | None = None
+    falling_high: float | None = None
 
     @property
     def falling(self) -> float:
@@ -71,9 +75,26 @@ def observed_floor(student: StudentCurve) -> ObservedFloor:
     best = fit_power_law(t, y)
     curve = power_law(t, *best)
     residuals, random = (y - curve) * np.sqrt(len(t) / (len(t) - 3)), np.random.default_rng(0)  # the fit has taken three degrees of freedom
-    again = [fit_power_law(t, curve + _blocks(residuals, random), start=best)[0] for _ in range(REPLICATES)]
-    low, high = (float(np.clip(q, None, best[0]) if i == 0 else max(q, best[0])) for i, q in enumerate(np.quantile(again, [0.025, 0.975])))
-    return ObservedFloor(**who, value=best[0], low=low, high=high, last_tenth=last_tenth, a=best[1], b=best[2], residual=float(np.sqrt((residuals**2).mean())))
+    noise = [_blocks(residuals, random) for _ in range(REPLICATES)]
+    floors = np.array([fit_power_law(t, curve + drawn, start=best)[0] for drawn in noise])
+    last = last_tenth + np.array([drawn[t > 0.9].mean() for drawn in noise])
+    low, high = _around(best[0], floors)
+    last_low, last_high = _around(last_tenth, last)
+    falling_low, falling_high = _around(last_tenth - best[0], last - floors)
+    return ObservedFloor(
+        **who,
+        value=best[0],
+        low=low,
+        high=high,
+        last_tenth=last_tenth,
+        a=best[1],
+        b=best[2],
+        residual=float(np.sqrt((residuals**2).mean())),
+        last_tenth_low=last_low,
+        last_tenth_high=last_high,
+        falling_low=falling_low,
+        falling_high=falling_high,
+    )
 
 
 def floor_cells(floors: Sequence[ObservedFloor]) -> tuple[list[str], list[list[str]]]:
@@ -119,6 +140,12 @@ def fit_power_law(t: NDArray[np.float64], losses: NDArray[np.float64], start: tu
 def _slopes(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArray[np.float64]:
     """Derivatives of the power law [evaluation, parameter]."""
     return np.stack([np.ones_like(t), t**-b, -a * t**-b * np.log(t)], 1)
+
+
+def _around(value: float, replicates: NDArray[np.float64]) -> tuple[float, float]:
+    """The 95% interval of replicates, with the value itself inside."""
+    low, high = np.quantile(replicates, [0.025, 0.975])
+    return float(min(low, value)), float(max(high, value))
 
 
 def _blocks(residuals: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:

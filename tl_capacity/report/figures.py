@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from tl_capacity.decompose import PAPER, Candidate, Decomposition, Fit
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors, power_law
-from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.distillation.run import DistillationRun, StudentCurve
 from tl_capacity.errors import CapacityError
 from tl_capacity.floors import FloorPrediction, kept_features
 from tl_capacity.measurement import HookMeasurement, Measurement
@@ -26,6 +27,8 @@ from tl_capacity.summary import THRESHOLDS, Estimate, Resample
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
+MARKS = "●■◆▲✚✖★"
+"""The symbols as text."""
 GREY = "#8A8F98"
 LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 POINTS = 240
@@ -74,7 +77,7 @@ def importance_figure(
                 _above(figure, float(count), next(f"{width:,}" for width, kept_ in ends.items() if kept_ == count))
     if not figure.data:
         raise CapacityError("no hook point has an alive feature of any importance: count more tokens")
-    figure.update_xaxes(type="log", title="feature, most important first", exponentformat="power", dtick=1)
+    figure.update_xaxes(type="log", title="rank of the feature, 1 the most important", exponentformat="power", dtick=1)
     unit = _unit(importance)
     figure.update_yaxes(type="log", title=f"importance ({unit} per token)", exponentformat="power", dtick=_decades(figure))
     figure.update_layout(legend={"y": 1.09 if widths else 1.02})
@@ -99,7 +102,7 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
             x=[f.width for f in mine],
             y=[f.predicted_floor.value for f in mine],
             error_y=_errors([f.predicted_floor for f in mine], _colour(place)),
-            customdata=[[f.features_kept, f.features_lost, 100 * f.share] for f in mine],
+            customdata=[[f.features_kept.value, f.features_lost.value, 100 * f.share.value] for f in mine],
             hovertemplate="width %{x}: floor %{y:.4g}, %{customdata[2]:.3g}% of all importance<br>keeps %{customdata[0]:,}, loses %{customdata[1]:,}",
             mode="lines+markers",
             line=_line(place),
@@ -190,7 +193,7 @@ def observed_figure(floors: Sequence[ObservedFloor], found: Decomposition | None
     if not students:
         raise CapacityError("the distillation has no students but the control: distil some widths")
     figure, which = _figure(), found.which if found is not None else which
-    values = [Estimate(f.value, f.low, f.high) if which == "fit" else Estimate(f.last_tenth) for f in students]
+    values = [Estimate(f.value, f.low, f.high) if which == "fit" else Estimate(f.last_tenth, f.last_tenth_low, f.last_tenth_high) for f in students]
     figure.add_scatter(
         x=[f.width for f in students],
         y=[v.value for v in values],
@@ -199,6 +202,7 @@ def observed_figure(floors: Sequence[ObservedFloor], found: Decomposition | None
         hovertemplate="%{text}: %{y:.4f} nats per token",
         mode="markers",
         marker=_marker(0, 9),
+        cliponaxis=False,  # a floor of zero lies on the axis
         **_legend("observed, L∞ of the fit" if which == "fit" else "observed, mean of the last tenth"),
     )
     controls = [f for f in floors if f.start == "teacher"]
@@ -216,7 +220,7 @@ def observed_figure(floors: Sequence[ObservedFloor], found: Decomposition | None
 
 
 def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None = None) -> go.Figure:
-    """Held-out KL of every student against the tokens it was trained on, the fit L∞ + a·t^−b, and its asymptote L∞.
+    """Held-out KL of every student against the tokens it was trained on, a colour for each width, with the fit L∞ + a·t^−b and its asymptote L∞.
 
     Raises:
         CapacityError: where no student was evaluated after the start.
@@ -226,39 +230,45 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
     if not evaluated:
         raise CapacityError("no student was evaluated after its start: train longer")
     known = {f.name: f for f in (observed_floors(run) if floors is None else floors)}
-    for place, student in enumerate(sorted(evaluated, key=lambda s: (s.start == "teacher", s.width, s.seed))):
-        colour = GREY if student.start == "teacher" else _colour(place)
-        tokens, losses = student.curve()
-        kept = decimated(len(tokens)) - 1
-        control = " (control)" if student.start == "teacher" else ""
-        label = f"width {student.width:,}{f', seed {student.seed}' if len({s.seed for s in run}) > 1 else ''}{control}"
-        figure.add_scatter(
-            x=tokens[kept],
-            y=losses[kept],
-            mode="lines+markers",
-            line={"color": colour, "dash": DASHES[place // len(COLOURS) % len(DASHES)], "width": 2},
-            marker={**_marker(place, 5), "color": colour},
-            legendgroup=student.name,
-            **_legend(label),
-        )
-        floor = known.get(student.name)
-        if floor is None or floor.low is None:
-            continue
-        share = np.geomspace(max(tokens[0] / tokens[-1], 0.1), 1, 40)
-        dotted = {"color": colour, "width": 1, "dash": "dot"}
-        fitted = power_law(share, floor.value, floor.a, floor.b)
-        shared: dict[str, Any] = {"mode": "lines", "legendgroup": student.name, "showlegend": False}
-        figure.add_scatter(x=share * tokens[-1], y=fitted, line=dotted, hovertemplate="fit %{y:.4f}<extra></extra>", **shared)
-        asymptote = f"L∞ = {Estimate(floor.value, floor.low, floor.high).show('.4f')}<extra></extra>"
-        figure.add_scatter(x=[tokens[0], tokens[-1]], y=[floor.value] * 2, line={**dotted, "dash": "dash"}, opacity=0.7, hovertemplate=asymptote, **shared)
+    for place, ((control, width), alike) in enumerate(groupby(sorted(evaluated, key=lambda s: (*_width_of(s), s.seed)), key=_width_of)):
+        students = list(alike)
+        colour, group = GREY if control else _colour(place), f"width {width:,}{' (control)' if control else ''}"
+        label = f"{group}, {len(students)} seeds" if len(students) > 1 else group
+        for student in students:
+            tokens, losses = student.curve()
+            kept = decimated(len(tokens)) - 1
+            figure.add_scatter(
+                x=tokens[kept],
+                y=losses[kept],
+                mode="lines+markers",
+                line={"color": colour, "dash": DASHES[place // len(COLOURS) % len(DASHES)], "width": 2},
+                marker={**_marker(place, 5), "color": colour},
+                hovertemplate=f"{shown(student.name)}: %{{y:.4f}}<extra></extra>",
+                legendgroup=group,
+                showlegend=student is students[0],
+                **_legend(label),
+            )
+            floor = known.get(student.name)
+            if floor is None or floor.low is None:
+                continue
+            share = np.geomspace(max(tokens[0] / tokens[-1], 0.1), 1, 40)
+            dotted = {"color": colour, "width": 1, "dash": "dot"}
+            fitted = power_law(share, floor.value, floor.a, floor.b)
+            shared: dict[str, Any] = {"mode": "lines", "legendgroup": group, "showlegend": False}
+            figure.add_scatter(x=share * tokens[-1], y=fitted, line=dotted, hovertemplate="fit %{y:.4f}<extra></extra>", **shared)
+            asymptote = f"L∞ = {Estimate(floor.value, floor.low, floor.high).show('.4f')}<extra></extra>"
+            figure.add_scatter(x=[tokens[0], tokens[-1]], y=[floor.value] * 2, line={**dotted, "dash": "dash"}, opacity=0.7, hovertemplate=asymptote, **shared)
     ticks = _round_numbers(min(s.tokens[1] for s in evaluated), max(s.tokens[-1] for s in evaluated))
     figure.update_xaxes(type="log", title="predicted tokens trained on", tickvals=ticks, tickformat="~s")
     figure.update_yaxes(title="held-out KL (nats per token)", rangemode="tozero")
     return figure
 
 
-def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str) -> go.Figure:
+def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str, order: Sequence[str] = ()) -> go.Figure:
     """Lines against the student's width, from flat rows `{"series", "width", "value", "low", "high", "baseline"}`; baselines are dotted.
+
+    Args:
+        order: of the series, where several figures share it, so that each series looks the same in all.
 
     Raises:
         CapacityError: where there is no row with a number.
@@ -267,8 +277,10 @@ def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str) -> go.Figure:
     if not drawn:
         raise CapacityError("there is no number to draw")
     figure = _figure()
-    for place, series in enumerate(dict.fromkeys(r["series"] for r in drawn)):
+    for place, series in enumerate(order or dict.fromkeys(r["series"] for r in drawn)):
         mine = sorted((r for r in drawn if r["series"] == series), key=lambda r: float(r["width"]))
+        if not mine:
+            continue
         estimates = [Estimate(r["value"], r.get("low"), r.get("high")) for r in mine]
         line = {**_line(place), "dash": "dot" if mine[0].get("baseline") else "solid"}
         figure.add_scatter(
@@ -283,6 +295,11 @@ def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str) -> go.Figure:
     figure.update_yaxes(title=y_title, rangemode="tozero")
     _width_axis(figure, [int(r["width"]) for r in drawn])
     return figure
+
+
+def legend(series: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Colour, symbol and name of each series in its order, for a legend that several figures share."""
+    return [(_colour(place), MARKS[place % len(MARKS)], name) for place, name in enumerate(series)]
 
 
 def middle(measurement: Measurement) -> HookMeasurement:
@@ -386,6 +403,11 @@ def _band(figure: go.Figure, x: NDArray[np.int64], estimates: Sequence[Estimate]
         showlegend=False,
         mode="lines",
     )
+
+
+def _width_of(student: StudentCurve) -> tuple[bool, int]:
+    """What students of one colour share: whether they are the control, and their width."""
+    return student.start == "teacher", student.width
 
 
 def _errors(estimates: Sequence[Estimate], colour: str) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class ProbeRow:
     Attributes:
         concept: what it tells apart.
         kind: what it reads: the trained model or student, or a baseline.
+        model: the model's or student's name.
         baseline: whether it is one.
         width: of the model, or of the student that the baseline stands beside.
         accuracy: on the test split, with its 95% interval.
@@ -89,11 +90,12 @@ class ProbeRow:
 
     concept: str
     kind: str
+    model: str
     baseline: bool
     width: int
     accuracy: Estimate
     majority: float | None
-    selectivity: float | None
+    selectivity: Estimate | None
 
 
 def probe_rows(content: Any) -> list[ProbeRow]:
@@ -108,15 +110,18 @@ def probe_rows(content: Any) -> list[ProbeRow]:
         accuracy = _finite(row.get("accuracy")) if isinstance(row, dict) and isinstance(row.get("width"), int) else None
         if accuracy is None:
             continue
+        above = _finite(row.get("selectivity"))
+        selectivity = None if above is None else Estimate(above, _finite(row.get("selectivity_low")), _finite(row.get("selectivity_high")))
         found.append(
             ProbeRow(
                 concept=str(row.get("concept", "")),
                 kind=str(row.get("kind", "probe")),
+                model=str(row.get("model", "")),
                 baseline=bool(row.get("baseline")),
                 width=row["width"],
                 accuracy=Estimate(accuracy, _finite(row.get("low")), _finite(row.get("high"))),
                 majority=_finite(row.get("majority")),
-                selectivity=_finite(row.get("selectivity")),
+                selectivity=selectivity,
             )
         )
     if not found:
@@ -124,14 +129,32 @@ def probe_rows(content: Any) -> list[ProbeRow]:
     return found
 
 
+def concept_titles(content: Any) -> dict[str, str]:
+    """What each concept of a `probes.json` tells apart, as `question or statement`; those whose classes it does not name are left out."""
+    concepts = content.get("concepts") if isinstance(content, dict) else None
+    found = {}
+    for each in concepts if isinstance(concepts, list) else []:
+        classes = each.get("classes") if isinstance(each, dict) else None
+        if isinstance(classes, list) and classes:
+            found[str(each.get("name", ""))] = " or ".join(map(str, classes))
+    return found
+
+
 @dataclass(frozen=True)
 class RecoveryRow:
-    """One student at one hook point, as `recoverability.json` has it; `counts` holds those numbers of `RECOVERED` that are there."""
+    """One student at one hook point, as `recoverability.json` has it.
 
+    Attributes:
+        n_features, n_judged: alive features, and those that fired often enough in the held-out text to be judged.
+        counts: those numbers of `RECOVERED` that are there.
+    """
+
+    student: str
     width: int
     hook: str
     tau: float
     n_features: int
+    n_judged: int
     counts: Mapping[str, Estimate]
 
 
@@ -153,9 +176,17 @@ def recoverability_rows(content: Any) -> list[RecoveryRow]:
                 interval = intervals.get(INTERVALS.get(key, ""))
                 low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
                 counts[key] = Estimate(value, _finite(low), _finite(high))
-        tau = _finite(row.get("tau"))
+        tau, features = _finite(row.get("tau")), int(_finite(row.get("n_features")) or 0)
         found.append(
-            RecoveryRow(row["width"], str(row.get("hook", "")), float("nan") if tau is None else tau, int(_finite(row.get("n_features")) or 0), counts)
+            RecoveryRow(
+                student=str(row.get("student", "")),
+                width=row["width"],
+                hook=str(row.get("hook", "")),
+                tau=float("nan") if tau is None else tau,
+                n_features=features,
+                n_judged=int(_finite(row.get("n_judged")) or features),
+                counts=counts,
+            )
         )
     if not found:
         raise MeasurementError(f"{RECOVERABILITY_JSON} has no rows: measure recoverability again")

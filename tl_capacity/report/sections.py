@@ -21,18 +21,20 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.floors import FloorPrediction, error_warnings
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement import HookMeasurement, Measurement
-from tl_capacity.plan import kept_shares, show_share
 from tl_capacity.plugins import plugins
 from tl_capacity.report import figures
-from tl_capacity.report.results import RECOVERED, RecoveryRow, Results, probe_rows, recoverability_rows
+from tl_capacity.report.results import RECOVERED, RecoveryRow, Results, concept_titles, probe_rows, recoverability_rows
 from tl_capacity.report.snippets import Edge, ShownFeature, Snippet, shown_features
 from tl_capacity.suite import suites
-from tl_capacity.summary import DOCUMENT_GROUPS, REPLICATES, Estimate
+from tl_capacity.summary import DOCUMENT_GROUPS, REPLICATES, Estimate, significant
 
 CANDIDATES = 8
 """Of a decomposition that are shown before a click."""
 PROBE_FIGURES = 8
 """Concepts that get a figure; the table has all."""
+COMMONER = "commoner class"
+BUDGETS = {"budget": "compressed_sensing", "equilibrium": "equilibrium"}
+"""The budgets of a recoverability row, and the laws that they are by."""
 Snippets = Mapping[tuple[int, int], Sequence[Snippet]]
 
 
@@ -78,6 +80,7 @@ class Section:
     """One section of the page.
 
     Attributes:
+        legend: colour, symbol and name of each series, where several figures have the same ones.
         missing: in a sentence, why there is nothing to see; `command`, how to get it.
     """
 
@@ -85,6 +88,7 @@ class Section:
     title: str
     text: Sequence[str] = ()
     figures: Sequence[tuple[str, go.Figure, str]] = ()
+    legend: Sequence[tuple[str, str, str]] = ()
     tables: Sequence[PageTable] = ()
     missing: str = ""
     command: str = ""
@@ -134,11 +138,10 @@ def verdict(story: Story) -> list[str]:
     ]
     floor = _verdict_floor(story)
     if floor is not None:
-        kept = kept_shares(hook, [floor.width], story.settings.importance, story.law)[0]
-        worth = floor.predicted_floor.show(_digits(floor.predicted_floor.value))
+        worth = floor.predicted_floor.show(significant(floor.predicted_floor.value))
         sentences.append(
-            f"A student of width {floor.width:,} keeps about {show_share(kept)} of them; its predicted floor is {worth} {floor.unit} per token, "
-            f"{100 * floor.share:.3g}% of what all of them are worth."
+            f"A student of width {floor.width:,} keeps about {_percent(floor.kept_share)} of them; its predicted floor is {worth} {floor.unit} per token, "
+            f"{_percent(floor.share)} of what all of them are worth."
         )
     if story.decomposition is not None:
         sentences.append(f"Of the students that were distilled: {_short(story, story.decomposition.verdict())}.")
@@ -195,10 +198,9 @@ def notes(story: Story) -> list[str]:
 def _layers(story: Story, empty: Section) -> Section:
     rows = []
     for row, hook in zip(story.measurement.budget(max_fvu=None, law=story.law.name).rows(), story.measurement, strict=True):
-        alone = sum(h.hook == hook.hook for h in story.measurement) == 1
         rows.append(
             [
-                _words(hook.hook, f"d = {hook.width:,}" + ("" if alone else f" · {hook.sae}")),
+                _words(story.name(hook), f"d = {hook.width:,}"),
                 _estimate(row["F"], ",.0f"),
                 _estimate(row["L0"], ",.2f"),
                 _estimate(row["alpha"], ".4f"),
@@ -215,8 +217,9 @@ def _layers(story: Story, empty: Section) -> Section:
         "g(α) = 1/((1−α) ln(1/(1−α))) features, so d* is the narrowest student that can keep them all; d*_het = Σ p ln(1/p) lets each feature have its own "
         "rate. FVU is the variance that the SAE leaves unexplained: what it misses is in no feature and in no floor."
     ]
-    s = story.main.summary
-    title = f"{s.n_tokens:,} tokens of {s.n_documents:,} documents; 95% intervals over documents. A click on a heading sorts."
+    s, name = story.main.summary, figures.short_hook(story.measurement, story.main.hook)
+    named = "" if name == story.main.hook else f"; {name} is {story.main.hook}"
+    title = f"{s.n_tokens:,} tokens of {s.n_documents:,} documents, with 95% intervals over documents{named}. A click on a heading sorts."
     return replace(empty, text=text, tables=[PageTable(title, header, rows)])
 
 
@@ -234,16 +237,20 @@ def _firing_rates(story: Story, empty: Section) -> Section:
     rows = []
     for hook in story.measurement:
         s = hook.summary
-        never = int((s.firing_rates == 0).sum())
-        counted = [_estimate(estimate, ",.0f") for estimate in s.alive_at.values()]
-        rows.append([_words(story.name(hook)), *counted, _estimate(s.features_chao2, ",.0f"), _number(never), _number(s.dense_latents)])
+        fired = s.alive_at[0.0]
+        never = Estimate(*(None if n is None else s.d_sae - n for n in (fired.value, fired.high, fired.low)))  # type: ignore[arg-type]
+        counts = [*s.alive_at.values(), s.features_chao2, never, s.dense_latents]
+        rows.append([_words(story.name(hook)), *(_estimate(count, ",.0f") for count in counts)])
     thresholds = [f"F at p > {figures.power_of_ten(t)}" for t in story.main.summary.alive_at]
     header = ["hook point", *thresholds, "can fire (Chao2)", "never fired", "dense, p > 1/e"]
     text = [
         "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million to place a feature to within 10%. Chao2 "
         "estimates from features that only one or two documents showed how many can fire at all."
     ]
-    caption = "The thick line is the alive threshold of this report, thin dotted ones are others; above 1/e a latent is too dense for g(α)."
+    caption = (
+        "The thick line is the alive threshold of this report, thin dotted ones are others; above 1/e a latent is too dense for g(α). The histogram is of the "
+        "text that was read; the table has intervals."
+    )
     return replace(
         empty,
         text=text,
@@ -266,6 +273,8 @@ def _suite(story: Story, empty: Section) -> Section:
             command=f"tl-capacity measure --model {_quoted(story.measurement.provenance.model)} --sae SAE --sae SAE_OF_ANOTHER_L0 --out runs/suite",
         )
     text += [sentence(suite.statement()) for suite in found]
+    if any(suite.exponent is not None for suite in found):
+        text.append("The exponent is of these SAEs alone, which are too few for an interval.")
     rows = [
         [
             _words(hook.sae, hook.hook),
@@ -293,7 +302,7 @@ def _floors(story: Story, empty: Section) -> Section:
         raise CapacityError("no hook point has enough alive features for a prediction: count more tokens")
     same_unit = story.settings.importance == "decoder_weighted"
     errors = {story.name(h): h.summary.reconstruction_error for h in story.measurement} if same_unit else {}
-    drawn = figures.floors_figure(labelled, {name: error for name, error in errors.items() if error is not None})
+    drawn = figures.floors_figure(labelled, {name: error.value for name, error in errors.items() if error is not None})
     unit = f"{story.unit} per token"
     caption = f"Predicted floor L*(d_S), the importance ({story.settings.importance}) of what a student of that width cannot keep, with 95% intervals."
     section_figures = [("predicted-floors", drawn, caption)]
@@ -319,7 +328,7 @@ def _floors(story: Story, empty: Section) -> Section:
     found = story.decomposition
     if found is None:
         return replace(section, missing=sentence(f"Predicted and observed floors could not be compared: {story.undecomposed}"))
-    text.append(f"{_short(story, found.verdict())}.")
+    text.append(f"{_short(story, found.verdict())}. Error and R² are of these widths alone, which are too few for an interval.")
     tables += _candidate_tables(story, found)
     return section
 
@@ -328,29 +337,18 @@ def _floor_tables(story: Story) -> list[PageTable]:
     """The floors at the hook point of the verdict, and folded those at all."""
 
     def cells(f: FloorPrediction) -> list[Cell]:
-        share, naive = Cell(f"{100 * f.share:.3g}%", order=f.share), Cell(f"{f.naive_floor:{_digits(f.naive_floor)}}", order=f.naive_floor)
-        return [_number(f.features_lost), _estimate(f.predicted_floor), share, naive]
+        counts = [_estimate(count, ",.0f") for count in (f.features_kept, f.features_lost)]
+        return [_number(f.width), *counts, _share(f.kept_share), _estimate(f.predicted_floor), _share(f.share), _estimate(f.naive_floor)]
 
-    header = ["lost", f"predicted floor, {story.unit} per token", "share of all importance", "naive floor"]
+    header = ["width d_S", "kept F_S", "lost", "share kept", f"predicted floor, {story.unit} per token", "share of all importance", "naive floor"]
     title = f"importance {story.settings.importance}, law {story.law.name}"
     main = _place(story.measurement, story.main)
     tables = []
     if main in story.floors:
-        kept = kept_shares(story.main, story.widths, story.settings.importance, story.law)
-        rows = [
-            [_number(f.width), Cell(f"{f.features_kept:,}", show_share(share), f.features_kept), *cells(f)]
-            for f, share in zip(story.floors[main], kept, strict=True)
-        ]
-        tables.append(PageTable(f"Predicted floors at {story.name(story.main)}: {title}", ["width d_S", "kept F_S", *header], rows))
+        tables.append(PageTable(f"Predicted floors at {story.name(story.main)}: {title}", header, [cells(f) for f in story.floors[main]]))
     if set(story.floors) - {main}:
-        rows = [
-            [Cell(story.name(story.measurement.hooks[place]), order=place), _number(f.width), _number(f.features_kept), *cells(f)]
-            for place, mine in story.floors.items()
-            for f in mine
-        ]
-        tables.append(
-            PageTable(f"Predicted floors at all {len(story.floors)} hook points: {title}", ["hook point", "width d_S", "kept F_S", *header], rows, True)
-        )
+        rows = [[Cell(story.name(story.measurement.hooks[place]), order=place), *cells(f)] for place, mine in story.floors.items() for f in mine]
+        tables.append(PageTable(f"Predicted floors at all {len(story.floors)} hook points: {title}", ["hook point", *header], rows, True))
     return tables
 
 
@@ -362,8 +360,8 @@ def _observed_table(story: Story) -> PageTable:
             _number(f.width),
             _number(f.seed),
             Cell("not fitted", order=f.value) if f.low is None else _estimate(Estimate(f.value, f.low, f.high), ".4f"),
-            Cell(f"{f.last_tenth:.4f}", order=f.last_tenth),
-            Cell("" if f.low is None else f"{f.falling:.4f}", order=f.falling),
+            _estimate(Estimate(f.last_tenth, f.last_tenth_low, f.last_tenth_high), ".4f"),
+            Cell("") if f.low is None else _estimate(Estimate(f.falling, f.falling_low, f.falling_high), ".4f"),
             _estimate(predicted[f.width]) if f.width in predicted and f.start != "teacher" else Cell(""),
         ]
         for f in story.observed
@@ -388,9 +386,9 @@ def _candidate_tables(story: Story, found: Decomposition) -> list[PageTable]:
             _words(_short(story, f.candidate.name), f"{f.candidate.kind}{', asked for' if f is found.chosen else ''}"),
             Cell("too few widths", order=float("inf")) if f.error is None else Cell(f"{f.error:.4f}", order=f.error),
             Cell(f"{f.r2:.4f}", order=f.r2),
-            Cell("") if f.c is None else _estimate(f.c, ".3g"),
-            _estimate(f.b, ".3g"),
-            Cell("" if f.exponent is None else f"{f.exponent:.2f}", order=f.exponent or 0.0),
+            Cell("") if f.c is None else Cell("1", "fixed", 1.0) if f.candidate.as_is else _estimate(f.c, significant(f.c.value, 3)),
+            _estimate(f.b, significant(f.b.value, 3)),
+            Cell("") if f.exponent is None else _estimate(f.exponent, ".2f"),
         ]
         for place, f in enumerate(found.fits, 1)
     }
@@ -429,25 +427,27 @@ def _probes(story: Story, empty: Section) -> Section:
             missing="No probe was trained, so it is not known which concepts the students' activations still tell apart.",
             command=f"tl-capacity run probe --help\ntl-capacity report {_quoted(story.results.folder)} runs/students runs/probes",
         )
-    rows = probe_rows(story.results.probes)
+    rows, titles = probe_rows(story.results.probes), concept_titles(story.results.probes)
+    concepts, kinds = list(dict.fromkeys(row.concept for row in rows)), [*dict.fromkeys(row.kind for row in rows), COMMONER]
     drawn = []
-    for place, concept in enumerate(list(dict.fromkeys(row.concept for row in rows))[:PROBE_FIGURES]):
+    for place, concept in enumerate(concepts[:PROBE_FIGURES]):
         series = [
             {"series": row.kind, "width": row.width, "value": row.accuracy.value, "low": row.accuracy.low, "high": row.accuracy.high, "baseline": row.baseline}
             for row in rows
             if row.concept == concept
         ]
-        majority = {"series": "commoner class", "low": None, "high": None, "baseline": True}
+        majority = {"series": COMMONER, "low": None, "high": None, "baseline": True}
         series += [{**majority, "width": r.width, "value": r.majority} for r in rows if r.concept == concept and not r.baseline and r.majority is not None]
-        drawn.append((f"probes-{place}", figures.series_figure(series, "accuracy"), concept))
+        figure = figures.series_figure(series, "accuracy", kinds).update_yaxes(rangemode="normal").update_layout(showlegend=False)
+        drawn.append((f"probes-{place}", figure, titles.get(concept, concept)))
     cells = [
         [
             _words(row.concept),
-            _words(row.kind, "baseline" if row.baseline else ""),
+            _words(row.kind, "baseline" if row.baseline else row.model),
             _number(row.width),
             _estimate(row.accuracy, ".3f"),
             Cell("") if row.majority is None else Cell(f"{row.majority:.3f}", order=row.majority),
-            Cell("") if row.selectivity is None else Cell(f"{row.selectivity:.3f}", order=row.selectivity),
+            Cell("") if row.selectivity is None else _estimate(row.selectivity, ".3f"),
         ]
         for row in rows
     ]
@@ -456,8 +456,13 @@ def _probes(story: Story, empty: Section) -> Section:
         "weights, principal components or a bag of embeddings tell as well says nothing about the student. Selectivity is the accuracy above that of a "
         "control task."
     ]
+    teachers = {row.width for row in rows if row.model == story.measurement.provenance.model and not row.baseline}
+    text += [f"The teacher stands among its students, at its own width of {width:,}." for width in teachers]
+    if len(concepts) > PROBE_FIGURES:
+        text.append(f"Of {len(concepts)} concepts the first {PROBE_FIGURES} are drawn; the table has all.")
     header = ["concept", "read", "width d_S", "accuracy", "commoner class", "selectivity"]
-    return replace(empty, text=text, figures=drawn, tables=[PageTable("All probes", header, cells, folded=len(cells) > 12)])
+    table = PageTable("All probes", header, cells, folded=len(cells) > 12)
+    return replace(empty, text=text, figures=drawn, legend=figures.legend(kinds), tables=[table])
 
 
 def _recoverability(story: Story, empty: Section) -> Section:
@@ -467,7 +472,8 @@ def _recoverability(story: Story, empty: Section) -> Section:
             missing="Recoverability was not measured, so it is not known whether the features that the students kept are the ones that the theorem names.",
             command=f"tl-capacity run recover --help\ntl-capacity report {_quoted(story.results.folder)} runs/students runs/recoverability",
         )
-    rows = recoverability_rows(story.results.recoverability)
+    rows = _with_budget_intervals(story.measurement, recoverability_rows(story.results.recoverability))
+    taus = sorted({row.tau for row in rows})
     series = [
         {
             "series": f"{label}{which}",
@@ -481,28 +487,42 @@ def _recoverability(story: Story, empty: Section) -> Section:
         for key, label in RECOVERED.items()
         if key in row.counts
     ]
-    header = ["hook point", "width d_S", "AUROC ≥ τ", *(RECOVERED[key] for key in RECOVERED), "features"]
+    header = ["student", "width d_S", *RECOVERED.values(), "features"]
     cells = [
         [
-            _words(_short(story, f" at {row.hook}").removeprefix(" at ")),
+            _words(row.student, figures.short_hook(story.measurement, row.hook) + (f", τ = {row.tau:g}" if len(taus) > 1 else "")),
             _number(row.width),
-            Cell(f"{row.tau:g}" if isfinite(row.tau) else "", order=row.tau),
             *(_estimate(row.counts[key], ",.0f") if key in row.counts else Cell("") for key in RECOVERED),
-            _number(row.n_features),
+            Cell(f"{row.n_features:,}", f"{row.n_judged:,} judged", row.n_features),
         ]
         for row in rows
     ]
     text = [
         "A feature counts as kept where a linear readout of the student's activations tells, on held-out documents, at an AUROC of at least τ where it fires. "
-        "The teacher's own activations are the ceiling, a student with random weights the floor. The theorem speaks of the budget."
+        "The teacher's own activations are the ceiling, a student with random weights the floor. The theorem speaks of the budget. Features that fire too "
+        "seldom in the held-out text are not judged."
     ]
     caption = "Dotted: what the student is compared with. Error bars are 95% intervals over documents."
     return replace(
         empty,
         text=text,
         figures=[("recoverability", figures.series_figure(series, "features"), caption)],
-        tables=[PageTable("Features that linear readouts find", header, cells)],
+        tables=[PageTable("Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else ""), header, cells)],
     )
+
+
+def _with_budget_intervals(measurement: Measurement, rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
+    """The rows with budgets as uncertain as the measured ones of their hook points, where those were measured with one SAE."""
+    alone = [h.hook for h in measurement if sum(other.hook == h.hook for other in measurement) == 1]
+    found = list(rows)
+    for key, law in BUDGETS.items():
+        measured = {row["hook"]: row["budget"] for row in measurement.budget(max_fvu=None, law=law).rows() if row["hook"] in alone}
+        for place, row in enumerate(found):
+            whole, mine = measured.get(row.hook), row.counts.get(key)
+            if mine is not None and whole is not None and whole.low is not None and whole.high is not None:
+                interval = Estimate(mine.value, mine.value * whole.low / whole.value, mine.value * whole.high / whole.value)
+                found[place] = replace(row, counts={**row.counts, key: interval})
+    return found
 
 
 def _which(rows: Sequence[RecoveryRow]) -> list[str]:
@@ -559,9 +579,9 @@ def features(story: Story) -> dict[str, Any]:
 
 def _shown_feature(story: Story, place: int, feature: ShownFeature) -> dict[str, Any]:
     return {
-        "rank": f"{feature.rank:,}",
-        "importance": feature.importance.show("#.3g"),
-        "rate": show_share(Estimate(*(None if v is None else min(1.0, v) for v in vars(feature.rate).values()))),  # type: ignore[arg-type]
+        "rank": feature.rank.show(",.0f"),
+        "importance": feature.importance.show(significant(feature.importance.value, 3)),
+        "rate": _percent(feature.rate),
         "snippets": [
             {
                 "strength": f"{snippet.strength:.3g}",
@@ -592,11 +612,12 @@ def method(story: Story) -> list[tuple[str, list[tuple[str, str]]]]:
     masked = ", ".join(f"{count:,} {reason}" for reason, count in s.masked.items())
     estimator = plugins().importance_estimators[story.settings.importance]
     settings = {name: value for name, value in p.settings.items() if name != "masked_token_ids"}
+    shards = f"; shard {', '.join(map(str, p.shards))} of {p.shard_count}" if p.shard_count > 1 else ""
     measured = [
         ("model", f"{p.model}, {p.dtype}, revision {(p.revision or 'unknown')[:16]}"),
-        ("text", f"{p.source}: {s.n_tokens:,} counted tokens of {s.n_documents:,} documents; shards {', '.join(map(str, p.shards))} of {p.shard_count}"),
+        ("text", f"{p.source}: {s.n_tokens:,} counted tokens of {s.n_documents:,} documents{shards}"),
         ("masked tokens", f"{masked}; special and first positions (BOS) hold {s.masked_norm_share:.1%} of Σ‖x‖² and are not counted"),
-        ("settings", ", ".join(f"{name} {value}" for name, value in settings.items()) or "none recorded"),
+        ("settings", _in_words(settings) or "none recorded"),
         ("alive", f"firing rate > {s.alive_threshold:g}"),
         ("time", f"{p.seconds:,.0f} s"),
         ("versions", ", ".join(f"{name} {version}" for name, version in p.versions.items()) or "not recorded"),
@@ -617,14 +638,14 @@ def method(story: Story) -> list[tuple[str, list[tuple[str, str]]]]:
     )
     run = story.results.run
     if run is not None:
-        chosen = ", ".join(f"{name} {value}" for name, value in run.settings.items())
         groups.append(
             (
                 "Distillation",
                 [
                     ("teacher", f"{run.teacher}, d = {run.teacher_width:,}"),
                     ("text", f"{run.source}; held out: {run.heldout_tokens:,} tokens of {run.heldout_source or run.source}"),
-                    ("settings", chosen),
+                    ("settings", _in_words(run.settings)),
+                    ("intervals", "95%: of floors, moving-block bootstrap of what the fit leaves; of C, B and exponent, bootstrap over widths and seeds"),
                     ("time", f"{run.seconds:,.0f} s"),
                 ],
             )
@@ -635,18 +656,33 @@ def method(story: Story) -> list[tuple[str, list[tuple[str, str]]]]:
 # Small things
 
 
-def _digits(value: float) -> str:
-    """Four significant digits, and no powers of ten for thousands."""
-    return ",.0f" if abs(value) >= 1000 else ".4g"
-
-
 def _estimate(estimate: Estimate, digits: str = "") -> Cell:
     """A number with its interval beneath it."""
     if not isfinite(estimate.value):
         return Cell("undefined", order=float("-inf"))
-    digits = digits or _digits(estimate.value)
-    interval = "" if estimate.low is None or estimate.high is None else f"[{estimate.low:{digits}}, {estimate.high:{digits}}]"
-    return Cell(f"{estimate.value:{digits}}", interval, estimate.value)
+    number, _, interval = estimate.show(digits or significant(estimate.value)).partition(" ")
+    return Cell(number, interval, estimate.value)
+
+
+def _percent(share: Estimate) -> str:
+    """A share as a percentage of three significant digits, with its interval."""
+    return share.show(significant(100 * share.value, 3).replace("f", "%").replace("g", "%"))
+
+
+def _share(share: Estimate) -> Cell:
+    number, _, interval = _percent(share).partition(" ")
+    return Cell(number, interval, share.value)
+
+
+def _in_words(settings: Mapping[str, Any]) -> str:
+    """Settings as a list of names and values, nested ones in their place, those that are empty left out."""
+    found = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found.append(_in_words(value))
+        elif value not in (None, "", [], {}):
+            found.append(f"{name} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    return ", ".join(found)
 
 
 def _words(text: str, small: str = "") -> Cell:

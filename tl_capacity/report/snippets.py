@@ -55,10 +55,10 @@ class Edge:
 
 @dataclass(frozen=True)
 class ShownFeature:
-    """One latent: its rank among the alive ones by importance, from 1, and its importance and firing rate with intervals over documents."""
+    """One latent, with intervals over documents: its rank, which is 1 and the number of alive features that are more important, importance, firing rate."""
 
     latent: int
-    rank: int
+    rank: Estimate
     importance: Estimate
     rate: Estimate
 
@@ -96,15 +96,16 @@ def shown_features(hook: HookMeasurement, latents: Sequence[int], importance: st
     """What is known of some alive latents."""
     if not latents:
         return {}
-    estimator, chosen = hook.estimator(importance), np.array(sorted(set(latents)), dtype=np.int64)
-    rank = {int(latent): place for place, latent in enumerate(hook.ranked(importance), 1)}
+    estimator, s, chosen = hook.estimator(importance), hook.summary, np.array(sorted(set(latents)), dtype=np.int64)
 
     def of(sums: Resample) -> list[float]:
-        return [*sums.importance(estimator.compute, importance)[chosen], *sums.rates[chosen]]
+        values = sums.importance(estimator.compute, importance)
+        alive = np.sort(values[sums.rates > s.alive_threshold])
+        ranks = 1 + len(alive) - np.searchsorted(alive, values[chosen], side="right")
+        return list(np.stack([ranks, values[chosen], sums.rates[chosen]], 1).ravel())
 
-    figures = [Estimate(e.value, None if e.low is None else max(0.0, e.low), e.high) for e in hook.summary.estimates(of)]
-    importances, rates = figures[: len(chosen)], figures[len(chosen) :]
-    return {int(n): ShownFeature(int(n), rank[int(n)], i, r) for n, i, r in zip(chosen, importances, rates, strict=True)}
+    figures = iter(s.estimates(of))
+    return {n: ShownFeature(n, next(figures).within(1.0), next(figures).within(0.0), next(figures).within(0.0, 1.0)) for n in chosen.tolist()}
 
 
 def stream_of(measurement: Measurement, tokenizer: Any, source: str | None = None, batch_rows: int = 4) -> TokenStream:
