@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chromium import BROWSER, DRIVER, MISSING, opened, started
 from commands import HOOK, Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,8 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_capacity import theory
 from tl_capacity.attach import TapPoint
-from tl_capacity.decompose import decompose
-from tl_capacity.distillation.observed import observed_floors
+from tl_capacity.decompose import Decomposition, decompose
 from tl_capacity.distillation.run import DistillationRun, StudentCurve
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.loading import load_model, load_sae
@@ -41,7 +41,6 @@ from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, FeatureSummary
 EVIL = "</script><script>document.title='taken'</script>"
 WIDTHS = (4, 8, 12, 16, 24)
 ORDER = ["layers", "importance", "firing-rates", "suite", "floors", "training", "probes", "recoverability", "features", "method"]
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +67,12 @@ def folder(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measurement(folder: Path) -> Measurement:
     return Measurement.load(folder / "measurement")
+
+
+@pytest.fixture(scope="module")
+def lone(measurement: Measurement) -> Measurement:
+    """Of one hook point and one SAE, for pages on which others would show nothing more."""
+    return replace(measurement, hooks=measurement.hooks[1:2])
 
 
 def distilled(teacher: str, widths: Sequence[int] = WIDTHS, evaluations: int = 12) -> DistillationRun:
@@ -126,34 +131,20 @@ def page(full: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if BROWSER is None or DRIVER is None:
-        pytest.skip("chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_page_load_timeout(120)
+        pytest.skip(MISSING)
+    driver = started()
     yield driver
     driver.quit()
 
 
-def opened(browser: Any, page: Path, width: int = 1280, scheme: str = "light") -> Any:
-    """The browser with the page, all figures drawn."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 850, "deviceScaleFactor": 1, "mobile": width < 500})
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    browser.get(page.as_uri())
-    WebDriverWait(browser, 120).until(lambda b: b.execute_script("return document.documentElement.dataset.ready"))
-    return browser
+@pytest.fixture(scope="module")
+def desktop(browser: Any, page: Path) -> Any:
+    """The page in a wide window; the tests that share it leave nothing behind that another would mind."""
+    return opened(browser, page)
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_it_is_drawn_without_an_error_and_fits_the_screen(browser: Any, page: Path, width: int, scheme: str) -> None:
-    browser = opened(browser, page, width, scheme)
+def assert_drawn(browser: Any, width: int, scheme: str) -> None:
+    """No complaint, every figure drawn, nothing wider than the window, nothing fetched, and the colours asked for."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
     plots = browser.find_elements("css selector", ".plot")
     assert len(plots) >= 8
@@ -167,10 +158,14 @@ def test_it_is_drawn_without_an_error_and_fits_the_screen(browser: Any, page: Pa
     assert axis == ink
 
 
-def test_the_slider_changes_the_lists(browser: Any, page: Path, full: Results) -> None:
+def test_it_is_drawn_without_an_error_and_fits_a_desktop(desktop: Any) -> None:
+    assert_drawn(desktop, 1280, "light")
+
+
+def test_the_slider_changes_the_lists(desktop: Any, full: Results) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    browser = opened(browser, page)
+    browser = desktop
     slider = browser.find_element("id", "width")
     around = edges(full.measurement.hooks[1], WIDTHS, "second_moment", plugins().capacity_laws["compressed_sensing"])
     for key, edge in ((Keys.HOME, around[0]), (Keys.ARROW_RIGHT, around[1]), (Keys.END, around[-1])):
@@ -185,9 +180,8 @@ def test_the_slider_changes_the_lists(browser: Any, page: Path, full: Results) -
     assert browser.find_element("css selector", "#kept .head span").text == f"latent {other.kept[0]}"
 
 
-def test_tables_sort(browser: Any, page: Path) -> None:
-    browser = opened(browser, page)
-    table = browser.find_element("css selector", "#floors table")
+def test_tables_sort(desktop: Any) -> None:
+    table = desktop.find_element("css selector", "#floors table")
     heads = table.find_elements("css selector", "th")
     column = next(i for i, head in enumerate(heads) if head.text.startswith("predicted floor"))
 
@@ -202,8 +196,8 @@ def test_tables_sort(browser: Any, page: Path) -> None:
     assert values() == sorted(before, reverse=True)
 
 
-def test_markup_in_a_token_is_shown_as_text(browser: Any, page: Path) -> None:
-    browser = opened(browser, page)
+def test_markup_in_a_token_is_shown_as_text(desktop: Any, page: Path) -> None:
+    browser = desktop
     assert browser.title == f"Feature capacity of {page_model(page)}"
     slider = browser.find_element("id", "width")
     shown = ""
@@ -214,6 +208,10 @@ def test_markup_in_a_token_is_shown_as_text(browser: Any, page: Path) -> None:
     assert "<b>&amp;</b>" in shown
     assert not browser.find_elements("css selector", ".sides b b, .sides script")
     assert "<i>topic</i>" in browser.find_element("css selector", "#probes figcaption").text
+
+
+def test_it_is_drawn_without_an_error_and_fits_a_phone_in_the_dark(browser: Any, page: Path) -> None:
+    assert_drawn(opened(browser, page, 390, "dark"), 390, "dark")
 
 
 def page_model(page: Path) -> str:
@@ -232,8 +230,8 @@ def test_the_story_is_told_in_order(page: Path) -> None:
     assert not re.search(r'(?:src|href)="(?!#|data:|https://arxiv\.org/)', text[: text.index('id="figure-data"')])
 
 
-def test_the_verdict_says_what_was_computed(full: Results) -> None:
-    head = re.sub(r"<[^>]+>", "", report_page(full).split('<ul class="tiles">')[0].split("<header>")[1])
+def test_the_verdict_says_what_was_computed(page: Path, full: Results) -> None:
+    head = re.sub(r"<[^>]+>", "", page.read_text().split('<ul class="tiles">')[0].split("<header>")[1])
     hook = full.measurement.hooks[1]
     assert f"F = {hook.summary.n_alive.show(',.0f')}" in head
     assert f"d* = {hook.summary.critical_width.show(',.1f')}" in head
@@ -242,12 +240,12 @@ def test_the_verdict_says_what_was_computed(full: Results) -> None:
     assert f"{floor.features_kept.value / hook.summary.n_alive.value:.1%}" in head
 
 
-def test_what_is_missing_says_how_to_get_it(measurement: Measurement) -> None:
-    text = report_page(Results(measurement, "runs/some folder"))
+def test_what_is_missing_says_how_to_get_it(lone: Measurement) -> None:
+    text = report_page(Results(lone, "runs/some folder"))
     blocks = re.findall(r"<pre><code>(.*?)</code></pre>", text, re.DOTALL)
     commands = [line.replace("&#39;", "'") for block in blocks for line in block.splitlines()]
-    assert len(commands) >= 6
-    assert len(re.findall(r'<div class="missing">\s*<p>', text)) == len(ORDER) - 6
+    assert len(commands) >= 7
+    assert len(re.findall(r'<div class="missing">\s*<p>', text)) == len(ORDER) - 5
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "tl-capacity"
@@ -255,14 +253,14 @@ def test_what_is_missing_says_how_to_get_it(measurement: Measurement) -> None:
             parse(arguments)
 
 
-def test_no_snippets_says_so(full: Results, folder: Path, tmp_path: Path, cli: Cli) -> None:
-    moved = replace(full, measurement=replace(full.measurement, provenance=replace(full.measurement.provenance, model="no-such/model")))
+def test_no_snippets_says_so(lone: Measurement, tmp_path: Path, cli: Cli) -> None:
+    moved = Results(replace(lone, provenance=replace(lone.provenance, model="no-such/model")))
     found, note = find_snippets(moved, ReportSettings())
     assert not found
     assert "--model" in note
     with pytest.raises(CapacityError, match="cannot be loaded"):
         find_snippets(moved, ReportSettings(), model="no-such/model")
-    code, out, _ = cli("report", folder / "measurement", "--no-snippets", "-o", tmp_path / "deep" / "report.html")
+    code, out, _ = cli("report", lone.save(tmp_path / "measurement"), "--no-snippets", "-o", tmp_path / "deep" / "report.html")
     assert (code, "left out with --no-snippets" in out) == (0, True)
     assert "left out with --no-snippets" in (tmp_path / "deep" / "report.html").read_text()
 
@@ -270,9 +268,14 @@ def test_no_snippets_says_so(full: Results, folder: Path, tmp_path: Path, cli: C
 # Figures
 
 
-def all_figures(full: Results) -> dict[str, Any]:
-    m, run = full.measurement, full.run
-    assert run is not None
+@pytest.fixture(scope="module")
+def decomposition(full: Results) -> Decomposition:
+    assert full.run is not None
+    return decompose(full.measurement, full.run, max_fvu=None)
+
+
+def all_figures(full: Results, decomposition: Decomposition) -> dict[str, Any]:
+    m, run = full.measurement, distilled(full.measurement.provenance.model, widths=(4, 8))
     rows = [{"series": "a", "width": w, "value": 0.1 * w, "low": None, "high": None, "baseline": False} for w in WIDTHS]
     return {
         "importance": m.plot_importance(WIDTHS),
@@ -280,14 +283,14 @@ def all_figures(full: Results) -> dict[str, Any]:
         "rates": drawn.firing_rate_figure(m),
         "suite": drawn.suite_figure(m),
         "observed": run.plot_floors(),
-        "decomposed": decompose(m, run, max_fvu=None).plot(),
+        "decomposed": decomposition.plot(),
         "curves": run.plot(),
         "series": drawn.series_figure(rows, "score"),
     }
 
 
-def test_every_axis_has_a_title_and_every_colour_is_of_the_palette(full: Results) -> None:
-    for name, figure in all_figures(full).items():
+def test_every_axis_has_a_title_and_every_colour_is_of_the_palette(full: Results, decomposition: Decomposition) -> None:
+    for name, figure in all_figures(full, decomposition).items():
         assert figure.layout.xaxis.title.text, name
         assert figure.layout.yaxis.title.text, name
         for trace in figure.data:
@@ -324,9 +327,9 @@ def test_every_firing_latent_is_in_the_histogram(measurement: Measurement) -> No
         assert sum(trace.y) == int((hook.summary.firing_rates > 0).sum())
 
 
-def test_curves_end_where_they_are_fitted_to(full: Results) -> None:
+def test_curves_end_where_they_are_fitted_to(full: Results, decomposition: Decomposition) -> None:
     assert full.run is not None
-    figure, floors = full.run.plot(), {f.name: f for f in observed_floors(full.run)}
+    figure, floors = drawn.curves_figure(full.run, decomposition.observed), {f.name: f for f in decomposition.observed}
     for student in full.run:
         mine = [t for t in figure.data if t.legendgroup == f"width {student.width}{' (control)' if student.start == 'teacher' else ''}"]
         assert list(mine[0].y) == list(student.heldout_kl[1:])
@@ -334,6 +337,16 @@ def test_curves_end_where_they_are_fitted_to(full: Results) -> None:
             assert len(mine) == 1
         else:
             assert set(mine[-1].y) == {floors[student.name].value}
+
+
+def test_students_of_one_width_share_a_colour_and_a_name(full: Results, decomposition: Decomposition) -> None:
+    assert full.run is not None
+    again = replace(full.run.students[0], seed=1, name="width4-seed1")
+    figure = drawn.curves_figure(replace(full.run, students=(*full.run.students, again)), decomposition.observed)
+    mine = [trace for trace in figure.data if trace.legendgroup == "width 4"]
+    assert len({trace.line.color for trace in mine}) == 1
+    assert [trace.name for trace in mine if trace.showlegend] == ["width 4, 2 seeds"]
+    assert sum(bool(trace.showlegend) for trace in figure.data) == len(WIDTHS) + 1
 
 
 def test_the_suite_lies_on_its_formula(measurement: Measurement) -> None:
@@ -533,19 +546,19 @@ def test_a_layer_without_alive_features_does_not_hide_the_others() -> None:
     assert "Layer 0 (blocks.0.hook_resid_post)" in text
 
 
-def test_one_width_is_enough(measurement: Measurement) -> None:
-    run = distilled(measurement.provenance.model, widths=(8,))
-    text = report_page(Results(measurement, run=run))
+def test_one_width_is_enough(lone: Measurement) -> None:
+    run = distilled(lone.provenance.model, widths=(8,))
+    text = report_page(Results(lone, run=run))
     assert "1 width is too few to say which law holds" in text
-    assert report_widths(Results(measurement, run=run), ReportSettings()) == (8,)
+    assert report_widths(Results(lone, run=run), ReportSettings()) == (8,)
 
 
-def test_an_unfinished_or_unevaluated_distillation_is_said_so(measurement: Measurement) -> None:
-    unfinished = replace(distilled(measurement.provenance.model), complete=False)
-    assert "the distillation has not ended" in report_page(Results(measurement, run=unfinished))
-    started = distilled(measurement.provenance.model)
+def test_an_unfinished_or_unevaluated_distillation_is_said_so(lone: Measurement) -> None:
+    unfinished = replace(distilled(lone.provenance.model, widths=(8,)), complete=False)
+    assert "the distillation has not ended" in report_page(Results(lone, run=unfinished))
+    started = distilled(lone.provenance.model)
     started = replace(started, complete=False, students=tuple(replace(s, tokens=(0,), heldout_kl=(3.0,), train_loss=()) for s in started))
-    assert "No student was evaluated" in report_page(Results(measurement, run=started))
+    assert "No student was evaluated" in report_page(Results(lone, run=started))
 
 
 def test_very_long_and_odd_names() -> None:
@@ -589,9 +602,9 @@ def test_a_large_page_stays_below_six_megabytes(tmp_path: Path, browser: Any, un
 # In a notebook
 
 
-def test_results_show_themselves_in_a_notebook(full: Results) -> None:
+def test_results_show_themselves_in_a_notebook(full: Results, decomposition: Decomposition) -> None:
     assert full.run is not None
-    found = decompose(full.measurement, full.run, max_fvu=None)
+    found = decomposition
     for shown in (full.measurement, full.measurement.budget(WIDTHS), full.run, found):
         assert shown._repr_html_().startswith("<table>")
     frame = full.run.to_frame()
