@@ -248,6 +248,115 @@ def test_an_estimator_that_is_wrong_is_refused_before_everything_is_counted(
     assert not (tmp_path / "out").exists()
 
 
+FAILING = """
+from tl_capacity.hookspecs import hookimpl
+from tl_capacity.interfaces import CapacityLaw, ImportanceEstimator, TokenSource
+
+class Estimator(ImportanceEstimator):
+    name, unit = "broken", "nothing"
+
+    def start(self, sae, groups, device):
+        return {"state": [][3]} if "start" == FAILS else {}
+
+    def update(self, state, batch):
+        state["missing"] if "update" == FAILS else None
+
+    def compute(self, sums):
+        return sums.squares / ({} if "compute" == FAILS else 1)
+
+class Law(CapacityLaw):
+    name = "broken"
+
+    def features_per_dimension(self, alpha, importance):
+        return 1 / 0 if "law" == FAILS else float("nan")
+
+class Source(TokenSource):
+    name = "broken"
+
+    def matches(self, spec):
+        return spec.index("broken") >= 0 if "matches" == FAILS else spec == "broken"
+
+    def documents(self, spec):
+        yield "w3 w4 w5"
+        raise RuntimeError("the disk\\nis gone")
+
+class Wrong(Source):
+    name = "wrong"
+
+    def matches(self, spec):
+        return spec == "wrong"
+
+    def documents(self, spec):
+        yield None
+
+@hookimpl
+def register_importance_estimators(register):
+    register(Estimator())
+
+@hookimpl
+def register_capacity_laws(register):
+    register(Law())
+
+@hookimpl(tryfirst=True)
+def register_token_sources(register):
+    register(Wrong())
+    register(Source())
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "options", "says"),
+    [
+        ("start", ["--importance", "broken"], "importance estimator 'broken' failed in line 9 of FILE (IndexError: list index out of range): mend it"),
+        ("update", ["--importance", "broken"], "importance estimator 'broken' failed in line 12 of FILE (KeyError: 'missing'): mend it"),
+        ("compute", ["--importance", "broken"], "importance estimator 'broken' failed in line 15 of FILE (TypeError: unsupported operand type(s)"),
+        ("matches", ["--source", "text.jsonl"], "token source 'broken' failed in line 27 of FILE (ValueError: substring not found): mend it"),
+        ("documents", ["--source", "broken"], "token source 'broken' failed in line 31 of FILE (RuntimeError: the disk is gone): mend it, or choose another\n"),
+        ("nothing", ["--source", "wrong"], "token source 'wrong' gave a NoneType of wrong, not a text: make its documents strings\n"),
+    ],
+    ids=["start", "update", "compute", "matches", "documents", "no text"],
+)
+def test_a_plugin_whose_code_fails_is_named_with_its_line(
+    cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path], fails: str, options: list[str], says: str
+) -> None:
+    failing = plugin_file("failing.py", FAILING.replace("FAILS", repr(fails)))
+    code, out, err = cli("--plugin", failing, *arguments(setup, tmp_path / "out", *options, "--fvu-every", 1))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: the {says.replace('FILE', str(failing))}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_law_whose_code_fails_is_named(cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path]) -> None:
+    cli(*arguments(setup, tmp_path / "out", tokens=600))
+    raises = plugin_file("raises.py", FAILING.replace("FAILS", "'law'"))
+    says = f"failed in line 21 of {raises} (ZeroDivisionError: division by zero): mend it, or choose another"
+    for command, *more in (["budget"], ["floor", "--widths", "8"], ["plan", "--keep", "0.9"]):
+        assert cli("--plugin", raises, command, tmp_path / "out", *more, "--law", "broken") == (2, "", f"error: the capacity law 'broken' {says}\n")
+        plugins.unregister_plugin(str(raises))
+    gives_nan = plugin_file("gives_nan.py", FAILING.replace("FAILS", "'nothing'"))
+    says = "gives nan features per dimension, but a finite number above 0 is needed: mend it"
+    assert cli("--plugin", gives_nan, "budget", tmp_path / "out", "--law", "broken") == (2, "", f"error: the capacity law 'broken' {says}\n")
+
+
+def test_in_a_session_the_cause_is_kept(neox: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+    class Dividing(Largest):
+        def update(self, state: dict[str, torch.Tensor], batch: Any) -> None:
+            raise ZeroDivisionError
+
+    with (
+        tl_capacity.add_capacity_hooks(neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Dividing()]) as capacity,
+        pytest.raises(PluginError, match=r"'cubed' failed in line \d+ of .*test_plugins.py \(ZeroDivisionError\): mend it") as found,
+    ):
+        capacity.run(tokens, progress=False)
+    assert isinstance(found.value.__cause__, ZeroDivisionError)
+
+
+def test_an_estimator_given_twice_is_refused(neox: Any, make_sae: Any) -> None:
+    with pytest.raises(tl_capacity.CapacityError, match="'cubed' is given twice, and both would add to the same sums"):
+        tl_capacity.add_capacity_hooks(neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Largest(), "second_moment", Largest()])
+
+
 def test_a_plugin_file_given_twice_is_refused(cli: Cli, plugin_file: Callable[[str, str], Path]) -> None:
     cubed = plugin_file("cubed.py", CUBED)
     code, _, err = cli("--plugin", cubed, "--plugin", cubed, "plugins")
@@ -341,6 +450,10 @@ class TestEstimatorWithState:
             def start(self, sae: Any, groups: int, device: torch.device) -> dict[str, torch.Tensor]:
                 return {"cubes": torch.zeros(len(sae.W_dec))}
 
+        class Other(Largest):
+            def start(self, sae: Any, groups: int, device: torch.device) -> Any:
+                return {"cubes": np.zeros((groups, len(sae.W_dec)))}
+
         class Replacing(Largest):
             def update(self, state: dict[str, torch.Tensor], batch: Any) -> None:
                 state["cubes"] = state["cubes"] + 1
@@ -348,6 +461,8 @@ class TestEstimatorWithState:
         saes = {"blocks.1.hook_resid_post": make_sae("standard", d_sae=72)}
         with pytest.raises(tl_capacity.CapacityError, match=r"'cubed' starts with 'cubes' of shape \(72,\): its first axis must be the 64 document groups"):
             tl_capacity.add_capacity_hooks(neox, saes, importance=[Ungrouped()])
+        with pytest.raises(tl_capacity.CapacityError, match="'cubed' starts with 'cubes', a ndarray: make it a tensor"):
+            tl_capacity.add_capacity_hooks(neox, saes, importance=[Other()])
         with (
             tl_capacity.add_capacity_hooks(neox, saes, importance=[Replacing()]) as capacity,
             pytest.raises(tl_capacity.CapacityError, match="'cubed' replaces its state"),

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tl_capacity.checks import checked
 from tl_capacity.encoding import Encoder, decoder_vectors_add_up
-from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, plugin_code
 from tl_capacity.gradients import LOSSES, differentiable, frozen, gradients, path_gradient
 from tl_capacity.interfaces import ImportanceEstimator, PathGradient, SparseAutoencoder
 from tl_capacity.measurement import HookMeasurement, Measurement, Provenance
@@ -98,6 +98,9 @@ def add_capacity_hooks(
         raise HookPointError(f"{type(model).__name__} is an SAE, not a model: call add_capacity_hooks on the model and pass the SAE to it")
     FeatureSummary.check_threshold(alive_threshold)
     estimators = [plugins().importance_estimators[e] if isinstance(e, str) else e for e in importance]
+    names = [estimator.name for estimator in estimators]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise CapacityError(f"the importance estimator {twice!r} is given twice, and both would add to the same sums: give it once, or two under two names")
     taps = [Tap(TapPoint.of(model, hook), sae, hook, estimators, fvu_every) for hook, sae in _pairs(saes)]
     if not taps:
         raise DictionaryError("no SAE was given: pass one, a list, or a mapping from hook point to SAE")
@@ -230,7 +233,11 @@ class Tap:
                 norms = torch.ones_like(norms)  # SAELens' decode divides by them, so each latent writes a unit vector
         self.statistics = FeatureStatistics.empty(self.d_sae, sae.W_dec[0].numel(), norms, self.device)
         for estimator in estimators:
-            for key, zeros in estimator.start(sae, DOCUMENT_GROUPS, self.device).items():
+            with plugin_code("importance estimator", estimator.name, estimator):
+                state = dict(estimator.start(sae, DOCUMENT_GROUPS, self.device))
+            for key, zeros in state.items():
+                if not isinstance(zeros, Tensor):
+                    raise CapacityError(f"the importance estimator {estimator.name!r} starts with {key!r}, a {type(zeros).__name__}: make it a tensor")
                 if zeros.shape[:1] != (DOCUMENT_GROUPS,):
                     raise CapacityError(
                         f"the importance estimator {estimator.name!r} starts with {key!r} of shape {tuple(zeros.shape)}: its first axis must be the "
@@ -303,7 +310,8 @@ class Tap:
             prefix = f"{estimator.name}/"
             kept = {k.removeprefix(prefix): v for k, v in self.statistics.state.items() if k.startswith(prefix)}
             own = dict(kept)
-            estimator.update(own, entries)
+            with plugin_code("importance estimator", estimator.name, estimator):
+                estimator.update(own, entries)
             if any(own.get(key) is not tensor for key, tensor in kept.items()):
                 raise CapacityError(f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the tensors in place")
         seen.view(-1)[batch.slots.to(self.device)[rows][tokens] * self.d_sae + features] = True

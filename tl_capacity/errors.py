@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -40,7 +41,31 @@ class ArgumentTypeError(CapacityError, TypeError):
 
 
 class PluginError(CapacityError):
-    """Two plugins clash, or one implements a hook that does not exist."""
+    """Two plugins clash, one implements a hook that does not exist, or the code of one fails."""
+
+
+@contextmanager
+def plugin_code(kind: str, name: str, code: object) -> Iterator[None]:
+    """Turn whatever a plugin's code raises into one sentence that names the plugin and its line; refusals of its own, `CapacityError`s, pass as they are.
+
+    Args:
+        kind: what the plugin registered, such as "importance estimator".
+        name: the name under which it did.
+        code: that object, or a method of it.
+
+    Raises:
+        PluginError: from what was raised.
+    """
+    try:
+        yield
+    except CapacityError:
+        raise
+    except Exception as problem:
+        file = getattr(sys.modules.get(code.__module__), "__file__", None)
+        lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == file]
+        where = f" in line {lines[-1]} of {file}" if lines else ""
+        what = ": ".join(filter(None, (type(problem).__name__, str(problem))))
+        raise PluginError(f"the {kind} {name!r} failed{where} ({what}): mend it, or choose another") from problem
 
 
 @contextmanager

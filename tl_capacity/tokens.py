@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.errors import TokenSourceError
+from tl_capacity.errors import TokenSourceError, plugin_code
+from tl_capacity.interfaces import TokenSource
 from tl_capacity.plugins import plugins
 
 PADDING = -1
@@ -118,12 +119,23 @@ def documents(spec: str) -> Iterator[str]:
 
     Raises:
         TokenSourceError: where no source knows it, or its source cannot read it.
+        PluginError: where the source itself fails.
     """
     for source in plugins().token_sources:
-        if source.matches(spec):
-            return source.documents(spec)
+        with plugin_code("token source", source.name, source):
+            found = source.matches(spec)
+        if found:
+            return _documents_of(source, spec)
     known = ", ".join(s.name for s in plugins().token_sources)
     raise TokenSourceError(f"no token source knows {spec!r}: pass a file (txt, jsonl, parquet), a `datasets` id, or an embedded corpus (sources: {known})")
+
+
+def _documents_of(source: TokenSource, spec: str) -> Iterator[str]:
+    with plugin_code("token source", source.name, source):
+        for text in source.documents(spec):
+            if not isinstance(text, str):
+                raise TokenSourceError(f"the token source {source.name!r} gave a {type(text).__name__} of {spec}, not a text: make its documents strings")
+            yield text
 
 
 def source_of(stream: Any) -> str:

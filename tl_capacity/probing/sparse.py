@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError
+from tl_capacity.floors import features_per_dimension
 from tl_capacity.measurement import HookMeasurement
 from tl_capacity.plugins import plugins
 from tl_capacity.probing.activations import Activations
@@ -138,5 +139,5 @@ def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | 
 
 def _ranked(measurement: HookMeasurement, importance: str, law: str) -> tuple[dict[int, int], float]:
     """The importance rank of each alive feature, and features per dimension by the law."""
-    per_dimension = plugins().capacity_laws[law].features_per_dimension(measurement.summary.alpha.value, measurement.importance(importance))
+    per_dimension = features_per_dimension(plugins().capacity_laws[law], measurement.summary.alpha.value, measurement.importance(importance))
     return {int(feature): rank for rank, feature in enumerate(measurement.ranked(importance), 1)}, per_dimension

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from tl_capacity import theory
+from tl_capacity.floors import features_per_dimension
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
 
@@ -63,7 +64,7 @@ def smooth_band_floor(importance: NDArray[np.float64], width: int, alpha: float,
 
 def law_floor(law: CapacityLaw, importance: NDArray[np.float64], charged: NDArray[np.float64], width: int, alpha: float) -> float:
     """Σ of what the features beyond ⌊d·ĝ⌋ are charged, ĝ from a capacity law that sees the importances."""
-    kept = min(int(width * law.features_per_dimension(alpha, importance)), len(importance))
+    kept = min(int(width * features_per_dimension(law, alpha, importance)), len(importance))
     return float(theory.lost_importance(charged, kept))
 
 
