@@ -1,15 +1,16 @@
 # make demo: measure the embedded teacher, and the whole experiment at its shortest.  make test: the test suite.
-# make check: all that CI checks beside the tests.  make site: the documentation as HTML.
+# make check: all that CI checks beside the tests.  make site: the documentation as HTML.  make tl4: the tests on TransformerLens 4, in an environment of their own.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TL4_INSTALL := $(BIN)/pip --quiet --disable-pip-version-check --python .venv-tl4/bin/python install --no-compile --constraint .venv-tl4/constraints.txt
 # One test file to a core at a time; what a file's tests share is then made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 WIDTHS := 16,24,32,48,64,96,128
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow check site benchmarks help-pages clean
+.PHONY: demo test slow tl4 check site benchmarks help-pages clean
 
 demo: .venv/.package
 	rm -rf runs/demo runs/demo-floors
@@ -21,6 +22,9 @@ test: .venv/.test
 
 slow: .venv/.test
 	$(PYTEST) -m slow
+
+tl4: .venv-tl4/.package
+	.venv-tl4/bin/python tests/transformer_lens_4.py
 
 check: .venv/.dev site
 	$(BIN)/ruff check .
@@ -62,5 +66,16 @@ help-pages: .venv/.package
 	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@
 
+# The package's own requirements but for SAELens, which allows no TransformerLens 4; of that the newest, everything else as constrained. Most of what is
+# installed is never imported, so nothing is compiled beforehand.
+.venv-tl4/.package: .venv/.package
+	$(PYTHON) -m venv --without-pip .venv-tl4
+	grep --invert-match '^transformer-lens=' constraints.txt > .venv-tl4/constraints.txt
+	sed --quiet '/^dependencies = /,/^]/s/^  "\(.*\)",$$/\1/p' pyproject.toml | sed 's/^transformer-lens.*/transformer-lens>=4,<5/; /^sae-lens/d' > .venv-tl4/requirements.txt
+	$(TL4_INSTALL) torch
+	$(TL4_INSTALL) --requirement .venv-tl4/requirements.txt
+	$(TL4_INSTALL) --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv runs build dist site *.egg-info
+	rm -rf .venv .venv-tl4 runs build dist site *.egg-info

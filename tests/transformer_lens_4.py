@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from tl_capacity.errors import DictionaryError
 from tl_capacity.loading import load_model, load_sae
 from tl_capacity.measurement import Measurement
 from tl_capacity.measuring import MeasureSettings, measure
-from tl_capacity.tokens import TokenStream
+from tl_capacity.plugins import plugins
+from tl_capacity.tokens import TokenStream, documents
 
-HOOK, TOKENS = "blocks.3.hook_resid_post", 1_000
+HOOK, TOKENS = "blocks.3.hook_resid_post", 400
 
 
 class Own(nn.Module):
@@ -46,6 +48,7 @@ def counted(model: Any, sae: Any, stream: TokenStream, importance: list[str]) ->
 def main() -> None:
     assert importlib.metadata.version("transformer-lens").startswith("4."), "this checks TransformerLens 4"
     assert importlib.util.find_spec("sae_lens") is None, "this checks an environment without SAELens"
+    assert not plugins().failures, plugins().failures
 
     plain, bridged = load_model("embedded"), load_model("embedded").bridge
     stream = TokenStream("embedded", plain.tokenizer, context=64)
@@ -69,8 +72,10 @@ def main() -> None:
     assert abs(capacity.measurement()[HOOK].summary.l0.value - 8) < 1e-9
 
     with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "text.txt"
+        source.write_text("\n\n".join(islice(documents("embedded"), 10)))
         saes = (HOOK, f"pca:{HOOK},k=24", "neurons:blocks.3.mlp.hook_post,k=24", "neurons:blocks.2.attn.hook_z,k=8", "neurons:blocks.2.hook_attn_out,k=16")
-        measured = measure(MeasureSettings("embedded", Path(folder) / "out", saes, tokens=TOKENS, progress=False))
+        measured = measure(MeasureSettings("embedded", Path(folder) / "out", saes, tokens=TOKENS, source=str(source), progress=False))
         assert [round(one.summary.l0.value) for one in measured] == [24, 24, 24, 8, 16]
         assert Measurement.load(Path(folder) / "out").provenance.versions["transformer-lens"].startswith("4.")
 
