@@ -42,6 +42,7 @@ benchmarks: .venv/.test
 	$(BIN)/python benchmarks/distill.py
 	$(BIN)/python benchmarks/importance.py
 	$(BIN)/python benchmarks/probe.py
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/toy.py
 
 help-pages: .venv/.package

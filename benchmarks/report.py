@@ -1,0 +1,138 @@
+"""What a report weighs and how soon it answers, in headless Chromium: `python benchmarks/report.py [--json]`.
+
+The embedded teacher at three hook points, each with a random TopK SAE of 32,768 latents of which 24 are active; measured and searched for examples on 20,000
+tokens; six widths with three students each, whose curves are power laws, and probes of 13 concepts. It has answered when a moved slider's list is painted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Row, arguments, at_most, report
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from chromium import BROWSER, DRIVER, MISSING, opened, started
+
+from tl_capacity.distillation.run import DistillationRun, StudentCurve
+from tl_capacity.loading import load_model
+from tl_capacity.measurement import Measurement
+from tl_capacity.measuring import MeasureSettings, measure
+from tl_capacity.report import ReportSettings, Results, find_snippets, write_report
+
+LATENTS, ACTIVE, WIDTHS, SEEDS, EVALUATIONS = 32_768, 24, (8, 16, 24, 32, 64, 96), 3, 40
+ANSWERED = """
+addEventListener("DOMContentLoaded", () => new MutationObserver(() => { window.drawn = performance.now(); })
+  .observe(document.documentElement, {attributeFilter: ["data-ready"]}));
+addEventListener("DOMContentLoaded", () => setTimeout(() => {
+  const slider = document.getElementById("width"), before = document.getElementById("lost").textContent;
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  if (document.getElementById("lost").textContent === before) throw new Error("the list did not change");
+  requestAnimationFrame(() => setTimeout(() => { window.answered = performance.now(); }, 0));
+}, 0));
+"""
+"""Moves the slider as soon as a reader could; notes when the list that follows has been painted, and when the last figure has been drawn."""
+
+
+def saes(folder: Path) -> tuple[str, ...]:
+    """Random SAEs on disk, as `HOOK=FOLDER`."""
+    import torch
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    found = []
+    for place, hook in enumerate(load_model("embedded").named.saes):
+        sae = TopKSAE(TopKSAEConfig(d_in=128, d_sae=LATENTS, k=ACTIVE))
+        decoder = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(place))
+        sae.W_dec.data = decoder / decoder.norm(dim=1, keepdim=True)
+        sae.W_enc.data = sae.W_dec.data.T.contiguous()
+        sae.save_model(folder / str(place))
+        found.append(f"{hook}={folder / str(place)}")
+    return tuple(found)
+
+
+def students() -> DistillationRun:
+    tokens = np.arange(EVALUATIONS + 1) * 100_000
+
+    def curve(width: int, seed: int) -> StudentCurve:
+        losses = 4 / width + np.concatenate([[2.0], np.linspace(0, 1, EVALUATIONS + 1)[1:] ** -0.7]) / 2
+        noisy = losses + np.random.default_rng((width, seed)).normal(0, 0.003, len(losses))
+        return StudentCurve(
+            f"width{width}-seed{seed}", width, seed, "random", 9_000 * width, 2_000 * width, tuple(tokens.tolist()), tuple(noisy.tolist()), (1.0,) * EVALUATIONS
+        )
+
+    return DistillationRun(tuple(curve(w, s) for w in WIDTHS for s in range(SEEDS)), "embedded", 128, source="text", heldout_tokens=20_000)
+
+
+def probes() -> dict[str, Any]:
+    kinds = (("trained", 0.5), ("random weights", 0.3), ("teacher's principal components", 0.4))
+    return {
+        "probes": [
+            {"concept": f"concept {n}", "kind": kind, "baseline": height < 0.5, "width": w, "accuracy": a, "low": a - 0.05, "high": a + 0.05, "majority": 0.5}
+            for n in range(13)
+            for kind, height in kinds
+            for w in WIDTHS
+            for _ in range(SEEDS)
+            for a in [0.5 + height * (1 - 4 / w)]
+        ]
+    }
+
+
+def page(folder: Path, tokens: int) -> tuple[Path, dict[str, float]]:
+    """A report, and how many seconds it took to measure, to find examples and to write."""
+    seconds = {}
+    started_at = time.perf_counter()
+    measure(MeasureSettings("embedded", folder / "measurement", saes(folder), tokens=tokens, source="embedded", max_fvu=float("inf"), progress=False))
+    seconds["measuring"] = time.perf_counter() - started_at
+    results, chosen = Results(Measurement.load(folder / "measurement"), "runs/measurement", students(), probes()), ReportSettings()
+    started_at = time.perf_counter()
+    found, why_none = find_snippets(results, chosen, tokens=tokens)
+    assert not why_none
+    seconds["looking for examples"] = time.perf_counter() - started_at
+    started_at = time.perf_counter()
+    path = write_report(folder / "report.html", results, chosen, found)
+    seconds["writing the page"] = time.perf_counter() - started_at
+    return path, seconds
+
+
+def loads(path: Path, repetitions: int) -> dict[str, float]:
+    """Median seconds from the start of loading; the first load, of a browser that has just started, is not counted."""
+    browser = started()
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": ANSWERED})
+    times: dict[str, list[float]] = {"document interactive": [], "load event over": [], "slider answered": [], "all figures drawn": []}
+    for repetition in range(repetitions + 1):
+        opened(browser, path)
+        timing = browser.execute_script(
+            "const entry = performance.getEntriesByType('navigation')[0]; return [entry.domInteractive, entry.loadEventEnd, answered, drawn]"
+        )
+        if repetition:
+            for name, milliseconds in zip(times, timing, strict=True):
+                times[name].append(milliseconds / 1000)
+    problems = [entry["message"] for entry in browser.get_log("browser") if entry["level"] != "INFO"]
+    browser.quit()
+    assert not problems, problems
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    asked = arguments(__doc__, 7, tokens=20_000)
+    if BROWSER is None or DRIVER is None:
+        raise SystemExit(MISSING)
+    with tempfile.TemporaryDirectory() as folder:
+        path, seconds = page(Path(folder), asked.tokens)
+        size, loading = path.stat().st_size / 1e6, loads(path, asked.repetitions)
+    rows: list[Row] = [
+        at_most("size of the page, MB", size, 6),
+        at_most("seconds until the document is interactive", loading["document interactive"], 2),
+        at_most("seconds until a moved slider is answered", loading["slider answered"], 2),
+    ]
+    report("report", rows, seconds | loading, asked.json)
+
+
+if __name__ == "__main__":
+    main()
