@@ -114,6 +114,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(cli: Cli, setup: Path, tmp
         (["floor", "TMP/none.json", "--widths", "8"], "cannot be read"),
         (["floor", "TMP", "--widths", "8"], "no measurement"),
         (["floor", "TMP/bad.json", "--widths", "8"], "no importance curve"),
+        (["floor", "TMP/negative.json", "--widths", "8"], "no importance curve (importance = -2 is outside its domain"),
+        (["floor", "TMP/dense.json", "--widths", "8"], "no importance curve (alpha = 1.5 is outside its domain"),
         (["floor", "TMP/short.json", "--widths", "8"], "truncated or altered"),
         (["budget", "TMP"], "no measurement"),
         (["run", "no-such-recipe"], "no recipe named"),
@@ -122,6 +124,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(cli: Cli, setup: Path, tmp
 )
 def test_other_commands_refuse_in_one_sentence(cli: Cli, published_curve: Path, tmp_path: Path, arguments_: list[str], message: str) -> None:
     (tmp_path / "bad.json").write_text('{"sorted_importance": ["x"], "alpha": 0.9}')
+    (tmp_path / "negative.json").write_text('{"sorted_importance": [1.0, -2.0], "alpha": 0.9}')
+    (tmp_path / "dense.json").write_text('{"sorted_importance": [1.0], "alpha": 1.5}')
     (tmp_path / "short.json").write_text('{"sorted_importance": [1.0], "alpha": 0.9, "F_alive": 2}')
     code, _, err = cli(*(a.replace("CURVE", str(published_curve)).replace("TMP", str(tmp_path)) for a in arguments_))
     assert code == 2

@@ -103,13 +103,13 @@ class Curve:
         try:
             content = json.loads(Path(path).read_bytes())
             importance, alpha = np.asarray(content["sorted_importance"], dtype=np.float64), float(content["alpha"])
+            theory.refined_floor(importance, 0, alpha)  # raises where these are no importances or no sparsity
         except OSError as problem:
             raise MeasurementError(f"{path} cannot be read ({problem.strerror}): pass a measurement folder or a curve's JSON file") from problem
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
             raise MeasurementError(f"{path} is no importance curve ({problem}): it needs `sorted_importance`, a list of numbers, and `alpha`") from problem
         if content.get("F_alive", len(importance)) != len(importance):
             raise MeasurementError(f"{path} says F_alive = {content['F_alive']} but lists {len(importance)} importances: it is truncated or altered")
-        theory.capacity(alpha)
         layer = content.get("layer")
         return cls(f"layer {layer}" if layer is not None else Path(path).stem, importance, alpha)
 
