@@ -26,7 +26,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tl_capacity.checks import checked
+from tl_capacity.checks import checked, checked_but
 from tl_capacity.encoding import Encoder, decoder_vectors_add_up
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, plugin_code
 from tl_capacity.gradients import LOSSES, differentiable, frozen, gradients, path_gradient
@@ -63,7 +63,7 @@ class HookedModel(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-@checked
+@checked_but("saes")
 def add_capacity_hooks(
     model: Any,
     saes: SAEs,
@@ -791,8 +791,7 @@ def check_dictionary(sae: Any, hook: str) -> None:
     Raises:
         DictionaryError: training-time BatchTopK, unfolded activation normalisation, or no SAE at all.
     """
-    if not isinstance(sae, SparseAutoencoder):
-        raise DictionaryError(f"{type(sae).__name__} is no SAE: it needs encode, decode, W_dec and cfg, as SAELens' inference classes have")
+    _check_is_sae(sae)
     if "BatchTopKTraining" in type(sae).__name__:
         raise DictionaryError(
             f"{type(sae).__name__} at {hook} is a training-time BatchTopK, whose latents depend on the whole batch: "
@@ -860,7 +859,15 @@ def _pairs(saes: SAEs) -> Iterator[tuple[str, SparseAutoencoder]]:
                 yield hook, sae
     else:
         for sae in _several(saes):
+            _check_is_sae(sae)
             yield _metadata_hook(sae), sae
+
+
+def _check_is_sae(sae: Any) -> None:
+    if isinstance(sae, str):
+        raise DictionaryError(f"{sae!r} is no SAE but a name: load it, as with sae_lens.SAE.from_pretrained or tl_capacity.loading.load_sae")
+    if not isinstance(sae, SparseAutoencoder):
+        raise DictionaryError(f"{type(sae).__name__} is no SAE: it needs encode, decode, W_dec and cfg, as SAELens' inference classes have")
 
 
 def _several(saes: Any) -> list[Any]:

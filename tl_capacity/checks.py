@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 from beartype import BeartypeConf, BeartypeViolationVerbosity, beartype
@@ -19,4 +21,29 @@ _check = beartype(
 
 def checked(function: Function) -> Function:
     """Check a public function's arguments against its annotations, array shapes included; a mismatch raises `ArgumentTypeError`."""
-    return _check(function)
+    return checked_but()(function)
+
+
+def checked_but(*names: str) -> Callable[[Function], Function]:
+    """`checked`, but for arguments that the function itself checks and says more of.
+
+    Of a list, beartype checks one item, which it draws from `random`. So the check stands apart from the call, and the user's random numbers stay as they were.
+    """
+
+    def decorate(function: Function) -> Function:
+        arguments: Any = wraps(function)(lambda *args, **kwargs: None)
+        arguments.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if name not in names} | {"return": None}
+        check = _check(arguments)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            state = random.getstate()
+            try:
+                check(*args, **kwargs)
+            finally:
+                random.setstate(state)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from tl_capacity.logs import bar_allowed, figures, log
 
 PATIENCE_SECONDS = 2.0
@@ -23,9 +26,6 @@ def peak_memory() -> int:
 @contextmanager
 def token_progress(total: int | None, enabled: bool = True, label: str = "counting", unit: str = "tokens") -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the tokens, or whatever else is counted, done so far."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,12 @@ CYCLES = 200
 
 
 def random_states() -> tuple[Any, ...]:
-    """Of numpy and torch; Python's own moves on, because beartype draws from it which item of a list it checks."""
+    """Of Python, numpy and torch."""
     kind, keys, *rest = np.random.get_state()
-    return kind, np.asarray(keys).tolist(), rest, torch.get_rng_state().tolist()
+    return random.getstate(), kind, np.asarray(keys).tolist(), rest, torch.get_rng_state().tolist()
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("importance", ["second_moment", "attribution"])
 def test_a_model_is_left_as_it_was(make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor, importance: str) -> None:
     """Hooks, parameters, gradients, which modules train, and whether gradients are recorded; half of its modules train, as in somebody's own loop."""
@@ -54,6 +56,7 @@ def test_a_model_is_left_as_it_was(make_model: Callable[..., Any], make_sae: Cal
     assert after[1:] == before[1:]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_random_numbers_of_the_user(make_model: Callable[..., Any], tokenizer: Any, texts: list[str]) -> None:
     model, stream = make_model("gpt_neox"), TokenStream(texts, tokenizer, context=16)
     before = random_states()
