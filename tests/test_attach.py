@@ -136,14 +136,18 @@ class TestAgainstDense:
         hook, hook_out = TRANSCODED["HookedTransformer"] if architecture in TRANSCODERS else (HOOK, None)
         sae = make_sae(architecture, hook, hook_out)
         found = []
-        for latents_at_once in (encoding.CHUNK_LATENTS, 1):
-            monkeypatch.setattr(encoding, "CHUNK_LATENTS", latents_at_once)
+        for sizes in ({}, {"DENSE_LATENTS": 1}, {"DENSE_LATENTS": 24 * 9, "BLOCK_LATENTS": 24, "FEWEST_TOKENS": 3}):
+            for name, size in sizes.items():
+                monkeypatch.setattr(encoding, name, size)
             with tlc.add_capacity_hooks(hooked, sae, fvu_every=2) as capacity:
                 found.append(capacity.run(tokens.split(8)).measurement()[hook].summary)
-        np.testing.assert_array_equal(found[0].arrays["counts"], found[1].arrays["counts"])
-        np.testing.assert_array_equal(found[0].arrays["incidence"], found[1].arrays["incidence"])
-        np.testing.assert_allclose(found[0].arrays["squares"], found[1].arrays["squares"], rtol=1e-5)
-        assert found[0].fvu.value == pytest.approx(found[1].fvu.value, rel=1e-5)
+        whole, *chunked = found
+        for summary in chunked:
+            np.testing.assert_array_equal(whole.arrays["counts"], summary.arrays["counts"])
+            np.testing.assert_array_equal(whole.arrays["incidence"], summary.arrays["incidence"])
+            squares = whole.arrays["squares"]
+            np.testing.assert_allclose(squares, summary.arrays["squares"], rtol=1e-5, atol=1e-6 * squares.max())
+            assert whole.fvu.value == pytest.approx(summary.fvu.value, rel=1e-5)
 
     def test_latents_that_never_fire_leave_the_bias(self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
         sae = make_sae("standard", HOOK)

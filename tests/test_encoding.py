@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import D_MODEL, SAES
 
+from tl_capacity import encoding
 from tl_capacity.encoding import ACTIVATIONS, CHECKED_TOKENS, Encoder
 
 MakeSAE = Callable[..., Any]
@@ -33,6 +34,20 @@ def test_the_same_latents_as_encode(make_sae: MakeSAE, architecture: str, d_sae:
     own = sae.encode(inputs()).detach()
     assert 0 < own.count_nonzero() < own.numel()
     torch.testing.assert_close(dense(Encoder(sae), inputs()), own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", SAES)
+@pytest.mark.parametrize("block", [8, 24, 60, 1])
+def test_latents_split_into_blocks(make_sae: MakeSAE, architecture: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of features change no latent, whether they divide the SAE or not, or hold fewer than TopK's k; and the entries stay in the order of the tokens."""
+    monkeypatch.setattr(encoding, "BLOCK_LATENTS", block)
+    sae = make_sae(architecture, d_sae=61)
+    encoder = Encoder(sae)
+    encoder.hold(200)
+    own = sae.encode(inputs()).detach()
+    torch.testing.assert_close(dense(encoder, inputs()), own, rtol=1e-5, atol=1e-5)
+    tokens = encoder(inputs())[0]
+    assert torch.equal(tokens, tokens.sort().values)
 
 
 @pytest.mark.parametrize("architecture", SHORT)

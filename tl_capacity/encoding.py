@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,9 +12,15 @@ from tl_capacity.interfaces import SparseAutoencoder
 
 Entries = tuple[Tensor, Tensor, Tensor]
 """`(token, feature, value)` of each active latent, in the order of the tokens."""
+Blocks = Iterator[tuple[int, Tensor]]
+"""The first feature of each block of preactivations, and the block [token, feature], which the next one overwrites."""
 
-CHUNK_LATENTS = 1024 * 24_576
+DENSE_LATENTS = 1024 * 24_576
 """Latents that are dense at once: 100 MB in float32. At 1,024 tokens of a wide SAE its matrix product is as fast as with all at once, with fewer it is not."""
+BLOCK_LATENTS = 24_576
+"""Latents of one token that are dense at once, where they need not all be."""
+FEWEST_TOKENS = 64
+"""Tokens that an SAE's own `encode`, which makes all latents at once, is given, whatever their number."""
 
 CHECKED_TOKENS = 32
 """Tokens on which an encoder's short cut is compared with the SAE's own `encode` before it is used."""
@@ -24,16 +30,23 @@ class Encoder:
     """The active latents of one SAE, a chunk of tokens at a time.
 
     SAELens' `encode` makes a new block of latents at each step: product, bias, activation, mask. For the architectures in `ACTIVATIONS` the product and the
-    bias go into one block that is kept, and the activation is a comparison on it. Any other SAE, one with hooks on its latents, and one whose `encode` gave
-    something else on the first tokens is asked for its own `encode`.
+    bias go into one block that is kept, some thousands of features after the others where the SAE is wide, and the activation is a comparison on it. Any other
+    SAE, one with hooks on its latents, and one whose `encode` gave something else on the first tokens is asked for its own `encode`.
     """
 
     def __init__(self, sae: SparseAutoencoder) -> None:
         self.sae: Any = sae
-        self.chunk = max(64, CHUNK_LATENTS // int(sae.W_dec.shape[0]))
+        self.d_sae = int(sae.W_dec.shape[0])
         self._activation = ACTIVATIONS.get(type(sae).__name__)
         self._checked = False
-        self._block: Tensor | None = None
+        self._buffer: Tensor | None = None
+        self.hold(DENSE_LATENTS if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
+
+    def hold(self, latents: int) -> None:
+        """Let so many latents be dense at once, by which `chunk`, the tokens to encode at once, is chosen; at least those of one token."""
+        self.dense_latents = latents
+        self._block = self.d_sae if self._activation is None else min(self.d_sae, BLOCK_LATENTS)
+        self.chunk = max(1, latents // self._block)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Entries:
@@ -43,17 +56,22 @@ class Encoder:
             if self._activation is not None and not self._agrees(self._activation, inputs[:CHECKED_TOKENS]):
                 self._activation = None
         if self._activation is None or _has_hooks(self.sae):
-            return active_entries(self.sae.encode(inputs))
+            at_once = max(1, self.dense_latents // self.d_sae)
+            parts = [active_entries(self.sae.encode(some)) for some in torch.split(inputs, at_once)]
+            return _joined([(tokens + i * at_once, features, values) for i, (tokens, features, values) in enumerate(parts)])
         return self._activation(self.sae, self._preactivations(inputs))
 
-    def _preactivations(self, inputs: Tensor) -> Tensor:
+    def _preactivations(self, inputs: Tensor) -> Blocks:
         x, weight, bias = self.sae.process_sae_in(inputs), self.sae.W_enc, self.sae.b_enc
-        if self._block is None:
-            self._block = torch.empty(self.chunk, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        block = self._block[: len(x)]
-        return torch.addmm(bias, x, weight, out=block)
+        if self._buffer is None or len(self._buffer) < len(x) * self._block:
+            self._buffer = torch.empty(max(self.chunk, len(x)) * self._block, dtype=weight.dtype, device=weight.device)
+        for start in range(0, self.d_sae, self._block):
+            features = slice(start, min(start + self._block, self.d_sae))
+            width = features.stop - start
+            block = self._buffer[: len(x) * width].view(len(x), width)
+            yield start, torch.addmm(bias[features], x, weight[:, features], out=block)
 
-    def _agrees(self, activation: Callable[[Any, Tensor], Entries], inputs: Tensor) -> bool:
+    def _agrees(self, activation: Callable[[Any, Blocks], Entries], inputs: Tensor) -> bool:
         own = self.sae.encode(inputs)
         if own.is_sparse or own.dtype != self.sae.W_enc.dtype or not bool(own.isfinite().all()):
             return False
@@ -65,29 +83,59 @@ class Encoder:
         return int(different.sum()) <= 1e-3 * len(values)
 
 
-def _relu(sae: Any, preactivations: Tensor) -> Entries:
-    return _above(preactivations, 0.0)
+def _relu(sae: Any, blocks: Blocks) -> Entries:
+    return _by_token([_above(start, block, 0.0) for start, block in blocks])
 
 
-def _jumprelu(sae: Any, preactivations: Tensor) -> Entries:
-    return _above(preactivations, sae.threshold.clamp(min=0))
+def _jumprelu(sae: Any, blocks: Blocks) -> Entries:
+    threshold = sae.threshold.clamp(min=0)
+    return _by_token([_above(start, block, threshold[start : start + block.shape[1]]) for start, block in blocks])
 
 
-def _topk(sae: Any, preactivations: Tensor) -> Entries:
-    if sae.cfg.rescale_acts_by_decoder_norm:
-        preactivations.mul_(sae.W_dec.norm(dim=-1))
-    values, features = preactivations.topk(sae.cfg.k, dim=-1, sorted=False)
+def _topk(sae: Any, blocks: Blocks) -> Entries:
+    scale = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
+    values = features = None
+    for start, block in blocks:
+        if scale is not None:
+            block.mul_(scale[start : start + block.shape[1]])
+        found, place = block.topk(min(sae.cfg.k, block.shape[1]), dim=-1, sorted=False)
+        place = place + start
+        if values is None or features is None:
+            values, features = found, place
+            continue
+        found, place = torch.cat([values, found], 1), torch.cat([features, place], 1)
+        values, kept = found.topk(min(sae.cfg.k, found.shape[1]), dim=-1, sorted=False)
+        features = place.gather(1, kept)
+    assert values is not None  # an SAE has latents
+    assert features is not None
     token, place = torch.nonzero(~(values <= 0), as_tuple=True)
     return token, features[token, place], values[token, place]
 
 
-ACTIVATIONS: dict[str, Callable[[Any, Tensor], Entries]] = {"StandardSAE": _relu, "JumpReLUSAE": _jumprelu, "TopKSAE": _topk}
+ACTIVATIONS: dict[str, Callable[[Any, Blocks], Entries]] = {"StandardSAE": _relu, "JumpReLUSAE": _jumprelu, "TopKSAE": _topk}
 """How the active latents are found among the preactivations, by SAELens' class."""
 
 
-def _above(preactivations: Tensor, threshold: Tensor | float) -> Entries:
+def _by_token(parts: list[Entries]) -> Entries:
+    """The entries of several blocks of features in the order of their tokens."""
+    tokens, features, values = _joined(parts)
+    if len(parts) == 1:
+        return tokens, features, values
+    order = tokens.argsort(stable=True)
+    return tokens[order], features[order], values[order]
+
+
+def _joined(parts: list[Entries]) -> Entries:
+    if len(parts) == 1:
+        return parts[0]
+    tokens, features, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return tokens, features, values
+
+
+def _above(start: int, preactivations: Tensor, threshold: Tensor | float) -> Entries:
     # Not "greater than", so that NaN counts as active and is reported, rather than passing for zero.
-    return _entries(preactivations, (preactivations <= threshold).logical_not_())
+    tokens, features, values = _entries(preactivations, (preactivations <= threshold).logical_not_())
+    return tokens, features + start, values
 
 
 @torch.no_grad()
