@@ -15,9 +15,9 @@ from torch import Tensor
 from tl_capacity.attach import TapPoint, activation_at, evaluating, special_token_ids
 from tl_capacity.dictionaries import LargestOfABasis, NeuronBasis, PCABasis
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.measurement import BASES
 from tl_capacity.tokens import PADDING, TokenStream
 
-KINDS = ("neurons", "pca")
 PCA_TOKENS = 50_000
 """Tokens to which principal components are fitted, some hundred for each dimension of a small model."""
 
@@ -27,7 +27,7 @@ class BasisSpec:
     """What `neurons:blocks.3.mlp.hook_post,k=24` says.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `BASES`.
         hook: the hook point.
         k: coordinates kept per token; None for all.
     """
@@ -44,7 +44,7 @@ class BasisSpec:
             DictionaryError: where it names one badly.
         """
         kind, colon, rest = spec.partition(":")
-        if kind not in KINDS or not colon:
+        if kind not in BASES or not colon:
             return None
         found = re.fullmatch(r"([\w.]+)(?:,k=(\d+))?", rest)
         if found is None:

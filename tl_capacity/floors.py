@@ -17,6 +17,7 @@ from tl_capacity import theory
 from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError, MeasurementError, PluginError, plugin_code
 from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.measurement import advice_on_fit
 from tl_capacity.plugins import plugins
 from tl_capacity.suite import suites
 from tl_capacity.summary import Estimate, Resample, significant
@@ -135,8 +136,8 @@ class Budget:
             fvu = hook.summary.fvu
             if max_fvu is not None and fvu is not None and fvu.value > max_fvu:
                 raise CapacityError(
-                    f"the SAE at {hook.hook} leaves FVU = {fvu.value:.3g} of the variance unexplained, more than {max_fvu:g}: "
-                    "wrong hook or wrong model? (max_fvu=None, or --max-fvu inf, reports the budget all the same)"
+                    f"the {_kind(hook)} at {hook.hook} leaves FVU = {fvu.value:.3g} of the variance unexplained, more than {max_fvu:g}: "
+                    f"{advice_on_fit(hook.is_basis)} (max_fvu=None, or --max-fvu inf, reports the budget all the same)"
                 )
         chosen = plugins().capacity_laws[law]
         name = _told_apart(measurement)
@@ -306,18 +307,21 @@ def measurement_warnings(measurement: Measurement) -> list[str]:
     for hook in measurement:
         s, where = hook.summary, name(hook)
         if s.fvu is None:
-            found.append(f"{where}: the reconstruction was not checked on any document, so a wrong SAE would not be noticed")
+            unknown = "what the basis leaves out is not known" if hook.is_basis else "a wrong SAE would not be noticed"
+            found.append(f"{where}: the reconstruction was not checked on any document, so {unknown}")
         elif s.fvu.value > 1:
-            found.append(f"{where}: FVU = {s.fvu.value:.3g}, worse than predicting the mean: wrong hook or wrong model?")
+            found.append(f"{where}: FVU = {s.fvu.value:.3g}, worse than predicting the mean: {advice_on_fit(hook.is_basis)}")
         elif s.fvu.value > 0.5:
-            found.append(f"{where}: FVU = {s.fvu.value:.2f}: the SAE misses half of the variance, and its features with it")
+            found.append(f"{where}: FVU = {s.fvu.value:.2f}: the {_kind(hook)} misses half of the variance, and its features with it")
         if s.n_tokens * s.alive_threshold < 100 and s.alive_threshold > 0:
             fired = max(1, int(s.n_tokens * s.alive_threshold) + 1)
             found.append(
                 f"{where}: at {s.n_tokens:,} tokens, alive at rate > {s.alive_threshold:g} means fired at least {fired} times; "
                 f"about {int(100 / s.alive_threshold):,} tokens give 10% error at the threshold"
             )
-        if s.n_alive.value > 0.95 * s.d_sae:
+        if hook.is_basis:
+            found.append(f"{where}: a basis has {s.d_sae:,} features because the hook point has {hook.width:,} dimensions, so F says nothing of the model")
+        elif s.n_alive.value > 0.95 * s.d_sae:
             found.append(f"{where}: {s.n_alive.value:,.0f} of the SAE's {s.d_sae:,} latents are alive: the dictionary bounds F, and a wider SAE may find more")
         if s.n_alive.low is None:
             found.append(f"{where}: {s.n_documents} documents are too few for intervals over documents")
@@ -340,9 +344,9 @@ def error_warnings(measurement: Measurement, widths: Sequence[int], law: str = "
         if below:
             listed = ", ".join(f"{f.width:,}" for f in below)
             found.append(
-                f"{name(hook)}: at width {listed} the decoder-weighted floor is below the SAE's own error of "
+                f"{name(hook)}: at width {listed} the decoder-weighted floor is below the {_kind(hook)}'s own error of "
                 f"{error.show(significant(error.value, 3))} activation² per token: "
-                "what the SAE misses is larger than what the student is predicted to lose"
+                f"what the {_kind(hook)} misses is larger than what the student is predicted to lose"
             )
     return found
 
@@ -422,6 +426,10 @@ def _budget(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
         return [hook.width * features_per_dimension(law, alpha, values) if 0 < alpha < 1 else float("nan")]
 
     return s.estimates(budget_of)[0]
+
+
+def _kind(hook: HookMeasurement) -> str:
+    return "basis" if hook.is_basis else "SAE"
 
 
 def _told_apart(measurement: Measurement) -> Callable[[HookMeasurement], str]:

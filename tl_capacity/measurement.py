@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 JSON_NAME = "measurement.json"
+BASES = ("neurons", "pca")
+"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model holds."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class HookMeasurement:
     width: int
     summary: FeatureSummary
     estimators: tuple[str, ...] = ()
+
+    @property
+    def is_basis(self) -> bool:
+        """Whether the features are the vectors of a basis instead of an SAE's."""
+        return self.architecture.split(",")[0] in BASES
 
     def importance(self, name: str = "second_moment") -> NDArray[np.float64]:
         """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit.
@@ -277,6 +284,11 @@ class Measurement:
             seconds=sum(p.provenance.seconds for p in parts),
         )
         return cls(tuple(hooks), joined, all(p.complete for p in parts))
+
+
+def advice_on_fit(basis: bool) -> str:
+    """What to ask oneself where a dictionary leaves too much of the variance unexplained."""
+    return "keep more coordinates of each token?" if basis else "wrong hook or wrong model?"
 
 
 def _tapped(measurement: Measurement) -> list[tuple[Any, ...]]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from tl_capacity.attach import CapacityHooks, add_capacity_hooks, dictionary_digest, special_token_ids, target_hook
 from tl_capacity.bases import BasisSpec
+from tl_capacity.dictionaries import LargestOfABasis
 from tl_capacity.encoding import CHECKED_TOKENS
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.interfaces import NamedModel
 from tl_capacity.logs import figures, log
-from tl_capacity.measurement import JSON_NAME, HookMeasurement, Measurement, Provenance, read_folder, write_folder
+from tl_capacity.measurement import JSON_NAME, HookMeasurement, Measurement, Provenance, advice_on_fit, read_folder, write_folder
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import peak_memory
 from tl_capacity.storage import last_whole
@@ -55,7 +56,7 @@ class MeasureSettings:
         shard: `(index, of)`.
         max_fvu: refuse SAEs that leave more of the variance unexplained.
         checkpoint_seconds: save a checkpoint once this long has passed since the last one.
-        max_memory: bytes that the process may hold; fewer tokens are encoded at once to stay below.
+        max_memory: bytes that the process may hold; fewer latents are dense at once to stay below.
     """
 
     model: str
@@ -140,7 +141,7 @@ def sums_of(capacity: CapacityHooks) -> int:
 
 
 def fit_memory(capacity: CapacityHooks, limit: int) -> None:
-    """Choose how many tokens are encoded at once so that this process stays below `limit` bytes: beside what it holds, the sums while they are saved, and a
+    """Choose how many latents are dense at once so that this process stays below `limit` bytes: beside what it holds, the sums while they are saved, and a
     reserve for the model's own activations.
 
     Raises:
@@ -156,7 +157,7 @@ def fit_memory(capacity: CapacityHooks, limit: int) -> None:
         needed = (limit - spare + per_token + VARIATION) / 1e9
         raise CapacityError(f"--max-memory {limit / 1e9:.2f} GB is too little: these SAEs need {needed:.2f} GB, so allow that or measure fewer at once")
     for tap in capacity.taps:
-        tap.encoder.chunk = min(tap.encoder.chunk, spare // per_token)
+        tap.encoder.hold(min(tap.encoder.dense_latents, spare // per_token * tap.d_sae))
 
 
 class _Checkpoints:
@@ -183,9 +184,10 @@ def _refuse_bad_fit(capacity: CapacityHooks, max_fvu: float) -> None:
             continue
         fvu = tap.statistics.compute(capacity.alive_threshold).fvu
         if fvu is not None and fvu.value > max_fvu:
+            basis = isinstance(tap.sae, LargestOfABasis)
             raise CapacityError(
-                f"the SAE {tap.name} leaves FVU = {fvu.value:.3g} of the variance at {tap.hook} unexplained, more than {max_fvu:g}: "
-                "wrong hook or wrong model? (--max-fvu inf measures all the same)"
+                f"the {'basis' if basis else 'SAE'} {tap.name} leaves FVU = {fvu.value:.3g} of the variance at {tap.hook} unexplained, more than {max_fvu:g}: "
+                f"{advice_on_fit(basis)} (--max-fvu inf measures all the same)"
             )
 
 

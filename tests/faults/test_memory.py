@@ -1,4 +1,4 @@
-"""Wide SAEs stay within a stated memory, whatever is asked of it, and give the same figures however few tokens are encoded at once."""
+"""Wide SAEs stay within a stated memory, whatever is asked of it, and give the same figures however few latents are dense at once."""
 
 from __future__ import annotations
 

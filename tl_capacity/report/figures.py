@@ -77,7 +77,7 @@ def importance_figure(
                 _above(figure, float(count), next(f"{width:,}" for width, kept_ in ends.items() if kept_ == count))
     if not figure.data:
         raise CapacityError("no hook point has an alive feature of any importance: count more tokens")
-    figure.update_xaxes(type="log", title="rank of the feature, 1 the most important", exponentformat="power", dtick=1)
+    figure.update_xaxes(type="log", title="rank of the feature by importance", exponentformat="power", dtick=1)
     unit = _unit(importance)
     figure.update_yaxes(type="log", title=f"importance ({unit} per token)", exponentformat="power", dtick=_decades(figure))
     figure.update_layout(legend={"y": 1.09 if widths else 1.02})
@@ -174,7 +174,7 @@ def suite_figure(measurement: Measurement) -> go.Figure:
     theory = {"color": GREY, "dash": "dot", "width": 1.5}
     figure.add_scatter(x=l0, y=l0 * np.log(n_alive / l0), mode="lines", line=theory, hoverinfo="skip", **_legend(f"L0 · ln(F/L0) at F = {n_alive:,.0f}"))
     for width in sorted({h.width for h in sparse}):
-        figure.add_hline(y=width, line={"color": GREY, "width": 1}, annotation={"text": f"teacher's width {width:,}", "font": {"size": 10}})
+        figure.add_hline(y=width, line={"color": GREY, "width": 1}, annotation={"text": f"width of the hook point {width:,}", "font": {"size": 10}})
     figure.update_xaxes(title="L0 (active features per token)", rangemode="tozero")
     figure.update_yaxes(title="critical width d* (dimensions)", rangemode="tozero")
     return figure
@@ -331,9 +331,11 @@ def short_hook(measurement: Measurement, hook: str) -> str:
 
 
 def name(measurement: Measurement, hook: HookMeasurement) -> str:
-    """The hook point's short name, with the SAE's where several were measured there."""
+    """The hook point's short name; where several SAEs were measured there with the SAE's, or that alone where it names the hook point."""
     short = short_hook(measurement, hook.hook)
-    return short if sum(h.hook == hook.hook for h in measurement) == 1 else f"{short} · {hook.sae}"
+    if sum(h.hook == hook.hook for h in measurement) == 1:
+        return short
+    return hook.sae if hook.hook in hook.sae else f"{short} · {hook.sae}"
 
 
 def decimated(n: int, points: int = POINTS) -> NDArray[np.int64]:

@@ -131,10 +131,10 @@ def verdict(story: Story) -> list[str]:
             f"{_where(story, hook)} of {p.model} has {alive:,} alive features at L0 = {s.l0.show(',.2f')}, for which no sparsity is defined: count more tokens."
         ]
     star = s.critical_width
-    fits = "of the teacher's" if star.value <= hook.width else "more than the teacher's"
+    fits = "of" if star.value <= hook.width else "more than"
     sentences = [
         f"{_where(story, hook)} of {p.model} holds F = {s.n_alive.show(',.0f')} alive features at L0 = {s.l0.show(',.2f')}, so by the minimum-width theorem a "
-        f"student needs d* = {star.show(',.1f')} {fits} {hook.width:,} dimensions to keep them all."
+        f"student needs d* = {star.show(',.1f')}, {fits} the {hook.width:,} dimensions there, to keep them all."
     ]
     floor = _verdict_floor(story)
     if floor is not None:
@@ -167,7 +167,7 @@ def _verdict_floor(story: Story) -> FloorPrediction | None:
 
 def tiles(story: Story) -> list[tuple[str, Cell]]:
     s, hook = story.main.summary, story.main
-    tiles = [("alive features F", _estimate(s.n_alive, ",.0f")), (f"critical width d*; the teacher has {hook.width:,}", _estimate(s.critical_width, ",.1f"))]
+    tiles = [("alive features F", _estimate(s.n_alive, ",.0f")), (f"critical width d*; the hook point has {hook.width:,}", _estimate(s.critical_width, ",.1f"))]
     floor = _verdict_floor(story)
     if floor is not None:
         tiles.append((f"predicted floor at width {floor.width:,}, {floor.unit} per token", _estimate(floor.predicted_floor)))
@@ -277,7 +277,7 @@ def _suite(story: Story, empty: Section) -> Section:
         text.append("The exponent is of these SAEs alone, which are too few for an interval.")
     rows = [
         [
-            _words(hook.sae, hook.hook),
+            _words(hook.sae, figures.short_hook(story.measurement, hook.hook)),
             _number(hook.summary.d_sae),
             _estimate(hook.summary.l0, ",.2f"),
             _estimate(hook.summary.n_alive, ",.0f"),
@@ -666,7 +666,7 @@ def _estimate(estimate: Estimate, digits: str = "") -> Cell:
 
 def _percent(share: Estimate) -> str:
     """A share as a percentage of three significant digits, with its interval."""
-    return share.show(significant(100 * share.value, 3).replace("f", "%").replace("g", "%"))
+    return share.show(significant(100 * (share.value or share.high or 1.0), 3).replace("f", "%").replace("g", "%"))
 
 
 def _share(share: Estimate) -> Cell:
