@@ -1,7 +1,8 @@
 """Which concepts a model and its students still tell: `tl-capacity run probe --model TEACHER --model STUDENT … --hook H --concepts embedded --out DIR`.
 
 Linear probes of each concept at one hook point of each model, beside a majority vote, a bag of embeddings, models with random weights, a control task, and as
-many principal components of the teacher as a student is wide; and, with an SAE, the few features that carry a concept.
+many principal components of the teacher as a student is wide; and, with an SAE, the few features that carry a concept. A run that was interrupted goes on where
+it was; under `accelerate launch -m tl_capacity run probe …` each process takes some of the models.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tl_capacity.attach import TapPoint, dictionary_digest, library_versions
+from tl_capacity.checkpoints import Checkpoint
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, HookPointError
@@ -27,9 +33,10 @@ from tl_capacity.probing.activations import Activations, bag_of_embeddings, coll
 from tl_capacity.probing.concepts import LabelledTexts, load_concepts
 from tl_capacity.probing.probes import Probe, fit_probes, on_principal_components
 from tl_capacity.probing.sparse import SparseProbe, falls_at, sparse_probes
+from tl_capacity.processes import ALONE, Processes
 from tl_capacity.progress import token_progress
 from tl_capacity.recipe import option, run_file, settings_of
-from tl_capacity.storage import make_folder, write_bytes, write_json
+from tl_capacity.storage import digest, make_folder, write_bytes, write_json
 
 SCHEMA = 1
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "probes.json", "probes.csv", "probes.html"
@@ -37,6 +44,9 @@ TRAINED, RANDOM, COMPONENTS, EMBEDDINGS = "trained", "random weights", "teacher'
 SHOWN = {TRAINED: (BLUE, "circle"), RANDOM: (VERMILION, "square"), COMPONENTS: (GREEN, "diamond")}
 PANELS_IN_A_ROW = 4
 MODELS_IN_A_TABLE = 4
+
+Reader = Callable[[str], Activations]
+"""Gives the activations of a concept's texts, by its name."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +81,14 @@ class Probed:
         kind: what was probed: the trained model, or a baseline.
         width: of the model, or of the student that the baseline stands beside.
         probes: one for each concept.
+        truncated: texts that did not fit the context, by concept.
     """
 
     model: str
     kind: str
     width: int
     probes: tuple[Probe, ...]
+    truncated: dict[str, int]
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat object for each concept."""
@@ -92,13 +104,11 @@ class ProbeResult:
         concepts: what was probed for.
         probed: the teacher, its students and the baselines.
         sparse: probes on few features of the teacher's SAE.
-        truncated: texts that did not fit the context, by concept.
     """
 
     concepts: tuple[LabelledTexts, ...]
     probed: tuple[Probed, ...]
     sparse: tuple[SparseProbe, ...]
-    truncated: dict[str, int]
 
     @property
     def trained(self) -> list[Probed]:
@@ -112,10 +122,10 @@ class ProbeResult:
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
-        falls = self.falls()
+        falls, truncated = self.falls(), self.trained[0].truncated
         return {
             "concepts": [
-                {"name": c.name, "classes": list(c.classes), "texts": len(c.texts), "truncated": self.truncated[c.name], "falls_at": falls[c.name]}
+                {"name": c.name, "classes": list(c.classes), "texts": len(c.texts), "truncated": truncated[c.name], "falls_at": falls[c.name]}
                 for c in self.concepts
             ],
             "probes": [row for probed in self.probed for row in probed.rows()],
@@ -131,22 +141,29 @@ def main(config: ProbeConfig) -> ProbeResult:
     """
     if (config.out / JSON_NAME).exists():
         raise CapacityError(f"{config.out} already holds a {JSON_NAME}: choose another --out")
-    import torch
-
     if config.threads:
         torch.set_num_threads(config.threads)
+    processes = Processes.of_launch(config.device)
     started = time.monotonic()
     concepts = load_concepts(config.concepts)
     measurement = None if config.measurement is None else Measurement.load(config.measurement)
     models = [load_model(name, device=config.device) for name in named(config.model)]
     tapped = [_tapped(model, config.hook) for model in models]  # all of them before anything is collected, in case one lacks the hook
     sae, measured = _dictionary(config, models[0], measurement)
-    result = probe(config, concepts, models, tapped, sae, measured)
-    versions = library_versions() | {"scikit-learn": importlib.metadata.version("scikit-learn")}
-    about = {"schema": SCHEMA, "settings": settings_of(config, "out"), "versions": versions, "seconds": round(time.monotonic() - started, 1)}
-    write(result, about, config.out)
-    show(result)
-    print(f"written to {config.out}")
+    texts = digest("\n".join(repr((c.name, c.texts, c.labels.tolist(), c.documents.tolist(), c.splits.tolist())) for c in concepts).encode())
+    decides = settings_of(config, "out") | {"weights": [model.revision for model in models], "texts": texts}
+    own = processes.own(config.out)
+    make_folder(own.parent)
+    checkpoint = Checkpoint(own.with_name(f"{own.name}.checkpoint.safetensors"), decides)
+    result = probe(config, concepts, models, tapped, sae, measured, checkpoint, processes)
+    if processes.first:
+        versions = library_versions() | {"scikit-learn": importlib.metadata.version("scikit-learn")}
+        about = {"schema": SCHEMA, "settings": settings_of(config, "out"), "versions": versions, "seconds": round(time.monotonic() - started, 1)}
+        write(result, about, config.out)
+        show(result)
+        print(f"written to {config.out}")
+    processes.wait()
+    checkpoint.remove()
     return result
 
 
@@ -176,67 +193,117 @@ def probe(
     tapped: list[Any],
     sae: SparseAutoencoder | None,
     measured: HookMeasurement | None,
+    checkpoint: Checkpoint,
+    processes: Processes = ALONE,
 ) -> ProbeResult:
-    """Collect and fit, model by model; of the activations only the teacher's are kept."""
-    passes = len(models) * (2 if config.baselines else 1) + (sae is not None)
-    with token_progress(passes * sum(len(c.texts) for c in concepts), label="probing", unit="texts") as advance:
-        return _probe(config, concepts, models, tapped, sae, measured, advance)
+    """Collect and fit, model by model, each in one of the processes; of the activations only the teacher's outlive their model's turn."""
+    own = len(processes.share(models)) * (3 if config.baselines else 1) + (sae is not None and processes.first)
+    with token_progress(own * len(concepts), processes.first, "probing", "probes") as advance:
+        prober = Prober(config, concepts, models, tapped, checkpoint, advance)
+        probed = processes.map(prober.of_model, range(len(models)))
+        sparse = processes.map(lambda dictionary: prober.on_latents(dictionary, measured), [] if sae is None else [sae])
+    return ProbeResult(tuple(concepts), tuple(p for some in probed for p in some), tuple(p for some in sparse for p in some))
 
 
-def _probe(
-    config: ProbeConfig,
-    concepts: list[LabelledTexts],
-    models: list[LoadedModel],
-    tapped: list[Any],
-    sae: SparseAutoencoder | None,
-    measured: HookMeasurement | None,
-    advance: Callable[[int], None],
-) -> ProbeResult:
-    done = 0
+class Prober:
+    """Fits probes, and keeps what it has fitted in a checkpoint, so that a run that was killed does not fit it again."""
 
-    def activations(model: LoadedModel, module: Any, dictionary: SparseAutoencoder | None = None) -> dict[str, Activations]:
-        nonlocal done
-        read = {}
-        for c in concepts:
-            read[c.name] = collect(
+    def __init__(
+        self,
+        config: ProbeConfig,
+        concepts: list[LabelledTexts],
+        models: list[LoadedModel],
+        tapped: list[Any],
+        checkpoint: Checkpoint,
+        advance: Callable[[int], None],
+    ) -> None:
+        self.config, self.concepts, self.models, self.tapped = config, {c.name: c for c in concepts}, models, tapped
+        self.checkpoint, self.advance, self.done = checkpoint, advance, 0
+        self.of_teacher = self.reader(models[0], tapped[0])
+
+    def of_model(self, number: int) -> list[Probed]:
+        """The probes on one model, and on the baselines that stand beside it."""
+        model, module = self.models[number], self.tapped[number]
+        own = self.reader(model, module) if number else self.of_teacher
+        read = {TRAINED: own}
+        if self.config.baselines:
+            untrained = cache(lambda: randomly_initialised(model.model, self.config.seed))
+            twin = cache(lambda: LoadedModel(untrained(), model.tokenizer, model.name, None))
+            read[RANDOM] = lambda name: self.reader(twin(), _tapped(twin(), self.config.hook))(name)
+            if number:
+                read[COMPONENTS] = lambda name: on_principal_components(self.of_teacher(name), self.concepts[name], own(name).width)
+            else:
+                read[EMBEDDINGS] = lambda name: bag_of_embeddings(module, own(name))
+        return [self.probed(number, kind, activations, own) for kind, activations in read.items()]
+
+    def probed(self, number: int, kind: str, read: Reader, own: Reader) -> Probed:
+        """The probes of one kind on what `read` gives for each concept, beside a model whose own activations are `own`."""
+        found, about = [], {}
+        for name, concept in self.concepts.items():
+
+            def fit(name: str = name, concept: LabelledTexts = concept) -> tuple[list[Probe], dict[str, Any]]:
+                control = kind == TRAINED and self.config.baselines
+                probes = fit_probes({name: read(name)}, [concept], control=control, seed=self.config.seed)
+                return probes, {"width": own(name).width, "truncated": own(name).truncated}
+
+            probes, about[name] = self.kept(f"{number} {kind} {name}", fit)
+            found += probes
+        self.save()
+        width = next(iter(about.values()))["width"]
+        return Probed(_short(self.models[number].name), kind, width, tuple(found), {name: of["truncated"] for name, of in about.items()})
+
+    def on_latents(self, sae: SparseAutoencoder, measured: HookMeasurement | None) -> list[SparseProbe]:
+        """Probes on few latents of the teacher's SAE."""
+        read, found = self.reader(self.models[0], self.tapped[0], sae), []
+        for name, concept in self.concepts.items():
+
+            def fit(name: str = name, concept: LabelledTexts = concept) -> tuple[list[Probe], dict[str, Any]]:
+                config = self.config
+                sparse = sparse_probes({name: read(name)}, [concept], measured, importance=config.importance, law=config.law, seed=config.seed)
+                return [one.probe for one in sparse], {"read": [[one.features, one.ranks, one.widths] for one in sparse]}
+
+            probes, about = self.kept(f"sparse {name}", fit)
+            found += [SparseProbe(probe, *map(tuple, of)) for probe, of in zip(probes, about["read"], strict=True)]
+        return found
+
+    def reader(self, model: LoadedModel, module: Any, sae: SparseAutoencoder | None = None) -> Reader:
+        """A function that collects a model's activations, or latents, of the texts of one concept by name, each once."""
+        config = self.config
+
+        @cache
+        def read(name: str) -> Activations:
+            return collect(
                 module,
                 config.hook,
-                c.texts,
+                self.concepts[name].texts,
                 config.pooling,
                 tokenizer=model.tokenizer,
-                sae=dictionary,
+                sae=sae,
                 context=config.context,
                 batch_rows=config.batch_rows,
                 progress=False,
             )
-            done += len(c.texts)
-            advance(done)
+
         return read
 
-    def fit(kind: str, model: LoadedModel, width: int, read: dict[str, Activations], control: bool = False) -> Probed:
-        return Probed(_short(model.name), kind, width, tuple(fit_probes(read, concepts, control=control, seed=config.seed)))
+    def kept(self, name: str, fit: Callable[[], tuple[list[Probe], dict[str, Any]]]) -> tuple[list[Probe], dict[str, Any]]:
+        """What was fitted under this name, now or before the run was killed, and what else is known of it."""
+        tensors, about = self.checkpoint.tensors, self.checkpoint.about
+        if name not in about:
+            probes, others = fit()
+            states = [probe.to_state() for probe in probes]
+            tensors |= {f"{name} {i}/{field}": torch.from_numpy(array) for i, (_, arrays) in enumerate(states) for field, array in arrays.items()}
+            about[name] = {**others, "probes": [values for values, _ in states]}
+            if self.checkpoint.due:
+                self.save()
+        self.done += 1
+        self.advance(self.done)
+        arrays = ({key: tensor.numpy() for key, tensor in self.checkpoint.part(f"{name} {i}").items()} for i in count())
+        return [Probe.of_state(*state) for state in zip(about[name]["probes"], arrays, strict=False)], about[name]
 
-    probed: list[Probed] = []
-    teacher, of_teacher = models[0], activations(models[0], tapped[0])
-    for model, module in zip(models, tapped, strict=True):
-        own = of_teacher if model is teacher else activations(model, module)
-        width = next(iter(own.values())).width
-        probed.append(fit(TRAINED, model, width, own, control=config.baselines))
-        if not config.baselines:
-            continue
-        untrained = LoadedModel(randomly_initialised(model.model, config.seed), model.tokenizer, model.name, None)
-        probed.append(fit(RANDOM, model, width, activations(untrained, _tapped(untrained, config.hook))))
-        if model is teacher:
-            probed.append(fit(EMBEDDINGS, model, width, {c.name: bag_of_embeddings(module, own[c.name]) for c in concepts}))
-        else:
-            projected = {c.name: on_principal_components(of_teacher[c.name], c, width) for c in concepts}
-            probed.append(fit(COMPONENTS, model, width, projected))
-    sparse = (
-        []
-        if sae is None
-        else sparse_probes(activations(teacher, tapped[0], sae), concepts, measured, importance=config.importance, law=config.law, seed=config.seed)
-    )
-    return ProbeResult(tuple(concepts), tuple(probed), tuple(sparse), {name: own.truncated for name, own in of_teacher.items()})
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self.checkpoint.save(self.checkpoint.tensors, self.checkpoint.about)
 
 
 def write(result: ProbeResult, about: dict[str, Any], out: Path) -> None:
@@ -330,7 +397,7 @@ def show(result: ProbeResult) -> None:
             if len(found.features) <= 4
         ]
         console.print(table(f"k-sparse probes on the SAE at {result.sparse[0].probe.hook}", header, body, right=False))
-    if cut := sum(result.truncated.values()):
+    if cut := sum(result.trained[0].truncated.values()):
         console.print(f"note: {cut:,} texts were longer than the context, and only their beginning was read", highlight=False)
 
 

@@ -1,7 +1,8 @@
 """Which features of the teacher did its students keep: `tl-capacity run recover MEASUREMENT DISTILLATION --out DIR`.
 
 Reads every feature out of every student linearly, on documents that the readouts were not fitted to, beside the teacher, its principal components and students
-with random weights.
+with random weights. A run that was interrupted goes on where it was; under `accelerate launch -m tl_capacity run recover …` each process reads a part of the
+text, and all sums are added up.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import torch
 from rich.console import Console
 
 from tl_capacity.attach import library_versions, special_token_ids
+from tl_capacity.checkpoints import Checkpoint
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.students import new_student
 from tl_capacity.distillation.train import fingerprint
 from tl_capacity.errors import CapacityError
 from tl_capacity.loading import LoadedModel, load_model
+from tl_capacity.measurement import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.measuring import measured_dictionary, tapped_model
 from tl_capacity.probing.recover import Recovery, recover_features, recovery_figure
+from tl_capacity.processes import Processes
 from tl_capacity.recipe import argument, option, run_file, settings_of
-from tl_capacity.storage import make_folder, write_bytes, write_json
+from tl_capacity.storage import digest, make_folder, write_bytes, write_json
 from tl_capacity.tokens import TokenStream
 
 JSON_NAME = "recoverability.json"
@@ -61,6 +65,7 @@ def main(config: RecoverConfig) -> list[Recovery]:
     hooks = chosen(measurement, config.hook)
     if config.threads:
         torch.set_num_threads(config.threads)
+    processes = Processes.of_launch(config.device)
     started = time.monotonic()
     provenance = measurement.provenance
     teacher = load_model(provenance.model, device=config.device)
@@ -73,10 +78,15 @@ def main(config: RecoverConfig) -> list[Recovery]:
     stream = TokenStream(source, teacher.tokenizer, int(provenance.settings.get("context", 256)), prepend_bos=provenance.settings.get("bos", 0) is not None)
     models = {s.name: load_model(str(config.distillation / "students" / s.name), device=config.device) for s in run if s.start != "teacher"}
     untrained = random_students(teacher, run, models) if config.random else {}
-    found = []
+    weights = [loaded.revision for loaded in (teacher, *models.values())]
+    decides = settings_of(config, "out") | {"source": source, "weights": weights, "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes())}
+    own = processes.own(config.out)
+    make_folder(own.parent)
+    found, kept = [], []
     for measured in hooks:
         sae = measured_dictionary(measured, teacher, provenance)
         tapped = {name: tapped_model(model, [], [], [measured.hook]) for name, model in models.items()}
+        kept += [Checkpoint(own.with_name(f"{own.name}.{measured.hook}.{which}.checkpoint.safetensors"), decides) for which in ("fit", "judge")]
         found.append(
             recover_features(
                 tapped_model(teacher, [sae], [measured.hook]),
@@ -89,17 +99,24 @@ def main(config: RecoverConfig) -> list[Recovery]:
                 tau=config.tau,
                 max_tokens=config.tokens,
                 mask_token_ids=mask,
+                processes=processes,
+                checkpoints=(kept[-2], kept[-1]),
             )
         )
-        Console(width=180).print(found[-1])
-    about = {
-        "schema": 1,
-        "settings": {**settings_of(config, "out"), "source": source},
-        "versions": library_versions(),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write(found, config.out, about, recovery_figure(found))
-    print(f"written to {config.out}")
+        if processes.first:
+            Console(width=180).print(found[-1])
+    if processes.first:
+        about = {
+            "schema": 1,
+            "settings": {**settings_of(config, "out"), "source": source},
+            "versions": library_versions(),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write(found, config.out, about, recovery_figure(found))
+        print(f"written to {config.out}")
+    processes.wait()
+    for checkpoint in kept:
+        checkpoint.remove()
     return found
 
 

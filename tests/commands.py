@@ -42,11 +42,11 @@ def run_in_a_child(arguments: Sequence[object], environment: Mapping[str, str] |
     """What a child process does: run the command, and save a checkpoint whenever one can be saved."""
     import torch
 
+    from tl_capacity import checkpoints
     from tl_capacity.cli import main
-    from tl_capacity.toy import training
 
     os.environ.update(environment or {})
     torch.set_num_threads(1)
-    training.CHECKPOINT_SECONDS = 0.0
+    checkpoints.SECONDS = 0.0
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         main([str(a) for a in arguments])

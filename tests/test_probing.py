@@ -544,7 +544,7 @@ class TestRecipe:
     def test_writes_probes_of_models_and_baselines(
         self, folders: Path, tmp_path: Path, tokenizer: Any, make_model: Callable[..., Any], fitted: Probe, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        result = recipe.main(config_of(folders, tmp_path / "out", "teacher", "narrow", sae=str(folders / "sae")))
+        recipe.main(config_of(folders, tmp_path / "out", "teacher", "narrow", sae=str(folders / "sae")))
         content = json.loads((tmp_path / "out" / "probes.json").read_text())
         assert content["schema"] == 1
         kinds = {(row["kind"], row["model"], row["width"], row["baseline"]) for row in content["probes"]}

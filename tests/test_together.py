@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable
 from itertools import permutations
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import CHILDREN, HOOK, Cli, arguments, run_in_a_child
+from safetensors.numpy import load_file
 
 from tl_capacity import Measurement
 from tl_capacity.measuring import MeasureSettings
-from tl_capacity.together import is_first, share
+from tl_capacity.processes import Processes, is_first
+from tl_capacity.together import share
 
 EVERYTHING = 10**6
 
@@ -47,14 +50,19 @@ def equal(one: Path, other: Path) -> None:
             np.testing.assert_allclose(array, b[name], rtol=1e-12, atol=1e-12 * np.abs(array).max(), err_msg=name)
 
 
+def alone(command: list[object]) -> None:
+    """Run a command in a child, with one thread as each process of a launch has."""
+    child = CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command],))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
 @pytest.fixture(scope="module")
 def whole(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A measurement of everything by one process, in float64, so that rounding in the model decides nothing."""
     out = tmp_path_factory.mktemp("together") / "whole"
-    child = CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in arguments(setup, out, "--dtype", "float64", tokens=EVERYTHING)],))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    alone(arguments(setup, out, "--dtype", "float64", tokens=EVERYTHING))
     return out
 
 
@@ -71,6 +79,42 @@ def test_two_processes_measure_what_one_does(setup: Path, whole: Path, tmp_path:
     assert (tmp_path / "both" / "measurement.json").read_bytes() == before
 
 
+@pytest.fixture(scope="module")
+def students(setup: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distillation of the model that was measured."""
+    from tl_capacity.distillation import DistillSettings, distill
+    from tl_capacity.loading import load_model
+    from tl_capacity.tokens import TokenStream
+
+    out, teacher = tmp_path_factory.mktemp("together") / "students", load_model(str(setup / "model"))
+    stream = TokenStream(str(setup / "text.jsonl"), teacher.tokenizer, context=32)
+    distill(teacher, [8, 16], stream, settings=DistillSettings(tokens=500, evaluations=1, heldout_tokens=100), out=out, progress=False)
+    return out
+
+
+def test_two_processes_recover_what_one_does(whole: Path, students: Path, tmp_path: Path) -> None:
+    """Batches are the same, so that activations are, to the last bit; sums are added in another order."""
+    command = ["run", "recover", whole, students, "--tokens", 12_000, "--tau", 0.8, "--out"]
+    alone([*command, tmp_path / "one"])
+    assert launch([[*command, tmp_path / "two"]] * 2) == [0, 0]
+    one, two = (json.loads((tmp_path / name / "recoverability.json").read_text()) for name in ("one", "two"))
+    assert [row["width"] for row in two] == [8, 16]
+    assert one[0]["kept_teacher"] > one[0]["kept"] > 0
+    for a, b in zip(one, two, strict=True):
+        for name, value in a.items():
+            if name not in ("intervals", "readouts"):
+                assert value == b[name], name
+        for name, interval in a["intervals"].items():
+            assert interval == pytest.approx(b["intervals"][name], abs=2), name
+    figures = [load_file(tmp_path / name / f"features-{HOOK}.safetensors") for name in ("one", "two")]
+    assert figures[0].keys() == figures[1].keys()
+    for name, array in figures[0].items():
+        if array.dtype.kind in "ib":
+            np.testing.assert_array_equal(array, figures[1][name], err_msg=name)
+        else:  # scores are float32, and one on the edge of a bin may fall to the other side
+            np.testing.assert_allclose(array, figures[1][name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 def test_processes_that_do_not_fit_together(setup: Path, tmp_path: Path) -> None:
     commands = [arguments(setup, tmp_path / "both", "--skip-first-positions", skip, tokens=EVERYTHING) for skip in (0, 1)]
     assert launch(commands) == [2, 2]
@@ -79,7 +123,7 @@ def test_processes_that_do_not_fit_together(setup: Path, tmp_path: Path) -> None
 
 def test_the_shares_are_all_documents_once(tmp_path: Path) -> None:
     settings = MeasureSettings(model="x", out=tmp_path / "m", tokens=100, shard=(1, 2))
-    shares = [share(settings, process, 3) for process in range(3)]
+    shares = [share(settings, Processes(process, 3)) for process in range(3)]
     documents = [n for s in shares for n in range(60) if n % s.shard[1] == s.shard[0]]
     assert sorted(documents) == [n for n in range(60) if n % 2 == 1]
     assert [s.tokens for s in shares] == [34, 34, 34]

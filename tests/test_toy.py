@@ -364,7 +364,7 @@ class TestSweep:
     @pytest.mark.parametrize("content", [b"", b"nothing of the sort", b"\x08" + bytes(7) + b'{"a": 1}'])
     def test_a_damaged_checkpoint_is_one_sentence(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "state").write_bytes(content)
-        with pytest.raises(CapacityError, match="no checkpoint of a toy sweep"):
+        with pytest.raises(CapacityError, match="is no whole checkpoint"):
             train(TINY, tmp_path / "state")
 
     @pytest.mark.slow
@@ -372,7 +372,7 @@ class TestSweep:
         """SIGKILL after a checkpoint; the same call goes on to the same last bit."""
         checkpoint, longer = tmp_path / "state.safetensors", replace(TINY, steps=1200)
         code = (
-            "import sys; from pathlib import Path; from tl_capacity.toy import training, SweepSettings; training.CHECKPOINT_SECONDS = 0.0\n"
+            "from pathlib import Path; from tl_capacity import checkpoints; from tl_capacity.toy import training, SweepSettings; checkpoints.SECONDS = 0.0\n"
             f"training.train(SweepSettings.from_json({longer.to_json()!r}), Path({str(checkpoint)!r}))"
         )
         process = subprocess.Popen([sys.executable, "-c", code])
@@ -384,7 +384,7 @@ class TestSweep:
         for name, stack in whole.items():
             assert torch.equal(stack.weights, resumed[name].weights)
             assert torch.equal(stack.bias, resumed[name].bias)
-        with pytest.raises(CapacityError, match="belongs to a sweep with other settings"):
+        with pytest.raises(CapacityError, match="belongs to other settings"):
             train(TINY, checkpoint)
 
     def test_the_recipe(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

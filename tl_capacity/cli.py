@@ -101,7 +101,8 @@ def measure(
     console = _console()
     from tl_capacity.floors import error_warnings
     from tl_capacity.measuring import MeasureSettings
-    from tl_capacity.together import is_first, measure_together
+    from tl_capacity.processes import is_first
+    from tl_capacity.together import measure_together
 
     measurement = measure_together(
         MeasureSettings(

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tl_capacity import CapacityError, Measurement
+from tl_capacity.checkpoints import Checkpoint
 from tl_capacity.distillation import checkpoint
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import PluginError
@@ -26,7 +27,7 @@ from tl_capacity.storage import SEAL, previous
 from tl_capacity.tokens import documents
 from tl_capacity.toy.result import SweepResult
 from tl_capacity.toy.sweep import SweepSettings
-from tl_capacity.toy.training import Checkpoint, train
+from tl_capacity.toy.training import train
 
 EXAMPLES = 130
 """Of each kind of file; 17 kinds make more than 2,000."""
@@ -61,7 +62,7 @@ KINDS = {
     "students' weights": Kind("d/checkpoint.safetensors", checkpoint.read),
     "sweep": Kind("t/sweep.json", SweepResult.load),
     "sweep's students": Kind("t/students.safetensors", SweepResult.load),
-    "sweep's checkpoint": Kind("c/state.safetensors", lambda folder: Checkpoint(folder / "state.safetensors", SWEEP)),
+    "sweep's checkpoint": Kind("c/state.safetensors", lambda folder: Checkpoint(folder / "state.safetensors", SWEEP.to_json())),
     "curve": Kind("curve/curve.json", lambda folder: Curve.load(folder / "curve.json").floors([1, 2])),
     "SAE configuration": Kind("sae/cfg.json", lambda folder: load_sae(str(folder))),
     "SAE weights": Kind("sae/sae_weights.safetensors", lambda folder: load_sae(str(folder))),

@@ -17,10 +17,10 @@ from commands import CHILDREN, Cli, arguments, run_in_a_child, same
 from safetensors.numpy import load_file
 
 from tl_capacity import Measurement
+from tl_capacity.checkpoints import digest
 from tl_capacity.distillation import checkpoint
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.storage import previous
-from tl_capacity.toy import training
 from tl_capacity.toy.result import SweepResult
 
 pytestmark = pytest.mark.slow
@@ -223,12 +223,12 @@ def test_a_finished_folder_holds_no_checkpoint(setup: Path, undisturbed: Callabl
     assert sorted(path.name.partition("-")[0] for path in out.iterdir()) == ["measurement.json", "statistics"]
 
 
-def test_the_toy_checkpoint_is_of_its_content(tmp_path: Path) -> None:
+def test_a_checkpoint_is_of_its_content() -> None:
     """Not of the order in which its tensors are written."""
     import torch
 
     tensors = {"a": torch.arange(3.0), "b": torch.tensor(5)}
-    assert training._digest(tensors, "x") == training._digest(dict(reversed(tensors.items())), "x")
-    assert training._digest(tensors, "x") != training._digest(tensors, "y")
-    assert training._digest(tensors, "x") != training._digest({**tensors, "a": torch.arange(3.0).view(1, 3)}, "x")
-    assert len({training._digest({"a": torch.from_numpy(np.eye(3)[i])}, "x") for i in range(3)}) == 3
+    assert digest(tensors, "x") == digest(dict(reversed(tensors.items())), "x")
+    assert digest(tensors, "x") != digest(tensors, "y")
+    assert digest(tensors, "x") != digest({**tensors, "a": torch.arange(3.0).view(1, 3)}, "x")
+    assert len({digest({"a": torch.from_numpy(np.eye(3)[i])}, "x") for i in range(3)}) == 3

@@ -6,7 +6,7 @@ A control task (Hewitt & Liang 2019, arXiv:1909.03368) measures what the probe i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,18 @@ class Probe:
     def correct(self) -> NDArray[np.bool_]:
         """[row] whether the probe is right."""
         return np.asarray((self.scores > 0) == self.labels)
+
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Everything, as JSON and arrays, of which `of_state` makes the same probe."""
+        values = {of.name: getattr(self, of.name) for of in fields(self)}
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in values.items() if name not in arrays}, arrays
+
+    @classmethod
+    def of_state(cls, values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Probe:
+        """What `to_state` took apart."""
+        state: dict[str, Any] = {name: Estimate(**value) if isinstance(value, dict) else value for name, value in values.items()} | dict(arrays)
+        return cls(**state)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays, flat."""

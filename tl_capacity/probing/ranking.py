@@ -5,6 +5,7 @@ Binning makes ties of scores that differ; how much AUROC and average precision c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,11 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.probing.ridge import Latents, Readout
+from tl_capacity.processes import Processes
 from tl_capacity.summary import DOCUMENT_GROUPS, Estimate, document_resamples, estimate_around
 
 BINS = 256
 FINE = 2.0
 """Standard deviations within which half of the bins lie. A score t falls into bin ½(1 + t/(2 + |t|)) · 256: bins widen outwards and no score is too large."""
+SUMS = ("all", "firing", "z", "zz", "cross", "squares", "ranks", "firings")
+"""What a ranking adds up, by the names of its attributes."""
 BLOCK_SCORES = 2**18
 """Scores that exist at once: 1 MB, which stays in a core's cache through all that is done to them."""
 
@@ -85,6 +89,23 @@ class Ranking:
         group_and_feature = groups * self.ranks.shape[1] + features
         self.ranks.view(-1).index_add_(0, group_and_feature, below.view(-1)[place].double())
         self.firings.view(-1).index_add_(0, group_and_feature, torch.ones_like(place, dtype=torch.float64))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The sums by name, to be kept."""
+        return {"tokens": torch.tensor(self.tokens), **{name: getattr(self, name) for name in SUMS}}
+
+    def go_on_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the sums that a ranking by the same readout had."""
+        self.tokens = int(tensors["tokens"])
+        for name in SUMS:
+            setattr(self, name, tensors[name].to(self.z.device))
+
+    def over_all(self, processes: Processes) -> Ranking:
+        """This ranking, with the sums over the tokens of all processes; a firing's rank stays that among the silent tokens of its own process."""
+        self.tokens = int(processes.sum(torch.tensor(self.tokens)))
+        for name in SUMS:
+            setattr(self, name, processes.sum(getattr(self, name)))
+        return self
 
     def scores(self) -> Scores:
         """What was found so far."""

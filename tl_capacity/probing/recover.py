@@ -8,10 +8,12 @@ the student is wide.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.attach import Batch, TapPoint, activation_at, dictionary_digest, evaluating, special_token_ids
+from tl_capacity.checkpoints import Checkpoint
 from tl_capacity.checks import checked
 from tl_capacity.encoding import Encoder
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, TokenSourceError
@@ -30,6 +33,7 @@ from tl_capacity.measurement import HookMeasurement
 from tl_capacity.plugins import plugins
 from tl_capacity.probing.ranking import Ranking, Scores
 from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
+from tl_capacity.processes import ALONE, Processes
 from tl_capacity.progress import token_progress
 from tl_capacity.statistics import document_groups
 from tl_capacity.summary import Estimate
@@ -239,6 +243,8 @@ def recover_features(
     max_tokens: int | None = None,
     mask_token_ids: Sequence[int] | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
+    checkpoints: tuple[Checkpoint, Checkpoint] | None = None,
 ) -> Recovery:
     """How well linear readouts of students' activations predict each alive feature of the teacher's SAE on held-out documents.
 
@@ -257,6 +263,8 @@ def recover_features(
         max_tokens: read no more tokens of the stream than this, padding and special ones included.
         mask_token_ids: ids not to count; by default every special token of the teacher's tokenizer.
         progress: show it once it takes longer than two seconds.
+        processes: that share the batches; each gets the result.
+        checkpoints: of this process, for the pass that fits readouts and for the one that judges them; both go on from where they left off.
 
     Raises:
         HookPointError: where a model lacks the hook point, or it does not fire.
@@ -280,12 +288,13 @@ def recover_features(
     for name, model in (random or {}).items():
         readers[f"{name} {RANDOM}"] = Reader.of(model, measured.hook, f"the student {name!r} with random weights")
     mask = special_token_ids(teacher, getattr(teacher, "tokenizer", None)) if mask_token_ids is None else list(mask_token_ids)
-    passes = _Passes(readers, sae, measured, stream, np.array(sorted(mask), dtype=np.int64), max_tokens, progress)
+    passes = _Passes(readers, sae, measured, stream, np.array(sorted(mask), dtype=np.int64), max_tokens, progress, processes)
+    fitting, judging = checkpoints or (Checkpoint(None, {}), Checkpoint(None, {}))
     with ExitStack() as modes:
         for reader in readers.values():
             modes.enter_context(evaluating(reader.model))
-        readouts, sources = passes.fit(tuple(students))
-        rankings = passes.judge(readouts, sources)
+        readouts, sources = passes.fit(tuple(students), fitting)
+        rankings = passes.judge(readouts, sources, judging)
     scores = {name: ranking.scores() for name, ranking in rankings.items()}
     found = [
         StudentRecovery(name, width, scores[name], scores.get(f"{name} {RANDOM}"), scores[_pca(width)])
@@ -352,8 +361,11 @@ class _Passes:
         mask_ids: NDArray[np.int64],
         max_tokens: int | None,
         progress: bool,
+        processes: Processes,
     ) -> None:
-        self.readers, self.sae, self.stream, self.mask_ids, self.max_tokens, self.progress = readers, sae, stream, mask_ids, max_tokens, progress
+        self.processes = processes
+        self.readers, self.sae, self.stream, self.mask_ids, self.max_tokens = readers, sae, stream, mask_ids, max_tokens
+        self.progress = progress and processes.first
         self.encoder = Encoder(sae)
         device = sae.W_dec.device
         # MPS has no float64, so there the sums live on the CPU.
@@ -365,15 +377,24 @@ class _Passes:
         self.tokens = dict.fromkeys((FIT, VALIDATION, HELD_OUT), 0)
         self.widths: dict[str, int] = {}
 
-    def fit(self, students: Sequence[str]) -> tuple[dict[str, Readout], dict[str, str]]:
+    def fit(self, students: Sequence[str], checkpoint: Checkpoint) -> tuple[dict[str, Readout], dict[str, str]]:
         """The readout of every model and of the teacher's principal components, and whose activations each reads."""
         moments: dict[tuple[str, str], Moments] = {}
-        for part, activations, latents, _ in self._batches((FIT, VALIDATION), "fitting readouts"):
+        for part, name in product((FIT, VALIDATION), self.readers):
+            if kept := checkpoint.part(f"{part}/{name}"):
+                moments[part, name] = Moments.of_tensors(kept, self.device)
+        for part, activations, latents, _ in self._batches(
+            (FIT, VALIDATION), "fitting readouts", checkpoint, lambda: {"/".join(key): own.to_tensors() for key, own in moments.items()}
+        ):
             for name, x in activations.items():
                 if (part, name) not in moments:
                     moments[part, name] = Moments.zeros(x.shape[1], self.n_features, self.device)
                 moments[part, name].update(x, latents)
-        self.widths = {name: len(moments[FIT, name].x) for name in self.readers}
+        # A process that had no batch does not know how wide the models are.
+        self.widths = dict(ChainMap(*self.processes.gather({name: len(found.x) for (_, name), found in moments.items()})))
+        for part, name in product((FIT, VALIDATION), self.readers):
+            own = moments.get((part, name)) or Moments.zeros(self.widths[name], self.n_features, self.device)
+            moments[part, name] = own.over_all(self.processes)
         readouts, sources = {}, {name: name for name in self.readers}
         for width in {self.widths[name] for name in students}:
             training, validation = moments[FIT, TEACHER], moments[VALIDATION, TEACHER]
@@ -383,19 +404,42 @@ class _Passes:
             readouts[name] = fit(moments.pop((FIT, name)), moments.pop((VALIDATION, name)))
         return readouts, sources
 
-    def judge(self, readouts: Mapping[str, Readout], sources: Mapping[str, str]) -> dict[str, Ranking]:
+    def judge(self, readouts: Mapping[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint) -> dict[str, Ranking]:
         """Every readout's scores on the held-out documents."""
         rankings = {name: Ranking(readout) for name, readout in readouts.items()}
-        for _, activations, latents, groups in self._batches((HELD_OUT,), "judging readouts"):
+        for name, ranking in rankings.items():
+            if kept := checkpoint.part(name):
+                ranking.go_on_from(kept)
+        for _, activations, latents, groups in self._batches(
+            (HELD_OUT,), "judging readouts", checkpoint, lambda: {name: ranking.to_tensors() for name, ranking in rankings.items()}
+        ):
             for name, ranking in rankings.items():
                 ranking.update(activations[sources[name]], latents, groups)
-        return rankings
+        return {name: ranking.over_all(self.processes) for name, ranking in rankings.items()}
 
-    def _batches(self, parts: Sequence[str], label: str) -> Iterator[tuple[str, dict[str, Tensor], Latents, Tensor]]:
-        """The part, every model's activations, the latents and the document groups of each batch of the documents of some parts."""
+    def _batches(
+        self, parts: Sequence[str], label: str, checkpoint: Checkpoint, sums: Callable[[], Mapping[str, Mapping[str, Tensor]]]
+    ) -> Iterator[tuple[str, dict[str, Tensor], Latents, Tensor]]:
+        """The part, every model's activations, the latents and the document groups of each batch of the documents of some parts.
+
+        Args:
+            checkpoint: batches that went into it are left out.
+            sums: what was made of the batches so far, by name, to be kept in it.
+        """
         filler = int(self.mask_ids[0]) if len(self.mask_ids) else 0
+        done = int(checkpoint.about.get("batches", 0))
+        self.tokens |= checkpoint.about.get("tokens", {})
+        checkpoint.tensors.clear()  # they live on in the sums
+
+        def save(batches: int) -> None:
+            tensors = {f"{name}/{key}": tensor for name, own in sums().items() for key, tensor in own.items()}
+            checkpoint.save(tensors, {"batches": batches, "tokens": {part: self.tokens[part] for part in parts}})
+
+        number = 0
         with token_progress(None, self.progress, label) as advance:
             for number, (part, tokens) in enumerate(split(self.stream, parts, self.max_tokens), start=1):
+                if number <= done or number % self.processes.count != self.processes.index:
+                    continue
                 batch = Batch(tokens, self.mask_ids, 0, number)
                 if not batch.n_counted:
                     continue
@@ -405,6 +449,11 @@ class _Passes:
                 groups = batch.groups[batch.row_of_token].to(self.device)
                 yield part, {name: x.flatten(1).to(self.device) for name, x in activations.items()}, latents, groups
                 advance(sum(self.tokens[p] for p in parts))
+                if checkpoint.due:
+                    save(number)
+        if number > done:
+            save(number)
+        self.tokens |= {p: int(self.processes.sum(torch.tensor(self.tokens[p]))) for p in parts}
         if missing := [p for p in parts if not self.tokens[p]]:
             raise TokenSourceError(f"no document is left for {missing[0]}: of every ten, 6 fit, 1 chooses the ridge and 3 judge, so give more documents")
 

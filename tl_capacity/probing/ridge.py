@@ -6,7 +6,7 @@ Memory is O(width · features) whatever the number of tokens; latents stay spars
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_capacity.encoding import Entries
 from tl_capacity.errors import CapacityError
+from tl_capacity.processes import Processes
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties to choose from, in units of the activations' mean variance per dimension."""
@@ -93,6 +94,19 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """The sums over both sets of tokens."""
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The sums by name, to be kept."""
+        return {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Moments:
+        """What `to_tensors` gave."""
+        return cls(int(tensors["tokens"]), *(tensors[f.name].to(device) for f in fields(cls)[1:]))
+
+    def over_all(self, processes: Processes) -> Moments:
+        """The sums over the tokens of all processes."""
+        return Moments(int(processes.sum(torch.tensor(self.tokens))), *(processes.sum(getattr(self, f.name)) for f in fields(self)[1:]))
 
     def about(self, x: Float64[Tensor, " width"], z: Float64[Tensor, " feature"]) -> Moments:
         """The sums of (x − x₀) and (z − z₀) and of their products."""

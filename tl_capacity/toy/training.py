@@ -7,8 +7,6 @@ there are.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_capacity.errors import CapacityError
-from tl_capacity.storage import last_whole, write_bytes
+from tl_capacity.checkpoints import Checkpoint
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import Family, Stream, SweepSettings
 
@@ -32,7 +29,6 @@ BLOCK_STEPS = 16
 """Steps whose samples are drawn at once; a checkpoint falls between two blocks."""
 CACHE_FLOATS = 2**18
 """Pre-activations of a chunk: 1 MB of them stays in a core's cache."""
-CHECKPOINT_SECONDS = 30.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, under PyTorch's names."""
 
@@ -166,60 +162,6 @@ class Chunk:
         return self.teacher.output(x)[:, 0], self.teacher.at_zero[:, 0]
 
 
-class Checkpoint:
-    """The state of a sweep in one file, replaced at most every half minute; a run that is killed goes on from it to the same last bit.
-
-    Raises:
-        CapacityError: where the file is damaged or belongs to a sweep with other settings.
-    """
-
-    def __init__(self, path: Path | None, settings: SweepSettings) -> None:
-        self.path, self.settings = path, settings
-        self.tensors: dict[str, Tensor] = {}
-        self.seconds: dict[str, float] = {}
-        self._saved = time.monotonic()
-        earlier = None if path is None else last_whole(path, self._read)
-        if earlier is not None:
-            self.tensors, self.seconds = earlier
-
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings, seconds = json.loads(metadata["settings"]), json.loads(metadata["seconds"])
-            if metadata.get("sha256", found := _digest(tensors, metadata["settings"], metadata["seconds"])) != found:
-                raise ValueError("the SHA-256 of its content is not the recorded one")
-        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as problem:
-            raise CapacityError(f"{path} is no checkpoint of a toy sweep ({problem}): delete it to begin anew") from problem
-        if settings != self.settings.to_json():
-            changed = ", ".join(f"{name} = {value}" for name, value in settings.items() if value != self.settings.to_json().get(name))
-            raise CapacityError(f"{path} belongs to a sweep with other settings ({changed}): use those to go on with it, or delete it to begin anew")
-        return tensors, seconds
-
-    def save(self, tensors: dict[str, Tensor], force: bool = False) -> None:
-        """Write the state, unless that was done a moment ago."""
-        if self.path is None or (not force and time.monotonic() - self._saved < CHECKPOINT_SECONDS):
-            return
-        from safetensors.torch import save
-
-        settings, seconds = json.dumps(self.settings.to_json()), json.dumps(self.seconds)
-        sha = _digest(tensors, settings, seconds)
-        write_bytes(self.path, save(tensors, {"settings": settings, "seconds": seconds, "sha256": sha}), keep_previous=True)
-        self._saved = time.monotonic()
-
-
-def _digest(tensors: dict[str, Tensor], *texts: str) -> str:
-    """SHA-256 of a checkpoint's content; safetensors keeps none."""
-    total = hashlib.sha256("\n".join(texts).encode())
-    for name in sorted(tensors):
-        values = tensors[name].detach().contiguous()
-        total.update(f"{name}{tuple(values.shape)}{values.dtype}".encode() + values.flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
 def train(
     settings: SweepSettings,
     checkpoint: Path | None = None,
@@ -239,13 +181,14 @@ def train(
     Raises:
         CapacityError: where the checkpoint is damaged or of other settings, or cannot be written.
     """
-    state = Checkpoint(checkpoint, settings)
+    state = Checkpoint(checkpoint, settings.to_json())
+    seconds: dict[str, float] = dict(state.about)
     stacks: dict[str, Stack] = {}
     with worker_threads() as workers:
         for i, kind in enumerate(settings.kinds):
             done = partial(_advance_from, advance, i * settings.steps)
-            stacks |= _train_kind(settings, kind, stacks, state, workers, done, dtype)
-    return stacks, state.seconds
+            stacks |= _train_kind(settings, kind, stacks, state, seconds, workers, done, dtype)
+    return stacks, seconds
 
 
 def _train_kind(
@@ -253,6 +196,7 @@ def _train_kind(
     kind: str,
     finished: dict[str, Stack],
     state: Checkpoint,
+    seconds: dict[str, float],
     workers: ThreadPoolExecutor,
     advance: Callable[[int], None],
     dtype: torch.dtype,
@@ -272,7 +216,7 @@ def _train_kind(
             objective = Objective.of(family.n, streams[family.n], settings.slope, dtype)
             chunks += [(family.n, chunk) for chunk in _chunks(family, own, objective, teacher_of(family, settings, finished), settings.batch, steps_done)]
 
-    before, started = state.seconds.get(kind, 0.0), time.monotonic()
+    before, started = seconds.get(kind, 0.0), time.monotonic()
     for first in range(steps_done, settings.steps, BLOCK_STEPS):
         steps = range(first, min(first + BLOCK_STEPS, settings.steps))
         rates = [settings.lr * (1 + cos(pi * step / settings.steps)) / 2 for step in steps]
@@ -281,8 +225,9 @@ def _train_kind(
         for task in [workers.submit(chunk.train, x[n][chunk.streams], rates) for n, chunk in chunks]:
             task.result()
         advance(steps.stop)
-        state.seconds[kind] = round(before + time.monotonic() - started, 1)
-        state.save(_named(finished, settings) | tensors | {f"{kind}.steps": torch.tensor(steps.stop)}, force=steps.stop == settings.steps)
+        seconds[kind] = round(before + time.monotonic() - started, 1)
+        if state.due or steps.stop == settings.steps:
+            state.save(_named(finished, settings) | tensors | {f"{kind}.steps": torch.tensor(steps.stop)}, seconds)
     return stacks
 
 
