@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tl_capacity.attach import TapPoint, dictionary_digest, library_versions
-from tl_capacity.checkpoints import Checkpoint
+from tl_capacity.checkpoints import Checkpoint, remove_checkpoint
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, HookPointError
@@ -35,7 +35,7 @@ from tl_capacity.probing.probes import Probe, fit_probes, on_principal_component
 from tl_capacity.probing.sparse import SparseProbe, falls_at, sparse_probes
 from tl_capacity.processes import ALONE, Processes
 from tl_capacity.progress import token_progress
-from tl_capacity.recipe import option, run_file, settings_of
+from tl_capacity.recipe import already_there, option, run_file, settings_of
 from tl_capacity.storage import digest, make_folder, write_bytes, write_json
 
 SCHEMA = 1
@@ -133,17 +133,23 @@ class ProbeResult:
         }
 
 
-def main(config: ProbeConfig) -> ProbeResult:
+def main(config: ProbeConfig) -> ProbeResult | None:
     """Probe models for concepts, and write accuracy and AUROC beside their baselines.
 
+    Returns:
+        What was found; None where `out` already holds it.
+
     Raises:
-        CapacityError: on an unknown model, concept or hook point, texts that cannot be probed, or a folder that already holds probes.
+        CapacityError: on an unknown model, concept or hook point, texts that cannot be probed, or a folder that already holds other probes.
     """
-    if (config.out / JSON_NAME).exists():
-        raise CapacityError(f"{config.out} already holds a {JSON_NAME}: choose another --out")
+    processes = Processes.of_launch(config.device)
+    own = processes.own(config.out)
+    state = own.with_name(f"{own.name}.checkpoint.safetensors")
+    if already_there(config.out / JSON_NAME, config.out / JSON_NAME, settings_of(config, "out")):
+        remove_checkpoint(state)
+        return None
     if config.threads:
         torch.set_num_threads(config.threads)
-    processes = Processes.of_launch(config.device)
     started = time.monotonic()
     concepts = load_concepts(config.concepts)
     measurement = None if config.measurement is None else Measurement.load(config.measurement)
@@ -152,9 +158,8 @@ def main(config: ProbeConfig) -> ProbeResult:
     sae, measured = _dictionary(config, models[0], measurement)
     texts = digest("\n".join(repr((c.name, c.texts, c.labels.tolist(), c.documents.tolist(), c.splits.tolist())) for c in concepts).encode())
     decides = settings_of(config, "out") | {"weights": [model.revision for model in models], "texts": texts}
-    own = processes.own(config.out)
-    make_folder(own.parent)
-    checkpoint = Checkpoint(own.with_name(f"{own.name}.checkpoint.safetensors"), decides)
+    make_folder(config.out)
+    checkpoint = Checkpoint(state, decides)
     result = probe(config, concepts, models, tapped, sae, measured, checkpoint, processes)
     if processes.first:
         versions = library_versions() | {"scikit-learn": importlib.metadata.version("scikit-learn")}
@@ -163,7 +168,7 @@ def main(config: ProbeConfig) -> ProbeResult:
         show(result)
         print(f"written to {config.out}")
     processes.wait()
-    checkpoint.remove()
+    remove_checkpoint(state)
     return result
 
 

@@ -7,6 +7,7 @@ text, and all sums are added up.
 
 from __future__ import annotations
 
+import glob
 import json
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from rich.console import Console
 
 from tl_capacity.attach import library_versions, special_token_ids
-from tl_capacity.checkpoints import Checkpoint
+from tl_capacity.checkpoints import Checkpoint, remove_checkpoint
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.students import new_student
 from tl_capacity.distillation.train import fingerprint
@@ -29,11 +30,11 @@ from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.measuring import measured_dictionary, tapped_model
 from tl_capacity.probing.recover import Recovery, recover_features, recovery_figure
 from tl_capacity.processes import Processes
-from tl_capacity.recipe import argument, option, run_file, settings_of
+from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.storage import digest, make_folder, write_bytes, write_json
 from tl_capacity.tokens import TokenStream
 
-JSON_NAME = "recoverability.json"
+JSON_NAME, ABOUT_NAME = "recoverability.json", "settings.json"
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,26 @@ class RecoverConfig:
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
 
-def main(config: RecoverConfig) -> list[Recovery]:
+def main(config: RecoverConfig) -> list[Recovery] | None:
     """Count the features that students kept, and write them down beside their budget.
+
+    Returns:
+        What was found at each hook point; None where `out` already holds it.
 
     Raises:
         CapacityError: where the measurement and the distillation are not of the same teacher, or on whatever reading refuses.
     """
-    if (config.out / JSON_NAME).exists():
-        raise CapacityError(f"{config.out} already holds a {JSON_NAME}: choose another --out")
+    processes = Processes.of_launch(config.device)
+    own = processes.own(config.out)
+    known = settings_of(config, "out") if config.source else settings_of(config, "out", "source")
+    if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, known):
+        for state in own.parent.glob(f"{glob.escape(own.name)}.*.checkpoint.safetensors"):
+            remove_checkpoint(state)
+        return None
     measurement, run = Measurement.load(config.measurement), DistillationRun.load(config.distillation)
     hooks = chosen(measurement, config.hook)
     if config.threads:
         torch.set_num_threads(config.threads)
-    processes = Processes.of_launch(config.device)
     started = time.monotonic()
     provenance = measurement.provenance
     teacher = load_model(provenance.model, device=config.device)
@@ -80,13 +88,13 @@ def main(config: RecoverConfig) -> list[Recovery]:
     untrained = random_students(teacher, run, models) if config.random else {}
     weights = [loaded.revision for loaded in (teacher, *models.values())]
     decides = settings_of(config, "out") | {"source": source, "weights": weights, "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes())}
-    own = processes.own(config.out)
-    make_folder(own.parent)
-    found, kept = [], []
+    make_folder(config.out)
+    found, states = [], []
     for measured in hooks:
         sae = measured_dictionary(measured, teacher, provenance)
         tapped = {name: tapped_model(model, [], [], [measured.hook]) for name, model in models.items()}
-        kept += [Checkpoint(own.with_name(f"{own.name}.{measured.hook}.{which}.checkpoint.safetensors"), decides) for which in ("fit", "judge")]
+        fitting, judging = (own.with_name(f"{own.name}.{measured.hook}.{which}.checkpoint.safetensors") for which in ("fit", "judge"))
+        states += [fitting, judging]
         found.append(
             recover_features(
                 tapped_model(teacher, [sae], [measured.hook]),
@@ -100,7 +108,7 @@ def main(config: RecoverConfig) -> list[Recovery]:
                 max_tokens=config.tokens,
                 mask_token_ids=mask,
                 processes=processes,
-                checkpoints=(kept[-2], kept[-1]),
+                checkpoints=(Checkpoint(fitting, decides), Checkpoint(judging, decides)),
             )
         )
         if processes.first:
@@ -115,8 +123,8 @@ def main(config: RecoverConfig) -> list[Recovery]:
         write(found, config.out, about, recovery_figure(found))
         print(f"written to {config.out}")
     processes.wait()
-    for checkpoint in kept:
-        checkpoint.remove()
+    for state in states:
+        remove_checkpoint(state)
     return found
 
 
@@ -142,7 +150,7 @@ def write(found: list[Recovery], out: Path, about: dict[str, Any], figure: Any) 
         arrays = {name: np.ascontiguousarray(array) for name, array in recovery.arrays().items()}
         write_bytes(out / f"features-{recovery.hook}.safetensors", save(arrays, {"about": json.dumps(about)}))
     write_bytes(out / "recoverability.html", figure.to_html(include_plotlyjs=True).encode())
-    write_json(out / "settings.json", about)
+    write_json(out / ABOUT_NAME, about)
     write_json(out / JSON_NAME, [row for recovery in found for row in recovery.to_json()])
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_capacity.checkpoints import remove_checkpoint
 from tl_capacity.errors import CapacityError
 from tl_capacity.progress import token_progress
 from tl_capacity.recipe import option, run_file
-from tl_capacity.storage import make_folder, previous
+from tl_capacity.storage import make_folder
 
 if TYPE_CHECKING:
     from tl_capacity import toy
@@ -119,8 +120,7 @@ def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
     except KeyboardInterrupt as problem:
         raise CapacityError(f"the sweep was interrupted and its state kept in {checkpoint}: run the same command again to go on") from problem
     result.save(out)
-    for path in (checkpoint, previous(checkpoint)):
-        path.unlink(missing_ok=True)
+    remove_checkpoint(checkpoint)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,33 @@ def same(one: Path, other: Path) -> None:
     for content in (mine_json, theirs_json):
         del content["provenance"]["seconds"]
     assert mine_json == theirs_json
+
+
+def students_of(setup: Path) -> Path:
+    """A distillation of the model in `setup`, made when it is first asked for."""
+    from tl_capacity.distillation import DistillSettings, distill
+    from tl_capacity.loading import load_model
+    from tl_capacity.tokens import TokenStream
+
+    out = setup / "students-of-model"
+    if not out.exists():
+        teacher = load_model(str(setup / "model"))
+        stream = TokenStream(str(setup / "text.jsonl"), teacher.tokenizer, context=32)
+        distill(teacher, [8, 16], stream, settings=DistillSettings(tokens=500, evaluations=1, heldout_tokens=100), out=out, progress=False)
+    return out
+
+
+def concept_of(setup: Path) -> Path:
+    """Labelled texts in words of the model in `setup`: two a document, and one class says small numbers more often."""
+    path = setup / "few.jsonl"
+    if not path.exists():
+        draw = np.random.default_rng(0)
+        rows = []
+        for number in range(200):
+            words = draw.zipf(1.3 if number % 2 else 1.6, size=draw.integers(4, 40)) % 62 + 2
+            rows.append({"text": " ".join(f"w{word}" for word in words), "label": "few" if number % 2 else "many", "document": f"document {number // 2}"})
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 # A server that has imported everything once; each child is forked from it, begins at once, and dies alone.

@@ -447,8 +447,11 @@ def test_the_recipe(saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
     about = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert about["settings"]["source"] == "embedded:heldout"
     assert (tmp_path / "out" / "recoverability.html").stat().st_size > 1_000_000
-    with pytest.raises(CapacityError, match=r"already holds a recoverability\.json"):
-        recipe.run(main, arguments)
+    before = (tmp_path / "out" / "recoverability.json").stat().st_mtime_ns
+    assert recipe.run(main, arguments) is None
+    assert (tmp_path / "out" / "recoverability.json").stat().st_mtime_ns == before
+    with pytest.raises(CapacityError, match=r"already holds a recoverability\.json of other settings \(tau = 0\.95\)"):
+        recipe.run(main, [*arguments, "--tau", "0.9"])
 
 
 def test_the_recipe_wants_both_folders_of_one_teacher(saved: tuple[Path, Path], tmp_path: Path) -> None:

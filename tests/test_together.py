@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import CHILDREN, HOOK, Cli, arguments, run_in_a_child
+from commands import CHILDREN, HOOK, Cli, arguments, concept_of, run_in_a_child, students_of
 from safetensors.numpy import load_file
 
 from tl_capacity import Measurement
@@ -79,22 +79,9 @@ def test_two_processes_measure_what_one_does(setup: Path, whole: Path, tmp_path:
     assert (tmp_path / "both" / "measurement.json").read_bytes() == before
 
 
-@pytest.fixture(scope="module")
-def students(setup: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A distillation of the model that was measured."""
-    from tl_capacity.distillation import DistillSettings, distill
-    from tl_capacity.loading import load_model
-    from tl_capacity.tokens import TokenStream
-
-    out, teacher = tmp_path_factory.mktemp("together") / "students", load_model(str(setup / "model"))
-    stream = TokenStream(str(setup / "text.jsonl"), teacher.tokenizer, context=32)
-    distill(teacher, [8, 16], stream, settings=DistillSettings(tokens=500, evaluations=1, heldout_tokens=100), out=out, progress=False)
-    return out
-
-
-def test_two_processes_recover_what_one_does(whole: Path, students: Path, tmp_path: Path) -> None:
+def test_two_processes_recover_what_one_does(setup: Path, whole: Path, tmp_path: Path) -> None:
     """Batches are the same, so that activations are, to the last bit; sums are added in another order."""
-    command = ["run", "recover", whole, students, "--tokens", 12_000, "--tau", 0.8, "--out"]
+    command = ["run", "recover", whole, students_of(setup), "--tokens", 12_000, "--tau", 0.8, "--out"]
     alone([*command, tmp_path / "one"])
     assert launch([[*command, tmp_path / "two"]] * 2) == [0, 0]
     one, two = (json.loads((tmp_path / name / "recoverability.json").read_text()) for name in ("one", "two"))
@@ -113,6 +100,30 @@ def test_two_processes_recover_what_one_does(whole: Path, students: Path, tmp_pa
             np.testing.assert_array_equal(array, figures[1][name], err_msg=name)
         else:  # scores are float32, and one on the edge of a bin may fall to the other side
             np.testing.assert_allclose(array, figures[1][name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_probe_what_one_does(setup: Path, tmp_path: Path) -> None:
+    """A model is probed in one process or the other, and to the same last bit."""
+    command = [
+        "run",
+        "probe",
+        "--model",
+        setup / "model",
+        "--model",
+        students_of(setup),
+        "--hook",
+        HOOK,
+        "--concepts",
+        concept_of(setup),
+        "--sae",
+        setup / "sae",
+    ]
+    alone([*command, "--out", tmp_path / "one"])
+    assert launch([[*command, "--out", tmp_path / "two"]] * 2) == [0, 0]
+    one, two = (json.loads((tmp_path / name / "probes.json").read_text()) for name in ("one", "two"))
+    assert [row["width"] for row in one["probes"]] == [32] * 3 + [8] * 3 + [16] * 3
+    assert (one["probes"], one["sparse"], one["concepts"]) == (two["probes"], two["sparse"], two["concepts"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_processes_that_do_not_fit_together(setup: Path, tmp_path: Path) -> None:

@@ -71,12 +71,6 @@ class Checkpoint:
         ended = time.monotonic()
         self._next = ended + max(SECONDS, (ended - started) / SHARE)
 
-    def remove(self) -> None:
-        """Delete what is on disk, now that the result is there."""
-        if self.path is not None:
-            for path in (self.path, previous(self.path)):
-                path.unlink(missing_ok=True)
-
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         from safetensors import SafetensorError, safe_open
 
@@ -93,6 +87,12 @@ class Checkpoint:
             changed = ", ".join(f"{name} = {value}" for name, value in settings.items() if value != self.settings.get(name))
             raise CapacityError(f"{path} belongs to other settings ({changed}): use those to go on from it, or delete it to begin anew")
         return tensors, about
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint and the one before, now that the result is there."""
+    for old in (path, previous(path)):
+        old.unlink(missing_ok=True)
 
 
 def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import sys
 import types
 import typing
@@ -42,6 +43,29 @@ def argument(help: str) -> Any:
 def settings_of(config: Any, *without: str) -> dict[str, Any]:
     """A recipe's settings as JSON holds them, but for some that say nothing of the result, such as where it is written."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items() if name not in without}
+
+
+def already_there(result: Path, about: Path, settings: dict[str, Any]) -> bool:
+    """Whether a recipe's result is there, made with these settings, so that the same command started again has nothing to do.
+
+    Args:
+        result: the file that is written last.
+        about: the JSON file that holds the result's `settings`.
+
+    Raises:
+        CapacityError: where the result is there, and of other settings.
+    """
+    if not result.exists():
+        return False
+    try:
+        before = json.loads(about.read_bytes())["settings"]
+        changed = [f"{name} = {before[name]}" for name, value in json.loads(json.dumps(settings)).items() if before[name] != value]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        changed = ["which are not known"]
+    if changed:
+        raise CapacityError(f"{result.parent} already holds a {result.name} of other settings ({', '.join(changed)}): choose another --out")
+    print(f"{result.parent} already holds a {result.name} of these settings, and it stays: choose another --out to make it anew")
+    return True
 
 
 def run(function: Callable[[Any], Any], arguments: Sequence[str] | None = None, name: str | None = None) -> Any:
