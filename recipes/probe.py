@@ -142,12 +142,13 @@ def main(config: ProbeConfig) -> ProbeResult | None:
     Raises:
         CapacityError: on an unknown model, concept or hook point, texts that cannot be probed, or a folder that already holds other probes.
     """
-    processes = Processes.of_launch(config.device)
+    processes = Processes.of_launch()
     own = processes.own(config.out)
     state = own.with_name(f"{own.name}.checkpoint.safetensors")
     if already_there(config.out / JSON_NAME, config.out / JSON_NAME, settings_of(config, "out")):
         remove_checkpoint(state)
         return None
+    processes = processes.connected(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     started = time.monotonic()

@@ -63,13 +63,14 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
     Raises:
         CapacityError: where the measurement and the distillation are not of the same teacher, or on whatever reading refuses.
     """
-    processes = Processes.of_launch(config.device)
+    processes = Processes.of_launch()
     own = processes.own(config.out)
     known = settings_of(config, "out") if config.source else settings_of(config, "out", "source")
     if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, known):
         for state in own.parent.glob(f"{glob.escape(own.name)}.*.checkpoint.safetensors"):
             remove_checkpoint(state)
         return None
+    processes = processes.connected(config.device)
     measurement, run = Measurement.load(config.measurement), DistillationRun.load(config.distillation)
     hooks = chosen(measurement, config.hook)
     if config.threads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,51 @@ def test_measure_then_budget_then_floor(cli: Cli, setup: Path, tmp_path: Path) -
     code, out, _ = cli("budget", tmp_path / "m", "--json")
     row = json.loads(out)[0]
     assert row["d*"]["value"] == pytest.approx(summary.l0.value * np.log(alive / summary.l0.value), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sae", "more", "message"),
+    [
+        ("scaled", [], f"the SAE at {HOOK} has other weights than the one measured before"),
+        ("sae0", [], "the earlier run measured"),
+        ("sae", ["--importance", "gradient"], "the earlier run measured"),
+        ("sae", ["--dtype", "float64"], "the measurement was made with dtype 'float32', and this run has 'float64'"),
+        ("sae", ["--context", 16], "the measurement was made with settings"),
+        ("sae", ["--shard", "1/2"], "the measurement was made with shards (0,), and this run has (1,)"),
+        ("sae", ["--alive-threshold", 1e-3], "the measurement was made with an alive threshold of 1e-05, and this run has 0.001"),
+    ],
+)
+def test_a_finished_measurement_is_not_taken_for_another(
+    cli: Cli, setup: Path, tmp_path_factory: pytest.TempPathFactory, sae: str, more: list[object], message: str
+) -> None:
+    out = tmp_path_factory.getbasetemp() / "finished"
+    if not out.exists():
+        assert cli(*arguments(setup, out))[0] == 0
+    before = (out / "measurement.json").read_bytes()
+    code, _, err = cli(*arguments(setup, out, "--resume", *more, sae=sae))
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert (out / "measurement.json").read_bytes() == before
+
+
+def test_a_finished_measurement_with_fewer_tokens_says_so(cli: Cli, setup: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert cli(*arguments(setup, tmp_path / "m"))[0] == 0
+    assert cli(*arguments(setup, tmp_path / "m", "--resume"))[0] == 0
+    assert not caplog.records
+    assert cli(*arguments(setup, tmp_path / "m", "--resume", tokens=9_000))[0] == 0
+    assert "and 9,000 are asked for" in caplog.text
+
+
+def test_an_sae_of_another_model_is_warned_of(cli: Cli, setup: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = json.loads((setup / "sae" / "cfg.json").read_text())
+    for name, warned in (("other/gpt2", True), (f"user/{setup.name}-model", False)):
+        shutil.copytree(setup / "sae", tmp_path / name)
+        content["metadata"]["model_name"] = name
+        (tmp_path / name / "cfg.json").write_text(json.dumps(content))
+        caplog.clear()
+        assert cli(*arguments(setup, tmp_path / f"of-{warned}", sae=str(tmp_path / name)))[0] == 0
+        assert ("was trained on 'other/gpt2'" in caplog.text) == warned
 
 
 def test_floor_of_the_published_curve(cli: Cli, published_curve: Path) -> None:

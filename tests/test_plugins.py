@@ -231,6 +231,7 @@ def test_an_estimator_from_a_file_beside_a_file_that_fails(cli: Cli, setup: Path
     assert np.corrcoef(np.log(squared), np.log(cubes))[0, 1] > 0.9
 
 
+@pytest.mark.parametrize(("options", "tokens"), [(["--fvu-every", 1], 20_000), ([], 300)], ids=["long", "short"])
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -239,11 +240,11 @@ def test_an_estimator_from_a_file_beside_a_file_that_fails(cli: Cli, setup: Path
         ("-sums.squares - 1", "negative or non-finite values: importances must be finite and ≥ 0"),
     ],
 )
-def test_an_estimator_that_is_wrong_is_refused_before_everything_is_counted(
-    cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path], returned: str, message: str
+def test_an_estimator_that_is_wrong_is_refused(
+    cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path], returned: str, message: str, options: list[object], tokens: int
 ) -> None:
     wrong = plugin_file("wrong.py", CUBED.replace("RETURNED", returned))
-    measure = arguments(setup, tmp_path / "out", "--importance", "cubed", "--fvu-every", 1, tokens=20_000)
+    measure = arguments(setup, tmp_path / "out", "--importance", "cubed", *options, tokens=tokens)
     assert cli("--plugin", wrong, *measure) == (2, "", f"error: the importance estimator 'cubed' returned {message}\n")
     assert not (tmp_path / "out").exists()
 

@@ -591,11 +591,11 @@ class CapacityHooks:
             extra |= {f"resume/{i}/{name}": value for name, value in still_open.items()}
         return Measurement(tuple(hooks), self._provenance(), complete=False), extra
 
-    def resume(self, measurement: Measurement, extra: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from a `checkpoint`; the next `run` skips the rows that it had consumed.
+    def check_same(self, measurement: Measurement) -> None:
+        """Whether a measurement is of what this handle taps.
 
         Raises:
-            CapacityError: where the checkpoint is of other hook points, SAE weights or estimators.
+            CapacityError: where it is of other hook points, SAE weights or estimators.
         """
         mine = [(t.hook, dictionary_digest(t.sae), tuple(e.name for e in t.estimators)) for t in self.taps]
         theirs = [(h.hook, h.sae_digest, h.estimators) for h in measurement.hooks]
@@ -608,6 +608,14 @@ class CapacityHooks:
             raise CapacityError(
                 f"the earlier run measured {[(h, *e) for h, _, e in theirs]}, not {[(h, *e) for h, _, e in mine]}: resume with the same SAEs and estimators"
             )
+
+    def resume(self, measurement: Measurement, extra: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a `checkpoint`; the next `run` skips the rows that it had consumed.
+
+        Raises:
+            CapacityError: where the checkpoint is of other hook points, SAE weights or estimators.
+        """
+        self.check_same(measurement)
         for i, tap in enumerate(self.taps):
             own = {key.removeprefix(f"resume/{i}/"): value for key, value in extra.items() if key.startswith(f"resume/{i}/")}
             if own.keys() != {"open_documents", "open_seen"}:

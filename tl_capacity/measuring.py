@@ -5,9 +5,12 @@ Residual-stream hooks are tapped on the Hugging Face model itself, whose attenti
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,6 @@ from tl_capacity.bases import BasisSpec
 from tl_capacity.dictionaries import LargestOfABasis
 from tl_capacity.encoding import CHECKED_TOKENS
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
-from tl_capacity.interfaces import NamedModel
 from tl_capacity.logs import figures, log
 from tl_capacity.measurement import JSON_NAME, HookMeasurement, Measurement, Provenance, advice_on_fit, read_folder, write_folder
 from tl_capacity.plugins import plugins
@@ -87,14 +89,35 @@ def measure(settings: MeasureSettings) -> Measurement:
     Raises:
         CapacityError: on anything that the user can mend; what was saved before stays.
     """
-    if settings.tokens < 1:
-        raise CapacityError(f"--tokens {settings.tokens} counts nothing: ask for at least 1")
     earlier = _earlier(settings)
-    if earlier is not None and earlier[0].complete:
-        _check_finished(earlier[0], settings)
-        return earlier[0]
+    with _attached(settings) as (capacity, stream):
+        if earlier is not None:
+            _check_settings(earlier[0], capacity, stream)
+            if earlier[0].complete:
+                return _as_it_is(earlier[0], settings)
+            capacity.resume(*earlier)
+        if settings.max_memory is not None:
+            fit_memory(capacity, settings.max_memory)
+        checkpoints = _Checkpoints(settings)
+        capacity.run(stream, settings.tokens, progress=settings.progress, after_batch=checkpoints.after_batch)
+        _refuse_bad_fit(capacity, settings.max_fvu)
+        _refuse_bad_importance(capacity)
+        measurement = capacity.measurement()
+    measurement.save(settings.out)
+    if settings.max_memory is not None and peak_memory() > settings.max_memory:
+        log.warning(f"the peak was {peak_memory() / 1e9:.2f} GB, more than --max-memory: the model itself takes more than was left for it")
+    return measurement
+
+
+@contextmanager
+def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenStream]]:
+    """The model with its hook points tapped, and the text."""
     from tl_capacity.loading import load_model
 
+    if settings.tokens < 1:
+        raise CapacityError(f"--tokens {settings.tokens} counts nothing: ask for at least 1")
+    if isnan(settings.max_fvu):
+        raise CapacityError("--max-fvu nan refuses nothing: give a number, or inf to measure whatever the fit")
     loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
     named = dictionaries(settings, loaded)
     source = settings.source or loaded.corpus
@@ -120,19 +143,7 @@ def measure(settings: MeasureSettings) -> Measurement:
         names = {id(sae): name for _, name, sae in named}
         for tap in capacity.taps:
             tap.name = names[id(tap.sae)]
-        if earlier is not None:
-            _check_settings(earlier[0], capacity, stream)
-            capacity.resume(*earlier)
-        if settings.max_memory is not None:
-            fit_memory(capacity, settings.max_memory)
-        checkpoints = _Checkpoints(settings)
-        capacity.run(stream, settings.tokens, progress=settings.progress, after_batch=checkpoints.after_batch)
-        _refuse_bad_fit(capacity, settings.max_fvu)
-        measurement = capacity.measurement()
-    measurement.save(settings.out)
-    if settings.max_memory is not None and peak_memory() > settings.max_memory:
-        log.warning(f"the peak was {peak_memory() / 1e9:.2f} GB, more than --max-memory: the model itself takes more than was left for it")
-    return measurement
+        yield capacity, stream
 
 
 def sums_of(capacity: CapacityHooks) -> int:
@@ -224,24 +235,37 @@ def finished(settings: MeasureSettings) -> Measurement | None:
         return None
     if not earlier[0].complete:
         raise MeasurementError(f"{settings.out} holds the checkpoint of one process: go on with it in one process, or choose another --out")
-    _check_finished(earlier[0], settings)
-    return earlier[0]
+    with _attached(settings) as (capacity, stream):
+        _check_settings(earlier[0], capacity, stream)
+    return _as_it_is(earlier[0], settings)
 
 
-def _check_finished(finished: Measurement, settings: MeasureSettings) -> None:
-    """Whether a measurement that has ended is of what is asked for; a source may have ended before the tokens asked for."""
-    if finished.provenance.model != settings.model or (settings.source or finished.provenance.source) != finished.provenance.source:
-        raise MeasurementError(
-            f"{settings.out} holds a finished measurement of {finished.provenance.model!r} on {finished.provenance.source!r}: choose another --out"
+def _as_it_is(finished: Measurement, settings: MeasureSettings) -> Measurement:
+    """A measurement that has ended, of what is asked for; says so where it has fewer tokens."""
+    counted = max(hook.summary.n_tokens for hook in finished)
+    if counted < settings.tokens:
+        log.warning(
+            f"{settings.out} has ended with {counted:,} tokens, and {settings.tokens:,} are asked for: its text had no more, or fewer were asked for then; "
+            "choose another --out to count again"
         )
+    return finished
 
 
 def _check_settings(earlier: Measurement, capacity: CapacityHooks, stream: TokenStream) -> None:
+    """Whether a measurement or its checkpoint is of what is asked for now."""
+    what = "measurement" if earlier.complete else "checkpoint"
     now = capacity.planned_provenance(stream)
     for name in ("model", "revision", "dtype", "source", "shards", "shard_count", "settings"):
         was, is_ = getattr(earlier.provenance, name), getattr(now, name)
         if was != is_:
-            raise MeasurementError(f"the checkpoint was made with {name} {was!r}, and this run has {is_!r}: resume with the same, or choose another --out")
+            raise MeasurementError(f"the {what} was made with {name} {was!r}, and this run has {is_!r}: resume with the same, or choose another --out")
+    thresholds = {hook.summary.alive_threshold for hook in earlier}
+    if thresholds != {capacity.alive_threshold}:
+        raise MeasurementError(
+            f"the {what} was made with an alive threshold of {', '.join(f'{t:g}' for t in thresholds)}, and this run has {capacity.alive_threshold:g}: "
+            "resume with the same, or choose another --out"
+        )
+    capacity.check_same(earlier)
 
 
 def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[tuple[str, str, Any]]:
@@ -250,7 +274,7 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[tuple[s
     specs = list(settings.saes) or [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
     if not specs:
         raise CapacityError(f"no SAE was given for {settings.model!r}: pass --sae with a SAELens folder or release/sae_id")
-    wanted = [BasisSpec.parse(spec) or _dictionary(spec, named, settings.device) for spec in specs]
+    wanted = [BasisSpec.parse(spec) or _dictionary(spec, loaded, settings.device) for spec in specs]
     bases = [basis for basis in wanted if isinstance(basis, BasisSpec)]
     saes = [loaded_sae for loaded_sae in wanted if not isinstance(loaded_sae, BasisSpec)]
     fitted: dict[BasisSpec, Any] = {}
@@ -284,12 +308,13 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
     return sae
 
 
-def _dictionary(spec: str, named: NamedModel | None, device: str) -> tuple[str, str, Any]:
+def _dictionary(spec: str, loaded: LoadedModel, device: str) -> tuple[str, str, Any]:
     """`(hook, name, SAE)` of one SAE that is loaded by name."""
     from tl_capacity.loading import load_sae
 
+    named = loaded.named
     hook, equals, rest = spec.partition("=")
-    if not equals or not hook.startswith(("blocks.", "hook_")):
+    if not equals or not re.fullmatch(r"[\w.]+", hook) or Path(spec).exists():
         hook, rest = "", spec
     if named and rest in named.saes:
         name, sae = load_sae(str(named.saes[rest]), device)
@@ -301,7 +326,19 @@ def _dictionary(spec: str, named: NamedModel | None, device: str) -> tuple[str, 
     hook = hook or getattr(sae.cfg.metadata, "hook_name", None) or ""
     if not hook:
         raise CapacityError(f"the SAE {rest} does not name its hook point: pass it as --sae HOOK={rest}")
+    if not (named and name.startswith(f"{named.name}/")):
+        _warn_of_another_model(name, getattr(sae.cfg.metadata, "model_name", None), loaded)
     return hook, name, sae
+
+
+def _warn_of_another_model(sae: str, trained_on: Any, loaded: LoadedModel) -> None:
+    """Say so where an SAE's metadata names a model that this one does not seem to be; names alone decide nothing, as folders have any."""
+    theirs = str(trained_on or "").rpartition("/")[2].lower()
+    ours = [Path(name).name.lower() for name in (loaded.name, str(getattr(loaded.model.config, "_name_or_path", "") or "")) if name]
+    if theirs and not any(theirs in name or name in theirs for name in ours):
+        log.warning(
+            f"the SAE {sae} was trained on {trained_on!r}, by its own account, and is measured on {loaded.name!r}: if that is another model, use its own SAE"
+        )
 
 
 def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:

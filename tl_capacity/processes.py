@@ -17,7 +17,7 @@ Found = TypeVar("Found")
 
 def is_first() -> bool:
     """Whether this process is the one that speaks for all; also before they are connected."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return Processes.of_launch().first
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,22 @@ class Processes:
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def of_launch(cls, device: str = "cpu") -> Processes:
-        """Those that were started together with this one, connected.
+    def of_launch(cls) -> Processes:
+        """Those that were started together with this one, not connected yet: what any of them refuses by itself is refused before."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    def connected(self, device: str = "cpu") -> Processes:
+        """The same, able to add up.
 
         Args:
             device: where they compute; each takes a GPU of its own for "cuda".
         """
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return cls()
+        if self.count == 1:
+            return self
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu")
-        return cls(state.process_index, state.num_processes, state.device)
+        return Processes(state.process_index, state.num_processes, state.device)
 
     @property
     def first(self) -> bool:

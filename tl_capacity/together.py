@@ -21,12 +21,12 @@ def measure_together(settings: MeasureSettings) -> Measurement:
     Raises:
         CapacityError: on anything that the user can mend; what was saved before stays.
     """
-    processes = Processes.of_launch(settings.device)
-    if processes.count == 1:
+    if Processes.of_launch().count == 1:
         return measure(settings)
     earlier = finished(settings)
     if earlier is not None:
         return earlier
+    processes = Processes.of_launch().connected(settings.device)
     own = share(settings, processes)
     joined = add_up(measure(own), settings.shard, processes)
     if processes.first:
