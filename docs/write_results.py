@@ -113,12 +113,12 @@ def concepts(runs: Runs) -> str:
                 " or ".join(concept["classes"]),
                 f"{words['accuracy']:.2f}",
                 *(f"{probe['accuracy']:.2f} [{probe['low']:.2f}, {probe['high']:.2f}]" for probe in own),
-                f"{own[0]['selectivity']:.2f} [{own[0]['selectivity_low']:.2f}, {own[0]['selectivity_high']:.2f}]",
+                *(f"{own[0][name]:.2f} [{own[0][f'{name}_low']:.2f}, {own[0][f'{name}_high']:.2f}]" for name in ("auroc", "selectivity")),
                 concept["falls_at"] or "–",
             ]
         )
     widths = [f"d = {probes[TRAINED, model, named[0]['name']]['width']}" + " (teacher)" * (model == teacher) for model in students]
-    return table(["concept", EMBEDDINGS, *widths, "selectivity (teacher)", "falls at"], rows)
+    return table(["concept", EMBEDDINGS, *widths, "AUROC (teacher)", "selectivity (teacher)", "falls at"], rows)
 
 
 def baselines(runs: Runs) -> str:
@@ -149,15 +149,14 @@ TABLES: dict[str, dict[str, Callable[[Runs], str]]] = {
 
 
 def kept_figure(runs: Runs) -> Any:
-    """Kept features against the width; of several seeds the first."""
-    rows = []
-    for row in recoverability_rows(runs.json("recover/recoverability.json")):
-        if row.width not in {each["width"] for each in rows}:
-            rows += [
-                {"series": RECOVERED[key], "width": row.width, "value": count.value, "low": count.low, "high": count.high, "baseline": key != "kept"}
-                for key, count in row.counts.items()
-            ]
-    return series_figure(rows, "features").update_layout(width=900, height=460)
+    """Kept features against the width."""
+    found = recoverability_rows(runs.json("recover/recoverability.json"))
+    rows = [
+        {"series": RECOVERED[key], "width": row.width, "value": count.value, "low": count.low, "high": count.high, "baseline": key != "kept"}
+        for row in found
+        for key, count in row.counts.items()
+    ]
+    return series_figure(rows, f"features with AUROC ≥ τ = {found[0].tau:g}").update_layout(width=900, height=460)
 
 
 def concepts_figure(runs: Runs) -> Any:

@@ -6,16 +6,17 @@ Each stage continues where an earlier run of it stopped, so that a machine may b
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import lzma
 import math
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from tl_capacity import storage
 from tl_capacity.attach import library_versions
 from tl_capacity.errors import CapacityError
+from tl_capacity.loading import loading_errors, new_folder, reason_of, written
 from tl_capacity.recipe import option, run_file
 
 BOS = 0  # <|endoftext|>, as in Pythia; the id is valid although it is falsy
@@ -240,8 +242,8 @@ def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarra
     record: list[dict[str, float]] = []
     first, seconds = 0, 0.0
     checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+    saved = storage.last_whole(checkpoint, read_checkpoint)
+    if saved is not None:
         # The cycles may change as long as no step that was taken would have had another learning rate.
         before = TeacherConfig(**saved["config"])
         if replace(before, cycles=config.cycles) != config or any(before.rate(step) != config.rate(step) for step in range(saved["step"])):
@@ -279,7 +281,7 @@ def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarra
             )
             print(json.dumps(record[-1]), flush=True)
         if time.monotonic() - last_save > 60 or done == config.steps:
-            temporary = checkpoint.with_suffix(".writing")
+            content = io.BytesIO()
             torch.save(
                 {
                     "config": asdict(config),
@@ -289,15 +291,30 @@ def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarra
                     "step": done,
                     "seconds": time.monotonic() - started,
                 },
-                temporary,
+                content,
             )
-            os.replace(temporary, checkpoint)
+            storage.write_bytes(checkpoint, content.getvalue(), keep_previous=True)
             last_save = time.monotonic()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `train` saved.
+
+    Raises:
+        CapacityError: where it is damaged.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(path, weights_only=True)
+        return {name: saved[name] for name in ("config", "model", "optimisers", "record", "step", "seconds")}
+    except loading_errors() as problem:
+        raise CapacityError(f"the checkpoint {path} is damaged ({reason_of(problem)}): delete it to train from the beginning") from problem
 
 
 def export(work: Path, out: Path) -> None:
     """The trained weights in float16, the tokenizer and the training record, into the package."""
-    saved = torch.load(work / "checkpoint.pt", weights_only=True)
+    saved = storage.last_whole(work / "checkpoint.pt", read_checkpoint)
+    if saved is None:
+        raise CapacityError(f"{work} holds no checkpoint of the teacher: run the stage `train` first")
     config = TeacherConfig(**saved["config"])
     if saved["step"] < config.steps:
         raise CapacityError(f"the teacher is trained to step {saved['step']} of {config.steps}: run the stage `train` to its end first")
@@ -310,9 +327,9 @@ def export(work: Path, out: Path) -> None:
     characters = sum(len(d.text) for d in texts if d.split == "heldout")
     loss = heldout_loss(model, rows)
     samples = list(sample(model, tokenizer))
-    shutil.rmtree(out / "model", ignore_errors=True)
-    model.half().save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
+    with new_folder(out / "model") as folder, written(out / "model"):
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     storage.write_json(
         out / "training.json",
         {

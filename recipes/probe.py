@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,25 @@ from tl_capacity.measuring import measured_dictionary, tapped_model
 from tl_capacity.palette import BLUE, GREEN, VERMILION
 from tl_capacity.probing.activations import Activations, bag_of_embeddings, collect, randomly_initialised
 from tl_capacity.probing.concepts import LabelledTexts, load_concepts
+from tl_capacity.probing.figures import add_series
 from tl_capacity.probing.probes import Probe, fit_probes, on_principal_components
 from tl_capacity.probing.sparse import SparseProbe, falls_at, sparse_probes
 from tl_capacity.processes import ALONE, Processes
 from tl_capacity.progress import token_progress
 from tl_capacity.recipe import already_there, option, run_file, settings_of
 from tl_capacity.storage import digest, make_folder, write_bytes, write_json
+from tl_capacity.summary import MIN_GROUPS_FOR_INTERVAL, Estimate
 
 SCHEMA = 1
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "probes.json", "probes.csv", "probes.html"
 TRAINED, RANDOM, COMPONENTS, EMBEDDINGS = "trained", "random weights", "teacher's principal components", "bag of embeddings"
 SHOWN = {TRAINED: (BLUE, "circle"), RANDOM: (VERMILION, "square"), COMPONENTS: (GREEN, "diamond")}
+LEVELS = {"majority": ("dot", "cross"), "control task (teacher)": ("dashdot", "x"), EMBEDDINGS: ("dash", "star")}
+"""Dash and symbol of what needs no width; of a single width only the symbol is seen."""
 PANELS_IN_A_ROW = 4
-MODELS_IN_A_TABLE = 4
+MODELS_IN_A_TABLE = 3
+TABLES = {"accuracy": "Accuracy", "auroc": "AUROC"}
+"""What is printed of a probe, each in tables of its own, and its name in a title."""
 
 Reader = Callable[[str], Activations]
 """Gives the activations of a concept's texts, by its name."""
@@ -115,10 +121,35 @@ class ProbeResult:
         """The teacher and its students."""
         return [probed for probed in self.probed if probed.kind == TRAINED]
 
+    @property
+    def beside(self) -> list[dict[str, Probed]]:
+        """Each model, the teacher first, with the baselines beside it, by what was probed."""
+        found: list[dict[str, Probed]] = []
+        for probed in self.probed:
+            found += [{}] if probed.kind == TRAINED else []
+            found[-1][probed.kind] = probed
+        return found
+
     def falls(self) -> dict[str, int | None]:
         """For each concept, the widest student that is less accurate than the teacher by more than its interval."""
         teacher, students = self.trained[0], self.trained[1:]
         return {c.name: falls_at(teacher.probes[i], [s.probes[i] for s in students]) for i, c in enumerate(self.concepts)}
+
+    def notes(self) -> list[str]:
+        """What a reader must know before trusting these figures."""
+        teacher = self.trained[0]
+        few = [probe.concept for probe in teacher.probes if probe.accuracy.low is None]
+        cut = sum(teacher.truncated.values())
+        notes = [f"{cut:,} texts were longer than the context, and only their beginning was read"] if cut else []
+        if few:
+            notes.append(f"{', '.join(few)}: fewer than {MIN_GROUPS_FOR_INTERVAL} documents to test on, too few for intervals: add documents")
+        return notes
+
+    def to_frame(self) -> Any:
+        """The probes as a pandas DataFrame, one row for each concept and model or baseline."""
+        import pandas
+
+        return pandas.DataFrame([row for probed in self.probed for row in probed.rows()])
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -314,18 +345,16 @@ class Prober:
 
 def write(result: ProbeResult, about: dict[str, Any], out: Path) -> None:
     """The table, the figure, and last the JSON, as it says that all is there."""
-    import pandas
-
     make_folder(out)
     content = about | result.to_json()
-    write_bytes(out / TABLE_NAME, pandas.DataFrame(content["probes"]).to_csv(index=False).encode())
+    write_bytes(out / TABLE_NAME, result.to_frame().to_csv(index=False).encode())
     write_bytes(out / FIGURE_NAME, figure(content).to_html(include_plotlyjs=True).encode())
     write_json(out / JSON_NAME, content)
 
 
 def figure(content: Mapping[str, Any]) -> Any:
     """Accuracy against width, of what a `probes.json` holds: a panel for each concept, models and baselines of the same widths with 95% intervals, and what
-    needs no width as lines."""
+    needs no width as lines, the bag of embeddings with its own interval at both ends."""
     from plotly.subplots import make_subplots
 
     concepts, probes = content["concepts"], content["probes"]
@@ -338,33 +367,17 @@ def figure(content: Mapping[str, Any]) -> Any:
         at = {"row": i // columns + 1, "col": i % columns + 1, "showlegend": i == 0}
         of_concept = [row for row in probes if row["concept"] == concept["name"]]
         for kind, (colour, symbol) in SHOWN.items():
-            shown = sorted((row for row in of_concept if row["kind"] == kind), key=lambda row: int(row["width"]))
-            made.add_scatter(
-                x=[row["width"] for row in shown],
-                y=[row["accuracy"] for row in shown],
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [0 if row["high"] is None else row["high"] - row["accuracy"] for row in shown],
-                    "arrayminus": [0 if row["low"] is None else row["accuracy"] - row["low"] for row in shown],
-                    "thickness": 1,
-                },
-                mode="lines+markers",
-                name=kind,
-                legendgroup=kind,
-                line={"color": colour},
-                marker={"symbol": symbol},
-                **at,
-            )
+            shown = [row for row in of_concept if row["kind"] == kind]
+            found = [Estimate(row["accuracy"], row["low"], row["high"]) for row in shown]
+            add_series(made, [row["width"] for row in shown], found, kind, {"color": colour}, {"color": colour, "symbol": symbol}, **at)
         teacher = next(row for row in of_concept if row["kind"] == TRAINED)
-        lines = {"majority": teacher["majority"], "control task (teacher)": teacher["control_accuracy"]}
-        lines |= {row["kind"]: row["accuracy"] for row in of_concept if row["kind"] == EMBEDDINGS}
-        for (name, value), dash in zip(lines.items(), ("dot", "dashdot", "dash"), strict=False):
-            if value is not None:
-                made.add_scatter(
-                    x=[widths[0], widths[-1]], y=[value] * 2, mode="lines", name=name, legendgroup=name, line={"color": "gray", "dash": dash}, **at
-                )
-    made.update_xaxes(title={"text": "width", "standoff": 2}, type="log", tickvals=widths)
+        lines = {"majority": Estimate(teacher["majority"])}
+        lines |= {} if teacher["control_accuracy"] is None else {"control task (teacher)": Estimate(teacher["control_accuracy"])}
+        lines |= {row["kind"]: Estimate(row["accuracy"], row["low"], row["high"]) for row in of_concept if row["kind"] == EMBEDDINGS}
+        for name, value in lines.items():
+            dash, symbol = LEVELS[name]
+            add_series(made, [widths[0], widths[-1]], [value] * 2, name, {"color": "gray", "dash": dash}, {"color": "gray", "symbol": symbol}, **at)
+    made.update_xaxes(title={"text": "width (dimensions)", "standoff": 2}, type="log", tickvals=widths)
     made.update_yaxes(range=[0.4, 1.02])
     made.update_yaxes(title="accuracy", col=1)
     made.update_layout(template="plotly_white", height=130 + 260 * n_rows, legend={"orientation": "h", "y": 1 + 0.2 / n_rows, "yanchor": "bottom"})
@@ -375,19 +388,12 @@ def show(result: ProbeResult) -> None:
     """Print the tables."""
     from rich.console import Console
 
-    console, trained, falls = Console(width=180), result.trained, result.falls()
-    embeddings = next((probed for probed in result.probed if probed.kind == EMBEDDINGS), None)
-    for first in range(0, len(trained), MODELS_IN_A_TABLE):
-        some = trained[first : first + MODELS_IN_A_TABLE]
-        header = ["concept", "majority", EMBEDDINGS, *(f"{probed.model} (d={probed.width:,})" for probed in some)]
-        body = [
-            [c.name, f"{trained[0].probes[i].majority:.3f}", "" if embeddings is None else f"{embeddings.probes[i].accuracy.value:.3f}"]
-            + [probed.probes[i].accuracy.show(".3f") for probed in some]
-            for i, c in enumerate(result.concepts)
-        ]
-        console.print(table("Accuracy of linear probes [95% interval over documents]", header, body))
+    console, falls = Console(width=180), result.falls()
+    for (of, name), first in product(TABLES.items(), range(0, len(result.trained), MODELS_IN_A_TABLE)):
+        baselines = f" (of {RANDOM}; of the {COMPONENTS}, as many as d)" if len(result.probed) > len(result.trained) else ""
+        console.print(table(f"{name} of linear probes [95% interval over documents]{baselines}", *cells(result, of, first)))
     if result.sparse:
-        ranked, has_students = bool(result.sparse[0].ranks), len(trained) > 1
+        ranked, has_students = bool(result.sparse[0].ranks), len(result.trained) > 1
         header = ["concept", "k", "accuracy", "features (importance rank)" if ranked else "features"]
         header += ["the law keeps all from width"] * ranked + ["the full probe falls at width"] * has_students
         body = [
@@ -403,8 +409,29 @@ def show(result: ProbeResult) -> None:
             if len(found.features) <= 4
         ]
         console.print(table(f"k-sparse probes on the SAE at {result.sparse[0].probe.hook}", header, body, right=False))
-    if cut := sum(result.trained[0].truncated.values()):
-        console.print(f"note: {cut:,} texts were longer than the context, and only their beginning was read", highlight=False)
+    for note in result.notes():
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def cells(result: ProbeResult, of: str, first: int = 0) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table, a row for each concept and a column for each of a few models.
+
+    Args:
+        of: "accuracy" or "auroc".
+        first: the model that the table begins with.
+    """
+    some, teacher = result.beside[first : first + MODELS_IN_A_TABLE], result.beside[0]
+    header = ["concept", *(["majority"] if of == "accuracy" else []), *([EMBEDDINGS] if EMBEDDINGS in teacher else [])]
+    header += [f"{each[TRAINED].model} (d={each[TRAINED].width:,})" for each in some]
+    rows = []
+    for i, concept in enumerate(result.concepts):
+        row = [concept.name, *([f"{teacher[TRAINED].probes[i].majority:.3f}"] if of == "accuracy" else [])]
+        row += [getattr(teacher[EMBEDDINGS].probes[i], of).show(".3f")] if EMBEDDINGS in teacher else []
+        for each in some:
+            baselines = [f"{getattr(each[kind].probes[i], of).value:.3f}" for kind in (RANDOM, COMPONENTS) if kind in each]
+            row.append(getattr(each[TRAINED].probes[i], of).show(".3f") + (f" ({'; '.join(baselines)})" if baselines else ""))
+        rows.append(row)
+    return header, rows
 
 
 def _tapped(model: LoadedModel, hook: str) -> Any:

@@ -15,6 +15,7 @@ from tl_capacity.decompose import Decomposition, decompose
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError
+from tl_capacity.loading import LoadedModel, load_config, load_model, read_kept
 from tl_capacity.measurement import Measurement
 from tl_capacity.recipe import option, run_file
 from tl_capacity.storage import make_folder, write_json
@@ -82,12 +83,18 @@ def main(config: PythiaFloorConfig) -> Decomposition:
         CapacityError: on settings that do not fit, a folder of other settings, or whatever a stage refuses.
     """
     config = config.whole()
+    _threads(config)
+    if not _distilled(config):
+        check_students(config)
     _same_settings(config)
     measurement = measure(config)
     predicted = measurement.budget(config.widths, config.importance, config.law)  # before an hour of training, in case it is refused
     write_json(config.out / "predicted.json", [f.to_json() for f in predicted.floors])
     _print(predicted)
-    run = train(config)
+    teacher = load_model(config.teacher, device=config.device)
+    if None not in (was := measurement.provenance.revision, teacher.revision) and was != teacher.revision:
+        raise CapacityError(f"{config.teacher!r} is now {teacher.revision}, and was {was} when it was measured: get that one, or measure again")
+    run = train(config, teacher)
     found = decompose(measurement, run, hook=config.hook or None, importance=config.importance, law=config.law, observed=config.observed)
     write_json(config.out / "decomposition.json", found.to_json())
     write_json(config.out / "floors.json", found.table_of_floors())
@@ -105,7 +112,6 @@ def measure(config: PythiaFloorConfig) -> Measurement:
 
     if config.measurement is not None:
         return Measurement.load(config.measurement)
-    _threads(config)
     return run_measure(
         MeasureSettings(
             model=config.teacher,
@@ -120,35 +126,65 @@ def measure(config: PythiaFloorConfig) -> Measurement:
     )
 
 
-def train(config: PythiaFloorConfig) -> DistillationRun:
-    """The distillation, finished or continued."""
-    out = config.out / "distillation"
-    if (out / DISTILLATION_JSON).exists():  # with these settings, which stand beside it
-        return DistillationRun.load(out)
-    from tl_capacity.distillation import DistillSettings, LogitLoss
+def check_students(config: PythiaFloorConfig) -> None:
+    """Refuse before the measurement what the distillation would refuse after it.
+
+    Raises:
+        CapacityError: on a width that the teacher's family has no student of, or seeds that make no difference there.
+    """
+    from tl_capacity.distillation.students import student_config
+    from tl_capacity.distillation.train import new_students
+
+    of_teacher, settings = load_config(config.teacher), distill_settings(config)
+    for width in config.widths:
+        student_config(of_teacher, width)
+    if len(settings.seeds) < 2 or settings.start != "truncated":
+        return
+    import torch
+
+    teacher = load_model(config.teacher, device=config.device)
+    tokens = torch.from_numpy(next(iter(_stream(config, teacher))).tokens[:1]).clamp(min=0)
+    for width in config.seeded_widths or config.widths:
+        new_students(teacher.model, [width], replace(settings, seeds=settings.seeds[:2], seeded_widths=(), control=False), tokens)
+
+
+def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
+    """The distillation, finished or continued.
+
+    Raises:
+        CapacityError: where that which is finished is of a teacher with other weights, and on whatever the distillation refuses.
+    """
     from tl_capacity.distillation import distill as run_distill
-    from tl_capacity.loading import load_model
+    from tl_capacity.distillation.train import fingerprint
     from tl_capacity.tokens import TokenStream
 
-    _threads(config)
-    teacher = load_model(config.teacher, device=config.device)
-    source = config.source or (teacher.named.corpus if teacher.named else None)
-    if not source:
-        raise CapacityError(f"no corpus belongs to {config.teacher!r}: name one with --source, such as a .txt or .jsonl file")
-    heldout = config.heldout or ("embedded:heldout" if source == "embedded" else "")
-    assert config.context is not None  # by the preset
+    out = config.out / "distillation"
+    if _distilled(config):  # with these settings, which stand beside it
+        run = DistillationRun.load(out)
+        if run.fingerprint != fingerprint(teacher.model):
+            raise CapacityError(f"{out} holds students of another teacher than {config.teacher!r} is now: put its weights back, or choose another --out")
+        return run
+    stream = _stream(config, teacher)
+    heldout = config.heldout or ("embedded:heldout" if stream.source == "embedded" else "")
     return run_distill(
         teacher,
         config.widths,
-        TokenStream(source, teacher.tokenizer, context=config.context),
-        heldout=TokenStream(heldout, teacher.tokenizer, context=config.context) if heldout else None,
-        settings=DistillSettings(
-            loss=LogitLoss(temperature=config.temperature),
-            repeat=True,
-            **{name: getattr(config, name) for name in (*PASSED_ON, *PRESETS["quick"].keys() - {"measure_tokens", "context"})},
-        ),
+        stream,
+        heldout=TokenStream(heldout, teacher.tokenizer, context=stream.context) if heldout else None,
+        settings=distill_settings(config),
         out=out,
         resume=True,
+    )
+
+
+def distill_settings(config: PythiaFloorConfig) -> Any:
+    """What decides the students, but for teacher, widths and text."""
+    from tl_capacity.distillation import DistillSettings, LogitLoss
+
+    return DistillSettings(
+        loss=LogitLoss(temperature=config.temperature),
+        repeat=True,
+        **{name: getattr(config, name) for name in (*PASSED_ON, *PRESETS["quick"].keys() - {"measure_tokens", "context"})},
     )
 
 
@@ -164,9 +200,12 @@ def probe(config: PythiaFloorConfig, measurement: Measurement) -> None:
 
     out = config.out / "probes"
     if (out / PROBES_JSON).exists():
-        before = json.loads((out / PROBES_JSON).read_text())["settings"]["concepts"]
+        settings = read_kept(out / PROBES_JSON).get("settings")
+        before = settings.get("concepts") if isinstance(settings, dict) else None
+        if not isinstance(before, list):
+            raise CapacityError(f"{out / PROBES_JSON} does not say what was probed for: delete the folder that it is in, or choose another --out")
         if before != list(config.concepts):
-            raise CapacityError(f"{out} holds probes for {','.join(before)}: go on with the same --concepts, or choose another --out")
+            raise CapacityError(f"{out} holds probes for {','.join(map(str, before))}: go on with the same --concepts, or choose another --out")
         return
     run_probes(
         ProbeConfig(
@@ -181,6 +220,18 @@ def probe(config: PythiaFloorConfig, measurement: Measurement) -> None:
             threads=config.threads,
         )
     )
+
+
+def _distilled(config: PythiaFloorConfig) -> bool:
+    return (config.out / "distillation" / DISTILLATION_JSON).exists()
+
+
+def _stream(config: PythiaFloorConfig, teacher: LoadedModel) -> Any:
+    """The text to train on."""
+    from tl_capacity.tokens import TokenStream
+
+    assert config.context is not None  # by the preset
+    return TokenStream(teacher.source(config.source), teacher.tokenizer, context=config.context)
 
 
 def _threads(config: PythiaFloorConfig) -> None:
@@ -198,7 +249,7 @@ def _same_settings(config: PythiaFloorConfig) -> None:
     free = ("out", "preset", "device", "threads", "hook", "importance", "law", "observed", "concepts")
     settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in free}, default=str))
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_kept(path)
         changed = [f"{name} {before.get(name)!r}, and this one has {value!r}" for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise CapacityError(f"{config.out} holds a run with {changed[0]}: go on with the same settings, or choose another --out")

@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
-from tl_capacity.loading import LoadedModel, load_model
+from tl_capacity.loading import LoadedModel, load_model, loading_errors, new_folder, read_kept, reason_of, written
+from tl_capacity.logs import log
 from tl_capacity.plugins import plugins
 from tl_capacity.recipe import option, run_file, settings_of
 from tl_capacity.storage import make_folder, write_json
@@ -82,6 +80,9 @@ def main(config: TrainSAEConfig) -> None:
     special = special_token_ids(loaded.model, loaded.tokenizer)
     stream = TokenStream(source, loaded.tokenizer, context=config.context)
     train_rows, heldout_rows = split_rows(stream, config, special)
+    vocabulary, largest = int(loaded.model.get_input_embeddings().weight.shape[0]), int(max(train_rows.max(), heldout_rows.max()))
+    if largest >= vocabulary:
+        raise CapacityError(f"the text has token id {largest}, but the model's vocabulary has {vocabulary:,}: the tokenizer is another model's")
 
     torch.manual_seed(config.seed)
     hooked, hook_in_model, watched = hooked_model(loaded, config.hook)
@@ -90,9 +91,9 @@ def main(config: TrainSAEConfig) -> None:
     seconds = round(time.monotonic() - started, 1)
 
     out = config.out
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / "sae"
-        _save(sae, folder, config.save_dtype)
+    with new_folder(out) as folder:
+        with written(out):
+            _save(sae, folder, config.save_dtype)
         quality = measure(folder, config, watched, heldout_rows, special)
         write_json(
             folder / "training.json",
@@ -109,7 +110,6 @@ def main(config: TrainSAEConfig) -> None:
                 "versions": library_versions(),
             },
         )
-        os.rename(folder, out)
     shutil.rmtree(_checkpoints(config), ignore_errors=True)
     print(
         f"{out}: {config.architecture} SAE with {config.d_sae:,} latents at {config.hook}, explained variance {quality['explained_variance']['value']:.3f}, "
@@ -210,12 +210,38 @@ def _train(config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str,
 
     class Runner(LanguageModelSAETrainingRunner):  # type: ignore[misc]
         def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
+            self.go_on(trainer)
+            save_in_place = trainer.save_checkpoint
+
+            def save(checkpoint_name: str) -> None:
+                place = checkpoints / checkpoint_name
+                with new_folder(place) as unfinished, written(place):
+                    save_in_place(unfinished.name)
+
+            trainer.save_checkpoint = save
             # SAELens takes over the signal handlers, and on an interrupt saves no weights; a whole checkpoint is worth the second that it takes.
             try:
                 return trainer.fit()
             except KeyboardInterrupt:
                 trainer.save_checkpoint(str(trainer.n_training_samples))
                 raise
+
+        def go_on(self, trainer: Any) -> None:
+            """Take the state of the newest checkpoint that can be read, if there is any at all."""
+            refusals = []
+            for folder in _newest_first(checkpoints):
+                try:
+                    trainer.load_trainer_state(folder)
+                    self.sae.load_weights_from_checkpoint(folder)
+                    self.activations_store.load_from_checkpoint(folder)
+                except loading_errors() as problem:
+                    refusals.append(f"the checkpoint {folder} is damaged ({reason_of(problem)}): delete {checkpoints} to begin anew")
+                    continue
+                for refusal in refusals:
+                    log.warning(f"the last checkpoint is left out, and the one before it gone on from: {refusal}")
+                return
+            if refusals:
+                raise CapacityError(refusals[0])
 
     mean, scale, d_in = _activation_mean(hooked, hook_in_model, rows[: 2 * config.batch_rows], special, config.device)
     warmup = config.steps // 20
@@ -258,7 +284,6 @@ def _train(config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str,
         feature_sampling_window=max(1, config.dead_after_tokens // config.batch_tokens),
         n_checkpoints=config.checkpoints,
         output_path=None,
-        resume_from_checkpoint=_newest(checkpoints),
         device=config.device,
         seed=config.seed,
         logger=LoggingConfig(log_to_wandb=False),
@@ -336,7 +361,7 @@ def _check(config: TrainSAEConfig) -> None:
         raise CapacityError(f"{config.out} exists already: choose another --out, or delete it first")
     make_folder(config.out.parent)
     kept = _checkpoints(config) / "settings.json"
-    if kept.is_file() and (before := json.loads(kept.read_text())) != _settings(config):
+    if kept.is_file() and (before := read_kept(kept)) != _settings(config):
         changed = ", ".join(f"{name} = {value}" for name, value in before.items() if value != _settings(config).get(name))
         raise CapacityError(f"{kept.parent} holds a run with other settings ({changed}): use those to go on with it, or delete the folder to begin anew")
 
@@ -350,10 +375,9 @@ def _checkpoints(config: TrainSAEConfig) -> Path:
     return config.out.with_name(f"{config.out.name}.checkpoints")
 
 
-def _newest(checkpoints: Path) -> str | None:
-    """The newest whole checkpoint; SAELens names each by its tokens and writes the runner's configuration last."""
-    whole = [path.parent for path in checkpoints.glob("*/runner_cfg.json") if path.parent.name.isdigit()]
-    return str(max(whole, key=lambda path: int(path.name))) if whole else None
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """The checkpoints, which SAELens names by their tokens."""
+    return sorted((path for path in checkpoints.glob("*") if path.is_dir() and path.name.isdecimal()), key=lambda path: int(path.name), reverse=True)
 
 
 if __name__ == "__main__":

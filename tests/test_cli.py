@@ -132,6 +132,8 @@ BAD_INPUT = [
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--widths", "8,x"], "--widths"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--alive-threshold", "2"], "alive_threshold"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--max-fvu", "1e-9"], "wrong hook or wrong model"),
+    (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--max-fvu", "nan"], "refuses nothing"),
+    (["--sae", "ln_final.hook_normalised=SETUP/sae", "--source", "SETUP/text.jsonl"], "'ln_final.hook_normalised' is no hook point.*ln_final.hook_normalized"),
 ]
 
 

@@ -278,3 +278,19 @@ def test_the_command(measured: Measurement, run: DistillationRun, tmp_path: Path
         main(["decompose", str(tmp_path / "d"), str(tmp_path / "m")])
     assert done.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_the_table_shows() -> None:
+    """The best, every rival, the best naive floor, and every importance at the hook point and by the law that are asked for."""
+    found = decomposed(floors(lambda width: 3 / width))
+    assert [f for _, f in found.shown()] == list(found.fits)
+    names = {f.candidate.name for _, f in found.shown(most=0)}
+    assert names == {*RIVAL, "naive floor, law at hook", found.chosen.candidate.name}
+
+
+def test_a_single_width_explains_nothing() -> None:
+    found = decomposed(floors(lambda width: 3 / width, widths=(16,), seeds=2))
+    assert {(f.r2, f.exponent, f.error) for f in found.fits} == {(None, None, None)}
+    with Console(width=200).capture() as _:
+        Console(width=200).print(found)

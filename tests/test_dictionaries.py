@@ -136,6 +136,9 @@ class TestSparsify:
             load_sae(self.save(tmp_path / "d", whole, activation="softmax"))
         with pytest.raises(DictionaryError, match="largest latents of either sign"):
             load_sae(self.save(tmp_path / "e", whole, signed=True))
+        for i, k in enumerate((5.5, True, "5", float("inf"), -1)):
+            with pytest.raises(DictionaryError, match=rf"cannot be loaded \(k is no whole number but {k!r}\): save it again with sparsify"):
+                load_sae(self.save(tmp_path / f"k{i}", whole, k=k))
         damaged = Path(self.save(tmp_path / "f", whole))
         (damaged / "sae.safetensors").write_bytes((damaged / "sae.safetensors").read_bytes()[:200])
         with pytest.raises(DictionaryError, match=r"cannot be loaded \(.*\): save it again with sparsify"):
@@ -220,6 +223,14 @@ class TestDictionaryLearning:
     def test_bad_input(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DictionaryError, match=r"'IdentityDict' of dictionary_learning, which cannot be read: choose one of AutoEncoder, "):
             load_sae(self.save(tmp_path / "a", "AutoEncoder", dict_class="IdentityDict"))
+        for i, layer in enumerate((float("inf"), "1", 1.0, [1], True)):
+            with pytest.raises(DictionaryError, match=r"cannot be loaded \(layer is no whole number but .*\): save it again with dictionary_learning"):
+                load_sae(self.save(tmp_path / f"layer{i}", "AutoEncoder", layer=layer))
+        folder = Path(self.save(tmp_path / "ctx", "AutoEncoder"))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "buffer": {"ctx_len": "x"}}))
+        with pytest.raises(DictionaryError, match="ctx_len is no whole number but 'x'"):
+            load_sae(str(folder))
         folder = Path(self.save(tmp_path / "b", "BatchTopKSAE"))
         torch.save(self.states["BatchTopKSAE"] | {"threshold": torch.tensor(-1.0)}, folder / "ae.pt")
         with pytest.raises(DictionaryError, match="before its threshold was set"):
@@ -252,6 +263,14 @@ class TestSAELensFoldersWithoutSAELens:
         torch.testing.assert_close(mine.decode(mine.encode(x)), theirs.decode(theirs.encode(x)))
         assert mine.cfg.metadata.hook_name == HOOK
         assert dictionary_digest(mine) == dictionary_digest(theirs)
+
+    def test_altered_fields_are_refused(self, tmp_path: Path, make_sae: MakeSAE) -> None:
+        make_sae("topk", HOOK).save_model(tmp_path / "sae")
+        config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+        for changes in ({"k": 5.5}, {"apply_b_dec_to_input": "x"}, {"metadata": {"hook_name": 3}}, {"metadata": {"context_size": [1]}}, {"metadata": []}):
+            (tmp_path / "sae" / "cfg.json").write_text(json.dumps({**config, **changes}))
+            with pytest.raises(ValueError, match=r"is no (whole number|truth value|text|object) but"):
+                read_sae_lens(tmp_path / "sae")
 
     @pytest.mark.parametrize("architecture", ["layer_norm", "gated", "matching_pursuit"])
     def test_what_it_cannot_read_is_refused(self, tmp_path: Path, make_sae: MakeSAE, architecture: str) -> None:

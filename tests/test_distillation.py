@@ -296,8 +296,9 @@ def test_hidden_states_are_matched_through_a_learned_map(teacher: Any) -> None:
         assert student.train_loss[0] > plain.students[0].train_loss[0]
         assert student.heldout_kl[-1] != plain.students[0].heldout_kl[-1]
         assert student.heldout_kl[0] == plain.students[0].heldout_kl[0], "the judgement is of the logits alone"
-    with pytest.raises(HookPointError, match=r"no hook point|no residual-stream hook"):
-        distill(teacher, [16], train_tokens(), settings=replace(SMALL, hidden=(HiddenMatch("blocks.9.hook_resid_post"),)), progress=False)
+    for elsewhere, message in (("blocks.9.hook_resid_post", "is no hook point of this model"), ("blocks.1.hook_mlp_out", "cannot be matched at 'blocks.1.h")):
+        with pytest.raises(HookPointError, match=message):
+            distill(teacher, [16], train_tokens(), settings=replace(SMALL, hidden=(HiddenMatch(elsewhere),)), progress=False)
 
 
 def test_hidden_losses_are_what_they_say() -> None:

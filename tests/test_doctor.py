@@ -57,7 +57,7 @@ def test_a_healthy_set_up(settings: MeasureSettings) -> None:
     ("change", "check", "says"),
     [
         ({"model": "./nowhere"}, "model", "there is no folder"),
-        ({"saes": ("./nowhere",)}, "SAE", "neither a folder nor"),
+        ({"saes": ("./nowhere",)}, "SAE", "there is no folder"),
         ({"saes": ()}, "SAE", "no SAE was given"),
         ({"source": "missing.txt"}, "text", "there is no file"),
         ({"source": None}, "text", "no corpus belongs to"),

@@ -64,6 +64,38 @@ def test_gradient_is_the_attribution_of_each_latent(
         np.testing.assert_allclose(found, values.sum(0).numpy(), rtol=2e-3, atol=1e-4 * float(values.sum(0).abs().max()))
 
 
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+def test_gradient_is_the_slope_of_the_loss(make_model: Callable[..., Any], make_sae: MakeSAE, architecture: str) -> None:
+    """Central differences of the loss where zᵢ·w_dec,i is scaled by 1 ± ε at one position: no autograd, and in float64, so that they are exact to ε²."""
+    model, sae, position, epsilon = make_model("gpt_neox").double(), make_sae(architecture, HOOK).double(), 4, 1e-4
+    row = torch.tensor([[BOS, *range(1, 12)]])
+    others = [token for token in row[0].tolist() if token != row[0, position]]
+    with tlc.add_capacity_hooks(model, sae, importance=["gradient"], mask_token_ids=others) as capacity:
+        summary = capacity.run(row).measurement()[HOOK].summary
+    assert summary.n_tokens == 1
+    found = summary.arrays["state/gradient/signed"].sum(0)
+
+    @torch.no_grad()
+    def loss(shift: torch.Tensor) -> float:
+        def shifted(_: Any, args: Any, out: Any) -> Any:
+            changed = (out[0] if isinstance(out, tuple) else out).clone()
+            changed[0, position] += shift
+            return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+        handle = model.gpt_neox.layers[1].register_forward_hook(shifted)
+        logits = model(row).logits
+        handle.remove()
+        return float(F.cross_entropy(logits[0, :-1], row[0, 1:], reduction="sum"))
+
+    with torch.no_grad():
+        latents = sae.encode(model(row, output_hidden_states=True).hidden_states[2])[0, position]
+    active = latents.nonzero()[:, 0].tolist()
+    assert len(active) > 3
+    assert not found[latents.numpy() == 0].any()
+    slopes = [(loss(epsilon * latents[i] * sae.W_dec[i]) - loss(-epsilon * latents[i] * sae.W_dec[i])) / (2 * epsilon) for i in active]
+    np.testing.assert_allclose(found[active], slopes, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "gpt_neox"])
 def test_one_backward_serves_all_layers(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
     model, saes = models_by_kind[kind], {EARLY: make_sae("standard", EARLY), HOOK: make_sae("topk", HOOK)}

@@ -169,6 +169,20 @@ class TestModels:
         with pytest.raises(CapacityError, match="its tokenizer is missing"):
             load_model(str(folder))
 
+    @pytest.mark.parametrize(
+        ("file", "field", "value", "said"),
+        [
+            ("config.json", "bos_token_id", 10**30, r"its bos_token_id = 10{30} is no token id"),
+            ("config.json", "eos_token_id", [0, 10**30], r"its eos_token_id = 10{30} is no token id"),
+            ("tokenizer_config.json", "model_max_length", "x", "its tokenizer's model_max_length = 'x' is no number"),
+        ],
+    )
+    def test_altered_fields(self, folder: Path, file: str, field: str, value: Any, said: str) -> None:
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, field: value}))
+        with pytest.raises(CapacityError, match=rf"the model in .* cannot be loaded \({said}\)"):
+            load_model(str(folder))
+
     def test_code_in_the_folder_is_never_run(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
@@ -267,6 +281,44 @@ class TestSAEs:
     def test_an_unknown_id_names_the_nearest(self) -> None:
         with pytest.raises(DictionaryError, match=r"'gpt2-small-res-jb' has no SAE 'blocks\.11\.hook_resid_pos'.*blocks\.11\.hook_resid_post"):
             load_sae("gpt2-small-res-jb/blocks.11.hook_resid_pos")
+
+    def test_no_name(self) -> None:
+        for spec in ("", " "):
+            with pytest.raises(DictionaryError, match="no SAE is named: pass a folder"):
+                load_sae(spec)
+
+    def test_a_folder_that_is_not_there(self) -> None:
+        for spec in ("missing_dir", "./missing/dir", "/missing"):
+            with pytest.raises(DictionaryError, match=r"there is no folder '[./]*missing[_/]?(dir)?': pass one that SAELens saved$"):
+                load_sae(spec)
+        with pytest.raises(DictionaryError, match=r"'missing/dir' is neither a folder nor RELEASE/SAE_ID .* or look the name up in SAELens'"):
+            load_sae("missing/dir")
+
+    @pytest.mark.parametrize("kind", ["BatchTopK", "MatryoshkaBatchTopK"])
+    def test_a_training_time_batchtopk(self, tmp_path: Path, kind: str) -> None:
+        import sae_lens
+
+        more = {"matryoshka_widths": [16, 32]} if kind.startswith("M") else {}
+        sae = getattr(sae_lens, f"{kind}TrainingSAE")(getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=16, d_sae=32, k=4, **more))
+        sae.save_model(tmp_path / "sae")
+        with pytest.raises(DictionaryError, match=r"is a training-time \w*batchtopk, whose latents depend .*: save it with save_inference_model, which makes"):
+            load_sae(str(tmp_path / "sae"))
+        sae.save_inference_model(tmp_path / "inference")
+        assert load_sae(str(tmp_path / "inference"))[1].cfg.architecture() == "jumprelu"
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [(("metadata", "context_size"), value) for value in ("x", [1], float("inf"), 2.5, True)]
+        + [(("metadata", "hook_name"), value) for value in (3, [1], {})]
+        + [(("apply_b_dec_to_input",), "x"), (("k",), 4.5), (("k",), True)],
+    )
+    def test_altered_fields(self, own_sae: Path, field: tuple[str, ...], value: Any) -> None:
+        content = json.loads((own_sae / "cfg.json").read_text())
+        (content if len(field) == 1 else content[field[0]])[field[-1]] = value
+        (own_sae / "cfg.json").write_text(json.dumps(content))
+        with pytest.raises(DictionaryError, match=rf"cannot be loaded \({field[-1]} is no .* but .*\): save it again with SAELens") as caught:
+            load_sae(str(own_sae))
+        assert repr(value) in str(caught.value)
 
     @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
     def test_an_incomplete_folder(self, own_sae: Path, name: str) -> None:

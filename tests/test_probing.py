@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +32,7 @@ from tl_capacity.errors import CapacityError, HookPointError, PluginError
 from tl_capacity.interfaces import Concept, LabelledText
 from tl_capacity.measuring import MeasureSettings, measure
 from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
-from tl_capacity.probing import Activations, LabelledTexts, Probe, collect, fit_probes, load_concepts
+from tl_capacity.probing import Activations, LabelledTexts, Probe, activations, collect, fit_probes, load_concepts, probes_frame
 from tl_capacity.probing.activations import TOKENS_PER_TEXT, bag_of_embeddings, randomly_initialised
 from tl_capacity.probing.concepts import split_of
 from tl_capacity.probing.probes import PENALTIES, bootstrap, control_labels, difference, folds_of, on_principal_components, weighted_auroc
@@ -111,6 +113,32 @@ class TestActivations:
             dense = sae.encode(own_activations("gpt_neox", neox, ids)[1:]).mean(0)
             torch.testing.assert_close(torch.from_numpy(values), dense.detach(), rtol=1e-3, atol=1e-4)
 
+    def test_only_one_vector_of_each_text_is_kept(self, neox: Any, tokenizer: Any, concept: LabelledTexts, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of four times the texts no more tensors live at any moment, and arrays grow by less than half of the activations of what was added."""
+        inner, live = activations._activation, []
+
+        def watched(*arguments: Any) -> torch.Tensor:
+            live.append(sum(each.nbytes for each in gc.get_objects() if type(each) is torch.Tensor))
+            return inner(*arguments)
+
+        def peaks(n: int) -> tuple[int, int]:
+            live.clear()
+            tracemalloc.start()
+            found = collect(neox, HOOK, texts[:n], tokenizer=tokenizer, batch_rows=16, progress=False)
+            traced = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert found.values.shape == (n, D_MODEL)
+            return max(live), traced
+
+        longest = max(concept.texts, key=len)
+        texts = [longest] * 256
+        monkeypatch.setattr(activations, "_activation", watched)
+        peaks(64)  # what is made once does not count
+        (tensors, arrays), (more_tensors, more_arrays) = peaks(64), peaks(256)
+        of_a_text = 4 * D_MODEL * min(len(longest.split()), CONTEXT - 1)
+        assert more_tensors - tensors < of_a_text
+        assert more_arrays - arrays < 192 * of_a_text / 2
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_bags_are_means_of_embeddings(self, kind: str, models_by_kind: dict[str, Any], tokenizer: Any, concept: LabelledTexts) -> None:
         model = models_by_kind[kind]
@@ -133,6 +161,9 @@ class TestActivations:
             ({"texts": []}, "pass at least one text"),
             ({"texts": ["w1", ""]}, "text 1 has no token that counts"),
             ({"tokenizer": None}, "has no tokenizer"),
+            ({"context": 0}, "context = 0 has no room for BOS and a token"),
+            ({"context": -5}, "context = -5 has no room"),
+            ({"context": 1}, "context = 1 has no room"),
         ],
     )
     def test_bad_input(self, neox: Any, tokenizer: Any, changes: dict[str, Any], message: str) -> None:
@@ -160,6 +191,12 @@ class TestProbes:
         assert fitted.auroc.value == pytest.approx(roc_auc_score(y[test], best.decision_function(x[test])))
         assert fitted.accuracy.value > fitted.majority
         assert fitted.n_train == train.sum()
+
+    def test_a_frame_has_a_row_for_each_probe(self, fitted: Probe) -> None:
+        frame = probes_frame([fitted, fitted])
+        assert len(frame) == 2
+        assert frame.auroc[0] == fitted.auroc.value
+        assert frame.auroc_high[1] == fitted.auroc.high
 
     def test_folds_are_of_whole_documents(self, concept: LabelledTexts) -> None:
         folds = folds_of(concept.labels, concept.documents)
@@ -421,25 +458,25 @@ def own_concepts() -> Iterator[Callable[[Sequence[Concept]], None]]:
 class TestConcepts:
     def test_a_plugin_adds_its_own(self, own_concepts: Callable[[Sequence[Concept]], None]) -> None:
         own_concepts(
-            [Concept("words", ("many", "few"), lambda: texts_of(60)), Concept("swapped", ("few", "many"), lambda: texts_of(60), collection="words-too")]
+            [Concept("words", ("many", "few"), lambda: texts_of(120)), Concept("swapped", ("few", "many"), lambda: texts_of(120), collection="words-too")]
         )
         words, swapped = load_concepts("words,words-too")
         np.testing.assert_array_equal(words.labels, ~swapped.labels)
-        assert words.labels.tolist() == [text.label == "many" for text in texts_of(60)]
+        assert words.labels.tolist() == [text.label == "many" for text in texts_of(120)]
 
     def test_a_plugins_classes_must_occur(self, own_concepts: Callable[[Sequence[Concept]], None]) -> None:
-        own_concepts([Concept("words", ("many", "none"), lambda: texts_of(60))])
+        own_concepts([Concept("words", ("many", "none"), lambda: texts_of(120))])
         with pytest.raises(CapacityError, match="the labels 'few', 'many' instead of 'many', 'none'"):
             load_concepts("words")
 
     def test_a_jsonl_file_is_a_concept(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.v2.jsonl"
-        path.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i % 2, "document": i // 2}) for i in range(80)))
+        path.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i % 2, "document": i // 2}) for i in range(120)))
         (mine,) = load_concepts(str(path))
         assert mine.name == "mine"
         assert mine.classes == ("0", "1")
-        assert len(set(mine.documents)) == 40
-        assert all(mine.splits[i] == split_of(str(i // 2)) for i in range(80))
+        assert len(set(mine.documents)) == 60
+        assert all(mine.splits[i] == split_of(str(i // 2)) for i in range(120))
 
     def test_a_folder_of_a_data_set_is_a_concept(self, tmp_path: Path) -> None:
         (tmp_path / "reviews").mkdir()
@@ -453,12 +490,13 @@ class TestConcepts:
     @pytest.mark.parametrize(
         ("texts", "message"),
         [
-            (texts_of(49), "has 49 texts: a probe needs at least 50"),
-            ([replace(text, label="one") for text in texts_of(60)], "has the labels 'one', but a probe tells two classes apart"),
-            ([replace(text, label=f"{i % 7}") for i, text in enumerate(texts_of(60))], "and 2 more, but a probe tells two classes apart"),
-            ([replace(text, split=("train", "test")[i % 2]) for i, text in enumerate(texts_of(60))], "'document 0' of the concept 'x' stands in two splits"),
-            ([replace(text, split="dev") for text in texts_of(60)], "has a split 'dev': use train, validation, test, or none"),
-            ([replace(text, split="train") for text in texts_of(60)], "the test split of the concept 'x' has 0 and 0 texts"),
+            (texts_of(98), "has 98 texts of 49 documents: a probe needs at least 50 documents"),
+            ([replace(text, document=None) for text in texts_of(49)], "has 49 texts of 49 documents: a probe needs at least 50 documents"),
+            ([replace(text, label="one") for text in texts_of(120)], "has the labels 'one', but a probe tells two classes apart"),
+            ([replace(text, label=f"{i % 7}") for i, text in enumerate(texts_of(120))], "and 2 more, but a probe tells two classes apart"),
+            ([replace(text, split=("train", "test")[i % 2]) for i, text in enumerate(texts_of(120))], "'document 0' of the concept 'x' stands in two splits"),
+            ([replace(text, split="dev") for text in texts_of(120)], "has a split 'dev': use train, validation, test, or none"),
+            ([replace(text, split="train") for text in texts_of(120)], "the test split of the concept 'x' has 0 and 0 texts"),
         ],
     )
     def test_bad_texts(self, texts: list[LabelledText], message: str) -> None:
@@ -493,7 +531,7 @@ class TestBrown:
         package = tmp_path / "node_modules" / brown.PACKAGE
         package.mkdir(parents=True)
         words = np.random.default_rng(0)
-        samples = {f"c{letter}{number:02}": ("news", "lore")[letter == "f"] for letter in "af" for number in range(20)}
+        samples = {f"c{letter}{number:02}": ("news", "lore")[letter == "f"] for letter in "af" for number in range(30)}
         for sample in samples:
             sentence = lambda: " ".join(f"Word{words.integers(999)}/nn" for _ in range(12)) + " ;/. ;/. said/vbd ./."  # noqa: E731
             (package / sample).write_text("\n".join(sentence() for _ in range(30)), "latin-1")
@@ -505,7 +543,7 @@ class TestBrown:
         assert news.labels.mean() == 0.5
         assert "/" not in news.texts[0]
         assert "; said." in news.texts[0]
-        assert len(set(news.documents)) == 40
+        assert len(set(news.documents)) == 60
 
     def test_says_how_to_install_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -570,10 +608,48 @@ class TestRecipe:
         students = next(trace for trace in figure.data if trace.name == "trained")
         assert list(students.x) == [16, 32]
         assert students.y[1] == pytest.approx(row["accuracy"])
+        words = next(trace for trace in figure.data if trace.name == "bag of embeddings")
+        bag = next(row for row in content["probes"] if row["kind"] == "bag of embeddings")
+        assert list(words.x) == [16, 32]
+        assert list(words.error_y.array) == pytest.approx([bag["high"] - bag["accuracy"]] * 2)
+        assert figure.layout.xaxis.title.text == "width (dimensions)"
         assert (tmp_path / "out" / "probes.html").stat().st_size > 10_000
         printed = capsys.readouterr().out
         assert "teacher (d=32)" in printed
         assert "longer than the context" in printed
+        assert "too few for intervals" not in printed
+        accuracy, auroc = (printed.index(f"{name} of linear probes [95% interval over documents] (of random weights;") for name in ("Accuracy", "AUROC"))
+        assert accuracy < auroc
+        assert f"{probe.auroc.show('.3f')} (" in printed[auroc:]
+        narrow = {row["kind"]: row for row in content["probes"] if row["model"] == "narrow"}
+        baselines = "; ".join(f"{narrow[kind]['auroc']:.3f}" for kind in ("random weights", "teacher's principal components"))
+        assert f"({baselines})" in printed[auroc:]
+
+    def test_few_documents_are_said_to_give_no_intervals(self, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        splits = {document: "test" if document < 6 else "train" for document in range(60)}
+        rows = [{"text": t.text, "label": t.label, "document": n // 4, "split": splits[n // 4]} for n, t in enumerate(texts_of(240))]
+        few = tmp_path / "few.jsonl"
+        few.write_text("\n".join(map(json.dumps, rows)))
+        result = recipe.main(config_of(folders, tmp_path / "out", "teacher", concepts=(str(few),), baselines=False))
+        assert result is not None
+        assert result.trained[0].probes[0].accuracy.low is None
+        assert "note: few: fewer than 8 documents to test on, too few for intervals" in capsys.readouterr().out
+        assert len(result.to_frame()) == 1
+
+    def test_seeds_of_one_width_are_not_joined_and_one_width_is_visible(self) -> None:
+        def row(kind: str, width: int, accuracy: float) -> dict[str, Any]:
+            known = {"low": accuracy - 0.1, "high": accuracy + 0.1, "majority": 0.5, "control_accuracy": 0.6}
+            return {"concept": "a", "kind": kind, "width": width, "accuracy": accuracy, **known}
+
+        concepts, teacher = [{"name": "a", "classes": ["a", "b"]}], [row("trained", 32, 0.9), row("bag of embeddings", 32, 0.7)]
+        figure = recipe.figure({"concepts": concepts, "probes": [*teacher, row("trained", 16, 0.6), row("trained", 16, 0.8)]})
+        means, seeds = (trace for trace in figure.data if trace.name == "trained")
+        assert (list(means.x), list(means.y), means.mode) == ([16, 32], pytest.approx([0.7, 0.9]), "lines+markers")
+        assert (list(seeds.x), list(seeds.y), seeds.mode, seeds.showlegend) == ([16, 16], [0.6, 0.8], "markers", False)
+        assert list(seeds.error_y.array) == pytest.approx([0.1, 0.1])
+        alone = {trace.name: trace for trace in recipe.figure({"concepts": concepts, "probes": teacher}).data if trace.x}
+        assert set(alone) == {"trained", "majority", "control task (teacher)", "bag of embeddings"}
+        assert all((len(trace.x), trace.mode) == (1, "lines+markers") for trace in alone.values())
 
     def test_refuses_to_overwrite(self, folders: Path, tmp_path: Path) -> None:
         (tmp_path / "probes.json").write_text("{}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from tl_capacity.recipes.pythia_floor import IMPORTANCES, PRESETS, PythiaFloorConfig, main, probe
+from tl_capacity.recipes.pythia_floor import IMPORTANCES, PRESETS, PythiaFloorConfig, main, probe, train
 
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, observed_floors
 from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.loading import load_model
 from tl_capacity.measurement import Measurement
 
 HOOK = "blocks.1.hook_resid_post"
@@ -124,6 +126,44 @@ def test_what_does_not_fit_is_refused(setup: Path, finished: Path, tmp_path: Pat
         recipe.run(main, ["--teacher", str(setup / "teacher"), "--sae", str(setup / "sae"), "--widths", "8", "--out", str(tmp_path / "a")])
     with pytest.raises(MeasurementError, match="is no measurement"):
         recipe.run(main, options(setup, tmp_path / "b", "--measurement", str(tmp_path)))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_the_distillation_would_refuse_is_refused_before_the_measurement(setup: Path, tmp_path: Path) -> None:
+    with pytest.raises(CapacityError, match="students of width 8 start alike with every seed"):
+        recipe.run(main, options(setup, tmp_path / "a", "--seeds", "0,1,2"))
+    with pytest.raises(CapacityError, match="has no student of width 17"):
+        recipe.run(main, options(setup, tmp_path / "a", "--widths", "16,17"))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_damaged_files_are_refused(setup: Path, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = PythiaFloorConfig(out=run, concepts=("question",))
+    (run / "probes").mkdir(exist_ok=True)
+    for content, said in (("{", "truncated or was altered"), ("[1]", "truncated or was altered"), ("{}", "does not say what was probed for")):
+        (run / "probes" / "probes.json").write_text(content)
+        with pytest.raises(CapacityError, match=rf"probes\.json (is )?{said}.*: delete the folder that it is in, or choose another --out"):
+            probe(config, Measurement.load(run / "measurement"))
+    for content in ("{", "[1]"):
+        (run / "settings.json").write_text(content)
+        with pytest.raises(CapacityError, match=r"settings\.json is truncated or was altered .*: delete the folder that it is in, or choose another --out"):
+            recipe.run(main, options(setup, run))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_teacher_at_the_same_place_is_noticed(setup: Path, tmp_path: Path, make_model: Callable[..., Any]) -> None:
+    mine = shutil.copytree(setup, tmp_path / "mine")
+    run = tmp_path / "run"
+    recipe.run(main, options(mine, run))
+    make_model("gpt_neox", seed=5).save_pretrained(mine / "teacher")
+    with pytest.raises(CapacityError, match=r"the measurement was made with revision '\w+', and this run has '\w+'"):
+        recipe.run(main, options(mine, run))
+    with pytest.raises(CapacityError, match=r"teacher' is now \w+, and was \w+ when it was measured: get that one, or measure again"):
+        recipe.run(main, options(mine, tmp_path / "given", "--measurement", str(run / "measurement")))
+    with pytest.raises(CapacityError, match=r"holds students of another teacher than .* is now: put its weights back, or choose another --out"):
+        train(PythiaFloorConfig(teacher=str(mine / "teacher"), out=run), load_model(str(mine / "teacher")))
 
 
 def test_presets_decide_the_same_things() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -335,7 +336,53 @@ def test_it_shows_itself(planted: Any, coordinates: Any, rows: torch.Tensor) -> 
     figure = recovery_figure([found])
     assert [trace.name for trace in figure.data][:1] == ["student"]
     assert list(figure.data[0].y) == [8]
+    assert figure.layout.yaxis.title.text == "features with AUROC ≥ τ = 0.9"
+    assert figure.layout.xaxis.title.text == "student width d_S (dimensions)"
+    limits = [trace for trace in figure.data if "d·g" in trace.name or "equilibrium" in trace.name]
+    assert [(len(trace.x), trace.mode) for trace in limits] == [(1, "lines+markers")] * 2
+    assert [trace.name for trace in found.plot().data] == [trace.name for trace in figure.data]
+    assert "note:" not in text
+    page, frame, (row,) = found._repr_html_(), found.to_frame(), found.to_json()
+    assert "<table>" in page
+    assert "Features with AUROC ≥ 0.9" in page
+    assert len(frame) == 1
+    assert (frame.kept[0], frame["overlap kept_of_all"][0]) == (8, row["overlap"]["kept_of_all"])
+    assert [frame["kept low"][0], frame["kept high"][0]] == row["intervals"]["student"]
+    assert frame["r2 teacher"][0] == row["readouts"]["teacher"]["r2"]
     assert {"teacher/auroc", "narrow/student/auroc", "narrow/pca/r2", "features"} <= found.arrays().keys()
+
+
+def test_precision_stands_between_the_floor_and_the_ceiling(planted: Any, coordinates: Any, rows: torch.Tensor, embedding: torch.Tensor) -> None:
+    teacher, student, measured = planted
+    blank = model_of("gpt_neox", torch.randn(VOCABULARY, STUDENT_WIDTH, generator=torch.Generator().manual_seed(5)))
+    found = recovered(teacher, coordinates, {"narrow": student}, rows, measured, random={"narrow": blank})
+    header, ((*_, precision, r2),) = found.cells()
+    readouts = found.to_json()[0]["readouts"]
+    for name, shown in (("average_precision", precision), ("r2", r2)):
+        own, floor, ceiling = (f"{readouts[readout][name]:.2f}".replace("-0.00", "0.00") for readout in ("student", "random", "teacher"))
+        assert shown == f"{own} ({floor} – {ceiling})"
+    assert header[-2:] == ["median AP", "median R²"]
+
+
+def test_few_documents_are_said_to_give_no_intervals(planted: Any, coordinates: Any, rows: torch.Tensor) -> None:
+    from rich.console import Console
+
+    teacher, student, measured = planted
+    found = recovered(teacher, coordinates, {"narrow": student}, rows[:20], measured)
+    assert found.count(found.teacher).low is None
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(found)
+    for shown in (console.export_text(), found._repr_html_()):
+        assert re.search(r"note: features fire in [1-7] of 64 groups of held-out documents, too few for intervals", shown)
+
+
+def test_seeds_of_a_width_are_not_joined(planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor) -> None:
+    teacher, student, measured = planted
+    other = model_of("gpt_neox", embedding[:, 14:22])
+    figure = recovered(teacher, coordinates, {"seed0": student, "seed1": other}, rows, measured, tau=0.8).plot()
+    assert [(trace.name, len(trace.x)) for trace in figure.data if trace.name == "teacher"] == [("teacher", 1)]
+    own = [trace for trace in figure.data if trace.name == "student"]
+    assert all(len(set(trace.x)) == len(trace.x) or trace.mode == "markers" for trace in own)
 
 
 def test_models_are_left_as_they_were(planted: Any, coordinates: Any, rows: torch.Tensor) -> None:
@@ -353,6 +400,8 @@ def test_models_are_left_as_they_were(planted: Any, coordinates: Any, rows: torc
         ({"tau": 0.3}, CapacityError, "tau = 0.3 is no AUROC"),
         ({"students": {}}, CapacityError, "there is no student"),
         ({"random": {"b": None}}, CapacityError, "random weights are given for b, which is no student"),
+        ({"max_tokens": 0}, CapacityError, "0 tokens are nothing to read features from"),
+        ({"max_tokens": -5}, CapacityError, "-5 tokens are nothing to read"),
         ({"max_tokens": 100}, TokenSourceError, "no document is left for"),
     ],
 )

@@ -36,7 +36,7 @@ from tl_capacity.report import figures as drawn
 from tl_capacity.report.page import report_widths, shown_latents
 from tl_capacity.report.results import probe_rows, recoverability_rows
 from tl_capacity.report.snippets import edges, shown_features, stream_of, token_texts, top_snippets
-from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, FeatureSummary
+from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, Estimate, FeatureSummary
 
 EVIL = "</script><script>document.title='taken'</script>"
 WIDTHS = (4, 8, 12, 16, 24)
@@ -91,7 +91,10 @@ def distilled(teacher: str, widths: Sequence[int] = WIDTHS, evaluations: int = 1
 
 RECOVERABILITY = [
     {"width": w, "hook": HOOK, "kept": 2 * w, "kept_random": w, "kept_teacher": 60, "budget": 1.6 * w, "n_features": 64, "tau": 0.8,
-     "intervals": {"student": [2 * w - 1, 2 * w + 1], "random": None}}
+     "intervals": {"student": [2 * w - 1, 2 * w + 1], "random": None},
+     "overlap": {"predicted": 30, "kept_of_predicted": 0.6, "kept_of_all": 0.25, "ordered": None},
+     "by_tau": {f"{tau:.2f}": {"student": 3 * w - 100 * tau, "random": w, "teacher": 62} for tau in (0.8, 0.85, 0.9)},
+     "readouts": {name: {"average_precision": value, "r2": None} for name, value in (("student", 0.31), ("random", 0.07), ("teacher", 0.93))}}
     for w in WIDTHS
 ]  # fmt: skip
 PROBES = {
@@ -105,6 +108,10 @@ PROBES = {
             "accuracy": accuracy,
             "low": accuracy - 0.1,
             "high": accuracy + 0.1,
+            "auroc": accuracy + 0.05,
+            "auroc_low": accuracy - 0.02,
+            "auroc_high": accuracy + 0.09,
+            "control_accuracy": 0.55 if kind == "trained" else None,
         }
         for w in WIDTHS
         for kind, accuracy in (("trained", 0.5 + w / 100), ("random weights", 0.5))
@@ -249,8 +256,12 @@ def test_what_is_missing_says_how_to_get_it(lone: Measurement) -> None:
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "tl-capacity"
-        if arguments[:2] not in (["run", "probe"], ["run", "recover"]):
-            parse(arguments)
+        parse(arguments)
+    runs = {arguments[2]: arguments[3:] for arguments in map(shlex.split, commands) if arguments[1] == "run"}
+    hook = lone.hooks[0].hook
+    expected = ["--model", lone.provenance.model, "--model", "runs/students", "--hook", hook, "--measurement", "runs/some folder", "--out", "runs/probes"]
+    assert runs["probe"] == expected
+    assert runs["recover"] == ["runs/some folder", "runs/students", "--hook", hook, "--out", "runs/recover"]
 
 
 def test_no_snippets_says_so(lone: Measurement, tmp_path: Path, cli: Cli) -> None:
@@ -325,6 +336,30 @@ def test_every_firing_latent_is_in_the_histogram(measurement: Measurement) -> No
     figure = drawn.firing_rate_figure(measurement)
     for trace, hook in zip(figure.data, measurement, strict=True):
         assert sum(trace.y) == int((hook.summary.firing_rates > 0).sum())
+
+
+def test_a_short_axis_is_linear(measurement: Measurement) -> None:
+    """Within half a decade the labels of a logarithmic axis overlap."""
+    floors = [replace(f, predicted_floor=Estimate(f.width / 4)) for f in measurement.floors(WIDTHS)]
+    assert drawn.floors_figure(floors).layout.yaxis.type == "log"
+    short = [f for f in floors if f.width in (8, 12, 16)]
+    assert short
+    assert drawn.floors_figure(short).layout.yaxis.type is None
+
+
+def test_seeds_of_a_width_are_not_joined() -> None:
+    rows = [{"series": "a", "width": w, "value": v, "low": v - 1, "high": v + 1} for w, v in ((8, 1.0), (8, 3.0), (16, 4.0))]
+    line, seeds = drawn.series_figure(rows, "score").data
+    assert (list(line.x), list(line.y), line.showlegend) == ([8, 16], [2.0, 4.0], None)
+    assert (list(seeds.x), list(seeds.y), seeds.mode, seeds.marker.symbol) == ([8, 8], [1.0, 3.0], "markers", "circle-open")
+    assert list(line.error_y.array) == [0, 1]
+    (alike,) = drawn.series_figure([rows[0]] * 2, "score").data
+    assert list(alike.x) == [8]
+
+
+def test_the_width_of_a_hook_point_is_labelled_where_curves_are_not(measurement: Measurement) -> None:
+    labels = [note for note in drawn.suite_figure(measurement).layout.annotations if "width of the hook point" in note.text]
+    assert {note.xanchor for note in labels} == {"left"}
 
 
 def test_curves_end_where_they_are_fitted_to(full: Results, decomposition: Decomposition) -> None:
@@ -496,6 +531,8 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
         ([folder / "measurement", "--importance", "gradient"], "measure again with --importance gradient"),
         ([folder / "measurement", "--law", "laws"], "there is no capacity law"),
         ([folder / "measurement", "--snippet-tokens", "0"], "tokens show no feature"),
+        ([folder / "measurement", "--observed", "bogus"], "'bogus' is no observed floor: choose one of fit, last_tenth"),
+        ([folder / "measurement", "--observed", "bogus", "--no-snippets"], "'bogus' is no observed floor"),
     ):
         code, out, err = cli("report", *arguments, "-o", tmp_path / "report.html")
         assert (code, out, err.count("\n")) == (2, "", 1), arguments
@@ -536,6 +573,8 @@ def test_no_alive_feature_is_said_so() -> None:
     assert "0 alive features at L0 = 0.00" in text
     assert "undefined" in text
     assert "enough alive features to rank" in text
+    assert "No latent fired on the text that was read" in text
+    assert 'data-figure="firing-rates"' not in text
 
 
 def test_a_layer_without_alive_features_does_not_hide_the_others() -> None:
@@ -551,6 +590,10 @@ def test_one_width_is_enough(lone: Measurement) -> None:
     text = report_page(Results(lone, run=run))
     assert "1 width is too few to say which law holds" in text
     assert report_widths(Results(lone, run=run), ReportSettings()) == (8,)
+    found = decompose(lone, run, max_fvu=None)
+    lines = [trace for trace in found.plot().data if trace.line.color and trace.mode != "markers"]
+    assert [(list(trace.x), trace.mode) for trace in lines] == [([8], "lines+markers")] * len(lines)
+    assert len(lines) >= 2
 
 
 def test_an_unfinished_or_unevaluated_distillation_is_said_so(lone: Measurement) -> None:
@@ -580,7 +623,7 @@ def test_nan_and_nonsense_in_probes_and_recoverability() -> None:
     row = recoverability_rows([{**RECOVERABILITY[0], "kept_random": nan, "tau": None}])[0]
     assert set(row.counts) == {"kept", "kept_teacher", "budget"}
     assert (row.counts["kept"].low, row.counts["kept"].high) == (7, 9)
-    for content in ([], {}, "text", None, [{"width": 8}], [{"width": "8", "kept": 1}], [{"width": 8, "kept": nan}]):
+    for content in ([], {}, "text", None, [None], [{"width": 8}], [{"width": "8", "kept": 1}], [{"width": 8, "kept": nan}]):
         with pytest.raises(MeasurementError):
             recoverability_rows(content)
     with pytest.raises(MeasurementError):
@@ -588,6 +631,60 @@ def test_nan_and_nonsense_in_probes_and_recoverability() -> None:
     text = report_page(Results(of_counts(np.arange(64, 0, -1) * 64), probes={"rows": []}, recoverability=7))
     assert "has no accuracy at any width" in text
     assert "has no rows" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"width": 0}, "has the width 0, which is no whole number of dimensions"),
+        ({"width": -8}, "has the width -8"),
+        ({"width": 8.5}, "has the width 8.5"),
+        ({"width": True}, "has the width True"),
+        ({"width": [8]}, r"has the width \[8\]"),
+        ({"low": 1e308}, r"has the number 1e\+308, which no result can be"),
+        ({"high": 10**400}, r"has the number 10{19}…, which no result can be"),
+        ({"width": 10**400}, "of dimensions|no result can be"),
+    ],
+)
+def test_altered_rows_are_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(MeasurementError, match=rf"^probes\.json {says}" if "|" not in says else says):
+        probe_rows({"probes": [{"width": 8, "accuracy": 0.7, **change}]})
+    changed = {"kept": change["low"]} if "low" in change else {"by_tau": {"0.80": {"student": change["high"]}}} if "high" in change else change
+    with pytest.raises(MeasurementError, match=rf"^recoverability\.json {says}" if "|" not in says else says):
+        recoverability_rows([{**RECOVERABILITY[0], **changed}])
+
+
+def test_files_of_another_kind_or_version_are_refused() -> None:
+    with pytest.raises(MeasurementError, match=r"recoverability\.json has no rows, as it is no list of students"):
+        recoverability_rows(RECOVERABILITY[0])
+    with pytest.raises(MeasurementError, match=r"recoverability\.json has schema 2, and this version reads up to 1: upgrade"):
+        recoverability_rows([{"schema": 2, "found": []}])
+    with pytest.raises(MeasurementError, match=r"probes\.json has schema 9, and this version reads up to 1: upgrade"):
+        probe_rows({"schema": 9})
+    with pytest.raises(MeasurementError, match="has no accuracy at any width"):
+        probe_rows({"probes": {"width": 8, "accuracy": 0.7}})
+    (row,) = recoverability_rows([{**RECOVERABILITY[0], "overlap": [], "readouts": 3, "by_tau": {"x": 3, "0.80": {"student": "many"}}}])
+    assert (row.overlap, row.by_tau) == ({}, {0.8: {}})
+    text = report_page(Results(of_counts(np.arange(64, 0, -1) * 64), probes={"schema": 9}, recoverability=[{**RECOVERABILITY[0], "width": -1}]))
+    assert "Probes.json has schema 9" in text or "probes.json has schema 9" in text
+    assert "has the width -1, which is no whole number of dimensions" in text
+
+
+def test_probes_and_recoverability_show_floor_and_ceiling(full: Results) -> None:
+    text = report_page(full)
+    sections = dict(re.findall(r'<section id="([^"]+)">(.*?)</section>', text, re.DOTALL))
+    probes = re.sub(r"<[^>]+>", "|", sections["probes"])
+    assert "AUROC" in probes
+    assert re.search(r"0\.590\|+\[0\.520, 0\.630\]", probes)  # of the narrowest student
+    assert "control task" in probes
+    kept = re.sub(r"<[^>]+>", "|", sections["recoverability"])
+    assert re.search(r"60%\|+25% by chance", kept)
+    assert re.search(r"0\.31\|+random weights 0\.07, teacher 0\.93", kept)
+    data = json.loads(text.split('id="figure-data">')[1].split("</script>")[0])
+    by_tau = {trace["name"]: trace for trace in data["thresholds-0"]["data"]}
+    assert list(by_tau) == [*(f"width {w}" for w in WIDTHS), "the teacher", "random weights, width 24"]
+    assert (by_tau["width 8"]["x"], by_tau["width 8"]["y"]) == ([0.8, 0.85, 0.9], pytest.approx([-56, -61, -66]))
+    assert [trace["name"] for trace in data["probes-0"]["data"]] == ["trained", "random weights", "control task"]
 
 
 @pytest.mark.slow

@@ -1,9 +1,14 @@
-"""The SAE training recipe: what it writes, that it learns, that it goes on after an interruption, and that every kind of hook can be trained on."""
+"""The SAE training recipe: what it writes, that it learns, that it goes on after an interruption, and that every kind of hook can be trained on; and how the
+embedded teacher's training goes on.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tl_capacity.recipes import embedded_teacher
 from tl_capacity.recipes.train_sae import TrainSAEConfig, main, split_rows
 
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
@@ -190,20 +196,19 @@ def test_special_tokens_are_kept_out(config: TrainSAEConfig, make_model: Callabl
     assert all(torch.equal(loud[name], quiet[name]) for name in quiet)
 
 
-def test_an_interrupted_run_goes_on(
-    config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+@contextmanager
+def interrupted(config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any, share: float) -> Iterator[TrainSAEConfig]:
+    """A run that was interrupted after a share of its forward passes and left its checkpoints; inside, the same command goes on."""
     main(replace(config, out=config.out.with_name("whole")))
-    whole = len(forwards)
+    stop: int | None = int(share * len(forwards))
     forwards.clear()
-    interrupting = True
 
     def load() -> tuple[Any, Any]:
         model = make_model("gpt_neox")
 
         def interrupt(*_: Any) -> None:
             forwards.append(())
-            if interrupting and len(forwards) == whole // 2:
+            if len(forwards) == stop:
                 raise KeyboardInterrupt
 
         model.get_input_embeddings().register_forward_pre_hook(interrupt)
@@ -219,17 +224,88 @@ def test_an_interrupted_run_goes_on(
     try:
         with pytest.raises(CapacityError, match=r"training was interrupted and its state kept in .*run the same command again"):
             main(stopped)
+        stop = None
+        forwards.clear()
+        yield stopped
+    finally:
+        unregister_plugin("stopping-plugin")
+
+
+def test_an_interrupted_run_goes_on(config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any) -> None:
+    with interrupted(config, forwards, make_model, tokenizer, share=0.5) as stopped:
         assert not config.out.exists()
         with pytest.raises(CapacityError, match=r"holds a run with other settings \(d_sae = 64\)"):
             main(replace(stopped, d_sae=128))
-        interrupting = False
         forwards.clear()
         _, record = trained(stopped)
-    finally:
-        unregister_plugin("stopping-plugin")
-    assert len(forwards) < 0.8 * whole
+    gone_on = len(forwards)
+    forwards.clear()
+    main(replace(config, out=config.out.with_name("again")))
+    assert gone_on < 0.8 * len(forwards)
     assert record["heldout"]["explained_variance"]["value"] > 0.5
     assert not config.out.with_name("sae.checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_left_out(
+    config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    checkpoints = config.out.with_name("sae.checkpoints")
+    with interrupted(config, forwards, make_model, tokenizer, share=0.95) as stopped:
+        oldest, middle, newest = sorted((path for path in checkpoints.iterdir() if path.is_dir()), key=lambda path: int(path.name))
+        whole = checkpoints.with_name("copy")
+        shutil.copytree(checkpoints, whole)
+        cut(newest / "trainer_state.pt")
+        cut(middle / "sae_weights.safetensors")
+        with caplog.at_level(logging.WARNING, "tl_capacity"):
+            main(stopped)
+        said = [record.message for record in caplog.records if "the last checkpoint is left out, and the one before it gone on from" in record.message]
+        assert [str(newest) in said[0], str(middle) in said[1], len(said)] == [True, True, 2]
+        assert not checkpoints.exists()
+
+        shutil.rmtree(config.out)
+        shutil.copytree(whole, checkpoints)
+        for folder in (newest, middle, oldest):
+            cut(folder / "activations_store_state.safetensors")
+        with pytest.raises(CapacityError, match=rf"the checkpoint {newest} is damaged \(.*\): delete .*sae.checkpoints to begin anew"):
+            main(stopped)
+        (checkpoints / "settings.json").write_text("{")
+        with pytest.raises(CapacityError, match=r"settings\.json is truncated or was altered .*delete the folder that it is in"):
+            main(stopped)
+
+
+def test_the_teachers_checkpoint_before_the_last_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = {"vocabulary": 50, "context": 8, "d_model": 16, "layers": 1, "heads": 2, "batch_rows": 2, "warmup_tokens": 16}
+    once = embedded_teacher.TeacherConfig(**small, cycles=(160,))
+    twice = replace(once, cycles=(160, 320))
+    rows = np.random.default_rng(0).integers(0, 50, size=(40, 8))
+    last, before = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt"
+    for config in (once, twice):
+        embedded_teacher.train(config, rows, rows[:4], tmp_path)
+    whole = embedded_teacher.read_checkpoint(last)
+    assert [embedded_teacher.read_checkpoint(before)["step"], whole["step"]] == [10, 20]
+    last.write_bytes(last.read_bytes()[:1000])
+    embedded_teacher.train(twice, rows, rows[:4], tmp_path)
+    assert f"the last checkpoint is left out, and the one before it gone on from: the checkpoint {last} is damaged" in caplog.text
+    again = embedded_teacher.read_checkpoint(last)
+    assert all(torch.equal(value, again["model"][name]) for name, value in whole["model"].items())
+    for path in (last, before):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CapacityError, match=rf"the checkpoint {last} is damaged \(.*\): delete it to train from the beginning"):
+        embedded_teacher.train(twice, rows, rows[:4], tmp_path)
+
+
+def test_a_tokenizer_with_more_words_than_the_model(config: TrainSAEConfig, make_model: Callable[..., Any], tmp_path: Path, tokenizer: Any) -> None:
+    larger = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    larger.add_tokens(["one-more"])
+    make_model("gpt_neox").save_pretrained(tmp_path / "model")
+    larger.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"w1 w2 one-more w{i}"}) + "\n" for i in range(50)))
+    with pytest.raises(CapacityError, match="the text has token id 100, but the model's vocabulary has 100: the tokenizer is another model's"):
+        main(replace(config, model=str(tmp_path / "model"), source=str(tmp_path / "texts.jsonl")))
 
 
 def test_rows_of_a_document_stay_together(config: TrainSAEConfig, tokenizer: Any) -> None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tl_capacity import __version__
-from tl_capacity.errors import CapacityError, reporting_errors
-from tl_capacity.logs import configure, figures
+from tl_capacity.errors import CapacityError, printable, reporting_errors
+from tl_capacity.logs import bar_allowed, configure, figures
 from tl_capacity.logs import log as logger
 from tl_capacity.progress import peak_memory
 
@@ -65,7 +65,7 @@ def root(
             name = load_plugin_file(path)
             problem = find().failures.get(name)
             if problem is not None:
-                typer.echo(f"the plugin file {path} failed and is left out ({problem})", err=True)
+                logger.error(f"the plugin file {path} failed and is left out ({problem})")
 
 
 @app.command()
@@ -94,7 +94,7 @@ def measure(
     dtype: Annotated[str, typer.Option("--dtype", help="Of the model's weights: float32, bfloat16, float16.")] = "float32",
     max_fvu: MaxFvu = 1.0,
     checkpoint_seconds: Annotated[float, typer.Option("--checkpoint-seconds", help="Save a checkpoint this often.")] = 30.0,
-    max_memory: Annotated[str, typer.Option("--max-memory", help="Memory that the process may hold, as 4GB; fewer tokens are encoded at once.")] = "",
+    max_memory: Annotated[str, typer.Option("--max-memory", help="Memory that the process may hold, as 4GB; fewer latents are dense at once.")] = "",
 ) -> None:
     """Count a model's SAE features on text and write a measurement."""
     wanted = _widths(widths)
@@ -132,7 +132,7 @@ def measure(
     p = measurement.provenance
     masked = measurement.hooks[0].summary
     console.print(
-        f"{masked.n_tokens:,} tokens of {p.source} through {p.model} in {p.seconds:,.0f} s; masked: "
+        f"{masked.n_tokens:,} tokens of {printable(p.source)} through {printable(p.model)} in {p.seconds:,.0f} s; masked: "
         + ", ".join(f"{count:,} {reason}" for reason, count in masked.masked.items())
         + f" (special and first positions hold {masked.masked_norm_share:.1%} of Σ‖x‖²); peak memory {peak_memory() / 1e9:.2f} GB",
         markup=False,
@@ -141,7 +141,8 @@ def measure(
     console.print(measurement.budget(wanted, importance[0] if importance else "second_moment", max_fvu=max_fvu))
     for note in error_warnings(measurement, wanted):
         console.print(f"note: {note}", markup=False, highlight=False)
-    console.print(f"\nwritten to {out}; next: tl-capacity floor {out} --widths {widths or '128,256,512'}", markup=False, highlight=False)
+    written = printable(str(out))
+    console.print(f"\nwritten to {written}; next: tl-capacity floor {written} --widths {widths or '128,256,512'}", markup=False, highlight=False)
 
 
 @app.command()
@@ -408,6 +409,10 @@ def run(
         )
         return
     recipe.run(recipe.load(recipes[name]), options or [], f"tl-capacity run {name}")
+    from tl_capacity.processes import is_first
+
+    if bar_allowed() and is_first():
+        typer.echo(f"peak memory {peak_memory() / 1e9:.2f} GB", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -32,7 +32,7 @@ EXPONENTS = np.geomspace(0.02, 8, 3000)
 NATS = "nats per token"
 """The unit of the observed floors. A prediction in it needs no C."""
 SHOWN = 10
-"""Candidates that the table shows; the rivals and the prediction that was asked for come besides."""
+"""Candidates that the table shows whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Fit:
         c, b: C and B with 95% intervals (bootstrap over widths and, within a width, over seeds), C in nats per token for each unit of x; C is None where x is
             the same at all widths, and has no interval where it was not fitted.
         exponent: s with its interval, where it was free.
-        r2: share of the variance explained.
+        r2: share of the variance explained; None where there is none, as at a single width.
         error: leave-one-width-out error: root mean square, over widths, of the mean observed floor less the one that the other widths predict, in nats per
             token; None where too few widths are left to fit.
         fitted: C · x + B at each width, in nats per token.
@@ -96,7 +96,7 @@ class Fit:
     c: Estimate | None
     b: Estimate
     exponent: Estimate | None
-    r2: float
+    r2: float | None
     error: float | None
     fitted: Mapping[int, float]
 
@@ -169,6 +169,17 @@ class Decomposition:
             return f"{best}; it is the prediction asked for"
         return f"{best}; {self.chosen.candidate.name} comes {place} of {len(self.fits)}, with {_error(self.chosen)}"
 
+    def shown(self, most: int = SHOWN) -> list[tuple[int, Fit]]:
+        """The candidates that a table needs, with their places: the best, the rivals, the best naive floor, and every importance at the hook point and by the
+        law asked for, C fitted and C = 1."""
+        asked, naive = self.chosen.candidate, next((f for f in self.fits if f.candidate.kind == "naive floor"), None)
+
+        def needed(place: int, f: Fit) -> bool:
+            of = f.candidate
+            return place <= most or of.kind == "rival" or f is naive or (of.kind == "prediction" and (of.hook, of.law) == (asked.hook, asked.law))
+
+        return [(place, f) for place, f in enumerate(self.fits, 1) if needed(place, f)]
+
     def in_nats(self) -> list[Fit]:
         """The predictions in nats per token at the hook point and by the law asked for, C fitted: they are right where it is 1."""
         asked = self.chosen.candidate
@@ -208,7 +219,7 @@ class Decomposition:
         return pandas.DataFrame(flat).drop(columns="fitted_floors")
 
     def _repr_html_(self) -> str:
-        return html_table(*_cells(self.fits, self.chosen)) + "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
+        return html_table(*_cells(self)) + "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
 
     def table_of_floors(self) -> list[dict[str, Any]]:
         """One object per student: width, seed, observed floor with its interval, and predicted floor."""
@@ -240,7 +251,7 @@ class Decomposition:
             for f in floors
         ]
         yield table(f"Observed floors ({'L∞ of the fit' if self.which == 'fit' else 'mean of the last tenth'}) and {self.chosen.candidate.name}", header, rows)
-        yield table("Candidates: observed = C · candidate + B, best first", *_cells(self.fits, self.chosen))
+        yield table("Candidates: observed = C · candidate + B, best first", *_cells(self))
         for note in self.notes():
             yield f"[yellow]note:[/yellow] {plain(note)}"
 
@@ -338,8 +349,8 @@ def fit(candidate: Candidate, points: Points, replicates: NDArray[np.float64]) -
         candidate,
         c=_estimate(own[0], again[:, 0], enough and free_c) if free_c or candidate.as_is else None,
         b=_estimate(own[1], again[:, 1], enough),
-        exponent=_estimate(own[2], again[:, 2], enough) if candidate.free_exponent else None,
-        r2=1 - float(np.square(points.floors - values).sum()) / spread if spread else 0.0,
+        exponent=_estimate(own[2], again[:, 2], enough) if candidate.free_exponent and len(widths) > 1 else None,
+        r2=1 - float(np.square(points.floors - values).sum()) / spread if spread and len(widths) > 1 else None,
         error=error,
         fitted={int(width): float(values[points.widths == width][0]) for width in widths},
     )
@@ -479,20 +490,19 @@ def _notes(found: Decomposition) -> list[str]:
     return notes
 
 
-def _cells(fits: Sequence[Fit], chosen: Fit) -> tuple[list[str], list[list[str]]]:
+def _cells(found: Decomposition) -> tuple[list[str], list[list[str]]]:
     header = ["place", "candidate", "leave-one-width-out error, nats per token", "R²", "C", "B", "exponent"]
     return header, [
         [
-            f"{place}{', asked for' if f is chosen else ''}",
+            f"{place}{', asked for' if f is found.chosen else ''}",
             f.candidate.name,
             _error(f),
-            f"{f.r2:.4f}",
+            "too few widths" if f.r2 is None else f"{f.r2:.4f}",
             "" if f.c is None else f.c.show(".3g"),
             f.b.show(".3g"),
             "" if f.exponent is None else f.exponent.show(".2f"),
         ]
-        for place, f in enumerate(fits, 1)
-        if place <= SHOWN or f is chosen or f.candidate.kind == "rival"
+        for place, f in found.shown()
     ]
 
 

@@ -214,11 +214,11 @@ def read_sparsify(folder: Path) -> Dictionary:
     """
     from safetensors.torch import load_file
 
-    config, weights = _json(folder / "cfg.json"), load_file(folder / SPARSIFY_WEIGHTS)
+    config, weights = read_json(folder / "cfg.json"), load_file(folder / SPARSIFY_WEIGHTS)
     if config.get("signed"):
         raise DictionaryError(f"the sparse coder in {folder} keeps the largest latents of either sign, which `sparsify` no longer does: choose another")
     transcodes = bool(config.get("transcode"))
-    activation, k = str(config.get("activation", "topk")), config.get("k")
+    activation, k = _field(config, "activation", str) or "topk", _field(config, "k", int)
     return Dictionary(activation, _renamed(weights), sparsify_hooks(folder, transcodes), subtract_bias=not transcodes, k=k)
 
 
@@ -244,7 +244,7 @@ def read_dictionary_learning(folder: Path) -> Dictionary:
         DictionaryError: where it lacks weights, is of a kind unknown here, or was saved before its threshold was set.
         OSError, ValueError, KeyError, RuntimeError, UnpicklingError: where a file is damaged.
     """
-    trainer, buffer = (_json(folder / "config.json").get(part) or {} for part in ("trainer", "buffer"))
+    trainer, buffer = (_field(read_json(folder / "config.json"), part, dict) or {} for part in ("trainer", "buffer"))
     weights: dict[str, Tensor] = torch.load(folder / DICTIONARY_LEARNING_WEIGHTS, map_location="cpu", weights_only=True)
     kind = str(trainer["dict_class"])
     if kind not in DICTIONARY_LEARNING:
@@ -260,8 +260,8 @@ def read_dictionary_learning(folder: Path) -> Dictionary:
     if kind == "AutoEncoder" and {"W_enc", "b_enc", "W_dec"} <= found.keys():
         norms = found["W_dec"].norm(dim=1)
         found |= {"W_dec": found["W_dec"] / norms[:, None], "W_enc": found["W_enc"] * norms, "b_enc": found["b_enc"] * norms}
-    metadata = Metadata(_dictionary_learning_hook(trainer), context_size=buffer.get("ctx_len"))
-    return Dictionary(architecture, found, metadata, subtract_bias=subtract_bias, k=trainer.get("k"))
+    metadata = Metadata(_dictionary_learning_hook(trainer), context_size=_field(buffer, "ctx_len", int))
+    return Dictionary(architecture, found, metadata, subtract_bias=subtract_bias, k=_field(trainer, "k", int))
 
 
 DICTIONARY_LEARNING = {
@@ -303,11 +303,12 @@ def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _dictionary_learning_hook(trainer: Mapping[str, Any]) -> str | None:
     """The hook point, from the layer and the name of the submodule whose output it was trained on."""
-    if trainer.get("layer") is None:
+    layer = _field(trainer, "layer", int)
+    if layer is None:
         return None
     name = str(trainer.get("submodule_name") or "resid_post")
     kind = next((hook for part, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"), ("att", "hook_attn_out")) if part in name), None)
-    return f"blocks.{int(trainer['layer'])}.{kind}" if kind else None
+    return f"blocks.{layer}.{kind}" if kind else None
 
 
 def read_sae_lens(folder: Path) -> Dictionary:
@@ -319,8 +320,9 @@ def read_sae_lens(folder: Path) -> Dictionary:
     """
     from safetensors.torch import load_file
 
-    config = _json(folder / "cfg.json")
-    architecture, said = str(config.get("architecture")), config.get("metadata") or {}
+    config = read_json(folder / "cfg.json")
+    architecture, said = str(config.get("architecture")), _field(config, "metadata", dict) or {}
+    check_described(config, said)
     plain = config.get("normalize_activations", "none") == "none" and config.get("reshape_activations", "none") == "none"
     if architecture not in ("standard", "topk", "jumprelu") or not plain or config.get("rescale_acts_by_decoder_norm"):
         raise DictionaryError(
@@ -331,7 +333,49 @@ def read_sae_lens(folder: Path) -> Dictionary:
     return Dictionary(architecture, load_file(folder / SAE_LENS_WEIGHTS), metadata, subtract_bias=subtract_bias, k=config.get("k"))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def check_described(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Whether an SAE's configuration, under the names that SAELens uses, has the types that SAELens writes; SAELens itself loads others too.
+
+    Raises:
+        ValueError: where a field that decides what the SAE does, or where, has another type.
+    """
+    for content, fields in ((config, SAE_LENS_FIELDS), (metadata, SAE_LENS_METADATA)):
+        for name, kind in fields.items():
+            _field(content, name, kind)
+
+
+SAE_LENS_FIELDS: dict[str, type] = {
+    "d_in": int,
+    "d_sae": int,
+    "k": int,
+    "apply_b_dec_to_input": bool,
+    "rescale_acts_by_decoder_norm": bool,
+    "normalize_activations": str,
+    "reshape_activations": str,
+}
+SAE_LENS_METADATA: dict[str, type] = {"hook_name": str, "hook_name_out": str, "context_size": int, "prepend_bos": bool}
+KINDS: dict[type, str] = {int: "whole number", str: "text", bool: "truth value", dict: "object"}
+"""What a type is called in a refusal."""
+
+
+def _field(content: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A field of a configuration; None where it is missing or null.
+
+    Raises:
+        ValueError: where it is of another kind; `true` and infinity are no whole numbers.
+    """
+    value = content.get(name)
+    if value is not None and (type(value) is not kind or (isinstance(value, int) and value < 0)):
+        raise ValueError(f"{name} is no {KINDS[kind]} but {value!r}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError, OSError: where it is damaged, or holds something else.
+    """
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no JSON object")

@@ -76,20 +76,27 @@ def reporting_errors() -> Iterator[None]:
     except CapacityError as problem:
         _say(str(problem), EXIT_BAD_INPUT, "error: ")
     except KeyboardInterrupt:
-        _say("interrupted; what was saved is whole, and --resume goes on", EXIT_INTERRUPTED)
+        _say("interrupted; what was saved is whole, and the same command goes on from it, measure and distill with --resume", EXIT_INTERRUPTED)
     except Exception as problem:
         # Typer carries click's exceptions under a private name: what can show itself and has an exit code is one of them.
         show, code = getattr(problem, "show", None), getattr(problem, "exit_code", None)
         if show is None or code is None:
             raise
+        log = logging.getLogger("tl_capacity")
+        if log.handlers and hasattr(problem, "format_message"):
+            _say(problem.format_message(), code)
         show()
         raise SystemExit(code) from None
 
 
+def printable(text: str) -> str:
+    """Text with its control characters as escapes: a file's name may hold anything, and a terminal obeys them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _say(sentence: str, code: int, prefix: str = "") -> NoReturn:
     """Show a sentence, in the log where there is one, and end."""
-    # A file's name may hold anything, and a terminal obeys control characters.
-    sentence = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+    sentence = printable(sentence)
     log = logging.getLogger("tl_capacity")
     if log.handlers:
         log.error(sentence, extra={"figures": {"exit_code": code}})

@@ -1,4 +1,4 @@
-"""Names into objects: models, SAEs and data sets, from plugins, local folders or a hub, whichever knows the name.
+"""Names into objects: models, SAEs and data sets, from plugins, local folders or a hub, whichever knows the name; and into folders what other libraries save.
 
 Whatever fails on the way comes out as one sentence. Nothing heavy is imported before it is needed, and nothing that runs code from a download is ever loaded.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +21,17 @@ from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
 from tl_capacity.interfaces import NamedModel, SparseAutoencoder
 from tl_capacity.plugins import plugins
+from tl_capacity.storage import make_folder, read_record
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PROBE_SECONDS = 5.0
+FULL_BYTES = 2**16
+"""A disk with less space than this counts as full."""
+NEAR = 0.75
+"""How alike two names are, as difflib has it, before one is offered for the other."""
+LARGEST_TOKEN_ID = 2**31 - 1
+TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures of SAELens that only its training classes have."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class LoadedModel:
         try:
             return TransformerBridge.boot_transformers(self.name, hf_model=self.model, tokenizer=self.tokenizer, device=device)
         except (ValueError, KeyError, AttributeError, NotImplementedError) as problem:
-            kind, reason = self.model.config.model_type, _reason(problem).partition(". ")[0]  # it goes on to list all that it can
+            kind, reason = self.model.config.model_type, reason_of(problem).partition(". ")[0]  # it goes on to list all that it can
             known = plugins().family_of(kind) is not None
             what = "tap a residual-stream hook instead" if known else "register a model family (docs/families.md), and tap a residual-stream hook"
             raise CapacityError(f"TransformerLens cannot bridge {kind!r} ({reason}): {what}") from problem
@@ -97,7 +107,7 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
             raise
         except Exception as problem:  # a plugin's code may raise anything
             origin, kind = plugins().models.origins[spec], type(problem).__name__
-            raise CapacityError(f"the plugin {origin!r} fails to load its model {spec!r} ({kind}: {_reason(problem)}): mend or uninstall it") from problem
+            raise CapacityError(f"the plugin {origin!r} fails to load its model {spec!r} ({kind}: {reason_of(problem)}): mend or uninstall it") from problem
         revision = named.revision
         # What is measured or distilled in a session names its model by this; the folder that a plugin reads is a place on one machine.
         model.name_or_path = model.config.name_or_path = spec
@@ -127,8 +137,8 @@ def load_config(spec: str) -> Any:
     try:
         with _hub(needed=not folder.is_dir()):
             return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else spec, trust_remote_code=False)
-    except _loading_errors() as problem:
-        raise CapacityError(f"the configuration of {spec!r} cannot be loaded ({_reason(problem)}): pass a registered name, a folder or a hub id") from problem
+    except loading_errors() as problem:
+        raise CapacityError(f"the configuration of {spec!r} cannot be loaded ({reason_of(problem)}): pass a registered name, a folder or a hub id") from problem
 
 
 def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
@@ -143,8 +153,8 @@ def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
         raise CapacityError(f"{folder} holds no .safetensors file: write the model there with save_pretrained, which saves in that format")
     try:
         return _pretrained(str(folder), dtype)
-    except _loading_errors() as problem:
-        raise CapacityError(f"the model in {folder} cannot be loaded ({_reason(problem)}): save it again with save_pretrained") from problem
+    except loading_errors() as problem:
+        raise CapacityError(f"the model in {folder} cannot be loaded ({reason_of(problem)}): save it again with save_pretrained") from problem
 
 
 def folder_digest(folder: Path) -> str:
@@ -154,6 +164,64 @@ def folder_digest(folder: Path) -> str:
         with open(path, "rb") as file:
             total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+@contextmanager
+def written(place: Path) -> Iterator[None]:
+    """Turn what other libraries raise while they save to `place`, where the disk is full or must not be written to, into the sentence of `storage.write_bytes`.
+
+    Raises:
+        CapacityError: from an OSError, or from what safetensors and torch make of one.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as problem:
+        # Of a disk that is full, torch says only that its file has not the length that it should have.
+        full = shutil.disk_usage(place.parent).free < FULL_BYTES
+        reason = "No space left on device" if full else getattr(problem, "strerror", None) or reason_of(problem)
+        raise CapacityError(f"{place} cannot be written ({reason}): free space or choose another folder; what was there before is whole") from problem
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """A folder to write to, which is `place` as soon as the block has ended and its files are on the disk, instead of what was there; if it fails, nothing was.
+
+    A process that was killed meanwhile leaves it, and the next that writes to `place` begins it anew.
+
+    Raises:
+        CapacityError: where the disk is full or the folder cannot be written.
+    """
+    unfinished = place.with_name(f".writing-{place.name}")
+    make_folder(place.parent)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make_folder(unfinished)
+    try:
+        yield unfinished
+        with written(place):
+            for path in [*unfinished.rglob("*"), unfinished]:
+                _sync(path)
+            if place.exists():
+                shutil.rmtree(place)
+            os.rename(unfinished, place)
+            _sync(place.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """The JSON object that a recipe keeps beside its results.
+
+    Raises:
+        CapacityError: where it is damaged.
+    """
+    try:
+        return read_record(path, 1)
+    except CapacityError:
+        raise
+    except (ValueError, OSError, RecursionError) as problem:
+        raise CapacityError(f"{path} is truncated or was altered ({problem}): delete the folder that it is in, or choose another --out") from problem
 
 
 @checked
@@ -168,6 +236,8 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
         DictionaryError: where there is no such SAE, or its files are damaged.
     """
     _check_device(device)
+    if not spec.strip():
+        raise DictionaryError("no SAE is named: pass a folder, RELEASE/SAE_ID or OWNER/REPOSITORY/SAE_ID")
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return spec, _load_sae_folder(folder, device)
@@ -179,10 +249,10 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     release, sae_id = _release_and_id(spec)
     try:
         with _hub():
-            return spec, SAE.from_pretrained(release, sae_id, device=device)
-    except _loading_errors() as problem:
+            return spec, _described(SAE.from_pretrained(release, sae_id, device=device))
+    except loading_errors() as problem:
         raise DictionaryError(
-            f"the SAE {sae_id!r} of {release!r} cannot be loaded ({_reason(problem)}): check the name and the network, or pass a folder that SAELens saved"
+            f"the SAE {sae_id!r} of {release!r} cannot be loaded ({reason_of(problem)}): check the name and the network, or pass a folder that SAELens saved"
         ) from problem
 
 
@@ -207,7 +277,7 @@ def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
         yield from rows
     except (OSError, ValueError, RuntimeError, LookupError, ImportError, datasets.exceptions.DatasetsError) as problem:
         raise TokenSourceError(
-            f"the data set {spec!r} cannot be read ({_reason(problem)}): check its name and its files, or pass a local file (.txt, .jsonl, .parquet), "
+            f"the data set {spec!r} cannot be read ({reason_of(problem)}): check its name and its files, or pass a local file (.txt, .jsonl, .parquet), "
             "a folder of such files, or an embedded corpus"
         ) from problem
 
@@ -222,8 +292,8 @@ def _load_from_hub(spec: str, dtype: str) -> tuple[Any, Any]:
     try:
         with _hub():
             return _pretrained(spec, dtype)
-    except _loading_errors() as problem:
-        raise CapacityError(f"the model {spec!r} cannot be loaded ({_reason(problem)}): {local}") from problem
+    except loading_errors() as problem:
+        raise CapacityError(f"the model {spec!r} cannot be loaded ({reason_of(problem)}): {local}") from problem
 
 
 def _cached_commit(spec: str) -> str | None:
@@ -250,7 +320,20 @@ def _pretrained(source: str, dtype: str) -> tuple[Any, Any]:
         raise ValueError(f"its tokenizer is damaged: {problem}") from problem
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where the files are missing
         raise ValueError("its tokenizer is missing or has no vocabulary")
+    _check_token_ids(model.config, tokenizer)
     return model, tokenizer
+
+
+def _check_token_ids(config: Any, tokenizer: Any) -> None:
+    """Refuse what transformers loads as it stands and stumbles over later."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        for token in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
+            if isinstance(token, bool) or not isinstance(token, int) or abs(token) > LARGEST_TOKEN_ID:
+                raise ValueError(f"its {name} = {token!r} is no token id")
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
+        raise ValueError(f"its tokenizer's model_max_length = {longest!r} is no number")
 
 
 def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
@@ -269,21 +352,35 @@ def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
                 return sae
             except DictionaryError:
                 raise
-            except _loading_errors() as problem:
-                raise DictionaryError(f"the SAE in {folder} cannot be loaded ({_reason(problem)}): save it again with {trainer}") from problem
+            except loading_errors() as problem:
+                raise DictionaryError(f"the SAE in {folder} cannot be loaded ({reason_of(problem)}): save it again with {trainer}") from problem
     if not (folder / "cfg.json").is_file():
         raise DictionaryError(f"{folder} holds no cfg.json: pass a folder that SAELens saved, with cfg.json and {dictionaries.SAE_LENS_WEIGHTS} in it")
     raise DictionaryError(f"{folder} holds no {dictionaries.SAE_LENS_WEIGHTS}: pass a folder that SAELens saved")
 
 
 def _read_sae_lens(folder: Path) -> Any:
-    if not _sae_lens_works():
-        from tl_capacity.dictionaries import read_sae_lens
+    from tl_capacity import dictionaries
 
-        return read_sae_lens(folder)
+    architecture = dictionaries.read_json(folder / "cfg.json").get("architecture")
+    if architecture in TRAINING_ONLY:
+        raise DictionaryError(
+            f"the SAE in {folder} is a training-time {architecture}, whose latents depend on the whole batch: save it with save_inference_model, "
+            "which makes it JumpReLU"
+        )
+    if not _sae_lens_works():
+        return dictionaries.read_sae_lens(folder)
     from sae_lens import SAE
 
-    return SAE.load_from_disk(folder, dtype="float32")
+    return _described(SAE.load_from_disk(folder, dtype="float32"))
+
+
+def _described(sae: Any) -> Any:
+    """An SAE of SAELens' as it is, where its configuration can be relied on."""
+    from tl_capacity.dictionaries import check_described
+
+    check_described(vars(sae.cfg), vars(sae.cfg.metadata))
+    return sae
 
 
 def _sae_lens_works() -> bool:
@@ -310,11 +407,12 @@ def _release_and_id(spec: str) -> tuple[str, str]:
     if spec.count("/") >= 2 and not spec.startswith((".", "/", "~")):
         owner, repository, sae_id = spec.split("/", 2)
         return f"{owner}/{repository}", sae_id
-    near = get_close_matches(release, directory, n=3, cutoff=0.0)
-    raise DictionaryError(
-        f"{spec!r} is neither a folder nor RELEASE/SAE_ID of a release that SAELens knows: pass a folder that SAELens saved, or use one of the nearest "
-        f"releases, {', '.join(near)}"
-    )
+    near = get_close_matches(release, directory, n=3, cutoff=NEAR)
+    if not sae_id or spec.startswith((".", "/", "~")):
+        meant = f", or RELEASE/SAE_ID of one of the nearest releases, {', '.join(near)}" if near else ""
+        raise DictionaryError(f"there is no folder {spec!r}: pass one that SAELens saved{meant}")
+    use = f"use one of the nearest releases, {', '.join(near)}" if near else "look the name up in SAELens' directory of releases"
+    raise DictionaryError(f"{spec!r} is neither a folder nor RELEASE/SAE_ID of a release that SAELens knows: pass a folder that SAELens saved, or {use}")
 
 
 def _check_device(device: str) -> None:
@@ -323,7 +421,7 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
-        raise CapacityError(f"the device {device!r} cannot be used ({_reason(problem)}): pass cpu, or a device that torch reports") from problem
+        raise CapacityError(f"the device {device!r} cannot be used ({reason_of(problem)}): pass cpu, or a device that torch reports") from problem
 
 
 @contextmanager
@@ -345,6 +443,15 @@ def _hub(needed: bool = True) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _hub_answers() -> bool:
     from huggingface_hub import constants, get_session
 
@@ -355,7 +462,7 @@ def _hub_answers() -> bool:
     return True
 
 
-def _loading_errors() -> tuple[type[Exception], ...]:
+def loading_errors() -> tuple[type[Exception], ...]:
     """What transformers, SAELens and safetensors raise on missing, damaged or unfitting files."""
     from pickle import UnpicklingError
 
@@ -370,6 +477,7 @@ def _loading_errors() -> tuple[type[Exception], ...]:
         TypeError,
         AttributeError,
         RuntimeError,
+        OverflowError,
         ImportError,
         EOFError,
         SafetensorError,
@@ -377,7 +485,7 @@ def _loading_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _reason(problem: BaseException) -> str:
+def reason_of(problem: BaseException) -> str:
     """Why something failed, in a few words to stand inside a sentence."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 

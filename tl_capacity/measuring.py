@@ -82,6 +82,17 @@ class MeasureSettings:
     max_memory: int | None = None
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            CapacityError: no tokens, or a largest FVU that refuses nothing.
+        """
+        if self.tokens < 1:
+            raise CapacityError(f"--tokens {self.tokens} counts nothing: ask for at least 1")
+        if isnan(self.max_fvu):
+            raise CapacityError("--max-fvu nan refuses nothing: give a number, or inf to measure whatever the fit")
+
 
 def measure(settings: MeasureSettings) -> Measurement:
     """Measure in this process and save; the folder always holds the last whole checkpoint.
@@ -114,10 +125,6 @@ def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenS
     """The model with its hook points tapped, and the text."""
     from tl_capacity.loading import load_model
 
-    if settings.tokens < 1:
-        raise CapacityError(f"--tokens {settings.tokens} counts nothing: ask for at least 1")
-    if isnan(settings.max_fvu):
-        raise CapacityError("--max-fvu nan refuses nothing: give a number, or inf to measure whatever the fit")
     loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
     named = dictionaries(settings, loaded)
     source = settings.source or loaded.corpus

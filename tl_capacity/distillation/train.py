@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,8 +27,8 @@ from tl_capacity.distillation import checkpoint, data
 from tl_capacity.distillation.losses import CHUNK_TOKENS, HELDOUT_LOSS, MATCHES, HiddenMatch, LogitLoss, Output, chunked_losses
 from tl_capacity.distillation.run import JSON_NAME, DistillationRun, StudentCurve
 from tl_capacity.distillation.students import check_output, check_teacher, new_student, output_of, parameters_of
-from tl_capacity.errors import CapacityError
-from tl_capacity.loading import LoadedModel
+from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.loading import LoadedModel, new_folder, written
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import token_progress
 from tl_capacity.storage import make_folder
@@ -151,6 +149,7 @@ def distill(
     settings = settings or DistillSettings()
     name, tokenizer, model = _named(teacher)
     check_teacher(model)
+    _check_hidden(model, settings.hidden)
     folder = None if out is None else Path(out)
     _check_folder(folder, resume)
     train, held = data.read(stream, heldout, settings.tokens, settings.heldout_tokens, settings.repeat)
@@ -160,7 +159,7 @@ def distill(
     if not shard_teacher:
         model.to(accelerator.device)
 
-    curves, models = _students(model, widths, settings, train)
+    curves, models = new_students(model, widths, settings, _shown(train))
     run = DistillationRun(
         students=curves,
         teacher=name,
@@ -354,8 +353,14 @@ def _named(teacher: Any) -> tuple[str, Any, Any]:
     return getattr(teacher, "name_or_path", "") or type(teacher).__name__, None, teacher
 
 
-def _students(teacher: Any, widths: Sequence[int], settings: DistillSettings, text: data.Rows) -> tuple[tuple[StudentCurve, ...], list[Any]]:
-    """The students before training, and what is known of them."""
+def new_students(
+    teacher: Any, widths: Sequence[int], settings: DistillSettings, tokens: Int[Tensor, "row position"]
+) -> tuple[tuple[StudentCurve, ...], list[Any]]:
+    """The students before training, and what is known of them; those that start truncated see their teacher's stream on `tokens`.
+
+    Raises:
+        CapacityError: where there are none of these widths, or seeds make no difference.
+    """
     if len(set(widths)) < len(widths) or not (widths or settings.control):
         raise CapacityError(f"widths = {','.join(map(str, widths))} name no students, or one twice: pass different widths such as 32,64")
     if unknown := set(settings.seeded_widths) - set(widths):
@@ -366,17 +371,21 @@ def _students(teacher: Any, widths: Sequence[int], settings: DistillSettings, te
     ]
     if settings.control:
         wanted.append(("control", int(teacher.config.hidden_size), settings.seeds[0], "teacher"))
-    whole = text.tokens[(text.tokens != PADDING).all(1)]
-    shown = torch.from_numpy((whole if len(whole) else text.trimmed(slice(0, 1)))[:SHOWN_ROWS].astype(np.int64))
     curves, models = [], []
     for name, width, seed, start in wanted:
-        models.append(new_student(teacher, width, seed, start, shown))
+        models.append(new_student(teacher, width, seed, start, tokens))
         curves.append(StudentCurve(name, width, seed, start, *parameters_of(models[-1])))
         if seed != settings.seeds[0] and all(map(torch.equal, models[-1].parameters(), models[-2].parameters())):
             raise CapacityError(
                 f"students of width {width} start alike with every seed, as all of their weights are the teacher's: name others as seeded_widths"
             )
     return tuple(curves), models
+
+
+def _shown(text: data.Rows) -> Int[Tensor, "row position"]:
+    """Whole rows at the beginning of a text, in which the directions of a teacher's stream are taken."""
+    whole = text.tokens[(text.tokens != PADDING).all(1)]
+    return torch.from_numpy((whole if len(whole) else text.trimmed(slice(0, 1)))[:SHOWN_ROWS].astype(np.int64))
 
 
 def _tensors(rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,6 +395,16 @@ def _tensors(rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Ten
     mask = torch.zeros_like(real)
     mask[:, :-1] = real[:, 1:]
     return tokens.clamp(min=0), mask, tokens[:, 1:][mask[:, :-1]]
+
+
+def _check_hidden(model: Any, hidden: Sequence[HiddenMatch]) -> None:
+    """Teacher and students run without a bridge around them, which only the residual stream can be read from."""
+    family = plugins().family_of(model.config.model_type)
+    for match in hidden:
+        if family is not None and family.residual(match.hook) is None:
+            raise HookPointError(
+                f"hidden states cannot be matched at {match.hook!r}, which is no residual-stream hook point: choose one such as blocks.1.hook_resid_post"
+            )
 
 
 def _check_tokens(model: Any, *texts: data.Rows) -> None:
@@ -436,15 +455,11 @@ def _check_weights(state: checkpoint.State, students: Students, folder: Path | N
 
 def _save(folder: Path, run: DistillationRun, models: Sequence[Any], tokenizer: Any) -> None:
     """The students, each as `save_pretrained` writes it, then the run, and then the checkpoint is not needed any more."""
-    make_folder(folder / "students")
     for curve, model in zip(run.students, models, strict=True):
-        with tempfile.TemporaryDirectory(dir=folder / "students", prefix=".writing-") as temporary:
-            whole, place = Path(temporary) / curve.name, folder / "students" / curve.name
+        place = folder / "students" / curve.name
+        with new_folder(place) as whole, written(place):
             model.eval().save_pretrained(whole)
             if tokenizer is not None:
                 tokenizer.save_pretrained(whole)
-            if place.exists():
-                shutil.rmtree(place)
-            os.rename(whole, place)
     run.save(folder)
     checkpoint.remove(folder)

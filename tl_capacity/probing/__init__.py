@@ -13,16 +13,22 @@ if TYPE_CHECKING:
     from tl_capacity.probing.concepts import load_concepts as load_concepts
     from tl_capacity.probing.probes import Probe as Probe
     from tl_capacity.probing.probes import fit_probes as fit_probes
+    from tl_capacity.probing.probes import probes_frame as probes_frame
+    from tl_capacity.probing.recover import Recovery as Recovery
     from tl_capacity.probing.recover import recover_features as recover_features
+    from tl_capacity.probing.recover import recovery_figure as recovery_figure
 
 _HOMES = {
     "Activations": "activations",
     "LabelledTexts": "concepts",
     "Probe": "probes",
+    "Recovery": "recover",
     "collect": "activations",
     "fit_probes": "probes",
     "load_concepts": "concepts",
+    "probes_frame": "probes",
     "recover_features": "recover",
+    "recovery_figure": "recover",
 }
 
 __all__ = list(_HOMES)

@@ -80,7 +80,7 @@ def collect(
 
     Raises:
         HookPointError: where the model has no such hook point, or it has no vector for each token.
-        CapacityError: on an unknown pooling, a text without tokens, no tokenizer, or activations that are not finite.
+        CapacityError: on an unknown pooling, a context without room for a token, a text without tokens, no tokenizer, or activations that are not finite.
     """
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if pooling not in POOLINGS:
@@ -89,9 +89,11 @@ def collect(
         raise CapacityError(f"this {type(model).__name__} has no tokenizer: pass one as tokenizer=…")
     if not texts or batch_rows < 1:
         raise CapacityError(f"{len(texts)} texts in batches of {batch_rows} are nothing to collect: pass at least one text and one row")
+    if context is not None and context < 2:
+        raise CapacityError(f"context = {context} has no room for BOS and a token: pass at least 2, or leave it out for what the model takes")
     point = TapPoint.of(model, hook)
     pool = _latents(sae, hook) if sae is not None else _activations
-    rows, truncated = _rows(tokenizer, texts, min(context or DEFAULT_CONTEXT, _longest(model)), prepend_bos)
+    rows, truncated = _rows(tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, _longest(model)), prepend_bos)
     special = special_token_ids(model, tokenizer)
     chosen = [_chosen(ids, special, pooling, number) for number, ids in enumerate(rows)]
     per_text = np.array([len(positions) if pooling == "token" else 1 for positions in chosen])

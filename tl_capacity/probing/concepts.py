@@ -20,7 +20,8 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import Concept, LabelledText
 from tl_capacity.plugins import plugins
 
-FEWEST_TEXTS = 50
+FEWEST_DOCUMENTS = 50
+"""Of a concept: an interval resamples documents, so texts of few say little however many they are."""
 SPLITS = {"train": 0.5, "validation": 0.15, "test": 0.35}
 """Splits, and the share of the documents that goes to each where the texts name none. Nothing is fitted on, or chosen by, the last."""
 TEXT_FIELDS = ("text", "content")
@@ -54,19 +55,22 @@ class LabelledTexts:
             classes: the class of label 1 and the other; by default the two labels that occur, in the order in which they first do.
 
         Raises:
-            CapacityError: where there are not two classes of texts, fewer than 50 texts, a document in two splits, or a split that lacks a class.
+            CapacityError: where there are not two classes of texts, texts of fewer than 50 documents, a document in two splits, or a split that lacks a class.
         """
         texts = tuple(texts)
         found = tuple(dict.fromkeys(text.label for text in texts))
-        if len(texts) < FEWEST_TEXTS:
-            raise CapacityError(f"the concept {name!r} has {len(texts)} texts: a probe needs at least {FEWEST_TEXTS}, and hundreds for a narrow interval")
+        keys = [text.document if text.document is not None else f"text {number}" for number, text in enumerate(texts)]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        if len(numbers) < FEWEST_DOCUMENTS:
+            raise CapacityError(
+                f"the concept {name!r} has {len(texts)} texts of {len(numbers)} documents: a probe needs at least {FEWEST_DOCUMENTS} documents, and hundreds "
+                "for a narrow interval"
+            )
         if len(found) != 2:
             raise CapacityError(f"the concept {name!r} has the labels {_listed(found)}, but a probe tells two classes apart: give each text one of two labels")
         classes = classes or (found[0], found[1])
         if set(found) != set(classes):
             raise CapacityError(f"the concept {name!r} has the labels {_listed(found)} instead of {_listed(classes)}: mend its plugin")
-        keys = [text.document if text.document is not None else f"text {number}" for number, text in enumerate(texts)]
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         splits = [text.split or split_of(key) for text, key in zip(texts, keys, strict=True)]
         if unknown := set(splits) - SPLITS.keys():
             raise CapacityError(f"the concept {name!r} has a split {sorted(unknown)[0]!r}: use {', '.join(SPLITS)}, or none")

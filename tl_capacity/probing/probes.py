@@ -124,6 +124,13 @@ def fit_probes(
     return [_fit(_activations_of(activations, concept), concept, split, control, seed) for concept in concepts]
 
 
+def probes_frame(probes: Sequence[Probe]) -> Any:
+    """Probes as a pandas DataFrame, one row for each: what `Probe.to_json` has."""
+    import pandas
+
+    return pandas.DataFrame([probe.to_json() for probe in probes])
+
+
 def on_principal_components(activations: Activations, concept: LabelledTexts, width: int) -> Activations:
     """Activations projected to their first `width` principal components, fitted on the training split: the most variance that so many dimensions can keep.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from itertools import product
 from typing import Any
 
@@ -27,16 +28,18 @@ from tl_capacity.checkpoints import Checkpoint
 from tl_capacity.checks import checked
 from tl_capacity.encoding import Encoder
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, TokenSourceError
-from tl_capacity.floors import kept_features, table
+from tl_capacity.floors import html_table, kept_features, table
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.measurement import HookMeasurement
+from tl_capacity.palette import BLUE, GREEN, PURPLE, VERMILION
 from tl_capacity.plugins import plugins
+from tl_capacity.probing.figures import add_series
 from tl_capacity.probing.ranking import Ranking, Scores
 from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
 from tl_capacity.processes import ALONE, Processes
 from tl_capacity.progress import token_progress
 from tl_capacity.statistics import document_groups
-from tl_capacity.summary import Estimate
+from tl_capacity.summary import DOCUMENT_GROUPS, MIN_GROUPS_FOR_INTERVAL, Estimate
 from tl_capacity.theory import budget
 from tl_capacity.tokens import PADDING, TokenBatch, as_batches
 
@@ -53,12 +56,11 @@ TAUS = tuple(round(0.80 + 0.01 * i, 2) for i in range(20))
 TEACHER, RANDOM = "teacher", "with random weights"
 COUNTS = {"student": "kept", "random": "kept_random", "pca": "kept_pca", "teacher": "kept_teacher"}
 """What is read out at each width, and the name of its number of kept features in JSON."""
-# Okabe and Ito's palette, which readers with any colour vision can tell apart; each series has its own symbol as well.
 SHOWN = (
-    ("student", "#0072B2", "circle"),
-    ("student with random weights", "#D55E00", "square"),
-    ("teacher's principal components, as many as d", "#009E73", "diamond"),
-    ("teacher", "#CC79A7", "cross"),
+    ("student", BLUE, "circle"),
+    ("student with random weights", VERMILION, "square"),
+    ("teacher's principal components, as many as d", GREEN, "diamond"),
+    ("teacher", PURPLE, "cross"),
 )
 
 
@@ -83,7 +85,7 @@ class StudentRecovery:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Which features of one SAE linear readouts find, in the teacher and in its students; shows itself in a terminal.
+    """Which features of one SAE linear readouts find, in the teacher and in its students; shows itself in a terminal and a notebook.
 
     Attributes:
         measured: the measurement that says which features are alive and how important they are.
@@ -201,23 +203,61 @@ class Recovery:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a table: a row for each student."""
-        header = ["student", "kept", "random weights", "PCA", "teacher", "d·g(α)", "equilibrium", "of predicted (of all)", "AP, median", "R², median"]
+        header = ["student", "kept", "random weights", "PCA", "teacher", "d·g(α)", "equilibrium", "of predicted (of all)", "median AP", "median R²"]
         rows = []
         for student, row in zip(self.students, self.to_json(), strict=True):
             readouts, overlap = _readouts(self, student), row["overlap"]
             counts = [self.count(readouts[name]).show(",.0f") if name in readouts else "–" for name in ("student", "random", "pca", "teacher")]
             shares = ["–" if overlap[name] is None else f"{overlap[name]:.0%}" for name in ("kept_of_predicted", "kept_of_all")]
-            typical = [f"{_shown(row['readouts']['student'][name])} ({_shown(row['readouts']['teacher'][name])})" for name in ("average_precision", "r2")]
+            typical = []
+            for name in ("average_precision", "r2"):
+                own, *others = (_shown(row["readouts"][readout][name]) for readout in ("student", "random", "teacher") if readout in readouts)
+                typical.append(f"{own} ({' – '.join(others)})")
             budgets = [f"{row[name]:,.0f}" for name in ("budget", "equilibrium")]
             rows.append([f"{student.name} (d={student.width})", *counts, *budgets, f"{shares[0]} ({shares[1]})", *typical])
         return header, rows
 
-    def __rich_console__(self, console: Any, options: Any) -> Any:
-        title = (
+    def title(self) -> str:
+        """What the table shows."""
+        return (
             f"Features with AUROC ≥ {self.tau:g} at {self.hook}, of {int(self.judged.sum()):,} judged and {len(self.features):,} alive, "
-            f"on {self.tokens[HELD_OUT]:,} held-out tokens [95% interval over documents]; AP and R² of the student (teacher)"
+            f"on {self.tokens[HELD_OUT]:,} held-out tokens [95% interval over documents]; AP and R² of the student (of random weights – of the teacher)"
         )
-        yield table(title, *self.cells())
+
+    def notes(self) -> list[str]:
+        """What a reader must know before trusting these figures."""
+        groups = int((self.teacher.firings.sum(1) > 0).sum())
+        if groups >= MIN_GROUPS_FOR_INTERVAL:
+            return []
+        return [f"features fire in {groups} of {DOCUMENT_GROUPS} groups of held-out documents, too few for intervals: read more documents"]
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a row for each student: counts with their intervals, budgets, overlap and medians."""
+        import pandas
+
+        flat = []
+        for row in self.to_json():
+            names = ("student", "width", "hook", "tau", *COUNTS.values(), "budget", "equilibrium", "predicted", "n_features", "n_judged")
+            cells = {name: row[name] for name in names}
+            for readout, key in COUNTS.items():
+                cells |= dict(zip((f"{key} low", f"{key} high"), row["intervals"].get(readout) or (None, None), strict=True))
+            cells |= {f"overlap {name}": value for name, value in row["overlap"].items()}
+            cells |= {f"{name} {readout}": value for readout, values in row["readouts"].items() for name, value in values.items()}
+            flat.append(cells)
+        return pandas.DataFrame(flat)
+
+    def plot(self) -> Any:
+        """A plotly figure of the features kept against the student's width; see `recovery_figure`."""
+        return recovery_figure([self])
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield table(self.title(), *self.cells())
+        for note in self.notes():
+            yield f"[yellow]note:[/yellow] {note}"
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
+        return f"<p>{escape(self.title())}</p>{html_table(*self.cells())}{notes}"
 
     def __repr__(self) -> str:
         return f"Recovery({self.hook}; {len(self.features):,} features in {', '.join(s.name for s in self.students)})"
@@ -269,8 +309,10 @@ def recover_features(
     Raises:
         HookPointError: where a model lacks the hook point, or it does not fire.
         DictionaryError: where the SAE is not the one that was measured.
-        CapacityError: where an activation is NaN or infinite, or there are too few documents.
+        CapacityError: where an activation is NaN or infinite, or there are too few documents or tokens.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise CapacityError(f"{max_tokens:,} tokens are nothing to read features from: ask for at least 1, in ten documents or more")
     if not 0.5 <= tau <= 1:
         raise CapacityError(f"tau = {tau:g} is no AUROC to ask for: choose one from 0.5, which chance gives, to 1")
     if not students:
@@ -513,26 +555,15 @@ def recovery_figure(recoveries: Sequence[Recovery]) -> Any:
         widths = [row["width"] for row in rows]
         for (readout, key), (name, colour, symbol) in zip(COUNTS.items(), SHOWN, strict=True):
             with_it = [row for row in rows if row[key] is not None]
-            kept = [row[key] for row in with_it]
-            low, high = zip(*(row["intervals"][readout] or (row[key], row[key]) for row in with_it), strict=True) if with_it else ((), ())
-            above, below = np.subtract(high, kept), np.subtract(kept, low)
-            figure.add_scatter(
-                x=[row["width"] for row in with_it],
-                y=kept,
-                error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
-                mode="markers+lines",
-                name=name,
-                legendgroup=key,
-                line={"color": colour},
-                marker={"symbol": symbol, "size": 8},
-                **at,
-            )
+            kept = [Estimate(float(row[key]), *(row["intervals"][readout] or (None, None))) for row in with_it]
+            add_series(figure, [row["width"] for row in with_it], kept, name, {"color": colour}, {"color": colour, "symbol": symbol, "size": 8}, **at)
         for key, name, dash in (("budget", "d·g(α), at most F", "dash"), ("equilibrium", "equilibrium law", "dot")):
-            y = [min(row[key], row["n_features"]) for row in rows]
-            figure.add_scatter(x=widths, y=y, mode="lines", name=name, legendgroup=key, line={"color": "black", "dash": dash}, **at)
-    figure.update_xaxes(title="student width d")
+            limits = [Estimate(float(min(row[key], row["n_features"]))) for row in rows]
+            # With a single width there is no line, only the marker.
+            add_series(figure, widths, limits, name, {"color": "black", "dash": dash}, {"color": "black", "symbol": "line-ew-open", "size": 9}, **at)
+    figure.update_xaxes(title="student width d_S (dimensions)")
     figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title=f"features with AUROC ≥ {recoveries[0].tau:g}", col=1)
+    figure.update_yaxes(title=f"features with AUROC ≥ τ = {recoveries[0].tau:g}", col=1)
     figure.update_layout(template="plotly_white", legend={"orientation": "h", "y": -0.2})
     return figure
 
@@ -556,4 +587,4 @@ def _stacked(rows: Sequence[tuple[NDArray[np.int64], int]]) -> TokenBatch:
 
 
 def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"  # what rounds to zero has no sign

@@ -23,6 +23,7 @@ from tl_capacity.floors import FloorPrediction, kept_features
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.palette import COLOURS
 from tl_capacity.plugins import plugins
+from tl_capacity.probing.figures import add_series, error_bars
 from tl_capacity.summary import THRESHOLDS, Estimate, Resample
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -78,8 +79,7 @@ def importance_figure(
     if not figure.data:
         raise CapacityError("no hook point has an alive feature of any importance: count more tokens")
     figure.update_xaxes(type="log", title="rank of the feature by importance", exponentformat="power", dtick=1)
-    unit = _unit(importance)
-    figure.update_yaxes(type="log", title=f"importance ({unit} per token)", exponentformat="power", dtick=_decades(figure))
+    _value_axis(figure, f"importance ({_unit(importance)} per token)")
     figure.update_layout(legend={"y": 1.09 if widths else 1.02})
     return figure
 
@@ -101,7 +101,7 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
         figure.add_scatter(
             x=[f.width for f in mine],
             y=[f.predicted_floor.value for f in mine],
-            error_y=_errors([f.predicted_floor for f in mine], _colour(place)),
+            error_y=error_bars([f.predicted_floor for f in mine], _colour(place)),
             customdata=[[f.features_kept.value, f.features_lost.value, 100 * f.share.value] for f in mine],
             hovertemplate="width %{x}: floor %{y:.4g}, %{customdata[2]:.3g}% of all importance<br>keeps %{customdata[0]:,}, loses %{customdata[1]:,}",
             mode="lines+markers",
@@ -114,7 +114,7 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
     if errors:
         figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": GREY, "width": 1, "dash": "dot"}, **_legend("the SAE's own error E‖x − x̂‖²"))
     unit = f" ({floors[0].unit} per token)" if floors[0].unit else ""
-    figure.update_yaxes(type="log", title=f"predicted floor{unit}", exponentformat="power", dtick=_decades(figure))
+    _value_axis(figure, f"predicted floor{unit}")
     _width_axis(figure, [f.width for f in floors])
     return figure
 
@@ -160,8 +160,8 @@ def suite_figure(measurement: Measurement) -> go.Figure:
         figure.add_scatter(
             x=[e.value for e in l0s],
             y=[e.value for e in stars],
-            error_x=_errors(l0s, _colour(place)),
-            error_y=_errors(stars, _colour(place)),
+            error_x=error_bars(l0s, _colour(place)),
+            error_y=error_bars(stars, _colour(place)),
             text=[shown(h.sae) for h in mine],
             hovertemplate="%{text}<br>L0 %{x:.2f}, d* %{y:.1f}",
             mode="markers",
@@ -174,7 +174,8 @@ def suite_figure(measurement: Measurement) -> go.Figure:
     theory = {"color": GREY, "dash": "dot", "width": 1.5}
     figure.add_scatter(x=l0, y=l0 * np.log(n_alive / l0), mode="lines", line=theory, hoverinfo="skip", **_legend(f"L0 · ln(F/L0) at F = {n_alive:,.0f}"))
     for width in sorted({h.width for h in sparse}):
-        figure.add_hline(y=width, line={"color": GREY, "width": 1}, annotation={"text": f"width of the hook point {width:,}", "font": {"size": 10}})
+        label = {"text": f"width of the hook point {width:,}", "font": {"size": 10}}
+        figure.add_hline(y=width, line={"color": GREY, "width": 1}, annotation=label, annotation_position="top left")
     figure.update_xaxes(title="L0 (active features per token)", rangemode="tozero")
     figure.update_yaxes(title="critical width d* (dimensions)", rangemode="tozero")
     return figure
@@ -197,7 +198,7 @@ def observed_figure(floors: Sequence[ObservedFloor], found: Decomposition | None
     figure.add_scatter(
         x=[f.width for f in students],
         y=[v.value for v in values],
-        error_y=_errors(values, COLOURS[0]),
+        error_y=error_bars(values, COLOURS[0]),
         text=[shown(f.name) for f in students],
         hovertemplate="%{text}: %{y:.4f} nats per token",
         mode="markers",
@@ -213,7 +214,8 @@ def observed_figure(floors: Sequence[ObservedFloor], found: Decomposition | None
     for place, (fit, role) in enumerate(_drawn_fits(found), 1):
         widths = sorted(fit.fitted)
         label = f"{role}: {short_candidate(fit.candidate)}"
-        figure.add_scatter(x=widths, y=[fit.fitted[w] for w in widths], mode="lines", line=_line(place), **_legend(label))
+        known = {"line": _line(place), "marker": _marker(place, 5), **_legend(label)}
+        figure.add_scatter(x=widths, y=[fit.fitted[w] for w in widths], mode="lines+markers", **known)  # of a single width there is no line
     figure.update_yaxes(title="loss floor (nats per token)", rangemode="tozero")
     _width_axis(figure, [f.width for f in floors])
     return figure
@@ -265,7 +267,8 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
 
 
 def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str, order: Sequence[str] = ()) -> go.Figure:
-    """Lines against the student's width, from flat rows `{"series", "width", "value", "low", "high", "baseline"}`; baselines are dotted.
+    """Lines against the student's width, from flat rows `{"series", "width", "value", "low", "high", "baseline"}`; baselines are dotted, and where seeds of a
+    width differ, each is an open marker and the line goes through their mean.
 
     Args:
         order: of the series, where several figures share it, so that each series looks the same in all.
@@ -278,22 +281,29 @@ def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str, order: Sequen
         raise CapacityError("there is no number to draw")
     figure = _figure()
     for place, series in enumerate(order or dict.fromkeys(r["series"] for r in drawn)):
-        mine = sorted((r for r in drawn if r["series"] == series), key=lambda r: float(r["width"]))
+        mine = [r for r in drawn if r["series"] == series]
         if not mine:
             continue
         estimates = [Estimate(r["value"], r.get("low"), r.get("high")) for r in mine]
         line = {**_line(place), "dash": "dot" if mine[0].get("baseline") else "solid"}
-        figure.add_scatter(
-            x=[r["width"] for r in mine],
-            y=[e.value for e in estimates],
-            error_y=_errors(estimates, _colour(place)),
-            mode="lines+markers",
-            line=line,
-            marker=_marker(place),
-            **_legend(series),
-        )
+        add_series(figure, [int(r["width"]) for r in mine], estimates, shown(series), line, _marker(place))
     figure.update_yaxes(title=y_title, rangemode="tozero")
     _width_axis(figure, [int(r["width"]) for r in drawn])
+    return figure
+
+
+def thresholds_figure(kept: Mapping[str, Mapping[float, float]], limits: Mapping[str, Mapping[float, float]], taus: Sequence[float]) -> go.Figure:
+    """How many features are kept at each τ, a line for each student, and grey those that they are compared with; τ that were asked for are marked."""
+    figure = _figure()
+    for place, (label, counts) in enumerate(kept.items()):
+        figure.add_scatter(x=list(counts), y=list(counts.values()), mode="lines", line=_line(place), **_legend(label))
+    for dash, (label, counts) in zip(("dash", "dot"), limits.items(), strict=False):
+        figure.add_scatter(x=list(counts), y=list(counts.values()), mode="lines", line={"color": GREY, "dash": dash, "width": 2}, **_legend(label))
+    for tau in taus:
+        annotation = {"text": f"τ = {tau:g}", "font": {"size": 10}}
+        figure.add_vline(x=tau, line={"color": GREY, "width": 2}, annotation=annotation, annotation_position="bottom left")
+    figure.update_xaxes(title="τ (least AUROC of a kept feature)")
+    figure.update_yaxes(title="features kept", rangemode="tozero")
     return figure
 
 
@@ -412,13 +422,6 @@ def _width_of(student: StudentCurve) -> tuple[bool, int]:
     return student.start == "teacher", student.width
 
 
-def _errors(estimates: Sequence[Estimate], colour: str) -> dict[str, Any]:
-    """Asymmetric error bars, none where there is no interval."""
-    up = [0.0 if e.high is None else max(0.0, e.high - e.value) for e in estimates]
-    down = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in estimates]
-    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": colour, "thickness": 1.5, "width": 4}
-
-
 def _width_axis(figure: go.Figure, widths: Sequence[int]) -> None:
     labelled = spaced(sorted(set(widths)), NEAREST_LABELS / 3)  # the axis spans about a decade, where the others span several
     figure.update_xaxes(type="log", title="student width d_S (dimensions)", tickvals=labelled, ticktext=[f"{w:,}" for w in labelled])
@@ -431,12 +434,15 @@ def _round_numbers(low: int, high: int) -> list[float]:
     return [float(power * step) for power in powers for step in steps if low <= power * step <= high]
 
 
-def _decades(figure: go.Figure) -> int | None:
-    """One tick a decade, or every other one where there are many; None, which leaves it to plotly, within two decades."""
+def _value_axis(figure: go.Figure, title: str) -> None:
+    """A logarithmic y axis with one tick a decade, or every other one where there are many; a linear one within half a decade, where labels would overlap."""
     values = np.concatenate([np.asarray(trace.y, dtype=np.float64) for trace in figure.data if trace.y is not None and len(trace.y)] or [np.ones(1)])
     positive = values[np.isfinite(values) & (values > 0)]
     spanned = np.ptp(np.log10(positive)) if len(positive) else 0.0
-    return None if spanned < 2 else 1 + int(spanned // 7)
+    if spanned < 0.5:
+        figure.update_yaxes(title=title, rangemode="tozero")
+    else:
+        figure.update_yaxes(type="log", title=title, exponentformat="power", dtick=None if spanned < 2 else 1 + int(spanned // 7))
 
 
 def _unit(importance: str) -> str:

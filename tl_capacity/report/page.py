@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_capacity import __version__, storage
-from tl_capacity.decompose import decompose
+from tl_capacity.decompose import OBSERVED, decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.errors import CapacityError
 from tl_capacity.floors import hook_floors
@@ -108,6 +108,8 @@ def _main_hook(measurement: Measurement, settings: ReportSettings) -> HookMeasur
         hook.estimator(settings.importance)
     if any(width < 1 for width in settings.widths):
         raise CapacityError(f"widths {settings.widths} are no student widths: pass whole numbers of at least 1")
+    if settings.observed not in OBSERVED:
+        raise CapacityError(f"{settings.observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
     if settings.hook is None:
         return figures.middle(measurement)
     named = [hook for hook in measurement if hook.hook == settings.hook]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ RECOVERED = {
 """The numbers of a recoverability row that the page shows."""
 INTERVALS = {"kept": "student", "kept_teacher": "teacher", "kept_random": "random", "kept_pca": "pca"}
 """Under which names their intervals are saved."""
+READOUTS = {"random": "random weights", "student": "student", "teacher": "teacher"}
+"""Readouts whose medians the page shows, from the floor to the ceiling."""
+SCHEMA = 1
+"""The newest of either file that is understood."""
+LARGEST = 10**15
+"""No count, width or score comes near it."""
+TAU_KEY = re.compile(r"0\.\d{1,9}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Results:
     Attributes:
         folder: of the measurement, for the commands that the page suggests.
         probes, recoverability: as their recipes wrote them.
+        run_folder: of the distillation, for the same commands.
     """
 
     measurement: Measurement
@@ -45,6 +54,7 @@ class Results:
     run: DistillationRun | None = None
     probes: Any = None
     recoverability: Any = None
+    run_folder: str = "runs/students"
 
     @classmethod
     def load(cls, paths: Sequence[Path]) -> Results:
@@ -70,6 +80,7 @@ class Results:
             DistillationRun.load(found[DISTILLATION_JSON].parent) if DISTILLATION_JSON in found else None,
             _json(found[PROBES_JSON]) if PROBES_JSON in found else None,
             _json(found[RECOVERABILITY_JSON]) if RECOVERABILITY_JSON in found else None,
+            **({"run_folder": str(found[DISTILLATION_JSON].parent)} if DISTILLATION_JSON in found else {}),
         )
 
 
@@ -85,6 +96,8 @@ class ProbeRow:
         width: of the model, or of the student that the baseline stands beside.
         accuracy: on the test split, with its 95% interval.
         majority: accuracy of always saying the commoner class.
+        auroc: on the test split, with its 95% interval; None where a file lacks it.
+        control: accuracy on the control task; None where there was none.
         selectivity: accuracy above that of the control task; None where there was none.
     """
 
@@ -94,7 +107,9 @@ class ProbeRow:
     baseline: bool
     width: int
     accuracy: Estimate
+    auroc: Estimate | None
     majority: float | None
+    control: float | None
     selectivity: Estimate | None
 
 
@@ -102,26 +117,27 @@ def probe_rows(content: Any) -> list[ProbeRow]:
     """The rows of a `probes.json`; those without a number, as of a probe that could not be fitted, are left out.
 
     Raises:
-        MeasurementError: where none is left.
+        MeasurementError: where none is left, the file is of a newer version, or a width or number is none that a probe can have.
     """
     rows = content.get("probes") if isinstance(content, dict) else content
+    _check_schema(PROBES_JSON, content)
     found = []
     for row in rows if isinstance(rows, list) else []:
-        accuracy = _finite(row.get("accuracy")) if isinstance(row, dict) and isinstance(row.get("width"), int) else None
+        accuracy = _estimate(PROBES_JSON, row, "accuracy", "low", "high") if isinstance(row, dict) and "width" in row else None
         if accuracy is None:
             continue
-        above = _finite(row.get("selectivity"))
-        selectivity = None if above is None else Estimate(above, _finite(row.get("selectivity_low")), _finite(row.get("selectivity_high")))
         found.append(
             ProbeRow(
                 concept=str(row.get("concept", "")),
                 kind=str(row.get("kind", "probe")),
                 model=str(row.get("model", "")),
                 baseline=bool(row.get("baseline")),
-                width=row["width"],
-                accuracy=Estimate(accuracy, _finite(row.get("low")), _finite(row.get("high"))),
-                majority=_finite(row.get("majority")),
-                selectivity=selectivity,
+                width=_width(PROBES_JSON, row),
+                accuracy=accuracy,
+                auroc=_estimate(PROBES_JSON, row, "auroc", "auroc_low", "auroc_high"),
+                majority=_finite(PROBES_JSON, row.get("majority")),
+                control=_finite(PROBES_JSON, row.get("control_accuracy")),
+                selectivity=_estimate(PROBES_JSON, row, "selectivity", "selectivity_low", "selectivity_high"),
             )
         )
     if not found:
@@ -147,6 +163,9 @@ class RecoveryRow:
     Attributes:
         n_features, n_judged: alive features, and those that fired often enough in the held-out text to be judged.
         counts: those numbers of `RECOVERED` that are there.
+        overlap: shares of the predicted and of all judged features that are kept, as `Recovery.overlap` names them.
+        medians: over judged features, of `average_precision` and `r2`, by readout.
+        by_tau: at each τ, how many features each readout finds.
     """
 
     student: str
@@ -156,46 +175,107 @@ class RecoveryRow:
     n_features: int
     n_judged: int
     counts: Mapping[str, Estimate]
+    overlap: Mapping[str, float] = field(default_factory=dict)
+    medians: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    by_tau: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
 
 
 def recoverability_rows(content: Any) -> list[RecoveryRow]:
     """The rows of a `recoverability.json`, checked.
 
     Raises:
-        MeasurementError: where they are none.
+        MeasurementError: where they are none, the file is of a newer version, or a width or number is none that a row can have.
     """
+    if not isinstance(content, list) or not content:
+        raise MeasurementError(f"{RECOVERABILITY_JSON} has no rows, as it is no list of students: measure recoverability again")
     found = []
-    for row in content if isinstance(content, list) else []:
-        if not isinstance(row, dict) or not isinstance(row.get("width"), int) or _finite(row.get("kept")) is None:
+    for row in content:
+        _check_schema(RECOVERABILITY_JSON, row)
+        row = row if isinstance(row, dict) else {}
+        numbers = _numbers(RECOVERABILITY_JSON, row)
+        if "width" not in row or "kept" not in numbers:
             raise MeasurementError(f"{RECOVERABILITY_JSON} has a row without width and kept: it was altered, measure recoverability again")
-        saved = row.get("intervals")
-        intervals = saved if isinstance(saved, dict) else {}
-        counts = {}
+        width = _width(RECOVERABILITY_JSON, row)
+        intervals, counts = _object(row, "intervals"), {}
         for key in RECOVERED:
-            if (value := _finite(row.get(key))) is not None:
+            if key in numbers:
                 interval = intervals.get(INTERVALS.get(key, ""))
-                low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
-                counts[key] = Estimate(value, _finite(low), _finite(high))
-        tau, features = _finite(row.get("tau")), int(_finite(row.get("n_features")) or 0)
+                ends = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
+                counts[key] = Estimate(numbers[key], *(_finite(RECOVERABILITY_JSON, end) for end in ends))
+        features, by_tau = int(numbers.get("n_features", 0)), _object(row, "by_tau")
+        readouts = {readout: _numbers(RECOVERABILITY_JSON, _object(_object(row, "readouts"), readout)) for readout in READOUTS}
         found.append(
             RecoveryRow(
                 student=str(row.get("student", "")),
-                width=row["width"],
+                width=width,
                 hook=str(row.get("hook", "")),
-                tau=float("nan") if tau is None else tau,
+                tau=numbers.get("tau", float("nan")),
                 n_features=features,
-                n_judged=int(_finite(row.get("n_judged")) or features),
+                n_judged=int(numbers.get("n_judged", features)),
                 counts=counts,
+                overlap=_numbers(RECOVERABILITY_JSON, _object(row, "overlap")),
+                medians={
+                    figure: {readout: values[figure] for readout, values in readouts.items() if figure in values} for figure in ("average_precision", "r2")
+                },
+                by_tau={float(at): _numbers(RECOVERABILITY_JSON, _object(by_tau, at)) for at in by_tau if TAU_KEY.fullmatch(at)},
             )
         )
-    if not found:
-        raise MeasurementError(f"{RECOVERABILITY_JSON} has no rows: measure recoverability again")
     return found
 
 
-def _finite(value: Any) -> float | None:
-    """A number, or None where it is none."""
-    return float(value) if isinstance(value, (int, float)) and isfinite(value) else None
+def _check_schema(file: str, content: Any) -> None:
+    """Raises `MeasurementError` where a file, or a row of it, is of a newer version."""
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise MeasurementError(f"{file} has schema {_quoted(schema)}, and this version reads up to {SCHEMA}: upgrade tl-capacity")
+
+
+def _width(file: str, row: Mapping[str, Any]) -> int:
+    """The width of a row.
+
+    Raises:
+        MeasurementError: where it is no width.
+    """
+    width = row["width"]
+    if type(width) is not int or not 1 <= width <= LARGEST:
+        raise MeasurementError(f"{file} has the width {_quoted(width)}, which is no whole number of dimensions: it was altered, write it again")
+    return width
+
+
+def _estimate(file: str, row: Mapping[str, Any], name: str, low: str, high: str) -> Estimate | None:
+    """A number of a row with its interval; None where there is no number."""
+    value, *ends = (_finite(file, row.get(key)) for key in (name, low, high))
+    return None if value is None else Estimate(value, *ends)
+
+
+def _numbers(file: str, content: Mapping[str, Any]) -> dict[str, float]:
+    """Those values that are numbers."""
+    return {name: number for name, value in content.items() if (number := _finite(file, value)) is not None}
+
+
+def _object(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within another, empty where there is none."""
+    found = content.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _finite(file: str, value: Any) -> float | None:
+    """A number, or None where it is none.
+
+    Raises:
+        MeasurementError: where it is too large to be a result.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (isinstance(value, int) or isfinite(value)):
+        return None
+    if abs(value) > LARGEST:
+        raise MeasurementError(f"{file} has the number {_quoted(value)}, which no result can be: it was altered, write it again")
+    return float(value)
+
+
+def _quoted(value: Any) -> str:
+    """A value as it is shown in an error, of very many digits only the first."""
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:20]}…"
 
 
 def _results_in(path: Path) -> dict[str, Path]:

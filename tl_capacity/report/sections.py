@@ -23,16 +23,16 @@ from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.report import figures
-from tl_capacity.report.results import RECOVERED, RecoveryRow, Results, concept_titles, probe_rows, recoverability_rows
+from tl_capacity.report.results import READOUTS, RECOVERED, RecoveryRow, Results, concept_titles, probe_rows, recoverability_rows
 from tl_capacity.report.snippets import Edge, ShownFeature, Snippet, shown_features
 from tl_capacity.suite import suites
 from tl_capacity.summary import DOCUMENT_GROUPS, REPLICATES, Estimate, significant
 
 CANDIDATES = 8
-"""Of a decomposition that are shown before a click."""
+"""Of a decomposition that are shown before a click whatever they are."""
 PROBE_FIGURES = 8
 """Concepts that get a figure; the table has all."""
-COMMONER = "commoner class"
+COMMONER, CONTROL = "commoner class", "control task"
 BUDGETS = {"budget": "compressed_sensing", "equilibrium": "equilibrium"}
 """The budgets of a recoverability row, and the laws that they are by."""
 Snippets = Mapping[tuple[int, int], Sequence[Snippet]]
@@ -118,6 +118,16 @@ class Story:
     @property
     def unit(self) -> str:
         return str(plugins().importance_estimators[self.settings.importance].unit)
+
+    @property
+    def folder(self) -> str:
+        """The measurement's, as a shell takes it."""
+        return _quoted(self.results.folder)
+
+    @property
+    def students(self) -> str:
+        """The distillation's folder, as a shell takes it."""
+        return _quoted(self.results.run_folder)
 
     def name(self, hook: HookMeasurement) -> str:
         return figures.name(self.measurement, hook)
@@ -251,12 +261,10 @@ def _firing_rates(story: Story, empty: Section) -> Section:
         "The thick line is the alive threshold of this report, thin dotted ones are others; above 1/e a latent is too dense for g(α). The histogram is of the "
         "text that was read; the table has intervals."
     )
-    return replace(
-        empty,
-        text=text,
-        figures=[("firing-rates", figures.firing_rate_figure(story.measurement), caption)],
-        tables=[PageTable("Features at several thresholds, with 95% intervals", header, rows)],
-    )
+    section = replace(empty, text=text, tables=[PageTable("Features at several thresholds, with 95% intervals", header, rows)])
+    if not any(hook.summary.alive_at[0.0].value for hook in story.measurement):
+        return replace(section, missing="No latent fired on the text that was read, so there is no rate to draw: count more tokens, or check the hook point.")
+    return replace(section, figures=[("firing-rates", figures.firing_rate_figure(story.measurement), caption)])
 
 
 def _suite(story: Story, empty: Section) -> Section:
@@ -318,8 +326,8 @@ def _floors(story: Story, empty: Section) -> Section:
         return replace(
             section,
             missing="No student was distilled, so nothing was observed that could contradict the prediction.",
-            command=f"tl-capacity run distill --teacher {teacher} --widths {widths} --tokens 1000000 --repeat --out runs/students\n"
-            f"tl-capacity report {_quoted(story.results.folder)} runs/students",
+            command=f"tl-capacity run distill --teacher {teacher} --widths {widths} --tokens 1000000 --repeat --out {story.students}\n"
+            f"tl-capacity report {story.folder} {story.students}",
         )
     if story.observed:
         observed = figures.observed_figure(story.observed, story.decomposition, story.settings.observed)
@@ -379,13 +387,13 @@ def _observed_table(story: Story) -> PageTable:
 
 
 def _candidate_tables(story: Story, found: Decomposition) -> list[PageTable]:
-    """The best candidates with the rivals and the prediction asked for, and folded all of them."""
+    """The best candidates with those that they are to be compared with, and folded all of them."""
     rows = {
         place: [
             _number(place),
             _words(_short(story, f.candidate.name), f"{f.candidate.kind}{', asked for' if f is found.chosen else ''}"),
             Cell("too few widths", order=float("inf")) if f.error is None else Cell(f"{f.error:.4f}", order=f.error),
-            Cell(f"{f.r2:.4f}", order=f.r2),
+            Cell("too few widths", order=float("-inf")) if f.r2 is None else Cell(f"{f.r2:.4f}", order=f.r2),
             Cell("") if f.c is None else Cell("1", "fixed", 1.0) if f.candidate.as_is else _estimate(f.c, significant(f.c.value, 3)),
             _estimate(f.b, significant(f.b.value, 3)),
             Cell("") if f.exponent is None else _estimate(f.exponent, ".2f"),
@@ -393,7 +401,7 @@ def _candidate_tables(story: Story, found: Decomposition) -> list[PageTable]:
         for place, f in enumerate(found.fits, 1)
     }
     header = ["place", "candidate", "error, nats per token", "R²", "C", "B, nats per token", "exponent"]
-    first = [rows[place] for place, f in enumerate(found.fits, 1) if place <= CANDIDATES or f is found.chosen or f.candidate.kind == "rival"]
+    first = [rows[place] for place, _ in found.shown(CANDIDATES)]
     title = "What explains the observed floors: observed = C · candidate + B, the smallest error at a width that was left out first"
     tables = [PageTable(title, header, first)]
     return tables if len(first) == len(rows) else [*tables, PageTable(f"All {len(rows)} candidates", header, list(rows.values()), True)]
@@ -409,7 +417,7 @@ def _short(story: Story, text: str) -> str:
 def _curves(story: Story, empty: Section) -> Section:
     run = story.results.run
     if run is None:
-        command = f"tl-capacity report {_quoted(story.results.folder)} runs/students"
+        command = f"tl-capacity report {story.folder} {story.students}"
         return replace(empty, missing="There are no training curves, as no distillation was given: once there is one, name its folder.", command=command)
     text = [
         f"{run.teacher}, d = {run.teacher_width:,}, distilled on {run.students[0].tokens[-1]:,} tokens of {run.source or 'text'}; judged in nats per token at "
@@ -425,10 +433,13 @@ def _probes(story: Story, empty: Section) -> Section:
         return replace(
             empty,
             missing="No probe was trained, so it is not known which concepts the students' activations still tell apart.",
-            command=f"tl-capacity run probe --help\ntl-capacity report {_quoted(story.results.folder)} runs/students runs/probes",
+            command=f"tl-capacity run probe --model {_quoted(story.measurement.provenance.model)} --model {story.students} "
+            f"--hook {_quoted(story.main.hook)} --measurement {story.folder} --out runs/probes\n"
+            f"tl-capacity report {story.folder} {story.students} runs/probes",
         )
     rows, titles = probe_rows(story.results.probes), concept_titles(story.results.probes)
     concepts, kinds = list(dict.fromkeys(row.concept for row in rows)), [*dict.fromkeys(row.kind for row in rows), COMMONER]
+    kinds += [CONTROL] if any(row.control is not None for row in rows) else []
     drawn = []
     for place, concept in enumerate(concepts[:PROBE_FIGURES]):
         series = [
@@ -436,8 +447,12 @@ def _probes(story: Story, empty: Section) -> Section:
             for row in rows
             if row.concept == concept
         ]
-        majority = {"series": COMMONER, "low": None, "high": None, "baseline": True}
-        series += [{**majority, "width": r.width, "value": r.majority} for r in rows if r.concept == concept and not r.baseline and r.majority is not None]
+        series += [
+            {"series": name, "width": row.width, "value": value, "baseline": True}
+            for row in rows
+            for name, value in ((COMMONER, row.majority), (CONTROL, row.control))
+            if row.concept == concept and not row.baseline and value is not None
+        ]
         figure = figures.series_figure(series, "accuracy", kinds).update_yaxes(rangemode="normal").update_layout(showlegend=False)
         drawn.append((f"probes-{place}", figure, titles.get(concept, concept)))
     cells = [
@@ -446,6 +461,7 @@ def _probes(story: Story, empty: Section) -> Section:
             _words(row.kind, "baseline" if row.baseline else row.model),
             _number(row.width),
             _estimate(row.accuracy, ".3f"),
+            Cell("") if row.auroc is None else _estimate(row.auroc, ".3f"),
             Cell("") if row.majority is None else Cell(f"{row.majority:.3f}", order=row.majority),
             Cell("") if row.selectivity is None else _estimate(row.selectivity, ".3f"),
         ]
@@ -453,14 +469,14 @@ def _probes(story: Story, empty: Section) -> Section:
     ]
     text = [
         "Accuracy of a logistic regression on activations of unseen documents, with 95% intervals. Dotted lines are baselines: what a model with random "
-        "weights, principal components or a bag of embeddings tell as well says nothing about the student. Selectivity is the accuracy above that of a "
-        "control task."
+        "weights, principal components or a bag of embeddings tell as well says nothing about the student. The control task can be told only by knowing "
+        "tokens by heart; selectivity is the accuracy above it. Seeds of one width are open markers around their mean."
     ]
     teachers = {row.width for row in rows if row.model == story.measurement.provenance.model and not row.baseline}
     text += [f"The teacher stands among its students, at its own width of {width:,}." for width in teachers]
     if len(concepts) > PROBE_FIGURES:
         text.append(f"Of {len(concepts)} concepts the first {PROBE_FIGURES} are drawn; the table has all.")
-    header = ["concept", "read", "width d_S", "accuracy", "commoner class", "selectivity"]
+    header = ["concept", "read", "width d_S", "accuracy", "AUROC", "commoner class", "selectivity"]
     table = PageTable("All probes", header, cells, folded=len(cells) > 12)
     return replace(empty, text=text, figures=drawn, legend=figures.legend(kinds), tables=[table])
 
@@ -470,7 +486,8 @@ def _recoverability(story: Story, empty: Section) -> Section:
         return replace(
             empty,
             missing="Recoverability was not measured, so it is not known whether the features that the students kept are the ones that the theorem names.",
-            command=f"tl-capacity run recover --help\ntl-capacity report {_quoted(story.results.folder)} runs/students runs/recoverability",
+            command=f"tl-capacity run recover {story.folder} {story.students} --hook {_quoted(story.main.hook)} --out runs/recover\n"
+            f"tl-capacity report {story.folder} {story.students} runs/recover",
         )
     rows = _with_budget_intervals(story.measurement, recoverability_rows(story.results.recoverability))
     taus = sorted({row.tau for row in rows})
@@ -502,13 +519,74 @@ def _recoverability(story: Story, empty: Section) -> Section:
         "The teacher's own activations are the ceiling, a student with random weights the floor. The theorem speaks of the budget. Features that fire too "
         "seldom in the held-out text are not judged."
     ]
-    caption = "Dotted: what the student is compared with. Error bars are 95% intervals over documents."
-    return replace(
-        empty,
-        text=text,
-        figures=[("recoverability", figures.series_figure(series, "features"), caption)],
-        tables=[PageTable("Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else ""), header, cells)],
-    )
+    caption = "Dotted: what the student is compared with. Error bars are 95% intervals over documents; seeds of one width are open markers around their mean."
+    drawn = [("recoverability", figures.series_figure(series, "features"), caption), *_thresholds(story, rows)]
+    tables = [PageTable("Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else ""), header, cells)]
+    if any(row.overlap or any(row.medians.values()) for row in rows):
+        text.append(
+            "If the theorem's order held, more of the predicted features would be kept than of all, which is what chance would give. Average precision and R² "
+            "lie between the floor and the ceiling; AUROC is lenient with rare features, and they are not. Shares, medians and counts at other τ are of these "
+            "documents alone and have no intervals."
+        )
+        tables.append(_kept_table(story, rows))
+    return replace(empty, text=text, figures=drawn, tables=tables)
+
+
+def _thresholds(story: Story, rows: Sequence[RecoveryRow]) -> list[tuple[str, go.Figure, str]]:
+    """For each hook point the kept features against τ: of each width's first seed, of the teacher, and of random weights of the largest width."""
+    found = []
+    for place, hook in enumerate(dict.fromkeys(row.hook for row in rows if row.by_tau)):
+        mine = sorted((row for row in rows if row.hook == hook and row.by_tau), key=lambda row: row.width)
+        of_width = {row.width: row for row in reversed(mine)}
+        kept = {f"width {width:,}": _readout(of_width[width], "student") for width in sorted(of_width)}
+        limits = {"the teacher": _readout(mine[-1], "teacher"), f"random weights, width {mine[-1].width:,}": _readout(mine[-1], "random")}
+        caption = (
+            f"Kept features at {figures.short_hook(story.measurement, hook)} against τ, of each width's first seed; the vertical line is the τ of the table. "
+            "These counts have no intervals."
+        )
+        found.append((f"thresholds-{place}", figures.thresholds_figure(kept, limits, sorted({row.tau for row in mine})), caption))
+    return found
+
+
+def _readout(row: RecoveryRow, readout: str) -> dict[float, float]:
+    """How many features a readout finds at each τ that it was counted at."""
+    return {tau: counts[readout] for tau, counts in sorted(row.by_tau.items()) if readout in counts}
+
+
+def _kept_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
+    """Kept features beside the predicted ones, and medians of what readouts reach, between floor and ceiling."""
+
+    def share(row: RecoveryRow, name: str, chance: str) -> Cell:
+        if name not in row.overlap:
+            return Cell("")
+        by_chance = f"{row.overlap[chance]:.0%} by chance" if chance in row.overlap else ""
+        return Cell(f"{row.overlap[name]:.0%}", by_chance, row.overlap[name])
+
+    def median(row: RecoveryRow, name: str) -> Cell:
+        found = row.medians.get(name, {})
+        around = ", ".join(f"{READOUTS[readout]} {found[readout]:.2f}" for readout in ("random", "teacher") if readout in found)
+        return Cell(f"{found['student']:.2f}", around, found["student"]) if "student" in found else Cell("")
+
+    header = [
+        "student",
+        "width d_S",
+        "of the F_S predicted, kept",
+        "of the k kept, among the k most important",
+        "average precision, median",
+        "R², median",
+    ]
+    cells = [
+        [
+            _words(row.student, figures.short_hook(story.measurement, row.hook)),
+            _number(row.width),
+            share(row, "kept_of_predicted", "kept_of_all"),
+            share(row, "ordered", "ordered_by_chance"),
+            median(row, "average_precision"),
+            median(row, "r2"),
+        ]
+        for row in rows
+    ]
+    return PageTable("Kept and predicted features, and how well readouts tell judged ones", header, cells)
 
 
 def _with_budget_intervals(measurement: Measurement, rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
