@@ -339,9 +339,11 @@ def check_described(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
     Raises:
         ValueError: where a field that decides what the SAE does, or where, has another type.
     """
-    for content, fields in ((config, SAE_LENS_FIELDS), (metadata, SAE_LENS_METADATA)):
-        for name, kind in fields.items():
-            _field(content, name, kind)
+    for name, kind in SAE_LENS_FIELDS.items():
+        if name in config:
+            _typed(name, config[name], kind)
+    for name, kind in SAE_LENS_METADATA.items():
+        _field(metadata, name, kind)
 
 
 SAE_LENS_FIELDS: dict[str, type] = {
@@ -362,10 +364,15 @@ def _field(content: Mapping[str, Any], name: str, kind: type) -> Any:
     """A field of a configuration; None where it is missing or null.
 
     Raises:
-        ValueError: where it is of another kind; `true` and infinity are no whole numbers.
+        ValueError: where it is of another kind.
     """
     value = content.get(name)
-    if value is not None and (type(value) is not kind or (isinstance(value, int) and value < 0)):
+    return None if value is None else _typed(name, value, kind)
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    """The value of a field, which is of a kind; neither `true` nor infinity is a whole number."""
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
         raise ValueError(f"{name} is no {KINDS[kind]} but {value!r}")
     return value
 
