@@ -320,6 +320,14 @@ class TestSAEs:
             load_sae(str(own_sae))
         assert repr(value) in str(caught.value)
 
+    @pytest.mark.parametrize(("k", "said"), [(33, 33), (0, 0), (None, 100)])
+    def test_a_k_that_does_not_fit(self, own_sae: Path, k: int | None, said: int) -> None:
+        """Without one, SAELens takes 100."""
+        content = json.loads((own_sae / "cfg.json").read_text())
+        (own_sae / "cfg.json").write_text(json.dumps({name: value for name, value in {**content, "k": k}.items() if value is not None}))
+        with pytest.raises(DictionaryError, match=f"k = {said} does not fit the 32 latents"):
+            load_sae(str(own_sae))
+
     @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
     def test_an_incomplete_folder(self, own_sae: Path, name: str) -> None:
         (own_sae / name).unlink()

@@ -337,11 +337,14 @@ def check_described(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
     """Whether an SAE's configuration, under the names that SAELens uses, has the types that SAELens writes; SAELens itself loads others too.
 
     Raises:
-        ValueError: where a field that decides what the SAE does, or where, has another type.
+        ValueError: where a field that decides what the SAE does, or where, has another type, or more latents are to be kept than there are.
     """
     for name, kind in SAE_LENS_FIELDS.items():
         if name in config:
             _typed(name, config[name], kind)
+    k, d_sae = config.get("k"), config.get("d_sae")
+    if k is not None and d_sae is not None and not 1 <= k <= d_sae:
+        raise ValueError(f"k = {k} does not fit the {d_sae:,} latents")
     for name, kind in SAE_LENS_METADATA.items():
         _field(metadata, name, kind)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Cli
+from commands import HOOK, Cli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,15 +23,18 @@ from tl_capacity.distillation import checkpoint
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import PluginError
 from tl_capacity.floors import Curve
-from tl_capacity.loading import load_folder, load_sae
+from tl_capacity.loading import load_folder, load_sae, read_kept
+from tl_capacity.measuring import MeasureSettings, measure
+from tl_capacity.probing.concepts import load_concepts
+from tl_capacity.report.results import Results, concept_titles, probe_rows, recoverability_rows
 from tl_capacity.storage import SEAL, previous
 from tl_capacity.tokens import documents
 from tl_capacity.toy.result import SweepResult
 from tl_capacity.toy.sweep import SweepSettings
 from tl_capacity.toy.training import train
 
-EXAMPLES = 130
-"""Of each kind of file; 17 kinds make more than 2,000."""
+EXAMPLES = 85
+"""Of each kind of file; 25 kinds make more than 2,000."""
 
 SWEEP = SweepSettings(features=(4,), alphas=(0.7,), teacher_widths=(2,), seeds=1, steps=2, evaluation_rows=16, distilled=False)
 
@@ -54,6 +58,24 @@ def text(name: str) -> Callable[[Path], object]:
     return lambda folder: list(documents(str(folder / name)))
 
 
+def measured(model: str, sae: str) -> Callable[[Path], object]:
+    """Measures what loads, for a field that a loader lets pass may be none that a model can be run with."""
+
+    def load(folder: Path) -> object:
+        places = {"FOLDER": str(folder), "SAMPLES": str(folder.parent / "samples")}
+        model_, sae_ = (re.sub("FOLDER|SAMPLES", lambda found: places[found[0]], spec) for spec in (model, sae))
+        text_, out = folder.parent / "samples" / "text" / "words.txt", folder.parent / "measured"
+        shutil.rmtree(out, ignore_errors=True)
+        return measure(MeasureSettings(model_, out, (sae_,), tokens=50, source=str(text_), max_fvu=float("inf"), progress=False))
+
+    return load
+
+
+def reported(folder: Path) -> object:
+    found = Results.load([folder])
+    return probe_rows(found.probes), concept_titles(found.probes), recoverability_rows(found.recoverability)
+
+
 KINDS = {
     "measurement": Kind("m/measurement.json", Measurement.load),
     "statistics": Kind("m/statistics.safetensors", Measurement.load),
@@ -64,11 +86,20 @@ KINDS = {
     "sweep's students": Kind("t/students.safetensors", SweepResult.load),
     "sweep's checkpoint": Kind("c/state.safetensors", lambda folder: Checkpoint(folder / "state.safetensors", SWEEP.to_json())),
     "curve": Kind("curve/curve.json", lambda folder: Curve.load(folder / "curve.json").floors([1, 2])),
-    "SAE configuration": Kind("sae/cfg.json", lambda folder: load_sae(str(folder))),
-    "SAE weights": Kind("sae/sae_weights.safetensors", lambda folder: load_sae(str(folder))),
-    "model configuration": Kind("model/config.json", load_folder, 60),
-    "model weights": Kind("model/model.safetensors", load_folder, 60),
-    "tokenizer": Kind("model/tokenizer.json", load_folder, 60),
+    "probes": Kind("r/probes.json", reported),
+    "recoverability": Kind("r/recoverability.json", reported),
+    "settings of pythia-floor": Kind("p/settings.json", lambda folder: read_kept(folder / "settings.json")),
+    "concept": Kind("concept/concept.jsonl", lambda folder: load_concepts([str(folder / "concept.jsonl")])),
+    "SAE configuration": Kind("sae/cfg.json", measured("SAMPLES/model", "FOLDER")),
+    "SAE weights": Kind("sae/sae_weights.safetensors", measured("SAMPLES/model", "FOLDER")),
+    "TopK SAE configuration": Kind("topk/cfg.json", measured("SAMPLES/model", "FOLDER")),
+    "sparsify configuration": Kind("sparsify/cfg.json", measured("SAMPLES/model", f"{HOOK}=FOLDER")),
+    "dictionary_learning configuration": Kind("dictionary_learning/config.json", measured("SAMPLES/model", "FOLDER")),
+    "dictionary_learning weights": Kind("dictionary_learning/ae.pt", lambda folder: load_sae(str(folder))),
+    "model configuration": Kind("model/config.json", measured("FOLDER", "SAMPLES/sae")),
+    "model weights": Kind("model/model.safetensors", measured("FOLDER", "SAMPLES/sae"), 60),
+    "tokenizer": Kind("model/tokenizer.json", measured("FOLDER", "SAMPLES/sae"), 60),
+    "tokenizer configuration": Kind("model/tokenizer_config.json", measured("FOLDER", "SAMPLES/sae")),
     "text": Kind("text/text.txt", text("text.txt"), 2 * EXAMPLES),
     "jsonl": Kind("text/text.jsonl", text("text.jsonl"), 2 * EXAMPLES),
     "gzip": Kind("text/text.jsonl.gz", text("text.jsonl.gz"), 2 * EXAMPLES),
@@ -87,8 +118,6 @@ def samples(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    from tl_capacity.measuring import MeasureSettings, measure
-
     folder = tmp_path_factory.mktemp("samples")
     for name in ("model", "sae"):
         shutil.copytree(setup / name, folder / name)
@@ -105,16 +134,57 @@ def samples(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(SWEEP, folder / "c" / "state.safetensors")
     (folder / "curve").mkdir()
     (folder / "curve" / "curve.json").write_text(json.dumps({"sorted_importance": [4.0, 2.0, 1.0], "alpha": 0.9, "F_alive": 3}))
+    _dictionaries(folder)
+    _results(folder)
     passages = [f"passage {i} of a text, with words – and 字 – in it.\n\n" for i in range(30)]
     (folder / "text").mkdir()
     plain = "".join(passages).encode()
     lines = "".join(json.dumps({"text": passage}) + "\n" for passage in passages).encode()
     (folder / "text" / "text.txt").write_bytes(plain)
+    (folder / "text" / "words.txt").write_text("\n\n".join(" ".join(f"w{2 + (i * j) % 60}" for j in range(20)) for i in range(5)))
     (folder / "text" / "text.txt.xz").write_bytes(lzma.compress(plain))
     (folder / "text" / "text.jsonl").write_bytes(lines)
     (folder / "text" / "text.jsonl.gz").write_bytes(gzip.compress(lines))
     pyarrow.parquet.write_table(pyarrow.table({"text": passages}), folder / "text" / "text.parquet")
     return folder
+
+
+def _dictionaries(folder: Path) -> None:
+    """One of each trainer, which fit the model."""
+    import torch
+    from sae_lens import TopKSAE, TopKSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from safetensors.torch import save_file
+
+    weight, bias, origin = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(64), torch.zeros(32)
+    sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=4, metadata=SAEMetadata(hook_name=HOOK, context_size=16, prepend_bos=True)))
+    sae.W_enc.data, sae.W_dec.data = weight.T.contiguous(), weight
+    sae.save_model(folder / "topk")
+    for name in ("sparsify", "dictionary_learning"):
+        (folder / name).mkdir()
+    (folder / "sparsify" / "cfg.json").write_text(json.dumps({"activation": "topk", "num_latents": 64, "k": 4, "transcode": False, "d_in": 32}))
+    save_file({"encoder.weight": weight, "encoder.bias": bias, "W_dec": weight.clone(), "b_dec": origin}, folder / "sparsify" / "sae.safetensors")
+    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 32, "dict_size": 64, "k": 4, "layer": 1, "submodule_name": "resid_post_layer_1"}
+    (folder / "dictionary_learning" / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 16, "d_submodule": 32}}))
+    state = {"encoder.weight": weight, "encoder.bias": bias, "decoder.weight": weight.T.contiguous(), "b_dec": origin}
+    torch.save(state, folder / "dictionary_learning" / "ae.pt")
+
+
+def _results(folder: Path) -> None:
+    """What recipes wrote, and a concept."""
+    shutil.copytree(folder / "m", folder / "r")
+    probe = {"concept": "few", "kind": "trained", "model": "teacher", "baseline": False, "width": 32, "accuracy": 0.8, "low": 0.7, "high": 0.9, "majority": 0.5}
+    probe |= {"auroc": 0.9, "auroc_low": 0.8, "auroc_high": 0.95, "selectivity": 0.2, "selectivity_low": 0.1, "selectivity_high": 0.3, "control_accuracy": 0.6}
+    probes = {"schema": 1, "concepts": [{"name": "few", "classes": ["few", "many"]}], "settings": {"concepts": ["few"]}, "probes": [probe]}
+    (folder / "r" / "probes.json").write_text(json.dumps(probes))
+    row = {"schema": 1, "student": "width8-seed0", "width": 8, "hook": HOOK, "tau": 0.5, "n_features": 64, "n_judged": 40, "kept": 12, "kept_teacher": 38}
+    row |= {"intervals": {"student": [10, 14]}, "overlap": {"predicted": 0.6}, "readouts": {"student": {"r2": 0.4}}, "by_tau": {"0.5": {"student": 12}}}
+    (folder / "r" / "recoverability.json").write_text(json.dumps([row]))
+    (folder / "p").mkdir()
+    (folder / "p" / "settings.json").write_text(json.dumps({"teacher": "embedded", "widths": [16, 32], "seeds": [0], "measure_tokens": 16_000, "lr": 3e-3}))
+    (folder / "concept").mkdir()
+    rows = [{"text": f"w{i} w{i + 1}", "label": "few" if i % 2 else "many", "document": f"document {i}"} for i in range(200)]
+    (folder / "concept" / "concept.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def _rename_tensors(record: Path, field: str, name: str) -> None:
@@ -196,6 +266,7 @@ def test_no_loader_raises_anything_else(name: str, samples: Path, tmp_path: Path
     kind = KINDS[name]
     folder = tmp_path / "changed"
     shutil.copytree(samples / Path(kind.path).parent, folder)
+    (tmp_path / "samples").symlink_to(samples)
     file = folder / Path(kind.path).name
     whole = file.read_bytes()
     kind.load(folder)
