@@ -228,6 +228,24 @@ class TestAgainstSAELens:
         assert summary.reconstruction_error is not None
         assert summary.reconstruction_error.value == pytest.approx(theirs["reconstruction_quality"]["mse"], rel=1e-4)
 
+    @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+    @pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder"])
+    def test_density_and_l0_of_a_transcoder(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, architecture: str) -> None:
+        """What is counted, of a dictionary that reads one hook point and writes another."""
+        hook = "blocks.1.ln2.hook_normalized"
+        model, sae = models_by_kind["HookedTransformer"], make_sae(architecture, hook, "blocks.1.hook_mlp_out")
+        rows = Dataset.from_dict({"input_ids": tokens.tolist()})
+        store = ActivationsStore.from_sae(model, sae, rows, context_size=tokens.shape[1], streaming=False, store_batch_size_prompts=8, total_tokens=len(tokens))
+        config = EvalConfig(
+            batch_size_prompts=8, n_eval_sparsity_variance_batches=3, compute_featurewise_density_statistics=True, compute_sparsity_metrics=True
+        )
+        theirs, by_feature = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=[BOS])
+        with tlc.add_capacity_hooks(model, sae) as capacity:
+            summary = capacity.run(tokens.split(8)).measurement()[hook].summary
+        assert 0 < summary.l0.value < sae.cfg.d_sae
+        np.testing.assert_allclose(summary.firing_rates, by_feature["feature_density"], rtol=1e-6)
+        assert summary.l0.value == pytest.approx(theirs["sparsity"]["l0"], rel=1e-6)
+
 
 class TestHuggingFaceAgainstTheBridge:
     """The fast path, without TransformerLens, finds what TransformerLens finds."""

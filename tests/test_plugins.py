@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -359,6 +360,17 @@ def test_in_a_session_the_cause_is_kept(neox: Any, make_sae: Any, tokens: torch.
 def test_an_estimator_given_twice_is_refused(neox: Any, make_sae: Any) -> None:
     with pytest.raises(tl_capacity.CapacityError, match="'cubed' is given twice, and both would add to the same sums"):
         tl_capacity.add_capacity_hooks(neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Largest(), "second_moment", Largest()])
+
+
+@pytest.mark.parametrize("inside", ["import sys; sys.exit(3)", "raise SystemExit", "import sys\n@hookimpl\ndef register_recipes(register):\n    sys.exit(3)"])
+def test_a_plugin_file_that_would_end_the_program(cli: Cli, plugin_file: Callable[[str, str], Path], caplog: pytest.LogCaptureFixture, inside: str) -> None:
+    ending = plugin_file("ending.py", f"from tl_capacity import hookimpl\n{inside}")
+    code, out, _ = cli("--plugin", ending, "--plugin", plugin_file("cubed.py", CUBED), "plugins", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["failures"][str(ending)].startswith("SystemExit")
+    assert "cubed" in [plugin["name"] for plugin in found["plugins"]]
+    assert f"the plugin file {ending} failed and is left out (SystemExit" in caplog.text
 
 
 def test_a_plugin_file_given_twice_is_refused(cli: Cli, plugin_file: Callable[[str, str], Path]) -> None:

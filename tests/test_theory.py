@@ -91,6 +91,29 @@ class TestIdentities:
         expected = each * features * max(0.0, 1 - width * theory.capacity(alpha) / features)
         assert theory.naive_floor([each] * features, width, alpha) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
+    @given(st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True))
+    def test_capacity_is_finite_in_the_whole_domain(self, alpha: float) -> None:
+        assert math.e * (1 - 1e-9) <= theory.capacity(alpha) < math.inf  # g is smallest at α = 1 − 1/e
+        assert theory.budget(0, alpha) == 0
+        assert theory.kept_features(0, alpha, 7) == 0
+
+    @given(st.floats(min_value=1e-300, max_value=1e-9))
+    def test_capacity_of_a_small_alpha_is_its_reciprocal(self, alpha: float) -> None:
+        assert theory.capacity(alpha) * alpha == pytest.approx(1, rel=1e-8)  # −ln(1 − α) = α + α²/2 + …
+
+    @given(st.floats(min_value=0.1, max_value=0.999999))
+    def test_capacity_is_its_formula(self, alpha: float) -> None:
+        assert theory.capacity(alpha) == pytest.approx(1 / ((1 - alpha) * math.log(1 / (1 - alpha))), rel=1e-9)
+
+    @given(st.integers(min_value=0, max_value=100), st.floats(min_value=-1, max_value=2))
+    def test_no_features_have_no_floor_and_the_same_domain(self, width: int, alpha: float) -> None:
+        for floor in (theory.refined_floor, theory.naive_floor):
+            if 0 < alpha < 1:
+                assert floor([], width, alpha) == 0
+            else:
+                with pytest.raises(ValueError, match=r"alpha = .* outside its domain 0 < α < 1"):
+                    floor([], width, alpha)
+
     def test_dense_latents_are_those_above_one_over_e(self) -> None:
         assert theory.dense_latents([0.36, 0.37, 1.0, 0.0]) == 2
 
@@ -124,16 +147,21 @@ OUTSIDE = [
     (lambda: theory.capacity(1.0), r"alpha = 1 "),
     (lambda: theory.capacity(float("nan")), r"alpha = nan"),
     (lambda: theory.capacity(np.array([0.5, 1.5])), r"alpha = 1\.5"),
-    (lambda: theory.budget(-1, 0.5), r"width = -1 .*d ≥ 0"),
+    (lambda: theory.budget(-1, 0.5), r"width = -1 .*0 ≤ d < ∞"),
     (lambda: theory.budget(float("inf"), 0.5), r"width = inf"),
     (lambda: theory.critical_width(-3, 0.5), r"n_features = -3"),
     (lambda: theory.sparsity(11.0, 10), r"l0 = 11 .*L0 ≤ F = 10"),
+    (lambda: theory.critical_width(float("inf"), 0.9), r"n_features = inf .*0 ≤ F < ∞"),
+    (lambda: theory.kept_features(3, 0.9, float("inf")), r"n_features = inf .*0 ≤ F < ∞"),
     (lambda: theory.sparsity(1.0, 0), r"n_features = 0"),
+    (lambda: theory.sparsity(float("inf"), float("inf")), r"n_features = inf .*0 < F < ∞"),
     (lambda: theory.heterogeneous_critical_width([0.5, 1.1]), r"firing_rates = 1\.1"),
     (lambda: theory.refined_floor([1.0, -2.0], 3, 0.5), r"importance = -2"),
     (lambda: theory.refined_floor([1.0, float("inf")], 3, 0.5), r"importance = inf"),
     (lambda: theory.refined_floor(np.ones((2, 2)), 3, 0.5), r"shape \(2, 2\)"),
     (lambda: theory.naive_floor([1.0], 3, 1.0), r"alpha = 1 "),
+    (lambda: theory.naive_floor([], 8, 2.0), r"alpha = 2 .*0 < α < 1"),
+    (lambda: theory.naive_floor([], -8, 0.5), r"width = -8 .*0 ≤ d < ∞"),
     (lambda: theory.kept_features(3, 2.0, 5), r"alpha = 2 "),
 ]
 

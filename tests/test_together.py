@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from commands import CHILDREN, HOOK, Cli, arguments, concept_of, run_in_a_child, students_of
+from commands import CHILDREN, HOOK, Cli, arguments, concept_of, run_in_a_child, same, students_of
 from safetensors.numpy import load_file
 
 from tl_capacity import Measurement
@@ -77,6 +82,29 @@ def test_two_processes_measure_what_one_does(setup: Path, whole: Path, tmp_path:
     assert set(launch([command, command])) == {2}  # there is a measurement already
     assert launch([[*command, "--resume"]] * 2) == [0, 0]
     assert (tmp_path / "both" / "measurement.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_process_that_dies(setup: Path, tmp_path: Path) -> None:
+    """The launcher ends the other one too; what both had saved stays, and the same launch goes on from it, to the same last bit as one that nobody killed."""
+    command = arguments(setup, tmp_path / "both", "--dtype", "float64", "--checkpoint-seconds", 0, "--resume", tokens=EVERYTHING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tl_capacity", *map(str, command)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    folders = [tmp_path / f"both.process-{index}-of-2" for index in range(2)]
+    with subprocess.Popen(torchrun, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+        while not all((folder / "measurement.json").exists() for folder in folders) and launcher.poll() is None:
+            time.sleep(0.001)
+        victim = next(child for child in psutil.Process(launcher.pid).children() if child.environ().get("RANK") == "1")
+        victim.kill()
+        assert launcher.wait(120) != 0
+    assert not (tmp_path / "both").exists()
+    assert all(Measurement.load(folder).hooks[0].summary.n_tokens > 0 for folder in folders)
+    assert not Measurement.load(folders[1]).complete
+    assert subprocess.run(torchrun, env=environment, capture_output=True).returncode == 0
+    undisturbed = arguments(setup, tmp_path / "undisturbed", "--dtype", "float64", tokens=EVERYTHING)
+    assert launch([undisturbed, undisturbed]) == [0, 0]
+    same(tmp_path / "both", tmp_path / "undisturbed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "undisturbed"]
 
 
 def test_two_processes_recover_what_one_does(setup: Path, whole: Path, tmp_path: Path) -> None:

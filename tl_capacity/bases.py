@@ -16,6 +16,8 @@ from tl_capacity.attach import TapPoint, activation_at, evaluating, special_toke
 from tl_capacity.dictionaries import LargestOfABasis, NeuronBasis, PCABasis
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.measurement import BASES
+from tl_capacity.processes import is_first
+from tl_capacity.progress import token_progress
 from tl_capacity.tokens import PADDING, TokenStream
 
 PCA_TOKENS = 50_000
@@ -72,11 +74,13 @@ class BasisSpec:
         # About the first batch's mean, because Σxxᵀ − n·μμᵀ loses digits where the mean is much larger than the spread.
         origin = first.double().mean(0)
         count, total, products = 0, torch.zeros_like(origin), torch.zeros(len(origin), len(origin), dtype=torch.float64)
-        for x in chain([first], seen):
-            centred = x.double() - origin
-            count, total, products = count + len(x), total + centred.sum(0), products + centred.T @ centred
-            if count >= tokens:
-                break
+        with token_progress(tokens, is_first(), f"fitting {self}") as advance:
+            for x in chain([first], seen):
+                centred = x.double() - origin
+                count, total, products = count + len(x), total + centred.sum(0), products + centred.T @ centred
+                advance(count)
+                if count >= tokens:
+                    break
         if not bool(torch.isfinite(products).all()):
             raise CapacityError(f"{self.hook} has NaN or infinite activations: check the model's dtype and weights")
         shift = total / count

@@ -41,16 +41,25 @@ MaxFvu = Annotated[float, typer.Option("--max-fvu", help="Refuse an SAE that lea
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def _log_kind(kind: str) -> str:
+    """Configures the log at once, so that a command that does not exist is a line of it too."""
+    if kind not in ("text", "json"):
+        raise CapacityError(f"--log {kind!r} is no kind of log: choose text or json")
+    configure(kind == "json", quiet=False)
+    return kind
+
+
 @app.callback(invoke_without_command=True)
 def root(
     plugin: Annotated[list[Path] | None, typer.Option("--plugin", help="Also load this Python file as a plugin; may be repeated.")] = None,
-    log: Annotated[str, typer.Option("--log", help="What to say on standard error while something runs: text, or json, an object a line.")] = "text",
+    log: Annotated[
+        str,
+        typer.Option("--log", callback=_log_kind, is_eager=True, help="What to say on standard error while something runs: text, or json, an object a line."),
+    ] = "text",
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors there: no progress, no warnings.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Load plugins named on the command line."""
-    if log not in ("text", "json"):
-        raise CapacityError(f"--log {log!r} is no kind of log: choose text or json")
     configure(log == "json", quiet)
     if quiet or log == "json" or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' too, which it draws where nobody can see them move

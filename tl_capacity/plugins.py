@@ -90,7 +90,7 @@ def _manager() -> tuple[pluggy.PluginManager, dict[str, str]]:
         packages[entry.name] = package
         try:
             _register(manager, entry.load(), entry.name)
-        except Exception as problem:  # somebody's plugin must not take the tool down
+        except (Exception, SystemExit) as problem:  # somebody's plugin must not take the tool down
             failures[entry.name] = f"{type(problem).__name__}: {problem}"
     return manager, failures
 
@@ -118,7 +118,7 @@ def plugins() -> Plugins:
                 implementation.function(_adder(registry, origin))
             except PluginError:
                 raise
-            except Exception as problem:
+            except (Exception, SystemExit) as problem:
                 found.failures[origin] = f"{type(problem).__name__} in register_{name}: {problem}"
     return found
 
@@ -178,7 +178,7 @@ def load_plugin_file(path: Path) -> str:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         del sys.modules[name]
         _manager()[1][str(path)] = f"{type(problem).__name__}: {problem}"
         plugins.cache_clear()

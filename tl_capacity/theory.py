@@ -47,12 +47,12 @@ def sparsity(l0: Numeric, n_features: Numeric | int) -> Numeric:
         α in [0, 1].
 
     Raises:
-        ValueError: unless F > 0 and 0 ≤ L0 ≤ F.
+        ValueError: unless 0 < F < ∞ and 0 ≤ L0 ≤ F.
 
     >>> round(sparsity(218.29, 28665), 8)
     0.99238479
     """
-    features = _within("n_features", n_features, lambda f: f > 0, "F > 0")
+    features = _within("n_features", n_features, lambda f: (f > 0) & np.isfinite(f), "0 < F < ∞")
     active = _within("l0", l0, lambda a: (a >= 0) & (a <= features), f"0 ≤ L0 ≤ F = {_shown(n_features)}")
     result: Numeric = _like(1.0 - active / features, l0, n_features)
     return result
@@ -75,7 +75,7 @@ def budget(width: Numeric | int, alpha: Numeric) -> Numeric:
     """Geometric budget d·g(α): how many features of sparsity α a width d can encode.
 
     Raises:
-        ValueError: unless d ≥ 0 and 0 < α < 1.
+        ValueError: unless 0 ≤ d < ∞ and 0 < α < 1.
     """
     result: Numeric = _like(_width(width) * _capacity(alpha), alpha, width)
     return result
@@ -87,9 +87,9 @@ def critical_width(n_features: Numeric | int, alpha: Numeric) -> Numeric:
     Identical to L0 · ln(F/L0), so it depends mostly on the dictionary's L0.
 
     Raises:
-        ValueError: unless F ≥ 0 and 0 < α < 1.
+        ValueError: unless 0 ≤ F < ∞ and 0 < α < 1.
     """
-    features = _within("n_features", n_features, lambda f: f >= 0, "F ≥ 0")
+    features = _features(n_features)
     result: Numeric = _like(features / _capacity(alpha), alpha, n_features)
     return result
 
@@ -124,9 +124,9 @@ def kept_features(width: Numeric | int, alpha: Numeric, n_features: Numeric | in
         An int for plain numbers, an int64 array or tensor otherwise.
 
     Raises:
-        ValueError: unless d_S ≥ 0, 0 < α < 1 and F ≥ 0.
+        ValueError: unless 0 ≤ d_S < ∞, 0 < α < 1 and 0 ≤ F < ∞.
     """
-    features = _within("n_features", n_features, lambda f: f >= 0, "F ≥ 0")
+    features = _features(n_features)
     kept = np.minimum(np.floor(_width(width) * _capacity(alpha)), np.floor(features)).astype(np.int64)
     return _like(kept, width, alpha, n_features, keep_dtype=False)
 
@@ -167,18 +167,24 @@ def naive_floor(importance: Values, width: Any, alpha: Any) -> Any:
 
     L_∞ = Σ I is the loss of keeping nothing. Arguments and errors as in `refined_floor`.
     """
-    values = _importance(importance)
-    share = 1.0 - _width(width) * _capacity(alpha) / values.size if values.size else np.zeros(np.broadcast(width, alpha).shape)
+    values, budgets = _importance(importance), _width(width) * _capacity(alpha)
+    share = 1.0 - budgets / values.size if values.size else np.zeros_like(budgets)
     return _like(values.sum() * np.maximum(0.0, share), importance)
 
 
 def _capacity(alpha: Any) -> NDArray[np.float64]:
-    active = 1.0 - _within("alpha", alpha, lambda a: (a > 0) & (a < 1), "0 < α < 1")
-    return np.asarray(1.0 / (active * -np.log(active)))
+    sparsities = _within("alpha", alpha, lambda a: (a > 0) & (a < 1), "0 < α < 1")
+    # log1p, because 1 − α is 1 for the smallest α; for the smallest of all the reciprocal is no float, and a width of 0 must still hold nothing.
+    with np.errstate(over="ignore"):
+        return np.asarray(np.minimum(1.0 / ((1.0 - sparsities) * -np.log1p(-sparsities)), np.finfo(np.float64).max))
 
 
 def _width(width: Any) -> NDArray[np.float64]:
-    return _within("width", width, lambda d: (d >= 0) & np.isfinite(d), "d ≥ 0")
+    return _within("width", width, lambda d: (d >= 0) & np.isfinite(d), "0 ≤ d < ∞")
+
+
+def _features(n_features: Any) -> NDArray[np.float64]:
+    return _within("n_features", n_features, lambda f: (f >= 0) & np.isfinite(f), "0 ≤ F < ∞")
 
 
 def _importance(importance: Any) -> NDArray[np.float64]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,53 @@ def test_it_is_counted_and_stays_text(measured: Path, cli: Cli) -> None:
     assert "<b onmouseover" not in page
     assert "<script>" not in page
     assert cli("budget", measured)[0] == 0
+
+
+class Seen(HTMLParser):
+    """The elements of a page as a browser reads it: their names, attributes, and the text that follows."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes), []))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements:
+            self.elements[-1][2].append(data)
+
+
+def test_in_a_report(tmp_path: Path, cli: Cli) -> None:
+    """In snippets, by a tokenizer that gives every byte back: it is there as text, none of it is an element, and control characters are escaped."""
+    texts = {"hostile": [HOSTILE[name] for name in ("html", "control", "right_to_left", "surrogate", "odd")], "plain": ["w2 w3 w4 w5 w6"]}
+    pages = {}
+    for name, written in texts.items():
+        source = tmp_path / f"{'<b onmouseover=alert(1)>' if name == 'hostile' else name}.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in written * 8))
+        measurement, out = tmp_path / name, tmp_path / f"{name}.html"
+        sae = ["--sae", "blocks.3.hook_resid_post"]
+        assert cli("measure", "--model", "embedded", *sae, "--source", source, "--max-fvu", "inf", "--out", measurement)[0] == 0
+        code, said, _ = cli("report", measurement, "--widths", 8, "-o", out)
+        assert code == 0
+        assert "\x1b" not in said
+        pages[name] = out.read_text(encoding="utf-8")
+    hostile, plain = Seen(pages["hostile"]), Seen(pages["plain"])
+    data = "".join(next(text for _, attributes, text in hostile.elements if attributes.get("id") == "feature-data")).strip()
+    assert "<" not in data
+    assert data.isascii()
+    assert data.isprintable()
+    features = [feature for hook in json.loads(data)["hooks"] for feature in hook["features"].values()]
+    shown = ["".join(text for text, _ in snippet["pieces"]) for feature in features for snippet in feature["snippets"]]
+    for part in ("script> & <img", "onerror=", "\x1b", "\u202e"):
+        assert any(part in text for text in shown)
+    for tag in ("script", "img", "b"):
+        assert [name for name, _, _ in hostile.elements].count(tag) == [name for name, _, _ in plain.elements].count(tag)
+    assert not [attributes for _, attributes, _ in hostile.elements if attributes.keys() & {"onerror", "onmouseover"}]
+    control = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    assert set(re.findall(control, pages["hostile"])) == set(re.findall(control, pages["plain"]))
 
 
 def test_in_a_log(setup: Path, tmp_path: Path, cli: Cli) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import arguments
+from commands import HOOK, arguments, concept_of
 
 WATCHED = """
 import os, sys
@@ -50,18 +50,29 @@ def test_import() -> None:
 @pytest.mark.slow
 def test_commands_on_this_machine(setup: Path, tmp_path: Path) -> None:
     """One after another in one process, because most of the time goes into starting."""
-    model, few = ["--model", setup / "model"], ["--tokens", 300, "--heldout-tokens", 100]
+    model, text, few = ["--model", setup / "model"], ["--source", setup / "text.jsonl"], ["--tokens", 300, "--heldout-tokens", 100]
+    teacher = ["--teacher", setup / "model", *text, "--context", 32]
+    m, d, r = tmp_path / "m", tmp_path / "d", tmp_path / "r"
     chain: list[list[object]] = [
-        arguments(setup, tmp_path / "m", tokens=500),
-        ["budget", tmp_path / "m"],
-        ["floor", tmp_path / "m", "--widths", "4"],
-        ["merge", tmp_path / "m", "--out", tmp_path / "joined"],
-        ["doctor", *model, "--sae", setup / "sae", "--source", setup / "text.jsonl"],
-        ["doctor", tmp_path / "m"],
+        arguments(setup, m, tokens=500),
+        ["budget", m],
+        ["floor", m, "--widths", "4"],
+        ["plan", m, "--keep", "0.9", "--widths", "4"],
+        ["merge", m, "--out", tmp_path / "joined"],
+        ["doctor", *model, "--sae", setup / "sae", *text],
+        ["doctor", m],
         ["hooks", *model],
         ["plugins"],
         ["measure", "--model", "embedded", "--tokens", "500", "--out", tmp_path / "embedded"],
-        ["run", "distill", "--teacher", setup / "model", "--source", setup / "text.jsonl", "--context", 32, "--widths", 8, *few, "--out", tmp_path / "d"],
+        ["run", "distill", *teacher, "--widths", 8, *few, "--out", d],
+        ["decompose", m, d],
+        ["run", "recover", m, d, "--tokens", 4000, "--out", r],
+        ["report", m, d, r, "-o", tmp_path / "report.html"],
+        ["run", "probe", *model, "--model", d, "--hook", HOOK, "--concepts", concept_of(setup), "--measurement", m, "--out", tmp_path / "p"],
+        ["run", "check-importance", *model, "--hook", HOOK, "--sae", setup / "sae", *text, "--context", 32, "--rows", 2, "--latents", 3],
+        ["run", "train-sae", *model, "--hook", HOOK, *text, "--context", 32, "--d-sae", 64, "--k", 4, "--tokens", 2000, "--out", tmp_path / "s"],
+        ["run", "pythia-floor", *teacher, "--sae", setup / "sae", "--widths", 8, *few, "--measure-tokens", 300, "--evaluations", 1, "--out", tmp_path / "f"],
+        ["run", "toy-sweep", "--features", 6, "--alphas", 0.8, "--teacher-widths", 2, "--steps", 3, "--seeds", 1, "--out", tmp_path / "t"],
     ]
     code = f"""
 from tl_capacity.cli import main

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.processes import is_first
+from tl_capacity.progress import token_progress
 
 ROWS_AT_ONCE = 4
 
@@ -152,7 +154,7 @@ def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
         elif _matrix(module).shape[0] == width and name not in reading:
             seen.inner[name] = seen.inner.get(name, 0) + x.double().flatten(0, -2).square().sum(0)
 
-    with ExitStack() as watching:
+    with ExitStack() as watching, token_progress(tokens.numel(), is_first(), "reading the teacher's stream") as advance:
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding) and module.embedding_dim == width:
                 handle = module.register_forward_hook(lambda _m, _x, y: embedded.append(y))
@@ -163,8 +165,9 @@ def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
             else:
                 continue
             watching.callback(handle.remove)
-        for rows in torch.split(tokens, ROWS_AT_ONCE):
+        for number, rows in enumerate(torch.split(tokens, ROWS_AT_ONCE)):
             model(rows, use_cache=False)
+            advance(number * tokens[:ROWS_AT_ONCE].numel() + rows.numel())
             whole = sum(embedded[1:], embedded[0])
             if not first or not torch.allclose(first[0], whole.expand_as(first[0]), rtol=1e-3, atol=1e-5):
                 raise CapacityError(_refusal(model, "its first norm reads something else than the sum of the embeddings"))
