@@ -42,7 +42,7 @@ class Runs:
         return json.loads((self.folder / path).read_text())
 
     def distillation(self, path: str) -> DistillationRun:
-        return DistillationRun.load(self.folder / path / "distillation")
+        return DistillationRun.load(self.folder / path)
 
     @property
     def probes(self) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -54,13 +54,13 @@ def floors(runs: Runs) -> str:
     predicted = {row["width"]: row["predicted_floor"] for row in runs.json("full/floors.json")}
     rows = [
         [floor.width, floor.seed, f"{floor.last_tenth:.3f}", f"{floor.value:.3f} [{floor.low:.3f}, {floor.high:.3f}]", f"{predicted[floor.width]:,.0f}"]
-        for floor in observed_floors(runs.distillation("full"))
+        for floor in observed_floors(runs.distillation("full/distillation"))
     ]
     return table(["width", "seed", "last tenth, nats per token", "L∞ of the fit [95%]", "predicted, layer 3, latent²"], rows)
 
 
 def candidates(runs: Runs) -> str:
-    found = decompose(Measurement.load(runs.folder / "nats"), runs.distillation("full"), observed="last_tenth")
+    found = decompose(Measurement.load(runs.folder / "nats"), runs.distillation("full/distillation"), observed="last_tenth")
     shown = [(rank, fit) for rank, fit in enumerate(found.fits, 1) if rank <= FIRST_RANKS or fit.candidate.name.startswith(SHOWN_BELOW)]
     body = [
         [rank, fit.candidate.name, f"{fit.error:.4f}", f"{fit.r2:.4f}", "" if fit.c is None else fit.c.show(".3g"), fit.b.show(".3g")] for rank, fit in shown
@@ -69,20 +69,21 @@ def candidates(runs: Runs) -> str:
 
 
 def tokens(runs: Runs) -> str:
-    """Last-tenth losses of runs that each went down the whole schedule."""
-    lengths = {"1M": "short-1M", "2M": "short-2M", "4M": "full"}
+    """Last-tenth losses of runs that each went down the whole schedule; of several seeds the first."""
+    lengths = {"0.5M": "scan/500000", "1M": "scan/1000000", "2M": "scan/2000000", "4M": "full/distillation"}
     seen = {length: {f.width: f.last_tenth for f in observed_floors(runs.distillation(path)) if f.seed == 0} for length, path in lengths.items()}
     rows = []
     for width in sorted(seen["4M"]):
-        losses = [seen[length][width] for length in lengths]
-        rows.append([width, *(f"{loss:.3f}" for loss in losses), f"{losses[0] - losses[1]:.3f}", f"{losses[1] - losses[2]:.3f}"])
-    return table(["width", *(f"after {length} tokens" for length in lengths), "first doubling gains", "second doubling gains"], rows)
+        losses = [round(seen[length][width], 3) for length in lengths]
+        gains = [f"{before - after:.3f}" for before, after in zip(losses, losses[1:], strict=False)]
+        rows.append([width, *(f"{loss:.3f}" for loss in losses), *gains])
+    return table(["width", *(f"{length} tokens" for length in lengths), *(f"gained by the {nth} doubling" for nth in ("first", "second", "third"))], rows)
 
 
 def starts(runs: Runs) -> str:
-    named = {"truncated": runs.distillation("short-1M"), "random": runs.distillation("starts-1M")}
-    first = {start: {student.width: student.heldout_kl[0] for student in run} for start, run in named.items()}
-    last = {start: {floor.width: floor.last_tenth for floor in observed_floors(run)} for start, run in named.items()}
+    named = {"truncated": runs.distillation("scan/1000000"), "random": runs.distillation("scan/random")}
+    first = {start: {student.width: student.heldout_kl[0] for student in run if student.seed == 0} for start, run in named.items()}
+    last = {start: {floor.width: floor.last_tenth for floor in observed_floors(run) if floor.seed == 0} for start, run in named.items()}
     rows = [[width, *(f"{of[start][width]:.3f}" for of in (first, last) for start in named)] for width in last["random"]]
     return table(["width", *(f"{start}, {when}" for when in ("before the first step", "at the end") for start in named)], rows)
 
