@@ -456,6 +456,19 @@ class TestResume:
         assert replace(resumed.provenance, seconds=0.0) == replace(whole.provenance, seconds=0.0)
         assert resumed.complete
 
+    @pytest.mark.parametrize("batches", [1, 5])
+    def test_at_the_very_end_counts_no_more(self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path, batches: int) -> None:
+        """The checkpoint of the batch that brought the tokens asked for, from which no measurement was written."""
+        earlier, extra = self.load(self.checkpoint(attach(), stream, tmp_path / "run", batches))
+        counted = earlier.hooks[0].summary.n_tokens
+        with attach() as capacity:
+            whole = capacity.run(stream, counted).measurement()
+        with attach() as capacity:
+            capacity.resume(earlier, extra)
+            resumed = capacity.run(stream, counted).measurement()
+        assert_same_sums(whole, resumed)
+        assert resumed.provenance.cursor == whole.provenance.cursor == 3 * batches
+
     def test_twice(self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path) -> None:
         with attach() as capacity:
             whole = capacity.run(stream).measurement()

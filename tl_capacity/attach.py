@@ -556,6 +556,8 @@ class CapacityHooks:
                             "the stream does not begin with the tokens counted before: resume with the same source, tokenizer and batches, or start anew"
                         )
                     continue
+                if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
+                    break  # the checkpoint that is gone on from had reached the end
                 self._begin(tokens)
                 self._rows, self._digest = earlier_rows + seen, digest
                 self._forward(torch.from_numpy(np.where(tokens.tokens == PADDING, filler, tokens.tokens)).to(device))
