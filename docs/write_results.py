@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def tokens(runs: Runs) -> str:
     rows = []
     for width in sorted(seen["4M"]):
         losses = [round(seen[length][width], 3) for length in lengths]
-        gains = [f"{before - after:.3f}" for before, after in zip(losses, losses[1:], strict=False)]
+        gains = [f"{before - after:.3f}" for before, after in pairwise(losses)]
         rows.append([width, *(f"{loss:.3f}" for loss in losses), *gains])
     return table(["width", *(f"{length} tokens" for length in lengths), *(f"gained by the {nth} doubling" for nth in ("first", "second", "third"))], rows)
 

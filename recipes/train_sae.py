@@ -73,16 +73,15 @@ def main(config: TrainSAEConfig) -> None:
     _check(config)
     import torch
 
-    from tl_capacity.attach import library_versions, special_token_ids
+    from tl_capacity.attach import check_token_ids, library_versions, special_token_ids
 
     loaded = load_model(config.model, device=config.device)
     source = loaded.source(config.source)
     special = special_token_ids(loaded.model, loaded.tokenizer)
     stream = TokenStream(source, loaded.tokenizer, context=config.context)
     train_rows, heldout_rows = split_rows(stream, config, special)
-    vocabulary, largest = int(loaded.model.get_input_embeddings().weight.shape[0]), int(max(train_rows.max(), heldout_rows.max()))
-    if largest >= vocabulary:
-        raise CapacityError(f"the text has token id {largest}, but the model's vocabulary has {vocabulary:,}: the tokenizer is another model's")
+    for rows in (train_rows, heldout_rows):
+        check_token_ids(loaded.model, rows)
 
     torch.manual_seed(config.seed)
     hooked, hook_in_model, watched = hooked_model(loaded, config.hook)

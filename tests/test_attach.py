@@ -311,8 +311,8 @@ class TestTheModelIsLeftAlone:
             with pytest.raises(ZeroDivisionError), tlc.add_capacity_hooks(model, sae) as capacity:
                 capacity.run(tokens, after_batch=lambda _: 1 / 0)
         elif ending == "exception in the forward":
-            with pytest.raises(IndexError), tlc.add_capacity_hooks(model, sae) as capacity:
-                capacity.run(tokens + VOCAB)
+            with pytest.raises((IndexError, AssertionError)), tlc.add_capacity_hooks(model, sae):
+                model(tokens + VOCAB)
         elif ending == "run_with_hooks":
             if kind in HUGGING_FACE:
                 pytest.skip("a Hugging Face model has no run_with_hooks")
@@ -651,6 +651,19 @@ class TestBadInput:
     def test_a_measurement_of_nothing(self, neox: Any, make_sae: MakeSAE) -> None:
         with tlc.add_capacity_hooks(neox, make_sae("standard")) as capacity, pytest.raises(CapacityError, match="nothing was counted: no tokens were seen"):
             capacity.measurement()
+
+    @pytest.mark.parametrize("strange", [VOCAB, -100])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_token_that_the_model_has_no_vector_of(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, strange: int
+    ) -> None:
+        others = tokens.clone()
+        others[0, 3] = strange
+        with (
+            tlc.add_capacity_hooks(models_by_kind[kind], make_sae("standard", HOOK)) as capacity,
+            pytest.raises(CapacityError, match=f"the text has token id {strange}, but the model's vocabulary has {VOCAB}: tokenise it with"),
+        ):
+            capacity.run(others)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("kind", ["HookedTransformer", "gpt_neox"])

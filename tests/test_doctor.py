@@ -15,7 +15,8 @@ from commands import HOOK, Cli, arguments
 
 from tl_capacity import Measurement, doctor
 from tl_capacity.doctor import CHANGE, OK, STOP, Finding, examine, examine_folder
-from tl_capacity.measuring import MeasureSettings
+from tl_capacity.errors import CapacityError
+from tl_capacity.measuring import MeasureSettings, measure
 
 
 @pytest.fixture
@@ -109,6 +110,11 @@ def test_another_models_tokenizer(settings: MeasureSettings, setup: Path, tmp_pa
     assert found(findings, "vocabulary").level == STOP
     assert "the model's vocabulary has 40" in found(findings, "vocabulary").says
     assert "hook" not in {f.check for f in findings}  # its embedding could not even be asked
+    with pytest.raises(CapacityError, match=r"the text has token id \d+, but the model's vocabulary has 40: tokenise it with the model's own"):
+        measure(replace(settings, model=str(model)))
+    for basis in ("pca", "neurons"):
+        with pytest.raises(CapacityError, match="but the model's vocabulary has 40"):
+            measure(replace(settings, model=str(model), saes=(f"{basis}:{HOOK}",)))
 
 
 def test_text_that_the_tokenizer_does_not_know(settings: MeasureSettings, tmp_path: Path) -> None:

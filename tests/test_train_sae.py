@@ -304,7 +304,7 @@ def test_a_tokenizer_with_more_words_than_the_model(config: TrainSAEConfig, make
     make_model("gpt_neox").save_pretrained(tmp_path / "model")
     larger.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"w1 w2 one-more w{i}"}) + "\n" for i in range(50)))
-    with pytest.raises(CapacityError, match="the text has token id 100, but the model's vocabulary has 100: the tokenizer is another model's"):
+    with pytest.raises(CapacityError, match="the text has token id 100, but the model's vocabulary has 100: tokenise it with the model's own tokenizer"):
         main(replace(config, model=str(tmp_path / "model"), source=str(tmp_path / "texts.jsonl")))
 
 

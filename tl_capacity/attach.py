@@ -527,7 +527,7 @@ class CapacityHooks:
             after_batch: called after each batch, for example to save a checkpoint.
 
         Raises:
-            CapacityError: where nothing was counted, an activation is not finite, or a tap did not fire.
+            CapacityError: where nothing was counted, a token is not in the model's vocabulary, an activation is not finite, or a tap did not fire.
         """
         if not self._removers:
             raise CapacityError("these capacity hooks were removed: attach new ones with add_capacity_hooks")
@@ -558,6 +558,7 @@ class CapacityHooks:
                     continue
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break  # the checkpoint that is gone on from had reached the end
+                check_token_ids(self.model, tokens.tokens[tokens.tokens != PADDING])
                 self._begin(tokens)
                 self._rows, self._digest = earlier_rows + seen, digest
                 self._forward(torch.from_numpy(np.where(tokens.tokens == PADDING, filler, tokens.tokens)).to(device))
@@ -893,13 +894,15 @@ def _metadata_hook(sae: Any) -> str:
 
 
 def special_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids of every special token that the tokenizer or the model's configuration names. Id 0 is valid (GPT-NeoX); some configurations list several."""
+    """Ids of every special token that the tokenizer or the model's configuration names. Id 0 is valid (GPT-NeoX); some configurations list several, some -1 for
+    none.
+    """
     ids = set(getattr(tokenizer, "all_special_ids", None) or ())
     for holder in (getattr(model, "config", None), tokenizer):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(holder, name, None)
             ids |= set(value) if isinstance(value, (list, tuple)) else set() if value is None else {value}
-    return sorted(int(i) for i in ids)
+    return sorted(int(i) for i in ids if int(i) >= 0)
 
 
 def forward_options(model: Any) -> dict[str, Any]:
@@ -913,7 +916,12 @@ class _ReachedError(Exception):
 
 @torch.no_grad()
 def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position"]) -> Tensor | None:
-    """Run a model up to a hook point and return what it carries [row, position, ...]; None where the hook point does not fire."""
+    """Run a model up to a hook point and return what it carries [row, position, ...]; None where the hook point does not fire.
+
+    Raises:
+        CapacityError: where a token is not in the model's vocabulary.
+    """
+    check_token_ids(model, tokens.numpy(force=True))
     seen: list[Tensor] = []
 
     def keep(activation: Tensor) -> None:
@@ -940,6 +948,18 @@ def embedding_of(model: Any) -> nn.Module:
     if not isinstance(embedding, nn.Module):
         raise HookPointError(f"{type(model).__name__} has no embedding at which its tokens can be seen: pass a TransformerLens or Hugging Face model")
     return embedding
+
+
+def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the model") -> None:
+    """Whether a model has a vector for each token.
+
+    Raises:
+        CapacityError: where it has not.
+    """
+    vocabulary = int(next(embedding_of(model).parameters()).shape[0])
+    strange = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(strange):
+        raise CapacityError(f"the text has token id {strange[0]}, but {who}'s vocabulary has {vocabulary:,}: tokenise it with {who}'s own tokenizer")
 
 
 def _hook_width(model: Any, name: str) -> int | None:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tl_capacity.attach import library_versions
+from tl_capacity.attach import check_token_ids, library_versions
 from tl_capacity.distillation import checkpoint, data
 from tl_capacity.distillation.losses import CHUNK_TOKENS, HELDOUT_LOSS, MATCHES, HiddenMatch, LogitLoss, Output, chunked_losses
 from tl_capacity.distillation.run import JSON_NAME, DistillationRun, StudentCurve
@@ -408,10 +408,9 @@ def _check_hidden(model: Any, hidden: Sequence[HiddenMatch]) -> None:
 
 
 def _check_tokens(model: Any, *texts: data.Rows) -> None:
-    vocabulary, positions = int(model.get_input_embeddings().weight.shape[0]), int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+    positions = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
     for rows in texts:
-        if (largest := int(rows.tokens.max())) >= vocabulary:
-            raise CapacityError(f"the text has token id {largest}, but the teacher's vocabulary has {vocabulary:,}: tokenise it with the teacher's tokenizer")
+        check_token_ids(model, rows.tokens[rows.tokens != PADDING], "the teacher")
         if rows.tokens.shape[1] > positions:
             raise CapacityError(f"rows have {rows.tokens.shape[1]} positions, more than the teacher's {positions}: choose a shorter context")
 
