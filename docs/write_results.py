@@ -173,9 +173,9 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
 
 
-def filled(text: str, name: str, content: str) -> str:
+def filled(text: str, name: str, content: str, by: str = "docs/write_results.py") -> str:
     """A page with one table exchanged."""
-    begin, end = f"<!-- {name}, by docs/write_results.py -->\n", f"<!-- end of {name} -->\n"
+    begin, end = f"<!-- {name}, by {by} -->\n", f"<!-- end of {name} -->\n"
     before, _, rest = text.partition(begin)
     if end not in rest:
         raise ValueError(f"the page has no place for the table of {name}: put {begin.strip()} and {end.strip()} where it belongs")

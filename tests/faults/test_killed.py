@@ -158,13 +158,23 @@ def undisturbed(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.mark.parametrize("seed", MOMENTS)
 @pytest.mark.parametrize("name", JOBS)
-def test_killed_at_a_random_moment(name: str, seed: int, setup: Path, undisturbed: Callable[[str], tuple[Path, float]], tmp_path: Path) -> None:
+def test_killed_at_a_random_moment(
+    name: str,
+    seed: int,
+    setup: Path,
+    undisturbed: Callable[[str], tuple[Path, float]],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
     """Killed, and gone on with, until a run reaches its end; each kill leaves whole files."""
     whole, seconds = undisturbed(name)
     job, out, draw = JOBS[name], tmp_path / "killed", random.Random(seed)
+    struck = 0
     for _ in range(2):
-        run_for(job.command(setup, out), draw.uniform(0.1, 1.0) * seconds)
+        limit = draw.uniform(0.1, 1.0) * seconds
+        struck += run_for(job.command(setup, out), limit) >= limit
         job.whole(out)
+    record_property(f"kills that struck {name}", struck)
     run_for(job.command(setup, out))
     job.same(whole, out)
     assert not [path for path in tmp_path.rglob("*") if "checkpoint" in path.name or "previous" in path.name]

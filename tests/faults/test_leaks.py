@@ -67,7 +67,9 @@ def test_random_numbers_of_the_user(make_model: Callable[..., Any], tokenizer: A
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_memory_over_many_cycles(make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor) -> None:
+def test_memory_over_many_cycles(
+    make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor, record_property: Callable[[str, object], None]
+) -> None:
     """Attach, count, detach: in 200 cycles a leak of one batch's latents would be 24·20·2,048·8 bytes each, and 1.5 GB in all."""
     model, sae = make_model("gpt_neox"), make_sae(d_sae=2048)
     process, memory = psutil.Process(), []
@@ -77,5 +79,6 @@ def test_memory_over_many_cycles(make_model: Callable[..., Any], make_sae: Calla
         memory.append(process.memory_info().rss)
     cycles = np.arange(CYCLES // 4, CYCLES)
     slope = np.polyfit(cycles, memory[CYCLES // 4 :], 1)[0]
+    record_property("growth for each time of attaching, counting and detaching, KB", f"{slope / 1e3:.1f}")
     one_batch = 24 * 20 * 2048 * 8
     assert slope < one_batch / 50, f"{slope:,.0f} bytes per cycle"
