@@ -265,6 +265,7 @@ class Estimator(ImportanceEstimator):
 
     def update(self, state, batch):
         state["missing"] if "update" == FAILS else None
+        exit(0) if "exit" == FAILS else None
 
     def compute(self, sums):
         return sums.squares / ({} if "compute" == FAILS else 1)
@@ -314,12 +315,13 @@ def register_token_sources(register):
     [
         ("start", ["--importance", "broken"], "importance estimator 'broken' failed in line 9 of FILE (IndexError: list index out of range): mend it"),
         ("update", ["--importance", "broken"], "importance estimator 'broken' failed in line 12 of FILE (KeyError: 'missing'): mend it"),
-        ("compute", ["--importance", "broken"], "importance estimator 'broken' failed in line 15 of FILE (TypeError: unsupported operand type(s)"),
-        ("matches", ["--source", "text.jsonl"], "token source 'broken' failed in line 27 of FILE (ValueError: substring not found): mend it"),
-        ("documents", ["--source", "broken"], "token source 'broken' failed in line 31 of FILE (RuntimeError: the disk is gone): mend it, or choose another\n"),
+        ("exit", ["--importance", "broken"], "importance estimator 'broken' failed in line 13 of FILE (SystemExit: 0): mend it"),
+        ("compute", ["--importance", "broken"], "importance estimator 'broken' failed in line 16 of FILE (TypeError: unsupported operand type(s)"),
+        ("matches", ["--source", "text.jsonl"], "token source 'broken' failed in line 28 of FILE (ValueError: substring not found): mend it"),
+        ("documents", ["--source", "broken"], "token source 'broken' failed in line 32 of FILE (RuntimeError: the disk is gone): mend it, or choose another\n"),
         ("nothing", ["--source", "wrong"], "token source 'wrong' gave a NoneType of wrong, not a text: make its documents strings\n"),
     ],
-    ids=["start", "update", "compute", "matches", "documents", "no text"],
+    ids=["start", "update", "exit", "compute", "matches", "documents", "no text"],
 )
 def test_a_plugin_whose_code_fails_is_named_with_its_line(
     cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path], fails: str, options: list[str], says: str
@@ -335,7 +337,7 @@ def test_a_plugin_whose_code_fails_is_named_with_its_line(
 def test_a_law_whose_code_fails_is_named(cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path]) -> None:
     cli(*arguments(setup, tmp_path / "out", tokens=600))
     raises = plugin_file("raises.py", FAILING.replace("FAILS", "'law'"))
-    says = f"failed in line 21 of {raises} (ZeroDivisionError: division by zero): mend it, or choose another"
+    says = f"failed in line 22 of {raises} (ZeroDivisionError: division by zero): mend it, or choose another"
     for command, *more in (["budget"], ["floor", "--widths", "8"], ["plan", "--keep", "0.9"]):
         assert cli("--plugin", raises, command, tmp_path / "out", *more, "--law", "broken") == (2, "", f"error: the capacity law 'broken' {says}\n")
         plugins.unregister_plugin(str(raises))

@@ -60,7 +60,7 @@ def plugin_code(kind: str, name: str, code: object) -> Iterator[None]:
         yield
     except CapacityError:
         raise
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         file = getattr(sys.modules.get(code.__module__), "__file__", None)
         lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == file]
         where = f" in line {lines[-1]} of {file}" if lines else ""

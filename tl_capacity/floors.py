@@ -316,7 +316,7 @@ def measurement_warnings(measurement: Measurement) -> list[str]:
         if s.n_tokens * s.alive_threshold < 100 and s.alive_threshold > 0:
             fired = max(1, int(s.n_tokens * s.alive_threshold) + 1)
             found.append(
-                f"{where}: at {s.n_tokens:,} tokens, alive at rate > {s.alive_threshold:g} means fired at least {fired} times; "
+                f"{where}: at {s.n_tokens:,} tokens, alive at rate > {s.alive_threshold:g} means fired on at least {fired} of them; "
                 f"about {int(100 / s.alive_threshold):,} tokens give 10% error at the threshold"
             )
         if hook.is_basis:
@@ -324,9 +324,9 @@ def measurement_warnings(measurement: Measurement) -> list[str]:
         elif s.n_alive.value > 0.95 * s.d_sae:
             found.append(f"{where}: {s.n_alive.value:,.0f} of the SAE's {s.d_sae:,} latents are alive: the dictionary bounds F, and a wider SAE may find more")
         if s.n_alive.low is None:
-            found.append(f"{where}: {s.n_documents} documents are too few for intervals over documents")
+            found.append(f"{where}: too few documents for intervals over them: {s.n_documents}")
         if s.dense_latents.value:
-            found.append(f"{where}: {s.dense_latents.value:,.0f} latents fire on more than 1/e of the tokens, outside the sparse regime of g(α)")
+            found.append(f"{where}: latents that fire on more than 1/e of the tokens, outside the sparse regime of g(α): {s.dense_latents.value:,.0f}")
     return found
 
 

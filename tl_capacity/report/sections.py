@@ -30,7 +30,7 @@ from tl_capacity.summary import DOCUMENT_GROUPS, REPLICATES, Estimate, significa
 
 CANDIDATES = 8
 """Of a decomposition that are shown before a click whatever they are."""
-PROBE_FIGURES = 8
+PROBE_FIGURES = 16
 """Concepts that get a figure; the table has all."""
 COMMONER, CONTROL = "commoner class", "control task"
 BUDGETS = {"budget": "compressed_sensing", "equilibrium": "equilibrium"}
