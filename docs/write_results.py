@@ -1,4 +1,4 @@
-"""Writes the tables and figures of docs/results/ on the embedded teacher's students: `python docs/write_results.py runs`.
+"""Writes the tables and figures of docs/results/ on the embedded teacher's students: `python docs/write_results.py runs`, or `… runs floors kept` for those.
 
 The folder holds what the commands that the pages name have written.
 Only what stands between two marks is written; the text around it is for people to write, who must read the tables first. The figures need plotly's static
@@ -28,9 +28,6 @@ from tl_capacity.report.figures import series_figure
 from tl_capacity.report.results import RECOVERED, recoverability_rows
 
 RESULTS = Path(__file__).parent / "results"
-FIRST_RANKS = 10
-"""Candidates that are shown; further down only those in nats at C = 1 or near it, and those that know nothing of features."""
-SHOWN_BELOW = ("gradient, compressed_sensing", "1/d", "constant")
 
 
 @dataclass(frozen=True)
@@ -62,23 +59,25 @@ def floors(runs: Runs) -> str:
 
 def candidates(runs: Runs) -> str:
     found = decompose(Measurement.load(runs.folder / "nats"), runs.distillation("full/distillation"), observed="last_tenth")
-    shown = [(rank, fit) for rank, fit in enumerate(found.fits, 1) if rank <= FIRST_RANKS or fit.candidate.name.startswith(SHOWN_BELOW)]
     body = [
-        [rank, fit.candidate.name, f"{fit.error:.4f}", f"{fit.r2:.4f}", "" if fit.c is None else fit.c.show(".3g"), fit.b.show(".3g")] for rank, fit in shown
+        [rank, fit.candidate.name, f"{fit.error:.4f}", f"{fit.r2:.4f}", "" if fit.c is None else fit.c.show(".3g"), fit.b.show(".3g")]
+        for rank, fit in found.shown()
     ]
     return table(["rank", "candidate", "error", "R²", "C", "B"], body) + f"\n{len(found.fits)} candidates in all.\n"
 
 
 def tokens(runs: Runs) -> str:
     """Last-tenth losses of runs that each went down the whole schedule; of several seeds the first."""
-    lengths = {"0.5M": "scan/500000", "1M": "scan/1000000", "2M": "scan/2000000", "4M": "full/distillation"}
-    seen = {length: {f.width: f.last_tenth for f in observed_floors(runs.distillation(path)) if f.seed == 0} for length, path in lengths.items()}
+    folders = {"0.5M": "scan/500000", "1M": "scan/1000000", "2M": "scan/2000000", "20M": "full/distillation"}
+    seen = {length: {f.width: f.last_tenth for f in observed_floors(runs.distillation(path)) if f.seed == 0} for length, path in folders.items()}
+    kept = json.loads((RESULTS / "embedded_floor_4m.json").read_text())  # of another machine, whose runs were not kept
+    seen["4M"] = {row["width"]: row["last_tenth"] for row in kept if row["seed"] == 0}
+    lengths = ["0.5M", "1M", "2M", "4M", "20M"]
     rows = []
-    for width in sorted(seen["4M"]):
+    for width in sorted(seen["20M"]):
         losses = [round(seen[length][width], 3) for length in lengths]
-        gains = [f"{before - after:.3f}" for before, after in pairwise(losses)]
-        rows.append([width, *(f"{loss:.3f}" for loss in losses), *gains])
-    return table(["width", *(f"{length} tokens" for length in lengths), *(f"gained by the {nth} doubling" for nth in ("first", "second", "third"))], rows)
+        rows.append([width, *(f"{loss:.3f}" for loss in losses), *(f"{before - after:.3f}" for before, after in pairwise(losses))])
+    return table(["width", *(f"{length} tokens" for length in lengths), *(f"gained from {before} to {after}" for before, after in pairwise(lengths))], rows)
 
 
 def starts(runs: Runs) -> str:
@@ -182,18 +181,24 @@ def filled(text: str, name: str, content: str, by: str = "docs/write_results.py"
     return before + begin + content + end + rest.split(end, 1)[1]
 
 
-def main(folder: str) -> None:
+COPIES = {"embedded_floor.json": "full/floors.json", "recoverability.json": "recover/recoverability.json"}
+
+
+def main(folder: str, names: Sequence[str]) -> None:
     runs = Runs(Path(folder))
     for page, tables in TABLES.items():
         text = (RESULTS / page).read_text(encoding="utf-8")
         for name, of in tables.items():
-            text = filled(text, name, of(runs))
+            if name in names or not names:
+                text = filled(text, name, of(runs))
         (RESULTS / page).write_text(text, encoding="utf-8")
     for name, of in FIGURES.items():
-        of(runs).write_image(RESULTS / f"{name}.png", scale=1.5)
-    shutil.copy(runs.folder / "full/floors.json", RESULTS / "embedded_floor.json")
-    shutil.copy(runs.folder / "recover/recoverability.json", RESULTS / "recoverability.json")
+        if name in names or not names:
+            of(runs).write_image(RESULTS / f"{name}.png", scale=1.5)
+    for name, path in COPIES.items():
+        if name in names or not names:
+            shutil.copy(runs.folder / path, RESULTS / name)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
