@@ -15,6 +15,8 @@ from common import Prepared, Row, arguments, at_least, at_most, growth_apart, me
 
 D_MODEL, LAYERS, TAPPED, D_SAE, VOCABULARY, ROWS, CONTEXT, ACTIVE = 768, 12, 6, 24_576, 50_304, 8, 256, 0.008
 HOOK = f"blocks.{TAPPED - 1}.hook_resid_post"
+WARM = 4
+"""Batches before the one that is timed, after which the sums of every document group are in memory."""
 SEVERAL = (4, 6, 8)  # after which layers several SAEs sit: a third, a half and two thirds of the depth, as in the published measurement
 
 
@@ -102,7 +104,7 @@ def counting(model: Any, saes: Any) -> Prepared:
     @contextmanager
     def attached() -> Iterator[Callable[[], object]]:
         with add_capacity_hooks(model, saes) as capacity:
-            capacity.run([batch[:1]], progress=False)
+            capacity.run([batch] * WARM, progress=False)
             yield lambda: capacity.run([batch], progress=False)
 
     return Prepared(attached)

@@ -10,7 +10,7 @@ import torch
 from conftest import D_MODEL, SAES
 
 from tl_capacity import encoding
-from tl_capacity.encoding import ACTIVATIONS, CHECKED_TOKENS, Encoder
+from tl_capacity.encoding import ACTIVATIONS, CHECKED_TOKENS, Encoder, Scratch
 
 MakeSAE = Callable[..., Any]
 SHORT = [name for name, (kind, _) in SAES.items() if kind in ACTIVATIONS]
@@ -48,6 +48,23 @@ def test_latents_split_into_blocks(make_sae: MakeSAE, architecture: str, block: 
     torch.testing.assert_close(dense(encoder, inputs()), own, rtol=1e-5, atol=1e-5)
     tokens = encoder(inputs())[0]
     assert torch.equal(tokens, tokens.sort().values)
+
+
+def test_several_saes_share_their_memory(make_sae: MakeSAE) -> None:
+    """SAEs of other sizes, kinds and precisions, in turns: the memory grows to what the largest needs, and no entry is overwritten."""
+    scratch = Scratch()
+    saes = [make_sae("standard", d_sae=24), make_sae("jumprelu", d_sae=61), make_sae("topk", d_sae=40), make_sae("standard", d_sae=24).double()]
+    encoders = [Encoder(sae, scratch) for sae in saes]
+    for encoder in encoders:
+        encoder.hold(61 * len(inputs()))
+    for _ in range(2):
+        found = [(encoder, encoder(inputs().to(encoder.sae.W_enc.dtype))) for encoder in encoders]
+        for encoder, (tokens, features, values) in found:
+            own = encoder.sae.encode(inputs().to(encoder.sae.W_enc.dtype)).detach()
+            mine = torch.zeros_like(own)
+            mine[tokens, features] = values
+            torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
+    assert scratch.take(1, saes[0].W_enc).untyped_storage().nbytes() <= 4 * 61 * len(inputs())
 
 
 @pytest.mark.parametrize("architecture", SHORT)

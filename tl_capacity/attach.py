@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tl_capacity.checks import checked, checked_but
-from tl_capacity.encoding import Encoder, decoder_vectors_add_up
+from tl_capacity.encoding import Encoder, Scratch, decoder_vectors_add_up
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, plugin_code
 from tl_capacity.gradients import LOSSES, differentiable, frozen, gradients, path_gradient
 from tl_capacity.interfaces import ImportanceEstimator, PathGradient, SparseAutoencoder
@@ -101,7 +101,8 @@ def add_capacity_hooks(
     names = [estimator.name for estimator in estimators]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CapacityError(f"the importance estimator {twice!r} is given twice, and both would add to the same sums: give it once, or two under two names")
-    taps = [Tap(TapPoint.of(model, hook), sae, hook, estimators, fvu_every) for hook, sae in _pairs(saes)]
+    scratch = Scratch()
+    taps = [Tap(TapPoint.of(model, hook), sae, hook, estimators, fvu_every, scratch) for hook, sae in _pairs(saes)]
     if not taps:
         raise DictionaryError("no SAE was given: pass one, a list, or a mapping from hook point to SAE")
     masked = special_token_ids(model, getattr(model, "tokenizer", None)) if mask_token_ids is None else sorted(set(mask_token_ids))
@@ -215,10 +216,10 @@ class TapPoint:
 class Tap:
     """One SAE at one hook point, and the sums of what it saw."""
 
-    def __init__(self, point: TapPoint, sae: SparseAutoencoder, hook: str, estimators: Sequence[ImportanceEstimator], fvu_every: int) -> None:
+    def __init__(self, point: TapPoint, sae: SparseAutoencoder, hook: str, estimators: Sequence[ImportanceEstimator], fvu_every: int, scratch: Scratch) -> None:
         check_dictionary(sae, hook)
         self.point, self.sae, self.hook, self.estimators, self.fvu_every = point, sae, hook, estimators, fvu_every
-        self.name, self.encoder = dictionary_name(sae), Encoder(sae)
+        self.name, self.encoder = dictionary_name(sae), Encoder(sae, scratch)
         self.d_in, self.d_sae = int(sae.cfg.d_in), int(sae.W_dec.shape[0])
         if point.width is not None and point.width != self.d_in:
             raise HookPointError(f"{hook} has width {point.width}, but the SAE's d_in is {self.d_in}: it belongs to another hook point or model")

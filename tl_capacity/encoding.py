@@ -26,6 +26,21 @@ CHECKED_TOKENS = 32
 """Tokens on which an encoder's short cut is compared with the SAE's own `encode` before it is used."""
 
 
+class Scratch:
+    """Memory for preactivations; encoders that work one after the other share it, so that it need not grow with their number."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def take(self, elements: int, like: Tensor) -> Tensor:
+        """So many elements of a tensor's dtype and device, which whoever takes them next overwrites."""
+        kept = self._kept
+        if kept is None or len(kept) < elements or (kept.dtype, kept.device) != (like.dtype, like.device):
+            self._kept = kept = None  # not both at once
+            self._kept = kept = torch.empty(elements, dtype=like.dtype, device=like.device)
+        return kept[:elements]
+
+
 class Encoder:
     """The active latents of one SAE, a chunk of tokens at a time.
 
@@ -34,12 +49,12 @@ class Encoder:
     SAE, one with hooks on its latents, and one whose `encode` gave something else on the first tokens is asked for its own `encode`.
     """
 
-    def __init__(self, sae: SparseAutoencoder) -> None:
+    def __init__(self, sae: SparseAutoencoder, scratch: Scratch | None = None) -> None:
         self.sae: Any = sae
         self.d_sae = int(sae.W_dec.shape[0])
         self._activation = ACTIVATIONS.get(type(sae).__name__)
         self._checked = False
-        self._buffer: Tensor | None = None
+        self._scratch = scratch or Scratch()
         self.hold(DENSE_LATENTS if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
 
     def hold(self, latents: int) -> None:
@@ -63,12 +78,11 @@ class Encoder:
 
     def _preactivations(self, inputs: Tensor) -> Blocks:
         x, weight, bias = self.sae.process_sae_in(inputs), self.sae.W_enc, self.sae.b_enc
-        if self._buffer is None or len(self._buffer) < len(x) * self._block:
-            self._buffer = torch.empty(max(self.chunk, len(x)) * self._block, dtype=weight.dtype, device=weight.device)
+        memory = self._scratch.take(max(self.chunk, len(x)) * self._block, weight)
         for start in range(0, self.d_sae, self._block):
             features = slice(start, min(start + self._block, self.d_sae))
             width = features.stop - start
-            block = self._buffer[: len(x) * width].view(len(x), width)
+            block = memory[: len(x) * width].view(len(x), width)
             yield start, torch.addmm(bias[features], x, weight[:, features], out=block)
 
     def _agrees(self, activation: Callable[[Any, Blocks], Entries], inputs: Tensor) -> bool:

@@ -168,14 +168,14 @@ def fit_memory(capacity: CapacityHooks, limit: int) -> None:
     import psutil
 
     fixed = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
-    per_token = sum(LATENT_BYTES * tap.d_sae for tap in capacity.taps)
+    widest = max(tap.d_sae for tap in capacity.taps)  # taps encode one after the other, into the same memory
     # The first tokens are also encoded by the SAE itself, to compare.
-    spare = limit - fixed - max(CHECKED_TOKENS * OWN_ENCODE_BYTES * tap.d_sae for tap in capacity.taps)
-    if spare < per_token:
-        needed = (limit - spare + per_token + VARIATION) / 1e9
+    spare = limit - fixed - CHECKED_TOKENS * OWN_ENCODE_BYTES * widest
+    if spare < LATENT_BYTES * widest:
+        needed = (limit - spare + LATENT_BYTES * widest + VARIATION) / 1e9
         raise CapacityError(f"--max-memory {limit / 1e9:.2f} GB is too little: these SAEs need {needed:.2f} GB, so allow that or measure fewer at once")
     for tap in capacity.taps:
-        tap.encoder.hold(min(tap.encoder.dense_latents, spare // per_token * tap.d_sae))
+        tap.encoder.hold(min(tap.encoder.dense_latents, spare // LATENT_BYTES))
 
 
 class _Checkpoints:
