@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_MODEL, SAES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tl_capacity import encoding
 from tl_capacity.encoding import ACTIVATIONS, CHECKED_TOKENS, Encoder, Scratch
@@ -65,6 +67,26 @@ def test_several_saes_share_their_memory(make_sae: MakeSAE) -> None:
             mine[tokens, features] = values
             torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
     assert scratch.take(1, saes[0].W_enc).untyped_storage().nbytes() <= 4 * 61 * len(inputs())
+    scratch.release()
+    assert scratch.take(1, saes[0].W_enc).untyped_storage().nbytes() == 4
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), tokens=st.integers(0, 5), groups=st.integers(1, 4), odd=st.integers(0, 9), rarity=st.sampled_from([-1.0, 0.5, 2.0]))
+def test_what_is_over_a_threshold(data: st.DataObject, tokens: int, groups: int, odd: int, rarity: float) -> None:
+    """Few or many, at the threshold, infinite or NaN: the entries of a plain comparison, in the order of the tokens."""
+    width = groups * encoding.LANES + odd
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    products, threshold = torch.randn(tokens, width, generator=random), torch.randn(width, generator=random) / 4 + rarity
+    for place in data.draw(st.lists(st.integers(0, max(0, tokens * width - 1)), max_size=4)) if tokens else ():
+        value = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), None]))
+        products.view(-1)[place] = threshold[place % width] if value is None else value
+    if data.draw(st.booleans()):
+        threshold[data.draw(st.integers(0, width - 1))] = float("nan")
+    found = encoding._over(products, threshold)
+    expected = torch.nonzero(~(products <= threshold), as_tuple=True)
+    assert all(torch.equal(mine, own) for mine, own in zip(found[:2], expected, strict=True))
+    torch.testing.assert_close(found[2], products[expected], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("architecture", SHORT)

@@ -509,6 +509,8 @@ class CapacityHooks:
         for remove in self._removers:
             remove()
         self._removers = []
+        for tap in self.taps:
+            tap.encoder.scratch.release()
 
     @checked
     def run(

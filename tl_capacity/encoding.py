@@ -12,8 +12,8 @@ from tl_capacity.interfaces import SparseAutoencoder
 
 Entries = tuple[Tensor, Tensor, Tensor]
 """`(token, feature, value)` of each active latent, in the order of the tokens."""
-Blocks = Iterator[tuple[int, Tensor]]
-"""The first feature of each block of preactivations, and the block [token, feature], which the next one overwrites."""
+Products = Iterator[tuple[slice, Tensor]]
+"""The features of each block, and their products with the inputs, x·W_enc [token, feature], without the bias; the next block overwrites it."""
 
 DENSE_LATENTS = 1024 * 24_576
 """Latents that are dense at once: 100 MB in float32. At 1,024 tokens of a wide SAE its matrix product is as fast as with all at once, with fewer it is not."""
@@ -26,8 +26,14 @@ CHECKED_TOKENS = 32
 """Tokens on which an encoder's short cut is compared with the SAE's own `encode` before it is used."""
 
 
+LANES = 32
+"""Features of one token that are first looked at together, by their largest product."""
+FEW = 1 / 3
+"""Share of such groups that may be looked at one by one; where more have an active latent, all of the block is."""
+
+
 class Scratch:
-    """Memory for preactivations; encoders that work one after the other share it, so that it need not grow with their number."""
+    """Memory for products; encoders that work one after the other share it, so that it need not grow with their number."""
 
     def __init__(self) -> None:
         self._kept: Tensor | None = None
@@ -36,17 +42,23 @@ class Scratch:
         """So many elements of a tensor's dtype and device, which whoever takes them next overwrites."""
         kept = self._kept
         if kept is None or len(kept) < elements or (kept.dtype, kept.device) != (like.dtype, like.device):
-            self._kept = kept = None  # not both at once
+            self.release()
+            kept = None  # not both at once
             self._kept = kept = torch.empty(elements, dtype=like.dtype, device=like.device)
         return kept[:elements]
+
+    def release(self) -> None:
+        """Give the memory back until it is needed again."""
+        self._kept = None
 
 
 class Encoder:
     """The active latents of one SAE, a chunk of tokens at a time.
 
-    SAELens' `encode` makes a new block of latents at each step: product, bias, activation, mask. For the architectures in `ACTIVATIONS` the product and the
-    bias go into one block that is kept, some thousands of features after the others where the SAE is wide, and the activation is a comparison on it. Any other
-    SAE, one with hooks on its latents, and one whose `encode` gave something else on the first tokens is asked for its own `encode`.
+    SAELens' `encode` makes a new block of latents at each step: product, bias, activation, mask. For the architectures in `ACTIVATIONS` the product goes into
+    one block that is kept, some thousands of features after the others where the SAE is wide, and the activation is a comparison with the threshold less the
+    bias, which is added to the active latents alone. Any other SAE, one with hooks on its latents, and one whose `encode` gave something else on the first
+    tokens is asked for its own `encode`.
     """
 
     def __init__(self, sae: SparseAutoencoder, scratch: Scratch | None = None) -> None:
@@ -54,7 +66,7 @@ class Encoder:
         self.d_sae = int(sae.W_dec.shape[0])
         self._activation = ACTIVATIONS.get(type(sae).__name__)
         self._checked = False
-        self._scratch = scratch or Scratch()
+        self.scratch = scratch or Scratch()
         self.hold(DENSE_LATENTS if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
 
     def hold(self, latents: int) -> None:
@@ -74,22 +86,21 @@ class Encoder:
             at_once = max(1, self.dense_latents // self.d_sae)
             parts = [active_entries(self.sae.encode(some)) for some in torch.split(inputs, at_once)]
             return _joined([(tokens + i * at_once, features, values) for i, (tokens, features, values) in enumerate(parts)])
-        return self._activation(self.sae, self._preactivations(inputs))
+        return self._activation(self.sae, self._products(inputs))
 
-    def _preactivations(self, inputs: Tensor) -> Blocks:
-        x, weight, bias = self.sae.process_sae_in(inputs), self.sae.W_enc, self.sae.b_enc
-        memory = self._scratch.take(max(self.chunk, len(x)) * self._block, weight)
+    def _products(self, inputs: Tensor) -> Products:
+        x, weight = self.sae.process_sae_in(inputs), self.sae.W_enc
+        memory = self.scratch.take(max(self.chunk, len(x)) * self._block, weight)
         for start in range(0, self.d_sae, self._block):
             features = slice(start, min(start + self._block, self.d_sae))
             width = features.stop - start
-            block = memory[: len(x) * width].view(len(x), width)
-            yield start, torch.addmm(bias[features], x, weight[:, features], out=block)
+            yield features, torch.mm(x, weight[:, features], out=memory[: len(x) * width].view(len(x), width))
 
-    def _agrees(self, activation: Callable[[Any, Blocks], Entries], inputs: Tensor) -> bool:
+    def _agrees(self, activation: Callable[[Any, Products], Entries], inputs: Tensor) -> bool:
         own = self.sae.encode(inputs)
         if own.is_sparse or own.dtype != self.sae.W_enc.dtype or not bool(own.isfinite().all()):
             return False
-        tokens, features, values = activation(self.sae, self._preactivations(inputs))
+        tokens, features, values = activation(self.sae, self._products(inputs))
         mine = torch.zeros_like(own)
         mine[tokens, features] = values
         # Two orders of summation may decide otherwise about a latent on the edge, so a few may differ.
@@ -97,23 +108,24 @@ class Encoder:
         return int(different.sum()) <= 1e-3 * len(values)
 
 
-def _relu(sae: Any, blocks: Blocks) -> Entries:
-    return _by_token([_above(start, block, 0.0) for start, block in blocks])
+def _relu(sae: Any, products: Products) -> Entries:
+    return _by_token([_above(features, block, -sae.b_enc, sae.b_enc) for features, block in products])
 
 
-def _jumprelu(sae: Any, blocks: Blocks) -> Entries:
-    threshold = sae.threshold.clamp(min=0)
-    return _by_token([_above(start, block, threshold[start : start + block.shape[1]]) for start, block in blocks])
+def _jumprelu(sae: Any, products: Products) -> Entries:
+    threshold = sae.threshold.clamp(min=0) - sae.b_enc
+    return _by_token([_above(features, block, threshold, sae.b_enc) for features, block in products])
 
 
-def _topk(sae: Any, blocks: Blocks) -> Entries:
+def _topk(sae: Any, products: Products) -> Entries:
     scale = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
     values = features = None
-    for start, block in blocks:
+    for some, block in products:
+        block.add_(sae.b_enc[some])
         if scale is not None:
-            block.mul_(scale[start : start + block.shape[1]])
+            block.mul_(scale[some])
         found, place = block.topk(min(sae.cfg.k, block.shape[1]), dim=-1, sorted=False)
-        place = place + start
+        place = place + some.start
         if values is None or features is None:
             values, features = found, place
             continue
@@ -126,8 +138,8 @@ def _topk(sae: Any, blocks: Blocks) -> Entries:
     return token, features[token, place], values[token, place]
 
 
-ACTIVATIONS: dict[str, Callable[[Any, Blocks], Entries]] = {"StandardSAE": _relu, "JumpReLUSAE": _jumprelu, "TopKSAE": _topk}
-"""How the active latents are found among the preactivations, by SAELens' class."""
+ACTIVATIONS: dict[str, Callable[[Any, Products], Entries]] = {"StandardSAE": _relu, "JumpReLUSAE": _jumprelu, "TopKSAE": _topk}
+"""How the active latents are found among the products, by SAELens' class."""
 
 
 def _by_token(parts: list[Entries]) -> Entries:
@@ -146,10 +158,28 @@ def _joined(parts: list[Entries]) -> Entries:
     return tokens, features, values
 
 
-def _above(start: int, preactivations: Tensor, threshold: Tensor | float) -> Entries:
-    # Not "greater than", so that NaN counts as active and is reported, rather than passing for zero.
-    tokens, features, values = _entries(preactivations, (preactivations <= threshold).logical_not_())
-    return tokens, features + start, values
+def _above(some: slice, products: Tensor, threshold: Tensor, bias: Tensor) -> Entries:
+    """The latents of a block whose product is above its threshold. Not "above" but "not below", so that NaN counts as active and is reported, rather than
+    passing for zero."""
+    tokens, features, values = _over(products, threshold[some])
+    return tokens, features + some.start, values + bias[some][features]
+
+
+def _over(products: Tensor, threshold: Tensor) -> Entries:
+    """The entries of [token, feature] that are not below a threshold [feature].
+
+    On the CPU comparing is several times slower than taking the largest, so groups are first judged by their largest product and their least threshold.
+    """
+    width = products.shape[1]
+    if products.device.type == "cpu" and width % LANES == 0:
+        groups, thresholds = products.view(-1, LANES), threshold.view(-1, LANES)
+        largest = groups.amax(-1).view(len(products), len(thresholds))
+        some = torch.nonzero(torch.le(largest, thresholds.amin(-1)).logical_not_().view(-1)).view(-1)
+        if len(some) <= FEW * largest.numel():
+            found = groups.index_select(0, some)
+            active = torch.nonzero(torch.le(found, thresholds.index_select(0, some % len(thresholds))).logical_not_().view(-1)).view(-1)
+            return _at(some[active // LANES] * LANES + active % LANES, found.view(-1)[active], width)
+    return _entries(products, torch.le(products, threshold).logical_not_())
 
 
 @torch.no_grad()
@@ -172,19 +202,28 @@ def active_entries(latents: Tensor) -> Entries:
 
 
 def _entries(latents: Tensor, active: Tensor) -> Entries:
-    """The entries of contiguous [token, feature] where `active` is set.
+    """The entries of contiguous [token, feature] where `active` is set."""
+    place = _places(active)
+    return _at(place, latents.view(-1)[place], latents.shape[-1])
 
-    `torch.nonzero` on the CPU costs per element whether zero or not, and few latents are active. So eight at a time are tested first, as one int64.
-    """
-    width = latents.shape[-1]
-    if latents.device.type != "cpu" or width % 8:
-        tokens, features = torch.nonzero(active, as_tuple=True)
-        return tokens, features, latents[tokens, features]
-    octets = torch.nonzero(active.view(torch.int64).view(-1)).view(-1)
-    octet, lane = torch.nonzero(active.view(-1, 8)[octets], as_tuple=True)
-    place = octets[octet] * 8 + lane
+
+def _at(place: Tensor, values: Tensor, width: int) -> Entries:
+    """Entries by their flat place in [token, feature]."""
     tokens = torch.div(place, width, rounding_mode="floor")
-    return tokens, place - tokens * width, latents.view(-1)[place]
+    return tokens, place - tokens * width, values
+
+
+def _places(active: Tensor) -> Tensor:
+    """The flat places of contiguous flags that are set.
+
+    `torch.nonzero` on the CPU costs per element whether zero or not, and few are set. So eight at a time are tested first, as one int64.
+    """
+    flags = active.view(-1)
+    if flags.device.type != "cpu" or len(flags) % 8:
+        return torch.nonzero(flags).view(-1)
+    octets = torch.nonzero(flags.view(torch.int64)).view(-1)
+    octet, lane = torch.nonzero(flags.view(-1, 8).index_select(0, octets), as_tuple=True)
+    return octets[octet] * 8 + lane
 
 
 def _has_hooks(sae: Any) -> bool:
