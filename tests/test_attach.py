@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -414,6 +415,26 @@ class TestSessions:
                 np.testing.assert_array_equal(called[HOOK].summary.arrays[name], array)
             else:
                 np.testing.assert_allclose(called[HOOK].summary.arrays[name], array, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("positional", [False, True])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_attention_mask_of_a_call(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, positional: bool) -> None:
+        """What it masks is padding, as in a stream of the same; the next call, without one, has none."""
+        model, sae = models_by_kind[kind], make_sae("topk", HOOK)
+        if positional and list(inspect.signature(model.forward).parameters)[1] != "attention_mask":
+            pytest.skip("it is not the second argument")
+        mask = torch.ones_like(tokens)
+        mask[::2, 9:] = 0
+        with tlc.add_capacity_hooks(model, sae) as capacity, torch.no_grad():
+            model(tokens, mask) if positional else model(tokens, attention_mask=mask)
+            model(tokens)
+            called = capacity.measurement()[HOOK].summary
+        with tlc.add_capacity_hooks(model, sae) as capacity:
+            ran = capacity.run([{"input_ids": tokens, "attention_mask": mask}, tokens]).measurement()[HOOK].summary
+        assert called.masked == ran.masked
+        assert called.masked["padding"] == int((mask == 0).sum())
+        for name in ("counts", "tokens", "incidence"):
+            np.testing.assert_array_equal(called.arrays[name], ran.arrays[name])
 
     def test_the_method_and_the_function_are_the_same(self, any_model: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
         if not hasattr(any_model, "hook_dict"):

@@ -43,6 +43,7 @@ def test_the_same_latents_as_encode(make_sae: MakeSAE, architecture: str, d_sae:
 def test_latents_split_into_blocks(make_sae: MakeSAE, architecture: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of features change no latent, whether they divide the SAE or not, or hold fewer than TopK's k; and the entries stay in the order of the tokens."""
     monkeypatch.setattr(encoding, "BLOCK_LATENTS", block)
+    monkeypatch.setattr(encoding, "LOOKED_AT", 2 * block)
     sae = make_sae(architecture, d_sae=61)
     encoder = Encoder(sae)
     encoder.hold(200)

@@ -636,15 +636,25 @@ class CapacityHooks:
         self._points.append(point)
 
     def _watch_embedding(self) -> None:
+        parameters = list(inspect.signature(self.model.forward).parameters)
+        mask: Tensor | None = None
+
+        def see_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal mask
+            mask = {**dict(zip(parameters, args, strict=False)), **kwargs}.get("attention_mask")
+
         def see_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and not v.is_floating_point()), None)
             if ids is not None and not self._streaming:
                 rows = ids.detach().cpu().numpy().astype(np.int64)
+                if mask is not None and mask.ndim == 2 and mask.shape[1] >= rows.shape[1]:  # with a cache, of the earlier tokens too
+                    rows[mask[:, -rows.shape[1] :].numpy(force=True) == 0] = PADDING
                 batch = TokenBatch(rows, np.arange(self._rows, self._rows + len(rows)))
                 self._begin(batch)
                 self._rows, self._digest = self._rows + len(rows), _chained(self._digest, batch)
 
-        self._removers.append(self._embedding.register_forward_pre_hook(_untraced(see_tokens), with_kwargs=True).remove)
+        for module, see in ((self.model, see_mask), (self._embedding, see_tokens)):
+            self._removers.append(module.register_forward_pre_hook(_untraced(see), with_kwargs=True).remove)
 
     def _begin(self, tokens: TokenBatch) -> None:
         for point in self._points:

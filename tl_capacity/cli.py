@@ -62,7 +62,8 @@ def root(
     """Load plugins named on the command line."""
     configure(log == "json", quiet)
     if quiet or log == "json" or not sys.stderr.isatty():
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' too, which it draws where nobody can see them move
+        # Those of transformers and SAELens too, which they draw where nobody can see them move.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     if version:
         typer.echo(f"tl-capacity {__version__}")
         raise typer.Exit

@@ -28,6 +28,8 @@ CHECKED_TOKENS = 32
 
 LANES = 32
 """Features of one token that are first looked at together, by their largest product."""
+LOOKED_AT = 256 * 24_576
+"""Latents that are looked at together: what is gathered of them is small beside the block, and is still near when it is needed."""
 FEW = 1 / 3
 """Share of such groups that may be looked at one by one; where more have an active latent, all of the block is."""
 
@@ -84,8 +86,7 @@ class Encoder:
                 self._activation = None
         if self._activation is None or _has_hooks(self.sae):
             at_once = max(1, self.dense_latents // self.d_sae)
-            parts = [active_entries(self.sae.encode(some)) for some in torch.split(inputs, at_once)]
-            return _joined([(tokens + i * at_once, features, values) for i, (tokens, features, values) in enumerate(parts)])
+            return _one_after_another([active_entries(self.sae.encode(some)) for some in torch.split(inputs, at_once)], at_once)
         return self._activation(self.sae, self._products(inputs))
 
     def _products(self, inputs: Tensor) -> Products:
@@ -151,6 +152,11 @@ def _by_token(parts: list[Entries]) -> Entries:
     return tokens[order], features[order], values[order]
 
 
+def _one_after_another(parts: list[Entries], tokens_each: int) -> Entries:
+    """The entries of neighbouring tokens, so many in each part."""
+    return _joined([(tokens + i * tokens_each, features, values) for i, (tokens, features, values) in enumerate(parts)])
+
+
 def _joined(parts: list[Entries]) -> Entries:
     if len(parts) == 1:
         return parts[0]
@@ -161,7 +167,8 @@ def _joined(parts: list[Entries]) -> Entries:
 def _above(some: slice, products: Tensor, threshold: Tensor, bias: Tensor) -> Entries:
     """The latents of a block whose product is above its threshold. Not "above" but "not below", so that NaN counts as active and is reported, rather than
     passing for zero."""
-    tokens, features, values = _over(products, threshold[some])
+    at_once = max(1, LOOKED_AT // products.shape[1])
+    tokens, features, values = _one_after_another([_over(rows, threshold[some]) for rows in torch.split(products, at_once)], at_once)
     return tokens, features + some.start, values + bias[some][features]
 
 

@@ -33,7 +33,7 @@ FVU_TOKENS_BEFORE_REFUSAL = 2_000
 
 SUMS_AT_ONCE = 4.5
 """The sums, and while they are saved the snapshot, its counts as floats, and its bytes twice: as safetensors gathers them, and joined."""
-LATENT_BYTES = 8
+LATENT_BYTES = 6
 """Of a latent that is encoded: its value, and what finds those that are active."""
 OWN_ENCODE_BYTES = 16
 """Of a latent in an SAE's own `encode`, which makes a new block at each of its steps."""

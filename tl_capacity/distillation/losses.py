@@ -183,7 +183,7 @@ class _Task:
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """The losses and, in the same pass over the chunks, their gradients, which the backward pass only scales."""
+    """The losses and, in the same pass over the chunks, their gradients, which the backward pass only scales where it must."""
 
     @staticmethod
     def forward(ctx: Any, task: _Task, *parts: Tensor | None) -> Tensor:
@@ -201,14 +201,14 @@ class _ChunkedLosses(torch.autograd.Function):
             for student in students:
                 student.add(rows, task, divergence, log_p, p, log_q, scratch)
         ctx.save_for_backward(*(gradient for student in students for gradient in student.gradients))
-        ctx.total = task.total
         return torch.stack([student.loss for student in students]) / task.total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        weights = (upstream / ctx.total).tolist()
-        return None, *(None if gradient is None else gradient * weights[i // 3] for i, gradient in enumerate(ctx.saved_tensors))
+        weights = upstream.tolist()  # of a sum over students 1, which needs no copy of each gradient
+        scaled = (gradient if gradient is None or weights[i // 3] == 1 else gradient * weights[i // 3] for i, gradient in enumerate(ctx.saved_tensors))
+        return None, *scaled
 
 
 class _Student:
@@ -224,7 +224,7 @@ class _Student:
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of the sum of the losses, with respect to hidden states, weight and bias."""
+        """Of the loss with respect to hidden states, weight and bias."""
         return self.of_hidden, None if self.of_weight is None else self.of_weight.T, self.of_bias
 
     def add(self, rows: slice, task: _Task, divergence: Divergence, log_p: Tensor, p: Tensor, log_q: Tensor, scratch: Tensor) -> None:
@@ -244,11 +244,12 @@ class _Student:
             soft_weight = 1.0
         if slope is not None:
             gradient.mul_(slope)
+        share = soft_weight / task.total
         if self.of_hidden is not None and self.of_weight is not None:
-            torch.addmm(self.of_hidden[rows], gradient, self.head.weight, beta=0, alpha=soft_weight, out=self.of_hidden[rows])
-            self.of_weight.addmm_(hidden.T, gradient, alpha=soft_weight)
+            torch.addmm(self.of_hidden[rows], gradient, self.head.weight, beta=0, alpha=share, out=self.of_hidden[rows])
+            self.of_weight.addmm_(hidden.T, gradient, alpha=share)
             if self.of_bias is not None:
-                self.of_bias.add_(gradient.sum(0), alpha=soft_weight)
+                self.of_bias.add_(gradient.sum(0), alpha=share)
 
 
 def mean_square(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:
