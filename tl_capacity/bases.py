@@ -56,7 +56,7 @@ class BasisSpec:
     def __str__(self) -> str:
         return f"{self.kind}:{self.hook}" + (f",k={self.k}" if self.k is not None else "")
 
-    def fit(self, model: Any, stream: TokenStream, tokens: int = PCA_TOKENS) -> LargestOfABasis:
+    def fit(self, model: Any, stream: TokenStream, tokens: int = PCA_TOKENS, *, progress: bool = True) -> LargestOfABasis:
         """The basis, for a model with TransformerLens hooks or a Hugging Face model of a registered family.
 
         Principal components are those of the first `tokens` counted tokens of the stream; neurons need one batch, to see how many there are.
@@ -74,7 +74,7 @@ class BasisSpec:
         # About the first batch's mean, because Σxxᵀ − n·μμᵀ loses digits where the mean is much larger than the spread.
         origin = first.double().mean(0)
         count, total, products = 0, torch.zeros_like(origin), torch.zeros(len(origin), len(origin), dtype=torch.float64)
-        with token_progress(tokens, is_first(), f"fitting {self}") as advance:
+        with token_progress(tokens, progress and is_first(), f"fitting {self}") as advance:
             for x in chain([first], seen):
                 centred = x.double() - origin
                 count, total, products = count + len(x), total + centred.sum(0), products + centred.T @ centred

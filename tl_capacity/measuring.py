@@ -290,7 +290,7 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[tuple[s
         source = loaded.source(settings.source or "")
         # From the whole source, so that every shard is measured in the same basis.
         stream = TokenStream(source, loaded.tokenizer, row_length(settings, loaded.model, []), settings.batch_rows, settings.prepend_bos)
-        fitted = {basis: basis.fit(model, stream).to(settings.device) for basis in bases}
+        fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(settings.device) for basis in bases}
     return [(one.hook, str(one), fitted[one]) if isinstance(one, BasisSpec) else one for one in wanted]
 
 
