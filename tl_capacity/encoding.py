@@ -26,7 +26,6 @@ FEWEST_TOKENS = 64
 CHECKED_TOKENS = 32
 """Tokens on which an encoder's short cut is compared with the SAE's own `encode` before it is used."""
 
-
 LANES = 32
 """Features of one token that are first looked at together, by their largest product."""
 LOOKED_AT = 256 * 24_576

@@ -465,6 +465,7 @@ def _hub_answers() -> bool:
 def loading_errors() -> tuple[type[Exception], ...]:
     """What transformers, SAELens and safetensors raise on missing, damaged or unfitting files."""
     from pickle import UnpicklingError
+    from struct import error as StructError  # noqa: N812
 
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -481,6 +482,7 @@ def loading_errors() -> tuple[type[Exception], ...]:
         ImportError,
         EOFError,
         SafetensorError,
+        StructError,  # of a few bytes where a pickle begins
         UnpicklingError,
     )
 
