@@ -465,7 +465,7 @@ def _hub_answers() -> bool:
 def loading_errors() -> tuple[type[Exception], ...]:
     """What transformers, SAELens and safetensors raise on missing, damaged or unfitting files."""
     from pickle import UnpicklingError
-    from struct import error as StructError  # noqa: N812
+    from struct import error as StructError
 
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
