@@ -1,8 +1,9 @@
-"""Writes the figures that the tests of faults measured into docs/reliability.md: `python docs/write_reliability.py RESULTS.xml`, from pytest's `--junitxml`."""
+"""Writes what the tests of faults measured into docs/reliability.md: `python docs/write_reliability.py RESULTS.xml …`, from pytest's `--junitxml`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,16 +12,18 @@ from write_results import filled, table
 PAGE = Path(__file__).parent / "reliability.md"
 
 
-def figures(results: Path) -> str:
+def figures(results: Sequence[Path]) -> str:
     """What the tests recorded; whole numbers of one name are added up over tests."""
     found: dict[str, str] = {}
-    for recorded in ElementTree.parse(results).iter("property"):
-        name, value = recorded.attrib["name"], recorded.attrib["value"]
-        found[name] = str(int(found.get(name, "0")) + int(value)) if value.isdecimal() else value
+    for path in results:
+        for recorded in ElementTree.parse(path).iter("property"):
+            name, value = recorded.attrib["name"], recorded.attrib["value"]
+            found[name] = str(int(found.get(name, "0")) + int(value)) if value.isdecimal() else value
     if not found:
         raise ValueError(f'{results} has no figures: write it with pytest -m "slow or not slow" tests/faults --junitxml={results}')
     return table(["what", "measured"], [[name, f"{int(value):,}" if value.isdecimal() else value] for name, value in found.items()])
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "figures", figures(Path(sys.argv[1])), by="docs/write_reliability.py"), encoding="utf-8")
+    measured = figures([Path(name) for name in sys.argv[1:]])
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "figures", measured, by="docs/write_reliability.py"), encoding="utf-8")
