@@ -144,13 +144,14 @@ def run_for(command: list[object], seconds: float | None = None) -> float:
 
 @pytest.fixture(scope="module")
 def undisturbed(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, float]]:
-    """`undisturbed(job)`: what a run leaves that nobody kills, and how long it took."""
+    """`undisturbed(job)`: what a run leaves that nobody kills, and how long it takes at least; the first time is longer than all that come."""
     done: dict[str, tuple[Path, float]] = {}
 
     def run(name: str) -> tuple[Path, float]:
         if name not in done:
-            out = tmp_path_factory.mktemp(name) / "whole"
-            done[name] = out, run_for(JOBS[name].command(setup, out))
+            folder = tmp_path_factory.mktemp(name)
+            seconds = [run_for(JOBS[name].command(setup, folder / which)) for which in ("whole", "again", "once more")]
+            done[name] = folder / "whole", min(seconds)
         return done[name]
 
     return run
