@@ -436,6 +436,19 @@ class TestSessions:
         for name in ("counts", "tokens", "incidence"):
             np.testing.assert_array_equal(called.arrays[name], ran.arrays[name])
 
+    def test_a_mask_is_of_its_own_call(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+        """A call past the model's own forward has none, and a mask of attention, [row, head, position, position], says nothing of padding."""
+        mask = torch.ones_like(tokens)
+        mask[:, 9:] = 0
+        causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril().expand(len(tokens), 1, -1, -1)
+        with tlc.add_capacity_hooks(neox, make_sae("topk", HOOK)) as capacity, torch.no_grad():
+            neox(tokens, attention_mask=mask)
+            neox.gpt_neox(tokens)
+            neox(tokens, attention_mask=causal)
+        counted = counted_positions(tokens)
+        assert capacity.n_tokens == int((counted & (mask == 1)).sum()) + 2 * int(counted.sum())
+        assert capacity.measurement()[HOOK].summary.masked["padding"] == int((mask == 0).sum())
+
     def test_the_method_and_the_function_are_the_same(self, any_model: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
         if not hasattr(any_model, "hook_dict"):
             assert not hasattr(any_model, "add_capacity_hooks")

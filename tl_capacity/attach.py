@@ -637,18 +637,21 @@ class CapacityHooks:
 
     def _watch_embedding(self) -> None:
         parameters = list(inspect.signature(self.model.forward).parameters)
-        mask: Tensor | None = None
+        mask: Any = None
 
         def see_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal mask
             mask = {**dict(zip(parameters, args, strict=False)), **kwargs}.get("attention_mask")
 
         def see_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal mask
             ids = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and not v.is_floating_point()), None)
             if ids is not None and not self._streaming:
                 rows = ids.detach().cpu().numpy().astype(np.int64)
-                if mask is not None and mask.ndim == 2 and mask.shape[1] >= rows.shape[1]:  # with a cache, of the earlier tokens too
-                    rows[mask[:, -rows.shape[1] :].numpy(force=True) == 0] = PADDING
+                own, mask = mask, None  # the next call may go past the model's own forward, and then has none
+                # With a cache it is of the earlier tokens too; other kinds, such as one for each attention layer, say nothing of padding.
+                if isinstance(own, Tensor) and own.ndim == 2 and len(own) == len(rows) and own.shape[1] >= rows.shape[1]:
+                    rows[own[:, -rows.shape[1] :].numpy(force=True) == 0] = PADDING
                 batch = TokenBatch(rows, np.arange(self._rows, self._rows + len(rows)))
                 self._begin(batch)
                 self._rows, self._digest = self._rows + len(rows), _chained(self._digest, batch)
