@@ -20,7 +20,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_capacity.attach import Batch, CapacityHooks, TapPoint, add_capacity_hooks, check_dictionary, dictionary_digest, special_token_ids, target_hook
+from tl_capacity.attach import (
+    Batch,
+    CapacityHooks,
+    TapPoint,
+    add_capacity_hooks,
+    check_dictionary,
+    check_token_ids,
+    dictionary_digest,
+    special_token_ids,
+    target_hook,
+)
 from tl_capacity.errors import CapacityError
 from tl_capacity.loading import LoadedModel, load_model
 from tl_capacity.measurement import Measurement
@@ -92,7 +102,7 @@ def _settings_of(measurement: Measurement, folder: Path, tokens: int, device: st
 
 def _findings(settings: MeasureSettings, earlier: Measurement | None = None) -> Iterator[Finding]:
     found: list[Finding] = []
-    loaded = saes = stream = sample = None
+    loaded = saes = stream = text = sample = None
     with _finding_of("model", found):
         loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
         found.append(_model(loaded, settings, earlier))
@@ -104,11 +114,12 @@ def _findings(settings: MeasureSettings, earlier: Measurement | None = None) -> 
         with _finding_of("text", found):
             context = row_length(settings, loaded.model, [sae for _, _, sae in saes])
             stream = TokenStream(loaded.source(settings.source or ""), loaded.tokenizer, context, settings.batch_rows, settings.prepend_bos, settings.shard)
-            sample = _sample(stream, special_token_ids(loaded.model, loaded.tokenizer))
+            text = _sample(stream, special_token_ids(loaded.model, loaded.tokenizer))
             found += [*_context(context, saes), *_bos(stream, saes)]
-            vocabulary = _vocabulary(sample, loaded)
-            found.append(vocabulary)
-            sample = None if vocabulary.level == STOP else sample
+    if loaded is not None and text is not None:
+        with _finding_of("vocabulary", found):
+            found.append(_vocabulary(text, loaded))
+            sample = text  # which the model can read
     yield from found
     if loaded is not None and saes is not None and sample is not None:
         yield from _run(settings, loaded, saes, sample)
@@ -174,15 +185,17 @@ def _bos(stream: TokenStream, saes: Sequence[tuple[str, str, Any]]) -> Iterator[
 
 
 def _vocabulary(sample: Sequence[TokenBatch], loaded: LoadedModel) -> Finding:
+    """
+    Raises:
+        CapacityError: where a token is not in the model's vocabulary.
+    """
     ids = np.concatenate([batch.tokens[batch.tokens != PADDING] for batch in sample])
-    rows = int(loaded.model.get_input_embeddings().weight.shape[0])
-    if (largest := int(ids.max())) >= rows:
-        return Finding("vocabulary", STOP, f"the text has token id {largest}, but the model's vocabulary has {rows:,}: the tokenizer is another model's")
+    check_token_ids(loaded.model, ids)
     unknown = getattr(loaded.tokenizer, "unk_token_id", None)
     share = 0.0 if unknown is None or unknown in (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id) else float((ids == unknown).mean())
     if share > UNKNOWN_SHARE:
         return Finding("vocabulary", CHANGE, f"{share:.0%} of the tokens are unknown to the tokenizer: choose text of the kind that the model was trained on")
-    return Finding("vocabulary", OK, f"token ids up to {largest:,} of {rows:,}")
+    return Finding("vocabulary", OK, f"token ids up to {int(ids.max()):,} of {int(loaded.model.get_input_embeddings().weight.shape[0]):,}")
 
 
 def _run(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[tuple[str, str, Any]], sample: Sequence[TokenBatch]) -> Iterator[Finding]:
