@@ -20,7 +20,7 @@ def figures(results: Sequence[Path]) -> str:
             name, value = recorded.attrib["name"], recorded.attrib["value"]
             found[name] = str(int(found.get(name, "0")) + int(value)) if value.isdecimal() else value
     if not found:
-        raise ValueError(f'{results} has no figures: write it with pytest -m "slow or not slow" tests/faults --junitxml={results}')
+        raise ValueError('there are no figures in these files: write them with pytest -m "slow or not slow" tests/faults --junitxml=RESULTS.xml')
     return table(["what", "measured"], [[name, f"{int(value):,}" if value.isdecimal() else value] for name, value in found.items()])
 
 

@@ -186,17 +186,21 @@ COPIES = {"embedded_floor.json": "full/floors.json", "recoverability.json": "rec
 
 def main(folder: str, names: Sequence[str]) -> None:
     runs = Runs(Path(folder))
+
+    def wanted(name: str) -> bool:
+        return name in names or not names
+
     for page, tables in TABLES.items():
         text = (RESULTS / page).read_text(encoding="utf-8")
         for name, of in tables.items():
-            if name in names or not names:
+            if wanted(name):
                 text = filled(text, name, of(runs))
         (RESULTS / page).write_text(text, encoding="utf-8")
     for name, of in FIGURES.items():
-        if name in names or not names:
+        if wanted(name):
             of(runs).write_image(RESULTS / f"{name}.png", scale=1.5)
     for name, path in COPIES.items():
-        if name in names or not names:
+        if wanted(name):
             shutil.copy(runs.folder / path, RESULTS / name)
 
 

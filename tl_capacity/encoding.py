@@ -165,15 +165,14 @@ def _joined(parts: list[Entries]) -> Entries:
 
 
 def _above(some: slice, products: Tensor, threshold: Tensor, bias: Tensor) -> Entries:
-    """The latents of a block whose product is above its threshold. Not "above" but "not below", so that NaN counts as active and is reported, rather than
-    passing for zero."""
+    """The latents of a block whose product is not at or below its threshold; so NaN counts as active and is reported, rather than passing for zero."""
     at_once = max(1, LOOKED_AT // products.shape[1])
     tokens, features, values = _one_after_another([_over(rows, threshold[some]) for rows in torch.split(products, at_once)], at_once)
     return tokens, features + some.start, values + bias[some][features]
 
 
 def _over(products: Tensor, threshold: Tensor) -> Entries:
-    """The entries of [token, feature] that are not below a threshold [feature].
+    """The entries of [token, feature] that are not at or below a threshold [feature].
 
     On the CPU comparing is several times slower than taking the largest, so groups are first judged by their largest product and their least threshold.
     """

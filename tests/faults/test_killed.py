@@ -144,7 +144,7 @@ def run_for(command: list[object], seconds: float | None = None) -> float:
 
 @pytest.fixture(scope="module")
 def undisturbed(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, float]]:
-    """`undisturbed(job)`: what a run leaves that nobody kills, and how long it takes at least; the first time is longer than all that come."""
+    """`undisturbed(job)`: what a run leaves that nobody kills, and how long it takes at least; the first time is longer than later ones."""
     done: dict[str, tuple[Path, float]] = {}
 
     def run(name: str) -> tuple[Path, float]:
