@@ -44,16 +44,17 @@ class Prepared:
             return step()
 
 
-def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each candidate; one warm-up, then all take turns, so that drift of the machine hits all alike."""
+def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int, each: int = 1) -> dict[str, float]:
+    """Median seconds of each candidate; one warm-up, then all take turns of `each` steps, so that drift of the machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions + 1):
         for name, candidate in candidates.items():
             with candidate.prepared() if isinstance(candidate, Prepared) else nullcontext(candidate) as step:
-                started = time.perf_counter()
-                step()
-                if repetition:
-                    times[name].append(time.perf_counter() - started)
+                for _ in range(each if repetition else 1):
+                    started = time.perf_counter()
+                    step()
+                    if repetition:
+                        times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -71,10 +72,13 @@ def arguments(description: str | None, repetitions: int, **numbers: int) -> argp
     return parser.parse_args()
 
 
-def growth_apart(script: str, candidates: Sequence[str]) -> dict[str, float]:
-    """Peak growth of each candidate in MB, as the script prints it with `--memory-of`, in a process of its own."""
-    run = [sys.executable, script, "--memory-of"]
-    return {which: float(subprocess.run([*run, which], capture_output=True, text=True, check=True).stdout.split()[-1]) for which in candidates}
+def growth_apart(script: str, candidates: Sequence[str], processes: int = 1) -> dict[str, float]:
+    """Peak growth of each candidate in MB, as the script prints it with `--memory-of`: the median of so many processes of its own."""
+
+    def growth(which: str) -> float:
+        return float(subprocess.run([sys.executable, script, "--memory-of", which], capture_output=True, text=True, check=True).stdout.split()[-1])
+
+    return {which: statistics.median(growth(which) for _ in range(processes)) for which in candidates}
 
 
 def peak_growth_mb(candidate: Callable[[], object]) -> float:

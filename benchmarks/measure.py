@@ -17,6 +17,8 @@ D_MODEL, LAYERS, TAPPED, D_SAE, VOCABULARY, ROWS, CONTEXT, ACTIVE = 768, 12, 6, 
 HOOK = f"blocks.{TAPPED - 1}.hook_resid_post"
 WARM = 4
 """Batches before the one that is timed, after which the sums of every document group are in memory."""
+TIMED = 3
+"""Batches that are timed after these, and processes whose memory is measured."""
 SEVERAL = (4, 6, 8)  # after which layers several SAEs sit: a third, a half and two thirds of the depth, as in the published measurement
 
 
@@ -224,6 +226,7 @@ def main() -> None:
             **{f"one layer, {hook}": counting(hf, {hook: relu}) for hook in hooks},
         },
         asked.repetitions,
+        TIMED,
     )
     hooked = hooked_transformer()
     peers = {
@@ -234,9 +237,9 @@ def main() -> None:
     seconds |= medians({"counting, beside the peers": counting(hf, {HOOK: relu}), **peers}, asked.repetitions)
     for name, model in (("HookedTransformer", hooked), ("TransformerBridge", bridge())):
         sae = sparse_autoencoder("standard", model)
-        seconds |= medians({f"limit, {name}": limit(model, sae), f"counting, {name}": counting(model, {HOOK: sae})}, asked.repetitions)
+        seconds |= medians({f"limit, {name}": limit(model, sae), f"counting, {name}": counting(model, {HOOK: sae})}, asked.repetitions, TIMED)
 
-    growth = growth_apart(__file__, ("counting", "dense loop", "run_evals"))
+    growth = growth_apart(__file__, ("counting", "dense loop", "run_evals"), TIMED)
     three_passes = sum(seconds[f"one layer, {hook}"] for hook in hooks)
     rows: list[Row] = [
         at_most("everything / limit, HF forward", seconds["counting"] / seconds["limit"], 1.10),

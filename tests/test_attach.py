@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,8 @@ class TestAgainstDense:
         hook, hook_out = TRANSCODED["HookedTransformer"] if architecture in TRANSCODERS else (HOOK, None)
         sae = make_sae(architecture, hook, hook_out)
         found = []
-        for sizes in ({}, {"DENSE_LATENTS": 1}, {"DENSE_LATENTS": 24 * 9, "BLOCK_LATENTS": 24, "FEWEST_TOKENS": 3}):
+        in_blocks = {name: replace(activation, features_at_once=24) for name, activation in encoding.ACTIVATIONS.items()}
+        for sizes in ({}, {"DENSE_LATENTS": 1}, {"DENSE_LATENTS": 24 * 9, "ACTIVATIONS": in_blocks, "FEWEST_TOKENS": 3}):
             for name, size in sizes.items():
                 monkeypatch.setattr(encoding, name, size)
             with tlc.add_capacity_hooks(hooked, sae, fvu_every=2) as capacity:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from conftest import D_MODEL, SAES
@@ -41,16 +44,16 @@ def test_the_same_latents_as_encode(make_sae: MakeSAE, architecture: str, d_sae:
 @pytest.mark.parametrize("architecture", SAES)
 @pytest.mark.parametrize("block", [8, 24, 60, 1])
 def test_latents_split_into_blocks(make_sae: MakeSAE, architecture: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of features change no latent, whether they divide the SAE or not, or hold fewer than TopK's k; and the entries stay in the order of the tokens."""
-    monkeypatch.setattr(encoding, "BLOCK_LATENTS", block)
-    monkeypatch.setattr(encoding, "LOOKED_AT", 2 * block)
+    """Blocks of features change no latent, whether they divide the SAE, or hold fewer than TopK's k; and those of a feature stay in the order of the tokens."""
+    monkeypatch.setattr(encoding, "ACTIVATIONS", {name: replace(activation, features_at_once=block) for name, activation in ACTIVATIONS.items()})
     sae = make_sae(architecture, d_sae=61)
     encoder = Encoder(sae)
     encoder.hold(200)
     own = sae.encode(inputs()).detach()
     torch.testing.assert_close(dense(encoder, inputs()), own, rtol=1e-5, atol=1e-5)
-    tokens = encoder(inputs())[0]
-    assert torch.equal(tokens, tokens.sort().values)
+    tokens, features, _ = encoder(inputs())
+    by_feature = tokens[features.argsort(stable=True)]
+    assert torch.equal(by_feature, tokens[np.lexsort((tokens, features))])
 
 
 def test_several_saes_share_their_memory(make_sae: MakeSAE) -> None:
@@ -74,9 +77,9 @@ def test_several_saes_share_their_memory(make_sae: MakeSAE) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), tokens=st.integers(0, 5), groups=st.integers(1, 4), odd=st.integers(0, 9), rarity=st.sampled_from([-1.0, 0.5, 2.0]))
-def test_what_is_over_a_threshold(data: st.DataObject, tokens: int, groups: int, odd: int, rarity: float) -> None:
+def test_what_is_above_a_threshold(data: st.DataObject, tokens: int, groups: int, odd: int, rarity: float) -> None:
     """Few or many, at the threshold, infinite or NaN: the entries of a plain comparison, in the order of the tokens."""
-    width = groups * encoding.LANES + odd
+    width = groups * 8 + odd
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     products, threshold = torch.randn(tokens, width, generator=random), torch.randn(width, generator=random) / 4 + rarity
     for place in data.draw(st.lists(st.integers(0, max(0, tokens * width - 1)), max_size=4)) if tokens else ():
@@ -84,10 +87,27 @@ def test_what_is_over_a_threshold(data: st.DataObject, tokens: int, groups: int,
         products.view(-1)[place] = threshold[place % width] if value is None else value
     if data.draw(st.booleans()):
         threshold[data.draw(st.integers(0, width - 1))] = float("nan")
-    found = encoding._over(products, threshold)
+    found = encoding._above(slice(0, width), products, threshold, torch.zeros(width))
     expected = torch.nonzero(~(products <= threshold), as_tuple=True)
     assert all(torch.equal(mine, own) for mine, own in zip(found[:2], expected, strict=True))
     torch.testing.assert_close(found[2], products[expected], rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), tokens=st.integers(0, 5), groups=st.integers(1, 9), odd=st.sampled_from([0, 0, 0, 7]), distinct=st.sampled_from([1, 3, 1000]))
+def test_the_largest(data: st.DataObject, tokens: int, groups: int, odd: int, distinct: int) -> None:
+    """Of few or many, with ties, infinite or NaN: the values of `torch.topk`, from places that hold them."""
+    width = groups * encoding.LANES + odd
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    latents = torch.randint(-distinct, distinct + 1, (tokens, width), generator=random) / distinct
+    for place in data.draw(st.lists(st.integers(0, max(0, tokens * width - 1)), max_size=4)) if tokens else ():
+        latents.view(-1)[place] = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+    k = data.draw(st.integers(1, groups))
+    with patch.object(encoding, "SORTED_AT_ONCE", data.draw(st.sampled_from([1, 2 * width, 100 * width]))):
+        values, features = encoding._largest(latents, k)
+    torch.testing.assert_close(values.sort(-1).values, latents.topk(k).values.sort(-1).values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(latents.gather(1, features), values, rtol=0, atol=0, equal_nan=True)
+    assert all(len(set(row)) == k for row in features.tolist())
 
 
 @pytest.mark.parametrize("architecture", SHORT)

@@ -507,7 +507,7 @@ def test_the_recipe_wants_both_folders_of_one_teacher(saved: tuple[Path, Path], 
     with pytest.raises(Exception, match="Missing parameter: distillation"):
         recipe.run(main, [str(saved[0])])
     with pytest.raises(MeasurementError, match="is no distillation"):
-        recipe.run(main, [str(saved[0]), str(tmp_path)])
+        recipe.run(main, [str(saved[0]), str(tmp_path), "--out", str(tmp_path / "out")])
     measurement = Measurement.load(saved[0])
     replace(measurement, provenance=replace(measurement.provenance, revision="0")).save(tmp_path / "older")
     with pytest.raises(CapacityError, match="was measured with other weights than 'embedded' has now"):

@@ -340,9 +340,10 @@ class Tap:
 
     def _decode_sparsely(self, entries: LatentBatch, checked: Tensor, inputs: Tensor) -> Tensor:
         decoder = self.sae.W_dec.detach().flatten(1)
-        kept = checked[entries.tokens]
-        position = torch.cumsum(checked, 0) - 1
-        counts = torch.bincount(position[entries.tokens[kept]], minlength=len(inputs))
+        kept = torch.nonzero(checked[entries.tokens]).view(-1)
+        position = (torch.cumsum(checked, 0) - 1)[entries.tokens[kept]]
+        kept = kept[position.argsort(stable=True)]  # a bag for each token
+        counts = torch.bincount(position, minlength=len(inputs))
         starts = torch.cumsum(counts, 0) - counts
         features, values = entries.features[kept].to(decoder.device), entries.values[kept].to(decoder.device, decoder.dtype)
         summed = nn.functional.embedding_bag(features, decoder, starts.to(decoder.device), mode="sum", per_sample_weights=values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 from tl_capacity.interfaces import SparseAutoencoder
 
 Entries = tuple[Tensor, Tensor, Tensor]
-"""`(token, feature, value)` of each active latent, in the order of the tokens."""
+"""`(token, feature, value)` of each active latent; those of one feature are in the order of the tokens."""
 Products = Iterator[tuple[slice, Tensor]]
 """The features of each block, and their products with the inputs, x·W_enc [token, feature], without the bias; the next block overwrites it."""
 
+CHUNK_TOKENS = 2048
+"""Tokens that are encoded at once, where memory allows: with fewer a matrix product is slower, with 256 by a quarter."""
 DENSE_LATENTS = 768 * 24_576
-"""Latents that are dense at once: 75 MB in float32. At 768 tokens of a wide SAE its matrix product is nearly as fast as with all at once; with 256 it takes a
-fifth longer."""
-BLOCK_LATENTS = 24_576
-"""Latents of one token that are dense at once, where they need not all be."""
+"""Latents that are dense at once, at most: 75 MB in float32."""
+FEATURE_BLOCK = 2048
+"""Features whose products are made at once where each latent is judged by itself; at 2,048 tokens 17 MB. More take memory and save no time."""
+ROW_BLOCK = 24_576
+"""The same where the latents of a token are compared with each other."""
 FEWEST_TOKENS = 64
 """Tokens that an SAE's own `encode`, which makes all latents at once, is given, whatever their number."""
 
@@ -27,11 +31,11 @@ CHECKED_TOKENS = 32
 """Tokens on which an encoder's short cut is compared with the SAE's own `encode` before it is used."""
 
 LANES = 32
-"""Features of one token that are first looked at together, by their largest product."""
-LOOKED_AT = 256 * 24_576
-"""Latents that are looked at together: what is gathered of them is small beside the block, and is still near when it is needed."""
+"""Features of one token of which, for the largest k, the largest is looked at first."""
 FEW = 1 / 3
-"""Share of such groups that may be looked at one by one; where more have an active latent, all of the block is."""
+"""Share of such groups that k may be; where it is more, all latents are sorted."""
+SORTED_AT_ONCE = 256 * 24_576
+"""Latents whose largest are found together: what is gathered of them is small beside the block, and is still near when it is needed."""
 
 
 class Scratch:
@@ -57,10 +61,9 @@ class Scratch:
 class Encoder:
     """The active latents of one SAE, a chunk of tokens at a time.
 
-    SAELens' `encode` makes a new block of latents at each step: product, bias, activation, mask. For the architectures in `ACTIVATIONS` the product goes into
-    one block that is kept, some thousands of features after the others where the SAE is wide, and the activation is a comparison with the threshold less the
-    bias, which is added to the active latents alone. Any other SAE, one with hooks on its latents, and one whose `encode` gave something else on the first
-    tokens is asked for its own `encode`.
+    SAELens' `encode` makes a new block of latents at each step: product, bias, activation, mask. For the architectures in `ACTIVATIONS` the products go into
+    one block that is kept, some thousands of features after the others, and what is active is found there. Any other SAE, one with hooks on its latents, and
+    one whose `encode` gave something else on the first tokens is asked for its own `encode`.
     """
 
     def __init__(self, sae: SparseAutoencoder, scratch: Scratch | None = None) -> None:
@@ -74,20 +77,20 @@ class Encoder:
     def hold(self, latents: int) -> None:
         """Let so many latents be dense at once, by which `chunk`, the tokens to encode at once, is chosen; at least those of one token."""
         self.dense_latents = latents
-        self._block = self.d_sae if self._activation is None else min(self.d_sae, BLOCK_LATENTS)
-        self.chunk = max(1, latents // self._block)
+        self._block = self.d_sae if self._activation is None else min(self.d_sae, self._activation.features_at_once)
+        self.chunk = min(CHUNK_TOKENS, max(1, latents // self._block))
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Entries:
         """The active latents of at most `chunk` tokens [token, d_in]."""
         if not self._checked and len(inputs):
             self._checked = True
-            if self._activation is not None and not self._agrees(self._activation, inputs[:CHECKED_TOKENS]):
+            if self._activation is not None and not self._agrees(self._activation.find, inputs[:CHECKED_TOKENS]):
                 self._activation = None
         if self._activation is None or _has_hooks(self.sae):
             at_once = max(1, self.dense_latents // self.d_sae)
             return _one_after_another([active_entries(self.sae.encode(some)) for some in torch.split(inputs, at_once)], at_once)
-        return self._activation(self.sae, self._products(inputs))
+        return self._activation.find(self.sae, self._products(inputs))
 
     def _products(self, inputs: Tensor) -> Products:
         x, weight = self.sae.process_sae_in(inputs), self.sae.W_enc
@@ -97,11 +100,11 @@ class Encoder:
             width = features.stop - start
             yield features, torch.mm(x, weight[:, features], out=memory[: len(x) * width].view(len(x), width))
 
-    def _agrees(self, activation: Callable[[Any, Products], Entries], inputs: Tensor) -> bool:
+    def _agrees(self, find: Callable[[Any, Products], Entries], inputs: Tensor) -> bool:
         own = self.sae.encode(inputs)
         if own.is_sparse or own.dtype != self.sae.W_enc.dtype or not bool(own.isfinite().all()):
             return False
-        tokens, features, values = activation(self.sae, self._products(inputs))
+        tokens, features, values = find(self.sae, self._products(inputs))
         mine = torch.zeros_like(own)
         mine[tokens, features] = values
         # Two orders of summation may decide otherwise about a latent on the edge, so a few may differ.
@@ -110,12 +113,13 @@ class Encoder:
 
 
 def _relu(sae: Any, products: Products) -> Entries:
-    return _by_token([_above(features, block, -sae.b_enc, sae.b_enc) for features, block in products])
+    threshold = -sae.b_enc
+    return _joined([_above(features, block, threshold, sae.b_enc) for features, block in products])
 
 
 def _jumprelu(sae: Any, products: Products) -> Entries:
     threshold = sae.threshold.clamp(min=0) - sae.b_enc
-    return _by_token([_above(features, block, threshold, sae.b_enc) for features, block in products])
+    return _joined([_above(features, block, threshold, sae.b_enc) for features, block in products])
 
 
 def _topk(sae: Any, products: Products) -> Entries:
@@ -125,7 +129,7 @@ def _topk(sae: Any, products: Products) -> Entries:
         block.add_(sae.b_enc[some])
         if scale is not None:
             block.mul_(scale[some])
-        found, place = block.topk(min(sae.cfg.k, block.shape[1]), dim=-1, sorted=False)
+        found, place = _largest(block, min(sae.cfg.k, block.shape[1]))
         place = place + some.start
         if values is None or features is None:
             values, features = found, place
@@ -139,17 +143,25 @@ def _topk(sae: Any, products: Products) -> Entries:
     return token, features[token, place], values[token, place]
 
 
-ACTIVATIONS: dict[str, Callable[[Any, Products], Entries]] = {"StandardSAE": _relu, "JumpReLUSAE": _jumprelu, "TopKSAE": _topk}
-"""How the active latents are found among the products, by SAELens' class."""
+@dataclass(frozen=True)
+class Activation:
+    """How one architecture's active latents are found.
+
+    Attributes:
+        find: from the SAE and its products to the active latents.
+        features_at_once: how many features' products it is given at once.
+    """
+
+    find: Callable[[Any, Products], Entries]
+    features_at_once: int
 
 
-def _by_token(parts: list[Entries]) -> Entries:
-    """The entries of several blocks of features in the order of their tokens."""
-    tokens, features, values = _joined(parts)
-    if len(parts) == 1:
-        return tokens, features, values
-    order = tokens.argsort(stable=True)
-    return tokens[order], features[order], values[order]
+ACTIVATIONS = {
+    "StandardSAE": Activation(_relu, FEATURE_BLOCK),
+    "JumpReLUSAE": Activation(_jumprelu, FEATURE_BLOCK),
+    "TopKSAE": Activation(_topk, ROW_BLOCK),
+}
+"""By SAELens' class."""
 
 
 def _one_after_another(parts: list[Entries], tokens_each: int) -> Entries:
@@ -164,28 +176,42 @@ def _joined(parts: list[Entries]) -> Entries:
     return tokens, features, values
 
 
+def _largest(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest latents of each token [token, k], unordered, and their features.
+
+    On the CPU `torch.topk` is slow where k is a small share: as many groups as k have a latent that is not below the k-th largest of the groups' largest ones,
+    so what is below it need not be sorted.
+    """
+    width = latents.shape[1]
+    if latents.device.type != "cpu" or not len(latents) or width % LANES or k > FEW * (width // LANES):
+        return latents.topk(k, dim=-1, sorted=False)
+    parts = [_largest_by_group(rows, k) for rows in torch.split(latents, max(1, SORTED_AT_ONCE // width))]
+    return torch.cat([values for values, _ in parts]), torch.cat([features for _, features in parts])
+
+
+def _largest_by_group(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    groups = latents.view(-1, LANES)
+    largest = groups.amax(-1).view(len(latents), -1)
+    least = largest.topk(k, dim=-1, sorted=False).values.amin(-1)
+    some = torch.nonzero(torch.lt(largest, least[:, None]).logical_not_().view(-1)).view(-1)
+    token = torch.div(some, largest.shape[1], rounding_mode="floor")
+    found = groups.index_select(0, some)
+    candidates = torch.nonzero(torch.lt(found, least[token, None]).logical_not_().view(-1)).view(-1)
+    group = candidates // LANES
+    tokens, features, values = _at(some[group] * LANES + candidates % LANES, found.view(-1)[candidates], latents.shape[1])
+    # A row for each token, as long as the longest needs.
+    counts = torch.bincount(tokens, minlength=len(latents))
+    starts = counts.cumsum(0) - counts
+    rows = latents.new_full((len(latents), int(counts.max())), -torch.inf)
+    rows[tokens, torch.arange(len(tokens)) - starts[tokens]] = values
+    values, place = rows.topk(k, dim=-1, sorted=False)
+    return values, features[starts[:, None] + place]
+
+
 def _above(some: slice, products: Tensor, threshold: Tensor, bias: Tensor) -> Entries:
     """The latents of a block whose product is not at or below its threshold; so NaN counts as active and is reported, rather than passing for zero."""
-    at_once = max(1, LOOKED_AT // products.shape[1])
-    tokens, features, values = _one_after_another([_over(rows, threshold[some]) for rows in torch.split(products, at_once)], at_once)
+    tokens, features, values = _entries(products, torch.le(products, threshold[some]).logical_not_())
     return tokens, features + some.start, values + bias[some][features]
-
-
-def _over(products: Tensor, threshold: Tensor) -> Entries:
-    """The entries of [token, feature] that are not at or below a threshold [feature].
-
-    On the CPU comparing is several times slower than taking the largest, so groups are first judged by their largest product and their least threshold.
-    """
-    width = products.shape[1]
-    if products.device.type == "cpu" and width % LANES == 0:
-        groups, thresholds = products.view(-1, LANES), threshold.view(-1, LANES)
-        largest = groups.amax(-1).view(len(products), len(thresholds))
-        some = torch.nonzero(torch.le(largest, thresholds.amin(-1)).logical_not_().view(-1)).view(-1)
-        if len(some) <= FEW * largest.numel():
-            found = groups.index_select(0, some)
-            active = torch.nonzero(torch.le(found, thresholds.index_select(0, some % len(thresholds))).logical_not_().view(-1)).view(-1)
-            return _at(some[active // LANES] * LANES + active % LANES, found.view(-1)[active], width)
-    return _entries(products, torch.le(products, threshold).logical_not_())
 
 
 @torch.no_grad()
@@ -228,8 +254,8 @@ def _places(active: Tensor) -> Tensor:
     if flags.device.type != "cpu" or len(flags) % 8:
         return torch.nonzero(flags).view(-1)
     octets = torch.nonzero(flags.view(torch.int64)).view(-1)
-    octet, lane = torch.nonzero(flags.view(-1, 8).index_select(0, octets), as_tuple=True)
-    return octets[octet] * 8 + lane
+    inside = torch.nonzero(flags.view(torch.int64).index_select(0, octets).view(torch.bool)).view(-1)
+    return octets[inside // 8] * 8 + inside % 8
 
 
 def _has_hooks(sae: Any) -> bool:

@@ -20,7 +20,7 @@ ENTRIES_AT_ONCE = 2**14
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """The active latents of some counted tokens, sparse: one entry per (token, feature) with z ≠ 0.
+    """The active latents of some counted tokens, sparse: one entry per (token, feature) with z ≠ 0; those of one feature are in the order of the tokens.
 
     Attributes:
         features: the feature.
