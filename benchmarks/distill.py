@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tl_capacity.distillation.losses import CHUNK_TOKENS, Head, LogitLoss, Output, chunked_losses
 from tl_capacity.distillation.students import new_student, output_of
 from tl_capacity.distillation.train import DistillSettings, Students
+from tl_capacity.scratch import Scratch
 
 D_TEACHER, LAYERS, VOCABULARY, ROWS, CONTEXT, WIDTH = 768, 12, 50_304, 8, 256, 128
 WIDTHS = (64, 128, 256, 384, 512)
@@ -106,11 +107,11 @@ def outputs(dtype: torch.dtype, tokens: int) -> tuple[Output, Output]:
 def head() -> Callable[[], object]:
     """Loss and gradients from hidden states."""
     of, student = outputs(torch.float32, ROWS * CONTEXT)
-    labels = torch.zeros(ROWS * CONTEXT, dtype=torch.long)
+    labels, scratch = torch.zeros(ROWS * CONTEXT, dtype=torch.long), Scratch()
 
     def once() -> object:
         student.hidden.grad = student.head.weight.grad = None
-        return chunked_losses(of, [student], labels, LogitLoss()).sum().backward()
+        return chunked_losses(of, [student], labels, LogitLoss(), scratch=scratch).sum().backward()
 
     return once
 

@@ -25,12 +25,14 @@ from torch.nn import functional as F
 
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, DistillSettings, HiddenMatch, distill, observed_floors
+from tl_capacity.distillation import losses as losses_module
 from tl_capacity.distillation.data import Rows, read
-from tl_capacity.distillation.losses import MATCHES, Head, LogitLoss, Output, chunked_losses
+from tl_capacity.distillation.losses import CACHED, MATCHES, Head, LogitLoss, Output, chunked_losses
 from tl_capacity.distillation.observed import fit_power_law, observed_floor, power_law
 from tl_capacity.distillation.run import StudentCurve
 from tl_capacity.distillation.train import fingerprint
 from tl_capacity.errors import CapacityError, HookPointError, MeasurementError, TokenSourceError
+from tl_capacity.scratch import Scratch
 from tl_capacity.tokens import PADDING
 
 VOCABULARY, TOKENS = 23, 37
@@ -90,9 +92,12 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
-@pytest.mark.parametrize("chunk", [10, 1000])
+@pytest.mark.parametrize(("chunk", "cached"), [(10, CACHED), (10, 1), (1000, CACHED), (1000, 60)])
 @pytest.mark.parametrize(("bias", "cap"), [(False, None), (True, 5.0)])
-def test_chunks_are_exact_against_the_definition(loss: LogitLoss, chunk: int, bias: bool, cap: float | None) -> None:
+def test_chunks_are_exact_against_the_definition(
+    loss: LogitLoss, chunk: int, cached: int, bias: bool, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses_module, "CACHED", cached)
     teacher, students = output(8, 0, bias, cap), [output(width, width, bias, cap) for width in (3, 5)]
     losses = chunked_losses(teacher, students, labels(), loss, chunk=chunk)
     (losses * torch.tensor([1.0, 2.0], dtype=torch.float64)).sum().backward()
@@ -142,6 +147,16 @@ def test_parts_of_a_batch_add_up() -> None:
     halves = [chunked_losses(part(teacher, rows), [part(student, rows)], labels()[rows], LogitLoss(), total=TOKENS) for rows in (slice(0, 20), slice(20, None))]
     assert float(sum(halves).detach()) == pytest.approx(float(chunked_losses(teacher, [student], labels(), LogitLoss()).detach()), rel=1e-6)
     assert float(chunked_losses(part(teacher, slice(0)), [part(student, slice(0))], labels()[:0], LogitLoss())) == 0
+
+
+def test_memory_that_is_kept_changes_nothing() -> None:
+    """Batches and vocabularies of other sizes, in turns, in the memory of the ones before."""
+    scratch = Scratch()
+    for rows, vocabulary in ((20, 23), (TOKENS, 23), (7, 24), (TOKENS, 23)):
+        teacher, student = (output(width, width, vocabulary=vocabulary) for width in (8, 3))
+        teacher, student = (Output(of.hidden[:rows], of.head) for of in (teacher, student))
+        fresh, kept = (float(chunked_losses(teacher, [student], labels()[:rows], LogitLoss(), chunk=10, scratch=s).detach()) for s in (None, scratch))
+        assert fresh == kept > 0
 
 
 def test_a_teacher_in_lower_precision_is_taken_as_it_is() -> None:

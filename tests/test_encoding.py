@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_capacity import encoding
-from tl_capacity.encoding import ACTIVATIONS, CHECKED_TOKENS, Encoder, Scratch
+from tl_capacity.encoding import ACTIVATIONS, CHECKED_TOKENS, Encoder
+from tl_capacity.scratch import Scratch
 
 MakeSAE = Callable[..., Any]
 SHORT = [name for name, (kind, _) in SAES.items() if kind in ACTIVATIONS]

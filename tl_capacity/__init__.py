@@ -60,3 +60,15 @@ def _give_models_the_method(hook_points: ModuleType) -> None:
         return attach.add_capacity_hooks(self, saes, **options)
 
     hook_points.HookIntrospectionMixin.add_capacity_hooks = add_capacity_hooks
+
+
+@wrapt.when_imported("torch")
+def _settle_vector_math(torch: ModuleType) -> None:
+    """Call each function of MKL's vector mathematics on one number, before several threads call it at once.
+
+    MKL chooses a function's kernel at its first call, and a thread that asks meanwhile can be given one with half the digits, so that a run's first step is not
+    the same each time (pytorch/pytorch#188792).
+    """
+    for name in ("cos", "erf", "exp", "expm1", "log", "log1p", "log2", "sin", "sqrt", "tanh"):
+        for dtype in (torch.float32, torch.float64):
+            getattr(torch, name)(torch.ones(1, dtype=dtype))

@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tl_capacity.checks import checked, checked_but
-from tl_capacity.encoding import Encoder, Scratch, decoder_vectors_add_up
+from tl_capacity.encoding import Encoder, decoder_vectors_add_up
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, plugin_code
 from tl_capacity.gradients import LOSSES, differentiable, frozen, gradients, path_gradient
 from tl_capacity.interfaces import ImportanceEstimator, PathGradient, SparseAutoencoder
 from tl_capacity.measurement import HookMeasurement, Measurement, Provenance
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import token_progress
+from tl_capacity.scratch import Scratch
 from tl_capacity.statistics import FeatureStatistics, LatentBatch, document_groups
 from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, FeatureSummary
 from tl_capacity.tokens import PADDING, TokenBatch, TokenStream, as_batches, source_of

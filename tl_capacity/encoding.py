@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.scratch import Scratch
 
 Entries = tuple[Tensor, Tensor, Tensor]
 """`(token, feature, value)` of each active latent; those of one feature are in the order of the tokens."""
@@ -36,26 +37,6 @@ FEW = 1 / 3
 """Share of such groups that k may be; where it is more, all latents are sorted."""
 SORTED_AT_ONCE = 256 * 24_576
 """Latents whose largest are found together: what is gathered of them is small beside the block, and is still near when it is needed."""
-
-
-class Scratch:
-    """Memory for products; encoders that work one after the other share it, so that it need not grow with their number."""
-
-    def __init__(self) -> None:
-        self._kept: Tensor | None = None
-
-    def take(self, elements: int, like: Tensor) -> Tensor:
-        """So many elements of a tensor's dtype and device, which whoever takes them next overwrites."""
-        kept = self._kept
-        if kept is None or len(kept) < elements or (kept.dtype, kept.device) != (like.dtype, like.device):
-            self.release()
-            kept = None  # not both at once
-            self._kept = kept = torch.empty(elements, dtype=like.dtype, device=like.device)
-        return kept[:elements]
-
-    def release(self) -> None:
-        """Give the memory back until it is needed again."""
-        self._kept = None
 
 
 class Encoder:

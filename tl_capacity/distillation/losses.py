@@ -18,28 +18,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.scratch import Scratch
 
 CHUNK_TOKENS = 128
-"""Four buffers of [chunk, vocabulary] live at once: 103 MB in float32 at a vocabulary of 50,304."""
+"""Two buffers of [chunk, vocabulary] live at once: 51 MB in float32 at a vocabulary of 50,304."""
+CACHED = 2**17
+"""Logits that a processor core is given at once, for all that is done to them between two matrix products, so that they are still in its cache."""
 
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`(log_p, p, log_q, scratch)` → value [token] and gradient [token, vocabulary] with respect to the student's logits; overwrites `log_q` and `scratch`."""
+"""`(log_p, p, log_q, q)` → value [token] and gradient [token, vocabulary] with respect to the student's logits, in place of `q`; overwrites `log_q` too."""
 
 Probabilities = Float[Tensor, "token vocabulary"]
 
 
-def forward_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, scratch: Probabilities) -> tuple[Float[Tensor, " token"], Probabilities]:
+def forward_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, q: Probabilities) -> tuple[Float[Tensor, " token"], Probabilities]:
     """KL(p ‖ q) = Σ p (log p − log q) of teacher p and student q; its gradient is q − p (Hinton et al. 2015, arXiv:1503.02531)."""
-    value = torch.sub(log_p, log_q, out=scratch).mul_(p).sum(-1)
-    return value, log_q.exp_().sub_(p)
+    value = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(-1)
+    return value, q.sub_(p)
 
 
-def reverse_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, scratch: Probabilities) -> tuple[Float[Tensor, " token"], Probabilities]:
+def reverse_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, q: Probabilities) -> tuple[Float[Tensor, " token"], Probabilities]:
     """KL(q ‖ p) = Σ q (log q − log p); its gradient is q (log q − log p − KL) (Gu et al. 2024, arXiv:2306.08543)."""
-    ratio = torch.sub(log_q, log_p, out=scratch)
-    q = log_q.exp_()
+    ratio = log_q.sub_(log_p)
     value = torch.linalg.vecdot(q, ratio)
-    return value, ratio.sub_(value[:, None]).mul_(q)
+    return value, q.mul_(ratio.sub_(value[:, None]))
 
 
 def generalised_jsd(beta: float) -> Divergence:
@@ -56,13 +58,12 @@ def generalised_jsd(beta: float) -> Divergence:
     if beta in (0, 1):
         return reverse_kl if beta else forward_kl
 
-    def divergence(log_p: Tensor, p: Tensor, log_q: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        log_m = torch.logaddexp(log_p + log(beta), log_q + log(1 - beta), out=scratch)
-        teacher = (log_p - log_m).mul_(p).sum(-1)
-        ratio = torch.sub(log_q, log_m, out=scratch)
-        q = log_q.exp_()
+    def divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        log_m = torch.logaddexp(log_p + log(beta), log_q + log(1 - beta))
+        ratio = log_q.sub_(log_m)
+        teacher = torch.sub(log_p, log_m, out=log_m).mul_(p).sum(-1)
         student = torch.linalg.vecdot(q, ratio)
-        return beta * teacher + (1 - beta) * student, ratio.sub_(student[:, None]).mul_(q).mul_(1 - beta)
+        return beta * teacher + (1 - beta) * student, q.mul_(ratio.sub_(student[:, None])).mul_(1 - beta)
 
     return divergence
 
@@ -143,7 +144,13 @@ class Output:
 
 
 def chunked_losses(
-    teacher: Output, students: Sequence[Output], labels: Int[Tensor, " token"], loss: LogitLoss, total: int | None = None, chunk: int = CHUNK_TOKENS
+    teacher: Output,
+    students: Sequence[Output],
+    labels: Int[Tensor, " token"],
+    loss: LogitLoss,
+    total: int | None = None,
+    chunk: int = CHUNK_TOKENS,
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, " student"]:
     """The loss of each student in float64: its sum over the tokens, divided by `total` (by default, by their number).
 
@@ -153,6 +160,7 @@ def chunked_losses(
         labels: the next token of each, for the cross-entropy.
         total: what to divide by, where these tokens are a part of a larger batch.
         chunk: tokens whose logits exist at a time.
+        scratch: memory for these, where it is kept from one call to the next.
 
     Raises:
         CapacityError: where a student has another vocabulary than the teacher.
@@ -163,7 +171,7 @@ def chunked_losses(
                 f"the student's vocabulary has {student.head.weight.shape[0]:,} tokens and the teacher's {teacher.head.weight.shape[0]:,}: "
                 "distil between models of one tokenizer and one vocabulary size"
             )
-    task = _Task(teacher, [s.head.cap for s in students], labels, loss, total or max(1, len(labels)), chunk)
+    task = _Task(teacher, [s.head.cap for s in students], labels, loss, loss.function(), total or max(1, len(labels)), chunk, scratch or Scratch())
     losses: Tensor = _ChunkedLosses.apply(  # type: ignore[no-untyped-call]
         task, *(part for s in students for part in (s.hidden, s.head.weight, s.head.bias))
     )
@@ -178,8 +186,10 @@ class _Task:
     caps: list[float | None]
     labels: Tensor
     loss: LogitLoss
+    divergence: Divergence
     total: int
     chunk: int
+    scratch: Scratch
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -189,17 +199,18 @@ class _ChunkedLosses(torch.autograd.Function):
     def forward(ctx: Any, task: _Task, *parts: Tensor | None) -> Tensor:
         of: Any = zip(parts[0::3], parts[1::3], parts[2::3], task.caps, strict=True)
         students = [_Student(any(ctx.needs_input_grad), *each) for each in of]
-        teacher, temperature, divergence = task.teacher, task.loss.temperature, task.loss.function()
+        teacher, temperature = task.teacher, task.loss.temperature
         size = (min(task.chunk, len(task.labels)), teacher.head.weight.shape[0])
-        buffers = [torch.empty(size, dtype=students[0].head.weight.dtype, device=task.labels.device) for _ in range(4)]
+        cached = min(size[0], torch.get_num_threads() * max(1, CACHED // size[1])) if task.labels.device.type == "cpu" else size[0]
+        sizes = [tokens * size[1] for tokens in (size[0], size[0], cached, cached)]
+        buffers = [part.view(-1, size[1]) for part in torch.split(task.scratch.take(sum(sizes), students[0].head.weight), sizes)]
         for start in range(0, len(task.labels), task.chunk):
             rows = slice(start, min(start + task.chunk, len(task.labels)))
-            log_p, p, log_q, scratch = (buffer[: rows.stop - start] for buffer in buffers)
-            logits = teacher.head.logits(teacher.hidden[rows], scratch)
+            log_p, logits, *scratch = (buffer[: rows.stop - start] for buffer in buffers)
+            teacher.head.logits(teacher.hidden[rows], logits)
             torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1, out=log_p)
-            torch.exp(log_p, out=p)
             for student in students:
-                student.add(rows, task, divergence, log_p, p, log_q, scratch)
+                student.add(rows, task, log_p, logits, scratch)
         ctx.save_for_backward(*(gradient for student in students for gradient in student.gradients))
         return torch.stack([student.loss for student in students]) / task.total
 
@@ -227,29 +238,36 @@ class _Student:
         """Of the loss with respect to hidden states, weight and bias."""
         return self.of_hidden, None if self.of_weight is None else self.of_weight.T, self.of_bias
 
-    def add(self, rows: slice, task: _Task, divergence: Divergence, log_p: Tensor, p: Tensor, log_q: Tensor, scratch: Tensor) -> None:
-        """Add the loss and the gradients of a chunk, given the teacher's distribution on it; overwrites `log_q` and `scratch`."""
-        loss, hidden = task.loss, self.hidden[rows]
-        logits = self.head.logits(hidden, scratch)
+    def add(self, rows: slice, task: _Task, log_p: Tensor, logits: Tensor, scratch: Sequence[Tensor]) -> None:
+        """Add the loss and the gradients of a chunk, given the teacher's distribution on it; overwrites all but that."""
+        hidden = self.hidden[rows]
+        self.head.logits(hidden, logits)
+        pieces = zip(*(torch.split(whole, len(scratch[0])) for whole in (task.labels[rows], log_p, logits)), strict=True)
+        values = [self._replace_by_gradient(task, *some, *(buffer[: len(some[0])] for buffer in scratch)) for some in pieces]
+        self.loss += torch.cat(values).double().sum() * (1 - task.loss.ce_weight) * task.loss.temperature**2
+        if self.of_hidden is not None and self.of_weight is not None:
+            # Without the text's own loss a factor of T is left for here: T² · ∂(logits/T)/∂logits.
+            share = (1 if task.loss.ce_weight else task.loss.temperature) / task.total
+            torch.addmm(self.of_hidden[rows], logits, self.head.weight, beta=0, alpha=share, out=self.of_hidden[rows])
+            self.of_weight.addmm_(hidden.T, logits, alpha=share)
+            if self.of_bias is not None:
+                self.of_bias.add_(logits.sum(0), alpha=share)
+
+    def _replace_by_gradient(self, task: _Task, labels: Tensor, log_p: Tensor, logits: Tensor, p: Tensor, log_q: Tensor) -> Tensor:
+        """The divergence of some tokens [token]; the gradient of their loss takes the place of their logits. Overwrites `p` and `log_q`."""
+        loss, temperature = task.loss, task.loss.temperature
         slope = None if self.head.cap is None else 1 - (logits / self.head.cap).square()  # of the cap's tanh
         hard = torch.log_softmax(logits, -1) if loss.ce_weight else None
-        torch.log_softmax(logits if loss.temperature == 1 else logits.div_(loss.temperature), -1, out=log_q)
-        value, gradient = divergence(log_p, p, log_q, scratch)
-        soft_weight = (1 - loss.ce_weight) * loss.temperature  # T² · ∂(logits/T)/∂logits
-        self.loss += value.double().sum() * soft_weight * loss.temperature
+        torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1, out=log_q)
+        value, gradient = task.divergence(log_p, torch.exp(log_p, out=p), log_q, torch.exp(log_q, out=logits))
         if hard is not None:
-            labels = task.labels[rows, None]
-            self.loss -= hard.gather(1, labels).double().sum() * loss.ce_weight
-            gradient.mul_(soft_weight).add_(hard.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=hard.dtype)), alpha=loss.ce_weight)
-            soft_weight = 1.0
+            label = labels[:, None]
+            self.loss -= hard.gather(1, label).double().sum() * loss.ce_weight
+            of_hard = hard.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=hard.dtype))
+            gradient.mul_((1 - loss.ce_weight) * temperature).add_(of_hard, alpha=loss.ce_weight)
         if slope is not None:
             gradient.mul_(slope)
-        share = soft_weight / task.total
-        if self.of_hidden is not None and self.of_weight is not None:
-            torch.addmm(self.of_hidden[rows], gradient, self.head.weight, beta=0, alpha=share, out=self.of_hidden[rows])
-            self.of_weight.addmm_(hidden.T, gradient, alpha=share)
-            if self.of_bias is not None:
-                self.of_bias.add_(gradient.sum(0), alpha=share)
+        return value
 
 
 def mean_square(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:

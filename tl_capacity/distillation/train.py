@@ -31,6 +31,7 @@ from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.loading import LoadedModel, new_folder, written
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import token_progress
+from tl_capacity.scratch import Scratch
 from tl_capacity.storage import make_folder
 from tl_capacity.tokens import PADDING, source_of
 
@@ -247,7 +248,7 @@ class Students(nn.Module):
 
     def __init__(self, models: Sequence[Any], teacher_width: int, settings: DistillSettings) -> None:
         super().__init__()
-        self.models, self.settings = nn.ModuleList(models), settings
+        self.models, self.settings, self.scratch = nn.ModuleList(models), settings, Scratch()
         self.hooks = tuple(match.hook for match in settings.hidden)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
@@ -265,7 +266,7 @@ class Students(nn.Module):
     ) -> Float[Tensor, " student"]:
         """The training loss of each student, in float64: its sum over these tokens, divided by `total`."""
         outputs = [output_of(model, tokens, counted, self.hooks) for model in self.models]
-        losses = chunked_losses(teacher, outputs, labels, self.settings.loss, total, self.settings.chunk_tokens)
+        losses = chunked_losses(teacher, outputs, labels, self.settings.loss, total, self.settings.chunk_tokens, self.scratch)
         if not self.hooks:
             return losses
         matched = []
@@ -290,7 +291,7 @@ def evaluate(teacher: Any, students: Students, held: data.Rows, settings: Distil
     for start in range(accelerator.process_index * settings.batch_rows, len(held.tokens), accelerator.num_processes * settings.batch_rows):
         tokens, mask, labels = _tensors(held.trimmed(slice(start, start + settings.batch_rows)), accelerator.device)
         outputs = [output_of(model, tokens, mask) for model in (teacher, *students.models)]
-        total += chunked_losses(outputs[0], outputs[1:], labels, HELDOUT_LOSS, total=1, chunk=settings.chunk_tokens)
+        total += chunked_losses(outputs[0], outputs[1:], labels, HELDOUT_LOSS, total=1, chunk=settings.chunk_tokens, scratch=students.scratch)
     students.train()
     kl: list[float] = (accelerator.reduce(total, "sum") / int(held.predicted.sum())).tolist()
     return kl
