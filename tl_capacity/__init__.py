@@ -71,4 +71,4 @@ def _settle_vector_math(torch: ModuleType) -> None:
     """
     for name in ("cos", "erf", "exp", "expm1", "log", "log1p", "log2", "sin", "sqrt", "tanh"):
         for dtype in (torch.float32, torch.float64):
-            getattr(torch, name)(torch.ones(1, dtype=dtype))
+            getattr(torch, name)(torch.ones(1, dtype=dtype, device="cpu"))
