@@ -111,13 +111,18 @@ def batch_of(latents: torch.Tensor, documents: torch.Tensor, activations: torch.
     return LatentBatch(features, tokens, groups[tokens], values.double(), activations, documents, groups, place, torch.zeros_like(place), counted, sae)
 
 
+def add(statistics: FeatureStatistics, batch: LatentBatch) -> None:
+    statistics.update_tokens(batch.token_groups)
+    statistics.update_latents(batch.features, batch.values, batch.groups)
+
+
 def statistics_of(latents: torch.Tensor, documents: torch.Tensor, rows: Sequence[int] | slice = slice(None), width: int = 4) -> FeatureStatistics:
     """What the tokens `rows` sum to."""
     activations = torch.randn(len(latents), width, generator=torch.Generator().manual_seed(7))
     latents, documents, activations = latents[rows], documents[rows], activations[rows]
     statistics = FeatureStatistics.empty(latents.shape[1], width, torch.linspace(1, 2, latents.shape[1]), torch.device("cpu"))
     batch = batch_of(latents, documents, activations)
-    statistics.update(batch)
+    add(statistics, batch)
     statistics.update_reconstruction(activations, activations * 0.9, batch.token_groups)
     statistics.state["probe/weighted"] = torch.zeros(DOCUMENT_GROUPS, latents.shape[1], dtype=torch.float64)
     statistics.state["probe/weighted"].view(-1).index_add_(0, batch.groups * latents.shape[1] + batch.features, batch.values.abs())
@@ -155,7 +160,7 @@ class TestFeatureStatistics:
         statistics = FeatureStatistics.empty(16, 4, torch.ones(16), torch.device("cpu"))
         edges = [0, *sorted(cuts), 90]
         for start, stop in pairwise(edges):
-            statistics.update(batch_of(latents[start:stop], documents[start:stop], torch.zeros(stop - start, 4)))
+            add(statistics, batch_of(latents[start:stop], documents[start:stop], torch.zeros(stop - start, 4)))
         groups = torch.from_numpy(document_groups(documents.numpy()))
         dense = latents.double()
         for group in range(DOCUMENT_GROUPS):
@@ -182,7 +187,7 @@ class TestFeatureStatistics:
         statistics = statistics_of(torch.ones(3, 8), torch.zeros(3, dtype=torch.int64))
         statistics.counts += 2**53
         statistics.tokens += 2**53
-        statistics.update(batch_of(torch.ones(1, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4)))
+        add(statistics, batch_of(torch.ones(1, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4)))
         assert int(statistics.counts.max()) == 2**53 + 4
         assert int(statistics.merge(statistics).counts.max()) == 2**54 + 8
         assert statistics.compute().arrays["counts"].max() == 2**53 + 4
@@ -191,7 +196,7 @@ class TestFeatureStatistics:
         statistics = FeatureStatistics.empty(1, 4, torch.ones(1), torch.device("cpu"))
         statistics.counts[47] = 2**24
         for _ in range(3):
-            statistics.update(batch_of(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4)))
+            add(statistics, batch_of(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4)))
         assert int(statistics.counts.sum()) == 2**24 + 3
 
     def test_types(self) -> None:
@@ -205,7 +210,7 @@ class TestFeatureStatistics:
         latents, documents = sparse_latents(9, 8, 0.5, 0), torch.arange(9)
         statistics = statistics_of(latents, documents)
         before = statistics.clone()
-        statistics.update(batch_of(latents, documents, torch.zeros(9, 4)))
+        add(statistics, batch_of(latents, documents, torch.zeros(9, 4)))
         assert_same(before, statistics_of(latents, documents))
         assert_same(FeatureStatistics.from_tensors(before.tensors()), before)
 

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tl_capacity.checks import checked, checked_but
-from tl_capacity.encoding import Encoder, decoder_vectors_add_up
+from tl_capacity.documents import OpenDocuments
+from tl_capacity.encoding import Encoder, Entries, decoder_vectors_add_up, joined
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, plugin_code
 from tl_capacity.gradients import LOSSES, differentiable, frozen, gradients, path_gradient
 from tl_capacity.interfaces import ImportanceEstimator, PathGradient, SparseAutoencoder
@@ -228,12 +229,9 @@ class Tap:
         # MPS has no float64, so there the sums live on the CPU.
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.target_hook = target_hook(sae, hook)
-        with torch.no_grad():
-            # In pieces, because a float64 copy of a wide decoder is larger than all else that is kept.
-            norms = torch.cat([rows.double().norm(dim=1) for rows in torch.split(sae.W_dec.detach().to(self.device).flatten(1), 1024)])
-            if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-                norms = torch.ones_like(norms)  # SAELens' decode divides by them, so each latent writes a unit vector
-        self.statistics = FeatureStatistics.empty(self.d_sae, sae.W_dec[0].numel(), norms, self.device)
+        # Only these must see the active latents of a token together.
+        self._accumulating = [e for e in estimators if getattr(type(e), "update", None) is not ImportanceEstimator.update]
+        self.statistics = FeatureStatistics.empty(self.d_sae, sae.W_dec[0].numel(), _decoder_norms(sae, self.device), self.device)
         for estimator in estimators:
             with plugin_code("importance estimator", estimator.name, estimator):
                 state = dict(estimator.start(sae, DOCUMENT_GROUPS, self.device))
@@ -247,7 +245,7 @@ class Tap:
                     )
                 self.statistics.state[f"{estimator.name}/{key}"] = zeros
         self.fired = 0
-        self._open: dict[int, Tensor] = {}
+        self._open = OpenDocuments(self.d_sae, self.device)
         self._decodes_linearly: bool | None = None
         self._awaiting_target: list[tuple[Tensor, Tensor]] = []
 
@@ -272,7 +270,8 @@ class Tap:
         sums.counted_norm += norms[batch.counted.to(norms.device)].sum().to(self.device)
         sums.masked_norm += norms[batch.unwanted.to(norms.device)].sum().to(self.device)
         sums.masked += batch.masked.to(self.device)
-        seen = self._open_documents(batch)
+        self._open.end(sums, but=batch.unique_documents)
+        self._open.open(batch.counted_documents)
         counted = batch.counted.flatten().to(activation.device)
         inputs = activation.flatten(0, 1)[counted]
         if not getattr(self.sae, "hook_z_reshaping_mode", False):
@@ -281,45 +280,61 @@ class Tap:
         rows, positions = batch.row_of_token.to(self.device), batch.position_of_token.to(self.device)
         for start in range(0, len(inputs), self.encoder.chunk):
             chunk = slice(start, start + self.encoder.chunk)
-            self._count(inputs[chunk], rows[chunk], positions[chunk], batch, seen, {loss: gradient[chunk] for loss, gradient in along.items()})
+            self._count(inputs[chunk], rows[chunk], positions[chunk], batch, {loss: gradient[chunk] for loss, gradient in along.items()})
 
-    def _count(self, inputs: Tensor, rows: Tensor, positions: Tensor, batch: Batch, seen: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        tokens, features, values = (t.to(self.device) for t in self.encoder(inputs))
-        values = values.double()
-        if not bool(torch.isfinite(values.sum())):
-            raise CapacityError(f"the SAE at {self.hook} gives NaN or infinite latents in batch {batch.number}: check its weights")
-        token_groups = batch.groups.to(self.device)[rows]
-        entries = LatentBatch(
-            features=features,
-            tokens=tokens,
-            groups=token_groups[tokens],
-            values=values,
-            activations=inputs,
-            documents=batch.documents.to(self.device)[rows],
-            token_groups=token_groups,
-            rows=rows,
-            positions=positions,
-            counted=batch.counted,
-            sae=self.sae,
-            gradients=gradients,
-        )
-        self.statistics.update(entries)
+    def _count(self, inputs: Tensor, rows: Tensor, positions: Tensor, batch: Batch, gradients: Mapping[str, Tensor]) -> None:
+        token_groups, open_rows = batch.groups.to(self.device)[rows], self._open.rows(batch.documents.tolist())[rows]
+        checked = batch.checked(self.fvu_every).to(self.device)[rows]
+        self.statistics.update_tokens(token_groups)
+        kept: list[Entries] = []
+        # What is active is counted a few features at a time; only what is needed together is kept.
+        for part in self.encoder.parts(inputs):
+            tokens, features, values = (t.to(self.device) for t in part)
+            values = values.double()
+            if not bool(torch.isfinite(values.sum())):
+                raise CapacityError(f"the SAE at {self.hook} gives NaN or infinite latents in batch {batch.number}: check its weights")
+            self.statistics.update_latents(features, values, token_groups[tokens])
+            self._open.mark(open_rows[tokens], features)
+            if not self._accumulating:
+                few = torch.nonzero(checked[tokens]).view(-1)
+                tokens, features, values = tokens[few], features[few], values[few]
+            kept.append((tokens, features, values))
         if self._decodes_linearly is None:
             self._decodes_linearly = decoder_vectors_add_up(self.sae, inputs)
         if gradients:
             self.refuse_unless_linear()
-        for estimator in self.estimators:
-            prefix = f"{estimator.name}/"
-            kept = {k.removeprefix(prefix): v for k, v in self.statistics.state.items() if k.startswith(prefix)}
-            own = dict(kept)
-            with plugin_code("importance estimator", estimator.name, estimator):
-                estimator.update(own, entries)
-            if any(own.get(key) is not tensor for key, tensor in kept.items()):
-                raise CapacityError(f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the tensors in place")
-        seen.view(-1)[batch.slots.to(self.device)[rows][tokens] * self.d_sae + features] = True
-        checked = batch.checked(self.fvu_every).to(self.device)[rows]
+        if not self._accumulating and not bool(checked.any()):
+            return
+        entries = joined(kept)
+        if self._accumulating:
+            tokens, features, values = entries
+            latents = LatentBatch(
+                features=features,
+                tokens=tokens,
+                groups=token_groups[tokens],
+                values=values,
+                activations=inputs,
+                documents=batch.documents.to(self.device)[rows],
+                token_groups=token_groups,
+                rows=rows,
+                positions=positions,
+                counted=batch.counted,
+                sae=self.sae,
+                gradients=gradients,
+            )
+            for estimator in self._accumulating:
+                self._accumulate(estimator, latents)
         if bool(checked.any()):
-            self._check_reconstruction(entries, checked)
+            self._check_reconstruction(inputs, entries, token_groups, checked)
+
+    def _accumulate(self, estimator: ImportanceEstimator, latents: LatentBatch) -> None:
+        prefix = f"{estimator.name}/"
+        kept = {k.removeprefix(prefix): v for k, v in self.statistics.state.items() if k.startswith(prefix)}
+        own = dict(kept)
+        with plugin_code("importance estimator", estimator.name, estimator):
+            estimator.update(own, latents)
+        if any(own.get(key) is not tensor for key, tensor in kept.items()):
+            raise CapacityError(f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the tensors in place")
 
     def refuse_unless_linear(self) -> None:
         """A latent's gradient is taken along its decoder vector, which says something only where the SAE writes the sum of those at its own hook point."""
@@ -327,10 +342,9 @@ class Tap:
             what = "writes to another hook point" if self.target_hook is not None else "does not write the sum of its decoder vectors"
             raise DictionaryError(f"the SAE at {self.hook} {what}, so the gradient of its latents is not known: choose an importance that needs none")
 
-    def _check_reconstruction(self, entries: LatentBatch, checked: Tensor) -> None:
-        inputs = entries.activations[checked.to(entries.activations.device)]
+    def _check_reconstruction(self, inputs: Tensor, entries: Entries, groups: Tensor, checked: Tensor) -> None:
+        inputs, groups = inputs[checked.to(inputs.device)], groups[checked]
         reconstruction = self._decode_sparsely(entries, checked, inputs) if self._decodes_linearly else self._decode_densely(inputs)
-        groups = entries.token_groups[checked]
         if self.target_hook is None:
             self.statistics.update_reconstruction(inputs.flatten(1).to(self.device), reconstruction.to(self.device), groups)
         else:
@@ -339,14 +353,16 @@ class Tap:
     def _decode_densely(self, inputs: Tensor) -> Tensor:
         return self._with_skip(self.sae.decode(self.sae.encode(inputs)).flatten(1), inputs)
 
-    def _decode_sparsely(self, entries: LatentBatch, checked: Tensor, inputs: Tensor) -> Tensor:
+    def _decode_sparsely(self, entries: Entries, checked: Tensor, inputs: Tensor) -> Tensor:
+        """The reconstruction of the checked tokens, given the active latents of all or of just these."""
         decoder = self.sae.W_dec.detach().flatten(1)
-        kept = torch.nonzero(checked[entries.tokens]).view(-1)
-        position = (torch.cumsum(checked, 0) - 1)[entries.tokens[kept]]
+        tokens, features, values = entries
+        kept = torch.nonzero(checked[tokens]).view(-1)
+        position = (torch.cumsum(checked, 0) - 1)[tokens[kept]]
         kept = kept[position.argsort(stable=True)]  # a bag for each token
         counts = torch.bincount(position, minlength=len(inputs))
         starts = torch.cumsum(counts, 0) - counts
-        features, values = entries.features[kept].to(decoder.device), entries.values[kept].to(decoder.device, decoder.dtype)
+        features, values = features[kept].to(decoder.device), values[kept].to(decoder.device, decoder.dtype)
         summed = nn.functional.embedding_bag(features, decoder, starts.to(decoder.device), mode="sum", per_sample_weights=values)
         bias = getattr(self.sae, "b_dec", None)
         return self._with_skip(summed if bias is None else summed + bias.detach().flatten(), inputs)
@@ -372,44 +388,21 @@ class Tap:
             )
         self.statistics.update_reconstruction(target, reconstruction, groups)
 
-    def _open_documents(self, batch: Batch) -> Tensor:
-        """bool [document of the batch, feature]: which features each document has shown so far; documents that ended are added to the incidence."""
-        current = batch.unique_documents
-        close_documents(self.statistics, {d: seen for d, seen in self._open.items() if d not in current})
-        blank = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device)
-        seen = torch.stack([self._open.get(d, blank) for d in current]) if current else blank[None, :0]
-        counted = set(batch.counted_documents)
-        self._open = {d: seen[i] for i, d in enumerate(current) if d in counted or d in self._open}
-        return seen
-
     def close_open_documents(self) -> None:
         """Count the documents seen so far as ended: what comes next is another stream, whatever numbers its documents have."""
-        close_documents(self.statistics, self._open)
-        self._open = {}
+        self._open.end(self.statistics)
 
     def snapshot(self, close: bool) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """The sums so far, with open documents closed in the copy or not, and the open documents, for a later `restore`."""
-        statistics = self.statistics.clone()
+        statistics, (documents, seen) = self.statistics.clone(), self._open.arrays()
         if close:
-            close_documents(statistics, self._open)
-        seen = torch.stack(list(self._open.values())) if self._open else torch.zeros(0, self.d_sae, dtype=torch.bool)
-        arrays = {name: value.cpu().numpy() for name, value in statistics.tensors().items()}
-        return arrays, {"open_documents": np.array(list(self._open), dtype=np.int64), "open_seen": seen.cpu().numpy()}
+            statistics.update_documents(documents, torch.from_numpy(seen).to(self.device))
+        return {name: value.cpu().numpy() for name, value in statistics.tensors().items()}, {"open_documents": documents, "open_seen": seen}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], open_documents: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a `snapshot` whose documents were left open."""
         self.statistics = FeatureStatistics.from_tensors({name: torch.from_numpy(value.copy()).to(self.device) for name, value in arrays.items()})
-        seen = torch.from_numpy(open_documents["open_seen"].copy()).to(self.device)
-        self._open = dict(zip(open_documents["open_documents"].tolist(), seen, strict=True))
-
-
-def close_documents(statistics: FeatureStatistics, ended: Mapping[int, Tensor]) -> None:
-    """Add documents that have ended to the document counts."""
-    if not ended:
-        return
-    groups = torch.from_numpy(document_groups(np.array(list(ended), dtype=np.int64))).to(statistics.documents.device)
-    statistics.documents.index_add_(0, groups, torch.ones_like(groups))
-    statistics.incidence += torch.stack(list(ended.values())).sum(0)
+        self._open = OpenDocuments.from_arrays(open_documents["open_documents"], open_documents["open_seen"], self.device)
 
 
 class Batch:
@@ -433,8 +426,6 @@ class Batch:
         self.row_of_token, self.position_of_token = (torch.from_numpy(place) for place in np.nonzero(counted))
         self.unique_documents: list[int] = list(dict.fromkeys(tokens.documents.tolist()))
         self.counted_documents: list[int] = tokens.documents[counted.any(1)].tolist()
-        place = {document: slot for slot, document in enumerate(self.unique_documents)}
-        self.slots = torch.tensor([place[document] for document in tokens.documents.tolist()])
 
     def checked(self, every: int) -> Tensor:
         """bool [row]: whether the reconstruction is checked on the row's document; the first document always is, the others by another hash."""
@@ -840,6 +831,17 @@ def target_hook(sae: Any, hook: str) -> str | None:
     """The hook point that a transcoder writes to; None for an SAE, which reconstructs what it reads."""
     target = getattr(getattr(sae.cfg, "metadata", None), "hook_name_out", None)
     return str(target) if target and target != hook else None
+
+
+@torch.no_grad()
+def _decoder_norms(sae: Any, device: torch.device) -> Tensor:
+    """float64 [feature]: the length of what each latent writes where it is 1."""
+    norms = torch.ones(len(sae.W_dec), dtype=torch.float64, device=device)
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # where it is set, SAELens' decode divides by the norms
+        # A few rows at a time and in place: a float64 copy of a wide decoder is larger than all else that is kept.
+        for rows, place in zip(torch.split(sae.W_dec.detach().flatten(1), 64), torch.split(norms, 64), strict=True):
+            torch.linalg.vector_norm(rows.to(device, torch.float64), dim=1, out=place)
+    return norms
 
 
 def dictionary_digest(sae: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,21 @@ Entries = tuple[Tensor, Tensor, Tensor]
 """`(token, feature, value)` of each active latent; those of one feature are in the order of the tokens."""
 Products = Iterator[tuple[slice, Tensor]]
 """The features of each block, and their products with the inputs, x·W_enc [token, feature], without the bias; the next block overwrites it."""
+Find = Callable[[Any, Products], Iterator[Entries]]
+"""From an SAE and its products to the active latents, those of some features after those of others."""
 
 CHUNK_TOKENS = 2048
 """Tokens that are encoded at once, where memory allows: with fewer a matrix product is slower, with 256 by a quarter."""
 DENSE_LATENTS = 768 * 24_576
 """Latents that are dense at once, at most: 75 MB in float32."""
-FEATURE_BLOCK = 2048
-"""Features whose products are made at once where each latent is judged by itself; at 2,048 tokens 17 MB. More take memory and save no time."""
+FEATURE_BLOCK = 1024
+"""Features whose products are made at once where each latent is judged by itself; at 2,048 tokens 8 MB. More take memory and save no time."""
 ROW_BLOCK = 24_576
 """The same where the latents of a token are compared with each other."""
 FEWEST_TOKENS = 64
 """Tokens that an SAE's own `encode`, which makes all latents at once, is given, whatever their number."""
 
-CHECKED_TOKENS = 32
+CHECKED_TOKENS = 16
 """Tokens on which an encoder's short cut is compared with the SAE's own `encode` before it is used."""
 
 LANES = 32
@@ -64,14 +66,21 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Entries:
         """The active latents of at most `chunk` tokens [token, d_in]."""
+        return joined(list(self.parts(inputs)))
+
+    def parts(self, inputs: Tensor) -> Iterator[Entries]:
+        """The same, some features or tokens after others, so that all need never be in memory; to be gone through under `torch.no_grad`."""
         if not self._checked and len(inputs):
             self._checked = True
             if self._activation is not None and not self._agrees(self._activation.find, inputs[:CHECKED_TOKENS]):
                 self._activation = None
         if self._activation is None or _has_hooks(self.sae):
             at_once = max(1, self.dense_latents // self.d_sae)
-            return _one_after_another([active_entries(self.sae.encode(some)) for some in torch.split(inputs, at_once)], at_once)
-        return self._activation.find(self.sae, self._products(inputs))
+            for start in range(0, max(1, len(inputs)), at_once):
+                tokens, features, values = active_entries(self.sae.encode(inputs[start : start + at_once]))
+                yield tokens + start, features, values
+        else:
+            yield from self._activation.find(self.sae, self._products(inputs))
 
     def _products(self, inputs: Tensor) -> Products:
         x, weight = self.sae.process_sae_in(inputs), self.sae.W_enc
@@ -81,11 +90,11 @@ class Encoder:
             width = features.stop - start
             yield features, torch.mm(x, weight[:, features], out=memory[: len(x) * width].view(len(x), width))
 
-    def _agrees(self, find: Callable[[Any, Products], Entries], inputs: Tensor) -> bool:
-        own = self.sae.encode(inputs)
+    def _agrees(self, find: Find, inputs: Tensor) -> bool:
+        own = _encoded(self.sae, inputs)
         if own.is_sparse or own.dtype != self.sae.W_enc.dtype or not bool(own.isfinite().all()):
             return False
-        tokens, features, values = find(self.sae, self._products(inputs))
+        tokens, features, values = joined(list(find(self.sae, self._products(inputs))))
         mine = torch.zeros_like(own)
         mine[tokens, features] = values
         # Two orders of summation may decide otherwise about a latent on the edge, so a few may differ.
@@ -93,17 +102,15 @@ class Encoder:
         return int(different.sum()) <= 1e-3 * len(values)
 
 
-def _relu(sae: Any, products: Products) -> Entries:
-    threshold = -sae.b_enc
-    return _joined([_above(features, block, threshold, sae.b_enc) for features, block in products])
+def _relu(sae: Any, products: Products) -> Iterator[Entries]:
+    return _above(-sae.b_enc, sae.b_enc, products)
 
 
-def _jumprelu(sae: Any, products: Products) -> Entries:
-    threshold = sae.threshold.clamp(min=0) - sae.b_enc
-    return _joined([_above(features, block, threshold, sae.b_enc) for features, block in products])
+def _jumprelu(sae: Any, products: Products) -> Iterator[Entries]:
+    return _above(sae.threshold.clamp(min=0) - sae.b_enc, sae.b_enc, products)
 
 
-def _topk(sae: Any, products: Products) -> Entries:
+def _topk(sae: Any, products: Products) -> Iterator[Entries]:
     scale = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
     values = features = None
     for some, block in products:
@@ -121,7 +128,7 @@ def _topk(sae: Any, products: Products) -> Entries:
     assert values is not None  # an SAE has latents
     assert features is not None
     token, place = torch.nonzero(~(values <= 0), as_tuple=True)
-    return token, features[token, place], values[token, place]
+    yield token, features[token, place], values[token, place]
 
 
 @dataclass(frozen=True)
@@ -129,11 +136,11 @@ class Activation:
     """How one architecture's active latents are found.
 
     Attributes:
-        find: from the SAE and its products to the active latents.
+        find: finds them.
         features_at_once: how many features' products it is given at once.
     """
 
-    find: Callable[[Any, Products], Entries]
+    find: Find
     features_at_once: int
 
 
@@ -145,12 +152,8 @@ ACTIVATIONS = {
 """By SAELens' class."""
 
 
-def _one_after_another(parts: list[Entries], tokens_each: int) -> Entries:
-    """The entries of neighbouring tokens, so many in each part."""
-    return _joined([(tokens + i * tokens_each, features, values) for i, (tokens, features, values) in enumerate(parts)])
-
-
-def _joined(parts: list[Entries]) -> Entries:
+def joined(parts: Sequence[Entries]) -> Entries:
+    """The entries of several parts; one at least."""
     if len(parts) == 1:
         return parts[0]
     tokens, features, values = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -189,17 +192,23 @@ def _largest_by_group(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, features[starts[:, None] + place]
 
 
-def _above(some: slice, products: Tensor, threshold: Tensor, bias: Tensor) -> Entries:
-    """The latents of a block whose product is not at or below its threshold; so NaN counts as active and is reported, rather than passing for zero."""
-    tokens, features, values = _entries(products, torch.le(products, threshold[some]).logical_not_())
-    return tokens, features + some.start, values + bias[some][features]
+def _above(threshold: Tensor, bias: Tensor, products: Products) -> Iterator[Entries]:
+    """The latents whose product is not at or below its threshold; so NaN counts as active and is reported, rather than passing for zero."""
+    for some, block in products:
+        tokens, features, values = _entries(block, torch.le(block, threshold[some]).logical_not_())
+        yield tokens, features + some.start, values + bias[some][features]
+
+
+def _encoded(sae: Any, inputs: Tensor) -> Tensor:
+    """A few tokens' latents from the SAE's own `encode`, one token after the other: for a product of several with all features MKL keeps tens of MB."""
+    return torch.cat([sae.encode(token) for token in torch.split(inputs, 1)])
 
 
 @torch.no_grad()
 def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
     """Whether `decode` adds up decoder vectors, seen on a few tokens [token, d_in], so that no architecture need be known; None without an active latent."""
     few = inputs[:CHECKED_TOKENS]
-    latents = sae.encode(few).to_dense()
+    latents = _encoded(sae, few).to_dense()
     if not bool(latents.any()):
         return None
     decoder, bias = sae.W_dec.detach().flatten(1), getattr(sae, "b_dec", None)

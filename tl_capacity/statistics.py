@@ -104,13 +104,23 @@ class FeatureStatistics:
         zeros = {name: torch.zeros([sizes[axis] for axis in axes], dtype=getattr(torch, dtype), device=device) for name, (dtype, axes) in SUMS.items()}
         return cls.from_tensors({**zeros, "decoder_norm": decoder_norm.to(device=device, dtype=torch.float64)})
 
-    def update(self, batch: LatentBatch) -> None:
-        """Add the active latents of some tokens."""
-        place = batch.groups * self.counts.shape[1] + batch.features
+    def update_tokens(self, groups: Int64[Tensor, " token"]) -> None:
+        """Add counted tokens, each with its document group."""
+        self.tokens.index_add_(0, groups, torch.ones_like(groups))
+
+    def update_latents(self, features: Int64[Tensor, " entry"], values: Float64[Tensor, " entry"], groups: Int64[Tensor, " entry"]) -> None:
+        """Add active latents z of counted tokens, each with its feature and document group."""
+        place = groups * self.counts.shape[1] + features
         self.counts.view(-1).index_add_(0, place, torch.ones_like(place))
-        self.sums.view(-1).index_add_(0, place, batch.values)
-        self.squares.view(-1).index_add_(0, place, batch.values.square())
-        self.tokens.index_add_(0, batch.token_groups, torch.ones_like(batch.token_groups))
+        self.sums.view(-1).index_add_(0, place, values)
+        self.squares.view(-1).index_add_(0, place, values.square())
+
+    def update_documents(self, documents: NDArray[np.int64], seen: Bool[Tensor, "document feature"]) -> None:
+        """Add documents that have ended, each with the features that were active in it."""
+        if len(documents):
+            groups = torch.from_numpy(document_groups(documents)).to(self.documents.device)
+            self.documents.index_add_(0, groups, torch.ones_like(groups))
+            self.incidence += seen.sum(0)
 
     def update_reconstruction(
         self, target: Float[Tensor, "token width"], reconstruction: Float[Tensor, "token width"], groups: Int64[Tensor, " token"]
