@@ -6,6 +6,7 @@ float32, two threads. The *limit* is the Hugging Face forward pass (SDPA) cut af
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,9 @@ HOOK = f"blocks.{TAPPED - 1}.hook_resid_post"
 WARM = 4
 """Batches before the one that is timed, after which the sums of every document group are in memory."""
 TIMED = 3
-"""Batches that are timed after these, and processes whose memory is measured."""
+"""Batches that are timed after these."""
+PROCESSES = 5
+"""Processes whose memory is measured, one after another: how much of it the allocator reuses differs from one to the next."""
 SEVERAL = (4, 6, 8)  # after which layers several SAEs sit: a third, a half and two thirds of the depth, as in the published measurement
 
 
@@ -202,6 +205,7 @@ def memory(which: str) -> float:
         "run_evals": lambda: sae_lens_evals(proxy_model(model), sparse_autoencoder("standard", model, f"gpt_neox.layers.{TAPPED - 1}")),
     }
     candidate = candidates[which]()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the model and the SAE took and left
     cut_forward(model)()  # the allocator's own pools and the libraries' thread buffers belong to the loaded state
     return peak_growth_mb(candidate)
 
@@ -239,7 +243,7 @@ def main() -> None:
         sae = sparse_autoencoder("standard", model)
         seconds |= medians({f"limit, {name}": limit(model, sae), f"counting, {name}": counting(model, {HOOK: sae})}, asked.repetitions, TIMED)
 
-    growth = growth_apart(__file__, ("counting", "dense loop", "run_evals"), TIMED)
+    growth = growth_apart(__file__, ("counting", "dense loop", "run_evals"), PROCESSES)
     three_passes = sum(seconds[f"one layer, {hook}"] for hook in hooks)
     rows: list[Row] = [
         at_most("everything / limit, HF forward", seconds["counting"] / seconds["limit"], 1.10),
