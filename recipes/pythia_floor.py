@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class PythiaFloorConfig:
     """Everything that decides the result; what is not given is the preset's."""
 
-    preset: str = option("quick", "quick (2 minutes on 2 cores), demo (10 minutes) or full (20 million tokens).")
+    preset: str = option("quick", "quick (at most 2 minutes on 2 cores), demo (at most 10) or full (20 million tokens).")
     out: Path = option(Path("runs/pythia-floor"), "The folder to write; a rerun continues in it.")
     teacher: str = option("embedded", "A model name, folder or hub id.")
     sae: tuple[str, ...] = option((), "SAELens folders or release/sae_id, each optionally HOOK=…; by default all that come with the teacher.")
