@@ -26,6 +26,8 @@ SUMS = ("all", "firing", "z", "zz", "cross", "squares", "ranks", "firings")
 """What a ranking adds up, by the names of its attributes."""
 BLOCK_SCORES = 2**18
 """Scores that exist at once: 1 MB, which stays in a core's cache through all that is done to them."""
+FEATURES_AT_ONCE = 512
+"""Features whose counts are float64 at once: 1 MB, for the same reason."""
 
 
 class Ranking:
@@ -67,12 +69,13 @@ class Ranking:
             block = slice(first, min(first + step, len(self._weight)))
             entries = slice(starts[block.start], starts[block.stop])
             features, tokens, values = latents.features[entries], latents.tokens[entries], latents.values[entries]
+            entry = (features - first) * len(x) + tokens
             scores = torch.mm(self._weight[block], inputs)
             rectified = scores.add(self._offset[block, None]).clamp_(min=0)
-            self.cross.index_add_(0, features, values * rectified[features - first, tokens])
+            self.cross.index_add_(0, features, values * rectified.view(-1)[entry])
             self.squares[block] += rectified.square_().sum(1, dtype=torch.float64)
             bins = bins_of_(scores)
-            fired = bins[features - first, tokens].long()
+            fired = bins.view(-1)[entry].long()
             place = (features - first) * BINS + fired
             self.firing[block].view(-1).index_add_(0, place, one.expand(len(place)))
             bins += torch.arange(0, len(bins) * BINS, BINS, dtype=torch.int32, device=bins.device)[:, None]
@@ -109,8 +112,11 @@ class Ranking:
 
     def scores(self) -> Scores:
         """What was found so far."""
-        auroc, auroc_error = auroc_of(self.firing.double(), (self.all - self.firing).double())
-        precision, precision_error = average_precision_of(self.firing.double(), (self.all - self.firing).double())
+        areas: list[tuple[Tensor, ...]] = []
+        for firing, every in zip(torch.split(self.firing, FEATURES_AT_ONCE), torch.split(self.all, FEATURES_AT_ONCE), strict=True):
+            counts = firing.double(), (every - firing).double()
+            areas.append((*auroc_of(*counts), *average_precision_of(*counts)))
+        auroc, auroc_error, precision, precision_error = (torch.cat(pieces) for pieces in zip(*areas, strict=True))
         squares, cross = self.squares * self.scale.square(), self.cross * self.scale
         r2 = 1 - (squares - 2 * cross + self.zz) / (self.zz - self.z.square() / self.tokens)
         found = {"auroc": auroc, "auroc_error": auroc_error, "average_precision": precision, "average_precision_error": precision_error, "r2": r2}

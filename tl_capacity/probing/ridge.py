@@ -116,7 +116,7 @@ class Moments:
             self.x - n * x,
             self.z - n * z,
             self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + n * torch.outer(x, x),
-            self.zx - torch.outer(z, self.x) - torch.outer(self.z, x) + n * torch.outer(z, x),
+            self.zx.addr(z, self.x, alpha=-1).addr_(self.z - n * z, x, alpha=-1),
             self.zz - 2 * z * self.z + n * z.square(),
         )
 
