@@ -229,8 +229,8 @@ class Tap:
         # MPS has no float64, so there the sums live on the CPU.
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.target_hook = target_hook(sae, hook)
-        # Only these must see the active latents of a token together.
-        self._accumulating = [e for e in estimators if getattr(type(e), "update", None) is not ImportanceEstimator.update]
+        # Those that add up something of their own are given the active latents of a token together.
+        self._accumulating = [e for e in estimators if type(e).update is not ImportanceEstimator.update]
         self.statistics = FeatureStatistics.empty(self.d_sae, sae.W_dec[0].numel(), _decoder_norms(sae, self.device), self.device)
         for estimator in estimators:
             with plugin_code("importance estimator", estimator.name, estimator):
