@@ -303,8 +303,6 @@ class Tap:
             self._decodes_linearly = decoder_vectors_add_up(self.sae, inputs)
         if gradients:
             self.refuse_unless_linear()
-        if not self._accumulating and not bool(checked.any()):
-            return
         entries = joined(kept)
         if self._accumulating:
             tokens, features, values = entries
