@@ -45,7 +45,9 @@ class Prepared:
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int, each: int = 1) -> dict[str, float]:
-    """Median seconds of each candidate; one warm-up, then all take turns of `each` steps, so that drift of the machine hits all alike."""
+    """Median seconds of each candidate; one warm-up, then all take turns of `each` steps, so that drift of the machine
+    hits all alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions + 1):
         for name, candidate in candidates.items():
@@ -59,7 +61,9 @@ def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int, ea
 
 
 def arguments(description: str | None, repetitions: int, **numbers: int) -> argparse.Namespace:
-    """What every benchmark is asked on the command line, and `numbers` of its own with their defaults; two threads, and no warnings between the figures."""
+    """What every benchmark is asked on the command line, and `numbers` of its own with their defaults; two threads, and
+    no warnings between the figures.
+    """
     import torch
 
     parser = argparse.ArgumentParser(description=description)
@@ -73,16 +77,24 @@ def arguments(description: str | None, repetitions: int, **numbers: int) -> argp
 
 
 def growth_apart(script: str, candidates: Sequence[str], processes: int = 1) -> dict[str, float]:
-    """Peak growth of each candidate in MB, as the script prints it with `--memory-of`: the median of so many processes of its own."""
+    """Peak growth of each candidate in MB, as the script prints it with `--memory-of`: the median of so many processes
+    of its own.
+    """
 
     def growth(which: str) -> float:
-        return float(subprocess.run([sys.executable, script, "--memory-of", which], capture_output=True, text=True, check=True).stdout.split()[-1])
+        return float(
+            subprocess.run(
+                [sys.executable, script, "--memory-of", which], capture_output=True, text=True, check=True
+            ).stdout.split()[-1]
+        )
 
     return {which: statistics.median(growth(which) for _ in range(processes)) for which in candidates}
 
 
 def peak_growth_mb(candidate: Callable[[], object]) -> float:
-    """Growth of the process's peak resident memory over its present size while `candidate` runs twice, in MB; Linux only."""
+    """Growth of the process's peak resident memory over its present size while `candidate` runs twice, in MB; Linux
+    only.
+    """
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     candidate()

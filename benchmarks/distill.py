@@ -1,8 +1,9 @@
-"""What a distillation step costs beside the plain loop, which holds all logits of teacher and student at once: `python benchmarks/distill.py [--json]`.
+"""What a distillation step costs beside the plain loop, which holds all logits of teacher and student at once:
+`python benchmarks/distill.py [--json]`.
 
-GPT-NeoX teacher d=768, 12 layers, vocabulary 50,304, random weights; a student d=128, or five; batches of 8×256 tokens, float32, two threads. Both sides run
-the same forward passes (SDPA), clip, and step AdamW; *four GEMMs* are the head's own products (logits of both, gradients of the student's hidden states and
-head), into buffers that are there already.
+GPT-NeoX teacher d=768, 12 layers, vocabulary 50,304, random weights; a student d=128, or five; batches of 8×256 tokens,
+float32, two threads. Both sides run the same forward passes (SDPA), clip, and step AdamW; *four GEMMs* are the head's
+own products (logits of both, gradients of the student's hidden states and head), into buffers that are there already.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def token_ids(rows: int = ROWS) -> torch.Tensor:
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=SETTINGS.lr, betas=SETTINGS.betas, weight_decay=SETTINGS.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        model.parameters(), lr=SETTINGS.lr, betas=SETTINGS.betas, weight_decay=SETTINGS.weight_decay, fused=True
+    )
 
 
 def ours(of: Any, widths: Sequence[int], tokens: torch.Tensor) -> Callable[[], object]:
@@ -97,7 +100,10 @@ def outputs(dtype: torch.dtype, tokens: int) -> tuple[Output, Output]:
     random = torch.Generator().manual_seed(2)
     found = []
     for width in (D_TEACHER, WIDTH):
-        hidden, weight = torch.randn(tokens, width, generator=random), torch.randn(VOCABULARY, width, generator=random) * 2 / width**0.5
+        hidden, weight = (
+            torch.randn(tokens, width, generator=random),
+            torch.randn(VOCABULARY, width, generator=random) * 2 / width**0.5,
+        )
         found.append(Output(hidden.to(dtype), Head(weight.to(dtype))))
     for part in (found[1].hidden, found[1].head.weight):
         part.requires_grad_()
@@ -136,7 +142,9 @@ def four_gemms() -> Callable[[], object]:
 
 
 def gradient_error() -> float:
-    """Largest error of a gradient over its largest entry, against autograd through the definition in float64; 256 tokens."""
+    """Largest error of a gradient over its largest entry, against autograd through the definition in float64; 256
+    tokens.
+    """
     tokens = CONTEXT
     of, student = outputs(torch.float32, tokens)
     chunked_losses(of, [student], torch.zeros(tokens, dtype=torch.long), LogitLoss()).sum().backward()
@@ -144,7 +152,10 @@ def gradient_error() -> float:
     log_p, log_q = ((o.hidden @ o.head.weight.T).log_softmax(-1) for o in (of64, student64))
     F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").backward()
     errors = []
-    for found, expected in ((student.hidden.grad, student64.hidden.grad), (student.head.weight.grad, student64.head.weight.grad)):
+    for found, expected in (
+        (student.hidden.grad, student64.hidden.grad),
+        (student.head.weight.grad, student64.head.weight.grad),
+    ):
         assert found is not None
         assert expected is not None
         errors.append(float((found.double() - expected).abs().max() / expected.abs().max()))
@@ -185,7 +196,9 @@ def main() -> None:
         *(sum(seconds[f"{what}, student of {width}"] for width in WIDTHS) for what in ("step", "plain loop")),
     )
     rows: list[Row] = [
-        at_most("step / plain loop", seconds[f"step, student of {WIDTH}"] / seconds[f"plain loop, student of {WIDTH}"], 0.65),
+        at_most(
+            "step / plain loop", seconds[f"step, student of {WIDTH}"] / seconds[f"plain loop, student of {WIDTH}"], 0.65
+        ),
         at_most("growth of peak RSS / plain loop", growth["chunks"] / growth["plain loop"], 0.25),
         at_most("head / its four bare GEMMs", seconds["head"] / seconds["its four GEMMs"], 1.30),
         at_most("gradient against float64, in 1e-6", 1e6 * gradient_error(), 10),

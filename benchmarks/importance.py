@@ -1,8 +1,10 @@
-"""What importances in nats cost beside the plain forward pass of the same batch: `python benchmarks/importance.py [--json]`.
+"""What importances in nats cost beside the plain forward pass of the same batch:
+`python benchmarks/importance.py [--json]`.
 
-The model, the SAE and the batch of `benchmarks/measure.py`: GPT-NeoX d=768, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents after
-layer 6 of which 0.8% are active; 8×256 tokens, float32, two threads. The *plain forward* is the whole Hugging Face forward pass (SDPA) with its logits, without
-gradients, and nothing counted; every candidate counts all that a measurement counts as well.
+The model, the SAE and the batch of `benchmarks/measure.py`: GPT-NeoX d=768, 12 layers, vocabulary 50,304, random
+weights; a ReLU SAE of 24,576 latents after layer 6 of which 0.8% are active; 8×256 tokens, float32, two threads. The
+*plain forward* is the whole Hugging Face forward pass (SDPA) with its logits, without gradients, and nothing counted;
+every candidate counts all that a measurement counts as well.
 """
 
 from __future__ import annotations
@@ -66,7 +68,11 @@ def main() -> None:
         at_most("gradient and second_moment / gradient", seconds["gradient and second_moment"] / gradient, 1.05),
         # One forward pass serves both losses, and each backward pass costs two.
         at_most("gradient and fisher / plain forward", seconds["gradient and fisher"] / forward, 5.2),
-        at_most(f"integrated_gradients of {STEPS} steps / plain forward", seconds[f"integrated_gradients, {STEPS} steps"] / forward, 1 + 3.2 * STEPS),
+        at_most(
+            f"integrated_gradients of {STEPS} steps / plain forward",
+            seconds[f"integrated_gradients, {STEPS} steps"] / forward,
+            1 + 3.2 * STEPS,
+        ),
     ]
     report("importance", rows, seconds, asked.json)
 

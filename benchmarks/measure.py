@@ -1,7 +1,9 @@
-"""What counting costs beside the forward pass it rides on, and beside the two ways it is done elsewhere: `python benchmarks/measure.py [--json]`.
+"""What counting costs beside the forward pass it rides on, and beside the two ways it is done elsewhere:
+`python benchmarks/measure.py [--json]`.
 
-GPT-NeoX d=768, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents after layer 6 of which 0.8% are active; batches of 8×256 tokens,
-float32, two threads. The *limit* is the Hugging Face forward pass (SDPA) cut after that layer, plus one preallocated encoder product.
+GPT-NeoX d=768, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents after layer 6 of which 0.8%
+are active; batches of 8×256 tokens, float32, two threads. The *limit* is the Hugging Face forward pass (SDPA) cut after
+that layer, plus one preallocated encoder product.
 """
 
 from __future__ import annotations
@@ -21,8 +23,14 @@ WARM = 4
 TIMED = 3
 """Batches that are timed after these."""
 PROCESSES = 5
-"""Processes whose memory is measured, one after another: how much of it the allocator reuses differs from one to the next."""
-SEVERAL = (4, 6, 8)  # after which layers several SAEs sit: a third, a half and two thirds of the depth, as in the published measurement
+"""Processes whose memory is measured, one after another: how much of it the allocator reuses differs from one to the
+next.
+"""
+SEVERAL = (
+    4,
+    6,
+    8,
+)  # after which layers several SAEs sit: a third, a half and two thirds of the depth, as in the published measurement
 
 
 def hugging_face() -> Any:
@@ -70,8 +78,12 @@ def bridge() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w0", name_or_path="local", add_bos_token=True)
-    return TransformerBridge.boot_transformers("local/benchmark", hf_model=hugging_face(), tokenizer=tokenizer, device="cpu").eval()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="w0", eos_token="w0", name_or_path="local", add_bos_token=True
+    )
+    return TransformerBridge.boot_transformers(
+        "local/benchmark", hf_model=hugging_face(), tokenizer=tokenizer, device="cpu"
+    ).eval()
 
 
 def sparse_autoencoder(kind: str, model: Any, hook: str = HOOK) -> Any:
@@ -82,7 +94,11 @@ def sparse_autoencoder(kind: str, model: Any, hook: str = HOOK) -> Any:
     activations = cut_forward(model)().reshape(-1, D_MODEL)[:256]
     encoder = torch.randn(D_MODEL, D_SAE, generator=torch.Generator().manual_seed(1)) / activations.norm(dim=1).mean()
     threshold = float((activations @ encoder).flatten().kthvalue(round((1 - ACTIVE) * len(activations) * D_SAE)).values)
-    common: dict[str, Any] = {"d_in": D_MODEL, "d_sae": D_SAE, "metadata": SAEMetadata(hook_name=hook, prepend_bos=False, context_size=CONTEXT)}
+    common: dict[str, Any] = {
+        "d_in": D_MODEL,
+        "d_sae": D_SAE,
+        "metadata": SAEMetadata(hook_name=hook, prepend_bos=False, context_size=CONTEXT),
+    }
     if kind == "topk":
         sae: Any = TopKSAE(TopKSAEConfig(**common, k=round(ACTIVE * D_SAE)))
     elif kind == "jumprelu":
@@ -101,7 +117,9 @@ def tokens() -> torch.Tensor:
 
 
 def counting(model: Any, saes: Any) -> Prepared:
-    """A batch in the middle of a run through the product: counts, moments, L0, incidence, FVU on one document in eight."""
+    """A batch in the middle of a run through the product: counts, moments, L0, incidence, FVU on
+    one document in eight.
+    """
     from tl_capacity import add_capacity_hooks
 
     batch = tokens()
@@ -124,7 +142,9 @@ def cut_forward(model: Any) -> Callable[[], torch.Tensor]:
     short = type(trunk)(type(trunk.config)(**{**trunk.config.to_dict(), "num_hidden_layers": TAPPED})).eval()
     short.load_state_dict({k: v for k, v in trunk.state_dict().items() if k in short.state_dict()}, assign=True)
     outputs: list[torch.Tensor] = []
-    short.layers[-1].register_forward_hook(lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    short.layers[-1].register_forward_hook(
+        lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+    )
 
     @torch.no_grad()
     def once() -> torch.Tensor:
@@ -146,11 +166,15 @@ def limit(model: Any, sae: Any) -> Callable[[], object]:
 
 
 def dense_loop(model: Any, sae: Any) -> Callable[[], object]:
-    """The paper's kind of script: the whole model with its head, dense latents, three dense reductions, dense decoding."""
+    """The paper's kind of script: the whole model with its head, dense latents, three dense
+    reductions, dense decoding.
+    """
     batch = tokens()
     counts, squares, l0, error = torch.zeros(D_SAE), torch.zeros(D_SAE), 0.0, 0.0
     seen: list[torch.Tensor] = []
-    model.gpt_neox.layers[TAPPED - 1].register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    model.gpt_neox.layers[TAPPED - 1].register_forward_hook(
+        lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
 
     @torch.no_grad()
     def once() -> object:
@@ -176,10 +200,23 @@ def sae_lens_evals(model: Any, sae: Any) -> Callable[[], object]:
     from sae_lens.training.activation_scaler import ActivationScaler
 
     rows = Dataset.from_dict({"tokens": tokens().repeat(8, 1).tolist()})
-    config = EvalConfig(batch_size_prompts=ROWS, compute_sparsity_metrics=True, compute_featurewise_density_statistics=True, n_eval_sparsity_variance_batches=1)
+    config = EvalConfig(
+        batch_size_prompts=ROWS,
+        compute_sparsity_metrics=True,
+        compute_featurewise_density_statistics=True,
+        n_eval_sparsity_variance_batches=1,
+    )
 
     def once() -> object:
-        store = ActivationsStore.from_sae(model, sae, context_size=CONTEXT, dataset=rows, streaming=False, store_batch_size_prompts=ROWS, n_batches_in_buffer=1)
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            context_size=CONTEXT,
+            dataset=rows,
+            streaming=False,
+            store_batch_size_prompts=ROWS,
+            n_batches_in_buffer=1,
+        )
         return run_evals(sae, store, model, ActivationScaler(), eval_config=config)
 
     return once
@@ -202,7 +239,9 @@ def memory(which: str) -> float:
     candidates: dict[str, Callable[[], Callable[[], object]]] = {
         "counting": lambda: counting(model, {HOOK: sae}),
         "dense loop": lambda: dense_loop(model, sae),
-        "run_evals": lambda: sae_lens_evals(proxy_model(model), sparse_autoencoder("standard", model, f"gpt_neox.layers.{TAPPED - 1}")),
+        "run_evals": lambda: sae_lens_evals(
+            proxy_model(model), sparse_autoencoder("standard", model, f"gpt_neox.layers.{TAPPED - 1}")
+        ),
     }
     candidate = candidates[which]()
     ctypes.CDLL(None).malloc_trim(0)  # what making the model and the SAE took and left
@@ -236,19 +275,35 @@ def main() -> None:
     peers = {
         "dense loop": dense_loop(hugging_face(), relu),
         "run_evals, HookedTransformer": sae_lens_evals(hooked, sparse_autoencoder("standard", hooked)),
-        "run_evals, HookedProxyLM": sae_lens_evals(proxy_model(hugging_face()), sparse_autoencoder("standard", hf, f"gpt_neox.layers.{TAPPED - 1}")),
+        "run_evals, HookedProxyLM": sae_lens_evals(
+            proxy_model(hugging_face()), sparse_autoencoder("standard", hf, f"gpt_neox.layers.{TAPPED - 1}")
+        ),
     }
     seconds |= medians({"counting, beside the peers": counting(hf, {HOOK: relu}), **peers}, asked.repetitions)
     for name, model in (("HookedTransformer", hooked), ("TransformerBridge", bridge())):
         sae = sparse_autoencoder("standard", model)
-        seconds |= medians({f"limit, {name}": limit(model, sae), f"counting, {name}": counting(model, {HOOK: sae})}, asked.repetitions, TIMED)
+        seconds |= medians(
+            {f"limit, {name}": limit(model, sae), f"counting, {name}": counting(model, {HOOK: sae})},
+            asked.repetitions,
+            TIMED,
+        )
 
     growth = growth_apart(__file__, ("counting", "dense loop", "run_evals"), PROCESSES)
     three_passes = sum(seconds[f"one layer, {hook}"] for hook in hooks)
     rows: list[Row] = [
         at_most("everything / limit, HF forward", seconds["counting"] / seconds["limit"], 1.10),
-        *(at_most(f"everything / limit, {n}", seconds[f"counting, {n}"] / seconds[f"limit, {n}"], 1.10) for n in ("HookedTransformer", "TransformerBridge")),
-        *(at_least(f"{peer} / everything", seconds[peer] / seconds["counting, beside the peers"], 2.5 if peer == "dense loop" else 1.6) for peer in peers),
+        *(
+            at_most(f"everything / limit, {n}", seconds[f"counting, {n}"] / seconds[f"limit, {n}"], 1.10)
+            for n in ("HookedTransformer", "TransformerBridge")
+        ),
+        *(
+            at_least(
+                f"{peer} / everything",
+                seconds[peer] / seconds["counting, beside the peers"],
+                2.5 if peer == "dense loop" else 1.6,
+            )
+            for peer in peers
+        ),
         at_most("growth of peak RSS over the loaded state, MB", growth["counting"], 200),
         at_most("three layers in one pass / three passes", seconds["three layers, one pass"] / three_passes, 0.70),
         at_most("TopK / ReLU", seconds["counting, topk"] / seconds["counting"], 1.1),

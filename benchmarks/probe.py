@@ -1,8 +1,9 @@
 """What reading features out of a student costs beside what must run anyway: `python benchmarks/probe.py [--json]`.
 
-GPT-NeoX teacher d=768 and student d=128, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents after layer 6 of which 0.8% are active;
-float32, two threads. *Recovering* is the whole of it: both passes, the readouts of the student, the teacher and the teacher's principal components, their ridge
-and their scores. What must run anyway is the teacher's measurement over the same tokens, and the student's forward pass up to the hook point.
+GPT-NeoX teacher d=768 and student d=128, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents
+after layer 6 of which 0.8% are active; float32, two threads. *Recovering* is the whole of it: both passes, the readouts
+of the student, the teacher and the teacher's principal components, their ridge and their scores. What must run anyway
+is the teacher's measurement over the same tokens, and the student's forward pass up to the hook point.
 """
 
 from __future__ import annotations
@@ -44,12 +45,18 @@ def forward(student: Any, stream: list[torch.Tensor]) -> Callable[[], object]:
     from tl_capacity.tokens import as_batches
 
     reader, none = Reader.of(student, HOOK, "the student"), torch.zeros(0, dtype=torch.int64).numpy()
-    return lambda: [reader(Batch(tokens, none, 0, number), tokens, 0) for number, tokens in enumerate(as_batches(stream))]
+    return lambda: [
+        reader(Batch(tokens, none, 0, number), tokens, 0) for number, tokens in enumerate(as_batches(stream))
+    ]
 
 
-def recovering(teacher: Any, sae: Any, students: dict[str, Any], stream: list[torch.Tensor], measured: Any, random: dict[str, Any]) -> Callable[[], object]:
+def recovering(
+    teacher: Any, sae: Any, students: dict[str, Any], stream: list[torch.Tensor], measured: Any, random: dict[str, Any]
+) -> Callable[[], object]:
     """Recoverability of the students' features."""
-    return lambda: recover_features(teacher, sae, students, stream, measured=measured, random=random, mask_token_ids=(), progress=False)
+    return lambda: recover_features(
+        teacher, sae, students, stream, measured=measured, random=random, mask_token_ids=(), progress=False
+    )
 
 
 def main() -> None:
@@ -63,16 +70,22 @@ def main() -> None:
             "the teacher's measurement": measuring(teacher, sae, stream),
             "the student's forward pass": forward(student, stream),
             "recovering": recovering(teacher, sae, {"a": student}, stream, measured, {}),
-            "recovering, with random weights too": recovering(teacher, sae, {"a": student}, stream, measured, {"a": random}),
+            "recovering, with random weights too": recovering(
+                teacher, sae, {"a": student}, stream, measured, {"a": random}
+            ),
         },
         asked.repetitions,
     )
     measurement, passed = seconds["the teacher's measurement"], seconds["the student's forward pass"]
     growth = peak_growth_mb(recovering(teacher, sae, {"a": student}, stream[:4], measured, {}))
     rows: list[Row] = [
-        at_most("recovering / measurement and student's forward pass", seconds["recovering"] / (measurement + passed), 1.6),
         at_most(
-            "with random weights too / measurement and two forward passes", seconds["recovering, with random weights too"] / (measurement + 2 * passed), 1.6
+            "recovering / measurement and student's forward pass", seconds["recovering"] / (measurement + passed), 1.6
+        ),
+        at_most(
+            "with random weights too / measurement and two forward passes",
+            seconds["recovering, with random weights too"] / (measurement + 2 * passed),
+            1.6,
         ),
     ]
     report("probe", rows, {**seconds, "peak RSS growth of recovering, MB": growth}, asked.json)

@@ -1,7 +1,8 @@
 """What a report weighs and how soon it answers, in headless Chromium: `python benchmarks/report.py [--json]`.
 
-The embedded teacher at three hook points, each with a random TopK SAE of 32,768 latents of which 24 are active; measured and searched for examples on 20,000
-tokens; six widths with three students each, whose curves are power laws, and probes of 13 concepts. It has answered when a moved slider's list is painted.
+The embedded teacher at three hook points, each with a random TopK SAE of 32,768 latents of which 24 are active;
+measured and searched for examples on 20,000 tokens; six widths with three students each, whose curves are power laws,
+and probes of 13 concepts. It has answered when a moved slider's list is painted.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ addEventListener("DOMContentLoaded", () => setTimeout(() => {
   requestAnimationFrame(() => setTimeout(() => { window.answered = performance.now(); }, 0));
 }, 0));
 """
-"""Moves the slider as soon as a reader could; notes when the list that follows has been painted, and when the last figure has been drawn."""
+"""Moves the slider as soon as a reader could; notes when the list that follows has been painted, and when the last
+figure has been drawn.
+"""
 
 
 def saes(folder: Path) -> tuple[str, ...]:
@@ -63,17 +66,36 @@ def students() -> DistillationRun:
         losses = 4 / width + np.concatenate([[2.0], np.linspace(0, 1, EVALUATIONS + 1)[1:] ** -0.7]) / 2
         noisy = losses + np.random.default_rng((width, seed)).normal(0, 0.003, len(losses))
         return StudentCurve(
-            f"width{width}-seed{seed}", width, seed, "random", 9_000 * width, 2_000 * width, tuple(tokens.tolist()), tuple(noisy.tolist()), (1.0,) * EVALUATIONS
+            f"width{width}-seed{seed}",
+            width,
+            seed,
+            "random",
+            9_000 * width,
+            2_000 * width,
+            tuple(tokens.tolist()),
+            tuple(noisy.tolist()),
+            (1.0,) * EVALUATIONS,
         )
 
-    return DistillationRun(tuple(curve(w, s) for w in WIDTHS for s in range(SEEDS)), "embedded", 128, source="text", heldout_tokens=20_000)
+    return DistillationRun(
+        tuple(curve(w, s) for w in WIDTHS for s in range(SEEDS)), "embedded", 128, source="text", heldout_tokens=20_000
+    )
 
 
 def probes() -> dict[str, Any]:
     kinds = (("trained", 0.5), ("random weights", 0.3), ("teacher's principal components", 0.4))
     return {
         "probes": [
-            {"concept": f"concept {n}", "kind": kind, "baseline": height < 0.5, "width": w, "accuracy": a, "low": a - 0.05, "high": a + 0.05, "majority": 0.5}
+            {
+                "concept": f"concept {n}",
+                "kind": kind,
+                "baseline": height < 0.5,
+                "width": w,
+                "accuracy": a,
+                "low": a - 0.05,
+                "high": a + 0.05,
+                "majority": 0.5,
+            }
             for n in range(13)
             for kind, height in kinds
             for w in WIDTHS
@@ -87,9 +109,22 @@ def page(folder: Path, tokens: int) -> tuple[Path, dict[str, float]]:
     """A report, and how many seconds it took to measure, to find examples and to write."""
     seconds = {}
     started_at = time.perf_counter()
-    measure(MeasureSettings("embedded", folder / "measurement", saes(folder), tokens=tokens, source="embedded", max_fvu=float("inf"), progress=False))
+    measure(
+        MeasureSettings(
+            "embedded",
+            folder / "measurement",
+            saes(folder),
+            tokens=tokens,
+            source="embedded",
+            max_fvu=float("inf"),
+            progress=False,
+        )
+    )
     seconds["measuring"] = time.perf_counter() - started_at
-    results, chosen = Results(Measurement.load(folder / "measurement"), "runs/measurement", students(), probes()), ReportSettings()
+    results, chosen = (
+        Results(Measurement.load(folder / "measurement"), "runs/measurement", students(), probes()),
+        ReportSettings(),
+    )
     started_at = time.perf_counter()
     found, why_none = find_snippets(results, chosen, tokens=tokens)
     assert not why_none
@@ -104,11 +139,17 @@ def loads(path: Path, repetitions: int) -> dict[str, float]:
     """Median seconds from the start of loading; the first load, of a browser that has just started, is not counted."""
     browser = started()
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": ANSWERED})
-    times: dict[str, list[float]] = {"document interactive": [], "load event over": [], "slider answered": [], "all figures drawn": []}
+    times: dict[str, list[float]] = {
+        "document interactive": [],
+        "load event over": [],
+        "slider answered": [],
+        "all figures drawn": [],
+    }
     for repetition in range(repetitions + 1):
         opened(browser, path)
         timing = browser.execute_script(
-            "const entry = performance.getEntriesByType('navigation')[0]; return [entry.domInteractive, entry.loadEventEnd, answered, drawn]"
+            "const entry = performance.getEntriesByType('navigation')[0]; return [entry.domInteractive,"
+            " entry.loadEventEnd, answered, drawn]"
         )
         if repetition:
             for name, milliseconds in zip(times, timing, strict=True):

@@ -1,7 +1,9 @@
-"""What a training step of the whole sweep of directly trained toy models costs, in one batch and in the usual loop: `python benchmarks/toy.py [--json]`.
+"""What a training step of the whole sweep of directly trained toy models costs, in one batch and in the usual loop:
+`python benchmarks/toy.py [--json]`.
 
-48 configurations (n, α, d_T), student widths 1 … d_T, five seeds, 128 samples a step. The loop goes over (configuration, width), 312 of them, with the seeds
-batched, plain samples, autograd and `torch.optim.Adam`; the batch is what `tl_capacity.toy` does. Two threads.
+48 configurations (n, α, d_T), student widths 1 … d_T, five seeds, 128 samples a step. The loop goes over
+(configuration, width), 312 of them, with the seeds batched, plain samples, autograd and `torch.optim.Adam`; the batch
+is what `tl_capacity.toy` does. Two threads.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def main() -> None:
     seconds |= medians({"paper preset, as many steps of each kind": batched(asked.steps, True, paper.seeds)}, 1)
     minutes = seconds["paper preset, as many steps of each kind"] * paper.steps / asked.steps / 60
     rows: list[Row] = [
-        at_least("loop over (configuration, width) / one batch, directly trained", seconds["loop"] / seconds["one batch"], 6),
+        at_least(
+            "loop over (configuration, width) / one batch, directly trained", seconds["loop"] / seconds["one batch"], 6
+        ),
         at_most("paper preset: minutes of training, extrapolated", minutes, 90),
     ]
     report("toy", rows, {f"{name}, {asked.steps} steps": value for name, value in seconds.items()}, asked.json)

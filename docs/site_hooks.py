@@ -1,7 +1,8 @@
-"""What `mkdocs build` does besides: navigation from the contents page, notebooks as pages, and links that leave `docs/`.
+"""What `mkdocs build` does besides: navigation from the contents page, notebooks as pages, and links that leave
+`docs/`.
 
-The pages are written for readers of the repository, where a link may lead to any file. On the site such a file gets a page of its own, so that the link works
-there too, without a network.
+The pages are written for readers of the repository, where a link may lead to any file. On the site such a file gets a
+page of its own, so that the link works there too, without a network.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def on_files(files: Files, config: Any) -> Files:
         outside |= {path for _, link, _ in links if (path := _path(file.src_uri, link)).startswith("../")}
     for path in sorted(outside):
         if (target := docs / path).is_file():
-            files.append(File.generated(config, _source_page(path), content=source_page(target, path.removeprefix("../"))))
+            files.append(
+                File.generated(config, _source_page(path), content=source_page(target, path.removeprefix("../")))
+            )
     return files
 
 

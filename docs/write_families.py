@@ -1,6 +1,8 @@
-"""Writes the table of docs/families.md from what works on a tiny random model of each architecture: `python docs/write_families.py [--check]`.
+"""Writes the table of docs/families.md from what works on a tiny random model of each architecture:
+`python docs/write_families.py [--check]`.
 
-Each cell is tried, and what does not work is told in its own words. With `--check` nothing is written, and the exit code is 1 where the table is stale.
+Each cell is tried, and what does not work is told in its own words. With `--check` nothing is written, and the exit
+code is 1 where the table is stale.
 """
 
 from __future__ import annotations
@@ -56,9 +58,21 @@ VOCABULARY, CONTEXT, ROWS = 50, 16, 80
 LETTERS = string.ascii_letters[: VOCABULARY - 2]
 
 SHARED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": CONTEXT}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": CONTEXT,
+}
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
-OPT_SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": CONTEXT}
+OPT_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 96,
+    "max_position_embeddings": CONTEXT,
+}
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "GPT-NeoX, Pythia": lambda: GPTNeoXConfig(**SHARED, **SIZES, rotary_pct=0.25),
@@ -68,19 +82,27 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "Mistral": lambda: MistralConfig(**SHARED, **SIZES, **GROUPED, sliding_window=8),
     "Qwen 2": lambda: Qwen2Config(**SHARED, **SIZES, **GROUPED),
     "Qwen 3": lambda: Qwen3Config(**SHARED, **SIZES, **GROUPED, head_dim=16),
-    "Gemma 2": lambda: Gemma2Config(**SHARED, **SIZES, **GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
-    "Gemma 3 (text)": lambda: Gemma3TextConfig(**SHARED, **SIZES, **GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+    "Gemma 2": lambda: Gemma2Config(
+        **SHARED, **SIZES, **GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=8
+    ),
+    "Gemma 3 (text)": lambda: Gemma3TextConfig(
+        **SHARED, **SIZES, **GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=8
+    ),
     "Phi 1, 1.5 and 2": lambda: PhiConfig(**SHARED, **SIZES, partial_rotary_factor=0.5),
     "Phi 3": lambda: Phi3Config(**SHARED, **SIZES, **GROUPED),
     "Mamba": lambda: MambaConfig(**SHARED, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 OFFICIAL = {"gemma2": "google/gemma-2-2b", "gemma3_text": "google/gemma-3-1b-pt"}
-"""Architectures whose settings TransformerLens has under the names of published models, and does not read from a configuration."""
+"""Architectures whose settings TransformerLens has under the names of published models, and does not read from a
+configuration.
+"""
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny random model of one architecture in a folder, with an SAE and text, and what the SAE does on it, computed densely."""
+    """A tiny random model of one architecture in a folder, with an SAE and text, and what the SAE does on it, computed
+    densely.
+    """
 
     folder: Path
 
@@ -92,12 +114,19 @@ class Tiny:
             for parameter in model.parameters():  # initial weights leave all activations alike
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         model.save_pretrained(folder)
-        # Each letter a token: transformers makes Qwen 2's tokenizers anew from their vocabulary and merges, whatever else was saved.
-        whole = Tokenizer(models.BPE({"<s>": 0, "<pad>": 1, **{letter: i for i, letter in enumerate(LETTERS, start=2)}}, []))
-        PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="<s>", pad_token="<pad>", add_bos_token=True).save_pretrained(folder)
+        # Each letter a token: transformers makes Qwen 2's tokenizers anew from their vocabulary and merges, whatever
+        # else was saved.
+        whole = Tokenizer(
+            models.BPE({"<s>": 0, "<pad>": 1, **{letter: i for i, letter in enumerate(LETTERS, start=2)}}, [])
+        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=whole, bos_token="<s>", eos_token="<s>", pad_token="<pad>", add_bos_token=True
+        ).save_pretrained(folder)
         TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=4)).save_model(str(folder / "sae"))
         ids = np.random.default_rng(0).integers(2, VOCABULARY, size=(ROWS, CONTEXT - 1))
-        lines = [{"text": "".join(LETTERS[i - 2] for i in row), "label": "odd" if row[0] % 2 else "even"} for row in ids]
+        lines = [
+            {"text": "".join(LETTERS[i - 2] for i in row), "label": "odd" if row[0] % 2 else "even"} for row in ids
+        ]
         (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return cls(folder)
 
@@ -119,16 +148,23 @@ class Tiny:
     def hooked_transformer(self) -> Any:
         """As `HookedTransformer.from_pretrained` makes one, which takes no folder."""
         kind, config = self.model.config.model_type, self.model.config
-        settings = loading_from_pretrained.get_pretrained_model_config(OFFICIAL.get(kind, str(self.folder)), device="cpu", n_ctx=CONTEXT)
+        settings = loading_from_pretrained.get_pretrained_model_config(
+            OFFICIAL.get(kind, str(self.folder)), device="cpu", n_ctx=CONTEXT
+        )
         if kind in OFFICIAL:
             settings.d_model, settings.n_layers, settings.n_heads, settings.d_head, settings.d_mlp = 32, 2, 4, 16, 96
             settings.n_key_value_heads, settings.rotary_dim, settings.window_size = 2, 16, config.sliding_window
             settings.d_vocab = settings.d_vocab_out = VOCABULARY
-            settings.attn_scale, settings.attn_types = 4.0, ["local" if kind.startswith("sliding") else "global" for kind in config.layer_types]
+            settings.attn_scale, settings.attn_types = (
+                4.0,
+                ["local" if kind.startswith("sliding") else "global" for kind in config.layer_types],
+            )
         loaded = load_model(str(self.folder))
         weights = loading_from_pretrained.get_pretrained_state_dict(str(self.folder), settings, loaded.model)
         model = HookedTransformer(settings, loaded.tokenizer, move_to_device=False)
-        model.load_and_process_state_dict(weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+        model.load_and_process_state_dict(
+            weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+        )
         return model.eval()
 
     @cached_property
@@ -152,14 +188,27 @@ class Tiny:
         return capacity.measurement()
 
     def compare(self, measurement: Measurement) -> None:
-        """Another order of summation may choose the other of two latents that are as good as equal; nothing else may differ."""
+        """Another order of summation may choose the other of two latents that are as good as equal; nothing else may
+        differ.
+        """
         different = int(np.abs(measurement[HOOK].summary.arrays["counts"].sum(0) - self.counts).sum())
         if different > 2:
             raise CapacityError(f"{different} of {self.counts.sum():,} active latents are counted otherwise")
 
 
 def measure(tiny: Tiny) -> None:
-    command("measure", "--model", tiny.folder, "--sae", f"{HOOK}={tiny.folder / 'sae'}", *source(tiny), "--max-fvu", "inf", "--out", tiny.folder / "measured")
+    command(
+        "measure",
+        "--model",
+        tiny.folder,
+        "--sae",
+        f"{HOOK}={tiny.folder / 'sae'}",
+        *source(tiny),
+        "--max-fvu",
+        "inf",
+        "--out",
+        tiny.folder / "measured",
+    )
     tiny.compare(Measurement.load(tiny.folder / "measured"))
 
 

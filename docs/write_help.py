@@ -1,4 +1,5 @@
-"""Writes docs/help.md from the command line's own help, so that the page cannot say anything else: `python docs/write_help.py [--check]`.
+"""Writes docs/help.md from the command line's own help, so that the page cannot say anything else:
+`python docs/write_help.py [--check]`.
 
 With `--check` nothing is written, and the exit code is 1 where the page is stale.
 """
@@ -30,7 +31,10 @@ def sections() -> Iterator[tuple[str, str]]:
     context = root.context_class(root, info_name="tl-capacity", terminal_width=COLUMNS)
     yield "tl-capacity", root.get_help(context)
     for name, command in root.commands.items():
-        yield f"tl-capacity {name}", command.get_help(command.context_class(command, info_name=name, parent=context, terminal_width=COLUMNS))
+        yield (
+            f"tl-capacity {name}",
+            command.get_help(command.context_class(command, info_name=name, parent=context, terminal_width=COLUMNS)),
+        )
     for built_in in plugins().recipes:
         if built_in.target.startswith("tl_capacity."):
             title = f"tl-capacity run {built_in.name}"

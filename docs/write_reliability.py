@@ -1,4 +1,6 @@
-"""Writes what the tests of faults measured into docs/reliability.md: `python docs/write_reliability.py RESULTS.xml …`, from pytest's `--junitxml`."""
+"""Writes what the tests of faults measured into docs/reliability.md: `python docs/write_reliability.py RESULTS.xml …`,
+from pytest's `--junitxml`.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,18 @@ def figures(results: Sequence[Path]) -> str:
             name, value = recorded.attrib["name"], recorded.attrib["value"]
             found[name] = str(int(found.get(name, "0")) + int(value)) if value.isdecimal() else value
     if not found:
-        raise ValueError('there are no figures in these files: write them with pytest -m "slow or not slow" tests/faults --junitxml=RESULTS.xml')
-    return table(["what", "measured"], [[name, f"{int(value):,}" if value.isdecimal() else value] for name, value in found.items()])
+        raise ValueError(
+            'there are no figures in these files: write them with pytest -m "slow or not slow" tests/faults'
+            " --junitxml=RESULTS.xml"
+        )
+    return table(
+        ["what", "measured"],
+        [[name, f"{int(value):,}" if value.isdecimal() else value] for name, value in found.items()],
+    )
 
 
 if __name__ == "__main__":
     measured = figures([Path(name) for name in sys.argv[1:]])
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "figures", measured, by="docs/write_reliability.py"), encoding="utf-8")
+    PAGE.write_text(
+        filled(PAGE.read_text(encoding="utf-8"), "figures", measured, by="docs/write_reliability.py"), encoding="utf-8"
+    )

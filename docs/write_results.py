@@ -1,8 +1,9 @@
-"""Writes the tables and figures of docs/results/ on the embedded teacher's students: `python docs/write_results.py runs`, or `… runs floors kept` for those.
+"""Writes the tables and figures of docs/results/ on the embedded teacher's students:
+`python docs/write_results.py runs`, or `… runs floors kept` for those.
 
 The folder holds what the commands that the pages name have written.
-Only what stands between two marks is written; the text around it is for people to write, who must read the tables first. The figures need plotly's static
-export (`pip install kaleido`) and Chromium.
+Only what stands between two marks is written; the text around it is for people to write, who must read the tables
+first. The figures need plotly's static export (`pip install kaleido`) and Chromium.
 """
 
 from __future__ import annotations
@@ -51,16 +52,33 @@ class Runs:
 def floors(runs: Runs) -> str:
     predicted = {row["width"]: row["predicted_floor"] for row in runs.json("full/floors.json")}
     rows = [
-        [floor.width, floor.seed, f"{floor.last_tenth:.3f}", f"{floor.value:.3f} [{floor.low:.3f}, {floor.high:.3f}]", f"{predicted[floor.width]:,.0f}"]
+        [
+            floor.width,
+            floor.seed,
+            f"{floor.last_tenth:.3f}",
+            f"{floor.value:.3f} [{floor.low:.3f}, {floor.high:.3f}]",
+            f"{predicted[floor.width]:,.0f}",
+        ]
         for floor in observed_floors(runs.distillation("full/distillation"))
     ]
-    return table(["width", "seed", "last tenth, nats per token", "L∞ of the fit [95%]", "predicted, layer 3, latent²"], rows)
+    return table(
+        ["width", "seed", "last tenth, nats per token", "L∞ of the fit [95%]", "predicted, layer 3, latent²"], rows
+    )
 
 
 def candidates(runs: Runs) -> str:
-    found = decompose(Measurement.load(runs.folder / "nats"), runs.distillation("full/distillation"), observed="last_tenth")
+    found = decompose(
+        Measurement.load(runs.folder / "nats"), runs.distillation("full/distillation"), observed="last_tenth"
+    )
     body = [
-        [rank, fit.candidate.name, f"{fit.error:.4f}", f"{fit.r2:.4f}", "" if fit.c is None else fit.c.show(".3g"), fit.b.show(".3g")]
+        [
+            rank,
+            fit.candidate.name,
+            f"{fit.error:.4f}",
+            f"{fit.r2:.4f}",
+            "" if fit.c is None else fit.c.show(".3g"),
+            fit.b.show(".3g"),
+        ]
         for rank, fit in found.shown()
     ]
     return table(["rank", "candidate", "error", "R²", "C", "B"], body) + f"\n{len(found.fits)} candidates in all.\n"
@@ -69,23 +87,49 @@ def candidates(runs: Runs) -> str:
 def tokens(runs: Runs) -> str:
     """Last-tenth losses of runs that each went down the whole schedule; of several seeds the first."""
     folders = {"0.5M": "scan/500000", "1M": "scan/1000000", "2M": "scan/2000000", "20M": "full/distillation"}
-    seen = {length: {f.width: f.last_tenth for f in observed_floors(runs.distillation(path)) if f.seed == 0} for length, path in folders.items()}
+    seen = {
+        length: {f.width: f.last_tenth for f in observed_floors(runs.distillation(path)) if f.seed == 0}
+        for length, path in folders.items()
+    }
     kept = json.loads((RESULTS / "embedded_floor_4m.json").read_text())  # of another machine, whose runs were not kept
     seen["4M"] = {row["width"]: row["last_tenth"] for row in kept if row["seed"] == 0}
     lengths = ["0.5M", "1M", "2M", "4M", "20M"]
     rows = []
     for width in sorted(seen["20M"]):
         losses = [round(seen[length][width], 3) for length in lengths]
-        rows.append([width, *(f"{loss:.3f}" for loss in losses), *(f"{before - after:.3f}" for before, after in pairwise(losses))])
-    return table(["width", *(f"{length} tokens" for length in lengths), *(f"gained from {before} to {after}" for before, after in pairwise(lengths))], rows)
+        rows.append(
+            [
+                width,
+                *(f"{loss:.3f}" for loss in losses),
+                *(f"{before - after:.3f}" for before, after in pairwise(losses)),
+            ]
+        )
+    return table(
+        [
+            "width",
+            *(f"{length} tokens" for length in lengths),
+            *(f"gained from {before} to {after}" for before, after in pairwise(lengths)),
+        ],
+        rows,
+    )
 
 
 def starts(runs: Runs) -> str:
     named = {"truncated": runs.distillation("scan/1000000"), "random": runs.distillation("scan/random")}
-    first = {start: {student.width: student.heldout_kl[0] for student in run if student.seed == 0} for start, run in named.items()}
-    last = {start: {floor.width: floor.last_tenth for floor in observed_floors(run) if floor.seed == 0} for start, run in named.items()}
-    rows = [[width, *(f"{of[start][width]:.3f}" for of in (first, last) for start in named)] for width in last["random"]]
-    return table(["width", *(f"{start}, {when}" for when in ("before the first step", "at the end") for start in named)], rows)
+    first = {
+        start: {student.width: student.heldout_kl[0] for student in run if student.seed == 0}
+        for start, run in named.items()
+    }
+    last = {
+        start: {floor.width: floor.last_tenth for floor in observed_floors(run) if floor.seed == 0}
+        for start, run in named.items()
+    }
+    rows = [
+        [width, *(f"{of[start][width]:.3f}" for of in (first, last) for start in named)] for width in last["random"]
+    ]
+    return table(
+        ["width", *(f"{start}, {when}" for when in ("before the first step", "at the end") for start in named)], rows
+    )
 
 
 def features(runs: Runs) -> str:
@@ -96,15 +140,38 @@ def features(runs: Runs) -> str:
         counts = {name: f"{row[kept]:,} [{of[name][0]:,.0f}, {of[name][1]:,.0f}]" for name, kept in named.items()}
         shares = [f"{overlap[name]:.0%}" for name in ("kept_of_predicted", "kept_of_all")]
         seed = row["student"].rpartition("seed")[2]
-        rows.append([row["width"], seed, counts["student"], f"{row['budget']:,.0f}", f"{row['equilibrium']:,.0f}", counts["pca"], counts["random"], *shares])
-    header = ["width", "seed", "kept by the student", "d·g(α)", "equilibrium law", "teacher's PCA of that width", "random weights"]
+        rows.append(
+            [
+                row["width"],
+                seed,
+                counts["student"],
+                f"{row['budget']:,.0f}",
+                f"{row['equilibrium']:,.0f}",
+                counts["pca"],
+                counts["random"],
+                *shares,
+            ]
+        )
+    header = [
+        "width",
+        "seed",
+        "kept by the student",
+        "d·g(α)",
+        "equilibrium law",
+        "teacher's PCA of that width",
+        "random weights",
+    ]
     return table([*header, "of the F_S predicted, kept", "by chance"], rows)
 
 
 def concepts(runs: Runs) -> str:
     probes, named = runs.probes, runs.json("probes/probes.json")["concepts"]
     teacher = next(iter(probes))[1]
-    students = [model for kind, model, concept in probes if kind == TRAINED and concept == named[0]["name"] and (model == teacher or model.endswith("seed0"))]
+    students = [
+        model
+        for kind, model, concept in probes
+        if kind == TRAINED and concept == named[0]["name"] and (model == teacher or model.endswith("seed0"))
+    ]
     rows = []
     for concept in named:
         name, words = concept["name"], probes[EMBEDDINGS, teacher, concept["name"]]
@@ -114,11 +181,17 @@ def concepts(runs: Runs) -> str:
                 " or ".join(concept["classes"]),
                 f"{words['accuracy']:.2f}",
                 *(f"{probe['accuracy']:.2f} [{probe['low']:.2f}, {probe['high']:.2f}]" for probe in own),
-                *(f"{own[0][name]:.2f} [{own[0][f'{name}_low']:.2f}, {own[0][f'{name}_high']:.2f}]" for name in ("auroc", "selectivity")),
+                *(
+                    f"{own[0][name]:.2f} [{own[0][f'{name}_low']:.2f}, {own[0][f'{name}_high']:.2f}]"
+                    for name in ("auroc", "selectivity")
+                ),
                 concept["falls_at"] or "–",
             ]
         )
-    widths = [f"d = {probes[TRAINED, model, named[0]['name']]['width']}" + " (teacher)" * (model == teacher) for model in students]
+    widths = [
+        f"d = {probes[TRAINED, model, named[0]['name']]['width']}" + " (teacher)" * (model == teacher)
+        for model in students
+    ]
     return table(["concept", EMBEDDINGS, *widths, "AUROC (teacher)", "selectivity (teacher)", "falls at"], rows)
 
 
@@ -128,7 +201,10 @@ def baselines(runs: Runs) -> str:
     rows = []
     for kind, model, _ in dict.fromkeys((kind, model, "") for kind, model, _ in probes if kind == TRAINED):
         width = next(row["width"] for (k, m, _), row in probes.items() if (k, m) == (kind, model))
-        means = [[row["accuracy"] for (k, m, _), row in probes.items() if (k, m) == (other, model)] for other in (TRAINED, COMPONENTS, RANDOM)]
+        means = [
+            [row["accuracy"] for (k, m, _), row in probes.items() if (k, m) == (other, model)]
+            for other in (TRAINED, COMPONENTS, RANDOM)
+        ]
         rows.append([model, width, *(f"{np.mean(some):.3f}" if some else "–" for some in means)])
     return table(["model", "width", *(TRAINED, COMPONENTS, RANDOM)], rows)
 
@@ -139,8 +215,27 @@ def few_features(runs: Runs) -> str:
         if len(sparse["features"]) in (1, 4):
             ranks = ", ".join("–" if rank is None else f"{rank:,}" for rank in sparse["ranks"])
             shown = f"{sparse['accuracy']:.2f} [{sparse['low']:.2f}, {sparse['high']:.2f}]"
-            rows.append([sparse["concept"], len(sparse["features"]), shown, ranks, sparse["lost_below"] or "–", sparse["falls_at"] or "–"])
-    return table(["concept", "features", "accuracy", "importance ranks", "the law keeps all from width", "the full probe falls at width"], rows)
+            rows.append(
+                [
+                    sparse["concept"],
+                    len(sparse["features"]),
+                    shown,
+                    ranks,
+                    sparse["lost_below"] or "–",
+                    sparse["falls_at"] or "–",
+                ]
+            )
+    return table(
+        [
+            "concept",
+            "features",
+            "accuracy",
+            "importance ranks",
+            "the law keeps all from width",
+            "the full probe falls at width",
+        ],
+        rows,
+    )
 
 
 TABLES: dict[str, dict[str, Callable[[Runs], str]]] = {
@@ -153,7 +248,14 @@ def kept_figure(runs: Runs) -> Any:
     """Kept features against the width."""
     found = recoverability_rows(runs.json("recover/recoverability.json"))
     rows = [
-        {"series": RECOVERED[key], "width": row.width, "value": count.value, "low": count.low, "high": count.high, "baseline": key != "kept"}
+        {
+            "series": RECOVERED[key],
+            "width": row.width,
+            "value": count.value,
+            "low": count.low,
+            "high": count.high,
+            "baseline": key != "kept",
+        }
         for row in found
         for key, count in row.counts.items()
     ]
@@ -177,7 +279,9 @@ def filled(text: str, name: str, content: str, by: str = "docs/write_results.py"
     begin, end = f"<!-- {name}, by {by} -->\n", f"<!-- end of {name} -->\n"
     before, _, rest = text.partition(begin)
     if end not in rest:
-        raise ValueError(f"the page has no place for the table of {name}: put {begin.strip()} and {end.strip()} where it belongs")
+        raise ValueError(
+            f"the page has no place for the table of {name}: put {begin.strip()} and {end.strip()} where it belongs"
+        )
     return before + begin + content + end + rest.split(end, 1)[1]
 
 

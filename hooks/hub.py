@@ -12,11 +12,28 @@ from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import TokenSource
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+){0,2}(:[\w.-]+)?")
-_OTHER_FILES = (".bin", ".csv", ".doc", ".docx", ".gz", ".html", ".json", ".npy", ".pdf", ".pt", ".tsv", ".xml", ".xz", ".zip")
+_OTHER_FILES = (
+    ".bin",
+    ".csv",
+    ".doc",
+    ".docx",
+    ".gz",
+    ".html",
+    ".json",
+    ".npy",
+    ".pdf",
+    ".pt",
+    ".tsv",
+    ".xml",
+    ".xz",
+    ".zip",
+)
 
 
 class HubDataset(TokenSource):
-    """A `datasets` id, OWNER/NAME/CONFIG:SPLIT such as `NeelNanda/pile-10k` or `wikimedia/wikipedia/20231101.en:train`, or a local folder of data files."""
+    """A `datasets` id, OWNER/NAME/CONFIG:SPLIT such as `NeelNanda/pile-10k` or `wikimedia/wikipedia/20231101.en:train`,
+    or a local folder of data files.
+    """
 
     name = "datasets id"
     summary = "OWNER/NAME[/CONFIG][:SPLIT] or a local datasets folder, streamed by the datasets library"

@@ -1,4 +1,6 @@
-"""Importance estimators: three that need nothing but the sums that every measurement keeps, and three in nats, from backward passes."""
+"""Importance estimators: three that need nothing but the sums that every measurement keeps, and three in nats, from
+backward passes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class SecondMoment(ImportanceEstimator):
-    """Iᵢ = E[zᵢ²] over all counted tokens: the paper's importance (arXiv:2604.04037). Not invariant to rescaling a latent."""
+    """Iᵢ = E[zᵢ²] over all counted tokens: the paper's importance (arXiv:2604.04037). Not invariant to rescaling a
+    latent.
+    """
 
     name = "second_moment"
     unit = "latent²"
@@ -30,7 +34,9 @@ class SecondMoment(ImportanceEstimator):
 
 
 class DecoderWeighted(ImportanceEstimator):
-    """Iᵢ = E[zᵢ²] · ‖w_dec,i‖²: the mean squared length of what the feature writes; equals the paper's for unit-norm decoders."""
+    """Iᵢ = E[zᵢ²] · ‖w_dec,i‖²: the mean squared length of what the feature writes; equals the paper's for unit-norm
+    decoders.
+    """
 
     name = "decoder_weighted"
     unit = "activation²"
@@ -52,7 +58,9 @@ class FiringRate(ImportanceEstimator):
 
 
 class Gradient(ImportanceEstimator):
-    """Iᵢ = E|zᵢ · ∂L/∂zᵢ|, L the next-token cross-entropy of the whole row: what each firing is worth to first order (attribution, arXiv:2403.19647)."""
+    """Iᵢ = E|zᵢ · ∂L/∂zᵢ|, L the next-token cross-entropy of the whole row: what each firing is worth to first order
+    (attribution, arXiv:2403.19647).
+    """
 
     name = "gradient"
     unit = "nats per token"
@@ -73,7 +81,9 @@ class Gradient(ImportanceEstimator):
 
 
 class Fisher(ImportanceEstimator):
-    """Iᵢ = ½ E[(zᵢ · ∂ log p(y)/∂zᵢ)²], y drawn from the model's output p: to second order, the KL to the clean output if each firing is ablated alone."""
+    """Iᵢ = ½ E[(zᵢ · ∂ log p(y)/∂zᵢ)²], y drawn from the model's output p: to second order, the KL to the clean output
+    if each firing is ablated alone.
+    """
 
     name = "fisher"
     unit = "nats per token"
@@ -91,11 +101,13 @@ class Fisher(ImportanceEstimator):
 
 
 class IntegratedGradients(ImportanceEstimator):
-    """Iᵢ = E|zᵢ · ∫₀¹ ∂L/∂zᵢ dα| along x(α) = b_dec + α(x − b_dec), L the next-token cross-entropy: integrated gradients (arXiv:1703.01365) of latents.
+    """Iᵢ = E|zᵢ · ∫₀¹ ∂L/∂zᵢ dα| along x(α) = b_dec + α(x − b_dec), L the next-token cross-entropy: integrated
+    gradients (arXiv:1703.01365) of latents.
 
-    On the straight path, all latents of all counted tokens and the SAE's error grow together from nothing to what they are, as in sparse feature circuits
-    (arXiv:2403.19647); special tokens stay as they are. So Σᵢ zᵢ∂L/∂zᵢ and the error's part, kept as `signed` and `error`, add up to L(x) − L(b_dec), to the
-    accuracy of the quadrature. At each hook point apart, it costs `steps` forward and backward passes, the backward ones from the loss to that hook point.
+    On the straight path, all latents of all counted tokens and the SAE's error grow together from nothing to what they
+    are, as in sparse feature circuits (arXiv:2403.19647); special tokens stay as they are. So Σᵢ zᵢ∂L/∂zᵢ and the
+    error's part, kept as `signed` and `error`, add up to L(x) − L(b_dec), to the accuracy of the quadrature. At each
+    hook point apart, it costs `steps` forward and backward passes, the backward ones from the loss to that hook point.
 
     Args:
         steps: points on the path, where a Gauss-Legendre rule places them.
@@ -103,7 +115,9 @@ class IntegratedGradients(ImportanceEstimator):
 
     name = "integrated_gradients"
     unit = "nats per token"
-    summary = "E|z·∫∂L/∂z dα| along the path from b_dec, in 8 steps; needs 8 forward and backward passes for each hook point"
+    summary = (
+        "E|z·∫∂L/∂z dα| along the path from b_dec, in 8 steps; needs 8 forward and backward passes for each hook point"
+    )
 
     def __init__(self, steps: int = 8) -> None:
         if steps < 1:
@@ -114,7 +128,9 @@ class IntegratedGradients(ImportanceEstimator):
     def start(self, sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:
         import torch
 
-        return _zeros(("signed", "absolute"), sae, groups, device) | {"error": torch.zeros(groups, dtype=torch.float64, device=device)}
+        return _zeros(("signed", "absolute"), sae, groups, device) | {
+            "error": torch.zeros(groups, dtype=torch.float64, device=device)
+        }
 
     def update(self, state: dict[str, Tensor], batch: LatentBatch) -> None:
         attribution = batch.values * batch.latent_gradients(self.along.name)
@@ -122,7 +138,9 @@ class IntegratedGradients(ImportanceEstimator):
         _add(state["absolute"], batch, attribution.abs())
         gradient = batch.gradients[self.along.name].to(attribution)
         bias = getattr(batch.sae, "b_dec", None)
-        grown = batch.activations.flatten(1).to(gradient) - (0 if bias is None else bias.detach().flatten().to(gradient))
+        grown = batch.activations.flatten(1).to(gradient) - (
+            0 if bias is None else bias.detach().flatten().to(gradient)
+        )
         state["error"].index_add_(0, batch.token_groups, (grown * gradient).sum(1))
         state["error"].index_add_(0, batch.groups, -attribution)
 

@@ -25,7 +25,8 @@ class CompressedSensing(CapacityLaw):
 class Equilibrium(CapacityLaw):
     """ĝ = a·g(α)^b, what trained toy models were found to keep: fewer, cleaner features than g allows.
 
-    a = 1.03; b falls with the slope s of the importances Iᵢ ∝ i^−s and was fitted at s = 0, ½, 1, 1½, 2 in an independent audit of toy models.
+    a = 1.03; b falls with the slope s of the importances Iᵢ ∝ i^−s and was fitted at s = 0, ½, 1, 1½, 2 in an
+    independent audit of toy models.
     """
 
     name = "equilibrium"
@@ -41,7 +42,9 @@ class Equilibrium(CapacityLaw):
 
 
 def importance_slope(importance: NDArray[np.float64]) -> float:
-    """s of the power law Iᵢ ∝ i^−s that fits the sorted positive importances best, by least squares in log–log; 0 for fewer than two."""
+    """s of the power law Iᵢ ∝ i^−s that fits the sorted positive importances best, by least squares in log–log; 0 for
+    fewer than two.
+    """
     ordered = np.sort(importance[importance > 0])[::-1]
     if len(ordered) < 2:
         return 0.0

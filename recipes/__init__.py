@@ -9,14 +9,40 @@ from tl_capacity.interfaces import Recipe
 
 RECIPES = (
     Recipe("distill", "Distil a teacher into students of several widths at once", "tl_capacity.recipes.distill:main"),
-    Recipe("check-importance", "Compare importances in nats with the KL of exact ablations", "tl_capacity.recipes.check_importance:main"),
-    Recipe("embedded-concepts", "Rebuild the embedded concepts from redistributable sources", "tl_capacity.recipes.embedded_concepts:main"),
-    Recipe("embedded-teacher", "Rebuild the embedded teacher, its SAEs and its texts from public-domain sources", "tl_capacity.recipes.embedded_teacher:main"),
-    Recipe("pythia-floor", "Measure, predict, distil and compare: are the predicted floors those observed?", "tl_capacity.recipes.pythia_floor:main"),
-    Recipe("probe", "Which concepts do linear probes still tell from a model's and its students' activations?", "tl_capacity.recipes.probe:main"),
+    Recipe(
+        "check-importance",
+        "Compare importances in nats with the KL of exact ablations",
+        "tl_capacity.recipes.check_importance:main",
+    ),
+    Recipe(
+        "embedded-concepts",
+        "Rebuild the embedded concepts from redistributable sources",
+        "tl_capacity.recipes.embedded_concepts:main",
+    ),
+    Recipe(
+        "embedded-teacher",
+        "Rebuild the embedded teacher, its SAEs and its texts from public-domain sources",
+        "tl_capacity.recipes.embedded_teacher:main",
+    ),
+    Recipe(
+        "pythia-floor",
+        "Measure, predict, distil and compare: are the predicted floors those observed?",
+        "tl_capacity.recipes.pythia_floor:main",
+    ),
+    Recipe(
+        "probe",
+        "Which concepts do linear probes still tell from a model's and its students' activations?",
+        "tl_capacity.recipes.probe:main",
+    ),
     Recipe("recover", "Which features of the teacher did its students keep?", "tl_capacity.recipes.recover:main"),
-    Recipe("toy-sweep", "Train toy models of superposition in one batch and judge every predictor of their floors", "tl_capacity.recipes.toy_sweep:main"),
-    Recipe("train-sae", "Train a sparse autoencoder at one hook point with SAELens", "tl_capacity.recipes.train_sae:main"),
+    Recipe(
+        "toy-sweep",
+        "Train toy models of superposition in one batch and judge every predictor of their floors",
+        "tl_capacity.recipes.toy_sweep:main",
+    ),
+    Recipe(
+        "train-sae", "Train a sparse autoencoder at one hook point with SAELens", "tl_capacity.recipes.train_sae:main"
+    ),
 )
 
 

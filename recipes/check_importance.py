@@ -1,4 +1,5 @@
-"""Checks importances in nats by exact ablations: a sample of latents is set to zero one at a time, and the KL that it costs stands beside each estimate.
+"""Checks importances in nats by exact ablations: a sample of latents is set to zero one at a time, and the KL that it
+costs stands beside each estimate.
 
 `tl-capacity run check-importance --model embedded --hook blocks.3.hook_resid_post`
 """
@@ -38,7 +39,9 @@ class CheckImportanceConfig:
     importance: tuple[str, ...] = option(("gradient", "fisher", "second_moment", "firing_rate"), "Estimators to check.")
     rows: int = option(32, "Rows of text to ablate on; only rows that fill the context are taken.")
     context: int = option(256, "Positions in a row, BOS included.")
-    latents: int = option(100, "Latents to ablate, evenly spaced in the order of the first estimator's importance among those that fire.")
+    latents: int = option(
+        100, "Latents to ablate, evenly spaced in the order of the first estimator's importance among those that fire."
+    )
     out: Path | None = option(None, "A folder for check_importance.json.")
 
 
@@ -47,7 +50,10 @@ def main(config: CheckImportanceConfig) -> None:
     from scipy.stats import spearmanr
 
     if min(config.rows, config.latents) < 2 or not config.importance:
-        raise CapacityError(f"--rows {config.rows} and --latents {config.latents} must be at least 2, and --importance must name an estimator")
+        raise CapacityError(
+            f"--rows {config.rows} and --latents {config.latents} must be at least 2, and --importance must name an"
+            " estimator"
+        )
     loaded = load_model(config.model)
     of_model = dict(loaded.named.saes) if loaded.named else {}
     folder = config.sae or str(of_model.get(config.hook, ""))
@@ -56,14 +62,18 @@ def main(config: CheckImportanceConfig) -> None:
     _, sae = load_sae(folder)
     rows = full_rows(TokenStream(loaded.source(config.source), loaded.tokenizer, context=config.context), config.rows)
     started = time.monotonic()
-    with add_capacity_hooks(loaded.model, {config.hook: sae}, importance=config.importance, alive_threshold=0.0) as capacity:
+    with add_capacity_hooks(
+        loaded.model, {config.hook: sae}, importance=config.importance, alive_threshold=0.0
+    ) as capacity:
         measured = capacity.run(torch.split(rows, 8)).measurement()[config.hook]
     alive = np.flatnonzero(measured.summary.alive)
     estimates = {name: measured.importance(name) for name in config.importance}
     order = np.argsort(estimates[config.importance[0]])
     places = order[np.unique(np.linspace(0, len(order) - 1, config.latents).round().astype(int))]
     counted = ~torch.isin(rows, torch.tensor(special_token_ids(loaded.model, loaded.tokenizer)))
-    kl = ablation_kl(loaded.model, config.hook, sae, rows, alive[places].tolist(), counted=counted, progress=True).numpy()
+    kl = ablation_kl(
+        loaded.model, config.hook, sae, rows, alive[places].tolist(), counted=counted, progress=True
+    ).numpy()
     found = []
     for name, values in estimates.items():
         nats = measured.estimator(name).unit == "nats per token"
@@ -73,7 +83,9 @@ def main(config: CheckImportanceConfig) -> None:
                 "importance": name,
                 "unit": measured.estimator(name).unit,
                 "rank_correlation": float(spearmanr(values[places], kl).statistic),
-                "rank_correlation_interval": interval(values[places], kl, lambda a, b: float(spearmanr(a, b).statistic)),
+                "rank_correlation_interval": interval(
+                    values[places], kl, lambda a, b: float(spearmanr(a, b).statistic)
+                ),
                 "median_ratio": float(np.median(ratio)) if nats else None,
                 "ratio_quartiles": [float(q) for q in np.quantile(ratio, (0.25, 0.75))] if nats else None,
             }
@@ -89,7 +101,11 @@ def main(config: CheckImportanceConfig) -> None:
             "seconds": round(time.monotonic() - started, 1),
             "estimators": found,
             "latents": [
-                {"latent": int(latent), "kl": float(value), **{name: float(estimates[name][place]) for name in estimates}}
+                {
+                    "latent": int(latent),
+                    "kl": float(value),
+                    **{name: float(estimates[name][place]) for name in estimates},
+                }
                 for latent, place, value in zip(alive[places], places, kl, strict=True)
             ],
         }
@@ -108,7 +124,8 @@ def full_rows(stream: TokenStream, wanted: int) -> torch.Tensor:
         if len(found) >= wanted:
             return torch.from_numpy(np.stack(found[:wanted]))
     raise TokenSourceError(
-        f"{stream.name()} has {len(found)} rows that fill a context of {stream.context}, not {wanted}: choose fewer --rows or a shorter --context"
+        f"{stream.name()} has {len(found)} rows that fill a context of {stream.context}, not {wanted}: choose fewer"
+        " --rows or a shorter --context"
     )
 
 
@@ -124,7 +141,11 @@ def rendered(found: list[dict[str, Any]], latents: int, tokens: int) -> Any:
     body = []
     for row in found:
         low, high = row["rank_correlation_interval"]
-        ratio = "–" if row["median_ratio"] is None else f"{row['median_ratio']:.2f} ({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f})"
+        ratio = (
+            "–"
+            if row["median_ratio"] is None
+            else f"{row['median_ratio']:.2f} ({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f})"
+        )
         body.append([row["importance"], row["unit"], f"{row['rank_correlation']:.2f} [{low:.2f}, {high:.2f}]", ratio])
     title = f"Importance against the KL of {latents} exact ablations on {tokens:,} tokens"
     return table(title, ["importance", "unit", "rank correlation", "importance / KL, median (quartiles)"], body)

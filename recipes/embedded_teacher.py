@@ -1,6 +1,8 @@
-"""Rebuilds the embedded teacher: a six-layer GPT-NeoX trained on public-domain prose, its SAEs, and the texts that it is measured on.
+"""Rebuilds the embedded teacher: a six-layer GPT-NeoX trained on public-domain prose, its SAEs, and the texts that it
+is measured on.
 
-Each stage continues where an earlier run of it stopped, so that a machine may be lost in between: texts, tokenizer, train, export, saes.
+Each stage continues where an earlier run of it stopped, so that a machine may be lost in between: texts, tokenizer,
+train, export, saes.
 """
 
 from __future__ import annotations
@@ -63,9 +65,11 @@ class TeacherConfig:
         return self.cycles[-1] // (self.batch_rows * self.context)
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rate at a step: in each cycle linear warm-up, constant, linear decay to zero (WSD-S, Wen et al. 2024, arXiv:2410.05192).
+        """Share of the peak learning rate at a step: in each cycle linear warm-up, constant, linear decay to zero
+        (WSD-S, Wen et al. 2024, arXiv:2410.05192).
 
-        A teacher whose loss still falls at the end of a cycle goes on from there with one more, and the steps before stay what they were.
+        A teacher whose loss still falls at the end of a cycle goes on from there with one more, and the steps before
+        stay what they were.
         """
         ends = [tokens // (self.batch_rows * self.context) for tokens in self.cycles]
         start, end = next((start, end) for start, end in zip([0, *ends], ends, strict=False) if step < end)
@@ -98,7 +102,10 @@ def main(config: EmbeddedTeacherConfig) -> None:
         build_tokenizer(texts, config.work / "tokenizer", TeacherConfig.vocabulary)
     if "train" in config.stages:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(config.work / "tokenizer")
-        rows = {split: packed_rows(texts, split, tokenizer, TeacherConfig.context, TeacherConfig.seed) for split in ("train", "heldout")}
+        rows = {
+            split: packed_rows(texts, split, tokenizer, TeacherConfig.context, TeacherConfig.seed)
+            for split in ("train", "heldout")
+        }
         train(TeacherConfig(), rows["train"], rows["heldout"][:256], config.work)
     if "export" in config.stages:
         export(config.work, config.out)
@@ -110,7 +117,9 @@ def main(config: EmbeddedTeacherConfig) -> None:
 
 
 def sae_config(layer: int, folder: Path, config: EmbeddedTeacherConfig) -> train_sae.TrainSAEConfig:
-    """How the SAE after a layer is trained: on the teacher's own training text, Brown included, none of which it is measured on."""
+    """How the SAE after a layer is trained: on the teacher's own training text, Brown included, none of which it is
+    measured on.
+    """
     return train_sae.TrainSAEConfig(
         model=str(config.out / "model"),
         hook=f"blocks.{layer}.hook_resid_post",
@@ -129,7 +138,9 @@ def write_texts(texts: list[Document], work: Path, out: Path) -> None:
     shuffled = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     for split in SPLITS:
         chosen = [d for d in shuffled if d.split == split]
-        lines = "".join(json.dumps({"text": d.text, "source": d.source, "unit": d.unit}, ensure_ascii=False) + "\n" for d in chosen).encode()
+        lines = "".join(
+            json.dumps({"text": d.text, "source": d.source, "unit": d.unit}, ensure_ascii=False) + "\n" for d in chosen
+        ).encode()
         if split == "train":
             storage.write_bytes(work / "train.jsonl", lines)
         else:
@@ -142,16 +153,27 @@ def build_tokenizer(texts: list[Document], folder: Path, vocabulary: int) -> Pre
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<|endoftext|>", "<|padding|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator((d.text for d in texts if d.split == "train"), trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|padding|>", model_max_length=256, name_or_path="embedded"
+        tokenizer_object=bpe,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|padding|>",
+        model_max_length=256,
+        name_or_path="embedded",
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def packed_rows(texts: list[Document], split: str, tokenizer: PreTrainedTokenizerFast, context: int, seed: int) -> np.ndarray:
+def packed_rows(
+    texts: list[Document], split: str, tokenizer: PreTrainedTokenizerFast, context: int, seed: int
+) -> np.ndarray:
     """Rows `[BOS, 255 tokens]` cut from the shuffled documents of a split laid end to end, separated by BOS."""
     chosen = [d.text for d in texts if d.split == split]
     np.random.default_rng(seed).shuffle(chosen)
@@ -162,12 +184,16 @@ def packed_rows(texts: list[Document], split: str, tokenizer: PreTrainedTokenize
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by five Newton–Schulz steps (Jordan et al. 2024, github.com/KellerJordan/Muon), all matrices of one shape in one batch.
+    """Momentum orthogonalised by five Newton–Schulz steps (Jordan et al. 2024, github.com/KellerJordan/Muon), all
+    matrices of one shape in one batch.
 
-    `torch.optim.Muon` does the same in bfloat16, matrix by matrix, which takes 3 s a step on a CPU without bfloat16 units; this takes 0.1 s.
+    `torch.optim.Muon` does the same in bfloat16, matrix by matrix, which takes 3 s a step on a CPU without bfloat16
+    units; this takes 0.1 s.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -230,9 +256,13 @@ def heldout_loss(model: torch.nn.Module, rows: torch.Tensor, batch_rows: int = 1
 
 
 def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarray, folder: Path) -> None:
-    """Train to the end of the last cycle, keeping the last two checkpoints and a record of the held-out loss; resumes from the newest checkpoint."""
+    """Train to the end of the last cycle, keeping the last two checkpoints and a record of the held-out loss; resumes
+    from the newest checkpoint.
+    """
     model = new_teacher(config)
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    hidden = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name
+    ]
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
     optimisers = [
         Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay),
@@ -246,8 +276,12 @@ def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarra
     if saved is not None:
         # The cycles may change as long as no step that was taken would have had another learning rate.
         before = TeacherConfig(**saved["config"])
-        if replace(before, cycles=config.cycles) != config or any(before.rate(step) != config.rate(step) for step in range(saved["step"])):
-            raise CapacityError(f"{checkpoint} was trained with other settings ({saved['config']}): choose another --work")
+        if replace(before, cycles=config.cycles) != config or any(
+            before.rate(step) != config.rate(step) for step in range(saved["step"])
+        ):
+            raise CapacityError(
+                f"{checkpoint} was trained with other settings ({saved['config']}): choose another --work"
+            )
         model.load_state_dict(saved["model"])
         for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
@@ -307,7 +341,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         saved: dict[str, Any] = torch.load(path, weights_only=True)
         return {name: saved[name] for name in ("config", "model", "optimisers", "record", "step", "seconds")}
     except loading_errors() as problem:
-        raise CapacityError(f"the checkpoint {path} is damaged ({reason_of(problem)}): delete it to train from the beginning") from problem
+        raise CapacityError(
+            f"the checkpoint {path} is damaged ({reason_of(problem)}): delete it to train from the beginning"
+        ) from problem
 
 
 def export(work: Path, out: Path) -> None:
@@ -317,7 +353,9 @@ def export(work: Path, out: Path) -> None:
         raise CapacityError(f"{work} holds no checkpoint of the teacher: run the stage `train` first")
     config = TeacherConfig(**saved["config"])
     if saved["step"] < config.steps:
-        raise CapacityError(f"the teacher is trained to step {saved['step']} of {config.steps}: run the stage `train` to its end first")
+        raise CapacityError(
+            f"the teacher is trained to step {saved['step']} of {config.steps}: run the stage `train` to its end first"
+        )
     model, tokenizer = new_teacher(config), PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     model.load_state_dict(saved["model"])
     # What is measured and distilled are the rounded weights, so the held-out loss of the record is theirs.
@@ -339,7 +377,10 @@ def export(work: Path, out: Path) -> None:
             "heldout_loss_nats_per_token": round(loss, 4),
             "heldout_characters_per_token": round(characters / rows.numel(), 3),
             "seconds": round(saved["seconds"]),
-            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}; shared with other work, so the seconds are an upper bound",
+            "machine": (
+                f"{os.cpu_count()} CPU cores, {platform.machine()}; shared with other work, so the seconds are an upper"
+                " bound"
+            ),
             "versions": library_versions(),
             "weights_sha256": hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(),
             "record": saved["record"],

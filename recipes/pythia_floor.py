@@ -1,6 +1,8 @@
-"""The paper's experiment as one command: measure a teacher, predict the floor of each student width, distil, observe the floors, and compare.
+"""The paper's experiment as one command: measure a teacher, predict the floor of each student width, distil, observe
+the floors, and compare.
 
-`tl-capacity run pythia-floor --preset quick`; each stage is saved, and the same command goes on where it stopped. The paper's own setting (arXiv:2604.04037) is
+`tl-capacity run pythia-floor --preset quick`; each stage is saved, and the same command goes on where it stopped. The
+paper's own setting (arXiv:2604.04037) is
 `--teacher EleutherAI/pythia-410m --widths 128,256,512,768,1024 --sae … --source …`, through the same code.
 """
 
@@ -25,9 +27,30 @@ IMPORTANCES = ("second_moment", "gradient", "fisher")
 PASSED_ON = ("seeds", "seeded_widths", "start", "control", "lr", "schedule", "seed")
 """What the distillation takes as it stands here."""
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"measure_tokens": 16_000, "tokens": 20_000, "evaluations": 10, "heldout_tokens": 1_000, "batch_rows": 4, "context": 128},
-    "demo": {"measure_tokens": 100_000, "tokens": 250_000, "evaluations": 20, "heldout_tokens": 4_000, "batch_rows": 4, "context": 256},
-    "full": {"measure_tokens": 400_000, "tokens": 20_000_000, "evaluations": 60, "heldout_tokens": 16_384, "batch_rows": 8, "context": 256},
+    "quick": {
+        "measure_tokens": 16_000,
+        "tokens": 20_000,
+        "evaluations": 10,
+        "heldout_tokens": 1_000,
+        "batch_rows": 4,
+        "context": 128,
+    },
+    "demo": {
+        "measure_tokens": 100_000,
+        "tokens": 250_000,
+        "evaluations": 20,
+        "heldout_tokens": 4_000,
+        "batch_rows": 4,
+        "context": 256,
+    },
+    "full": {
+        "measure_tokens": 400_000,
+        "tokens": 20_000_000,
+        "evaluations": 60,
+        "heldout_tokens": 16_384,
+        "batch_rows": 8,
+        "context": 256,
+    },
 }
 
 
@@ -35,22 +58,41 @@ PRESETS: dict[str, dict[str, Any]] = {
 class PythiaFloorConfig:
     """Everything that decides the result; what is not given is the preset's."""
 
-    preset: str = option("quick", "quick (at most 2 minutes on 2 cores), demo (at most 10) or full (20 million tokens).")
+    preset: str = option(
+        "quick", "quick (at most 2 minutes on 2 cores), demo (at most 10) or full (20 million tokens)."
+    )
     out: Path = option(Path("runs/pythia-floor"), "The folder to write; a rerun continues in it.")
     teacher: str = option("embedded", "A model name, folder or hub id.")
-    sae: tuple[str, ...] = option((), "SAELens folders or release/sae_id, each optionally HOOK=…; by default all that come with the teacher.")
+    sae: tuple[str, ...] = option(
+        (), "SAELens folders or release/sae_id, each optionally HOOK=…; by default all that come with the teacher."
+    )
     widths: tuple[int, ...] = option((16, 24, 32, 48, 64, 96, 128), "Student widths.")
     seeds: tuple[int, ...] = option((0,), "Of the students' initial weights.")
-    seeded_widths: tuple[int, ...] = option((), "Widths that are trained with every seed, the others with the first; by default all.")
-    start: str = option("truncated", "Of the students' weights: truncated, the teacher's in the leading directions of its residual stream, or random.")
-    control: bool = option(True, "Also train a student of the teacher's width that starts with its weights: what the training itself costs.")
+    seeded_widths: tuple[int, ...] = option(
+        (), "Widths that are trained with every seed, the others with the first; by default all."
+    )
+    start: str = option(
+        "truncated",
+        "Of the students' weights: truncated, the teacher's in the leading directions of its residual stream, or"
+        " random.",
+    )
+    control: bool = option(
+        True,
+        "Also train a student of the teacher's width that starts with its weights: what the training itself costs.",
+    )
     measurement: Path | None = option(None, "A finished measurement of the teacher to use instead of measuring.")
     source: str = option("", "The text to measure and to train on; by default the corpus that belongs to the teacher.")
-    heldout: str = option("", "The text to judge the students by; by default embedded:heldout for the embedded teacher, else documents of --source.")
+    heldout: str = option(
+        "",
+        "The text to judge the students by; by default embedded:heldout for the embedded teacher, else documents of"
+        " --source.",
+    )
     hook: str = option("", "The hook point to predict from; by default the middle one of those measured.")
     importance: str = option("second_moment", "Importance estimator of the prediction.")
     law: str = option("compressed_sensing", "Capacity law of the prediction.")
-    observed: str = option("fit", "Observed floor: fit, where the held-out curve is heading, or last_tenth, its mean at the end.")
+    observed: str = option(
+        "fit", "Observed floor: fit, where the held-out curve is heading, or last_tenth, its mean at the end."
+    )
     measure_tokens: int | None = option(None, "Tokens to measure on.")
     tokens: int | None = option(None, "Predicted tokens to train on; a source that is shorter is repeated.")
     evaluations: int | None = option(None, "How often the students are judged.")
@@ -60,7 +102,9 @@ class PythiaFloorConfig:
     temperature: float = option(1.0, "Of the training loss.")
     lr: float = option(3e-3, "Peak learning rate.")
     schedule: str = option("cosine", "Of the learning rate: cosine or wsd.")
-    concepts: tuple[str, ...] = option((), "Also probe teacher and students for these concepts, such as embedded (docs/probe.md); takes minutes more.")
+    concepts: tuple[str, ...] = option(
+        (), "Also probe teacher and students for these concepts, such as embedded (docs/probe.md); takes minutes more."
+    )
     seed: int = option(0, "Of the order of the rows.")
     device: str = option("cpu", "Where everything runs.")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
@@ -73,7 +117,9 @@ class PythiaFloorConfig:
         """
         if self.preset not in PRESETS:
             raise CapacityError(f"{self.preset!r} is no preset: choose one of {', '.join(PRESETS)}")
-        return replace(self, **{name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None})
+        return replace(
+            self, **{name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None}
+        )
 
 
 def main(config: PythiaFloorConfig) -> Decomposition:
@@ -88,20 +134,35 @@ def main(config: PythiaFloorConfig) -> Decomposition:
         check_students(config)
     _same_settings(config)
     measurement = measure(config)
-    predicted = measurement.budget(config.widths, config.importance, config.law)  # before an hour of training, in case it is refused
+    predicted = measurement.budget(
+        config.widths, config.importance, config.law
+    )  # before an hour of training, in case it is refused
     write_json(config.out / "predicted.json", [f.to_json() for f in predicted.floors])
     _print(predicted)
     teacher = load_model(config.teacher, device=config.device)
     if None not in (was := measurement.provenance.revision, teacher.revision) and was != teacher.revision:
-        raise CapacityError(f"{config.teacher!r} is now {teacher.revision}, and was {was} when it was measured: get that one, or measure again")
+        raise CapacityError(
+            f"{config.teacher!r} is now {teacher.revision}, and was {was} when it was measured: get that one, or"
+            " measure again"
+        )
     run = train(config, teacher)
-    found = decompose(measurement, run, hook=config.hook or None, importance=config.importance, law=config.law, observed=config.observed)
+    found = decompose(
+        measurement,
+        run,
+        hook=config.hook or None,
+        importance=config.importance,
+        law=config.law,
+        observed=config.observed,
+    )
     write_json(config.out / "decomposition.json", found.to_json())
     write_json(config.out / "floors.json", found.table_of_floors())
     _print(found)
     if config.concepts:
         probe(config, measurement)
-    print(f"written to {config.out}; next: tl-capacity decompose {config.measurement or config.out / 'measurement'} {config.out / 'distillation'} --json")
+    print(
+        f"written to {config.out}; next: tl-capacity decompose {config.measurement or config.out / 'measurement'}"
+        f" {config.out / 'distillation'} --json"
+    )
     return found
 
 
@@ -145,14 +206,17 @@ def check_students(config: PythiaFloorConfig) -> None:
     teacher = load_model(config.teacher, device=config.device)
     tokens = torch.from_numpy(next(iter(_stream(config, teacher))).tokens[:1]).clamp(min=0)
     for width in config.seeded_widths or config.widths:
-        new_students(teacher.model, [width], replace(settings, seeds=settings.seeds[:2], seeded_widths=(), control=False), tokens)
+        new_students(
+            teacher.model, [width], replace(settings, seeds=settings.seeds[:2], seeded_widths=(), control=False), tokens
+        )
 
 
 def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
     """The distillation, finished or continued.
 
     Raises:
-        CapacityError: where that which is finished is of a teacher with other weights, and on whatever the distillation refuses.
+        CapacityError: where that which is finished is of a teacher with other weights, and on whatever the distillation
+            refuses.
     """
     from tl_capacity.distillation import distill as run_distill
     from tl_capacity.distillation.train import fingerprint
@@ -162,7 +226,10 @@ def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
     if _distilled(config):  # with these settings, which stand beside it
         run = DistillationRun.load(out)
         if run.fingerprint != fingerprint(teacher.model):
-            raise CapacityError(f"{out} holds students of another teacher than {config.teacher!r} is now: put its weights back, or choose another --out")
+            raise CapacityError(
+                f"{out} holds students of another teacher than {config.teacher!r} is now: put its weights back, or"
+                " choose another --out"
+            )
         return run
     stream = _stream(config, teacher)
     heldout = config.heldout or ("embedded:heldout" if stream.source == "embedded" else "")
@@ -184,7 +251,10 @@ def distill_settings(config: PythiaFloorConfig) -> Any:
     return DistillSettings(
         loss=LogitLoss(temperature=config.temperature),
         repeat=True,
-        **{name: getattr(config, name) for name in (*PASSED_ON, *PRESETS["quick"].keys() - {"measure_tokens", "context"})},
+        **{
+            name: getattr(config, name)
+            for name in (*PASSED_ON, *PRESETS["quick"].keys() - {"measure_tokens", "context"})
+        },
     )
 
 
@@ -203,9 +273,15 @@ def probe(config: PythiaFloorConfig, measurement: Measurement) -> None:
         settings = read_kept(out / PROBES_JSON).get("settings")
         before = settings.get("concepts") if isinstance(settings, dict) else None
         if not isinstance(before, list):
-            raise CapacityError(f"{out / PROBES_JSON} does not say what was probed for: delete the folder that it is in, or choose another --out")
+            raise CapacityError(
+                f"{out / PROBES_JSON} does not say what was probed for: delete the folder that it is in, or choose"
+                " another --out"
+            )
         if before != list(config.concepts):
-            raise CapacityError(f"{out} holds probes for {','.join(map(str, before))}: go on with the same --concepts, or choose another --out")
+            raise CapacityError(
+                f"{out} holds probes for {','.join(map(str, before))}: go on with the same --concepts, or choose"
+                " another --out"
+            )
         return
     run_probes(
         ProbeConfig(
@@ -247,12 +323,20 @@ def _same_settings(config: PythiaFloorConfig) -> None:
     path = config.out / "settings.json"
     # Of these no stage that is kept depends, or it checks them itself.
     free = ("out", "preset", "device", "threads", "hook", "importance", "law", "observed", "concepts")
-    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in free}, default=str))
+    settings = json.loads(
+        json.dumps({name: value for name, value in asdict(config).items() if name not in free}, default=str)
+    )
     if path.is_file():
         before = read_kept(path)
-        changed = [f"{name} {before.get(name)!r}, and this one has {value!r}" for name, value in settings.items() if before.get(name) != value]
+        changed = [
+            f"{name} {before.get(name)!r}, and this one has {value!r}"
+            for name, value in settings.items()
+            if before.get(name) != value
+        ]
         if changed:
-            raise CapacityError(f"{config.out} holds a run with {changed[0]}: go on with the same settings, or choose another --out")
+            raise CapacityError(
+                f"{config.out} holds a run with {changed[0]}: go on with the same settings, or choose another --out"
+            )
     write_json(path, settings)
 
 

@@ -1,8 +1,8 @@
 """Which features of the teacher did its students keep: `tl-capacity run recover MEASUREMENT DISTILLATION --out DIR`.
 
-Reads every feature out of every student linearly, on documents that the readouts were not fitted to, beside the teacher, its principal components and students
-with random weights. A run that was interrupted goes on where it was; under `accelerate launch -m tl_capacity run recover …` each process reads a part of the
-text, and all sums are added up.
+Reads every feature out of every student linearly, on documents that the readouts were not fitted to, beside the
+teacher, its principal components and students with random weights. A run that was interrupted goes on where it was;
+under `accelerate launch -m tl_capacity run recover …` each process reads a part of the text, and all sums are added up.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class RecoverConfig:
     distillation: Path = argument("A distillation of it, as `tl-capacity run distill --out` wrote it.")
     out: Path = option(Path("runs/recover"), "The folder to write.")
     hook: tuple[str, ...] = option((), "Hook points; by default the middle one of those measured.")
-    source: str = option("", "The text to read; by default the distillation's held-out source, else the one that the teacher was measured on.")
+    source: str = option(
+        "",
+        "The text to read; by default the distillation's held-out source, else the one that the teacher was"
+        " measured on.",
+    )
     tokens: int = option(200_000, "Tokens to read: 6 of 10 documents fit the readouts, 1 chooses the ridge, 3 judge.")
     tau: float = option(0.95, "AUROC from which a feature counts as kept.")
     importance: str = option("second_moment", "Importance estimator of the predicted set.")
@@ -61,7 +65,8 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
         What was found at each hook point; None where `out` already holds it.
 
     Raises:
-        CapacityError: where the measurement and the distillation are not of the same teacher, or on whatever reading refuses.
+        CapacityError: where the measurement and the distillation are not of the same teacher, or on whatever reading
+            refuses.
     """
     processes = Processes.of_launch()
     own = processes.own(config.out)
@@ -79,22 +84,42 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
     provenance = measurement.provenance
     teacher = load_model(provenance.model, device=config.device)
     if provenance.revision not in (None, teacher.revision):
-        raise CapacityError(f"{config.measurement} was measured with other weights than {provenance.model!r} has now: measure again")
+        raise CapacityError(
+            f"{config.measurement} was measured with other weights than {provenance.model!r} has now: measure again"
+        )
     if fingerprint(teacher.model) != run.fingerprint:
-        raise CapacityError(f"{config.distillation} was distilled from {run.teacher!r} with other weights than {provenance.model!r} has now: distil again")
+        raise CapacityError(
+            f"{config.distillation} was distilled from {run.teacher!r} with other weights than {provenance.model!r} has"
+            " now: distil again"
+        )
     source = config.source or (run.heldout_source if run.heldout_source != run.source else provenance.source)
     mask = provenance.settings.get("masked_token_ids", special_token_ids(teacher.model, teacher.tokenizer))
-    stream = TokenStream(source, teacher.tokenizer, int(provenance.settings.get("context", 256)), prepend_bos=provenance.settings.get("bos", 0) is not None)
-    models = {s.name: load_model(str(config.distillation / "students" / s.name), device=config.device) for s in run if s.start != "teacher"}
+    stream = TokenStream(
+        source,
+        teacher.tokenizer,
+        int(provenance.settings.get("context", 256)),
+        prepend_bos=provenance.settings.get("bos", 0) is not None,
+    )
+    models = {
+        s.name: load_model(str(config.distillation / "students" / s.name), device=config.device)
+        for s in run
+        if s.start != "teacher"
+    }
     untrained = random_students(teacher, run, models) if config.random else {}
     weights = [loaded.revision for loaded in (teacher, *models.values())]
-    decides = settings_of(config, "out") | {"source": source, "weights": weights, "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes())}
+    decides = settings_of(config, "out") | {
+        "source": source,
+        "weights": weights,
+        "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes()),
+    }
     make_folder(config.out)
     found, states = [], []
     for measured in hooks:
         sae = measured_dictionary(measured, teacher, provenance)
         tapped = {name: tapped_model(model, [], [], [measured.hook]) for name, model in models.items()}
-        fitting, judging = (own.with_name(f"{own.name}.{measured.hook}.{which}.checkpoint.safetensors") for which in ("fit", "judge"))
+        fitting, judging = (
+            own.with_name(f"{own.name}.{measured.hook}.{which}.checkpoint.safetensors") for which in ("fit", "judge")
+        )
         states += [fitting, judging]
         found.append(
             recover_features(
@@ -134,16 +159,25 @@ def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasure
     return [measurement[hook] for hook in hooks] if hooks else [measurement.hooks[len(measurement.hooks) // 2]]
 
 
-def random_students(teacher: LoadedModel, run: DistillationRun, models: dict[str, LoadedModel]) -> dict[str, LoadedModel]:
+def random_students(
+    teacher: LoadedModel, run: DistillationRun, models: dict[str, LoadedModel]
+) -> dict[str, LoadedModel]:
     """Each student with the random weights that its seed gives."""
     return {
-        name: LoadedModel(new_student(teacher.model, run[name].width, run[name].seed).eval(), teacher.tokenizer, f"{name} with random weights", None)
+        name: LoadedModel(
+            new_student(teacher.model, run[name].width, run[name].seed).eval(),
+            teacher.tokenizer,
+            f"{name} with random weights",
+            None,
+        )
         for name in models
     }
 
 
 def write(found: list[Recovery], out: Path, about: dict[str, Any], figure: Any) -> None:
-    """The list of students, the figures of every feature, the figure, and what it was made with; the list last, as it says that all is there."""
+    """The list of students, the figures of every feature, the figure, and what it was made with; the list last, as it
+    says that all is there.
+    """
     from safetensors.numpy import save
 
     make_folder(out)

@@ -1,7 +1,9 @@
-"""Trains the toy models of 48 configurations, on the data and distilled from teachers, in one batch, and judges every predictor of the floors that they reach.
+"""Trains the toy models of 48 configurations, on the data and distilled from teachers, in one batch, and judges every
+predictor of the floors that they reach.
 
-`tl-capacity run toy-sweep --preset paper --out runs/toy`; after an interruption, the same command goes on from its checkpoint. With `--report FOLDER` it also
-writes `toy.md`, `toy.json` and the figures, from a finished sweep without training anything.
+`tl-capacity run toy-sweep --preset paper --out runs/toy`; after an interruption, the same command goes on from its
+checkpoint. With `--report FOLDER` it also writes `toy.md`, `toy.json` and the figures, from a finished sweep without
+training anything.
 """
 
 from __future__ import annotations
@@ -29,9 +31,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ToySweepConfig:
     """Everything that decides the sweep; what is not given is the preset's."""
 
-    preset: str = option("quick", "quick (2 seeds, 600 steps) or paper (20 seeds, 10,000 steps), both over all 48 configurations.")
-    out: Path = option(Path("runs/toy"), "The folder to write; a checkpoint stands beside it until it is complete, and a complete one is only judged.")
-    report: Path | None = option(None, "A folder to write toy.md, toy.json and the figures to; needs kaleido and Chromium.")
+    preset: str = option(
+        "quick", "quick (2 seeds, 600 steps) or paper (20 seeds, 10,000 steps), both over all 48 configurations."
+    )
+    out: Path = option(
+        Path("runs/toy"),
+        "The folder to write; a checkpoint stands beside it until it is complete, and a complete one is only judged.",
+    )
+    report: Path | None = option(
+        None, "A folder to write toy.md, toy.json and the figures to; needs kaleido and Chromium."
+    )
     features: tuple[int, ...] = option((), "Numbers of features n; by default 10,20,40.")
     alphas: tuple[float, ...] = option((), "Sparsities α; by default 0.8,0.9,0.95,0.99.")
     teacher_widths: tuple[int, ...] = option((), "Widths d_T of teachers; by default 3,5,8,10.")
@@ -55,13 +64,30 @@ class ToySweepConfig:
 
         if self.preset not in PRESETS:
             raise CapacityError(f"{self.preset!r} is no preset: choose one of {', '.join(PRESETS)}")
-        names = ("features", "alphas", "teacher_widths", "widths", "slope", "correlation", "distilled", "seeds", "first_seed", "steps", "batch", "lr")
+        names = (
+            "features",
+            "alphas",
+            "teacher_widths",
+            "widths",
+            "slope",
+            "correlation",
+            "distilled",
+            "seeds",
+            "first_seed",
+            "steps",
+            "batch",
+            "lr",
+        )
         given = {name: getattr(self, name) for name in names if getattr(self, name) not in ((), None)}
         return toy.SweepSettings(**{**PRESETS[self.preset], **given})
 
     def arguments(self) -> str:
         """What was given on the command line and decides the sweep."""
-        given = {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
+        given = {
+            field.name.replace("_", "-"): getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
         words = []
         for name, value in given.items():
             if name in ("out", "report"):
@@ -91,11 +117,20 @@ def main(config: ToySweepConfig) -> None:
     for kind in result.settings.kinds:
         judged = toy.accuracy(toy.cells(students, kind))
         by_sparsity = judged[~judged.stratum.str.startswith(("d/d*", "0.8"))]
-        console.print(table(f"Students {TRAINED[kind]}: median of 1 − |predicted − observed|/observed", *pivot(by_sparsity, "relative")))
+        console.print(
+            table(
+                f"Students {TRAINED[kind]}: median of 1 − |predicted − observed|/observed",
+                *pivot(by_sparsity, "relative"),
+            )
+        )
     for claim in claims(result, students):
         console.print(claim, highlight=False)
     seconds = ", ".join(f"{stage} {value:,.0f} s" for stage, value in result.seconds.items())
-    console.print(f"{config.out}: {len(result.students):,} students of {result.settings.configurations} configurations; {seconds}", highlight=False)
+    console.print(
+        f"{config.out}: {len(result.students):,} students of {result.settings.configurations} configurations;"
+        f" {seconds}",
+        highlight=False,
+    )
     if config.report is not None:
         write_report(result, config.report, f"tl-capacity run toy-sweep {config.arguments()}".strip())
         console.print(f"{config.report / 'toy.md'}: the tables, beside it toy.json and the figures", highlight=False)
@@ -118,7 +153,9 @@ def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
         with token_progress(settings.total_steps, label="training", unit="steps") as advance:
             result = toy.run(settings, checkpoint, advance)
     except KeyboardInterrupt as problem:
-        raise CapacityError(f"the sweep was interrupted and its state kept in {checkpoint}: run the same command again to go on") from problem
+        raise CapacityError(
+            f"the sweep was interrupted and its state kept in {checkpoint}: run the same command again to go on"
+        ) from problem
     result.save(out)
     remove_checkpoint(checkpoint)
     return result

@@ -1,6 +1,8 @@
-"""Trains a sparse autoencoder on one hook point of any model that loads, through SAELens' own runner, and records how it was made and how good it is.
+"""Trains a sparse autoencoder on one hook point of any model that loads, through SAELens' own runner, and records how
+it was made and how good it is.
 
-`tl-capacity run train-sae --model … --hook … --source … --out …`; after an interruption, the same command goes on from the newest checkpoint.
+`tl-capacity run train-sae --model … --hook … --source … --out …`; after an interruption, the same command goes on from
+the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -44,13 +46,20 @@ class TrainSAEConfig:
     k: int = option(32, "Active latents per token, of topk and batchtopk.")
     l1_coefficient: float = option(1.0, "Sparsity penalty of standard and gated.")
     l0_coefficient: float = option(1.0, "Sparsity penalty of jumprelu.")
-    lr: float = option(1e-3, "Peak learning rate of Adam; it rises over the first 5% of the steps and falls to zero over the last 20%.")
+    lr: float = option(
+        1e-3, "Peak learning rate of Adam; it rises over the first 5% of the steps and falls to zero over the last 20%."
+    )
     batch_tokens: int = option(1024, "Activations per training step.")
     context: int = option(256, "Positions in a row, BOS included.")
     batch_rows: int = option(8, "Rows in one forward pass of the model.")
-    dead_after_tokens: int = option(200_000, "A latent that was silent for so long counts as dead, and topk revives it.")
+    dead_after_tokens: int = option(
+        200_000, "A latent that was silent for so long counts as dead, and topk revives it."
+    )
     checkpoints: int = option(4, "How many to write on the way; run the same command again to go on from the newest.")
-    save_dtype: str = option("float32", f"How the weights are stored, one of {', '.join(SAVE_DTYPES)}; they are computed with in float32 all the same.")
+    save_dtype: str = option(
+        "float32",
+        f"How the weights are stored, one of {', '.join(SAVE_DTYPES)}; they are computed with in float32 all the same.",
+    )
     device: str = option("cpu", "Where the model and the SAE run.")
     seed: int = option(0, "Of the split, the order of the rows and the initial weights.")
 
@@ -111,18 +120,27 @@ def main(config: TrainSAEConfig) -> None:
         )
     shutil.rmtree(_checkpoints(config), ignore_errors=True)
     print(
-        f"{out}: {config.architecture} SAE with {config.d_sae:,} latents at {config.hook}, explained variance {quality['explained_variance']['value']:.3f}, "
-        f"L0 {quality['l0']['value']:.1f} on {quality['tokens']:,} held-out tokens, {int(sae.cfg.metadata.num_dead_features):,} dead latents, {seconds:,.0f} s"
+        f"{out}: {config.architecture} SAE with {config.d_sae:,} latents at {config.hook}, explained variance"
+        f" {quality['explained_variance']['value']:.3f}, L0 {quality['l0']['value']:.1f} on {quality['tokens']:,}"
+        f" held-out tokens, {int(sae.cfg.metadata.num_dead_features):,} dead latents, {seconds:,.0f} s"
     )
 
 
-def split_rows(stream: TokenStream, config: TrainSAEConfig, special: list[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Rows [row, position] to train on, shuffled, and rows of other documents to measure on; short rows are filled with a special token, which is masked.
+def split_rows(
+    stream: TokenStream, config: TrainSAEConfig, special: list[int]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Rows [row, position] to train on, shuffled, and rows of other documents to measure on; short rows are filled with
+    a special token, which is masked.
 
     Raises:
         TokenSourceError: where the source has no two documents, or no full row.
     """
-    needed = config.tokens + config.heldout_tokens + (NORM_BATCHES + 1) * config.batch_tokens + config.buffer_rows * config.context
+    needed = (
+        config.tokens
+        + config.heldout_tokens
+        + (NORM_BATCHES + 1) * config.batch_tokens
+        + config.buffer_rows * config.context
+    )
     rows: list[NDArray[np.int32]] = []
     documents: list[int] = []
     counted: list[int] = []
@@ -144,7 +162,9 @@ def split_rows(stream: TokenStream, config: TrainSAEConfig, special: list[int]) 
     shuffled = np.random.default_rng(config.seed)
     order = shuffled.permutation(np.unique(documents))
     if len(order) < 2:
-        raise TokenSourceError(f"{stream.name()} has {len(order)} document of use: at least two are needed, to hold one out")
+        raise TokenSourceError(
+            f"{stream.name()} has {len(order)} document of use: at least two are needed, to hold one out"
+        )
     tokens_of = dict.fromkeys(order.tolist(), 0)
     for document, count in zip(documents, counted, strict=True):
         tokens_of[document] += count
@@ -159,7 +179,8 @@ def split_rows(stream: TokenStream, config: TrainSAEConfig, special: list[int]) 
 def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
     """A model that SAELens can read activations from, the hook's name in it, and the model to measure on.
 
-    The residual stream of a known family is read off the Hugging Face model itself, which keeps its fast attention; any other hook needs a bridge.
+    The residual stream of a known family is read off the Hugging Face model itself, which keeps its fast attention; any
+    other hook needs a bridge.
 
     Raises:
         HookPointError: where the model has no such hook point.
@@ -183,7 +204,9 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
     return loaded.bridge, hook, loaded.bridge
 
 
-def measure(folder: Path, config: TrainSAEConfig, model: Any, rows: NDArray[np.int32], special: list[int]) -> dict[str, Any]:
+def measure(
+    folder: Path, config: TrainSAEConfig, model: Any, rows: NDArray[np.int32], special: list[int]
+) -> dict[str, Any]:
     """What the SAE in `folder`, loaded as anybody would, does on held-out rows."""
     from sae_lens import SAE
 
@@ -191,7 +214,11 @@ def measure(folder: Path, config: TrainSAEConfig, model: Any, rows: NDArray[np.i
 
     sae = SAE.load_from_disk(folder, device=config.device)
     with add_capacity_hooks(model, {config.hook: sae}, fvu_every=1, mask_token_ids=special) as capacity:
-        summary = capacity.run(TokenStream(rows.astype(np.int64), context=config.context, batch_rows=config.batch_rows)).measurement()[config.hook].summary
+        summary = (
+            capacity.run(TokenStream(rows.astype(np.int64), context=config.context, batch_rows=config.batch_rows))
+            .measurement()[config.hook]
+            .summary
+        )
     assert summary.explained_variance is not None  # fvu_every=1 checks every row
     return {
         "tokens": summary.n_tokens,
@@ -201,7 +228,9 @@ def measure(folder: Path, config: TrainSAEConfig, model: Any, rows: NDArray[np.i
     }
 
 
-def _train(config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str, rows: NDArray[np.int32], special: list[int]) -> Any:
+def _train(
+    config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str, rows: NDArray[np.int32], special: list[int]
+) -> Any:
     import torch
     from datasets import Dataset
     from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
@@ -218,7 +247,8 @@ def _train(config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str,
                     save_in_place(unfinished.name)
 
             trainer.save_checkpoint = save
-            # SAELens takes over the signal handlers, and on an interrupt saves no weights; a whole checkpoint is worth the second that it takes.
+            # SAELens takes over the signal handlers, and on an interrupt saves no weights; a whole checkpoint is worth
+            # the second that it takes.
             try:
                 return trainer.fit()
             except KeyboardInterrupt:
@@ -234,7 +264,9 @@ def _train(config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str,
                     self.sae.load_weights_from_checkpoint(folder)
                     self.activations_store.load_from_checkpoint(folder)
                 except loading_errors() as problem:
-                    refusals.append(f"the checkpoint {folder} is damaged ({reason_of(problem)}): delete {checkpoints} to begin anew")
+                    refusals.append(
+                        f"the checkpoint {folder} is damaged ({reason_of(problem)}): delete {checkpoints} to begin anew"
+                    )
                     continue
                 for refusal in refusals:
                     log.warning(f"the last checkpoint is left out, and the one before it gone on from: {refusal}")
@@ -288,11 +320,15 @@ def _train(config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str,
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
     )
-    runner_config.checkpoint_path = str(checkpoints)  # SAELens had appended a random name, under which nothing could be found again
+    runner_config.checkpoint_path = str(
+        checkpoints
+    )  # SAELens had appended a random name, under which nothing could be found again
     make_folder(checkpoints)
     write_json(checkpoints / "settings.json", _settings(config))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The training dataset contains fewer samples")  # it compares rows with tokens
+        warnings.filterwarnings(
+            "ignore", message="The training dataset contains fewer samples"
+        )  # it compares rows with tokens
         warnings.filterwarnings("ignore", message="To copy construct from a tensor")
         runner = Runner(runner_config, override_dataset=Dataset.from_dict({"input_ids": rows}), override_model=hooked)
         with torch.no_grad():
@@ -300,13 +336,17 @@ def _train(config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str,
         try:
             sae = runner.run()
         except KeyboardInterrupt as problem:
-            raise CapacityError(f"training was interrupted and its state kept in {checkpoints}: run the same command again to go on") from problem
+            raise CapacityError(
+                f"training was interrupted and its state kept in {checkpoints}: run the same command again to go on"
+            ) from problem
     if hook_in_model != config.hook:
         sae.cfg.metadata.hook_name, sae.cfg.metadata.hf_hook_name = config.hook, hook_in_model
     return sae
 
 
-def _activation_mean(hooked: Any, hook: str, rows: NDArray[np.int32], special: list[int], device: str) -> tuple[Any, float, int]:
+def _activation_mean(
+    hooked: Any, hook: str, rows: NDArray[np.int32], special: list[int], device: str
+) -> tuple[Any, float, int]:
     """Mean activation [d_in], the factor that brings activations to the norm √d_in, and d_in, from a few rows."""
     import torch
     from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
@@ -314,9 +354,14 @@ def _activation_mean(hooked: Any, hook: str, rows: NDArray[np.int32], special: l
     tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
     with torch.no_grad():
         stop = extract_stop_at_layer_from_tlens_hook_name(hook)
-        activations = hooked.run_with_cache(tokens, names_filter=[hook], stop_at_layer=stop, prepend_bos=False)[1][hook].float()
+        activations = hooked.run_with_cache(tokens, names_filter=[hook], stop_at_layer=stop, prepend_bos=False)[1][
+            hook
+        ].float()
     if activations.ndim != 3:
-        raise HookPointError(f"{hook} has shape {list(activations.shape)}, but one vector per token is needed: choose a residual, MLP or attention output")
+        raise HookPointError(
+            f"{hook} has shape {list(activations.shape)}, but one vector per token is needed: choose a residual, MLP or"
+            " attention output"
+        )
     vectors = activations[~torch.isin(tokens, torch.tensor(special, device=device))]
     if not bool(torch.isfinite(vectors).all()):
         raise CapacityError(f"{hook} has NaN or infinite activations: check the model's weights")
@@ -325,7 +370,9 @@ def _activation_mean(hooked: Any, hook: str, rows: NDArray[np.int32], special: l
 
 
 def _save(sae: Any, folder: Path, save_dtype: str) -> None:
-    """Write the inference form with decoder vectors of norm 1, so that a latent's size is the size of what it writes."""
+    """Write the inference form with decoder vectors of norm 1, so that a latent's size is the size
+    of what it writes.
+    """
     import torch
     from sae_lens import SAE
     from safetensors.torch import load_file, save_file
@@ -347,7 +394,9 @@ def _save(sae: Any, folder: Path, save_dtype: str) -> None:
 
 def _check(config: TrainSAEConfig) -> None:
     if config.architecture not in ARCHITECTURES:
-        raise CapacityError(f"{config.architecture!r} is no architecture to train: choose one of {', '.join(ARCHITECTURES)}")
+        raise CapacityError(
+            f"{config.architecture!r} is no architecture to train: choose one of {', '.join(ARCHITECTURES)}"
+        )
     if config.save_dtype not in SAVE_DTYPES:
         raise CapacityError(f"{config.save_dtype!r} is no dtype to save in: choose one of {', '.join(SAVE_DTYPES)}")
     if not 1 <= config.k <= config.d_sae:
@@ -361,13 +410,22 @@ def _check(config: TrainSAEConfig) -> None:
     make_folder(config.out.parent)
     kept = _checkpoints(config) / "settings.json"
     if kept.is_file() and (before := read_kept(kept)) != _settings(config):
-        changed = ", ".join(f"{name} = {value}" for name, value in before.items() if value != _settings(config).get(name))
-        raise CapacityError(f"{kept.parent} holds a run with other settings ({changed}): use those to go on with it, or delete the folder to begin anew")
+        changed = ", ".join(
+            f"{name} = {value}" for name, value in before.items() if value != _settings(config).get(name)
+        )
+        raise CapacityError(
+            f"{kept.parent} holds a run with other settings ({changed}): use those to go on with it, or delete the"
+            " folder to begin anew"
+        )
 
 
 def _settings(config: TrainSAEConfig) -> dict[str, Any]:
     """What a run that goes on must have in common with the one before."""
-    return {name: value for name, value in asdict(config).items() if name not in ("out", "device", "save_dtype", "checkpoints")}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("out", "device", "save_dtype", "checkpoints")
+    }
 
 
 def _checkpoints(config: TrainSAEConfig) -> Path:
@@ -376,7 +434,11 @@ def _checkpoints(config: TrainSAEConfig) -> Path:
 
 def _newest_first(checkpoints: Path) -> list[Path]:
     """The checkpoints, which SAELens names by their tokens."""
-    return sorted((path for path in checkpoints.glob("*") if path.is_dir() and path.name.isdecimal()), key=lambda path: int(path.name), reverse=True)
+    return sorted(
+        (path for path in checkpoints.glob("*") if path.is_dir() and path.name.isdecimal()),
+        key=lambda path: int(path.name),
+        reverse=True,
+    )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,15 @@ def opened(browser: Any, page: Path, width: int = 1280, scheme: str = "light") -
     """The browser with the page, all figures drawn."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 850, "deviceScaleFactor": 1, "mobile": width < 500})
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 850, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     browser.get(page.as_uri())
-    WebDriverWait(browser, PATIENCE_SECONDS).until(lambda b: b.execute_script("return document.documentElement.dataset.ready"))
+    WebDriverWait(browser, PATIENCE_SECONDS).until(
+        lambda b: b.execute_script("return document.documentElement.dataset.ready")
+    )
     return browser

@@ -19,7 +19,20 @@ Cli = Callable[..., tuple[int, str, str]]
 
 
 def arguments(setup: Path, out: Path, *more: object, tokens: int = 3000, sae: str = "sae") -> list[object]:
-    return ["measure", "--model", setup / "model", "--sae", setup / sae, "--source", setup / "text.jsonl", "--tokens", tokens, "--out", out, *more]
+    return [
+        "measure",
+        "--model",
+        setup / "model",
+        "--sae",
+        setup / sae,
+        "--source",
+        setup / "text.jsonl",
+        "--tokens",
+        tokens,
+        "--out",
+        out,
+        *more,
+    ]
 
 
 def same(one: Path, other: Path) -> None:
@@ -44,7 +57,14 @@ def students_of(setup: Path) -> Path:
     if not out.exists():
         teacher = load_model(str(setup / "model"))
         stream = TokenStream(str(setup / "text.jsonl"), teacher.tokenizer, context=32)
-        distill(teacher, [8, 16], stream, settings=DistillSettings(tokens=500, evaluations=1, heldout_tokens=100), out=out, progress=False)
+        distill(
+            teacher,
+            [8, 16],
+            stream,
+            settings=DistillSettings(tokens=500, evaluations=1, heldout_tokens=100),
+            out=out,
+            progress=False,
+        )
     return out
 
 
@@ -56,14 +76,30 @@ def concept_of(setup: Path) -> Path:
         rows = []
         for number in range(200):
             words = draw.zipf(1.3 if number % 2 else 1.6, size=draw.integers(4, 40)) % 62 + 2
-            rows.append({"text": " ".join(f"w{word}" for word in words), "label": "few" if number % 2 else "many", "document": f"document {number // 2}"})
+            rows.append(
+                {
+                    "text": " ".join(f"w{word}" for word in words),
+                    "label": "few" if number % 2 else "many",
+                    "document": f"document {number // 2}",
+                }
+            )
         path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
 # A server that has imported everything once; each child is forked from it, begins at once, and dies alone.
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["commands", "torch", "transformers", "sae_lens", "tl_capacity.cli", "tl_capacity.measuring", "tl_capacity.distillation"])
+CHILDREN.set_forkserver_preload(
+    [
+        "commands",
+        "torch",
+        "transformers",
+        "sae_lens",
+        "tl_capacity.cli",
+        "tl_capacity.measuring",
+        "tl_capacity.distillation",
+    ]
+)
 
 
 def run_in_a_child(arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> None:

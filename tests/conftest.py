@@ -1,6 +1,7 @@
 """Tiny real models, SAEs of every architecture, and the type checks that hold while tests run.
 
-Every function of the package is checked against its annotations (jaxtyping's import hook with beartype), so a wrong type anywhere fails a test.
+Every function of the package is checked against its annotations (jaxtyping's import hook with beartype), so a wrong
+type anywhere fails a test.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from sae_lens.saes.sae import SAEMetadata
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 BOS = 0
 """GPT-NeoX' own id, chosen because code that tests it for truth gets it wrong."""
@@ -45,14 +54,28 @@ def tokenizer() -> Any:
     words = {"<|endoftext|>": BOS, **{f"w{i}": i for i in range(1, VOCAB)}}
     whole = Tokenizer(models.WordLevel(words, unk_token=f"w{VOCAB - 1}"))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<|endoftext|>", eos_token="<|endoftext|>", name_or_path="local", add_bos_token=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        name_or_path="local",
+        add_bos_token=True,
+    )
 
 
 def _hugging_face(kind: str) -> Any:
     shared = {"vocab_size": VOCAB, "bos_token_id": BOS, "eos_token_id": BOS}
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_embd=D_MODEL, n_layer=LAYERS, n_head=HEADS, n_positions=CONTEXT, n_inner=64, **shared))
-    sizes = {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64, "max_position_embeddings": CONTEXT}
+        return GPT2LMHeadModel(
+            GPT2Config(n_embd=D_MODEL, n_layer=LAYERS, n_head=HEADS, n_positions=CONTEXT, n_inner=64, **shared)
+        )
+    sizes = {
+        "hidden_size": D_MODEL,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 64,
+        "max_position_embeddings": CONTEXT,
+    }
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, **shared))
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, **shared, hidden_dropout=0.1))
@@ -66,12 +89,23 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
         torch.manual_seed(seed)
         if kind in ("HookedTransformer", "HookedSAETransformer"):
             config = HookedTransformerConfig(
-                n_layers=LAYERS, d_model=D_MODEL, n_ctx=CONTEXT, d_head=D_MODEL // HEADS, d_vocab=VOCAB, act_fn="gelu", normalization_type="LN", seed=seed
+                n_layers=LAYERS,
+                d_model=D_MODEL,
+                n_ctx=CONTEXT,
+                d_head=D_MODEL // HEADS,
+                d_vocab=VOCAB,
+                act_fn="gelu",
+                normalization_type="LN",
+                seed=seed,
             )
-            model = (HookedTransformer if kind == "HookedTransformer" else HookedSAETransformer)(config, tokenizer=tokenizer)
+            model = (HookedTransformer if kind == "HookedTransformer" else HookedSAETransformer)(
+                config, tokenizer=tokenizer
+            )
         elif kind in ("TransformerBridge", "SAETransformerBridge"):
             bridge = TransformerBridge if kind == "TransformerBridge" else SAETransformerBridge
-            model = bridge.boot_transformers("local/x", hf_model=_louder(_hugging_face("gpt_neox")), tokenizer=tokenizer, device="cpu")
+            model = bridge.boot_transformers(
+                "local/x", hf_model=_louder(_hugging_face("gpt_neox")), tokenizer=tokenizer, device="cpu"
+            )
             return model.eval()
         else:
             model = _hugging_face(kind)
@@ -82,13 +116,23 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
 
 @torch.no_grad()
 def _louder(model: Any) -> Any:
-    """Initial weights of size 0.02 leave activations almost the same everywhere; larger ones make features fire here and not there."""
+    """Initial weights of size 0.02 leave activations almost the same everywhere; larger ones make features fire here
+    and not there.
+    """
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.15)
     return model
 
 
-KINDS = ("HookedTransformer", "TransformerBridge", "HookedSAETransformer", "SAETransformerBridge", "gpt_neox", "gpt2", "llama")
+KINDS = (
+    "HookedTransformer",
+    "TransformerBridge",
+    "HookedSAETransformer",
+    "SAETransformerBridge",
+    "gpt_neox",
+    "gpt2",
+    "llama",
+)
 HOOKED = KINDS[:4]
 HUGGING_FACE = KINDS[4:]
 
@@ -128,7 +172,9 @@ def all_hooks(model: Any) -> dict[str, list[int]]:
     found = {}
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
-        found[name] = [id(hook) for hook in [*hooks, *getattr(module, "fwd_hooks", []), *getattr(module, "bwd_hooks", [])]]
+        found[name] = [
+            id(hook) for hook in [*hooks, *getattr(module, "fwd_hooks", []), *getattr(module, "bwd_hooks", [])]
+        ]
     return found
 
 
@@ -168,12 +214,19 @@ def make_sae() -> Callable[..., Any]:
     """`make_sae(architecture, hook, hook_out=None, d_sae=64, seed=0, **config)`: an SAE whose every weight matters."""
 
     def make(
-        architecture: str = "standard", hook: str | None = "blocks.1.hook_resid_post", hook_out: str | None = None, d_sae: int = 64, seed: int = 0, **more: Any
+        architecture: str = "standard",
+        hook: str | None = "blocks.1.hook_resid_post",
+        hook_out: str | None = None,
+        d_sae: int = 64,
+        seed: int = 0,
+        **more: Any,
     ) -> Any:
         name, options = (SAES | TRANSCODERS)[architecture]
         torch.manual_seed(seed)
         metadata = SAEMetadata(hook_name=hook, hook_name_out=hook_out, context_size=CONTEXT, prepend_bos=True)
-        config = getattr(sae_lens, f"{name}Config")(**{"d_in": D_MODEL, "d_sae": d_sae, "apply_b_dec_to_input": False, "metadata": metadata, **options, **more})
+        config = getattr(sae_lens, f"{name}Config")(
+            **{"d_in": D_MODEL, "d_sae": d_sae, "apply_b_dec_to_input": False, "metadata": metadata, **options, **more}
+        )
         sae = getattr(sae_lens, name)(config)
         with torch.no_grad():
             for parameter in sae.parameters():
@@ -206,7 +259,9 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def published_curve() -> Path:
-    """The importance curve published for layer 12 of Pythia-410M; its licence is not stated, so it is not in the repository but beside it."""
+    """The importance curve published for layer 12 of Pythia-410M; its licence is not stated, so it is not in the
+    repository but beside it.
+    """
     path = Path(__file__).resolve().parents[2] / "shared" / "data" / "pythia410m_layer12.json"
     if not path.exists():
         pytest.skip(f"the published curve is not at {path}")
@@ -257,7 +312,9 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPTNeoXForCausalLM(config).save_pretrained(folder / "model")
     words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, 64)}}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="<s>", unk_token="<unk>").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder / "model")
     for name, width, hook in (("sae", 32, HOOK), ("sae0", 32, "blocks.0.hook_resid_post"), ("wide", 48, HOOK)):
         sae = StandardSAE(StandardSAEConfig(d_in=width, d_sae=64, metadata=SAEMetadata(hook_name=hook)))
         # An orthogonal pair ±w reconstructs x exactly, so the SAE fits the model; a bias makes it sparse.

@@ -42,7 +42,9 @@ def without(model: Any, sae: Any, tokens: torch.Tensor, latent: int | None) -> t
 
 @pytest.mark.parametrize("architecture", ["standard", "topk"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kl_of_setting_a_latent_to_zero(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, architecture: str) -> None:
+def test_kl_of_setting_a_latent_to_zero(
+    models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, architecture: str
+) -> None:
     model, sae, latents = models_by_kind[kind], make_sae(architecture, HOOK), list(range(0, 64, 7))
     before = all_hooks(model)
     found = ablation_kl(model, HOOK, sae, tokens, latents, counted=tokens != BOS, rows_at_once=5)
@@ -73,4 +75,10 @@ def test_bad_input(hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None
     with pytest.raises(DictionaryError, match="does not write the sum of its decoder vectors"):
         ablation_kl(hooked, HOOK, make_sae("layer_norm", HOOK), tokens, [3])
     with pytest.raises(DictionaryError, match="writes to another hook point"):
-        ablation_kl(hooked, "blocks.1.ln2.hook_normalized", make_sae("transcoder", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"), tokens, [3])
+        ablation_kl(
+            hooked,
+            "blocks.1.ln2.hook_normalized",
+            make_sae("transcoder", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"),
+            tokens,
+            [3],
+        )

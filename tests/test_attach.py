@@ -1,4 +1,6 @@
-"""Capacity hooks against dense computations written here and against SAELens: the same counts, and the model left exactly as it was."""
+"""Capacity hooks against dense computations written here and against SAELens: the same counts, and the model left
+exactly as it was.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ TRANSCODED = {
     "HookedTransformer": ("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"),
     "TransformerBridge": ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"),
 }
-BRIDGE_NAMES = {f"blocks.{layer}.hook_resid_{side}": f"blocks.{layer}.hook_{end}" for layer in range(LAYERS) for side, end in (("pre", "in"), ("post", "out"))}
+BRIDGE_NAMES = {
+    f"blocks.{layer}.hook_resid_{side}": f"blocks.{layer}.hook_{end}"
+    for layer in range(LAYERS)
+    for side, end in (("pre", "in"), ("post", "out"))
+}
 TRANSCODED["gpt_neox"] = ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post")
 
 
@@ -71,7 +77,9 @@ def counted_positions(tokens: torch.Tensor, masked: tuple[int, ...] = (BOS,), sk
 
 
 def assert_counts_dense(summary: Any, latents: torch.Tensor, rows: torch.Tensor) -> None:
-    """Counts exactly and moments to rounding, for each document group and in all; `rows` is the document of each token."""
+    """Counts exactly and moments to rounding, for each document group and in all; `rows` is the
+    document of each token.
+    """
     groups = torch.from_numpy(document_groups(rows.numpy()))
     for group in range(64):
         own = latents[groups == group]
@@ -92,7 +100,9 @@ class TestAgainstDense:
 
     @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "gpt_neox"])
     @pytest.mark.parametrize("architecture", SAES)
-    def test_counts_moments_and_fvu(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, architecture: str) -> None:
+    def test_counts_moments_and_fvu(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, architecture: str
+    ) -> None:
         model, sae = models_by_kind[kind], make_sae(architecture, HOOK)
         with tlc.add_capacity_hooks(model, sae, fvu_every=1, mask_token_ids=[BOS]) as capacity:
             summary = capacity.run(tokens.split(5)).measurement()[HOOK].summary
@@ -138,8 +148,14 @@ class TestAgainstDense:
         hook, hook_out = TRANSCODED["HookedTransformer"] if architecture in TRANSCODERS else (HOOK, None)
         sae = make_sae(architecture, hook, hook_out)
         found = []
-        in_blocks = {name: replace(activation, features_at_once=24) for name, activation in encoding.ACTIVATIONS.items()}
-        for sizes in ({}, {"DENSE_LATENTS": 1}, {"DENSE_LATENTS": 24 * 9, "ACTIVATIONS": in_blocks, "FEWEST_TOKENS": 3}):
+        in_blocks = {
+            name: replace(activation, features_at_once=24) for name, activation in encoding.ACTIVATIONS.items()
+        }
+        for sizes in (
+            {},
+            {"DENSE_LATENTS": 1},
+            {"DENSE_LATENTS": 24 * 9, "ACTIVATIONS": in_blocks, "FEWEST_TOKENS": 3},
+        ):
             for name, size in sizes.items():
                 monkeypatch.setattr(encoding, name, size)
             with tlc.add_capacity_hooks(hooked, sae, fvu_every=2) as capacity:
@@ -178,7 +194,9 @@ class TestAgainstDense:
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     @pytest.mark.parametrize("architecture", ["standard", "skip_transcoder"])
-    def test_other_dtypes_of_the_model(self, make_model: MakeModel, make_sae: MakeSAE, tokens: torch.Tensor, dtype: torch.dtype, architecture: str) -> None:
+    def test_other_dtypes_of_the_model(
+        self, make_model: MakeModel, make_sae: MakeSAE, tokens: torch.Tensor, dtype: torch.dtype, architecture: str
+    ) -> None:
         model, sae = make_model("gpt_neox").to(dtype), make_sae(architecture, HOOK)
         with tlc.add_capacity_hooks(model, sae, fvu_every=1) as capacity:
             summary = capacity.run(tokens).measurement()[HOOK].summary
@@ -188,7 +206,9 @@ class TestAgainstDense:
         assert summary.fvu.value == pytest.approx(dense_fvu(sae, inputs, inputs), rel=1e-4)
 
     def test_a_first_document_without_active_latents(self, hooked: Any, make_sae: MakeSAE) -> None:
-        """Rescaling SAEs decode to zero there, as a plain sum over latents would; what follows must not be taken for such a sum."""
+        """Rescaling SAEs decode to zero there, as a plain sum over latents would; what follows must not be taken for
+        such a sum.
+        """
         sae = make_sae("constant_norm_rescale", HOOK)
         tokens = torch.tensor([[5] * 8, [9] * 8, [14] * 8])
         inputs = activations(hooked, tokens, HOOK)
@@ -197,7 +217,9 @@ class TestAgainstDense:
             sae.b_enc.zero_()
             quiet = inputs[0].mean(0)
             sae.W_enc.copy_(sae.W_enc - quiet[:, None] * ((quiet @ sae.W_enc + 40) / quiet.square().sum()))
-            assert int((dense_latents(sae, inputs[0]) != 0).sum()) == 0 < int((dense_latents(sae, inputs[1]) != 0).sum())
+            assert (
+                int((dense_latents(sae, inputs[0]) != 0).sum()) == 0 < int((dense_latents(sae, inputs[1]) != 0).sum())
+            )
         with tlc.add_capacity_hooks(hooked, sae, fvu_every=1) as capacity:
             summary = capacity.run(tokens.split(1)).measurement()[HOOK].summary
         assert summary.fvu.value == pytest.approx(dense_fvu(sae, inputs.flatten(0, 1), inputs.flatten(0, 1)), rel=1e-4)
@@ -214,7 +236,15 @@ class TestAgainstSAELens:
     ) -> None:
         model, sae = models_by_kind[kind], make_sae(architecture, HOOK)
         rows = Dataset.from_dict({"input_ids": tokens.tolist()})
-        store = ActivationsStore.from_sae(model, sae, rows, context_size=tokens.shape[1], streaming=False, store_batch_size_prompts=8, total_tokens=len(tokens))
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            rows,
+            context_size=tokens.shape[1],
+            streaming=False,
+            store_batch_size_prompts=8,
+            total_tokens=len(tokens),
+        )
         config = EvalConfig(
             batch_size_prompts=8,
             n_eval_sparsity_variance_batches=3,
@@ -227,20 +257,35 @@ class TestAgainstSAELens:
             summary = capacity.run(tokens.split(8)).measurement()[HOOK].summary
         np.testing.assert_allclose(summary.firing_rates, by_feature["feature_density"], rtol=1e-6)
         assert summary.l0.value == pytest.approx(theirs["sparsity"]["l0"], rel=1e-6)
-        assert summary.explained_variance.value == pytest.approx(theirs["reconstruction_quality"]["explained_variance"], rel=1e-4)
+        assert summary.explained_variance.value == pytest.approx(
+            theirs["reconstruction_quality"]["explained_variance"], rel=1e-4
+        )
         assert summary.reconstruction_error is not None
         assert summary.reconstruction_error.value == pytest.approx(theirs["reconstruction_quality"]["mse"], rel=1e-4)
 
     @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
     @pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder"])
-    def test_density_and_l0_of_a_transcoder(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, architecture: str) -> None:
+    def test_density_and_l0_of_a_transcoder(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, architecture: str
+    ) -> None:
         """What is counted, of a dictionary that reads one hook point and writes another."""
         hook = "blocks.1.ln2.hook_normalized"
         model, sae = models_by_kind["HookedTransformer"], make_sae(architecture, hook, "blocks.1.hook_mlp_out")
         rows = Dataset.from_dict({"input_ids": tokens.tolist()})
-        store = ActivationsStore.from_sae(model, sae, rows, context_size=tokens.shape[1], streaming=False, store_batch_size_prompts=8, total_tokens=len(tokens))
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            rows,
+            context_size=tokens.shape[1],
+            streaming=False,
+            store_batch_size_prompts=8,
+            total_tokens=len(tokens),
+        )
         config = EvalConfig(
-            batch_size_prompts=8, n_eval_sparsity_variance_batches=3, compute_featurewise_density_statistics=True, compute_sparsity_metrics=True
+            batch_size_prompts=8,
+            n_eval_sparsity_variance_batches=3,
+            compute_featurewise_density_statistics=True,
+            compute_sparsity_metrics=True,
         )
         theirs, by_feature = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=[BOS])
         with tlc.add_capacity_hooks(model, sae) as capacity:
@@ -253,8 +298,12 @@ class TestAgainstSAELens:
 class TestHuggingFaceAgainstTheBridge:
     """The fast path, without TransformerLens, finds what TransformerLens finds."""
 
-    @pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_in", "blocks.1.hook_resid_post", "blocks.2.hook_out"])
-    def test_same_counts(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, hook: str) -> None:
+    @pytest.mark.parametrize(
+        "hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_in", "blocks.1.hook_resid_post", "blocks.2.hook_out"]
+    )
+    def test_same_counts(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, hook: str
+    ) -> None:
         sae = make_sae("jumprelu", hook)
         found = []
         for kind in ("gpt_neox", "TransformerBridge", "SAETransformerBridge"):
@@ -268,12 +317,16 @@ class TestHuggingFaceAgainstTheBridge:
 
     @pytest.mark.parametrize("kind", HUGGING_FACE)
     @pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre", "blocks.1.hook_resid_post"])
-    def test_families(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, hook: str) -> None:
+    def test_families(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, hook: str
+    ) -> None:
         model, sae = models_by_kind[kind], make_sae("standard", hook)
         with tlc.add_capacity_hooks(model, sae) as capacity:
             summary = capacity.run(tokens).measurement()[hook].summary
         counted = counted_positions(tokens)
-        assert_counts_dense(summary, dense_latents(sae, activations(model, tokens, hook)[counted]), counted.nonzero()[:, 0])
+        assert_counts_dense(
+            summary, dense_latents(sae, activations(model, tokens, hook)[counted]), counted.nonzero()[:, 0]
+        )
 
 
 def state(model: Any) -> dict[str, Any]:
@@ -297,10 +350,26 @@ def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 class TestTheModelIsLeftAlone:
-    @pytest.mark.parametrize("ending", ["normal", "exception in the block", "exception in the forward", "run_with_hooks", "removed twice", "never run"])
+    @pytest.mark.parametrize(
+        "ending",
+        [
+            "normal",
+            "exception in the block",
+            "exception in the forward",
+            "run_with_hooks",
+            "removed twice",
+            "never run",
+        ],
+    )
     @pytest.mark.parametrize("kind", KINDS)
     def test_nothing_remains(
-        self, make_model: MakeModel, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, ending: str
+        self,
+        make_model: MakeModel,
+        models_by_kind: dict[str, Any],
+        make_sae: MakeSAE,
+        tokens: torch.Tensor,
+        kind: str,
+        ending: str,
     ) -> None:
         model, sae = models_by_kind[kind], make_sae("standard", HOOK)
         model.train()
@@ -342,17 +411,23 @@ class TestTheModelIsLeftAlone:
         model.eval()
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_a_failing_attach_leaves_nothing(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, kind: str) -> None:
+    def test_a_failing_attach_leaves_nothing(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, kind: str
+    ) -> None:
         model = models_by_kind[kind]
         before = all_hooks(model)
         with pytest.raises(HookPointError, match=r"blocks\.7\.hook_resid_post"):
-            tlc.add_capacity_hooks(model, [make_sae("standard", HOOK), make_sae("standard", "blocks.7.hook_resid_post")])
+            tlc.add_capacity_hooks(
+                model, [make_sae("standard", HOOK), make_sae("standard", "blocks.7.hook_resid_post")]
+            )
         with pytest.raises(HookPointError, match=r"blocks\.7\.hook_resid_post"):
             tlc.add_capacity_hooks(model, make_sae("transcoder", HOOK, "blocks.7.hook_resid_post"))
         assert all_hooks(model) == before
 
     @pytest.mark.parametrize("kind", HOOKED)
-    def test_reset_hooks_does_not_stop_the_counting(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_reset_hooks_does_not_stop_the_counting(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         model, seen = models_by_kind[kind], []
         with tlc.add_capacity_hooks(model, make_sae("standard", HOOK)) as capacity:
             model(tokens)
@@ -360,7 +435,10 @@ class TestTheModelIsLeftAlone:
             model.reset_hooks()
             model(tokens)
             assert capacity.n_tokens == 2 * once > 0
-            model.add_hook("blocks.1.hook_resid_post" if kind != "SAETransformerBridge" else "blocks.1.hook_out", lambda activation, hook: seen.append(1))
+            model.add_hook(
+                "blocks.1.hook_resid_post" if kind != "SAETransformerBridge" else "blocks.1.hook_out",
+                lambda activation, hook: seen.append(1),
+            )
         model(tokens)
         assert seen == [1], "somebody else's hook must outlive ours"
         model.reset_hooks()
@@ -402,7 +480,9 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 class TestSessions:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_calling_the_model_is_the_same_as_run(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_calling_the_model_is_the_same_as_run(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         model, sae = models_by_kind[kind], make_sae("topk", HOOK)
         with tlc.add_capacity_hooks(model, sae) as capacity:
             for batch in tokens.split(7):
@@ -420,7 +500,9 @@ class TestSessions:
 
     @pytest.mark.parametrize("positional", [False, True])
     @pytest.mark.parametrize("kind", KINDS)
-    def test_the_attention_mask_of_a_call(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, positional: bool) -> None:
+    def test_the_attention_mask_of_a_call(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, positional: bool
+    ) -> None:
         """What it masks is padding, as in a stream of the same; the next call, without one, has none."""
         model, sae = models_by_kind[kind], make_sae("topk", HOOK)
         if positional and list(inspect.signature(model.forward).parameters)[1] != "attention_mask":
@@ -439,7 +521,9 @@ class TestSessions:
             np.testing.assert_array_equal(called.arrays[name], ran.arrays[name])
 
     def test_a_mask_is_of_its_own_call(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
-        """A call past the model's own forward has none, and a mask of attention, [row, head, position, position], says nothing of padding."""
+        """A call past the model's own forward has none, and a mask of attention, [row, head, position, position], says
+        nothing of padding.
+        """
         mask = torch.ones_like(tokens)
         mask[:, 9:] = 0
         causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril().expand(len(tokens), 1, -1, -1)
@@ -451,7 +535,9 @@ class TestSessions:
         assert capacity.n_tokens == int((counted & (mask == 1)).sum()) + 2 * int(counted.sum())
         assert capacity.measurement()[HOOK].summary.masked["padding"] == int((mask == 0).sum())
 
-    def test_the_method_and_the_function_are_the_same(self, any_model: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+    def test_the_method_and_the_function_are_the_same(
+        self, any_model: Any, make_sae: MakeSAE, tokens: torch.Tensor
+    ) -> None:
         if not hasattr(any_model, "hook_dict"):
             assert not hasattr(any_model, "add_capacity_hooks")
             return
@@ -460,7 +546,9 @@ class TestSessions:
         assert capacity.measurement().provenance.settings["fvu_every"] == 3
 
     @pytest.mark.parametrize("kind", ["HookedTransformer", "SAETransformerBridge", "llama"])
-    def test_several_hooks_and_several_saes_in_one_forward(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_several_hooks_and_several_saes_in_one_forward(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         model, early = models_by_kind[kind], "blocks.0.hook_resid_pre"
         saes = {HOOK: [make_sae("standard", HOOK), make_sae("topk", HOOK, d_sae=128)], early: make_sae("gated", early)}
         with tlc.add_capacity_hooks(model, saes) as capacity:
@@ -468,13 +556,22 @@ class TestSessions:
         assert [(h.hook, h.architecture) for h in measurement] == [(HOOK, "standard"), (HOOK, "topk"), (early, "gated")]
         counted = counted_positions(tokens)
         for found, sae in zip(measurement, [*saes[HOOK], saes[early]], strict=True):
-            assert_counts_dense(found.summary, dense_latents(sae, activations(model, tokens, found.hook)[counted]), counted.nonzero()[:, 0])
+            assert_counts_dense(
+                found.summary,
+                dense_latents(sae, activations(model, tokens, found.hook)[counted]),
+                counted.nonzero()[:, 0],
+            )
         assert measurement[early].architecture == "gated"
-        with pytest.raises(CapacityError, match=rf"2 SAEs were measured at '{HOOK}' \(StandardSAE with 64 latents, TopKSAE with 128 latents\)"):
+        with pytest.raises(
+            CapacityError,
+            match=rf"2 SAEs were measured at '{HOOK}' \(StandardSAE with 64 latents, TopKSAE with 128 latents\)",
+        ):
             measurement[HOOK]
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_run_stops_after_the_last_tap(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_run_stops_after_the_last_tap(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         model, passes = models_by_kind[kind], dict.fromkeys(range(LAYERS), 0)
         blocks = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h", "llama": "model.layers"}.get(kind, "blocks")
 
@@ -484,9 +581,13 @@ class TestSessions:
 
             return hook
 
-        hooks = [model.get_submodule(f"{blocks}.{layer}").register_forward_pre_hook(count(layer)) for layer in range(LAYERS)]
+        hooks = [
+            model.get_submodule(f"{blocks}.{layer}").register_forward_pre_hook(count(layer)) for layer in range(LAYERS)
+        ]
         try:
-            with tlc.add_capacity_hooks(model, [make_sae("standard", "blocks.0.hook_resid_post"), make_sae("standard", HOOK)]) as capacity:
+            with tlc.add_capacity_hooks(
+                model, [make_sae("standard", "blocks.0.hook_resid_post"), make_sae("standard", HOOK)]
+            ) as capacity:
                 capacity.run(tokens.split(8))
                 assert passes == {0: 3, 1: 3, 2: 0}
                 model(tokens)
@@ -496,7 +597,9 @@ class TestSessions:
                 hook.remove()
 
     @pytest.mark.parametrize("before", ["run", "call", "run row by row"])
-    def test_a_further_stream_adds_to_what_was_counted(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor, before: str) -> None:
+    def test_a_further_stream_adds_to_what_was_counted(
+        self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor, before: str
+    ) -> None:
         sae = make_sae("standard", HOOK)
         with tlc.add_capacity_hooks(neox, sae, fvu_every=2) as capacity:
             for part in tokens[:8].split(1 if before == "run row by row" else 4):
@@ -510,7 +613,9 @@ class TestSessions:
             whole = capacity.run(tokens[:12].split(4)).measurement()
         assert parts[HOOK].summary.n_documents == 12
         for name, array in whole[HOOK].summary.arrays.items():
-            np.testing.assert_allclose(parts[HOOK].summary.arrays[name], array, rtol=0 if array.dtype == np.int64 else 1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                parts[HOOK].summary.arrays[name], array, rtol=0 if array.dtype == np.int64 else 1e-5, err_msg=name
+            )
         if before != "run row by row":
             assert parts.provenance.tokens_digest == whole.provenance.tokens_digest
 
@@ -542,11 +647,15 @@ class TestSessions:
             whole = [TokenBatch(b.numpy(), np.arange(4 * i, 4 * i + 4)) for i, b in enumerate(batches) if i != 2]
             np.testing.assert_array_equal(counts, capacity.run(whole).measurement()[HOOK].summary.arrays["counts"])
 
-    def test_max_tokens_stops_after_the_batch_that_reaches_it(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+    def test_max_tokens_stops_after_the_batch_that_reaches_it(
+        self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor
+    ) -> None:
         with tlc.add_capacity_hooks(neox, make_sae("standard", HOOK)) as capacity:
             assert capacity.run(tokens.split(4), max_tokens=100).n_tokens == int(counted_positions(tokens[:8]).sum())
 
-    def test_a_failed_forward_does_not_spoil_the_next(self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+    def test_a_failed_forward_does_not_spoil_the_next(
+        self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor
+    ) -> None:
         hook, hook_out = TRANSCODED["HookedTransformer"]
         sae = make_sae("skip_transcoder", hook, hook_out)
 
@@ -565,7 +674,10 @@ class TestSessions:
             with pytest.warns(UserWarning, match="2 of 4 forward passes did not reach every tapped hook point"):
                 capacity.measurement()
         counted = counted_positions(tokens[16:])
-        inputs, targets = activations(hooked, tokens[16:], hook)[counted], activations(hooked, tokens[16:], hook_out)[counted]
+        inputs, targets = (
+            activations(hooked, tokens[16:], hook)[counted],
+            activations(hooked, tokens[16:], hook_out)[counted],
+        )
         assert summary.fvu.value == pytest.approx(dense_fvu(sae, inputs, targets), rel=1e-4)
 
 
@@ -574,15 +686,25 @@ class TestBadInput:
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(
-        ("hook", "says"), [("blocks.1.hook_resid_pots", r"did you mean blocks\.1\.hook_"), ("embedding of doom", "it has|no residual-stream hook"), ("", "no")]
+        ("hook", "says"),
+        [
+            ("blocks.1.hook_resid_pots", r"did you mean blocks\.1\.hook_"),
+            ("embedding of doom", "it has|no residual-stream hook"),
+            ("", "no"),
+        ],
     )
-    def test_unknown_hook(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, kind: str, hook: str, says: str) -> None:
+    def test_unknown_hook(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, kind: str, hook: str, says: str
+    ) -> None:
         if kind in HUGGING_FACE and hook.startswith("blocks"):
             says = "is no residual-stream hook"
         with pytest.raises(HookPointError, match=says):
             tlc.add_capacity_hooks(models_by_kind[kind], {hook: make_sae("standard")})
 
-    @pytest.mark.parametrize("name", ["blocks.1", "blocks", "blocks.1.attn", "blocks.1.attn.W_Q", "cfg", "forward", "blocks.-1.hook_resid_post"])
+    @pytest.mark.parametrize(
+        "name",
+        ["blocks.1", "blocks", "blocks.1.attn", "blocks.1.attn.W_Q", "cfg", "forward", "blocks.-1.hook_resid_post"],
+    )
     def test_a_name_of_something_else(self, hooked: Any, bridge: Any, make_sae: MakeSAE, name: str) -> None:
         for model in (hooked, bridge):
             with pytest.raises(HookPointError, match="is no hook point of this model"):
@@ -593,7 +715,9 @@ class TestBadInput:
         with pytest.raises(HookPointError, match=f"has width {D_MODEL}, but the SAE's d_in is 48"):
             tlc.add_capacity_hooks(models_by_kind[kind], make_sae("standard", HOOK, d_in=48))
 
-    def test_wrong_width_that_only_the_forward_shows(self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+    def test_wrong_width_that_only_the_forward_shows(
+        self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor
+    ) -> None:
         hook = "blocks.1.mlp.hook_post"
         with (
             tlc.add_capacity_hooks(hooked, make_sae("standard", hook)) as capacity,
@@ -603,11 +727,18 @@ class TestBadInput:
 
     def test_no_vector_per_token(self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
         hook = "blocks.1.attn.hook_pattern"
-        with tlc.add_capacity_hooks(hooked, make_sae("standard", hook)) as capacity, pytest.raises(HookPointError, match="one vector per token"):
+        with (
+            tlc.add_capacity_hooks(hooked, make_sae("standard", hook)) as capacity,
+            pytest.raises(HookPointError, match="one vector per token"),
+        ):
             capacity.run(tokens)
 
     @pytest.mark.parametrize(
-        ("normalisation", "fold"), [("expected_average_only_in", "fold_activation_norm_scaling_factor"), ("covariance_whitening", "fold_activation_whitening")]
+        ("normalisation", "fold"),
+        [
+            ("expected_average_only_in", "fold_activation_norm_scaling_factor"),
+            ("covariance_whitening", "fold_activation_whitening"),
+        ],
     )
     def test_unfolded_normalisation(self, hooked: Any, make_sae: MakeSAE, normalisation: str, fold: str) -> None:
         with pytest.raises(DictionaryError, match=f"{normalisation}.*{fold}"):
@@ -681,11 +812,17 @@ class TestBadInput:
 
     @pytest.mark.parametrize("stream", [[], iter(()), torch.zeros(0, 8, dtype=torch.long)])
     def test_empty_stream(self, neox: Any, make_sae: MakeSAE, stream: Any) -> None:
-        with tlc.add_capacity_hooks(neox, make_sae("standard")) as capacity, pytest.raises(CapacityError, match="yields no batch"):
+        with (
+            tlc.add_capacity_hooks(neox, make_sae("standard")) as capacity,
+            pytest.raises(CapacityError, match="yields no batch"),
+        ):
             capacity.run(stream)
 
     def test_a_measurement_of_nothing(self, neox: Any, make_sae: MakeSAE) -> None:
-        with tlc.add_capacity_hooks(neox, make_sae("standard")) as capacity, pytest.raises(CapacityError, match="nothing was counted: no tokens were seen"):
+        with (
+            tlc.add_capacity_hooks(neox, make_sae("standard")) as capacity,
+            pytest.raises(CapacityError, match="nothing was counted: no tokens were seen"),
+        ):
             capacity.measurement()
 
     @pytest.mark.parametrize("strange", [VOCAB, -100])
@@ -697,7 +834,10 @@ class TestBadInput:
         others[0, 3] = strange
         with (
             tlc.add_capacity_hooks(models_by_kind[kind], make_sae("standard", HOOK)) as capacity,
-            pytest.raises(CapacityError, match=f"the text has token id {strange}, but the model's vocabulary has {VOCAB}: tokenise it with"),
+            pytest.raises(
+                CapacityError,
+                match=f"the text has token id {strange}, but the model's vocabulary has {VOCAB}: tokenise it with",
+            ),
         ):
             capacity.run(others)
 
@@ -718,11 +858,16 @@ class TestBadInput:
         sae = make_sae("standard")
         with torch.no_grad():
             sae.b_enc[5] = float("nan")
-        with tlc.add_capacity_hooks(hooked, sae) as capacity, pytest.raises(CapacityError, match=f"the SAE at {HOOK} gives NaN or infinite latents in batch 1"):
+        with (
+            tlc.add_capacity_hooks(hooked, sae) as capacity,
+            pytest.raises(CapacityError, match=f"the SAE at {HOOK} gives NaN or infinite latents in batch 1"),
+        ):
             capacity.run(tokens)
 
     @pytest.mark.parametrize("kind", ["HookedSAETransformer", "SAETransformerBridge"])
-    def test_a_hook_point_that_was_replaced(self, make_model: MakeModel, make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_a_hook_point_that_was_replaced(
+        self, make_model: MakeModel, make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         model, hook = make_model(kind), HOOK if kind == "HookedSAETransformer" else "blocks.1.hook_out"
         sae = make_sae("standard", hook)
         with tlc.add_capacity_hooks(model, sae) as capacity:
@@ -761,11 +906,16 @@ class TestBadInput:
 
     def test_a_transcoder_whose_output_comes_first(self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
         sae = make_sae("transcoder", HOOK, "blocks.0.hook_mlp_out")
-        with tlc.add_capacity_hooks(hooked, sae, fvu_every=1) as capacity, pytest.raises(HookPointError, match=r"blocks\.0\.hook_mlp_out"):
+        with (
+            tlc.add_capacity_hooks(hooked, sae, fvu_every=1) as capacity,
+            pytest.raises(HookPointError, match=r"blocks\.0\.hook_mlp_out"),
+        ):
             capacity.run(tokens.split(8))
 
     @pytest.mark.parametrize("kind", ["HookedTransformer", "gpt_neox"])
-    def test_embeddings_instead_of_token_ids(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_embeddings_instead_of_token_ids(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         model = models_by_kind[kind]
         embedded = torch.randn(len(tokens), tokens.shape[1], D_MODEL)
         for calls_before in (0, 1):
@@ -776,7 +926,9 @@ class TestBadInput:
                     model(embedded, start_at_layer=0) if kind == "HookedTransformer" else model(inputs_embeds=embedded)
                 assert capacity.n_tokens == calls_before * int(counted_positions(tokens).sum())
 
-    def test_an_sae_that_explains_less_than_the_mean(self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+    def test_an_sae_that_explains_less_than_the_mean(
+        self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor
+    ) -> None:
         with tlc.add_capacity_hooks(hooked, make_sae("standard"), fvu_every=1) as capacity:
             measurement = capacity.run(tokens).measurement()
         assert measurement[HOOK].summary.fvu.value > 1
@@ -794,7 +946,9 @@ class TestBadInput:
 
 class TestMasking:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_bos_zero_is_masked_by_default(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_bos_zero_is_masked_by_default(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         with tlc.add_capacity_hooks(models_by_kind[kind], make_sae("standard")) as capacity:
             measurement = capacity.run(tokens).measurement()
         bos = int((tokens == BOS).sum())
@@ -806,7 +960,15 @@ class TestMasking:
     @pytest.mark.parametrize("masked", [(), (5,), (5, 5, 17), (BOS, 7)])
     @pytest.mark.parametrize("skip", [0, 1, 4])
     @pytest.mark.parametrize("kind", ["TransformerBridge", "gpt_neox"])
-    def test_masks(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, masked: tuple[int, ...], skip: int) -> None:
+    def test_masks(
+        self,
+        models_by_kind: dict[str, Any],
+        make_sae: MakeSAE,
+        tokens: torch.Tensor,
+        kind: str,
+        masked: tuple[int, ...],
+        skip: int,
+    ) -> None:
         model, sae = models_by_kind[kind], make_sae("standard")
         with tlc.add_capacity_hooks(model, sae, mask_token_ids=masked, skip_first_positions=skip) as capacity:
             summary = capacity.run(tokens.split(10)).measurement()[HOOK].summary
@@ -814,17 +976,26 @@ class TestMasking:
         x = activations(model, tokens, HOOK)
         assert_counts_dense(summary, dense_latents(sae, x[counted]), counted.nonzero()[:, 0])
         special = ~counted_positions(tokens, masked)
-        assert summary.masked == {"padding": 0, "special": int(special.sum()), "position": int((~counted & ~special).sum())}
+        assert summary.masked == {
+            "padding": 0,
+            "special": int(special.sum()),
+            "position": int((~counted & ~special).sum()),
+        }
         norms = x.double().square().sum(-1)
         assert summary.masked_norm_share == pytest.approx(float(norms[~counted].sum() / norms.sum()), rel=1e-5)
 
-    def test_padding_is_neither_counted_nor_in_the_masked_norm(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+    def test_padding_is_neither_counted_nor_in_the_masked_norm(
+        self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor
+    ) -> None:
         padded = tokens.numpy().copy()
         lengths = np.random.default_rng(3).integers(2, 20, size=len(padded))
         for row, length in enumerate(lengths):
             padded[row, length:] = PADDING
         sae = make_sae("standard")
-        batches = [TokenBatch(rows, np.arange(start, start + len(rows))) for start, rows in ((0, padded[:10]), (10, padded[10:]))]
+        batches = [
+            TokenBatch(rows, np.arange(start, start + len(rows)))
+            for start, rows in ((0, padded[:10]), (10, padded[10:]))
+        ]
         with tlc.add_capacity_hooks(neox, sae) as capacity:
             summary = capacity.run(batches).measurement()[HOOK].summary
         counted = torch.from_numpy(padded != PADDING) & counted_positions(tokens)
@@ -832,7 +1003,9 @@ class TestMasking:
         assert_counts_dense(summary, dense_latents(sae, x[counted]), counted.nonzero()[:, 0])
         assert summary.masked["padding"] == int((padded == PADDING).sum())
         norms, special = x.double().square().sum(-1), torch.from_numpy(padded) == BOS
-        assert summary.masked_norm_share == pytest.approx(float(norms[special].sum() / (norms[special].sum() + norms[counted].sum())), rel=1e-5)
+        assert summary.masked_norm_share == pytest.approx(
+            float(norms[special].sum() / (norms[special].sum() + norms[counted].sum())), rel=1e-5
+        )
 
     def test_documents_of_several_rows(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
         """A document's rows count as one document, also where a batch ends in its middle."""

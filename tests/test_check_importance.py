@@ -13,7 +13,21 @@ from tl_capacity.errors import CapacityError, TokenSourceError
 
 
 def test_fisher_is_near_the_kl_of_ablations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe.run(main, ["--rows", "8", "--context", "128", "--latents", "30", "--importance", "fisher,gradient", "--out", str(tmp_path)])
+    recipe.run(
+        main,
+        [
+            "--rows",
+            "8",
+            "--context",
+            "128",
+            "--latents",
+            "30",
+            "--importance",
+            "fisher,gradient",
+            "--out",
+            str(tmp_path),
+        ],
+    )
     assert "rank correlation" in capsys.readouterr().out
     found = json.loads((tmp_path / "check_importance.json").read_text())
     fisher, gradient = found["estimators"]
@@ -28,7 +42,11 @@ def test_fisher_is_near_the_kl_of_ablations(tmp_path: Path, capsys: pytest.Captu
     ("options", "kind", "says"),
     [
         (["--latents", "1"], CapacityError, "--latents 1 must be at least 2"),
-        (["--hook", "blocks.2.hook_resid_post"], CapacityError, "no SAE comes with embedded at blocks.2.hook_resid_post: pass --sae"),
+        (
+            ["--hook", "blocks.2.hook_resid_post"],
+            CapacityError,
+            "no SAE comes with embedded at blocks.2.hook_resid_post: pass --sae",
+        ),
         (["--rows", "100000"], TokenSourceError, "rows that fill a context of 256, not 100000"),
     ],
 )

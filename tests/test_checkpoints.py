@@ -21,7 +21,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_goes_on_from_what_was_saved(path: Path) -> None:
-    tensors = {"one w8/all": torch.arange(6, dtype=torch.int32).view(2, 3).T, "one/all": torch.tensor([True, False]), "two/all": torch.zeros(0)}
+    tensors = {
+        "one w8/all": torch.arange(6, dtype=torch.int32).view(2, 3).T,
+        "one/all": torch.tensor([True, False]),
+        "two/all": torch.zeros(0),
+    }
     Checkpoint(path, SETTINGS).save(tensors, {"done": 3, "exact": 0.1 + 0.2})
     found = Checkpoint(path, {"models": ("a", "b"), "seed": 1})
     assert found.about == {"done": 3, "exact": 0.1 + 0.2}

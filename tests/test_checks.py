@@ -1,4 +1,6 @@
-"""Wrong types of arguments, as a user meets them: in a process of its own, since while tests run another type checker stands before every function."""
+"""Wrong types of arguments, as a user meets them: in a process of its own, since while tests run another type checker
+stands before every function.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,13 @@ for mistake in (
 
 
 def test_public_functions_name_the_argument() -> None:
-    said = subprocess.run([sys.executable, "-c", MISTAKES], capture_output=True, text=True, check=True).stdout.splitlines()
+    said = subprocess.run(
+        [sys.executable, "-c", MISTAKES], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert len(said) == 5
-    for line, words in zip(said, ("folder=3", "fvu_every='8'", "alive_threshold=", "importance=4", "spec="), strict=True):
+    for line, words in zip(
+        said, ("folder=3", "fvu_every='8'", "alive_threshold=", "importance=4", "spec="), strict=True
+    ):
         assert line.startswith("ArgumentTypeError")
         assert words in line
 

@@ -52,7 +52,11 @@ def test_measure_then_budget_then_floor(cli: Cli, setup: Path, tmp_path: Path) -
         ("sae", ["--dtype", "float64"], "the measurement was made with dtype 'float32', and this run has 'float64'"),
         ("sae", ["--context", 16], "the measurement was made with settings"),
         ("sae", ["--shard", "1/2"], "the measurement was made with shards (0,), and this run has (1,)"),
-        ("sae", ["--alive-threshold", 1e-3], "the measurement was made with an alive threshold of 1e-05, and this run has 0.001"),
+        (
+            "sae",
+            ["--alive-threshold", 1e-3],
+            "the measurement was made with an alive threshold of 1e-05, and this run has 0.001",
+        ),
     ],
 )
 def test_a_finished_measurement_is_not_taken_for_another(
@@ -69,7 +73,9 @@ def test_a_finished_measurement_is_not_taken_for_another(
     assert (out / "measurement.json").read_bytes() == before
 
 
-def test_a_finished_measurement_with_fewer_tokens_says_so(cli: Cli, setup: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_measurement_with_fewer_tokens_says_so(
+    cli: Cli, setup: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert cli(*arguments(setup, tmp_path / "m"))[0] == 0
     assert cli(*arguments(setup, tmp_path / "m", "--resume"))[0] == 0
     assert not caplog.records
@@ -77,7 +83,9 @@ def test_a_finished_measurement_with_fewer_tokens_says_so(cli: Cli, setup: Path,
     assert "and 9,000 are asked for" in caplog.text
 
 
-def test_an_sae_of_another_model_is_warned_of(cli: Cli, setup: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_sae_of_another_model_is_warned_of(
+    cli: Cli, setup: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     content = json.loads((setup / "sae" / "cfg.json").read_text())
     for name, warned in (("other/gpt2", True), (f"user/{setup.name}-model", False)):
         shutil.copytree(setup / "sae", tmp_path / name)
@@ -106,9 +114,14 @@ def test_shards_merge_to_the_whole(cli: Cli, setup: Path, tmp_path: Path) -> Non
         assert cli(*arguments(setup, tmp_path / f"part{i}", "--shard", f"{i}/3", tokens=everything))[0] == 0
     code, _, err = cli("merge", *(tmp_path / f"part{i}" for i in (2, 0, 1)), "--out", tmp_path / "joined")
     assert (code, err) == (0, "")
-    whole, joined = Measurement.load(tmp_path / "whole").hooks[0].summary, Measurement.load(tmp_path / "joined").hooks[0].summary
+    whole, joined = (
+        Measurement.load(tmp_path / "whole").hooks[0].summary,
+        Measurement.load(tmp_path / "joined").hooks[0].summary,
+    )
     np.testing.assert_array_equal(whole.arrays["counts"], joined.arrays["counts"])
-    np.testing.assert_allclose(whole.arrays["squares"], joined.arrays["squares"], rtol=1e-6)  # float32 activations depend on the batch they are in
+    np.testing.assert_allclose(
+        whole.arrays["squares"], joined.arrays["squares"], rtol=1e-6
+    )  # float32 activations depend on the batch they are in
     code, _, err = cli("merge", tmp_path / "part0", tmp_path / "part0", "--out", tmp_path / "twice")
     assert code == 2
     assert "twice" in err
@@ -117,7 +130,10 @@ def test_shards_merge_to_the_whole(cli: Cli, setup: Path, tmp_path: Path) -> Non
 BAD_INPUT = [
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--tokens", "0"], "--tokens 0"),
     (["--sae", "SETUP/wide", "--source", "SETUP/text.jsonl"], "d_in is 48"),
-    (["--sae", "blocks.9.hook_resid_post=SETUP/sae", "--source", "SETUP/text.jsonl"], "did you mean blocks.[012].hook_resid_post"),
+    (
+        ["--sae", "blocks.9.hook_resid_post=SETUP/sae", "--source", "SETUP/text.jsonl"],
+        "did you mean blocks.[012].hook_resid_post",
+    ),
     (["--sae", "SETUP/nothing", "--source", "SETUP/text.jsonl"], "nothing"),
     (["--source", "SETUP/text.jsonl"], "no SAE was given"),
     (["--sae", "SETUP/sae"], "no text to measure"),
@@ -128,17 +144,25 @@ BAD_INPUT = [
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--shard", "4/4"], "shard 4 of 4"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--shard", "x"], "INDEX/OF"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--context", "4096"], "longer than the model's 32"),
-    (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--importance", "second_momen"], "did you mean 'second_moment'"),
+    (
+        ["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--importance", "second_momen"],
+        "did you mean 'second_moment'",
+    ),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--widths", "8,x"], "--widths"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--alive-threshold", "2"], "alive_threshold"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--max-fvu", "1e-9"], "wrong hook or wrong model"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--max-fvu", "nan"], "refuses nothing"),
-    (["--sae", "ln_final.hook_normalised=SETUP/sae", "--source", "SETUP/text.jsonl"], "'ln_final.hook_normalised' is no hook point.*ln_final.hook_normalized"),
+    (
+        ["--sae", "ln_final.hook_normalised=SETUP/sae", "--source", "SETUP/text.jsonl"],
+        "'ln_final.hook_normalised' is no hook point.*ln_final.hook_normalized",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_INPUT)
-def test_bad_input_is_one_sentence_and_writes_nothing(cli: Cli, setup: Path, tmp_path: Path, options: list[str], message: str) -> None:
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    cli: Cli, setup: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
     (setup / "empty.txt").write_text("")
     (setup / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (setup / "table.csv").write_text("text\nhello\n")
@@ -170,7 +194,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(cli: Cli, setup: Path, tmp
         (["--plugin", "TMP/none.py", "plugins"], "no plugin file"),
     ],
 )
-def test_other_commands_refuse_in_one_sentence(cli: Cli, published_curve: Path, tmp_path: Path, arguments_: list[str], message: str) -> None:
+def test_other_commands_refuse_in_one_sentence(
+    cli: Cli, published_curve: Path, tmp_path: Path, arguments_: list[str], message: str
+) -> None:
     (tmp_path / "bad.json").write_text('{"sorted_importance": ["x"], "alpha": 0.9}')
     (tmp_path / "negative.json").write_text('{"sorted_importance": [1.0, -2.0], "alpha": 0.9}')
     (tmp_path / "dense.json").write_text('{"sorted_importance": [1.0], "alpha": 1.5}')
@@ -198,8 +224,8 @@ def test_help_does_not_import_torch() -> None:
 
 def test_import_does_not_import_saelens_or_reach_for_the_network() -> None:
     code = (
-        "import socket, sys\ndef refuse(*a, **k): raise AssertionError('network at import')\nsocket.socket.connect = refuse\n"
-        "import tl_capacity\nfrom tl_capacity import add_capacity_hooks\nassert 'sae_lens' not in sys.modules"
+        "import socket, sys\ndef refuse(*a, **k): raise AssertionError('network at import')\nsocket.socket.connect ="
+        " refuse\nimport tl_capacity\nfrom tl_capacity import add_capacity_hooks\nassert 'sae_lens' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -17,7 +17,17 @@ from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from tl_capacity.attach import add_capacity_hooks
-from tl_capacity.decompose import RIVALS, Decomposition, Fit, Points, Prediction, decompose, decompose_floors, fit, resamples
+from tl_capacity.decompose import (
+    RIVALS,
+    Decomposition,
+    Fit,
+    Points,
+    Prediction,
+    decompose,
+    decompose_floors,
+    fit,
+    resamples,
+)
 from tl_capacity.distillation import DistillationRun
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.distillation.run import StudentCurve
@@ -33,13 +43,20 @@ ASKED = ("hook", "importance", "law")
 RIVAL = {candidate.name: candidate for candidate in RIVALS}
 
 
-def floors(of: Callable[[int], float], widths: tuple[int, ...] = WIDTHS, seeds: int = 1, noise: float = 0.0) -> list[ObservedFloor]:
+def floors(
+    of: Callable[[int], float], widths: tuple[int, ...] = WIDTHS, seeds: int = 1, noise: float = 0.0
+) -> list[ObservedFloor]:
     random = np.random.default_rng(0)
     values = [(w, s, of(w) + noise * random.normal()) for w in widths for s in range(seeds)]
-    return [ObservedFloor(f"{w}-{s}", w, s, "random", v, v - 0.01, v + 0.01, v + 0.02, 0.1, 1.0, 0.001) for w, s, v in values]
+    return [
+        ObservedFloor(f"{w}-{s}", w, s, "random", v, v - 0.01, v + 0.01, v + 0.02, 0.1, 1.0, 0.001)
+        for w, s, v in values
+    ]
 
 
-def decomposed(observed: list[ObservedFloor], predicted: dict[int, float] = PREDICTED, unit: str = "unit") -> Decomposition:
+def decomposed(
+    observed: list[ObservedFloor], predicted: dict[int, float] = PREDICTED, unit: str = "unit"
+) -> Decomposition:
     widths = {f.width for f in observed if f.start != "teacher"}
     naive = {w: max(0.0, 10 - 0.1 * w) for w in widths}
     prediction = Prediction(*ASKED, unit, {w: Estimate(predicted[w]) for w in widths}, naive)
@@ -85,10 +102,16 @@ def test_the_verdict_names_a_rival_where_it_holds(name: str, of: Callable[[int],
     assert found.chosen.error is not None
     assert true.error < 1e-4 < 1e-2 < found.chosen.error  # a power law with the right exponent may be as good as 1/d
     assert f"{found.winner.candidate.name} explains the floors best" in found.verdict()
-    assert f"importance, law at hook comes {1 + next(i for i, f in enumerate(found.fits) if f is found.chosen)} of 6" in found.verdict()
+    assert (
+        f"importance, law at hook comes {1 + next(i for i, f in enumerate(found.fits) if f is found.chosen)} of 6"
+        in found.verdict()
+    )
 
 
-@pytest.mark.parametrize(("c", "says"), [(1.0, "1 is inside, so it may be right as it is"), (0.8, "1 is outside, so it is not right as it is")])
+@pytest.mark.parametrize(
+    ("c", "says"),
+    [(1.0, "1 is inside, so it may be right as it is"), (0.8, "1 is outside, so it is not right as it is")],
+)
 def test_a_prediction_in_nats_can_be_wrong_as_it_is(c: float, says: str) -> None:
     found = decomposed(floors(lambda w: c * PREDICTED[w] + 0.1, seeds=2, noise=0.01), unit="nats per token")
     (as_is,) = (f for f in found.fits if f.candidate.as_is)
@@ -103,7 +126,11 @@ def test_a_prediction_in_nats_can_be_wrong_as_it_is(c: float, says: str) -> None
 
 
 def test_the_best_that_knows_nothing_of_features_is_named() -> None:
-    assert decomposed(floors(lambda w: 0.3 + 20 / w)).notes()[1].startswith("the best of 6 candidates was chosen by its error on 7 widths")
+    assert (
+        decomposed(floors(lambda w: 0.3 + 20 / w))
+        .notes()[1]
+        .startswith("the best of 6 candidates was chosen by its error on 7 widths")
+    )
     assert "know nothing of features, 1/d is the best" in decomposed(floors(lambda w: PREDICTED[w])).notes()[1]
 
 
@@ -203,7 +230,17 @@ def measured(make_model: Callable[..., Any], make_sae: Callable[..., Any]) -> Me
 def run() -> DistillationRun:
     share = np.arange(1, 21)
     students = [
-        StudentCurve(f"w{w}", w, 0, "random", 100 * w, 10 * w * w, (0, *map(int, 100 * share)), (3.0, *(8 / w + 1 / share)), (1.0,) * 20)
+        StudentCurve(
+            f"w{w}",
+            w,
+            0,
+            "random",
+            100 * w,
+            10 * w * w,
+            (0, *map(int, 100 * share)),
+            (3.0, *(8 / w + 1 / share)),
+            (1.0,) * 20,
+        )
         for w in (4, 8, 12, 16, 24)
     ]
     return DistillationRun(tuple(students), teacher="teacher", teacher_width=32)
@@ -211,19 +248,27 @@ def run() -> DistillationRun:
 
 def test_every_importance_and_law_is_a_candidate(measured: Measurement, run: DistillationRun) -> None:
     found = decompose(measured, run, importance="decoder_weighted", max_fvu=None)
-    free = [e.name for e in plugins().importance_estimators if e.name not in ("gradient", "fisher", "integrated_gradients")]
+    free = [
+        e.name for e in plugins().importance_estimators if e.name not in ("gradient", "fisher", "integrated_gradients")
+    ]
     names = {f.candidate.name for f in found.fits}
     for hook in ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"):
         assert {f"{e}, {law.name} at {hook}" for e in free for law in plugins().capacity_laws} <= names
         assert {f"naive floor, {law.name} at {hook}" for law in plugins().capacity_laws} <= names
     assert found.chosen.candidate.name == "decoder_weighted, compressed_sensing at blocks.1.hook_resid_post"
     assert found.unit == "activation²"
-    predicted = {f.width: f.predicted_floor for f in measured.floors(run.widths, "decoder_weighted", max_fvu=None) if f.hook == "blocks.1.hook_resid_post"}
+    predicted = {
+        f.width: f.predicted_floor
+        for f in measured.floors(run.widths, "decoder_weighted", max_fvu=None)
+        if f.hook == "blocks.1.hook_resid_post"
+    }
     assert found.predicted == predicted
     assert [row["predicted_floor"] for row in found.table_of_floors()] == [predicted[w].value for w in run.widths]
     content = found.to_json()
     assert json.loads(json.dumps(content, allow_nan=False)) == content
-    assert [c["leave_one_width_out_error"] for c in content["candidates"]] == sorted(c["leave_one_width_out_error"] for c in content["candidates"])
+    assert [c["leave_one_width_out_error"] for c in content["candidates"]] == sorted(
+        c["leave_one_width_out_error"] for c in content["candidates"]
+    )
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(found)
     shown = console.export_text()
@@ -234,7 +279,9 @@ def test_every_importance_and_law_is_a_candidate(measured: Measurement, run: Dis
 @pytest.mark.usefixtures("unchecked")
 def test_the_last_tenth_can_be_taken_instead(measured: Measurement, run: DistillationRun) -> None:
     found = decompose(measured, run, observed="last_tenth", max_fvu=None)
-    assert [row["observed_floor"] for row in found.table_of_floors()] == pytest.approx([8 / w + (1 / 19 + 1 / 20) / 2 for w in run.widths])
+    assert [row["observed_floor"] for row in found.table_of_floors()] == pytest.approx(
+        [8 / w + (1 / 19 + 1 / 20) / 2 for w in run.widths]
+    )
     assert all(row["observed_low"] is None for row in found.table_of_floors())
 
 
@@ -259,7 +306,9 @@ def test_what_does_not_belong_together_is_refused(measured: Measurement, run: Di
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_the_command(measured: Measurement, run: DistillationRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    measured: Measurement, run: DistillationRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tl_capacity.cli import main
 
     measured.save(tmp_path / "m")
@@ -282,7 +331,9 @@ def test_the_command(measured: Measurement, run: DistillationRun, tmp_path: Path
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_the_table_shows() -> None:
-    """The best, every rival, the best naive floor, and every importance at the hook point and by the law that are asked for."""
+    """The best, every rival, the best naive floor, and every importance at the hook point and by the law that are asked
+    for.
+    """
     found = decomposed(floors(lambda width: 3 / width))
     assert [f for _, f in found.shown()] == list(found.fits)
     names = {f.candidate.name for _, f in found.shown(most=0)}

@@ -1,4 +1,6 @@
-"""Dictionaries in plain torch against formulas written out, against SAELens and scikit-learn; files of other trainers, laid out here as those write them."""
+"""Dictionaries in plain torch against formulas written out, against SAELens and scikit-learn; files of other trainers,
+laid out here as those write them.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def largest(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class TestSparsify:
-    """`cfg.json` and `sae.safetensors`: encoder.weight [feature, d], encoder.bias, W_dec [feature, d], b_dec and, with a skip connection, W_skip."""
+    """`cfg.json` and `sae.safetensors`: encoder.weight [feature, d], encoder.bias, W_dec [feature, d], b_dec and, with
+    a skip connection, W_skip.
+    """
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {
@@ -95,12 +99,17 @@ class TestSparsify:
     def test_transcoder_with_a_skip_connection(self, tmp_path: Path, bridge: Any, tokens: torch.Tensor) -> None:
         w = self.weights() | {"W_skip": random(D_MODEL, D_MODEL, seed=5)}
         _, sae = load_sae(self.save(tmp_path / "layers.1.mlp", w, transcode=True, skip_connection=True))
-        assert (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out) == ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")
+        assert (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out) == (
+            "blocks.1.mlp.hook_in",
+            "blocks.1.hook_mlp_out",
+        )
         with tlc.add_capacity_hooks(bridge, sae, fvu_every=1, mask_token_ids=[BOS]) as capacity:
             summary = capacity.run(tokens.split(8)).measurement()["blocks.1.mlp.hook_in"].summary
         _, cache = bridge.run_with_cache(tokens)
         inputs, targets = (cache[name][tokens != BOS] for name in ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"))
-        z = largest((inputs @ w["encoder.weight"].T + w["encoder.bias"]).relu(), K)  # a transcoder does not subtract b_dec, which is the output's
+        z = largest(
+            (inputs @ w["encoder.weight"].T + w["encoder.bias"]).relu(), K
+        )  # a transcoder does not subtract b_dec, which is the output's
         written = z @ w["W_dec"] + w["b_dec"] + inputs @ w["W_skip"].T
         assert summary.arrays["counts"].sum() == (z != 0).sum()
         fvu = (targets - written).square().sum() / (targets - targets.mean(0)).square().sum()
@@ -137,7 +146,10 @@ class TestSparsify:
         with pytest.raises(DictionaryError, match="largest latents of either sign"):
             load_sae(self.save(tmp_path / "e", whole, signed=True))
         for i, k in enumerate((5.5, True, "5", float("inf"), -1)):
-            with pytest.raises(DictionaryError, match=rf"cannot be loaded \(k is no whole number but {k!r}\): save it again with sparsify"):
+            with pytest.raises(
+                DictionaryError,
+                match=rf"cannot be loaded \(k is no whole number but {k!r}\): save it again with sparsify",
+            ):
                 load_sae(self.save(tmp_path / f"k{i}", whole, k=k))
         damaged = Path(self.save(tmp_path / "f", whole))
         (damaged / "sae.safetensors").write_bytes((damaged / "sae.safetensors").read_bytes()[:200])
@@ -148,25 +160,57 @@ class TestSparsify:
 class TestDictionaryLearning:
     """`config.json` with trainer and buffer, and `ae.pt`, the state dictionary of one of its classes."""
 
-    linear: ClassVar[dict[str, torch.Tensor]] = {"encoder.weight": random(D_SAE, D_MODEL, seed=1), "decoder.weight": random(D_MODEL, D_SAE, seed=3)}
-    plain: ClassVar[dict[str, torch.Tensor]] = {"W_enc": random(D_MODEL, D_SAE, seed=1), "W_dec": random(D_SAE, D_MODEL, seed=3)}
+    linear: ClassVar[dict[str, torch.Tensor]] = {
+        "encoder.weight": random(D_SAE, D_MODEL, seed=1),
+        "decoder.weight": random(D_MODEL, D_SAE, seed=3),
+    }
+    plain: ClassVar[dict[str, torch.Tensor]] = {
+        "W_enc": random(D_MODEL, D_SAE, seed=1),
+        "W_dec": random(D_SAE, D_MODEL, seed=3),
+    }
     b_enc, b_dec = random(D_SAE, seed=2), random(D_MODEL, seed=4)
-    gates: ClassVar[dict[str, torch.Tensor]] = {"r_mag": random(D_SAE, seed=5), "gate_bias": random(D_SAE, seed=6), "mag_bias": random(D_SAE, seed=7)}
-    topk: ClassVar[dict[str, torch.Tensor]] = {"encoder.bias": b_enc, "b_dec": b_dec, "k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(0.3)}
+    gates: ClassVar[dict[str, torch.Tensor]] = {
+        "r_mag": random(D_SAE, seed=5),
+        "gate_bias": random(D_SAE, seed=6),
+        "mag_bias": random(D_SAE, seed=7),
+    }
+    topk: ClassVar[dict[str, torch.Tensor]] = {
+        "encoder.bias": b_enc,
+        "b_dec": b_dec,
+        "k": torch.tensor(K, dtype=torch.int),
+        "threshold": torch.tensor(0.3),
+    }
     states: ClassVar[dict[str, dict[str, torch.Tensor]]] = {
         "AutoEncoder": linear | {"bias": b_dec, "encoder.bias": b_enc},
         "AutoEncoderNew": linear | {"encoder.bias": b_enc, "decoder.bias": b_dec},
         "GatedAutoEncoder": linear | {"decoder_bias": b_dec, **gates},
         "AutoEncoderTopK": linear | topk,
         "BatchTopKSAE": linear | topk,
-        "MatryoshkaBatchTopKSAE": plain | {"b_enc": b_enc, **{k: v for k, v in topk.items() if k != "encoder.bias"}, "group_sizes": torch.tensor([10, 30])},
+        "MatryoshkaBatchTopKSAE": (
+            plain
+            | {
+                "b_enc": b_enc,
+                **{k: v for k, v in topk.items() if k != "encoder.bias"},
+                "group_sizes": torch.tensor([10, 30]),
+            }
+        ),
         "JumpReluAutoEncoder": plain | {"b_enc": b_enc, "b_dec": b_dec, "threshold": torch.full((D_SAE,), 0.4)},
     }
 
     def save(self, folder: Path, kind: str, **trainer: Any) -> str:
         folder.mkdir(parents=True)
-        settings = {"dict_class": kind, "activation_dim": D_MODEL, "dict_size": D_SAE, "k": K, "layer": 1, "lm_name": "EleutherAI/pythia-70m"}
-        content = {"trainer": {**settings, "submodule_name": "resid_post_layer_1", **trainer}, "buffer": {"ctx_len": 128, "d_submodule": D_MODEL}}
+        settings = {
+            "dict_class": kind,
+            "activation_dim": D_MODEL,
+            "dict_size": D_SAE,
+            "k": K,
+            "layer": 1,
+            "lm_name": "EleutherAI/pythia-70m",
+        }
+        content = {
+            "trainer": {**settings, "submodule_name": "resid_post_layer_1", **trainer},
+            "buffer": {"ctx_len": 128, "d_submodule": D_MODEL},
+        }
         (folder / "config.json").write_text(json.dumps(content))
         torch.save(self.states[kind], folder / "ae.pt")
         return str(folder)
@@ -190,9 +234,14 @@ class TestDictionaryLearning:
     @pytest.mark.parametrize("kind", states)
     def test_every_class(self, tmp_path: Path, x: torch.Tensor, kind: str) -> None:
         _, sae = load_sae(self.save(tmp_path / kind, kind))
-        z, decoder = self.expected(kind, x), self.linear["decoder.weight"].T if "decoder.weight" in self.states[kind] else self.plain["W_dec"]
+        z, decoder = (
+            self.expected(kind, x),
+            (self.linear["decoder.weight"].T if "decoder.weight" in self.states[kind] else self.plain["W_dec"]),
+        )
         assert 0 < (z != 0).float().mean() < 0.9
-        norms = decoder.norm(dim=1) if kind == "AutoEncoder" else torch.ones(D_SAE)  # its own loader scales decoder vectors to norm 1
+        norms = (
+            decoder.norm(dim=1) if kind == "AutoEncoder" else torch.ones(D_SAE)
+        )  # its own loader scales decoder vectors to norm 1
         torch.testing.assert_close(sae.encode(x), z * norms, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sae.decode(z * norms), z @ decoder + self.b_dec, rtol=1e-4, atol=1e-5)
         assert sae.cfg.metadata.hook_name == HOOK
@@ -203,7 +252,9 @@ class TestDictionaryLearning:
         with tlc.add_capacity_hooks(neox, sae, importance=["gradient"], fvu_every=1) as capacity:
             found = capacity.run(tokens.split(8)).measurement()[HOOK]
         x = neox(tokens, output_hidden_states=True).hidden_states[2][tokens != BOS].detach()
-        assert found.summary.arrays["counts"].sum(0).tolist() == (self.expected("AutoEncoderTopK", x) != 0).sum(0).tolist()
+        assert (
+            found.summary.arrays["counts"].sum(0).tolist() == (self.expected("AutoEncoderTopK", x) != 0).sum(0).tolist()
+        )
         assert found.importance("gradient").sum() > 0
         assert found.architecture == "topk"
 
@@ -221,10 +272,16 @@ class TestDictionaryLearning:
         assert load_sae(self.save(tmp_path / "d", "AutoEncoder", **trainer))[1].cfg.metadata.hook_name == hook
 
     def test_bad_input(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(DictionaryError, match=r"'IdentityDict' of dictionary_learning, which cannot be read: choose one of AutoEncoder, "):
+        with pytest.raises(
+            DictionaryError,
+            match=r"'IdentityDict' of dictionary_learning, which cannot be read: choose one of AutoEncoder, ",
+        ):
             load_sae(self.save(tmp_path / "a", "AutoEncoder", dict_class="IdentityDict"))
         for i, layer in enumerate((float("inf"), "1", 1.0, [1], True)):
-            with pytest.raises(DictionaryError, match=r"cannot be loaded \(layer is no whole number but .*\): save it again with dictionary_learning"):
+            with pytest.raises(
+                DictionaryError,
+                match=r"cannot be loaded \(layer is no whole number but .*\): save it again with dictionary_learning",
+            ):
                 load_sae(self.save(tmp_path / f"layer{i}", "AutoEncoder", layer=layer))
         folder = Path(self.save(tmp_path / "ctx", "AutoEncoder"))
         config = json.loads((folder / "config.json").read_text())
@@ -267,7 +324,13 @@ class TestSAELensFoldersWithoutSAELens:
     def test_altered_fields_are_refused(self, tmp_path: Path, make_sae: MakeSAE) -> None:
         make_sae("topk", HOOK).save_model(tmp_path / "sae")
         config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
-        for changes in ({"k": 5.5}, {"apply_b_dec_to_input": "x"}, {"metadata": {"hook_name": 3}}, {"metadata": {"context_size": [1]}}, {"metadata": []}):
+        for changes in (
+            {"k": 5.5},
+            {"apply_b_dec_to_input": "x"},
+            {"metadata": {"hook_name": 3}},
+            {"metadata": {"context_size": [1]}},
+            {"metadata": []},
+        ):
             (tmp_path / "sae" / "cfg.json").write_text(json.dumps({**config, **changes}))
             with pytest.raises(ValueError, match=r"is no (whole number|truth value|text|object) but"):
                 read_sae_lens(tmp_path / "sae")
@@ -299,7 +362,12 @@ class TestPCA:
     @pytest.fixture
     def stretched(self) -> torch.Tensor:
         """Activations far from the origin with a clear order of variances."""
-        return random(500, D_MODEL, seed=0) * torch.linspace(3, 0.2, D_MODEL) @ torch.linalg.qr(random(D_MODEL, D_MODEL, seed=1))[0] + 7
+        return (
+            random(500, D_MODEL, seed=0)
+            * torch.linspace(3, 0.2, D_MODEL)
+            @ torch.linalg.qr(random(D_MODEL, D_MODEL, seed=1))[0]
+            + 7
+        )
 
     def basis(self, x: torch.Tensor, k: int | None = None) -> PCABasis:
         return PCABasis(x.double().mean(0), torch.cov(x.double().T), HOOK, k)
@@ -308,7 +376,9 @@ class TestPCA:
         basis, reference = self.basis(stretched), PCA().fit(stretched.numpy())
         for mine, theirs in zip(basis.W_dec.numpy(), reference.components_, strict=True):
             assert abs(float(mine @ theirs)) == pytest.approx(1, abs=1e-3)
-        np.testing.assert_allclose(basis.encode(stretched).abs().numpy(), np.abs(reference.transform(stretched.numpy())), atol=0.02)
+        np.testing.assert_allclose(
+            basis.encode(stretched).abs().numpy(), np.abs(reference.transform(stretched.numpy())), atol=0.02
+        )
         torch.testing.assert_close(basis.decode(basis.encode(stretched)), stretched, atol=1e-4, rtol=1e-4)
 
     def test_signs_are_settled(self, stretched: torch.Tensor) -> None:
@@ -385,6 +455,11 @@ def test_a_dictionary_of_ones_own(neox: Any, tokens: torch.Tensor) -> None:
     assert found.summary.arrays["counts"].sum() == (own.encode(x) != 0).sum()
     assert found.importance("gradient").sum() > 0
     decoder = own.W_dec.detach()
-    same = Dictionary("standard", {"W_enc": decoder.T, "b_enc": torch.full((D_SAE,), -2.0), "W_dec": decoder, "b_dec": torch.zeros(D_MODEL)})
+    same = Dictionary(
+        "standard",
+        {"W_enc": decoder.T, "b_enc": torch.full((D_SAE,), -2.0), "W_dec": decoder, "b_dec": torch.zeros(D_MODEL)},
+    )
     with tlc.add_capacity_hooks(neox, {HOOK: same}) as capacity:
-        assert (capacity.run(tokens.split(8)).measurement()[HOOK].summary.arrays["counts"] == found.summary.arrays["counts"]).all()
+        assert (
+            capacity.run(tokens.split(8)).measurement()[HOOK].summary.arrays["counts"] == found.summary.arrays["counts"]
+        ).all()

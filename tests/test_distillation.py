@@ -1,4 +1,6 @@
-"""Distillation: exact losses and gradients, resumable training that leaves no student worse for its company, observed floors."""
+"""Distillation: exact losses and gradients, resumable training that leaves no student worse for its company, observed
+floors.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,14 @@ from tl_capacity.tokens import PADDING
 VOCABULARY, TOKENS = 23, 37
 
 
-def output(width: int, seed: int, bias: bool = False, cap: float | None = None, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY) -> Output:
+def output(
+    width: int,
+    seed: int,
+    bias: bool = False,
+    cap: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int = VOCABULARY,
+) -> Output:
     """Random hidden states and a head, sharp enough that divergences are about 1 nat."""
     random = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)  # noqa: E731
@@ -113,7 +122,9 @@ def test_chunks_are_exact_against_the_definition(
 @pytest.mark.usefixtures("unchecked")
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.floats(0, 1), st.floats(0.5, 4), st.floats(0, 1), st.integers(0, 1000))
-def test_gradients_are_those_of_finite_differences(beta: float, temperature: float, ce_weight: float, seed: int) -> None:
+def test_gradients_are_those_of_finite_differences(
+    beta: float, temperature: float, ce_weight: float, seed: int
+) -> None:
     teacher, student = output(4, seed, dtype=torch.float64), output(2, seed + 1, bias=True, dtype=torch.float64)
     loss = LogitLoss("jsd", temperature, beta, ce_weight)
 
@@ -144,8 +155,13 @@ def test_a_loss_without_gradient_is_the_same() -> None:
 def test_parts_of_a_batch_add_up() -> None:
     teacher, student = output(8, 0), output(3, 1)
     part = lambda of, rows: Output(of.hidden[rows], of.head)  # noqa: E731
-    halves = [chunked_losses(part(teacher, rows), [part(student, rows)], labels()[rows], LogitLoss(), total=TOKENS) for rows in (slice(0, 20), slice(20, None))]
-    assert float(sum(halves).detach()) == pytest.approx(float(chunked_losses(teacher, [student], labels(), LogitLoss()).detach()), rel=1e-6)
+    halves = [
+        chunked_losses(part(teacher, rows), [part(student, rows)], labels()[rows], LogitLoss(), total=TOKENS)
+        for rows in (slice(0, 20), slice(20, None))
+    ]
+    assert float(sum(halves).detach()) == pytest.approx(
+        float(chunked_losses(teacher, [student], labels(), LogitLoss()).detach()), rel=1e-6
+    )
     assert float(chunked_losses(part(teacher, slice(0)), [part(student, slice(0))], labels()[:0], LogitLoss())) == 0
 
 
@@ -155,14 +171,19 @@ def test_memory_that_is_kept_changes_nothing() -> None:
     for rows, vocabulary in ((20, 23), (TOKENS, 23), (7, 24), (TOKENS, 23)):
         teacher, student = (output(width, width, vocabulary=vocabulary) for width in (8, 3))
         teacher, student = (Output(of.hidden[:rows], of.head) for of in (teacher, student))
-        fresh, kept = (float(chunked_losses(teacher, [student], labels()[:rows], LogitLoss(), chunk=10, scratch=s).detach()) for s in (None, scratch))
+        fresh, kept = (
+            float(chunked_losses(teacher, [student], labels()[:rows], LogitLoss(), chunk=10, scratch=s).detach())
+            for s in (None, scratch)
+        )
         assert fresh == kept > 0
 
 
 def test_a_teacher_in_lower_precision_is_taken_as_it_is() -> None:
     teacher, student = output(8, 0), output(3, 1)
     rounded = Output(teacher.hidden.bfloat16(), Head(teacher.head.weight.bfloat16()))
-    assert float(chunked_losses(rounded, [student], labels(), LogitLoss())) == pytest.approx(float(reference(teacher, student, LogitLoss())), rel=0.05)
+    assert float(chunked_losses(rounded, [student], labels(), LogitLoss())) == pytest.approx(
+        float(reference(teacher, student, LogitLoss())), rel=0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +207,9 @@ def test_another_vocabulary_is_refused() -> None:
 
 
 def rows(n: int, seed: int = 0, positions: int = 12, vocabulary: int = 100) -> np.ndarray[Any, Any]:
-    """Rows of tokens each of which follows from the one before but for some noise, so that there is something to learn."""
+    """Rows of tokens each of which follows from the one before but for some noise, so that there
+    is something to learn.
+    """
     random = np.random.default_rng(seed)
     found = np.zeros((n, positions), dtype=np.int64)
     for position in range(1, positions):
@@ -213,7 +236,17 @@ def teacher(make_model: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def finished(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[DistillationRun, Path]:
     folder = tmp_path_factory.mktemp("distillation") / "run"
-    return distill(teacher, [8, 16], train_tokens(), settings=replace(SMALL, seeds=(0, 1), control=True), out=folder, progress=False), folder
+    return (
+        distill(
+            teacher,
+            [8, 16],
+            train_tokens(),
+            settings=replace(SMALL, seeds=(0, 1), control=True),
+            out=folder,
+            progress=False,
+        ),
+        folder,
+    )
 
 
 def test_students_learn_and_the_control_starts_at_the_teacher(finished: tuple[DistillationRun, Path]) -> None:
@@ -229,7 +262,9 @@ def test_students_learn_and_the_control_starts_at_the_teacher(finished: tuple[Di
     assert run["width8-seed0"].heldout_kl != run["width8-seed1"].heldout_kl
 
 
-def test_the_heldout_loss_is_the_kl_of_the_saved_student_on_rows_it_never_saw(finished: tuple[DistillationRun, Path], teacher: Any) -> None:
+def test_the_heldout_loss_is_the_kl_of_the_saved_student_on_rows_it_never_saw(
+    finished: tuple[DistillationRun, Path], teacher: Any
+) -> None:
     from transformers import AutoModelForCausalLM
 
     run, folder = finished
@@ -241,7 +276,9 @@ def test_the_heldout_loss_is_the_kl_of_the_saved_student_on_rows_it_never_saw(fi
         model = AutoModelForCausalLM.from_pretrained(folder / "students" / student.name)
         with torch.no_grad():
             log_p, log_q = (m(held).logits[:, :-1].double().log_softmax(-1).flatten(0, 1) for m in (teacher, model))
-        assert student.heldout_kl[-1] == pytest.approx(float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")), rel=1e-4, abs=1e-6)
+        assert student.heldout_kl[-1] == pytest.approx(
+            float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")), rel=1e-4, abs=1e-6
+        )
 
 
 def test_a_student_comes_out_as_if_it_were_alone(finished: tuple[DistillationRun, Path], teacher: Any) -> None:
@@ -262,11 +299,21 @@ def test_a_run_survives_saving(finished: tuple[DistillationRun, Path], teacher: 
     run, folder = finished
     assert DistillationRun.load(folder) == run
     assert not list(folder.glob("checkpoint*"))
-    again = distill(teacher, [8, 16], train_tokens(), settings=replace(SMALL, seeds=(0, 1), control=True), out=folder, resume=True, progress=False)
+    again = distill(
+        teacher,
+        [8, 16],
+        train_tokens(),
+        settings=replace(SMALL, seeds=(0, 1), control=True),
+        out=folder,
+        resume=True,
+        progress=False,
+    )
     assert again == run
     with pytest.raises(CapacityError, match="already holds a distillation"):
         distill(teacher, [8, 16], train_tokens(), settings=SMALL, out=folder)
-    with pytest.raises(CapacityError, match=r"with students \[.*\], and this one has .*: resume with the same settings"):
+    with pytest.raises(
+        CapacityError, match=r"with students \[.*\], and this one has .*: resume with the same settings"
+    ):
         distill(teacher, [8], train_tokens(), settings=SMALL, out=folder, resume=True)
 
 
@@ -281,7 +328,9 @@ def test_a_run_survives_saving(finished: tuple[DistillationRun, Path], teacher: 
         lambda c: c["students"][0].update(heldout_kl=["a"] * 11),
     ],
 )
-def test_a_damaged_run_is_refused(finished: tuple[DistillationRun, Path], tmp_path: Path, spoil: Callable[[Any], Any]) -> None:
+def test_a_damaged_run_is_refused(
+    finished: tuple[DistillationRun, Path], tmp_path: Path, spoil: Callable[[Any], Any]
+) -> None:
     content = json.loads((finished[1] / "distillation.json").read_text())
     spoil(content)
     (tmp_path / "distillation.json").write_text(json.dumps(content))
@@ -292,8 +341,21 @@ def test_a_damaged_run_is_refused(finished: tuple[DistillationRun, Path], tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(teacher: Any, tmp_path: Path) -> None:
-    with pytest.raises(CapacityError, match=r"width8-seed0 diverged at step \d+, with .*: choose a lower --lr \(the last good checkpoint stays in .*\)"):
-        distill(teacher, [8], train_tokens(), settings=replace(SMALL, lr=1e38), out=tmp_path, progress=False, checkpoint_seconds=0.0)
+    with pytest.raises(
+        CapacityError,
+        match=(
+            r"width8-seed0 diverged at step \d+, with .*: choose a lower --lr \(the last good checkpoint stays in .*\)"
+        ),
+    ):
+        distill(
+            teacher,
+            [8],
+            train_tokens(),
+            settings=replace(SMALL, lr=1e38),
+            out=tmp_path,
+            progress=False,
+            checkpoint_seconds=0.0,
+        )
     from tl_capacity.distillation import checkpoint
 
     kept = checkpoint.read(tmp_path)
@@ -305,15 +367,26 @@ def test_hidden_states_are_matched_through_a_learned_map(teacher: Any) -> None:
     hook = "blocks.1.hook_resid_post"
     plain = distill(teacher, [16], train_tokens(), settings=SMALL, progress=False)
     for kind in MATCHES:
-        run = distill(teacher, [16], train_tokens(), settings=replace(SMALL, hidden=(HiddenMatch(hook, kind, 2.0),)), progress=False)
+        run = distill(
+            teacher,
+            [16],
+            train_tokens(),
+            settings=replace(SMALL, hidden=(HiddenMatch(hook, kind, 2.0),)),
+            progress=False,
+        )
         (student,) = run
         assert student.train_loss[-1] < student.train_loss[0]
         assert student.train_loss[0] > plain.students[0].train_loss[0]
         assert student.heldout_kl[-1] != plain.students[0].heldout_kl[-1]
         assert student.heldout_kl[0] == plain.students[0].heldout_kl[0], "the judgement is of the logits alone"
-    for elsewhere, message in (("blocks.9.hook_resid_post", "is no hook point of this model"), ("blocks.1.hook_mlp_out", "cannot be matched at 'blocks.1.h")):
+    for elsewhere, message in (
+        ("blocks.9.hook_resid_post", "is no hook point of this model"),
+        ("blocks.1.hook_mlp_out", "cannot be matched at 'blocks.1.h"),
+    ):
         with pytest.raises(HookPointError, match=message):
-            distill(teacher, [16], train_tokens(), settings=replace(SMALL, hidden=(HiddenMatch(elsewhere),)), progress=False)
+            distill(
+                teacher, [16], train_tokens(), settings=replace(SMALL, hidden=(HiddenMatch(elsewhere),)), progress=False
+            )
 
 
 def test_hidden_losses_are_what_they_say() -> None:
@@ -321,8 +394,12 @@ def test_hidden_losses_are_what_they_say() -> None:
     a, b = random.normal(size=(2, 5, 7))
     x, y = torch.from_numpy(a), torch.from_numpy(b)
     np.testing.assert_allclose(MATCHES["mse"](x, y).numpy(), ((a - b) ** 2).mean(1))
-    np.testing.assert_allclose(MATCHES["cosine"](x, y).numpy(), 1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
-    assert HiddenMatch.parse("blocks.3.hook_resid_post=cosine*0.5") == HiddenMatch("blocks.3.hook_resid_post", "cosine", 0.5)
+    np.testing.assert_allclose(
+        MATCHES["cosine"](x, y).numpy(), 1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    )
+    assert HiddenMatch.parse("blocks.3.hook_resid_post=cosine*0.5") == HiddenMatch(
+        "blocks.3.hook_resid_post", "cosine", 0.5
+    )
     assert HiddenMatch.parse("blocks.3.hook_resid_post") == HiddenMatch("blocks.3.hook_resid_post")
     for text in ("blocks.3.hook_resid_post=l1", "blocks.3.hook_resid_post=mse*x", "blocks.3.hook_resid_post=mse*-1"):
         with pytest.raises(CapacityError):
@@ -387,12 +464,17 @@ def test_each_epoch_takes_every_row_once_and_short_rows_count_less() -> None:
 
 def test_padding_changes_nothing(teacher: Any) -> None:
     padded = np.pad(train_tokens(), ((0, 0), (0, 5)), constant_values=PADDING)
-    whole, same = (distill(teacher, [8], text, settings=replace(SMALL, tokens=300), progress=False) for text in (train_tokens(), padded))
+    whole, same = (
+        distill(teacher, [8], text, settings=replace(SMALL, tokens=300), progress=False)
+        for text in (train_tokens(), padded)
+    )
     assert losses_of(whole) == losses_of(same)
 
 
 def test_schedules_rise_and_fall() -> None:
-    cosine, wsd = (np.array([replace(SMALL, schedule=name).rate(step, 100) for step in range(100)]) for name in ("cosine", "wsd"))
+    cosine, wsd = (
+        np.array([replace(SMALL, schedule=name).rate(step, 100) for step in range(100)]) for name in ("cosine", "wsd")
+    )
     for rates in (cosine, wsd):
         np.testing.assert_allclose(rates[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
         assert (np.diff(rates[5:]) <= 0).all()
@@ -405,15 +487,40 @@ def on_disk(teacher: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("distill")
     teacher.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
-    lines = [json.dumps({"text": " ".join(f"w{max(1, token)}" for token in row[1:])}) for row in rows(200, positions=31)]
+    lines = [
+        json.dumps({"text": " ".join(f"w{max(1, token)}" for token in row[1:])}) for row in rows(200, positions=31)
+    ]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 def command(on_disk: Path, out: Path, *more: str) -> list[str]:
-    given = {"teacher": on_disk / "teacher", "widths": "8,16", "tokens": 4_000, "source": on_disk / "text.jsonl", "heldout-tokens": 300, "evaluations": 8}
+    given = {
+        "teacher": on_disk / "teacher",
+        "widths": "8,16",
+        "tokens": 4_000,
+        "source": on_disk / "text.jsonl",
+        "heldout-tokens": 300,
+        "evaluations": 8,
+    }
     options = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
-    return [sys.executable, "-m", "tl_capacity", "run", "distill", *options, "--context", "32", "--batch-rows", "4", "--threads", "1", "--out", str(out), *more]
+    return [
+        sys.executable,
+        "-m",
+        "tl_capacity",
+        "run",
+        "distill",
+        *options,
+        "--context",
+        "32",
+        "--batch-rows",
+        "4",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +532,9 @@ def undisturbed(on_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Dist
 
 def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: DistillationRun, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(command(on_disk, out, "--checkpoint-seconds", "0"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(on_disk, out, "--checkpoint-seconds", "0"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
     def step() -> int:
         try:
@@ -447,11 +556,20 @@ def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: Dis
 
 
 @pytest.mark.parametrize("more", [(), ("--shard-teacher",)])
-def test_two_processes_follow_the_curves_of_one(on_disk: Path, undisturbed: DistillationRun, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_two_processes_follow_the_curves_of_one(
+    on_disk: Path, undisturbed: DistillationRun, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
     processes = [
         subprocess.Popen(
             command(on_disk, tmp_path / "run", *more),
@@ -485,7 +603,11 @@ def test_the_floor_of_an_exact_power_law_is_found(floor: float, a: float, b: flo
 
 
 def test_intervals_cover_the_floor_about_as_often_as_they_say() -> None:
-    covered = [f.low <= 1.0 <= f.high for f in (observed_floor(curve(1.0, 0.5, 1.0, noise=0.005, seed=seed)) for seed in range(20)) if f.low is not None]
+    covered = [
+        f.low <= 1.0 <= f.high
+        for f in (observed_floor(curve(1.0, 0.5, 1.0, noise=0.005, seed=seed)) for seed in range(20))
+        if f.low is not None
+    ]
     assert len(covered) == 20
     assert sum(covered) >= 13
 
@@ -500,7 +622,10 @@ def test_floors_without_a_fit_are_the_mean_of_the_last_tenth() -> None:
     assert whole.falling == pytest.approx(whole.last_tenth - whole.value)
     assert (few.last_tenth_low, few.falling_low) == (None, None)
     noisy = observed_floor(curve(1.0, 0.5, 1.0, noise=0.005))
-    for low, value, high in ((noisy.last_tenth_low, noisy.last_tenth, noisy.last_tenth_high), (noisy.falling_low, noisy.falling, noisy.falling_high)):
+    for low, value, high in (
+        (noisy.last_tenth_low, noisy.last_tenth, noisy.last_tenth_high),
+        (noisy.falling_low, noisy.falling, noisy.falling_high),
+    ):
         assert low is not None
         assert high is not None
         assert low < value < high

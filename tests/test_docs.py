@@ -1,4 +1,6 @@
-"""The documentation: its Python runs, its links lead somewhere, its commands exist, and the help page says what the command line says."""
+"""The documentation: its Python runs, its links lead somewhere, its commands exist, and the help page says what the
+command line says.
+"""
 
 from __future__ import annotations
 
@@ -170,10 +172,16 @@ EARLIER = {
 """What a page takes for granted: the reader's own files, and results of other pages."""
 
 ALTERNATIVES = ("many-machines", "measure")
-"""Pages that write the same result in several ways, of which a reader follows one: only --resume goes on from what the same command wrote before."""
+"""Pages that write the same result in several ways, of which a reader follows one: only --resume goes on from what the
+same command wrote before.
+"""
 
 EMBEDDED = ROOT / "hooks" / "embedded" / "model"
-FILES = {"explained.py": ("estimators", "ImportanceEstimator"), "my_plugin.py": ("plugins", "MeanActivation"), "toy_family.py": ("families", "Toy")}
+FILES = {
+    "explained.py": ("estimators", "ImportanceEstimator"),
+    "my_plugin.py": ("plugins", "MeanActivation"),
+    "toy_family.py": ("families", "Toy"),
+}
 """Files that are made of a page's Python blocks: those that hold such a class."""
 KNOWN = """
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -245,7 +253,13 @@ def run_command(command: str, folder: Path) -> tuple[int | None, str]:
     launched = words.index("tl_capacity") + 1
     launch = re.sub(r"(--num_processes|--nproc-per-node) 4", r"\1 2", " ".join(words[:launched])).split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, "-m", module, *launch, *shortened(words[launched:])], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *launch, *shortened(words[launched:])],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -255,17 +269,31 @@ def earlier(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("earlier")
-    for name, of in (("model", "model"), ("sae", "sae"), ("my-sae", "sae"), ("texts.jsonl", "text.jsonl"), ("my-texts.jsonl", "text.jsonl")):
+    for name, of in (
+        ("model", "model"),
+        ("sae", "sae"),
+        ("my-sae", "sae"),
+        ("texts.jsonl", "text.jsonl"),
+        ("my-texts.jsonl", "text.jsonl"),
+    ):
         (folder / name).symlink_to(setup / of)
     (folder / "reviews.jsonl").symlink_to(concept_of(setup))
     (folder / "notes.txt").symlink_to(ROOT / "README.md")
-    (folder / "curve.json").write_text(json.dumps({"sorted_importance": [1 / rank for rank in range(1, 5001)], "alpha": 0.99}))
+    (folder / "curve.json").write_text(
+        json.dumps({"sorted_importance": [1 / rank for rank in range(1, 5001)], "alpha": 0.99})
+    )
     # One that has a block 12, and knows the English words in which concepts are told.
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder / "my-model")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 13, "num_attention_heads": 4}
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EMBEDDED, **sizes)).float().save_pretrained(folder / "my-model")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EMBEDDED, **sizes)).float().save_pretrained(
+        folder / "my-model"
+    )
     for name, (page, part) in FILES.items():
-        code = [content for _, content in blocks(ROOT / "docs" / f"{page}.md", "python") if re.search(rf"^class .*{part}", content, re.MULTILINE)]
+        code = [
+            content
+            for _, content in blocks(ROOT / "docs" / f"{page}.md", "python")
+            if re.search(rf"^class .*{part}", content, re.MULTILINE)
+        ]
         (folder / name).write_text("\n".join(code) + (KNOWN if page == "families" else ""))
     subprocess.run([sys.executable, "-c", SAVED], cwd=folder, check=True)
     for path in (setup / "model").glob("tokenizer*"):
@@ -307,7 +335,14 @@ def test_commands_run(page: Path, earlier: Path, tmp_path: Path) -> None:
 def test_what_is_left_out_is_there() -> None:
     found = [command for page in PAGES for command in shell_commands(page)]
     assert all(any(re.search(pattern, command) for command in found) for pattern in LEFT_OUT)
-    assert {shlex.split(command)[0] for command in found} == {"tl-capacity", "make", "pip", "srun", "accelerate", "torchrun"}
+    assert {shlex.split(command)[0] for command in found} == {
+        "tl-capacity",
+        "make",
+        "pip",
+        "srun",
+        "accelerate",
+        "torchrun",
+    }
 
 
 @pytest.mark.parametrize(
@@ -329,7 +364,11 @@ def test_a_wrong_command_is_noticed(wrong: str) -> None:
 
 def test_the_refusals_that_are_listed_exist() -> None:
     listed = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
-    source = "".join(path.read_text(encoding="utf-8") for folder in ("tl_capacity", "hooks", "recipes") for path in (ROOT / folder).rglob("*.py"))
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("tl_capacity", "hooks", "recipes")
+        for path in (ROOT / folder).rglob("*.py")
+    )
     assert len(listed) > 30
     assert not [fragment for fragment in listed if fragment not in source]
 
@@ -348,7 +387,9 @@ def test_the_help_page_is_current(write_help: Any) -> None:
     assert write_help.main(["--check"]) == 0, "run `python docs/write_help.py`"
 
 
-def test_a_stale_help_page_is_noticed(write_help: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stale_help_page_is_noticed(
+    write_help: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(write_help, "PAGE", tmp_path / "help.md")
     assert write_help.main(["--check"]) == 1
     assert write_help.main([]) == 0

@@ -21,7 +21,9 @@ from tl_capacity.measuring import MeasureSettings, measure
 
 @pytest.fixture
 def settings(setup: Path, tmp_path: Path) -> MeasureSettings:
-    return MeasureSettings(model=str(setup / "model"), out=tmp_path / "out", saes=(str(setup / "sae"),), source=str(setup / "text.jsonl"))
+    return MeasureSettings(
+        model=str(setup / "model"), out=tmp_path / "out", saes=(str(setup / "sae"),), source=str(setup / "text.jsonl")
+    )
 
 
 @pytest.fixture
@@ -49,7 +51,19 @@ def found(findings: list[Finding], check: str) -> Finding:
 
 def test_a_healthy_set_up(settings: MeasureSettings) -> None:
     findings = examine(settings)
-    checks = ["model", "SAE", "context", "BOS", "vocabulary", "hook", "first position", "FVU", "duration", "memory", "disk"]
+    checks = [
+        "model",
+        "SAE",
+        "context",
+        "BOS",
+        "vocabulary",
+        "hook",
+        "first position",
+        "FVU",
+        "duration",
+        "memory",
+        "disk",
+    ]
     assert [(f.check, f.level) for f in findings] == [(check, OK) for check in checks]
     assert not settings.out.exists()
 
@@ -80,7 +94,9 @@ def test_rows_longer_than_those_the_sae_knows(settings: MeasureSettings, sae_wit
 
 
 @pytest.mark.parametrize(("trained", "given", "says"), [(True, False, "pass --bos"), (False, True, "pass --no-bos")])
-def test_bos_as_the_sae_was_trained(settings: MeasureSettings, sae_with: Callable[..., str], trained: bool, given: bool, says: str) -> None:
+def test_bos_as_the_sae_was_trained(
+    settings: MeasureSettings, sae_with: Callable[..., str], trained: bool, given: bool, says: str
+) -> None:
     sae = sae_with(prepend_bos=trained)
     wrong = found(examine(replace(settings, saes=(sae,), prepend_bos=given)), "BOS")
     assert wrong.level == CHANGE
@@ -110,7 +126,10 @@ def test_another_models_tokenizer(settings: MeasureSettings, setup: Path, tmp_pa
     assert found(findings, "vocabulary").level == STOP
     assert "the model's vocabulary has 40" in found(findings, "vocabulary").says
     assert "hook" not in {f.check for f in findings}  # its embedding could not even be asked
-    with pytest.raises(CapacityError, match=r"the text has token id \d+, but the model's vocabulary has 40: tokenise it with the model's own"):
+    with pytest.raises(
+        CapacityError,
+        match=r"the text has token id \d+, but the model's vocabulary has 40: tokenise it with the model's own",
+    ):
         measure(replace(settings, model=str(model)))
     for basis in ("pca", "neurons"):
         with pytest.raises(CapacityError, match="but the model's vocabulary has 40"):
@@ -136,7 +155,11 @@ def test_normalisation_that_is_not_folded_in(settings: MeasureSettings, setup: P
 
 @pytest.mark.parametrize(
     ("sae", "says"),
-    [("blocks.9.hook_resid_post=SETUP/sae", "did you mean"), ("SETUP/wide", "d_in is 48"), ("blocks.1.attn.hook_result=SETUP/sae", "did not fire")],
+    [
+        ("blocks.9.hook_resid_post=SETUP/sae", "did you mean"),
+        ("SETUP/wide", "d_in is 48"),
+        ("blocks.1.attn.hook_result=SETUP/sae", "did not fire"),
+    ],
 )
 def test_hooks_that_cannot_be_tapped(settings: MeasureSettings, setup: Path, sae: str, says: str) -> None:
     findings = examine(replace(settings, saes=(sae.replace("SETUP", str(setup)), str(setup / "sae"))))
@@ -178,8 +201,12 @@ def test_an_sae_that_was_trained_on_scaled_activations(settings: MeasureSettings
     assert "fold the factor in first, with sae.fold_activation_norm_scaling_factor(" in finding.says
 
 
-def test_an_sae_that_was_trained_on_centred_activations(settings: MeasureSettings, setup: Path, tmp_path: Path, sae_with: Callable[..., str]) -> None:
-    """Activations have a large common part in all dimensions, which centring takes out; the SAE writes nothing in that direction."""
+def test_an_sae_that_was_trained_on_centred_activations(
+    settings: MeasureSettings, setup: Path, tmp_path: Path, sae_with: Callable[..., str]
+) -> None:
+    """Activations have a large common part in all dimensions, which centring takes out; the SAE writes nothing in that
+    direction.
+    """
     from transformers import GPTNeoXForCausalLM
 
     model = Path(shutil.copytree(setup / "model", tmp_path / "model"))
@@ -276,7 +303,19 @@ def test_the_exit_code_tells_the_result(cli: Cli, setup: Path, tmp_path: Path) -
 
 
 def test_settings_are_read_back_from_a_measurement(measured: Path, setup: Path, tmp_path: Path, cli: Cli) -> None:
-    more = ("--no-bos", "--context", 16, "--batch-rows", 4, "--shard", "1/3", "--skip-first-positions", 2, "--alive-threshold", 1e-4)
+    more = (
+        "--no-bos",
+        "--context",
+        16,
+        "--batch-rows",
+        4,
+        "--shard",
+        "1/3",
+        "--skip-first-positions",
+        2,
+        "--alive-threshold",
+        1e-4,
+    )
     assert cli(*arguments(measured, tmp_path / "other", *more))[0] == 0
     read = doctor._settings_of(Measurement.load(tmp_path / "other"), tmp_path / "other", 7, "cpu")
     wanted = MeasureSettings(

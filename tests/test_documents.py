@@ -14,8 +14,12 @@ brisk = settings(max_examples=60, deadline=None)
 FEATURES = 7
 CPU = torch.device("cpu")
 
-batches = st.lists(st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, FEATURES - 1))), max_size=6), max_size=8)
-"""In each batch some documents, and the features that each shows there; one that comes back after it has ended is another document."""
+batches = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, FEATURES - 1))), max_size=6), max_size=8
+)
+"""In each batch some documents, and the features that each shows there; one that comes back after it has ended is
+another document.
+"""
 
 
 def statistics() -> FeatureStatistics:

@@ -1,4 +1,6 @@
-"""The embedded teacher, its SAEs and its texts: what the documentation says of them is measured again here, on fewer tokens."""
+"""The embedded teacher, its SAEs and its texts: what the documentation says of them is measured again here, on fewer
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,25 @@ def teacher() -> Any:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measurement:
-    return measure(MeasureSettings("embedded", tmp_path_factory.mktemp("embedded") / "m", tokens=40_000, fvu_every=2, progress=False))
+    return measure(
+        MeasureSettings(
+            "embedded", tmp_path_factory.mktemp("embedded") / "m", tokens=40_000, fvu_every=2, progress=False
+        )
+    )
 
 
 def test_in_a_session_it_goes_by_its_name(teacher: Any) -> None:
-    """So that what is measured and what is distilled there are of one teacher, and no folder of this machine is kept."""
+    """So that what is measured and what is distilled there are of one teacher, and no folder of
+    this machine is kept.
+    """
     assert teacher.model.name_or_path == teacher.model.config.name_or_path == "embedded"
 
 
 def test_texts_are_public_domain_and_enough() -> None:
     texts = [
-        json.loads(line) for split in ("measure", "heldout") for line in lzma.decompress((FOLDER / "texts" / f"{split}.jsonl.xz").read_bytes()).splitlines()
+        json.loads(line)
+        for split in ("measure", "heldout")
+        for line in lzma.decompress((FOLDER / "texts" / f"{split}.jsonl.xz").read_bytes()).splitlines()
     ]
     characters, sources = sum(len(text["text"]) for text in texts), {text["source"] for text in texts}
     assert characters >= 1_500_000
@@ -63,7 +73,12 @@ def test_weights_are_small_float16_safetensors() -> None:
 
 def test_architecture_is_pythias(teacher: Any) -> None:
     config = teacher.model.config
-    assert (config.model_type, config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == ("gpt_neox", 6, 128, 4)
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (
+        "gpt_neox",
+        6,
+        128,
+        4,
+    )
     assert config.vocab_size == 4096
     assert teacher.tokenizer.bos_token_id == 0
 
@@ -79,7 +94,8 @@ def test_heldout_loss_is_the_recorded_one(teacher: Any) -> None:
             losses += F.cross_entropy(logits[counted], ids[:, 1:][counted], reduction="none").tolist()
             if number == 11:
                 break
-    # Rows here begin with a document, those of the record are cut from documents laid end to end, and these are a sample: hence the tolerance.
+    # Rows here begin with a document, those of the record are cut from documents laid end to end, and these are a
+    # sample: hence the tolerance.
     assert np.mean(losses) == pytest.approx(record["heldout_loss_nats_per_token"], abs=0.15)
     assert record["record"][-1]["heldout_loss"] < record["record"][0]["heldout_loss"] - 0.5
 
@@ -92,7 +108,9 @@ def test_saes_are_sparse_and_explain_the_stream(measured: Measurement, layer: in
     assert summary.explained_variance is not None
     assert summary.explained_variance.value >= 0.8
     recorded = json.loads((FOLDER / "saes" / f"layer{layer}" / "training.json").read_text())
-    assert recorded["heldout"]["explained_variance"]["value"] == pytest.approx(summary.explained_variance.value, abs=0.06)
+    assert recorded["heldout"]["explained_variance"]["value"] == pytest.approx(
+        summary.explained_variance.value, abs=0.06
+    )
 
 
 def test_measuring_by_name_equals_measuring_a_bridge(measured: Measurement, teacher: Any) -> None:
@@ -102,7 +120,9 @@ def test_measuring_by_name_equals_measuring_a_bridge(measured: Measurement, teac
     with add_capacity_hooks(wrapped, saes, mask_token_ids=measured.provenance.settings["masked_token_ids"]) as capacity:
         capacity.run(stream, max_tokens=4_000, progress=False)
         bridged = capacity.measurement()
-    with add_capacity_hooks(teacher.model, saes, mask_token_ids=measured.provenance.settings["masked_token_ids"]) as capacity:
+    with add_capacity_hooks(
+        teacher.model, saes, mask_token_ids=measured.provenance.settings["masked_token_ids"]
+    ) as capacity:
         capacity.run(stream, max_tokens=4_000, progress=False)
         direct = capacity.measurement()
     for mine, theirs in zip(bridged, direct, strict=True):

@@ -44,9 +44,17 @@ def test_the_same_latents_as_encode(make_sae: MakeSAE, architecture: str, d_sae:
 
 @pytest.mark.parametrize("architecture", SAES)
 @pytest.mark.parametrize("block", [8, 24, 60, 1])
-def test_latents_split_into_blocks(make_sae: MakeSAE, architecture: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of features change no latent, whether they divide the SAE, or hold fewer than TopK's k; and those of a feature stay in the order of the tokens."""
-    monkeypatch.setattr(encoding, "ACTIVATIONS", {name: replace(activation, features_at_once=block) for name, activation in ACTIVATIONS.items()})
+def test_latents_split_into_blocks(
+    make_sae: MakeSAE, architecture: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of features change no latent, whether they divide the SAE, or hold fewer than TopK's k; and those of a
+    feature stay in the order of the tokens.
+    """
+    monkeypatch.setattr(
+        encoding,
+        "ACTIVATIONS",
+        {name: replace(activation, features_at_once=block) for name, activation in ACTIVATIONS.items()},
+    )
     sae = make_sae(architecture, d_sae=61)
     encoder = Encoder(sae)
     encoder.hold(200)
@@ -58,9 +66,16 @@ def test_latents_split_into_blocks(make_sae: MakeSAE, architecture: str, block: 
 
 
 def test_several_saes_share_their_memory(make_sae: MakeSAE) -> None:
-    """SAEs of other sizes, kinds and precisions, in turns: the memory grows to what the largest needs, and no entry is overwritten."""
+    """SAEs of other sizes, kinds and precisions, in turns: the memory grows to what the largest needs, and no entry is
+    overwritten.
+    """
     scratch = Scratch()
-    saes = [make_sae("standard", d_sae=24), make_sae("jumprelu", d_sae=61), make_sae("topk", d_sae=40), make_sae("standard", d_sae=24).double()]
+    saes = [
+        make_sae("standard", d_sae=24),
+        make_sae("jumprelu", d_sae=61),
+        make_sae("topk", d_sae=40),
+        make_sae("standard", d_sae=24).double(),
+    ]
     encoders = [Encoder(sae, scratch) for sae in saes]
     for encoder in encoders:
         encoder.hold(61 * len(inputs()))
@@ -77,12 +92,21 @@ def test_several_saes_share_their_memory(make_sae: MakeSAE) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), tokens=st.integers(0, 5), groups=st.integers(1, 4), odd=st.integers(0, 9), rarity=st.sampled_from([-1.0, 0.5, 2.0]))
+@given(
+    data=st.data(),
+    tokens=st.integers(0, 5),
+    groups=st.integers(1, 4),
+    odd=st.integers(0, 9),
+    rarity=st.sampled_from([-1.0, 0.5, 2.0]),
+)
 def test_what_is_above_a_threshold(data: st.DataObject, tokens: int, groups: int, odd: int, rarity: float) -> None:
     """Few or many, at the threshold, infinite or NaN: the entries of a plain comparison, in the order of the tokens."""
     width = groups * 8 + odd
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    products, threshold = torch.randn(tokens, width, generator=random), torch.randn(width, generator=random) / 4 + rarity
+    products, threshold = (
+        torch.randn(tokens, width, generator=random),
+        torch.randn(width, generator=random) / 4 + rarity,
+    )
     for place in data.draw(st.lists(st.integers(0, max(0, tokens * width - 1)), max_size=4)) if tokens else ():
         value = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), None]))
         products.view(-1)[place] = threshold[place % width] if value is None else value
@@ -95,7 +119,13 @@ def test_what_is_above_a_threshold(data: st.DataObject, tokens: int, groups: int
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), tokens=st.integers(0, 5), groups=st.integers(1, 9), odd=st.sampled_from([0, 0, 0, 7]), distinct=st.sampled_from([1, 3, 1000]))
+@given(
+    data=st.data(),
+    tokens=st.integers(0, 5),
+    groups=st.integers(1, 9),
+    odd=st.sampled_from([0, 0, 0, 7]),
+    distinct=st.sampled_from([1, 3, 1000]),
+)
 def test_the_largest(data: st.DataObject, tokens: int, groups: int, odd: int, distinct: int) -> None:
     """Of few or many, with ties, infinite or NaN: the values of `torch.topk`, from places that hold them."""
     width = groups * encoding.LANES + odd
@@ -106,7 +136,9 @@ def test_the_largest(data: st.DataObject, tokens: int, groups: int, odd: int, di
     k = data.draw(st.integers(1, groups))
     with patch.object(encoding, "SORTED_AT_ONCE", data.draw(st.sampled_from([1, 2 * width, 100 * width]))):
         values, features = encoding._largest(latents, k)
-    torch.testing.assert_close(values.sort(-1).values, latents.topk(k).values.sort(-1).values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        values.sort(-1).values, latents.topk(k).values.sort(-1).values, rtol=0, atol=0, equal_nan=True
+    )
     torch.testing.assert_close(latents.gather(1, features), values, rtol=0, atol=0, equal_nan=True)
     assert all(len(set(row)) == k for row in features.tolist())
 

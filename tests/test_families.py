@@ -1,4 +1,6 @@
-"""Students of every family on tiny random configurations: they have the width asked for, run, and say what they cannot be."""
+"""Students of every family on tiny random configurations: they have the width asked for, run, and say what they cannot
+be.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,37 @@ from tl_capacity.distillation import students
 from tl_capacity.errors import CapacityError
 
 SHARED: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 16}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 16,
+}
 CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: GPTNeoXConfig(**SHARED, **SIZES, hidden_dropout=0.5, attention_dropout=0.5, rotary_pct=0.25),
     "gpt2": lambda: GPT2Config(**SHARED, n_embd=32, n_layer=2, n_head=4, n_positions=16),
     "opt": lambda: OPTConfig(
-        **SHARED, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96, max_position_embeddings=16, word_embed_proj_dim=16, layerdrop=0.5
+        **SHARED,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=96,
+        max_position_embeddings=16,
+        word_embed_proj_dim=16,
+        layerdrop=0.5,
     ),
     "llama": lambda: LlamaConfig(**SHARED, **SIZES, num_key_value_heads=2, tie_word_embeddings=True),
     "mistral": lambda: MistralConfig(**SHARED, **SIZES, num_key_value_heads=2, sliding_window=8),
     "olmo2": lambda: Olmo2Config(**SHARED, **SIZES, num_key_value_heads=2),
     "qwen2": lambda: Qwen2Config(**SHARED, **SIZES, num_key_value_heads=4),
     "qwen3": lambda: Qwen3Config(**SHARED, **SIZES, num_key_value_heads=2, head_dim=16),
-    "gemma2": lambda: Gemma2Config(**SHARED, **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=5.0),
-    "gemma3": lambda: Gemma3TextConfig(**SHARED, **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+    "gemma2": lambda: Gemma2Config(
+        **SHARED, **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=5.0
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SHARED, **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8
+    ),
     "phi": lambda: PhiConfig(**SHARED, **SIZES, partial_rotary_factor=0.5, resid_pdrop=0.5),
     "mamba": lambda: MambaConfig(**SHARED, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
@@ -119,7 +138,9 @@ def test_the_control_says_what_the_teacher_says(family: str) -> None:
 
 
 def test_pythia_students_of_the_paper() -> None:
-    pythia = GPTNeoXConfig(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24, vocab_size=50304)
+    pythia = GPTNeoXConfig(
+        hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24, vocab_size=50304
+    )
     found = {w: students.student_config(pythia, w) for w in (128, 256, 512, 768, 1024)}
     assert {w: c.num_attention_heads for w, c in found.items()} == {128: 2, 256: 4, 512: 8, 768: 12, 1024: 16}
     assert {w: c.intermediate_size for w, c in found.items()} == {w: 4 * w for w in found}
@@ -127,20 +148,42 @@ def test_pythia_students_of_the_paper() -> None:
 
 
 def test_smollm2_and_gemma2_students() -> None:
-    smol = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, num_hidden_layers=30)
+    smol = LlamaConfig(
+        hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, num_hidden_layers=30
+    )
     third = students.student_config(smol, 192)
-    assert (third.num_attention_heads, third.num_key_value_heads, third.head_dim, third.intermediate_size) == (3, 1, 64, 512)
+    assert (third.num_attention_heads, third.num_key_value_heads, third.head_dim, third.intermediate_size) == (
+        3,
+        1,
+        64,
+        512,
+    )
     gemma = Gemma2Config()  # 2304 wide, 8 heads of 256, 4 for keys and values
     half = students.student_config(gemma, 1152)
-    assert (half.num_attention_heads, half.num_key_value_heads, half.head_dim, half.query_pre_attn_scalar) == (4, 2, 256, 256)
+    assert (half.num_attention_heads, half.num_key_value_heads, half.head_dim, half.query_pre_attn_scalar) == (
+        4,
+        2,
+        256,
+        256,
+    )
     narrow = students.student_config(gemma, 144)
-    assert (narrow.num_attention_heads, narrow.num_key_value_heads, narrow.head_dim, narrow.query_pre_attn_scalar) == (1, 1, 128, 128)
+    assert (narrow.num_attention_heads, narrow.num_key_value_heads, narrow.head_dim, narrow.query_pre_attn_scalar) == (
+        1,
+        1,
+        128,
+        128,
+    )
 
 
-@pytest.mark.parametrize(("width", "near"), [(34, "32 and 36"), (33, "32 and 36"), (7, "6 and 8"), (129, "128 and 130"), (1, "2"), (0, "2"), (-5, "2")])
+@pytest.mark.parametrize(
+    ("width", "near"),
+    [(34, "32 and 36"), (33, "32 and 36"), (7, "6 and 8"), (129, "128 and 130"), (1, "2"), (0, "2"), (-5, "2")],
+)
 def test_a_width_that_cannot_be_built_names_the_nearest(width: int, near: str) -> None:
     config = GPTNeoXConfig(hidden_size=128, num_attention_heads=4, intermediate_size=512)
-    with pytest.raises(CapacityError, match=f"the family gpt-neox has no student of width {width}: the nearest that it has are {near}$"):
+    with pytest.raises(
+        CapacityError, match=f"the family gpt-neox has no student of width {width}: the nearest that it has are {near}$"
+    ):
         students.student_config(config, width)
     for each in map(int, near.split(" and ")):
         assert students.student_config(config, each).hidden_size == each
@@ -168,7 +211,11 @@ def test_a_scaled_head_is_noticed() -> None:
 def test_head_sizes(width: int, teacher_size: int) -> None:
     for multiple in (1, 2):
         size = head_size(width, teacher_size, multiple)
-        fitting = [s for s in range(1, teacher_size + 1) if width % s == 0 and s % multiple == 0 and (2 * s >= teacher_size or s == width)]
+        fitting = [
+            s
+            for s in range(1, teacher_size + 1)
+            if width % s == 0 and s % multiple == 0 and (2 * s >= teacher_size or s == width)
+        ]
         assert size == (max(fitting) if fitting else None)
 
 
@@ -186,7 +233,9 @@ def test_key_value_heads_divide_the_heads(heads: int, groups: int, sharing: int)
 def test_rotary_dimensions_are_even_and_fit(width: int, teacher_size: int, share: float) -> None:
     from tl_capacity.hooks.families import gpt_neox
 
-    config = GPTNeoXConfig(hidden_size=4 * teacher_size, num_attention_heads=4, intermediate_size=16 * teacher_size, rotary_pct=share)
+    config = GPTNeoXConfig(
+        hidden_size=4 * teacher_size, num_attention_heads=4, intermediate_size=16 * teacher_size, rotary_pct=share
+    )
     changes = gpt_neox.student(config, width)
     if changes is not None:
         size = width // changes["num_attention_heads"]

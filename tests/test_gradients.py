@@ -1,4 +1,6 @@
-"""Importances in nats against gradients taken the long way: an SAE spliced into the model, autograd through its latents, and exact ablations."""
+"""Importances in nats against gradients taken the long way: an SAE spliced into the model, autograd through its
+latents, and exact ablations.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ HOOK, EARLY = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
 
 
 def spliced(model: Any, hook: str, sae: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits as a function of latents [row, position, feature] that are a leaf: the activation is their decoding plus the SAE's error, held fixed."""
+    """Logits as a function of latents [row, position, feature] that are a leaf: the activation is their decoding plus
+    the SAE's error, held fixed.
+    """
     blocks = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h", "llama": "model.layers"}
     kept: list[torch.Tensor] = []
 
@@ -32,11 +36,15 @@ def spliced(model: Any, hook: str, sae: Any, tokens: torch.Tensor) -> tuple[torc
         return sae.decode(latents) + (activation - sae.decode(latents)).detach()
 
     if hasattr(model, "hook_dict"):
-        name = hook if hook in model.hook_dict else hook.replace("hook_resid_post", "hook_out")  # an SAE bridge knows no aliases
+        name = (
+            hook if hook in model.hook_dict else hook.replace("hook_resid_post", "hook_out")
+        )  # an SAE bridge knows no aliases
         logits = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda activation, hook: splice(activation))])
     else:
         block = model.get_submodule(f"{blocks[model.config.model_type]}.{hook.split('.')[1]}")
-        handle = block.register_forward_hook(lambda _, args, out: (splice(out[0]), *out[1:]) if isinstance(out, tuple) else splice(out))
+        handle = block.register_forward_hook(
+            lambda _, args, out: (splice(out[0]), *out[1:]) if isinstance(out, tuple) else splice(out)
+        )
         logits = model(tokens).logits
         handle.remove()
     return logits, kept[0]
@@ -61,12 +69,18 @@ def test_gradient_is_the_attribution_of_each_latent(
     assert expected.abs().sum() > 0
     for name, values in (("signed", expected), ("absolute", expected.abs()), ("square", expected.square())):
         found = summary.arrays[f"state/gradient/{name}"].sum(0)
-        np.testing.assert_allclose(found, values.sum(0).numpy(), rtol=2e-3, atol=1e-4 * float(values.sum(0).abs().max()))
+        np.testing.assert_allclose(
+            found, values.sum(0).numpy(), rtol=2e-3, atol=1e-4 * float(values.sum(0).abs().max())
+        )
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
-def test_gradient_is_the_slope_of_the_loss(make_model: Callable[..., Any], make_sae: MakeSAE, architecture: str) -> None:
-    """Central differences of the loss where zᵢ·w_dec,i is scaled by 1 ± ε at one position: no autograd, and in float64, so that they are exact to ε²."""
+def test_gradient_is_the_slope_of_the_loss(
+    make_model: Callable[..., Any], make_sae: MakeSAE, architecture: str
+) -> None:
+    """Central differences of the loss where zᵢ·w_dec,i is scaled by 1 ± ε at one position: no autograd, and in float64,
+    so that they are exact to ε².
+    """
     model, sae, position, epsilon = make_model("gpt_neox").double(), make_sae(architecture, HOOK).double(), 4, 1e-4
     row = torch.tensor([[BOS, *range(1, 12)]])
     others = [token for token in row[0].tolist() if token != row[0, position]]
@@ -92,12 +106,17 @@ def test_gradient_is_the_slope_of_the_loss(make_model: Callable[..., Any], make_
     active = latents.nonzero()[:, 0].tolist()
     assert len(active) > 3
     assert not found[latents.numpy() == 0].any()
-    slopes = [(loss(epsilon * latents[i] * sae.W_dec[i]) - loss(-epsilon * latents[i] * sae.W_dec[i])) / (2 * epsilon) for i in active]
+    slopes = [
+        (loss(epsilon * latents[i] * sae.W_dec[i]) - loss(-epsilon * latents[i] * sae.W_dec[i])) / (2 * epsilon)
+        for i in active
+    ]
     np.testing.assert_allclose(found[active], slopes, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "gpt_neox"])
-def test_one_backward_serves_all_layers(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+def test_one_backward_serves_all_layers(
+    models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+) -> None:
     model, saes = models_by_kind[kind], {EARLY: make_sae("standard", EARLY), HOOK: make_sae("topk", HOOK)}
     with tlc.add_capacity_hooks(model, saes, importance=["gradient", "fisher", "second_moment"]) as capacity:
         together = capacity.run(tokens.split(8)).measurement()
@@ -122,14 +141,18 @@ def test_fisher_is_half_the_expected_squared_score(neox: Any, make_sae: MakeSAE,
     expected = exact[counted].sum(0) / 2
     repeated = rows.repeat(500, 1)
     with tlc.add_capacity_hooks(neox, sae, importance=["fisher"]) as capacity:
-        found = capacity.run(repeated.split(100)).measurement()[HOOK].summary.arrays["state/fisher/square"].sum(0) / 2 / 500
+        found = (
+            capacity.run(repeated.split(100)).measurement()[HOOK].summary.arrays["state/fisher/square"].sum(0) / 2 / 500
+        )
     largest = expected.argsort(descending=True)[:10]
     np.testing.assert_allclose(found[largest], expected[largest].numpy(), rtol=0.35)
     assert found.sum() == pytest.approx(float(expected.sum()), rel=0.1)
 
 
 def test_fisher_predicts_the_kl_of_small_changes(neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
-    """Weakening one firing by ε changes the output by a KL of ε² times its term, here with the exact Fisher information."""
+    """Weakening one firing by ε changes the output by a KL of ε² times its term, here with the exact Fisher
+    information.
+    """
     sae, rows, epsilon = make_sae("standard", HOOK), tokens[:1, :6], 0.05
     blocks = neox.gpt_neox.layers[1]
     with torch.no_grad():
@@ -158,7 +181,9 @@ def test_fisher_predicts_the_kl_of_small_changes(neox: Any, make_sae: MakeSAE, t
 
 
 @pytest.mark.parametrize("kind", HOOKED)
-def test_nothing_is_left_behind(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+def test_nothing_is_left_behind(
+    models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+) -> None:
     model, sae = models_by_kind[kind], make_sae("standard", HOOK)
     before, asking = all_hooks(model), [p.requires_grad for p in model.parameters()]
     random = torch.get_rng_state()
@@ -189,22 +214,35 @@ def test_an_interrupted_run_draws_what_a_whole_one_does(neox: Any, make_sae: Mak
     with tlc.add_capacity_hooks(neox, sae, importance=["fisher"]) as capacity:
         capacity.resume(*saved)
         resumed = capacity.run(batches).measurement()
-    np.testing.assert_array_equal(resumed[HOOK].summary.arrays["state/fisher/square"], whole[HOOK].summary.arrays["state/fisher/square"])
+    np.testing.assert_array_equal(
+        resumed[HOOK].summary.arrays["state/fisher/square"], whole[HOOK].summary.arrays["state/fisher/square"]
+    )
 
 
 def test_a_plain_call_is_refused(neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
     with tlc.add_capacity_hooks(neox, make_sae("standard", HOOK), importance=["gradient"]) as capacity:
-        with pytest.raises(CapacityError, match=r"needs the gradient of cross_entropy, which a plain call of the model does not give: use run\(\)"):
+        with pytest.raises(
+            CapacityError,
+            match=r"needs the gradient of cross_entropy, which a plain call of the model does not give: use run\(\)",
+        ):
             neox(tokens)
         assert capacity.run(tokens).n_tokens > 0
 
 
-def test_an_sae_that_does_not_write_its_decoder_vectors_is_refused(hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+def test_an_sae_that_does_not_write_its_decoder_vectors_is_refused(
+    hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor
+) -> None:
     for sae, says in (
         (make_sae("layer_norm", HOOK), "does not write the sum of its decoder vectors"),
-        (make_sae("transcoder", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"), "writes to another hook point"),
+        (
+            make_sae("transcoder", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"),
+            "writes to another hook point",
+        ),
     ):
-        with tlc.add_capacity_hooks(hooked, sae, importance=["gradient"]) as capacity, pytest.raises(DictionaryError, match=says):
+        with (
+            tlc.add_capacity_hooks(hooked, sae, importance=["gradient"]) as capacity,
+            pytest.raises(DictionaryError, match=says),
+        ):
             capacity.run(tokens)
 
 
@@ -221,15 +259,24 @@ def test_unknown_losses_are_refused(neox: Any, make_sae: MakeSAE) -> None:
     class Odd(ImportanceEstimator):
         name, unit, gradient_of = "odd", "1", ("perplexity",)
 
-    with pytest.raises(CapacityError, match=f"no gradient of perplexity can be had: an estimator's gradient_of names {', '.join(gradients.LOSSES)}"):
+    with pytest.raises(
+        CapacityError,
+        match=f"no gradient of perplexity can be had: an estimator's gradient_of names {', '.join(gradients.LOSSES)}",
+    ):
         tlc.add_capacity_hooks(neox, make_sae("standard", HOOK), importance=[Odd()])
 
 
 class TestIntegratedGradients:
-    """Against a loop over the path by hand, and against the difference of the loss that all attributions together must account for."""
+    """Against a loop over the path by hand, and against the difference of the loss that all attributions together must
+    account for.
+    """
 
-    def on_the_path(self, model: Any, sae: Any, tokens: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss at α, with latents [row, position, feature] and the SAE's error, both already times α, as leaves; BOS is left as it is."""
+    def on_the_path(
+        self, model: Any, sae: Any, tokens: torch.Tensor, alpha: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss at α, with latents [row, position, feature] and the SAE's error, both already times α, as leaves;
+        BOS is left as it is.
+        """
         kept: list[torch.Tensor] = []
 
         def splice(_: Any, args: Any, out: Any) -> Any:
@@ -254,20 +301,35 @@ class TestIntegratedGradients:
     def test_a_loop_over_the_path(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor, architecture: str) -> None:
         sae = make_sae(architecture, HOOK)
         z, error, slopes = None, None, 0
-        for place, weight in ((0.5 - 0.6**0.5 / 2, 5 / 18), (0.5, 4 / 9), (0.5 + 0.6**0.5 / 2, 5 / 18)):  # Gauss-Legendre of three points on [0, 1]
+        for place, weight in (
+            (0.5 - 0.6**0.5 / 2, 5 / 18),
+            (0.5, 4 / 9),
+            (0.5 + 0.6**0.5 / 2, 5 / 18),
+        ):  # Gauss-Legendre of three points on [0, 1]
             loss, latents, rest = self.on_the_path(neox, sae, tokens, place)
             by_latent, by_rest = torch.autograd.grad(loss, [latents, rest])
             z, error = latents.detach() / place, rest.detach() / place
-            slopes = slopes + torch.cat([weight * z * by_latent, (weight * error * by_rest).sum(-1, keepdim=True)], dim=-1).double()
+            slopes = (
+                slopes
+                + torch.cat([weight * z * by_latent, (weight * error * by_rest).sum(-1, keepdim=True)], dim=-1).double()
+            )
         expected = slopes[tokens != BOS]
         found = self.measured(neox, sae, tokens, 3)
-        for name, values in (("signed", expected[:, :-1].sum(0)), ("absolute", expected[:, :-1].abs().sum(0)), ("error", expected[:, -1].sum(0))):
+        for name, values in (
+            ("signed", expected[:, :-1].sum(0)),
+            ("absolute", expected[:, :-1].abs().sum(0)),
+            ("error", expected[:, -1].sum(0)),
+        ):
             np.testing.assert_allclose(found[name], values.numpy(), rtol=2e-3, atol=1e-3 * float(values.abs().max()))
 
-    def test_attributions_and_error_sum_to_the_loss_difference(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+    def test_attributions_and_error_sum_to_the_loss_difference(
+        self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor
+    ) -> None:
         sae = make_sae("standard", HOOK)
         with torch.no_grad():
-            difference = float(self.on_the_path(neox, sae, tokens, 1.0)[0] - self.on_the_path(neox, sae, tokens, 0.0)[0])
+            difference = float(
+                self.on_the_path(neox, sae, tokens, 1.0)[0] - self.on_the_path(neox, sae, tokens, 0.0)[0]
+            )
         missing = []
         for steps in (1, 4, 16, 64):
             found = self.measured(neox, sae, tokens, steps)
@@ -276,24 +338,38 @@ class TestIntegratedGradients:
         assert missing[0] > missing[1] > missing[-1]
 
     @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "gpt2", "llama"])
-    def test_each_hook_has_its_own_path(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_each_hook_has_its_own_path(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         model, saes = models_by_kind[kind], {EARLY: make_sae("topk", EARLY), HOOK: make_sae("standard", HOOK)}
         with tlc.add_capacity_hooks(model, saes, importance=["integrated_gradients", "gradient"]) as capacity:
             together = capacity.run(tokens[:8]).measurement()
         for hook, sae in saes.items():
             with tlc.add_capacity_hooks(model, {hook: sae}, importance=["integrated_gradients"]) as capacity:
                 alone = capacity.run(tokens[:8]).measurement()[hook]
-            np.testing.assert_allclose(together[hook].importance("integrated_gradients"), alone.importance("integrated_gradients"), rtol=1e-3, atol=1e-7)
+            np.testing.assert_allclose(
+                together[hook].importance("integrated_gradients"),
+                alone.importance("integrated_gradients"),
+                rtol=1e-3,
+                atol=1e-7,
+            )
             with tlc.add_capacity_hooks(model, {hook: sae}, importance=["gradient"]) as capacity:
                 plain = capacity.run(tokens[:8]).measurement()[hook]
-            np.testing.assert_allclose(together[hook].importance("gradient"), plain.importance("gradient"), rtol=1e-3, atol=1e-7)
+            np.testing.assert_allclose(
+                together[hook].importance("gradient"), plain.importance("gradient"), rtol=1e-3, atol=1e-7
+            )
             assert (together[hook].summary.arrays["counts"] == plain.summary.arrays["counts"]).all()
 
     @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "gpt_neox"])
-    def test_nothing_is_left_behind(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str) -> None:
+    def test_nothing_is_left_behind(
+        self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
+    ) -> None:
         model = models_by_kind[kind]
         before, asking = all_hooks(model), [p.requires_grad for p in model.parameters()]
-        with torch.no_grad(), tlc.add_capacity_hooks(model, make_sae("standard", HOOK), importance=["integrated_gradients"]) as capacity:
+        with (
+            torch.no_grad(),
+            tlc.add_capacity_hooks(model, make_sae("standard", HOOK), importance=["integrated_gradients"]) as capacity,
+        ):
             attached = all_hooks(model)
             capacity.run(tokens[:4])
             assert all_hooks(model) == attached

@@ -1,4 +1,6 @@
-"""Names into objects: local folders, a hub cache built by hand, SAELens releases and data sets, all without a network."""
+"""Names into objects: local folders, a hub cache built by hand, SAELens releases and data sets,
+all without a network.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ class TestModels:
         assert loaded.name == str(folder)
         assert loaded.named is None
 
-    def test_the_revision_of_a_folder_is_a_hash_of_what_decides_the_model(self, folder: Path, make_model: Callable[..., Any]) -> None:
+    def test_the_revision_of_a_folder_is_a_hash_of_what_decides_the_model(
+        self, folder: Path, make_model: Callable[..., Any]
+    ) -> None:
         expected = hashlib.sha256()
         for name in ("config.json", "model.safetensors"):
             expected.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
@@ -99,7 +103,10 @@ class TestModels:
 
     def test_an_unknown_hub_id_offline(self, cache: Path) -> None:
         started = time.monotonic()
-        with pytest.raises(CapacityError, match=r"'someone/unknown' cannot be loaded \(no hub can be reached.*'smollm2-135m' or a folder") as caught:
+        with pytest.raises(
+            CapacityError,
+            match=r"'someone/unknown' cannot be loaded \(no hub can be reached.*'smollm2-135m' or a folder",
+        ) as caught:
             load_model("someone/unknown")
         assert time.monotonic() - started < 5
         assert "\n" not in str(caught.value)
@@ -113,11 +120,19 @@ class TestModels:
             load_model("./nothing")
 
     def test_a_plugin_comes_first(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neox: Any, tokenizer: Any, make_model: Callable[..., Any]
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        neox: Any,
+        tokenizer: Any,
+        make_model: Callable[..., Any],
     ) -> None:
         monkeypatch.chdir(tmp_path)
         shutil.copytree(folder, tmp_path / "mine")
-        record = NamedModel("mine", lambda: (make_model("gpt_neox", seed=7), tokenizer), revision="seven", corpus="mine.txt")
+        record = NamedModel(
+            "mine", lambda: (make_model("gpt_neox", seed=7), tokenizer), revision="seven", corpus="mine.txt"
+        )
 
         class Plugin:
             @hookimpl
@@ -131,7 +146,10 @@ class TestModels:
             assert same_model(loaded, make_model("gpt_neox", seed=7))
             assert loaded.revision == "seven"
             assert loaded.named is record
-            with pytest.raises(CapacityError, match=r"the plugin 'mine' fails to load its model 'broken' \(ZeroDivisionError: division by zero\)"):
+            with pytest.raises(
+                CapacityError,
+                match=r"the plugin 'mine' fails to load its model 'broken' \(ZeroDivisionError: division by zero\)",
+            ):
                 load_model("broken")
         finally:
             unregister_plugin("mine")
@@ -160,7 +178,9 @@ class TestModels:
         weights = load_file(folder / "model.safetensors")
         del weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CapacityError, match=r"its weights lack 1 tensors, such as gpt_neox\.layers\.1\.mlp\.dense_h_to_4h\.weight"):
+        with pytest.raises(
+            CapacityError, match=r"its weights lack 1 tensors, such as gpt_neox\.layers\.1\.mlp\.dense_h_to_4h\.weight"
+        ):
             load_model(str(folder))
 
     def test_a_missing_tokenizer(self, folder: Path) -> None:
@@ -231,9 +251,16 @@ class TestSAEs:
         assert load_sae(str(own_sae))[1].encode(torch.randn(2, 16)).dtype == torch.float32
 
     def test_a_release_from_the_cache(self, cache: Path, tmp_path: Path) -> None:
-        """The repository of `gpt2-small-res-jb` in its own format, that of SAELens before version 6, with small dimensions."""
+        """The repository of `gpt2-small-res-jb` in its own format, that of SAELens before version 6, with small
+        dimensions.
+        """
         torch.manual_seed(0)
-        weights = {"W_enc": torch.randn(16, 32), "b_enc": torch.randn(32), "W_dec": torch.randn(32, 16), "b_dec": torch.randn(16)}
+        weights = {
+            "W_enc": torch.randn(16, 32),
+            "b_enc": torch.randn(32),
+            "W_dec": torch.randn(32, 16),
+            "b_dec": torch.randn(16),
+        }
         files = tmp_path / "files"
         files.mkdir()
         save_file(weights, files / "sae_weights.safetensors")
@@ -264,22 +291,32 @@ class TestSAEs:
 
     def test_a_repository_from_the_cache(self, cache: Path, sae_folder: Path) -> None:
         put_in_cache(cache, "someone/saes", sae_folder, "layer/1")
-        save_file({"sparsity": torch.zeros(32)}, cache / "models--someone--saes" / "snapshots" / COMMIT / "layer" / "1" / "sparsity.safetensors")
+        save_file(
+            {"sparsity": torch.zeros(32)},
+            cache / "models--someone--saes" / "snapshots" / COMMIT / "layer" / "1" / "sparsity.safetensors",
+        )
         name, sae = load_sae("someone/saes/layer/1")
         assert name == "someone/saes/layer/1"
         assert int(sae.cfg.d_sae) == 32
 
     def test_a_known_release_that_is_not_there_offline(self, cache: Path) -> None:
-        with pytest.raises(DictionaryError, match=r"of 'gpt2-small-res-jb' cannot be loaded \(no hub can be reached.*pass a folder") as caught:
+        with pytest.raises(
+            DictionaryError, match=r"of 'gpt2-small-res-jb' cannot be loaded \(no hub can be reached.*pass a folder"
+        ) as caught:
             load_sae("gpt2-small-res-jb/blocks.0.hook_resid_pre")
         assert "\n" not in str(caught.value)
 
     def test_an_unknown_release_names_the_nearest(self) -> None:
-        with pytest.raises(DictionaryError, match=r"neither a folder nor RELEASE/SAE_ID.*nearest releases, gpt2-small-res-jb"):
+        with pytest.raises(
+            DictionaryError, match=r"neither a folder nor RELEASE/SAE_ID.*nearest releases, gpt2-small-res-jb"
+        ):
             load_sae("gpt2-small-res-j/blocks.0.hook_resid_pre")
 
     def test_an_unknown_id_names_the_nearest(self) -> None:
-        with pytest.raises(DictionaryError, match=r"'gpt2-small-res-jb' has no SAE 'blocks\.11\.hook_resid_pos'.*blocks\.11\.hook_resid_post"):
+        with pytest.raises(
+            DictionaryError,
+            match=r"'gpt2-small-res-jb' has no SAE 'blocks\.11\.hook_resid_pos'.*blocks\.11\.hook_resid_post",
+        ):
             load_sae("gpt2-small-res-jb/blocks.11.hook_resid_pos")
 
     def test_no_name(self) -> None:
@@ -289,9 +326,14 @@ class TestSAEs:
 
     def test_a_folder_that_is_not_there(self) -> None:
         for spec in ("missing_dir", "./missing/dir", "/missing"):
-            with pytest.raises(DictionaryError, match=r"there is no folder '[./]*missing[_/]?(dir)?': pass one that SAELens saved$"):
+            with pytest.raises(
+                DictionaryError, match=r"there is no folder '[./]*missing[_/]?(dir)?': pass one that SAELens saved$"
+            ):
                 load_sae(spec)
-        with pytest.raises(DictionaryError, match=r"'missing/dir' is neither a folder nor RELEASE/SAE_ID .* or look the name up in SAELens'"):
+        with pytest.raises(
+            DictionaryError,
+            match=r"'missing/dir' is neither a folder nor RELEASE/SAE_ID .* or look the name up in SAELens'",
+        ):
             load_sae("missing/dir")
 
     @pytest.mark.parametrize("kind", ["BatchTopK", "MatryoshkaBatchTopK"])
@@ -299,9 +341,17 @@ class TestSAEs:
         import sae_lens
 
         more = {"matryoshka_widths": [16, 32]} if kind.startswith("M") else {}
-        sae = getattr(sae_lens, f"{kind}TrainingSAE")(getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=16, d_sae=32, k=4, **more))
+        sae = getattr(sae_lens, f"{kind}TrainingSAE")(
+            getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=16, d_sae=32, k=4, **more)
+        )
         sae.save_model(tmp_path / "sae")
-        with pytest.raises(DictionaryError, match=r"is a training-time \w*batchtopk, whose latents depend .*: save it with save_inference_model, which makes"):
+        with pytest.raises(
+            DictionaryError,
+            match=(
+                r"is a training-time \w*batchtopk, whose latents depend .*: save it with save_inference_model, which"
+                r" makes"
+            ),
+        ):
             load_sae(str(tmp_path / "sae"))
         sae.save_inference_model(tmp_path / "inference")
         assert load_sae(str(tmp_path / "inference"))[1].cfg.architecture() == "jumprelu"
@@ -316,7 +366,9 @@ class TestSAEs:
         content = json.loads((own_sae / "cfg.json").read_text())
         (content if len(field) == 1 else content[field[0]])[field[-1]] = value
         (own_sae / "cfg.json").write_text(json.dumps(content))
-        with pytest.raises(DictionaryError, match=rf"cannot be loaded \({field[-1]} is no .* but .*\): save it again with SAELens") as caught:
+        with pytest.raises(
+            DictionaryError, match=rf"cannot be loaded \({field[-1]} is no .* but .*\): save it again with SAELens"
+        ) as caught:
             load_sae(str(own_sae))
         assert repr(value) in str(caught.value)
 
@@ -324,7 +376,9 @@ class TestSAEs:
     def test_a_k_that_does_not_fit(self, own_sae: Path, k: int | None, said: int) -> None:
         """Without one, SAELens takes 100."""
         content = json.loads((own_sae / "cfg.json").read_text())
-        (own_sae / "cfg.json").write_text(json.dumps({name: value for name, value in {**content, "k": k}.items() if value is not None}))
+        (own_sae / "cfg.json").write_text(
+            json.dumps({name: value for name, value in {**content, "k": k}.items() if value is not None})
+        )
         with pytest.raises(DictionaryError, match=f"k = {said} does not fit the 32 latents"):
             load_sae(str(own_sae))
 
@@ -343,7 +397,13 @@ class TestSAEs:
         [
             ("cfg.json", b"{"),
             ("cfg.json", b'{"architecture": "unheard of", "d_in": 16, "d_sae": 32, "dtype": "float32"}'),
-            ("cfg.json", b'{"architecture": "topk", "d_in": 8, "d_sae": 32, "k": 4, "dtype": "float32", "metadata": {"sae_lens_version": "6.54.0"}}'),
+            (
+                "cfg.json",
+                (
+                    b'{"architecture": "topk", "d_in": 8, "d_sae": 32, "k": 4, "dtype": "float32", "metadata":'
+                    b' {"sae_lens_version": "6.54.0"}}'
+                ),
+            ),
             ("sae_weights.safetensors", b"not these"),
             ("sae_weights.safetensors", b""),
         ],
@@ -368,7 +428,9 @@ class TestDatasets:
         import pandas as pd
 
         for part in range(2):
-            pd.DataFrame({"text": [f"{part}-{i}" for i in range(3)]}).to_parquet(tmp_path / f"train-{part}.parquet", index=False)
+            pd.DataFrame({"text": [f"{part}-{i}" for i in range(3)]}).to_parquet(
+                tmp_path / f"train-{part}.parquet", index=False
+            )
         rows = load_dataset_rows(str(tmp_path))
         assert next(rows)["text"] == "0-0"
         (tmp_path / "train-1.parquet").write_bytes(b"damaged after the first row was read")
@@ -387,13 +449,17 @@ class TestDatasets:
 
     def test_an_id_offline(self, cache: Path) -> None:
         started = time.monotonic()
-        with pytest.raises(TokenSourceError, match=r"'someone/texts:test' cannot be read \(no hub can be reached.*pass a local file"):
+        with pytest.raises(
+            TokenSourceError, match=r"'someone/texts:test' cannot be read \(no hub can be reached.*pass a local file"
+        ):
             list(load_dataset_rows("someone/texts:test"))
         assert time.monotonic() - started < 5
 
 
 class TestNetwork:
-    def test_an_unreachable_hub_is_asked_once(self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, neox: Any) -> None:
+    def test_an_unreachable_hub_is_asked_once(
+        self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, neox: Any
+    ) -> None:
         """Left alone, the hub's client retries for half a minute before it looks into its cache."""
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
@@ -416,12 +482,16 @@ class TestNetwork:
             HF_ENDPOINT=hub,
             HF_HUB_OFFLINE="0",
         )
-        assert answer.startswith("the model 'someone/unknown' cannot be loaded (someone/unknown is not a local folder and is not a valid model identifier")
+        assert answer.startswith(
+            "the model 'someone/unknown' cannot be loaded (someone/unknown is not a local folder and is not a valid"
+            " model identifier"
+        )
         assert len(answer.strip().splitlines()) == 1
 
     def test_importing_is_cheap_and_a_named_model_needs_no_torch_to_be_listed(self) -> None:
         answer = run_python(
-            "import sys, tl_capacity.loading as l; print([m.name for m in l.plugins().models]); print('torch' in sys.modules, 'sae_lens' in sys.modules)"
+            "import sys, tl_capacity.loading as l; print([m.name for m in l.plugins().models]); print('torch' in"
+            " sys.modules, 'sae_lens' in sys.modules)"
         )
         assert "smollm2-135m" in answer
         assert answer.splitlines()[-1] == "False False"
@@ -450,7 +520,14 @@ def hub() -> Iterator[str]:
 
 
 def run_python(code: str, **environment: str) -> str:
-    finished = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 

@@ -1,4 +1,6 @@
-"""What is said on standard error: text for people, JSON lines for programs, nothing but errors where quiet was asked for, and no colour into a file."""
+"""What is said on standard error: text for people, JSON lines for programs, nothing but errors where quiet was asked
+for, and no colour into a file.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_a_plugin_file_that_fails_is_a_line_too(cli: Cli, tmp_path: Path, how: l
     assert code == 0
     lines = [json.loads(line) for line in err.splitlines()]
     assert lines[0]["level"] == "error"
-    assert lines[0]["message"] == f"the plugin file {failing} failed and is left out (ZeroDivisionError: division by zero)"
+    assert (
+        lines[0]["message"] == f"the plugin file {failing} failed and is left out (ZeroDivisionError: division by zero)"
+    )
     assert [line["message"] for line in lines[1:]] == ([] if "--quiet" in how else ["done"])
 
 
@@ -110,7 +114,11 @@ def test_another_kind_of_log(cli: Cli) -> None:
 
 
 def test_no_colour_and_no_bar_into_a_file(setup: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_DISABLE_PROGRESS_BARS", "FORCE_COLOR", "NO_COLOR")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HF_HUB_DISABLE_PROGRESS_BARS", "FORCE_COLOR", "NO_COLOR")
+    }
     command = [sys.executable, "-m", "tl_capacity", *map(str, arguments(setup, tmp_path / "m", tokens=500))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0

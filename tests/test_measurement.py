@@ -1,4 +1,6 @@
-"""Measurements on disk and in parts: whatever happens to the files, a reader gets the figures that were saved or one sentence."""
+"""Measurements on disk and in parts: whatever happens to the files, a reader gets the figures that were saved or one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,17 @@ class MeanActivation(ImportanceEstimator):
 
 
 @pytest.fixture(scope="module")
-def measure(make_model: Callable[..., Any], make_sae: Callable[..., Any], tokenizer: Any, texts: list[str]) -> Callable[..., Measurement]:
-    """`measure(shard=, seed=, context=, …)`: a measurement of the texts in float64, whose sums do not depend on the batches they came in."""
+def measure(
+    make_model: Callable[..., Any], make_sae: Callable[..., Any], tokenizer: Any, texts: list[str]
+) -> Callable[..., Measurement]:
+    """`measure(shard=, seed=, context=, …)`: a measurement of the texts in float64, whose sums do not depend on the
+    batches they came in.
+    """
     model = make_model("gpt_neox").double()
 
-    def run(shard: tuple[int, int] = (0, 1), seed: int = 0, context: int = 16, max_tokens: int | None = None, **options: Any) -> Measurement:
+    def run(
+        shard: tuple[int, int] = (0, 1), seed: int = 0, context: int = 16, max_tokens: int | None = None, **options: Any
+    ) -> Measurement:
         saes = [make_sae("topk", HOOK, seed=seed, dtype="float64"), make_sae("standard", EARLY, dtype="float64")]
         options.setdefault("importance", ["second_moment", MeanActivation()])
         stream = TokenStream(texts, tokenizer, context=context, batch_rows=4, shard=shard)
@@ -107,7 +115,15 @@ class TestRoundTrip:
         assert loaded.complete is True
         assert [h.summary.alive_threshold for h in loaded] == [h.summary.alive_threshold for h in whole]
         for mine, theirs in zip(whole, loaded, strict=True):
-            for name in ("n_alive", "l0", "alpha", "critical_width", "heterogeneous_critical_width", "fvu", "features_chao2"):
+            for name in (
+                "n_alive",
+                "l0",
+                "alpha",
+                "critical_width",
+                "heterogeneous_critical_width",
+                "fvu",
+                "features_chao2",
+            ):
                 assert getattr(theirs.summary, name) == getattr(mine.summary, name)
             for estimator in ("second_moment", "decoder_weighted"):
                 np.testing.assert_array_equal(theirs.importance(estimator), mine.importance(estimator))
@@ -138,17 +154,24 @@ class TestRoundTrip:
         """A dictionary that never fires has no α; it is still saved, with nulls."""
         silent = whole.hooks[0]
         arrays = {
-            name: array if name in ("tokens", "documents", "decoder_norm", "masked") else np.zeros_like(array) for name, array in silent.summary.arrays.items()
+            name: array if name in ("tokens", "documents", "decoder_norm", "masked") else np.zeros_like(array)
+            for name, array in silent.summary.arrays.items()
         }
         dead = replace(whole, hooks=(replace(silent, summary=replace(silent.summary, arrays=arrays)),))
         loaded = Measurement.load(dead.save(tmp_path / "dead"))
         assert loaded.hooks[0].summary.n_alive.value == 0
-        assert json.loads((tmp_path / "dead" / JSON_NAME).read_text())["hooks"][0]["figures"]["alpha"] == {"value": None, "low": None, "high": None}
+        assert json.loads((tmp_path / "dead" / JSON_NAME).read_text())["hooks"][0]["figures"]["alpha"] == {
+            "value": None,
+            "low": None,
+            "high": None,
+        }
 
 
 class TestMerge:
     @pytest.mark.parametrize("order", list(permutations(range(4)))[::5])
-    def test_shards_in_any_order_are_the_whole(self, whole: Measurement, shards: list[Measurement], order: tuple[int, ...]) -> None:
+    def test_shards_in_any_order_are_the_whole(
+        self, whole: Measurement, shards: list[Measurement], order: tuple[int, ...]
+    ) -> None:
         merged = Measurement.merge([shards[i] for i in order])
         assert_same_sums(whole, merged, tolerance=1e-12)
         assert (merged.provenance.shards, merged.provenance.shard_count) == ((0,), 1)
@@ -160,7 +183,10 @@ class TestMerge:
             assert theirs.summary.fvu.value == pytest.approx(mine.summary.fvu.value, rel=1e-9)
 
     def test_in_steps_and_through_files(self, whole: Measurement, shards: list[Measurement], tmp_path: Path) -> None:
-        halves = [Measurement.load(Measurement.merge(pair).save(tmp_path / str(i))) for i, pair in enumerate((shards[::2], shards[1::2]))]
+        halves = [
+            Measurement.load(Measurement.merge(pair).save(tmp_path / str(i)))
+            for i, pair in enumerate((shards[::2], shards[1::2]))
+        ]
         merged = Measurement.merge(halves)
         assert_same_sums(whole, merged, tolerance=1e-12)
         assert (merged.provenance.shards, merged.provenance.shard_count) == ((0,), 1)
@@ -201,7 +227,9 @@ class TestMerge:
             ({"mask_token_ids": [BOS, 5]}, "settings is"),
         ],
     )
-    def test_measured_otherwise(self, measure: Callable[..., Measurement], shards: list[Measurement], options: dict[str, Any], says: str) -> None:
+    def test_measured_otherwise(
+        self, measure: Callable[..., Measurement], shards: list[Measurement], options: dict[str, Any], says: str
+    ) -> None:
         with pytest.raises(MeasurementError, match=says):
             Measurement.merge([shards[0], measure(shard=(1, 4), **options)])
 
@@ -246,18 +274,37 @@ class TestDamage:
     @pytest.mark.parametrize("schema", [SCHEMA + 1, 10**9])
     def test_a_newer_schema(self, folder: Path, schema: int) -> None:
         spoil(folder, lambda content: content.update(schema=schema))
-        with pytest.raises(MeasurementError, match=f"has schema {schema}, and this version reads up to {SCHEMA}: upgrade"):
+        with pytest.raises(
+            MeasurementError, match=f"has schema {schema}, and this version reads up to {SCHEMA}: upgrade"
+        ):
             Measurement.load(folder)
 
     @pytest.mark.parametrize(
-        "content", ["", "{", "[]", "null", "3", '"text"', "{}", '{"schema": "1"}', '{"schema": 1}', '{"schema": 1, "statistics": 3}', "[" * 10**5, "\ufeff{}"]
+        "content",
+        [
+            "",
+            "{",
+            "[]",
+            "null",
+            "3",
+            '"text"',
+            "{}",
+            '{"schema": "1"}',
+            '{"schema": 1}',
+            '{"schema": 1, "statistics": 3}',
+            "[" * 10**5,
+            "\ufeff{}",
+        ],
     )
     def test_another_json(self, folder: Path, content: str) -> None:
         (folder / JSON_NAME).write_text(content)
         with pytest.raises(MeasurementError):
             Measurement.load(folder)
 
-    @pytest.mark.parametrize("name", ["", ".", "..", "../statistics.safetensors", "/etc/passwd", "a\0b", "\ud800", "x" * 5000, "measurement.json"])
+    @pytest.mark.parametrize(
+        "name",
+        ["", ".", "..", "../statistics.safetensors", "/etc/passwd", "a\0b", "\ud800", "x" * 5000, "measurement.json"],
+    )
     def test_another_statistics_file(self, folder: Path, name: str) -> None:
         spoil(folder, lambda content: content.update(statistics=name))
         with pytest.raises(MeasurementError):
@@ -302,7 +349,23 @@ class TestDamage:
     def test_any_value_replaced(self, unchecked: None, folder: Path) -> None:
         """Each value of the JSON by every third of these, or gone; what is loaded all the same must be fit for use."""
         original = json.loads((folder / JSON_NAME).read_text())
-        odd = [None, True, -1, 0, 3, 1e300, float("nan"), float("inf"), "", "text", [], [1, 2, 3], ["a", "b"], {}, {"a": 1}]
+        odd = [
+            None,
+            True,
+            -1,
+            0,
+            3,
+            1e300,
+            float("nan"),
+            float("inf"),
+            "",
+            "text",
+            [],
+            [1, 2, 3],
+            ["a", "b"],
+            {},
+            {"a": 1},
+        ]
         for number, path in enumerate(places(original)):
             for value in [*odd[number % 3 :: 3], "gone"]:
                 content = json.loads(json.dumps(original))
@@ -347,7 +410,9 @@ class TestDamage:
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value of a JSON document but the figures, which are there for other readers and read by nothing here."""
+    """The path of every value of a JSON document but the figures, which are there for other readers and read by nothing
+    here.
+    """
     children = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in children:
         yield (*path, key)
@@ -370,10 +435,15 @@ class TestFailingWrites:
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
     @pytest.mark.parametrize("which", ["arrays", "json"])
-    def test_the_earlier_measurement_stays(self, whole: Measurement, shards: list[Measurement], folder: Path, tmp_path: Path, which: str) -> None:
+    def test_the_earlier_measurement_stays(
+        self, whole: Measurement, shards: list[Measurement], folder: Path, tmp_path: Path, which: str
+    ) -> None:
         name = JSON_NAME if which == "json" else next(shards[0].save(tmp_path / "other").glob("*.safetensors")).name
         (folder / f".{name}.{os.getpid()}.writing").symlink_to("/dev/full")
-        with pytest.raises(CapacityError, match=rf"{name} cannot be written \(No space left on device\).*what was there before is whole"):
+        with pytest.raises(
+            CapacityError,
+            match=rf"{name} cannot be written \(No space left on device\).*what was there before is whole",
+        ):
             shards[0].save(folder)
         assert_same_sums(Measurement.load(folder), whole)
         assert not list(folder.glob(".*"))
@@ -429,7 +499,11 @@ class TestResume:
             done += 1
             if done == batches:
                 measurement, extra = capacity.checkpoint()
-                arrays = {f"{i}/{name}": array for i, h in enumerate(measurement.hooks) for name, array in h.summary.arrays.items()}
+                arrays = {
+                    f"{i}/{name}": array
+                    for i, h in enumerate(measurement.hooks)
+                    for name, array in h.summary.arrays.items()
+                }
                 write_folder(folder, measurement.to_json(), arrays | extra)
                 raise StopError
 
@@ -439,10 +513,14 @@ class TestResume:
 
     @staticmethod
     def load(folder: Path) -> tuple[Measurement, dict[str, Any]]:
-        return Measurement.load(folder), {name: array for name, array in read_folder(folder)[1].items() if name.startswith("resume/")}
+        return Measurement.load(folder), {
+            name: array for name, array in read_folder(folder)[1].items() if name.startswith("resume/")
+        }
 
     @pytest.mark.parametrize("batches", [1, 2, 5, 11])
-    def test_equals_the_uninterrupted_run(self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path, batches: int) -> None:
+    def test_equals_the_uninterrupted_run(
+        self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path, batches: int
+    ) -> None:
         with attach() as capacity:
             whole = capacity.run(stream).measurement()
         folder = self.checkpoint(attach(), stream, tmp_path / "run", batches)
@@ -457,7 +535,9 @@ class TestResume:
         assert resumed.complete
 
     @pytest.mark.parametrize("batches", [1, 5])
-    def test_at_the_very_end_counts_no_more(self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path, batches: int) -> None:
+    def test_at_the_very_end_counts_no_more(
+        self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path, batches: int
+    ) -> None:
         """The checkpoint of the batch that brought the tokens asked for, from which no measurement was written."""
         earlier, extra = self.load(self.checkpoint(attach(), stream, tmp_path / "run", batches))
         counted = earlier.hooks[0].summary.n_tokens
@@ -481,9 +561,16 @@ class TestResume:
             assert capacity.rows == 21
             assert_same_sums(whole, capacity.run(stream).measurement())
 
-    def test_with_another_stream(self, attach: Callable[..., Any], stream: TokenStream, texts: list[str], tmp_path: Path) -> None:
+    def test_with_another_stream(
+        self, attach: Callable[..., Any], stream: TokenStream, texts: list[str], tmp_path: Path
+    ) -> None:
         folder = self.checkpoint(attach(), stream, tmp_path / "run", 3)
-        for other in (replace(stream, source=texts[1:]), replace(stream, batch_rows=4), replace(stream, batch_rows=9), replace(stream, source=texts[:1])):
+        for other in (
+            replace(stream, source=texts[1:]),
+            replace(stream, batch_rows=4),
+            replace(stream, batch_rows=9),
+            replace(stream, source=texts[:1]),
+        ):
             with attach() as capacity:
                 capacity.resume(*self.load(folder))
                 counted = capacity.n_tokens
@@ -493,7 +580,10 @@ class TestResume:
 
     def test_with_other_saes(self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path) -> None:
         earlier = self.load(self.checkpoint(attach(), stream, tmp_path / "run", 2))
-        with attach(seed=5) as capacity, pytest.raises(DictionaryError, match=f"the SAE at {HOOK} has other weights than the one measured before"):
+        with (
+            attach(seed=5) as capacity,
+            pytest.raises(DictionaryError, match=f"the SAE at {HOOK} has other weights than the one measured before"),
+        ):
             capacity.resume(*earlier)
         for hooks in ((HOOK,), (EARLY, HOOK), (HOOK, "blocks.2.hook_resid_pre")):
             with attach(hooks=hooks) as capacity, pytest.raises(CapacityError, match="resume with the same SAE"):

@@ -1,4 +1,6 @@
-"""Every architecture in each of its forms, by the trials that write the table of docs/families.md; and what an architecture that nobody knows is told."""
+"""Every architecture in each of its forms, by the trials that write the table of docs/families.md; and what an
+architecture that nobody knows is told.
+"""
 
 from __future__ import annotations
 
@@ -72,16 +74,28 @@ def test_a_stale_table_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_architecture_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 16}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 16,
+    }
     monkeypatch.setitem(write_families.ARCHITECTURES, "BioGPT", lambda: BioGptConfig(**write_families.SHARED, **small))
-    unknown = r"TransformerLens cannot bridge 'biogpt' \(Could not determine .* from config\): register a model family \(docs/families.md\), and tap a residual"
+    unknown = (
+        r"TransformerLens cannot bridge 'biogpt' \(Could not determine .* from config\): register a model family"
+        r" \(docs/families.md\), and tap a residual"
+    )
     with write_families.tiny_model("BioGPT") as tiny:
         with pytest.raises(HookPointError, match=r"no model family covers 'biogpt': register one \(docs/families.md\)"):
             write_families.hugging_face(tiny)
         for trial in (write_families.bridge, write_families.measure):
             with pytest.raises(CapacityError, match=unknown):
                 trial(tiny)
-        with pytest.raises(CapacityError, match=r"no model family says how students of 'biogpt' are built: register one \(docs/families.md\)"):
+        with pytest.raises(
+            CapacityError,
+            match=r"no model family says how students of 'biogpt' are built: register one \(docs/families.md\)",
+        ):
             write_families.distill(tiny)
         plugin = tiny.folder / "biogpt.py"
         plugin.write_text(
@@ -92,7 +106,18 @@ def test_an_architecture_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, cli:
             "    register(ModelFamily('biogpt', ('biogpt',), 'biogpt.layers'))\n"
         )
         sae = f"{write_families.HOOK}={tiny.folder / 'sae'}"
-        measure = ["measure", "--model", tiny.folder, "--sae", sae, *write_families.source(tiny), "--max-fvu", "inf", "--out", tiny.folder / "measured"]
+        measure = [
+            "measure",
+            "--model",
+            tiny.folder,
+            "--sae",
+            sae,
+            *write_families.source(tiny),
+            "--max-fvu",
+            "inf",
+            "--out",
+            tiny.folder / "measured",
+        ]
         try:
             code, _, err = cli("--plugin", plugin, *measure)
         finally:

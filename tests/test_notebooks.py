@@ -1,4 +1,6 @@
-"""The notebooks: they run from top to bottom, are kept without outputs, and their links lead somewhere; what they say is also a page of the site."""
+"""The notebooks: they run from top to bottom, are kept without outputs, and their links lead somewhere; what they say
+is also a page of the site.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,16 @@ def read(path: Path) -> Any:
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = read(path)
-    NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs if output.output_type != "stream"]
+    NotebookClient(
+        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    shown = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type != "stream"
+    ]
     assert any("text/html" in output.data for output in shown), "no table was shown"
 
 
@@ -51,7 +61,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
-    """`site(pages)` builds a site of some pages, given by name and content, and returns its folder; a warning is an error."""
+    """`site(pages)` builds a site of some pages, given by name and content, and returns its folder; a warning is an
+    error.
+    """
     pytest.importorskip("material", reason="needs the extra docs")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -61,7 +73,12 @@ def site(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
             file = tmp_path / "docs" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(content, encoding="utf-8")
-        config = load_config(str(DOCS.parent / "mkdocs.yml"), docs_dir=str(tmp_path / "docs"), site_dir=str(tmp_path / "site"), strict=True)
+        config = load_config(
+            str(DOCS.parent / "mkdocs.yml"),
+            docs_dir=str(tmp_path / "docs"),
+            site_dir=str(tmp_path / "site"),
+            strict=True,
+        )
         config.plugins.pop("mkdocstrings")
         build(config)
         return tmp_path / "site"
@@ -69,7 +86,10 @@ def site(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
     return make
 
 
-CONTENTS = "# Contents\n\n| page | |\n|---|---|\n| [b.md](b.md) | |\n\n## More\n\n| page | |\n|---|---|\n| [a.ipynb](notebooks/a.ipynb) | |\n"
+CONTENTS = (
+    "# Contents\n\n| page | |\n|---|---|\n| [b.md](b.md) | |\n\n## More\n\n| page | |\n|---|---|\n|"
+    " [a.ipynb](notebooks/a.ipynb) | |\n"
+)
 NOTEBOOK = """{"cells": [
  {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# A notebook\\n", "See [b](../b.md#in-fétes)."]},
  {"cell_type": "code", "execution_count": null, "id": "b", "metadata": {}, "outputs": [], "source": ["print('<b>')"]}
@@ -79,7 +99,10 @@ NOTEBOOK = """{"cells": [
 def test_the_site_has_notebooks_and_linked_sources(site: Callable[[dict[str, str]], Path], tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "x.py").write_text("x = '<script>alert(1)</script>'\n")
-    page = "# B\n\n## In fétes\n\n[x](../code/x.py), [away](https://example.org/x.py), [the notebook](notebooks/a.ipynb).\n\n```text\n[x](../code/x.py)\n```\n"
+    page = (
+        "# B\n\n## In fétes\n\n[x](../code/x.py), [away](https://example.org/x.py), [the"
+        " notebook](notebooks/a.ipynb).\n\n```text\n[x](../code/x.py)\n```\n"
+    )
     folder = site({"index.md": CONTENTS, "b.md": page, "notebooks/a.ipynb": NOTEBOOK})
 
     written = (folder / "b.html").read_text(encoding="utf-8")
@@ -95,12 +118,18 @@ def test_the_site_has_notebooks_and_linked_sources(site: Callable[[dict[str, str
     assert "&lt;b&gt;" in notebook
     assert (folder / "notebooks/a.ipynb").read_text(encoding="utf-8") == NOTEBOOK  # as a download
 
-    assert [name for name in ("Contents", "More", "A notebook") if name not in (folder / "index.html").read_text(encoding="utf-8")] == []
+    assert [
+        name
+        for name in ("Contents", "More", "A notebook")
+        if name not in (folder / "index.html").read_text(encoding="utf-8")
+    ] == []
 
 
 def test_the_site_asks_nothing_of_a_network(site: Callable[[dict[str, str]], Path]) -> None:
     folder = site({"index.md": CONTENTS, "b.md": "# B\n\n## In fétes\n", "notebooks/a.ipynb": NOTEBOOK})
     for page in folder.rglob("*.html"):
-        loaded = re.findall(r"<(?:script|link|img|iframe)[^>]*?\b(?:src|href)=\"?([^\"\s>]+)", page.read_text(encoding="utf-8"))
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe)[^>]*?\b(?:src|href)=\"?([^\"\s>]+)", page.read_text(encoding="utf-8")
+        )
         assert loaded
         assert not [address for address in loaded if re.match(r"(?:https?:)?//", address)]

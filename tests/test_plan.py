@@ -1,4 +1,6 @@
-"""Plans: the smallest width is the smallest, its cost is that of the student that is built, and goals out of their domain are refused."""
+"""Plans: the smallest width is the smallest, its cost is that of the student that is built, and goals out of their
+domain are refused.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,17 @@ ZIPF = of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))
 def measured(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("plan") / "measurement"
     source = str(setup / "text.jsonl")
-    measure(MeasureSettings(str(setup / "model"), out, (str(setup / "sae"), str(setup / "sae0")), tokens=2_000, source=source, context=20, progress=False))
+    measure(
+        MeasureSettings(
+            str(setup / "model"),
+            out,
+            (str(setup / "sae"), str(setup / "sae0")),
+            tokens=2_000,
+            source=source,
+            context=20,
+            progress=False,
+        )
+    )
     return out
 
 
@@ -122,13 +134,35 @@ def test_every_figure_of_a_floor_has_the_bootstraps_interval(measured: Path) -> 
             values = squares[rates > threshold]
             alpha = theory.sparsity(float(rates.sum()), len(values))
             kept, floor = theory.kept_features(width, alpha, len(values)), theory.refined_floor(values, width, alpha)
-            again.append([kept, len(values) - kept, kept / len(values), floor, theory.naive_floor(values, width, alpha), floor / values.sum()])
-        figures = [found.features_kept, found.features_lost, found.kept_share, found.predicted_floor, found.naive_floor, found.share]
+            again.append(
+                [
+                    kept,
+                    len(values) - kept,
+                    kept / len(values),
+                    floor,
+                    theory.naive_floor(values, width, alpha),
+                    floor / values.sum(),
+                ]
+            )
+        figures = [
+            found.features_kept,
+            found.features_lost,
+            found.kept_share,
+            found.predicted_floor,
+            found.naive_floor,
+            found.share,
+        ]
         for figure, replicates in zip(figures, np.array(again).T, strict=True):
             low, high = figure.value + np.percentile(replicates, [2.5, 97.5]) - replicates.mean()
-            assert (figure.low, figure.high) == pytest.approx((max(0.0, min(low, figure.value)), max(high, figure.value)))
-        assert found.predicted_floor.value == pytest.approx(theory.refined_floor(hook.importance(), width, hook.summary.alpha.value))
-        assert found.naive_floor.value == pytest.approx(theory.naive_floor(hook.importance(), width, hook.summary.alpha.value))
+            assert (figure.low, figure.high) == pytest.approx(
+                (max(0.0, min(low, figure.value)), max(high, figure.value))
+            )
+        assert found.predicted_floor.value == pytest.approx(
+            theory.refined_floor(hook.importance(), width, hook.summary.alpha.value)
+        )
+        assert found.naive_floor.value == pytest.approx(
+            theory.naive_floor(hook.importance(), width, hook.summary.alpha.value)
+        )
 
 
 def test_the_ladder_is_two_widths_an_octave() -> None:
@@ -188,7 +222,11 @@ def test_on_the_command_line(measured: Path, setup: Path, cli: Cli) -> None:
     code, out, _ = cli("plan", measured, "--target-loss", "0.0")
     assert code == 0
     assert "For a predicted floor of at most 0 latent² per token" in out
-    for arguments, says in (([], "needs one goal"), (["--keep", "2"], "no share"), (["--keep", "0.5", "--model", "no/such"], "cannot be loaded")):
+    for arguments, says in (
+        ([], "needs one goal"),
+        (["--keep", "2"], "no share"),
+        (["--keep", "0.5", "--model", "no/such"], "cannot be loaded"),
+    ):
         code, out, err = cli("plan", measured, *arguments)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert says in err

@@ -1,4 +1,6 @@
-"""Plugins: what is found through entry points, clashes, failures that leave the rest working, misspelt hooks, and an estimator with a state of its own."""
+"""Plugins: what is found through entry points, clashes, failures that leave the rest working, misspelt hooks, and an
+estimator with a state of its own.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +81,16 @@ def test_built_ins_come_through_entry_points() -> None:
 def test_the_core_imports_no_plugin() -> None:
     for path in CORE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(f"{name}.".startswith(("tl_capacity.hooks.", "tl_capacity.recipes.")) for name in names), path.name
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            assert not any(f"{name}.".startswith(("tl_capacity.hooks.", "tl_capacity.recipes.")) for name in names), (
+                path.name
+            )
 
 
 def test_a_name_clash_names_both_plugins(registered: Callable[[object], str]) -> None:
@@ -95,7 +105,12 @@ def test_two_plugins_of_one_name_are_named() -> None:
     class Other:
         """Has a name that is taken."""
 
-    with pytest.raises(PluginError, match=r"Other object .* cannot be registered as 'laws', because <module 'tl_capacity.hooks.laws' .* has that name"):
+    with pytest.raises(
+        PluginError,
+        match=(
+            r"Other object .* cannot be registered as 'laws', because <module 'tl_capacity.hooks.laws' .* has that name"
+        ),
+    ):
         plugins.register_plugin(Other(), "laws")
     laws = plugins._manager()[0].get_plugin("laws")
     with pytest.raises(PluginError, match="as 'more-laws', because it is registered as 'laws' already"):
@@ -106,18 +121,28 @@ def test_two_plugins_of_one_name_are_named() -> None:
 def test_two_packages_with_plugins_of_one_name_are_named(tmp_path: Path) -> None:
     for package in ("one", "two"):
         (tmp_path / f"{package}-1.dist-info").mkdir()
-        (tmp_path / f"{package}-1.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
+        (tmp_path / f"{package}-1.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n"
+        )
         (tmp_path / f"{package}-1.dist-info" / "entry_points.txt").write_text("[tl_capacity]\nsame = json\n")
     run = subprocess.run(
-        [sys.executable, "-m", "tl_capacity", "plugins"], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tl_capacity", "plugins"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == "error: the packages 'one' and 'two' both have a plugin named 'same': rename or uninstall one\n"
+    assert (
+        run.stderr == "error: the packages 'one' and 'two' both have a plugin named 'same': rename or uninstall one\n"
+    )
 
 
 def test_a_class_in_place_of_an_object_is_refused(registered: Callable[[object], str]) -> None:
     registered(estimator_plugin(Largest))  # type: ignore[arg-type]
-    with pytest.raises(PluginError, match=r"'test-0' registers the class Largest itself: register an object of it, Largest\(\)"):
+    with pytest.raises(
+        PluginError, match=r"'test-0' registers the class Largest itself: register an object of it, Largest\(\)"
+    ):
         plugins.plugins()
 
 
@@ -126,7 +151,13 @@ def test_a_hook_with_another_argument_is_an_error() -> None:
         @hookimpl
         def register_recipes(self, registry: Any) -> None: ...
 
-    with pytest.raises(PluginError, match=r"'different' for hook 'register_recipes' .*\{'registry'\} are declared .*: a hook takes one argument, `register`$"):
+    with pytest.raises(
+        PluginError,
+        match=(
+            r"'different' for hook 'register_recipes' .*\{'registry'\} are declared .*: a hook takes one argument,"
+            r" `register`$"
+        ),
+    ):
         plugins.register_plugin(Different(), "different")
     assert "train-sae" in plugins.plugins().recipes
 
@@ -167,9 +198,9 @@ def test_a_plugin_file_that_raises_is_reported(tmp_path: Path) -> None:
 def test_a_plugin_file_adds_a_law(tmp_path: Path) -> None:
     path = tmp_path / "law.py"
     path.write_text(
-        "from tl_capacity import CapacityLaw, hookimpl\n"
-        "class Half(CapacityLaw):\n    name = 'half'\n    def features_per_dimension(self, alpha, importance): return 0.5\n"
-        "@hookimpl\ndef register_capacity_laws(register): register(Half())\n"
+        "from tl_capacity import CapacityLaw, hookimpl\nclass Half(CapacityLaw):\n    name = 'half'\n    def"
+        " features_per_dimension(self, alpha, importance): return 0.5\n@hookimpl\ndef register_capacity_laws(register):"
+        " register(Half())\n"
     )
     name = plugins.load_plugin_file(path)
     try:
@@ -245,7 +276,14 @@ def test_an_estimator_from_a_file_beside_a_file_that_fails(
     ],
 )
 def test_an_estimator_that_is_wrong_is_refused(
-    cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path], returned: str, message: str, options: list[object], tokens: int
+    cli: Cli,
+    setup: Path,
+    tmp_path: Path,
+    plugin_file: Callable[[str, str], Path],
+    returned: str,
+    message: str,
+    options: list[object],
+    tokens: int,
 ) -> None:
     wrong = plugin_file("wrong.py", CUBED.replace("RETURNED", returned))
     measure = arguments(setup, tmp_path / "out", "--importance", "cubed", *options, tokens=tokens)
@@ -313,18 +351,55 @@ def register_token_sources(register):
 @pytest.mark.parametrize(
     ("fails", "options", "says"),
     [
-        ("start", ["--importance", "broken"], "importance estimator 'broken' failed in line 9 of FILE (IndexError: list index out of range): mend it"),
-        ("update", ["--importance", "broken"], "importance estimator 'broken' failed in line 12 of FILE (KeyError: 'missing'): mend it"),
-        ("exit", ["--importance", "broken"], "importance estimator 'broken' failed in line 13 of FILE (SystemExit: 0): mend it"),
-        ("compute", ["--importance", "broken"], "importance estimator 'broken' failed in line 16 of FILE (TypeError: unsupported operand type(s)"),
-        ("matches", ["--source", "text.jsonl"], "token source 'broken' failed in line 28 of FILE (ValueError: substring not found): mend it"),
-        ("documents", ["--source", "broken"], "token source 'broken' failed in line 32 of FILE (RuntimeError: the disk is gone): mend it, or choose another\n"),
-        ("nothing", ["--source", "wrong"], "token source 'wrong' gave a NoneType of wrong, not a text: make its documents strings\n"),
+        (
+            "start",
+            ["--importance", "broken"],
+            "importance estimator 'broken' failed in line 9 of FILE (IndexError: list index out of range): mend it",
+        ),
+        (
+            "update",
+            ["--importance", "broken"],
+            "importance estimator 'broken' failed in line 12 of FILE (KeyError: 'missing'): mend it",
+        ),
+        (
+            "exit",
+            ["--importance", "broken"],
+            "importance estimator 'broken' failed in line 13 of FILE (SystemExit: 0): mend it",
+        ),
+        (
+            "compute",
+            ["--importance", "broken"],
+            "importance estimator 'broken' failed in line 16 of FILE (TypeError: unsupported operand type(s)",
+        ),
+        (
+            "matches",
+            ["--source", "text.jsonl"],
+            "token source 'broken' failed in line 28 of FILE (ValueError: substring not found): mend it",
+        ),
+        (
+            "documents",
+            ["--source", "broken"],
+            (
+                "token source 'broken' failed in line 32 of FILE (RuntimeError: the disk is gone): mend it, or choose"
+                " another\n"
+            ),
+        ),
+        (
+            "nothing",
+            ["--source", "wrong"],
+            "token source 'wrong' gave a NoneType of wrong, not a text: make its documents strings\n",
+        ),
     ],
     ids=["start", "update", "exit", "compute", "matches", "documents", "no text"],
 )
 def test_a_plugin_whose_code_fails_is_named_with_its_line(
-    cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path], fails: str, options: list[str], says: str
+    cli: Cli,
+    setup: Path,
+    tmp_path: Path,
+    plugin_file: Callable[[str, str], Path],
+    fails: str,
+    options: list[str],
+    says: str,
 ) -> None:
     failing = plugin_file("failing.py", FAILING.replace("FAILS", repr(fails)))
     code, out, err = cli("--plugin", failing, *arguments(setup, tmp_path / "out", *options, "--fvu-every", 1))
@@ -334,16 +409,26 @@ def test_a_plugin_whose_code_fails_is_named_with_its_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_law_whose_code_fails_is_named(cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path]) -> None:
+def test_a_law_whose_code_fails_is_named(
+    cli: Cli, setup: Path, tmp_path: Path, plugin_file: Callable[[str, str], Path]
+) -> None:
     cli(*arguments(setup, tmp_path / "out", tokens=600))
     raises = plugin_file("raises.py", FAILING.replace("FAILS", "'law'"))
     says = f"failed in line 22 of {raises} (ZeroDivisionError: division by zero): mend it, or choose another"
     for command, *more in (["budget"], ["floor", "--widths", "8"], ["plan", "--keep", "0.9"]):
-        assert cli("--plugin", raises, command, tmp_path / "out", *more, "--law", "broken") == (2, "", f"error: the capacity law 'broken' {says}\n")
+        assert cli("--plugin", raises, command, tmp_path / "out", *more, "--law", "broken") == (
+            2,
+            "",
+            f"error: the capacity law 'broken' {says}\n",
+        )
         plugins.unregister_plugin(str(raises))
     gives_nan = plugin_file("gives_nan.py", FAILING.replace("FAILS", "'nothing'"))
     says = "gives nan features per dimension, but a finite number above 0 is needed: mend it"
-    assert cli("--plugin", gives_nan, "budget", tmp_path / "out", "--law", "broken") == (2, "", f"error: the capacity law 'broken' {says}\n")
+    assert cli("--plugin", gives_nan, "budget", tmp_path / "out", "--law", "broken") == (
+        2,
+        "",
+        f"error: the capacity law 'broken' {says}\n",
+    )
 
 
 def test_in_a_session_the_cause_is_kept(neox: Any, make_sae: Any, tokens: torch.Tensor) -> None:
@@ -352,8 +437,12 @@ def test_in_a_session_the_cause_is_kept(neox: Any, make_sae: Any, tokens: torch.
             raise ZeroDivisionError
 
     with (
-        tl_capacity.add_capacity_hooks(neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Dividing()]) as capacity,
-        pytest.raises(PluginError, match=r"'cubed' failed in line \d+ of .*test_plugins.py \(ZeroDivisionError\): mend it") as found,
+        tl_capacity.add_capacity_hooks(
+            neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Dividing()]
+        ) as capacity,
+        pytest.raises(
+            PluginError, match=r"'cubed' failed in line \d+ of .*test_plugins.py \(ZeroDivisionError\): mend it"
+        ) as found,
     ):
         capacity.run(tokens, progress=False)
     assert isinstance(found.value.__cause__, ZeroDivisionError)
@@ -361,11 +450,22 @@ def test_in_a_session_the_cause_is_kept(neox: Any, make_sae: Any, tokens: torch.
 
 def test_an_estimator_given_twice_is_refused(neox: Any, make_sae: Any) -> None:
     with pytest.raises(tl_capacity.CapacityError, match="'cubed' is given twice, and both would add to the same sums"):
-        tl_capacity.add_capacity_hooks(neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Largest(), "second_moment", Largest()])
+        tl_capacity.add_capacity_hooks(
+            neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Largest(), "second_moment", Largest()]
+        )
 
 
-@pytest.mark.parametrize("inside", ["import sys; sys.exit(3)", "raise SystemExit", "import sys\n@hookimpl\ndef register_recipes(register):\n    sys.exit(3)"])
-def test_a_plugin_file_that_would_end_the_program(cli: Cli, plugin_file: Callable[[str, str], Path], caplog: pytest.LogCaptureFixture, inside: str) -> None:
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "import sys; sys.exit(3)",
+        "raise SystemExit",
+        "import sys\n@hookimpl\ndef register_recipes(register):\n    sys.exit(3)",
+    ],
+)
+def test_a_plugin_file_that_would_end_the_program(
+    cli: Cli, plugin_file: Callable[[str, str], Path], caplog: pytest.LogCaptureFixture, inside: str
+) -> None:
     ending = plugin_file("ending.py", f"from tl_capacity import hookimpl\n{inside}")
     code, out, _ = cli("--plugin", ending, "--plugin", plugin_file("cubed.py", CUBED), "plugins", "--json")
     assert code == 0
@@ -414,15 +514,21 @@ class TestEstimatorWithState:
             capacity.run(tokens, progress=False)
             measured = capacity.measurement().hooks[0]
         hidden: list[torch.Tensor] = []
-        handle = neox.gpt_neox.layers[1].register_forward_hook(lambda _, args, out: hidden.append(out[0] if isinstance(out, tuple) else out))
+        handle = neox.gpt_neox.layers[1].register_forward_hook(
+            lambda _, args, out: hidden.append(out[0] if isinstance(out, tuple) else out)
+        )
         with torch.no_grad():
             neox(tokens)
             latents = sae.encode(hidden[0].flatten(0, 1)).double()
         handle.remove()
         expected = (latents.abs() ** 3).mean(0).numpy()
-        np.testing.assert_allclose(measured.summary.importance(Largest().compute, "cubed"), expected[measured.summary.alive], rtol=1e-6)
+        np.testing.assert_allclose(
+            measured.summary.importance(Largest().compute, "cubed"), expected[measured.summary.alive], rtol=1e-6
+        )
 
-    def test_the_batch_offers_all_there_is_to_know_of_a_token(self, neox: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+    def test_the_batch_offers_all_there_is_to_know_of_a_token(
+        self, neox: Any, make_sae: Any, tokens: torch.Tensor
+    ) -> None:
         batches: list[Any] = []
 
         class Looking(ImportanceEstimator):
@@ -432,7 +538,9 @@ class TestEstimatorWithState:
                 batches.append(batch)
 
         sae, hook = make_sae("standard"), "blocks.1.hook_resid_post"
-        with tl_capacity.add_capacity_hooks(neox, {hook: sae}, importance=[Looking()], skip_first_positions=2) as capacity:
+        with tl_capacity.add_capacity_hooks(
+            neox, {hook: sae}, importance=[Looking()], skip_first_positions=2
+        ) as capacity:
             capacity.taps[0].encoder.chunk = 7  # a forward pass in many pieces
             capacity.run(tokens, progress=False)
         with torch.no_grad():
@@ -440,7 +548,9 @@ class TestEstimatorWithState:
         counted = (tokens != 0) & (torch.arange(tokens.shape[1]) >= 2)
         assert len(batches) > 1
         assert all(torch.equal(batch.counted, counted) and batch.sae is sae for batch in batches)
-        rows, positions, documents = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("rows", "positions", "documents"))
+        rows, positions, documents = (
+            torch.cat([getattr(batch, name) for batch in batches]) for name in ("rows", "positions", "documents")
+        )
         assert torch.equal(torch.stack([rows, positions], 1), counted.nonzero())
         assert torch.equal(documents, rows), "each row of a tensor is a document of its own"
         torch.testing.assert_close(torch.cat([batch.activations for batch in batches]), activations[rows, positions])
@@ -477,7 +587,10 @@ class TestEstimatorWithState:
                 state["cubes"] = state["cubes"] + 1
 
         saes = {"blocks.1.hook_resid_post": make_sae("standard", d_sae=72)}
-        with pytest.raises(tl_capacity.CapacityError, match=r"'cubed' starts with 'cubes' of shape \(72,\): its first axis must be the 64 document groups"):
+        with pytest.raises(
+            tl_capacity.CapacityError,
+            match=r"'cubed' starts with 'cubes' of shape \(72,\): its first axis must be the 64 document groups",
+        ):
             tl_capacity.add_capacity_hooks(neox, saes, importance=[Ungrouped()])
         with pytest.raises(tl_capacity.CapacityError, match="'cubed' starts with 'cubes', a ndarray: make it a tensor"):
             tl_capacity.add_capacity_hooks(neox, saes, importance=[Other()])
@@ -487,7 +600,9 @@ class TestEstimatorWithState:
         ):
             capacity.run(tokens, progress=False)
 
-    def test_one_that_needs_gradients_is_refused_in_inference_mode(self, make_model: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+    def test_one_that_needs_gradients_is_refused_in_inference_mode(
+        self, make_model: Any, make_sae: Any, tokens: torch.Tensor
+    ) -> None:
         saes = {"blocks.1.hook_resid_post": make_sae("standard")}
         message = "'gradient' needs the gradient of cross_entropy, which torch.inference_mode does not give"
         model = make_model("gpt_neox")
@@ -499,16 +614,28 @@ class TestEstimatorWithState:
             made_there = make_model("gpt_neox")
             with tl_capacity.add_capacity_hooks(made_there, saes) as plain:
                 plain.run(tokens, progress=False)
-        np.testing.assert_array_equal(plain.measurement().hooks[0].summary.arrays["counts"], capacity.measurement().hooks[0].summary.arrays["counts"])
+        np.testing.assert_array_equal(
+            plain.measurement().hooks[0].summary.arrays["counts"],
+            capacity.measurement().hooks[0].summary.arrays["counts"],
+        )
         with (
             tl_capacity.add_capacity_hooks(made_there, saes, importance=["gradient"]) as capacity,
             pytest.raises(tl_capacity.CapacityError, match=message),
         ):
             capacity.run(tokens, progress=False)
 
-    @pytest.mark.parametrize(("returned", "message"), [(np.ones(3), "shape"), (np.full(64, np.nan), "non-finite"), (np.full(64, -1.0), "negative")])
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [(np.ones(3), "shape"), (np.full(64, np.nan), "non-finite"), (np.full(64, -1.0), "negative")],
+    )
     def test_a_wrong_result_is_refused_by_name(
-        self, neox: Any, make_sae: Any, tokens: torch.Tensor, registered: Callable[[object], str], returned: Any, message: str
+        self,
+        neox: Any,
+        make_sae: Any,
+        tokens: torch.Tensor,
+        registered: Callable[[object], str],
+        returned: Any,
+        message: str,
     ) -> None:
         class Wrong(ImportanceEstimator):
             name, unit = "wrong", "nothing"

@@ -1,4 +1,6 @@
-"""Probes: activations against the model's own, probes against scikit-learn by hand, k-sparse probes on planted features, the embedded concepts, the recipe."""
+"""Probes: activations against the model's own, probes against scikit-learn by hand, k-sparse probes on planted
+features, the embedded concepts, the recipe.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,27 @@ from tl_capacity.errors import CapacityError, HookPointError, PluginError
 from tl_capacity.interfaces import Concept, LabelledText
 from tl_capacity.measuring import MeasureSettings, measure
 from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
-from tl_capacity.probing import Activations, LabelledTexts, Probe, activations, collect, fit_probes, load_concepts, probes_frame
+from tl_capacity.probing import (
+    Activations,
+    LabelledTexts,
+    Probe,
+    activations,
+    collect,
+    fit_probes,
+    load_concepts,
+    probes_frame,
+)
 from tl_capacity.probing.activations import TOKENS_PER_TEXT, bag_of_embeddings, randomly_initialised
 from tl_capacity.probing.concepts import split_of
-from tl_capacity.probing.probes import PENALTIES, bootstrap, control_labels, difference, folds_of, on_principal_components, weighted_auroc
+from tl_capacity.probing.probes import (
+    PENALTIES,
+    bootstrap,
+    control_labels,
+    difference,
+    folds_of,
+    on_principal_components,
+    weighted_auroc,
+)
 from tl_capacity.probing.sparse import falls_at, most_telling, narrowest_with, sparse_probes
 
 HOOK = "blocks.1.hook_resid_post"
@@ -49,7 +68,9 @@ def texts_of(n: int, seed: int = 0) -> list[LabelledText]:
         label = number % 2
         often = np.where(np.arange(1, VOCAB) <= 30, 1 + 4.0 * label, 1.0)
         words = random.choice(np.arange(1, VOCAB), size=random.integers(4, 40), p=often / often.sum())
-        found.append(LabelledText(" ".join(f"w{word}" for word in words), ("many", "few")[1 - label], f"document {number // 2}"))
+        found.append(
+            LabelledText(" ".join(f"w{word}" for word in words), ("many", "few")[1 - label], f"document {number // 2}")
+        )
     return found
 
 
@@ -80,22 +101,32 @@ def own_activations(kind: str, model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 class TestActivations:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_are_the_models_own(self, kind: str, models_by_kind: dict[str, Any], tokenizer: Any, concept: LabelledTexts) -> None:
+    def test_are_the_models_own(
+        self, kind: str, models_by_kind: dict[str, Any], tokenizer: Any, concept: LabelledTexts
+    ) -> None:
         model, texts = models_by_kind[kind], concept.texts[:9]
-        rows = [torch.tensor([BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]])[:CONTEXT] for text in texts]
+        rows = [
+            torch.tensor([BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]])[:CONTEXT] for text in texts
+        ]
         own = [own_activations(kind, model, row)[1:] for row in rows]
         expected = {
             "mean": torch.stack([each.mean(0) for each in own]),
             "last": torch.stack([each[-1] for each in own]),
-            "token": torch.cat([each[np.linspace(0, len(each) - 1, min(len(each), TOKENS_PER_TEXT)).round()] for each in own]),
+            "token": torch.cat(
+                [each[np.linspace(0, len(each) - 1, min(len(each), TOKENS_PER_TEXT)).round()] for each in own]
+            ),
         }
         for pooling, values in expected.items():
             found = collect(model, HOOK, texts, pooling, tokenizer=tokenizer, batch_rows=4, progress=False)
             torch.testing.assert_close(torch.from_numpy(found.values), values, rtol=1e-4, atol=1e-4)
             assert found.truncated == sum(len(text.split()) >= CONTEXT for text in texts)
-            assert [len(ids) for ids in found.tokens] == ([len(each) for each in own] if pooling == "mean" else [1] * len(values))
+            assert [len(ids) for ids in found.tokens] == (
+                [len(each) for each in own] if pooling == "mean" else [1] * len(values)
+            )
 
-    def test_do_not_depend_on_the_batch(self, neox: Any, tokenizer: Any, concept: LabelledTexts, collected: Activations) -> None:
+    def test_do_not_depend_on_the_batch(
+        self, neox: Any, tokenizer: Any, concept: LabelledTexts, collected: Activations
+    ) -> None:
         alone = collect(neox, HOOK, concept.texts[:20], tokenizer=tokenizer, batch_rows=1, progress=False)
         np.testing.assert_allclose(alone.values, collected.values[:20], rtol=1e-4, atol=1e-5)
 
@@ -105,7 +136,9 @@ class TestActivations:
         torch.testing.assert_close(torch.from_numpy(found.values[0]), own[[1, 3]].mean(0), rtol=1e-4, atol=1e-5)
         assert found.tokens[0].tolist() == [1, 2]
 
-    def test_latents_are_those_of_the_sae(self, neox: Any, tokenizer: Any, make_sae: Callable[..., Any], concept: LabelledTexts) -> None:
+    def test_latents_are_those_of_the_sae(
+        self, neox: Any, tokenizer: Any, make_sae: Callable[..., Any], concept: LabelledTexts
+    ) -> None:
         sae = make_sae("topk")
         found = collect(neox, HOOK, concept.texts[:5], tokenizer=tokenizer, sae=sae, progress=False)
         for text, values in zip(concept.texts, found.values, strict=False):
@@ -113,8 +146,12 @@ class TestActivations:
             dense = sae.encode(own_activations("gpt_neox", neox, ids)[1:]).mean(0)
             torch.testing.assert_close(torch.from_numpy(values), dense.detach(), rtol=1e-3, atol=1e-4)
 
-    def test_only_one_vector_of_each_text_is_kept(self, neox: Any, tokenizer: Any, concept: LabelledTexts, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of four times the texts no more tensors live at any moment, and arrays grow by less than half of the activations of what was added."""
+    def test_only_one_vector_of_each_text_is_kept(
+        self, neox: Any, tokenizer: Any, concept: LabelledTexts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of four times the texts no more tensors live at any moment, and arrays grow by less than half of the
+        activations of what was added.
+        """
         inner, live = activations._activation, []
 
         def watched(*arguments: Any) -> torch.Tensor:
@@ -140,15 +177,21 @@ class TestActivations:
         assert more_arrays - arrays < 192 * of_a_text / 2
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_bags_are_means_of_embeddings(self, kind: str, models_by_kind: dict[str, Any], tokenizer: Any, concept: LabelledTexts) -> None:
+    def test_bags_are_means_of_embeddings(
+        self, kind: str, models_by_kind: dict[str, Any], tokenizer: Any, concept: LabelledTexts
+    ) -> None:
         model = models_by_kind[kind]
         found = collect(model, HOOK, concept.texts[:4], tokenizer=tokenizer, progress=False)
         weight = model.W_E if kind in KINDS[:4] else model.get_input_embeddings().weight
         expected = torch.stack([weight[torch.from_numpy(ids)].mean(0) for ids in found.tokens])
-        torch.testing.assert_close(torch.from_numpy(bag_of_embeddings(model, found).values), expected.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.from_numpy(bag_of_embeddings(model, found).values), expected.detach(), rtol=1e-5, atol=1e-6
+        )
 
     def test_random_weights_are_others_and_the_same_each_time(self, neox: Any) -> None:
-        one, again, other = (randomly_initialised(neox, seed).gpt_neox.layers[0].mlp.dense_h_to_4h.weight for seed in (0, 0, 1))
+        one, again, other = (
+            randomly_initialised(neox, seed).gpt_neox.layers[0].mlp.dense_h_to_4h.weight for seed in (0, 0, 1)
+        )
         assert torch.equal(one, again)
         assert not torch.allclose(one, other)
         assert not torch.allclose(one, neox.gpt_neox.layers[0].mlp.dense_h_to_4h.weight)
@@ -181,8 +224,13 @@ class TestProbes:
     def test_equals_scikit_learn_by_hand(self, collected: Activations, concept: LabelledTexts, fitted: Probe) -> None:
         train, test = concept.splits == "train", concept.splits == "test"
         x, y, folds = collected.values, concept.labels, folds_of(concept.labels[train], concept.documents[train])
-        by_hand = {c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5_000, tol=1e-8)) for c in PENALTIES}
-        losses = {c: -cross_val_score(probe, x[train], y[train], scoring="neg_log_loss", cv=folds).mean() for c, probe in by_hand.items()}
+        by_hand = {
+            c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5_000, tol=1e-8)) for c in PENALTIES
+        }
+        losses = {
+            c: -cross_val_score(probe, x[train], y[train], scoring="neg_log_loss", cv=folds).mean()
+            for c, probe in by_hand.items()
+        }
         best = by_hand[min(losses, key=lambda c: losses[c])].fit(x[train], y[train])
         assert fitted.c == best[-1].C
         np.testing.assert_allclose(fitted.scores, best.decision_function(x[test]), rtol=1e-2, atol=1e-3)
@@ -224,7 +272,9 @@ class TestProbes:
         # The binomial's own interval, roughly.
         assert once.high is not None
         assert once.low is not None
-        assert once.high - once.low == pytest.approx(2 * 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 40), rel=0.25)
+        assert once.high - once.low == pytest.approx(
+            2 * 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 40), rel=0.25
+        )
         assert bootstrap(mean, np.repeat(np.arange(5), 200)).low is None
 
     @given(
@@ -244,8 +294,12 @@ class TestProbes:
     def test_a_probe_that_knows_each_type_has_no_selectivity(self) -> None:
         """One-hot tokens let a probe learn the control task by heart; its labels are one for each type."""
         types = np.random.default_rng(0).integers(0, 20, size=600)
-        texts = LabelledTexts.of("parity", [LabelledText("x", "odd" if kind % 2 else "even", f"{i // 3}") for i, kind in enumerate(types)])
-        one_hot = Activations("h", "last", np.eye(20, dtype=np.float32)[types], np.arange(600), tuple(np.array([kind]) for kind in types))
+        texts = LabelledTexts.of(
+            "parity", [LabelledText("x", "odd" if kind % 2 else "even", f"{i // 3}") for i, kind in enumerate(types)]
+        )
+        one_hot = Activations(
+            "h", "last", np.eye(20, dtype=np.float32)[types], np.arange(600), tuple(np.array([kind]) for kind in types)
+        )
         labels = control_labels(one_hot, texts.splits == "train")
         assert all(len(set(labels[types == kind])) == 1 for kind in range(20))
         assert 0.2 < labels.mean() < 0.8
@@ -255,7 +309,9 @@ class TestProbes:
         assert probe.selectivity.value == 0
 
     def test_a_probe_of_noise_is_no_better_than_chance(self, concept: LabelledTexts, collected: Activations) -> None:
-        noise = replace(collected, values=np.random.default_rng(1).standard_normal(collected.values.shape).astype(np.float32))
+        noise = replace(
+            collected, values=np.random.default_rng(1).standard_normal(collected.values.shape).astype(np.float32)
+        )
         (probe,) = fit_probes({"words": noise}, [concept], control=False)
         assert probe.accuracy.low is not None
         assert probe.accuracy.low < 0.55
@@ -290,13 +346,24 @@ class TestProbes:
         with pytest.raises(CapacityError, match="no activations of the concept 'words'"):
             fit_probes({}, [concept])
         with pytest.raises(CapacityError, match="are of 3 texts, and it has 240"):
-            fit_probes({"words": replace(collected, values=collected.values[:3], texts=collected.texts[:3], tokens=collected.tokens[:3])}, [concept])
+            fit_probes(
+                {
+                    "words": replace(
+                        collected, values=collected.values[:3], texts=collected.texts[:3], tokens=collected.tokens[:3]
+                    )
+                },
+                [concept],
+            )
         with pytest.raises(CapacityError, match="not judged on the 'train' split"):
             fit_probes({"words": collected}, [concept], split="train")
         with pytest.raises(CapacityError, match="hold NaN"):
             fit_probes({"words": replace(collected, values=collected.values * np.nan)}, [concept])
         with pytest.raises(CapacityError, match="does not hold texts of both classes"):
-            fit_probes({"words": collected}, [replace(concept, splits=np.where(concept.splits == "validation", "train", concept.splits))], split="validation")
+            fit_probes(
+                {"words": collected},
+                [replace(concept, splits=np.where(concept.splits == "validation", "train", concept.splits))],
+                split="validation",
+            )
 
 
 class TestSparseProbes:
@@ -322,7 +389,9 @@ class TestSparseProbes:
         values[:, 3] = 1
         varying = np.delete(np.arange(12), 3)
         t = np.zeros(12)
-        t[varying] = np.abs(ttest_ind(values[labels][:, varying], values[~labels][:, varying], equal_var=False).statistic)
+        t[varying] = np.abs(
+            ttest_ind(values[labels][:, varying], values[~labels][:, varying], equal_var=False).statistic
+        )
         found = most_telling(values, labels, 20)
         # Sample variances with n and n − 1 differ little, so the order is scipy's wherever it is not a close call.
         assert len(found) == 11
@@ -353,7 +422,9 @@ class TestSparseProbes:
             assert kept[0] < rank <= kept[1]
         assert set(found.to_json()) > {"features", "ranks", "widths", "lost_below", "accuracy"}
         with pytest.raises(CapacityError, match="the measurement is of one with 64"):
-            sparse_probes({"words": replace(latents["words"], values=latents["words"].values[:, :9])}, [concept], measured)
+            sparse_probes(
+                {"words": replace(latents["words"], values=latents["words"].values[:, :9])}, [concept], measured
+            )
 
     @given(st.integers(1, 5_000), st.floats(1.0, 60.0))
     def test_the_narrowest_width_keeps_the_rank(self, rank: int, per_dimension: float) -> None:
@@ -375,7 +446,11 @@ class TestEmbeddedConcepts:
         licences = (FOLDER / "LICENCES.md").read_text()
         assert all(f"`{name}`" in licences for name, *_ in EMBEDDED)
         assert all(plugins().concepts[name].licence for name, *_ in EMBEDDED)
-        for name, holder in (("debian-handbook", "Attribution-ShareAlike 3.0"), ("wordnet", "Princeton University"), ("python", "Python Software Foundation")):
+        for name, holder in (
+            ("debian-handbook", "Attribution-ShareAlike 3.0"),
+            ("wordnet", "Princeton University"),
+            ("python", "Python Software Foundation"),
+        ):
             assert holder in (FOLDER / "licences" / f"{name}.txt").read_text()
 
     def test_are_balanced_and_matched_in_length(self, embedded: dict[str, LabelledTexts]) -> None:
@@ -396,21 +471,38 @@ class TestEmbeddedConcepts:
         for concept in embedded.values():
             assert len({" ".join(text.lower().split()) for text in concept.texts}) == len(concept.texts)
             assert len(set(zip(concept.documents, concept.splits, strict=True))) == len(set(concept.documents))
-            assert max(Counter(zip(concept.documents, concept.labels, strict=True)).values()) <= embedded_concepts.TEXTS_PER_DOCUMENT
+            assert (
+                max(Counter(zip(concept.documents, concept.labels, strict=True)).values())
+                <= embedded_concepts.TEXTS_PER_DOCUMENT
+            )
 
     def test_are_what_they_say(self, embedded: dict[str, LabelledTexts]) -> None:
         """Rules that know the classes agree with the labels."""
 
         def agreement(name: str, rule: Callable[[str], bool]) -> float:
             concept = embedded[name]
-            return float(np.mean([rule(text) == label for text, label in zip(concept.texts, concept.labels, strict=True)]))
+            return float(
+                np.mean([rule(text) == label for text, label in zip(concept.texts, concept.labels, strict=True)])
+            )
 
         assert agreement("number", lambda text: any(c.isdigit() for c in text)) > 0.99
         assert agreement("base64", lambda text: " " not in text) == 1
         assert agreement("code", lambda text: text.startswith(("def ", "@"))) == 1
-        assert agreement("french", lambda text: bool({"le", "la", "les", "de", "des", "et", "un", "une"} & set(text.lower().split()))) > 0.97
         assert (
-            agreement("german", lambda text: bool({"der", "die", "das", "und", "ein", "eine", "zu", "den", "sie", "mit", "ist"} & set(text.lower().split())))
+            agreement(
+                "french",
+                lambda text: bool({"le", "la", "les", "de", "des", "et", "un", "une"} & set(text.lower().split())),
+            )
+            > 0.97
+        )
+        assert (
+            agreement(
+                "german",
+                lambda text: bool(
+                    {"der", "die", "das", "und", "ein", "eine", "zu", "den", "sie", "mit", "ist"}
+                    & set(text.lower().split())
+                ),
+            )
             > 0.97
         )
         assert not any("?" in text for text in embedded["question"].texts)
@@ -423,7 +515,9 @@ class TestEmbeddedConcepts:
             return " ".join("".join(random.choice(list("abcdefgh"), size=5)) for _ in range(words))
 
         candidates = [
-            embedded_concepts.Candidate(text(random.integers(8, 40)), label, f"{label} {number // 4}") for label in ("a", "b") for number in range(400)
+            embedded_concepts.Candidate(text(random.integers(8, 40)), label, f"{label} {number // 4}")
+            for label in ("a", "b")
+            for number in range(400)
         ]
         copies = [replace(c, text=f"{c.text} once more", document="copies") for c in candidates[:200]]
         chosen = embedded_concepts.choose([*candidates, *copies], "a", "b")
@@ -458,7 +552,10 @@ def own_concepts() -> Iterator[Callable[[Sequence[Concept]], None]]:
 class TestConcepts:
     def test_a_plugin_adds_its_own(self, own_concepts: Callable[[Sequence[Concept]], None]) -> None:
         own_concepts(
-            [Concept("words", ("many", "few"), lambda: texts_of(120)), Concept("swapped", ("few", "many"), lambda: texts_of(120), collection="words-too")]
+            [
+                Concept("words", ("many", "few"), lambda: texts_of(120)),
+                Concept("swapped", ("few", "many"), lambda: texts_of(120), collection="words-too"),
+            ]
         )
         words, swapped = load_concepts("words,words-too")
         np.testing.assert_array_equal(words.labels, ~swapped.labels)
@@ -471,7 +568,9 @@ class TestConcepts:
 
     def test_a_jsonl_file_is_a_concept(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.v2.jsonl"
-        path.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i % 2, "document": i // 2}) for i in range(120)))
+        path.write_text(
+            "\n".join(json.dumps({"text": f"text {i}", "label": i % 2, "document": i // 2}) for i in range(120))
+        )
         (mine,) = load_concepts(str(path))
         assert mine.name == "mine"
         assert mine.classes == ("0", "1")
@@ -491,12 +590,30 @@ class TestConcepts:
         ("texts", "message"),
         [
             (texts_of(98), "has 98 texts of 49 documents: a probe needs at least 50 documents"),
-            ([replace(text, document=None) for text in texts_of(49)], "has 49 texts of 49 documents: a probe needs at least 50 documents"),
-            ([replace(text, label="one") for text in texts_of(120)], "has the labels 'one', but a probe tells two classes apart"),
-            ([replace(text, label=f"{i % 7}") for i, text in enumerate(texts_of(120))], "and 2 more, but a probe tells two classes apart"),
-            ([replace(text, split=("train", "test")[i % 2]) for i, text in enumerate(texts_of(120))], "'document 0' of the concept 'x' stands in two splits"),
-            ([replace(text, split="dev") for text in texts_of(120)], "has a split 'dev': use train, validation, test, or none"),
-            ([replace(text, split="train") for text in texts_of(120)], "the test split of the concept 'x' has 0 and 0 texts"),
+            (
+                [replace(text, document=None) for text in texts_of(49)],
+                "has 49 texts of 49 documents: a probe needs at least 50 documents",
+            ),
+            (
+                [replace(text, label="one") for text in texts_of(120)],
+                "has the labels 'one', but a probe tells two classes apart",
+            ),
+            (
+                [replace(text, label=f"{i % 7}") for i, text in enumerate(texts_of(120))],
+                "and 2 more, but a probe tells two classes apart",
+            ),
+            (
+                [replace(text, split=("train", "test")[i % 2]) for i, text in enumerate(texts_of(120))],
+                "'document 0' of the concept 'x' stands in two splits",
+            ),
+            (
+                [replace(text, split="dev") for text in texts_of(120)],
+                "has a split 'dev': use train, validation, test, or none",
+            ),
+            (
+                [replace(text, split="train") for text in texts_of(120)],
+                "the test split of the concept 'x' has 0 and 0 texts",
+            ),
         ],
     )
     def test_bad_texts(self, texts: list[LabelledText], message: str) -> None:
@@ -553,7 +670,12 @@ class TestBrown:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_sae: Callable[..., Any], tokenizer: Any) -> Path:
+def folders(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., Any],
+    make_sae: Callable[..., Any],
+    tokenizer: Any,
+) -> Path:
     """A teacher, a narrower and a shallower model of the same tokenizer, a concept file and an SAE."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -575,12 +697,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., 
 
 def config_of(folders: Path, out: Path, *models: str, **changes: Any) -> recipe.ProbeConfig:
     names = tuple(str(folders / name) for name in models)
-    return recipe.ProbeConfig(**{"model": names, "hook": HOOK, "concepts": (str(folders / "words.jsonl"),), "out": out, **changes})
+    return recipe.ProbeConfig(
+        **{"model": names, "hook": HOOK, "concepts": (str(folders / "words.jsonl"),), "out": out, **changes}
+    )
 
 
 class TestRecipe:
     def test_writes_probes_of_models_and_baselines(
-        self, folders: Path, tmp_path: Path, tokenizer: Any, make_model: Callable[..., Any], fitted: Probe, capsys: pytest.CaptureFixture[str]
+        self,
+        folders: Path,
+        tmp_path: Path,
+        tokenizer: Any,
+        make_model: Callable[..., Any],
+        fitted: Probe,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         recipe.main(config_of(folders, tmp_path / "out", "teacher", "narrow", sae=str(folders / "sae")))
         content = json.loads((tmp_path / "out" / "probes.json").read_text())
@@ -598,7 +728,9 @@ class TestRecipe:
         own = collect(make_model("gpt2"), HOOK, concept.texts, tokenizer=tokenizer, progress=False)
         (probe,) = fit_probes({"words": own}, [concept])
         row = next(row for row in content["probes"] if row["kind"] == "trained" and row["model"] == "teacher")
-        assert (row["accuracy"], row["low"], row["high"]) == pytest.approx((probe.accuracy.value, probe.accuracy.low, probe.accuracy.high))
+        assert (row["accuracy"], row["low"], row["high"]) == pytest.approx(
+            (probe.accuracy.value, probe.accuracy.low, probe.accuracy.high)
+        )
         assert row["selectivity"] == pytest.approx(row["accuracy"] - row["control_accuracy"])
         assert [len(sparse["features"]) for sparse in content["sparse"]] == [1, 2, 4, 8, 16]
         assert content["concepts"][0]["truncated"] == sum(len(text.split()) >= CONTEXT for text in concept.texts) > 0
@@ -618,16 +750,26 @@ class TestRecipe:
         assert "teacher (d=32)" in printed
         assert "longer than the context" in printed
         assert "too few for intervals" not in printed
-        accuracy, auroc = (printed.index(f"{name} of linear probes [95% interval over documents] (of random weights;") for name in ("Accuracy", "AUROC"))
+        accuracy, auroc = (
+            printed.index(f"{name} of linear probes [95% interval over documents] (of random weights;")
+            for name in ("Accuracy", "AUROC")
+        )
         assert accuracy < auroc
         assert f"{probe.auroc.show('.3f')} (" in printed[auroc:]
         narrow = {row["kind"]: row for row in content["probes"] if row["model"] == "narrow"}
-        baselines = "; ".join(f"{narrow[kind]['auroc']:.3f}" for kind in ("random weights", "teacher's principal components"))
+        baselines = "; ".join(
+            f"{narrow[kind]['auroc']:.3f}" for kind in ("random weights", "teacher's principal components")
+        )
         assert f"({baselines})" in printed[auroc:]
 
-    def test_few_documents_are_said_to_give_no_intervals(self, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_few_documents_are_said_to_give_no_intervals(
+        self, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         splits = {document: "test" if document < 6 else "train" for document in range(60)}
-        rows = [{"text": t.text, "label": t.label, "document": n // 4, "split": splits[n // 4]} for n, t in enumerate(texts_of(240))]
+        rows = [
+            {"text": t.text, "label": t.label, "document": n // 4, "split": splits[n // 4]}
+            for n, t in enumerate(texts_of(240))
+        ]
         few = tmp_path / "few.jsonl"
         few.write_text("\n".join(map(json.dumps, rows)))
         result = recipe.main(config_of(folders, tmp_path / "out", "teacher", concepts=(str(few),), baselines=False))
@@ -641,13 +783,23 @@ class TestRecipe:
             known = {"low": accuracy - 0.1, "high": accuracy + 0.1, "majority": 0.5, "control_accuracy": 0.6}
             return {"concept": "a", "kind": kind, "width": width, "accuracy": accuracy, **known}
 
-        concepts, teacher = [{"name": "a", "classes": ["a", "b"]}], [row("trained", 32, 0.9), row("bag of embeddings", 32, 0.7)]
-        figure = recipe.figure({"concepts": concepts, "probes": [*teacher, row("trained", 16, 0.6), row("trained", 16, 0.8)]})
+        concepts, teacher = (
+            [{"name": "a", "classes": ["a", "b"]}],
+            [
+                row("trained", 32, 0.9),
+                row("bag of embeddings", 32, 0.7),
+            ],
+        )
+        figure = recipe.figure(
+            {"concepts": concepts, "probes": [*teacher, row("trained", 16, 0.6), row("trained", 16, 0.8)]}
+        )
         means, seeds = (trace for trace in figure.data if trace.name == "trained")
         assert (list(means.x), list(means.y), means.mode) == ([16, 32], pytest.approx([0.7, 0.9]), "lines+markers")
         assert (list(seeds.x), list(seeds.y), seeds.mode, seeds.showlegend) == ([16, 16], [0.6, 0.8], "markers", False)
         assert list(seeds.error_y.array) == pytest.approx([0.1, 0.1])
-        alone = {trace.name: trace for trace in recipe.figure({"concepts": concepts, "probes": teacher}).data if trace.x}
+        alone = {
+            trace.name: trace for trace in recipe.figure({"concepts": concepts, "probes": teacher}).data if trace.x
+        }
         assert set(alone) == {"trained", "majority", "control task (teacher)", "bag of embeddings"}
         assert all((len(trace.x), trace.mode) == (1, "lines+markers") for trace in alone.values())
 
@@ -656,7 +808,9 @@ class TestRecipe:
         with pytest.raises(CapacityError, match=r"already holds a probes\.json"):
             recipe.main(config_of(folders, tmp_path, "teacher"))
 
-    def test_a_student_without_the_hook_is_named_before_anything_is_written(self, folders: Path, tmp_path: Path) -> None:
+    def test_a_student_without_the_hook_is_named_before_anything_is_written(
+        self, folders: Path, tmp_path: Path
+    ) -> None:
         with pytest.raises(HookPointError, match=r"shallow: 'blocks\.1\.hook_resid_post' is no hook point"):
             recipe.main(config_of(folders, tmp_path / "out", "teacher", "shallow"))
         assert not (tmp_path / "out").exists()
@@ -664,7 +818,9 @@ class TestRecipe:
     def test_a_distillation_stands_for_its_students(self, tmp_path: Path) -> None:
         from tl_capacity.distillation.run import DistillationRun, StudentCurve
 
-        students = tuple(StudentCurve(name, 8, 0, start, 1, 1) for name, start in (("w8", "random"), ("control", "teacher")))
+        students = tuple(
+            StudentCurve(name, 8, 0, start, 1, 1) for name, start in (("w8", "random"), ("control", "teacher"))
+        )
         DistillationRun(students, teacher="embedded").save(tmp_path)
         assert recipe.named([str(tmp_path)]) == ["embedded", str(tmp_path / "students" / "w8")]
         assert recipe.named(["other", str(tmp_path)]) == ["other", str(tmp_path / "students" / "w8")]
@@ -681,15 +837,29 @@ class TestRecipe:
         assert run(keep, ["--model", "a", "--model", "b,c"]).model == ("a", "b", "c")
         assert run(keep, []).model == ("embedded",)
 
-    def test_a_measurement_names_its_sae_and_ranks_its_features(self, folders: Path, make_sae: Callable[..., Any], tmp_path: Path) -> None:
+    def test_a_measurement_names_its_sae_and_ranks_its_features(
+        self, folders: Path, make_sae: Callable[..., Any], tmp_path: Path
+    ) -> None:
         measured = tmp_path / "measured"
         saes, source = (f"{HOOK}={folders / 'sae'}",), str(folders / "words.jsonl")
-        measure(MeasureSettings(str(folders / "teacher"), measured, saes, tokens=1_000, source=source, max_fvu=float("inf"), progress=False))
+        measure(
+            MeasureSettings(
+                str(folders / "teacher"),
+                measured,
+                saes,
+                tokens=1_000,
+                source=source,
+                max_fvu=float("inf"),
+                progress=False,
+            )
+        )
         result = recipe.main(config_of(folders, tmp_path / "out", "teacher", measurement=measured, baselines=False))
         assert {probed.kind for probed in result.probed} == {"trained"}
         assert all(rank for sparse in result.sparse for rank in sparse.ranks)
         make_sae("topk", seed=1).save_model(tmp_path / "other")
         with pytest.raises(CapacityError, match="was measured with another SAE"):
-            recipe.main(config_of(folders, tmp_path / "out2", "teacher", measurement=measured, sae=str(tmp_path / "other")))
+            recipe.main(
+                config_of(folders, tmp_path / "out2", "teacher", measurement=measured, sae=str(tmp_path / "other"))
+            )
         with pytest.raises(CapacityError, match=r"was measured on .*teacher' with other weights than .*narrow' has"):
             recipe.main(config_of(folders, tmp_path / "out2", "narrow", measurement=measured))

@@ -46,8 +46,28 @@ def setup(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: pyte
 
 
 def options(setup: Path, out: Path, *more: str) -> list[str]:
-    files = ["--teacher", str(setup / "teacher"), "--sae", str(setup / "sae"), "--source", str(setup / "text.jsonl"), "--out", str(out)]
-    sizes = ["--widths", ",".join(map(str, WIDTHS)), "--measure-tokens", "800", "--tokens", "1500", "--heldout-tokens", "200", "--evaluations", "10"]
+    files = [
+        "--teacher",
+        str(setup / "teacher"),
+        "--sae",
+        str(setup / "sae"),
+        "--source",
+        str(setup / "text.jsonl"),
+        "--out",
+        str(out),
+    ]
+    sizes = [
+        "--widths",
+        ",".join(map(str, WIDTHS)),
+        "--measure-tokens",
+        "800",
+        "--tokens",
+        "1500",
+        "--heldout-tokens",
+        "200",
+        "--evaluations",
+        "10",
+    ]
     return [*files, *sizes, "--batch-rows", "4", "--context", "16", *more]
 
 
@@ -71,14 +91,20 @@ def test_what_it_writes_fits_together(finished: Path) -> None:
     assert [f["width"] for f in floors] == list(WIDTHS)
     for floor in floors:
         width = floor["width"]
-        assert (floor["observed_floor"], floor["observed_low"], floor["observed_high"]) == (observed[width].value, observed[width].low, observed[width].high)
+        assert (floor["observed_floor"], floor["observed_low"], floor["observed_high"]) == (
+            observed[width].value,
+            observed[width].low,
+            observed[width].high,
+        )
         assert floor["predicted_floor"] == predicted[width]
     decomposition = json.loads((finished / "decomposition.json").read_text())
     names = {candidate["name"] for candidate in decomposition["candidates"]}
     for importance in ("gradient", "fisher"):
         assert f"{importance}, compressed_sensing at {HOOK}, C = 1" in names
     assert decomposition["winner"] in names
-    assert [row["predicted_floor"] for row in json.loads((finished / "predicted.json").read_text())] == list(predicted.values())
+    assert [row["predicted_floor"] for row in json.loads((finished / "predicted.json").read_text())] == list(
+        predicted.values()
+    )
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -89,7 +115,9 @@ def test_a_rerun_keeps_what_is_finished(setup: Path, finished: Path, capsys: pyt
     found = recipe.run(main, options(setup, finished, "--importance", "fisher"))  # another prediction of what is there
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert found.unit == "nats per token"
-    assert f"fisher, compressed_sensing at {HOOK} predicts nats per token, and C = " in capsys.readouterr().out.replace("\n", " ")
+    assert f"fisher, compressed_sensing at {HOOK} predicts nats per token, and C = " in capsys.readouterr().out.replace(
+        "\n", " "
+    )
     recipe.run(main, options(setup, finished))
     assert (finished / "floors.json").read_text() == floors
 
@@ -104,7 +132,10 @@ def test_a_measurement_can_be_given(setup: Path, finished: Path, tmp_path: Path)
 @pytest.mark.usefixtures("unchecked")
 def test_students_are_probed_where_concepts_are_named(setup: Path, finished: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(1)
-    rows = [{"text": " ".join(f"w{i}" for i in random.integers(1, 40 + 50 * (row % 2), size=9)), "label": row % 2} for row in range(60)]
+    rows = [
+        {"text": " ".join(f"w{i}" for i in random.integers(1, 40 + 50 * (row % 2), size=9)), "label": row % 2}
+        for row in range(60)
+    ]
     concept = tmp_path / "words.jsonl"
     concept.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe.run(main, options(setup, finished, "--concepts", str(concept)))
@@ -118,12 +149,30 @@ def test_students_are_probed_where_concepts_are_named(setup: Path, finished: Pat
 
 
 def test_what_does_not_fit_is_refused(setup: Path, finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(CapacityError, match=r"holds a run with tokens 1500, and this one has 1600: go on with the same settings, or choose another --out"):
+    with pytest.raises(
+        CapacityError,
+        match=(
+            r"holds a run with tokens 1500, and this one has 1600: go on with the same settings, or choose another"
+            r" --out"
+        ),
+    ):
         recipe.run(main, options(setup, finished, "--tokens", "1600"))
     with pytest.raises(CapacityError, match="'fast' is no preset: choose one of quick, demo, full"):
         recipe.run(main, options(setup, tmp_path, "--preset", "fast"))
     with pytest.raises(CapacityError, match="no text to measure"):
-        recipe.run(main, ["--teacher", str(setup / "teacher"), "--sae", str(setup / "sae"), "--widths", "8", "--out", str(tmp_path / "a")])
+        recipe.run(
+            main,
+            [
+                "--teacher",
+                str(setup / "teacher"),
+                "--sae",
+                str(setup / "sae"),
+                "--widths",
+                "8",
+                "--out",
+                str(tmp_path / "a"),
+            ],
+        )
     with pytest.raises(MeasurementError, match="is no measurement"):
         recipe.run(main, options(setup, tmp_path / "b", "--measurement", str(tmp_path)))
 
@@ -142,27 +191,47 @@ def test_damaged_files_are_refused(setup: Path, finished: Path, tmp_path: Path) 
     run = shutil.copytree(finished, tmp_path / "run")
     config = PythiaFloorConfig(out=run, concepts=("question",))
     (run / "probes").mkdir(exist_ok=True)
-    for content, said in (("{", "truncated or was altered"), ("[1]", "truncated or was altered"), ("{}", "does not say what was probed for")):
+    for content, said in (
+        ("{", "truncated or was altered"),
+        ("[1]", "truncated or was altered"),
+        ("{}", "does not say what was probed for"),
+    ):
         (run / "probes" / "probes.json").write_text(content)
-        with pytest.raises(CapacityError, match=rf"probes\.json (is )?{said}.*: delete the folder that it is in, or choose another --out"):
+        with pytest.raises(
+            CapacityError,
+            match=rf"probes\.json (is )?{said}.*: delete the folder that it is in, or choose another --out",
+        ):
             probe(config, Measurement.load(run / "measurement"))
     for content in ("{", "[1]"):
         (run / "settings.json").write_text(content)
-        with pytest.raises(CapacityError, match=r"settings\.json is truncated or was altered .*: delete the folder that it is in, or choose another --out"):
+        with pytest.raises(
+            CapacityError,
+            match=(
+                r"settings\.json is truncated or was altered .*: delete the folder that it is in, or choose another"
+                r" --out"
+            ),
+        ):
             recipe.run(main, options(setup, run))
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_another_teacher_at_the_same_place_is_noticed(setup: Path, tmp_path: Path, make_model: Callable[..., Any]) -> None:
+def test_another_teacher_at_the_same_place_is_noticed(
+    setup: Path, tmp_path: Path, make_model: Callable[..., Any]
+) -> None:
     mine = shutil.copytree(setup, tmp_path / "mine")
     run = tmp_path / "run"
     recipe.run(main, options(mine, run))
     make_model("gpt_neox", seed=5).save_pretrained(mine / "teacher")
     with pytest.raises(CapacityError, match=r"the measurement was made with revision '\w+', and this run has '\w+'"):
         recipe.run(main, options(mine, run))
-    with pytest.raises(CapacityError, match=r"teacher' is now \w+, and was \w+ when it was measured: get that one, or measure again"):
+    with pytest.raises(
+        CapacityError, match=r"teacher' is now \w+, and was \w+ when it was measured: get that one, or measure again"
+    ):
         recipe.run(main, options(mine, tmp_path / "given", "--measurement", str(run / "measurement")))
-    with pytest.raises(CapacityError, match=r"holds students of another teacher than .* is now: put its weights back, or choose another --out"):
+    with pytest.raises(
+        CapacityError,
+        match=r"holds students of another teacher than .* is now: put its weights back, or choose another --out",
+    ):
         train(PythiaFloorConfig(teacher=str(mine / "teacher"), out=run), load_model(str(mine / "teacher")))
 
 

@@ -1,4 +1,6 @@
-"""Feature recoverability against scikit-learn on the same scores, and on models in which it is planted which features a student keeps."""
+"""Feature recoverability against scikit-learn on the same scores, and on models in which it is planted which features a
+student keeps.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,17 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, MeasurementError, TokenSourceError
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.probing.ranking import BINS, Ranking, Scores, auroc_of, average_precision_of, bins_of_
-from tl_capacity.probing.recover import FIT, HELD_OUT, VALIDATION, Recovery, most_important, parts_of, recover_features, recovery_figure, split
+from tl_capacity.probing.recover import (
+    FIT,
+    HELD_OUT,
+    VALIDATION,
+    Recovery,
+    most_important,
+    parts_of,
+    recover_features,
+    recovery_figure,
+    split,
+)
 from tl_capacity.probing.ridge import RIDGES, Latents, Moments, Readout, choose_ridge, fit, principal_axes, solve
 from tl_capacity.summary import document_resamples
 from tl_capacity.tokens import PADDING, TokenStream
@@ -39,7 +51,9 @@ TOKENS, WIDTH, FEATURES, GROUPS = 3000, 12, 30, 64
 
 @pytest.fixture(scope="module")
 def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Activations [token, width] far from zero, latents [token, feature] that fire on 0.5% to 50% of the tokens, and the document group of each token."""
+    """Activations [token, width] far from zero, latents [token, feature] that fire on 0.5% to 50% of the tokens, and
+    the document group of each token.
+    """
     generator = torch.Generator().manual_seed(0)
     firing = torch.rand(TOKENS, FEATURES, generator=generator) < torch.linspace(0.005, 0.5, FEATURES)
     z = torch.where(firing, torch.rand(TOKENS, FEATURES, generator=generator), 0.0).double()
@@ -93,7 +107,9 @@ def test_the_ridge_is_that_which_predicts_other_tokens_best(data: Any) -> None:
     def error(ridge: float) -> float:
         readout = solve(moments_of(x[few], z[few]), ridge)
         fires = (z[few] != 0).any(0).numpy()
-        left = ((z[others].numpy() - predicted(readout, x[others])) ** 2).sum(0) / (z[others].var(0, correction=0) * 1000).numpy()
+        left = ((z[others].numpy() - predicted(readout, x[others])) ** 2).sum(0) / (
+            z[others].var(0, correction=0) * 1000
+        ).numpy()
         return float(left[fires].mean())
 
     best = choose_ridge(moments_of(x[few], z[few]), moments_of(x[others], z[others]))
@@ -101,7 +117,9 @@ def test_the_ridge_is_that_which_predicts_other_tokens_best(data: Any) -> None:
     assert best == min(errors, key=errors.__getitem__)
     assert RIDGES.index(best) > 0
     both = fit(moments_of(x[few], z[few]), moments_of(x[others], z[others]))
-    torch.testing.assert_close(both.weight, solve(moments_of(torch.cat([x[few], x[others]]), torch.cat([z[few], z[others]])), best).weight)
+    torch.testing.assert_close(
+        both.weight, solve(moments_of(torch.cat([x[few], x[others]]), torch.cat([z[few], z[others]])), best).weight
+    )
 
 
 def test_principal_components_are_read_as_if_activations_had_been_projected(data: Any) -> None:
@@ -112,7 +130,11 @@ def test_principal_components_are_read_as_if_activations_had_been_projected(data
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     torch.testing.assert_close(basis @ basis.T, axes[:4].T @ axes[:4], rtol=1e-6, atol=1e-9)
     readout = fit(moments_of(x[:2000], z[:2000]), moments_of(x[2000:], z[2000:]), basis)
-    np.testing.assert_allclose(predicted(readout, x), predicted(solve(moments_of((x.double() @ basis), z), readout.ridge), x.double() @ basis), atol=1e-7)
+    np.testing.assert_allclose(
+        predicted(readout, x),
+        predicted(solve(moments_of((x.double() @ basis), z), readout.ridge), x.double() @ basis),
+        atol=1e-7,
+    )
     assert principal_axes(moments, 99).shape == (WIDTH, WIDTH)
 
 
@@ -121,7 +143,9 @@ def test_no_readout_of_activations_that_do_not_vary(data: Any) -> None:
     with pytest.raises(CapacityError, match="3,000 tokens have the same activation"):
         solve(moments_of(torch.zeros(TOKENS, WIDTH), z), 1e-3)
     with pytest.raises(CapacityError, match="no feature fires on both"):
-        choose_ridge(moments_of(torch.rand(5, WIDTH), torch.zeros(5, FEATURES).double()), moments_of(torch.rand(5, WIDTH), z[:5]))
+        choose_ridge(
+            moments_of(torch.rand(5, WIDTH), torch.zeros(5, FEATURES).double()), moments_of(torch.rand(5, WIDTH), z[:5])
+        )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +170,10 @@ def test_streamed_scores_are_scikit_learns_within_the_stated_error(judged: Any) 
     for feature in range(1, FEATURES):
         fires, score, own = z[:, feature].numpy() > 0, predictions[:, feature], z[:, feature].numpy()
         assert abs(scores.auroc[feature] - roc_auc_score(fires, score)) <= scores.auroc_error[feature] + 1e-6
-        assert abs(scores.average_precision[feature] - average_precision_score(fires, score)) <= scores.average_precision_error[feature] + 1e-6
+        assert (
+            abs(scores.average_precision[feature] - average_precision_score(fires, score))
+            <= scores.average_precision_error[feature] + 1e-6
+        )
         assert scores.r2[feature] == pytest.approx(r2_score(own, score.clip(min=0)), abs=1e-5)
 
 
@@ -161,7 +188,9 @@ def test_the_stated_error_bounds_any_scores(seed: int, tokens: int, spread: floa
     assert bins.min() >= 0
     assert bins.max() < BINS
     assert (np.diff(bins[np.argsort(score)]) >= 0).all()
-    firing, silent = (torch.from_numpy(np.bincount(bins[which], minlength=BINS).astype(np.float64))[None] for which in (fires, ~fires))
+    firing, silent = (
+        torch.from_numpy(np.bincount(bins[which], minlength=BINS).astype(np.float64))[None] for which in (fires, ~fires)
+    )
     area, area_error = (float(v) for v in auroc_of(firing, silent))
     precision, precision_error = (float(v) for v in average_precision_of(firing, silent))
     assert area == pytest.approx(roc_auc_score(fires, bins))
@@ -177,7 +206,9 @@ def test_intervals_are_those_of_resampled_documents(judged: Any, data: Any) -> N
     assert weights is not None
     assert scores._resampled is not None
     for feature in (2, 5, 8):  # which fire on 4% to 12% of the tokens
-        exact = [roc_auc_score(z[:, feature] > 0, predictions[:, feature], sample_weight=w[groups]) for w in weights[:100]]
+        exact = [
+            roc_auc_score(z[:, feature] > 0, predictions[:, feature], sample_weight=w[groups]) for w in weights[:100]
+        ]
         found = scores._resampled[:100, feature]
         assert np.corrcoef(exact, found)[0, 1] > 0.95
         assert np.std(found) == pytest.approx(np.std(exact), rel=0.15)
@@ -194,7 +225,9 @@ KINDS = ("HookedTransformer", "TransformerBridge", "gpt_neox")
 
 @pytest.fixture(scope="module")
 def embedding() -> torch.Tensor:
-    """[token, feature]: which features each token has, each a coordinate of the teacher's stream, the first eight of the largest variance."""
+    """[token, feature]: which features each token has, each a coordinate of the teacher's stream, the first eight of
+    the largest variance.
+    """
     random = torch.Generator().manual_seed(0)
     fires = torch.rand(VOCABULARY, TEACHER_WIDTH, generator=random) < 0.1
     size = torch.where(torch.arange(TEACHER_WIDTH) < STUDENT_WIDTH, 3.0, 1.0)
@@ -207,7 +240,14 @@ def model_of(kind: str, vectors: torch.Tensor, tokenizer: Any = None) -> Any:
     torch.manual_seed(0)
     if kind == "HookedTransformer":
         config = HookedTransformerConfig(
-            n_layers=1, d_model=vectors.shape[1], n_ctx=32, d_head=4, d_vocab=VOCABULARY, act_fn="gelu", normalization_type="LN", attn_only=True
+            n_layers=1,
+            d_model=vectors.shape[1],
+            n_ctx=32,
+            d_head=4,
+            d_vocab=VOCABULARY,
+            act_fn="gelu",
+            normalization_type="LN",
+            attn_only=True,
         )
         model: Any = HookedTransformer(config)
         for parameter in (model.W_pos, model.blocks[0].attn.W_O, model.blocks[0].attn.b_O):
@@ -215,7 +255,12 @@ def model_of(kind: str, vectors: torch.Tensor, tokenizer: Any = None) -> Any:
         model.W_E.copy_(vectors)
         return model.eval()
     config = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=vectors.shape[1], num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32
+        vocab_size=VOCABULARY,
+        hidden_size=vectors.shape[1],
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
     )
     model = GPTNeoXForCausalLM(config).eval()
     for module in (model.gpt_neox.layers[0].attention.dense, model.gpt_neox.layers[0].mlp.dense_4h_to_h):
@@ -223,7 +268,9 @@ def model_of(kind: str, vectors: torch.Tensor, tokenizer: Any = None) -> Any:
         module.bias.zero_()
     model.gpt_neox.embed_in.weight.copy_(vectors)
     if kind == "TransformerBridge":
-        return TransformerBridge.boot_transformers("local/planted", hf_model=model, tokenizer=tokenizer, device="cpu").eval()
+        return TransformerBridge.boot_transformers(
+            "local/planted", hf_model=model, tokenizer=tokenizer, device="cpu"
+        ).eval()
     return model
 
 
@@ -250,9 +297,13 @@ def measurement_of(teacher: Any, sae: Any, rows: torch.Tensor) -> HookMeasuremen
         return capacity.run(rows, progress=False).measurement()[HOOK]
 
 
-def recovered(teacher: Any, sae: Any, students: dict[str, Any], stream: Any, measured: HookMeasurement, **options: Any) -> Recovery:
+def recovered(
+    teacher: Any, sae: Any, students: dict[str, Any], stream: Any, measured: HookMeasurement, **options: Any
+) -> Recovery:
     stream = list(torch.split(stream, 8)) if isinstance(stream, torch.Tensor) else stream
-    found: Recovery = recover_features(teacher, sae, students, stream, measured=measured, mask_token_ids=(), progress=False, **options)
+    found: Recovery = recover_features(
+        teacher, sae, students, stream, measured=measured, mask_token_ids=(), progress=False, **options
+    )
     return found
 
 
@@ -263,7 +314,12 @@ def test_a_student_keeps_exactly_the_features_that_its_projection_keeps(
     random = torch.Generator().manual_seed(2)
     mixed = torch.linalg.qr(torch.randn(STUDENT_WIDTH, STUDENT_WIDTH, generator=random)).Q
     teacher, student, blank = (
-        model_of(kind, vectors, tokenizer) for vectors in (embedding, embedding[:, PLANTED] @ mixed, torch.randn(VOCABULARY, STUDENT_WIDTH, generator=random))
+        model_of(kind, vectors, tokenizer)
+        for vectors in (
+            embedding,
+            embedding[:, PLANTED] @ mixed,
+            torch.randn(VOCABULARY, STUDENT_WIDTH, generator=random),
+        )
     )
     measured = measurement_of(teacher, coordinates, rows)
     found = recovered(teacher, coordinates, {"planted": student}, rows, measured, random={"planted": blank})
@@ -274,7 +330,9 @@ def test_a_student_keeps_exactly_the_features_that_its_projection_keeps(
     assert of_student.student.r2[PLANTED].min() > 0.99
     assert np.delete(of_student.student.auroc, PLANTED).max() < 0.8
     assert found.kept(found.teacher).all()
-    assert np.flatnonzero(found.kept(of_student.pca)).tolist() == list(range(STUDENT_WIDTH))  # those of the largest variance
+    assert np.flatnonzero(found.kept(of_student.pca)).tolist() == list(
+        range(STUDENT_WIDTH)
+    )  # those of the largest variance
     assert of_student.random is not None
     assert not found.kept(of_student.random).any()
 
@@ -288,7 +346,9 @@ def test_a_student_keeps_exactly_the_features_that_its_projection_keeps(
     assert row["overlap"]["predicted"] == len(predicted)
     assert row["overlap"]["kept_of_predicted"] == len(predicted & set(PLANTED.tolist())) / len(predicted)
     assert row["overlap"]["kept_of_all"] == row["overlap"]["ordered_by_chance"] == 8 / 32
-    assert row["overlap"]["ordered"] == len(set(np.argsort(-found.importances)[:8].tolist()) & set(PLANTED.tolist())) / 8
+    assert (
+        row["overlap"]["ordered"] == len(set(np.argsort(-found.importances)[:8].tolist()) & set(PLANTED.tolist())) / 8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -298,28 +358,41 @@ def planted(embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor) -> tu
     return teacher, model_of("gpt_neox", embedding[:, PLANTED]), measurement_of(teacher, coordinates, rows)
 
 
-def test_readouts_are_those_of_a_dense_regression_on_saved_activations(planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor) -> None:
-    """The whole path, done by hand: documents by part, scikit-learn's regression on all but the held-out ones, and its area under the curve."""
+def test_readouts_are_those_of_a_dense_regression_on_saved_activations(
+    planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor
+) -> None:
+    """The whole path, done by hand: documents by part, scikit-learn's regression on all but the held-out ones, and its
+    area under the curve.
+    """
     teacher, student, measured = planted
     found = recovered(teacher, coordinates, {"a": student}, rows, measured).students[0].student
     parts = np.array(parts_of(np.arange(len(rows))))
     tokens = {part: rows[torch.from_numpy(np.isin(parts, part))].flatten() for part in ((FIT, VALIDATION), (HELD_OUT,))}
-    x, z = ({part: vectors[ids].double().numpy() for part, ids in tokens.items()} for vectors in (embedding[:, PLANTED], embedding))
+    x, z = (
+        {part: vectors[ids].double().numpy() for part, ids in tokens.items()}
+        for vectors in (embedding[:, PLANTED], embedding)
+    )
     fitted, judged_on = (FIT, VALIDATION), (HELD_OUT,)
     alpha = found.ridge * ((x[fitted] - x[fitted].mean(0)) ** 2).sum(0).mean()
     predictions = Ridge(alpha=alpha).fit(x[fitted], z[fitted]).predict(x[judged_on])
-    expected = [roc_auc_score(z[judged_on][:, feature] > 0, predictions[:, feature]) for feature in range(TEACHER_WIDTH)]
+    expected = [
+        roc_auc_score(z[judged_on][:, feature] > 0, predictions[:, feature]) for feature in range(TEACHER_WIDTH)
+    ]
     assert (abs(found.auroc - expected) <= found.auroc_error + 1e-4).all()
 
 
-def test_several_students_come_out_as_each_alone(planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor) -> None:
+def test_several_students_come_out_as_each_alone(
+    planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor
+) -> None:
     teacher, student, measured = planted
     other = model_of("gpt_neox", embedding[:, :16])
     together = recovered(teacher, coordinates, {"wide": other, "narrow": student}, rows, measured)
     assert [(s.name, s.width) for s in together.students] == [("narrow", 8), ("wide", 16)]
     alone = recovered(teacher, coordinates, {"narrow": student}, rows, measured)
     for name in ("auroc", "average_precision", "r2"):
-        np.testing.assert_array_equal(getattr(together.students[0].student, name), getattr(alone.students[0].student, name))
+        np.testing.assert_array_equal(
+            getattr(together.students[0].student, name), getattr(alone.students[0].student, name)
+        )
         np.testing.assert_array_equal(getattr(together.teacher, name), getattr(alone.teacher, name))
 
 
@@ -352,14 +425,18 @@ def test_it_shows_itself(planted: Any, coordinates: Any, rows: torch.Tensor) -> 
     assert {"teacher/auroc", "narrow/student/auroc", "narrow/pca/r2", "features"} <= found.arrays().keys()
 
 
-def test_precision_stands_between_the_floor_and_the_ceiling(planted: Any, coordinates: Any, rows: torch.Tensor, embedding: torch.Tensor) -> None:
+def test_precision_stands_between_the_floor_and_the_ceiling(
+    planted: Any, coordinates: Any, rows: torch.Tensor, embedding: torch.Tensor
+) -> None:
     teacher, student, measured = planted
     blank = model_of("gpt_neox", torch.randn(VOCABULARY, STUDENT_WIDTH, generator=torch.Generator().manual_seed(5)))
     found = recovered(teacher, coordinates, {"narrow": student}, rows, measured, random={"narrow": blank})
     header, ((*_, precision, r2),) = found.cells()
     readouts = found.to_json()[0]["readouts"]
     for name, shown in (("average_precision", precision), ("r2", r2)):
-        own, floor, ceiling = (f"{readouts[readout][name]:.2f}".replace("-0.00", "0.00") for readout in ("student", "random", "teacher"))
+        own, floor, ceiling = (
+            f"{readouts[readout][name]:.2f}".replace("-0.00", "0.00") for readout in ("student", "random", "teacher")
+        )
         assert shown == f"{own} ({floor} – {ceiling})"
     assert header[-2:] == ["median AP", "median R²"]
 
@@ -373,10 +450,14 @@ def test_few_documents_are_said_to_give_no_intervals(planted: Any, coordinates: 
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(found)
     for shown in (console.export_text(), found._repr_html_()):
-        assert re.search(r"note: features fire in [1-7] of 64 groups of held-out documents, too few for intervals", shown)
+        assert re.search(
+            r"note: features fire in [1-7] of 64 groups of held-out documents, too few for intervals", shown
+        )
 
 
-def test_seeds_of_a_width_are_not_joined(planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor) -> None:
+def test_seeds_of_a_width_are_not_joined(
+    planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor
+) -> None:
     teacher, student, measured = planted
     other = model_of("gpt_neox", embedding[:, 14:22])
     figure = recovered(teacher, coordinates, {"seed0": student, "seed1": other}, rows, measured, tau=0.8).plot()
@@ -391,7 +472,9 @@ def test_models_are_left_as_they_were(planted: Any, coordinates: Any, rows: torc
     recovered(teacher, coordinates, {"narrow": student}, rows, measured)
     assert student.training
     student.eval()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for model in (teacher, student) for module in model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for model in (teacher, student) for module in model.modules()
+    )
 
 
 @pytest.mark.parametrize(
@@ -405,7 +488,9 @@ def test_models_are_left_as_they_were(planted: Any, coordinates: Any, rows: torc
         ({"max_tokens": 100}, TokenSourceError, "no document is left for"),
     ],
 )
-def test_bad_input(planted: Any, coordinates: Any, rows: torch.Tensor, change: dict[str, Any], kind: type[Exception], says: str) -> None:
+def test_bad_input(
+    planted: Any, coordinates: Any, rows: torch.Tensor, change: dict[str, Any], kind: type[Exception], says: str
+) -> None:
     teacher, student, measured = planted
     students = change.pop("students", {"a": student})
     with pytest.raises(kind, match=says):
@@ -424,32 +509,46 @@ def test_another_sae(planted: Any, make_sae: Callable[..., Any], rows: torch.Ten
         recovered(teacher, make_sae("standard", HOOK, d_sae=TEACHER_WIDTH, seed=5), {"a": student}, rows, measured)
 
 
-def test_a_student_without_the_hook(make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor) -> None:
+def test_a_student_without_the_hook(
+    make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor
+) -> None:
     teacher, sae = make_model("gpt_neox"), make_sae("standard", "blocks.2.hook_resid_post")
-    shallow = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16))
+    shallow = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    )
     with add_capacity_hooks(teacher, sae) as capacity:
         measured = capacity.run(tokens, progress=False).measurement()["blocks.2.hook_resid_post"]
-    with pytest.raises(HookPointError, match=r"the student 'shallow' cannot be read at blocks\.2\.hook_resid_post: .* is no hook point"):
+    with pytest.raises(
+        HookPointError, match=r"the student 'shallow' cannot be read at blocks\.2\.hook_resid_post: .* is no hook point"
+    ):
         recover_features(teacher, sae, {"shallow": shallow}, tokens, measured=measured)
 
 
 def test_nan_activations(planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor) -> None:
     teacher, _, measured = planted
     broken = model_of("gpt_neox", embedding[:, PLANTED].clone().index_fill_(0, rows[0, :1], float("nan")))
-    with pytest.raises(CapacityError, match=r"the student 'broken' has NaN or infinite activations at blocks\.0\.hook_resid_post in batch \d"):
+    with pytest.raises(
+        CapacityError,
+        match=r"the student 'broken' has NaN or infinite activations at blocks\.0\.hook_resid_post in batch \d",
+    ):
         recovered(teacher, coordinates, {"broken": broken}, rows, measured)
 
 
 def test_documents_are_split_whole_and_none_is_lost(texts: list[str], tokenizer: Any) -> None:
     stream = TokenStream(texts * 5, tokenizer, context=32, batch_rows=4)
     batches = list(split(stream, (FIT, VALIDATION, HELD_OUT)))
-    documents = {part: {d for p, batch in batches if p == part for d in batch.documents.tolist()} for part in (FIT, VALIDATION, HELD_OUT)}
+    documents = {
+        part: {d for p, batch in batches if p == part for d in batch.documents.tolist()}
+        for part in (FIT, VALIDATION, HELD_OUT)
+    }
     assert sorted(d for some in documents.values() for d in some) == list(range(len(texts) * 5))
     assert len(documents[FIT]) > len(documents[HELD_OUT]) > len(documents[VALIDATION]) > 0
     original = sorted(tuple(row[row != PADDING].tolist()) for batch in stream for row in batch.tokens)
     assert sorted(tuple(row[row != PADDING].tolist()) for _, batch in batches for row in batch.tokens) == original
     assert max(len(batch.tokens) for _, batch in batches) == 4
-    assert [b.documents.tolist() for _, b in split(stream, (HELD_OUT,))] == [b.documents.tolist() for p, b in batches if p == HELD_OUT]
+    assert [b.documents.tolist() for _, b in split(stream, (HELD_OUT,))] == [
+        b.documents.tolist() for p, b in batches if p == HELD_OUT
+    ]
 
 
 def test_most_important() -> None:
@@ -482,11 +581,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_the_recipe(saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*map(str, saved), "--out", str(tmp_path / "out"), "--tokens", "12000", "--hook", "blocks.1.hook_resid_post,blocks.5.hook_resid_post"]
+    arguments = [
+        *map(str, saved),
+        "--out",
+        str(tmp_path / "out"),
+        "--tokens",
+        "12000",
+        "--hook",
+        "blocks.1.hook_resid_post,blocks.5.hook_resid_post",
+    ]
     recipe.run(main, arguments)
     assert "width16-seed0 (d=16)" in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "recoverability.json").read_text())
-    assert [(row["hook"], row["student"], row["width"]) for row in rows] == [(f"blocks.{n}.hook_resid_post", "width16-seed0", 16) for n in (1, 5)]
+    assert [(row["hook"], row["student"], row["width"]) for row in rows] == [
+        (f"blocks.{n}.hook_resid_post", "width16-seed0", 16) for n in (1, 5)
+    ]
     for row in rows:
         assert 0 <= row["kept"] <= row["kept_teacher"] <= row["n_judged"] <= row["n_features"]
         features = load_file(tmp_path / "out" / f"features-{row['hook']}.safetensors")

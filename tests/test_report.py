@@ -1,4 +1,6 @@
-"""The report in a real browser, its figures against the figures of the result, its snippets against a dense computation, and whatever may be missing or odd."""
+"""The report in a real browser, its figures against the figures of the result, its snippets against a dense
+computation, and whatever may be missing or odd.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,18 @@ from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, Estimate, Feature
 
 EVIL = "</script><script>document.title='taken'</script>"
 WIDTHS = (4, 8, 12, 16, 24)
-ORDER = ["layers", "importance", "firing-rates", "suite", "floors", "training", "probes", "recoverability", "features", "method"]
+ORDER = [
+    "layers",
+    "importance",
+    "firing-rates",
+    "suite",
+    "floors",
+    "training",
+    "probes",
+    "recoverability",
+    "features",
+    "method",
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +64,23 @@ def folder(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = {"<s>": 0, "<unk>": 1, EVIL: 2, "<b>&amp;</b>": 3, **{f"w{i}": i for i in range(4, 64)}}
     whole = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="<s>", unk_token="<unk>").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(
+        tokenizer_object=whole, bos_token="<s>", eos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder / "model")
     draw, text = np.random.default_rng(0), list(words)
     documents = [" ".join(text[i] for i in draw.zipf(1.2, size=60) % 62 + 2) for _ in range(150)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
     saes = (f"{HOOK}={setup / 'sae'}", str(setup / "sae0"), f"{HOOK}={setup / 'scaled'}")
     measure(
         MeasureSettings(
-            str(folder / "model"), folder / "measurement", saes, tokens=2_500, source=str(folder / "text.jsonl"), context=20, fvu_every=1, progress=False
+            str(folder / "model"),
+            folder / "measurement",
+            saes,
+            tokens=2_500,
+            source=str(folder / "text.jsonl"),
+            context=20,
+            fvu_every=1,
+            progress=False,
         )
     )
     return folder
@@ -83,20 +105,44 @@ def distilled(teacher: str, widths: Sequence[int] = WIDTHS, evaluations: int = 1
         floor, fall = (0.01, 0.0) if start == "teacher" else (0.1 + 4 / width, 2.0)
         losses = floor + fall * np.concatenate([[2.0], np.linspace(0, 1, evaluations + 1)[1:] ** -0.7]) / 2
         name = "control" if start == "teacher" else f"width{width}-seed0"
-        return StudentCurve(name, width, 0, start, 100 * width, 20 * width, tuple(tokens.tolist()), tuple(losses.tolist()), (1.0,) * evaluations)
+        return StudentCurve(
+            name,
+            width,
+            0,
+            start,
+            100 * width,
+            20 * width,
+            tuple(tokens.tolist()),
+            tuple(losses.tolist()),
+            (1.0,) * evaluations,
+        )
 
     students = (*(curve(w, "random") for w in widths), curve(32, "teacher"))
     return DistillationRun(students, teacher, 32, source="text", heldout_tokens=400, settings={"lr": 1e-3})
 
 
 RECOVERABILITY = [
-    {"width": w, "hook": HOOK, "kept": 2 * w, "kept_random": w, "kept_teacher": 60, "budget": 1.6 * w, "n_features": 64, "tau": 0.8,
-     "intervals": {"student": [2 * w - 1, 2 * w + 1], "random": None},
-     "overlap": {"predicted": 30, "kept_of_predicted": 0.6, "kept_of_all": 0.25, "ordered": None},
-     "by_tau": {f"{tau:.2f}": {"student": 3 * w - 100 * tau, "random": w, "teacher": 62} for tau in (0.8, 0.85, 0.9)},
-     "readouts": {name: {"average_precision": value, "r2": None} for name, value in (("student", 0.31), ("random", 0.07), ("teacher", 0.93))}}
+    {
+        "width": w,
+        "hook": HOOK,
+        "kept": 2 * w,
+        "kept_random": w,
+        "kept_teacher": 60,
+        "budget": 1.6 * w,
+        "n_features": 64,
+        "tau": 0.8,
+        "intervals": {"student": [2 * w - 1, 2 * w + 1], "random": None},
+        "overlap": {"predicted": 30, "kept_of_predicted": 0.6, "kept_of_all": 0.25, "ordered": None},
+        "by_tau": {
+            f"{tau:.2f}": {"student": 3 * w - 100 * tau, "random": w, "teacher": 62} for tau in (0.8, 0.85, 0.9)
+        },
+        "readouts": {
+            name: {"average_precision": value, "r2": None}
+            for name, value in (("student", 0.31), ("random", 0.07), ("teacher", 0.93))
+        },
+    }
     for w in WIDTHS
-]  # fmt: skip
+]
 PROBES = {
     "schema": 1,
     "probes": [
@@ -121,7 +167,9 @@ PROBES = {
 
 @pytest.fixture(scope="module")
 def full(measurement: Measurement, folder: Path) -> Results:
-    return Results(measurement, str(folder / "measurement"), distilled(measurement.provenance.model), PROBES, RECOVERABILITY)
+    return Results(
+        measurement, str(folder / "measurement"), distilled(measurement.provenance.model), PROBES, RECOVERABILITY
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +205,16 @@ def assert_drawn(browser: Any, width: int, scheme: str) -> None:
     assert len(plots) >= 8
     assert all(plot.find_elements("css selector", "svg.main-svg .trace") for plot in plots)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    assert browser.execute_script("return performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length") == 0
-    ink, paper = (browser.execute_script(f"return getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    assert (
+        browser.execute_script(
+            "return performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length"
+        )
+        == 0
+    )
+    ink, paper = (
+        browser.execute_script(f"return getComputedStyle(document.body).{name}")
+        for name in ("color", "backgroundColor")
+    )
     lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
     assert (lightness[0] > lightness[1]) == (scheme == "dark")
     axis = browser.execute_script("return getComputedStyle(document.querySelector('.plot .xtick text')).fill")
@@ -193,7 +249,10 @@ def test_tables_sort(desktop: Any) -> None:
     column = next(i for i, head in enumerate(heads) if head.text.startswith("predicted floor"))
 
     def values() -> list[float]:
-        return [float(cell.get_attribute("data-order")) for cell in table.find_elements("css selector", f"tbody td:nth-child({column + 1})")]
+        return [
+            float(cell.get_attribute("data-order"))
+            for cell in table.find_elements("css selector", f"tbody td:nth-child({column + 1})")
+        ]
 
     before = values()
     heads[column].find_element("css selector", "button").click()
@@ -209,7 +268,9 @@ def test_markup_in_a_token_is_shown_as_text(desktop: Any, page: Path) -> None:
     slider = browser.find_element("id", "width")
     shown = ""
     for place in range(len(WIDTHS)):
-        browser.execute_script("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", slider, place)
+        browser.execute_script(
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", slider, place
+        )
         shown += browser.find_element("css selector", ".sides").text
     assert EVIL in shown
     assert "<b>&amp;</b>" in shown
@@ -259,7 +320,18 @@ def test_what_is_missing_says_how_to_get_it(lone: Measurement) -> None:
         parse(arguments)
     runs = {arguments[2]: arguments[3:] for arguments in map(shlex.split, commands) if arguments[1] == "run"}
     hook = lone.hooks[0].hook
-    expected = ["--model", lone.provenance.model, "--model", "runs/students", "--hook", hook, "--measurement", "runs/some folder", "--out", "runs/probes"]
+    expected = [
+        "--model",
+        lone.provenance.model,
+        "--model",
+        "runs/students",
+        "--hook",
+        hook,
+        "--measurement",
+        "runs/some folder",
+        "--out",
+        "runs/probes",
+    ]
     assert runs["probe"] == expected
     assert runs["recover"] == ["runs/some folder", "runs/students", "--hook", hook, "--out", "runs/recover"]
 
@@ -271,7 +343,9 @@ def test_no_snippets_says_so(lone: Measurement, tmp_path: Path, cli: Cli) -> Non
     assert "--model" in note
     with pytest.raises(CapacityError, match="cannot be loaded"):
         find_snippets(moved, ReportSettings(), model="no-such/model")
-    code, out, _ = cli("report", lone.save(tmp_path / "measurement"), "--no-snippets", "-o", tmp_path / "deep" / "report.html")
+    code, out, _ = cli(
+        "report", lone.save(tmp_path / "measurement"), "--no-snippets", "-o", tmp_path / "deep" / "report.html"
+    )
     assert (code, "left out with --no-snippets" in out) == (0, True)
     assert "left out with --no-snippets" in (tmp_path / "deep" / "report.html").read_text()
 
@@ -326,8 +400,12 @@ def test_floors_and_their_intervals_are_drawn(measurement: Measurement) -> None:
         mine = [f for f in budget.floors if f.hook == hook and f.predicted_floor.value > 0]
         assert list(trace.x) == [f.width for f in mine]
         assert list(trace.y) == [f.predicted_floor.value for f in mine]
-        assert list(trace.error_y.array) == pytest.approx([(f.predicted_floor.high or 0) - f.predicted_floor.value for f in mine])
-        assert list(trace.error_y.arrayminus) == pytest.approx([f.predicted_floor.value - (f.predicted_floor.low or 0) for f in mine])
+        assert list(trace.error_y.array) == pytest.approx(
+            [(f.predicted_floor.high or 0) - f.predicted_floor.value for f in mine]
+        )
+        assert list(trace.error_y.arrayminus) == pytest.approx(
+            [f.predicted_floor.value - (f.predicted_floor.low or 0) for f in mine]
+        )
     with pytest.raises(CapacityError, match="ask for widths"):
         measurement.budget().plot()
 
@@ -348,17 +426,26 @@ def test_a_short_axis_is_linear(measurement: Measurement) -> None:
 
 
 def test_seeds_of_a_width_are_not_joined() -> None:
-    rows = [{"series": "a", "width": w, "value": v, "low": v - 1, "high": v + 1} for w, v in ((8, 1.0), (8, 3.0), (16, 4.0))]
+    rows = [
+        {"series": "a", "width": w, "value": v, "low": v - 1, "high": v + 1} for w, v in ((8, 1.0), (8, 3.0), (16, 4.0))
+    ]
     line, seeds = drawn.series_figure(rows, "score").data
     assert (list(line.x), list(line.y), line.showlegend) == ([8, 16], [2.0, 4.0], None)
-    assert (list(seeds.x), list(seeds.y), seeds.mode, seeds.marker.symbol) == ([8, 8], [1.0, 3.0], "markers", "circle-open")
+    assert (list(seeds.x), list(seeds.y), seeds.mode, seeds.marker.symbol) == (
+        [8, 8],
+        [1.0, 3.0],
+        "markers",
+        "circle-open",
+    )
     assert list(line.error_y.array) == [0, 1]
     (alike,) = drawn.series_figure([rows[0]] * 2, "score").data
     assert list(alike.x) == [8]
 
 
 def test_the_width_of_a_hook_point_is_labelled_where_curves_are_not(measurement: Measurement) -> None:
-    labels = [note for note in drawn.suite_figure(measurement).layout.annotations if "width of the hook point" in note.text]
+    labels = [
+        note for note in drawn.suite_figure(measurement).layout.annotations if "width of the hook point" in note.text
+    ]
     assert {note.xanchor for note in labels} == {"left"}
 
 
@@ -366,7 +453,11 @@ def test_curves_end_where_they_are_fitted_to(full: Results, decomposition: Decom
     assert full.run is not None
     figure, floors = drawn.curves_figure(full.run, decomposition.observed), {f.name: f for f in decomposition.observed}
     for student in full.run:
-        mine = [t for t in figure.data if t.legendgroup == f"width {student.width}{' (control)' if student.start == 'teacher' else ''}"]
+        mine = [
+            t
+            for t in figure.data
+            if t.legendgroup == f"width {student.width}{' (control)' if student.start == 'teacher' else ''}"
+        ]
         assert list(mine[0].y) == list(student.heldout_kl[1:])
         if student.start == "teacher":
             assert len(mine) == 1
@@ -387,7 +478,10 @@ def test_students_of_one_width_share_a_colour_and_a_name(full: Results, decompos
 def test_the_suite_lies_on_its_formula(measurement: Measurement) -> None:
     figure = drawn.suite_figure(measurement)
     points = [(x, y) for trace in figure.data if trace.mode == "markers" for x, y in zip(trace.x, trace.y, strict=True)]
-    expected = [(h.summary.l0.value, h.summary.l0.value * np.log(h.summary.n_alive.value / h.summary.l0.value)) for h in measurement]
+    expected = [
+        (h.summary.l0.value, h.summary.l0.value * np.log(h.summary.n_alive.value / h.summary.l0.value))
+        for h in measurement
+    ]
     np.testing.assert_allclose(sorted(points), sorted(expected))
 
 
@@ -467,7 +561,10 @@ def test_snippets_are_where_a_dense_computation_finds_them(folder: Path, measure
         got = found[place, latent]
         np.testing.assert_allclose([s.strength for s in got], [strength for strength, _ in expected], rtol=1e-4)
         for s in got:  # rows that begin alike are equally strong, so any of them will do
-            assert any(document == s.document and strength == pytest.approx(s.strength, rel=1e-4) for strength, document in best[latent])
+            assert any(
+                document == s.document and strength == pytest.approx(s.strength, rel=1e-4)
+                for strength, document in best[latent]
+            )
         for snippet in got:
             assert max(share for _, share in snippet.pieces) == 1.0
             assert 0 < len(snippet.pieces) <= 22
@@ -531,7 +628,10 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
         ([folder / "measurement", "--importance", "gradient"], "measure again with --importance gradient"),
         ([folder / "measurement", "--law", "laws"], "there is no capacity law"),
         ([folder / "measurement", "--snippet-tokens", "0"], "tokens show no feature"),
-        ([folder / "measurement", "--observed", "bogus"], "'bogus' is no observed floor: choose one of fit, last_tenth"),
+        (
+            [folder / "measurement", "--observed", "bogus"],
+            "'bogus' is no observed floor: choose one of fit, last_tenth",
+        ),
         ([folder / "measurement", "--observed", "bogus", "--no-snippets"], "'bogus' is no observed floor"),
     ):
         code, out, err = cli("report", *arguments, "-o", tmp_path / "report.html")
@@ -563,8 +663,13 @@ def sums(counts: np.ndarray[Any, Any], tokens: int = 10_000) -> dict[str, np.nda
     }
 
 
-def of_counts(*counts: np.ndarray[Any, Any], hook: str = "blocks.{}.hook_resid_post", tokens: int = 10_000) -> Measurement:
-    hooks = [HookMeasurement(hook.format(i), f"sae{i}", "0" * 64, "standard", 16, FeatureSummary(sums(each, tokens))) for i, each in enumerate(counts)]
+def of_counts(
+    *counts: np.ndarray[Any, Any], hook: str = "blocks.{}.hook_resid_post", tokens: int = 10_000
+) -> Measurement:
+    hooks = [
+        HookMeasurement(hook.format(i), f"sae{i}", "0" * 64, "standard", 16, FeatureSummary(sums(each, tokens)))
+        for i, each in enumerate(counts)
+    ]
     return Measurement(tuple(hooks))
 
 
@@ -579,7 +684,10 @@ def test_no_alive_feature_is_said_so() -> None:
 
 def test_a_layer_without_alive_features_does_not_hide_the_others() -> None:
     counts = (np.arange(1, 65) * 64)[::-1].copy()
-    text = report_page(Results(of_counts(counts, np.zeros(64, dtype=np.int64), counts)), ReportSettings(hook="blocks.0.hook_resid_post"))
+    text = report_page(
+        Results(of_counts(counts, np.zeros(64, dtype=np.int64), counts)),
+        ReportSettings(hook="blocks.0.hook_resid_post"),
+    )
     features = json.loads(text.split('id="feature-data">')[1].split("</script>")[0])
     assert [hook["name"] for hook in features["hooks"]] == ["layer 0", "layer 2"]
     assert "Layer 0 (blocks.0.hook_resid_post)" in text
@@ -600,7 +708,11 @@ def test_an_unfinished_or_unevaluated_distillation_is_said_so(lone: Measurement)
     unfinished = replace(distilled(lone.provenance.model, widths=(8,)), complete=False)
     assert "the distillation has not ended" in report_page(Results(lone, run=unfinished))
     started = distilled(lone.provenance.model)
-    started = replace(started, complete=False, students=tuple(replace(s, tokens=(0,), heldout_kl=(3.0,), train_loss=()) for s in started))
+    started = replace(
+        started,
+        complete=False,
+        students=tuple(replace(s, tokens=(0,), heldout_kl=(3.0,), train_loss=()) for s in started),
+    )
     assert "No student was evaluated" in report_page(Results(lone, run=started))
 
 
@@ -618,12 +730,23 @@ def test_very_long_and_odd_names() -> None:
 
 def test_nan_and_nonsense_in_probes_and_recoverability() -> None:
     nan = float("nan")
-    rows = probe_rows({"probes": [{"width": 8, "accuracy": nan}, {"width": 16, "accuracy": 0.7, "low": nan}, {"no": "width"}, None]})
+    rows = probe_rows(
+        {"probes": [{"width": 8, "accuracy": nan}, {"width": 16, "accuracy": 0.7, "low": nan}, {"no": "width"}, None]}
+    )
     assert [(r.width, r.accuracy.value, r.accuracy.low) for r in rows] == [(16, 0.7, None)]
     row = recoverability_rows([{**RECOVERABILITY[0], "kept_random": nan, "tau": None}])[0]
     assert set(row.counts) == {"kept", "kept_teacher", "budget"}
     assert (row.counts["kept"].low, row.counts["kept"].high) == (7, 9)
-    for content in ([], {}, "text", None, [None], [{"width": 8}], [{"width": "8", "kept": 1}], [{"width": 8, "kept": nan}]):
+    for content in (
+        [],
+        {},
+        "text",
+        None,
+        [None],
+        [{"width": 8}],
+        [{"width": "8", "kept": 1}],
+        [{"width": 8, "kept": nan}],
+    ):
         with pytest.raises(MeasurementError):
             recoverability_rows(content)
     with pytest.raises(MeasurementError):
@@ -649,7 +772,13 @@ def test_nan_and_nonsense_in_probes_and_recoverability() -> None:
 def test_altered_rows_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(MeasurementError, match=rf"^probes\.json {says}" if "|" not in says else says):
         probe_rows({"probes": [{"width": 8, "accuracy": 0.7, **change}]})
-    changed = {"kept": change["low"]} if "low" in change else {"by_tau": {"0.80": {"student": change["high"]}}} if "high" in change else change
+    changed = (
+        {"kept": change["low"]}
+        if "low" in change
+        else {"by_tau": {"0.80": {"student": change["high"]}}}
+        if "high" in change
+        else change
+    )
     with pytest.raises(MeasurementError, match=rf"^recoverability\.json {says}" if "|" not in says else says):
         recoverability_rows([{**RECOVERABILITY[0], **changed}])
 
@@ -657,15 +786,25 @@ def test_altered_rows_are_refused(change: dict[str, Any], says: str) -> None:
 def test_files_of_another_kind_or_version_are_refused() -> None:
     with pytest.raises(MeasurementError, match=r"recoverability\.json has no rows, as it is no list of students"):
         recoverability_rows(RECOVERABILITY[0])
-    with pytest.raises(MeasurementError, match=r"recoverability\.json has schema 2, and this version reads up to 1: upgrade"):
+    with pytest.raises(
+        MeasurementError, match=r"recoverability\.json has schema 2, and this version reads up to 1: upgrade"
+    ):
         recoverability_rows([{"schema": 2, "found": []}])
     with pytest.raises(MeasurementError, match=r"probes\.json has schema 9, and this version reads up to 1: upgrade"):
         probe_rows({"schema": 9})
     with pytest.raises(MeasurementError, match="has no accuracy at any width"):
         probe_rows({"probes": {"width": 8, "accuracy": 0.7}})
-    (row,) = recoverability_rows([{**RECOVERABILITY[0], "overlap": [], "readouts": 3, "by_tau": {"x": 3, "0.80": {"student": "many"}}}])
+    (row,) = recoverability_rows(
+        [{**RECOVERABILITY[0], "overlap": [], "readouts": 3, "by_tau": {"x": 3, "0.80": {"student": "many"}}}]
+    )
     assert (row.overlap, row.by_tau) == ({}, {0.8: {}})
-    text = report_page(Results(of_counts(np.arange(64, 0, -1) * 64), probes={"schema": 9}, recoverability=[{**RECOVERABILITY[0], "width": -1}]))
+    text = report_page(
+        Results(
+            of_counts(np.arange(64, 0, -1) * 64),
+            probes={"schema": 9},
+            recoverability=[{**RECOVERABILITY[0], "width": -1}],
+        )
+    )
     assert "Probes.json has schema 9" in text or "probes.json has schema 9" in text
     assert "has the width -1, which is no whole number of dimensions" in text
 
@@ -718,4 +857,6 @@ def test_shown_latents_are_those_of_the_edges(full: Results) -> None:
     shown = shown_latents(full.measurement, ReportSettings(), WIDTHS)
     law = plugins().capacity_laws["compressed_sensing"]
     for place, hook in enumerate(full.measurement):
-        assert set(shown[place]) == {latent for e in edges(hook, WIDTHS, "second_moment", law) for latent in (*e.kept, *e.lost)}
+        assert set(shown[place]) == {
+            latent for e in edges(hook, WIDTHS, "second_moment", law) for latent in (*e.kept, *e.lost)
+        }

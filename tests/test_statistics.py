@@ -32,7 +32,12 @@ def sparse_latents(rows: int, width: int, density: float, seed: int) -> torch.Te
 
 class TestActiveEntries:
     @brisk
-    @given(rows=st.integers(0, 40), width=st.integers(1, 70), density=st.sampled_from([0.0, 0.01, 0.2, 1.0]), seed=st.integers(0, 99))
+    @given(
+        rows=st.integers(0, 40),
+        width=st.integers(1, 70),
+        density=st.sampled_from([0.0, 0.01, 0.2, 1.0]),
+        seed=st.integers(0, 99),
+    )
     def test_equals_nonzero(self, rows: int, width: int, density: float, seed: int) -> None:
         latents = sparse_latents(rows, width, density, seed)
         tokens, features, values = active_entries(latents)
@@ -44,7 +49,12 @@ class TestActiveEntries:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     def test_special_values(self, width: int, dtype: torch.dtype) -> None:
         latents = torch.zeros(5, width, dtype=dtype)
-        latents[0, 3], latents[1, 0], latents[2, width - 1], latents[4, 5] = -2.5, float("nan"), float("inf"), torch.finfo(dtype).smallest_normal
+        latents[0, 3], latents[1, 0], latents[2, width - 1], latents[4, 5] = (
+            -2.5,
+            float("nan"),
+            float("inf"),
+            torch.finfo(dtype).smallest_normal,
+        )
         latents[3] = -0.0
         tokens, features, values = active_entries(latents)
         assert tokens.tolist() == [0, 1, 2, 4]
@@ -108,7 +118,19 @@ def batch_of(latents: torch.Tensor, documents: torch.Tensor, activations: torch.
     sae = SimpleNamespace(cfg=SimpleNamespace(d_sae=latents.shape[1]))
     place = torch.arange(len(latents))
     counted = torch.ones(len(latents), 1, dtype=torch.bool)
-    return LatentBatch(features, tokens, groups[tokens], values.double(), activations, documents, groups, place, torch.zeros_like(place), counted, sae)
+    return LatentBatch(
+        features,
+        tokens,
+        groups[tokens],
+        values.double(),
+        activations,
+        documents,
+        groups,
+        place,
+        torch.zeros_like(place),
+        counted,
+        sae,
+    )
 
 
 def add(statistics: FeatureStatistics, batch: LatentBatch) -> None:
@@ -116,16 +138,22 @@ def add(statistics: FeatureStatistics, batch: LatentBatch) -> None:
     statistics.update_latents(batch.features, batch.values, batch.groups)
 
 
-def statistics_of(latents: torch.Tensor, documents: torch.Tensor, rows: Sequence[int] | slice = slice(None), width: int = 4) -> FeatureStatistics:
+def statistics_of(
+    latents: torch.Tensor, documents: torch.Tensor, rows: Sequence[int] | slice = slice(None), width: int = 4
+) -> FeatureStatistics:
     """What the tokens `rows` sum to."""
     activations = torch.randn(len(latents), width, generator=torch.Generator().manual_seed(7))
     latents, documents, activations = latents[rows], documents[rows], activations[rows]
-    statistics = FeatureStatistics.empty(latents.shape[1], width, torch.linspace(1, 2, latents.shape[1]), torch.device("cpu"))
+    statistics = FeatureStatistics.empty(
+        latents.shape[1], width, torch.linspace(1, 2, latents.shape[1]), torch.device("cpu")
+    )
     batch = batch_of(latents, documents, activations)
     add(statistics, batch)
     statistics.update_reconstruction(activations, activations * 0.9, batch.token_groups)
     statistics.state["probe/weighted"] = torch.zeros(DOCUMENT_GROUPS, latents.shape[1], dtype=torch.float64)
-    statistics.state["probe/weighted"].view(-1).index_add_(0, batch.groups * latents.shape[1] + batch.features, batch.values.abs())
+    statistics.state["probe/weighted"].view(-1).index_add_(
+        0, batch.groups * latents.shape[1] + batch.features, batch.values.abs()
+    )
     return statistics
 
 
@@ -146,7 +174,10 @@ class TestFeatureStatistics:
         latents = sparse_latents(90, 19, 0.2, seed)
         documents = torch.arange(90) // 4
         whole = statistics_of(latents, documents)
-        parts = [statistics_of(latents, documents, [i for i in range(90) if int(documents[i]) % shards == part]) for part in range(shards)]
+        parts = [
+            statistics_of(latents, documents, [i for i in range(90) if int(documents[i]) % shards == part])
+            for part in range(shards)
+        ]
         order.shuffle(parts)
         merged = parts[0]
         for part in parts[1:]:

@@ -29,7 +29,10 @@ HOOK, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
 def measured(models_by_kind: dict[str, Any], make_sae: MakeSAE) -> Measurement:
     """Three TopK SAEs of rising k, given in another order, and one at another layer."""
     tokens = torch.from_numpy(np.random.default_rng(3).integers(1, 100, size=(64, 20)))
-    saes = {HOOK: [make_sae("topk", HOOK, d_sae=256, k=k) for k in (8, 2, 16)], OTHER: make_sae("topk", OTHER, d_sae=256, k=4)}
+    saes = {
+        HOOK: [make_sae("topk", HOOK, d_sae=256, k=k) for k in (8, 2, 16)],
+        OTHER: make_sae("topk", OTHER, d_sae=256, k=4),
+    }
     with tlc.add_capacity_hooks(models_by_kind["gpt_neox"], saes, fvu_every=1) as capacity:
         for tap, name in zip(capacity.taps, ("k8", "k2", "k16", "other"), strict=True):
             tap.name = name
@@ -71,9 +74,11 @@ def test_the_exponent_is_the_slope_on_logarithms(measured: Measurement) -> None:
 def test_the_statement_has_the_figures(measured: Measurement) -> None:
     (suite,) = suites(measured)
     (low_l0, low), (high_l0, high) = suite.curve[0], suite.curve[-1]
-    assert suite.statement() == (
-        f"{HOOK}: d* lies between {low:,.1f} and {high:,.1f} ({high / low:.2f}-fold) over 3 dictionaries with L0 from {low_l0:,.1f} to {high_l0:,.1f}, "
-        f"about as L0^{suite.exponent:.2f}: twice the L0 gives {2**suite.exponent:.2f} times the d*"
+    assert (
+        suite.statement()
+        == f"{HOOK}: d* lies between {low:,.1f} and {high:,.1f} ({high / low:.2f}-fold) over 3 dictionaries with L0"
+        f" from {low_l0:,.1f} to {high_l0:,.1f}, about as L0^{suite.exponent:.2f}: twice the L0 gives"
+        f" {2**suite.exponent:.2f} times the d*"
     )
 
 
@@ -82,18 +87,30 @@ def test_equal_l0(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: tor
     with tlc.add_capacity_hooks(models_by_kind["gpt_neox"], {HOOK: saes}) as capacity:
         (suite,) = suites(capacity.run(tokens.split(8)).measurement())
     assert suite.exponent is None
-    assert suite.statement().endswith("over 2 dictionaries of nearly the same L0: this much depends on what else they differ in")
+    assert suite.statement().endswith(
+        "over 2 dictionaries of nearly the same L0: this much depends on what else they differ in"
+    )
 
 
-def test_a_dense_dictionary_is_no_point_of_the_curve(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+def test_a_dense_dictionary_is_no_point_of_the_curve(
+    models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor
+) -> None:
     """Every neuron is active on every token, and half of a basis is more than F/e of it."""
-    saes = [NeuronBasis(D_MODEL, HOOK), NeuronBasis(D_MODEL, HOOK, k=D_MODEL // 2), make_sae("topk", HOOK, d_sae=256, k=3)]
+    saes = [
+        NeuronBasis(D_MODEL, HOOK),
+        NeuronBasis(D_MODEL, HOOK, k=D_MODEL // 2),
+        make_sae("topk", HOOK, d_sae=256, k=3),
+    ]
     with tlc.add_capacity_hooks(models_by_kind["gpt_neox"], {HOOK: saes}) as capacity:
         (suite,) = suites(capacity.run(tokens.split(8)).measurement())
     assert [one.summary.l0.value for one in suite.saes] == pytest.approx([3, D_MODEL // 2, D_MODEL])
     assert [l0 for l0, _ in suite.curve] == pytest.approx([3])
     assert all(l0 < one.summary.n_alive.value / e for one, (l0, _) in zip(suite.saes, suite.curve, strict=False))
-    assert suite.statement() == f"{HOOK}: 1 of 3 dictionaries is sparse (L0 < F/e), so nothing can be said of how d* depends on the dictionary"
+    assert (
+        suite.statement()
+        == f"{HOOK}: 1 of 3 dictionaries is sparse (L0 < F/e), so nothing can be said of how d* depends on the"
+        " dictionary"
+    )
     assert "undefined" in suite.cells()[1][2]
 
 
@@ -105,9 +122,16 @@ def test_budget_tells_saes_of_one_hook_apart(measured: Measurement) -> None:
     assert f"{OTHER} (d={D_MODEL})" in shown
     assert f"d* over the dictionaries at {HOOK}" in shown
     assert suites(measured)[0].statement() in " ".join(shown.split())
-    assert [(f.hook, f.width) for f in budget.floors][:4] == [(f"{HOOK}, k8", 4), (f"{HOOK}, k8", 16), (f"{HOOK}, k2", 4), (f"{HOOK}, k2", 16)]
+    assert [(f.hook, f.width) for f in budget.floors][:4] == [
+        (f"{HOOK}, k8", 4),
+        (f"{HOOK}, k8", 16),
+        (f"{HOOK}, k2", 4),
+        (f"{HOOK}, k2", 16),
+    ]
     law = plugins().capacity_laws["compressed_sensing"]
-    assert [f.predicted_floor for f in budget.floors[2:4]] == [f.predicted_floor for f in hook_floors(measured.hooks[1], [4, 16], "second_moment", law)]
+    assert [f.predicted_floor for f in budget.floors[2:4]] == [
+        f.predicted_floor for f in hook_floors(measured.hooks[1], [4, 16], "second_moment", law)
+    ]
     assert f"{HOOK}, k16" in budget._repr_html_()
 
 

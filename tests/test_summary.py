@@ -1,4 +1,6 @@
-"""Figures and their intervals: closed forms against plain numpy, the estimate of unseen features against the literature, coverage by simulation."""
+"""Figures and their intervals: closed forms against plain numpy, the estimate of unseen features against the
+literature, coverage by simulation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from numpy.typing import NDArray
 from tl_capacity import summary as summaries
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.statistics import document_groups
-from tl_capacity.summary import DOCUMENT_GROUPS, MASK_REASONS, SUMS, THRESHOLDS, Estimate, FeatureSummary, check_sums, merge_sums
+from tl_capacity.summary import (
+    DOCUMENT_GROUPS,
+    MASK_REASONS,
+    SUMS,
+    THRESHOLDS,
+    Estimate,
+    FeatureSummary,
+    check_sums,
+    merge_sums,
+)
 
 Counts = NDArray[np.int64]
 
@@ -68,7 +79,9 @@ class TestClosedForms:
         assert summary.heterogeneous_critical_width.value == pytest.approx((fired * np.log(1 / fired)).sum(), rel=1e-12)
 
     def test_published_layer_12(self) -> None:
-        """Pythia-410M, layer 12 (arXiv:2604.04037): F = 28,665 and L0 = 218.29 give α = 0.992385, g = 26.92, d* = 1,064.7."""
+        """Pythia-410M, layer 12 (arXiv:2604.04037): F = 28,665 and L0 = 218.29 give α = 0.992385, g = 26.92, d* =
+        1,064.7.
+        """
         tokens = 10**7
         each = round(218.29 * tokens / 28665)
         summary = FeatureSummary(arrays_of(np.full((1, 28665), each), np.array([tokens])))
@@ -116,12 +129,16 @@ class TestClosedForms:
         random = np.random.default_rng(0)
         x, noise = random.normal(2, 1, size=(500, 3)), random.normal(0, 0.3, size=(500, 3))
         groups = document_groups(np.arange(500))
-        sums = {name: np.zeros(DOCUMENT_GROUPS) for name in ("residual", "energy")} | {"mean_sum": np.zeros((DOCUMENT_GROUPS, 3))}
+        sums = {name: np.zeros(DOCUMENT_GROUPS) for name in ("residual", "energy")} | {
+            "mean_sum": np.zeros((DOCUMENT_GROUPS, 3))
+        }
         np.add.at(sums["residual"], groups, (noise**2).sum(1))
         np.add.at(sums["energy"], groups, (x**2).sum(1))
         np.add.at(sums["mean_sum"], groups, x)
         checked = np.bincount(groups, minlength=DOCUMENT_GROUPS)
-        summary = FeatureSummary(arrays_of(np.ones((500, 2), dtype=np.int64), np.ones(500, dtype=np.int64), fvu_tokens=checked, **sums))
+        summary = FeatureSummary(
+            arrays_of(np.ones((500, 2), dtype=np.int64), np.ones(500, dtype=np.int64), fvu_tokens=checked, **sums)
+        )
         wanted = (noise**2).sum() / ((x - x.mean(0)) ** 2).sum()
         assert summary.fvu is not None
         assert summary.fvu.value == pytest.approx(wanted, rel=1e-9)
@@ -129,14 +146,22 @@ class TestClosedForms:
         assert summary.explained_variance.value == pytest.approx(1 - wanted, rel=1e-9)
         assert summary.reconstruction_error is not None
         assert summary.reconstruction_error.value == pytest.approx((noise**2).sum(1).mean(), rel=1e-9)
-        assert summary.reconstruction_error.low < 0.27 < summary.reconstruction_error.high  # 3 · 0.3², as they were drawn
+        assert (
+            summary.reconstruction_error.low < 0.27 < summary.reconstruction_error.high
+        )  # 3 · 0.3², as they were drawn
         assert summary.fvu.low < wanted < summary.fvu.high
         unchecked = rates_summary([0.1])
         assert (unchecked.fvu, unchecked.explained_variance, unchecked.reconstruction_error) == (None, None, None)
 
     def test_masks(self) -> None:
         summary = FeatureSummary(
-            arrays_of(np.ones((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64), masked=[3, 4, 5], masked_norm=[30.0], counted_norm=[10.0])
+            arrays_of(
+                np.ones((1, 1), dtype=np.int64),
+                np.ones(1, dtype=np.int64),
+                masked=[3, 4, 5],
+                masked_norm=[30.0],
+                counted_norm=[10.0],
+            )
         )
         assert summary.masked == {"padding": 3, "special": 4, "position": 5}
         assert summary.masked_norm_share == 0.75
@@ -181,10 +206,14 @@ def incidence_summary(incidence: list[int], documents: int) -> FeatureSummary:
 
 class TestUnseenFeatures:
     def test_barro_colorado_trees(self) -> None:
-        """Tree species on Barro Colorado Island, the example of R's vegan: specpool(BCI) prints 225 species in 50 plots, jack1 245.58, chao 236.3732."""
+        """Tree species on Barro Colorado Island, the example of R's vegan: specpool(BCI) prints 225 species in 50
+        plots, jack1 245.58, chao 236.3732.
+        """
         m, seen, once, twice = 50, 225, 21, 19
         assert seen + once * (m - 1) / m == pytest.approx(245.58)
-        assert seen + (m - 1) / m * once**2 / (2 * twice) == pytest.approx(236.3732, abs=5e-5), "the classic form, so these are vegan's counts"
+        assert seen + (m - 1) / m * once**2 / (2 * twice) == pytest.approx(236.3732, abs=5e-5), (
+            "the classic form, so these are vegan's counts"
+        )
         found = incidence_summary([1] * once + [2] * twice + [7] * (seen - once - twice) + [0] * 75, m).features_chao2
         assert found.value == pytest.approx(225 + 0.98 * 21 * 20 / (2 * 20))  # 235.29
         # by hand: variance 10.29 + 0.9604·21·41²/1600 + 0.9604·441·19·400/640000 = 36.509
@@ -215,8 +244,12 @@ class TestUnseenFeatures:
         assert found.high < 500
 
 
-def bursty(random: np.random.Generator, documents: int, share: NDArray[np.float64], rate: NDArray[np.float64]) -> tuple[Counts, Counts]:
-    """Counts [document, feature] and tokens [document]: a feature is on in some documents only, and fires often there."""
+def bursty(
+    random: np.random.Generator, documents: int, share: NDArray[np.float64], rate: NDArray[np.float64]
+) -> tuple[Counts, Counts]:
+    """Counts [document, feature] and tokens [document]: a feature is on in some documents only,
+    and fires often there.
+    """
     tokens = random.integers(20, 200, size=documents)
     on = random.random((documents, len(share))) < share
     return random.binomial(tokens[:, None], rate * on), tokens
@@ -225,7 +258,9 @@ def bursty(random: np.random.Generator, documents: int, share: NDArray[np.float6
 class TestIntervals:
     @pytest.mark.parametrize("documents", [40, 300])
     def test_coverage_on_bursty_documents(self, unchecked: None, documents: int) -> None:
-        """The interval of L0 holds the population's in at least 85 of 100 repetitions, where one that took tokens for independent would fail."""
+        """The interval of L0 holds the population's in at least 85 of 100 repetitions, where one that took tokens for
+        independent would fail.
+        """
         random = np.random.default_rng(documents)
         share, rate = random.uniform(0.01, 0.2, size=60), random.uniform(0.05, 0.5, size=60)
         truth = float((share * rate).sum())
@@ -262,7 +297,10 @@ class TestIntervals:
     def test_too_few_documents(self, documents: int) -> None:
         random = np.random.default_rng(0)
         counts, tokens = bursty(random, documents, np.full(10, 0.9), np.full(10, 0.3))
-        for estimate in (FeatureSummary(arrays_of(counts, tokens)).l0, FeatureSummary(arrays_of(counts, tokens)).n_alive):
+        for estimate in (
+            FeatureSummary(arrays_of(counts, tokens)).l0,
+            FeatureSummary(arrays_of(counts, tokens)).n_alive,
+        ):
             assert (estimate.low, estimate.high) == (None, None)
             assert "[" not in estimate.show()
 
@@ -273,7 +311,14 @@ class TestIntervals:
         random = np.random.default_rng(seed)
         counts, tokens = bursty(random, documents, np.full(12, often), random.uniform(0.01, 0.9, size=12))
         summary = FeatureSummary(arrays_of(counts, tokens))
-        for estimate in (summary.n_alive, summary.l0, summary.alpha, summary.capacity, summary.critical_width, *summary.alive_at.values()):
+        for estimate in (
+            summary.n_alive,
+            summary.l0,
+            summary.alpha,
+            summary.capacity,
+            summary.critical_width,
+            *summary.alive_at.values(),
+        ):
             if estimate.low is not None and estimate.high is not None:
                 assert estimate.low <= estimate.value <= estimate.high
         for estimate in (summary.n_alive, *summary.alive_at.values()):

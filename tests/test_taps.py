@@ -1,4 +1,6 @@
-"""Taps beyond the residual stream, on both kinds of TransformerLens model: MLP and attention outputs, heads, neurons; SAEs and bases, counts and gradients."""
+"""Taps beyond the residual stream, on both kinds of TransformerLens model: MLP and attention outputs, heads, neurons;
+SAEs and bases, counts and gradients.
+"""
 
 from __future__ import annotations
 
@@ -53,29 +55,44 @@ def attribution(model: Any, hook: str, sae: Any, tokens: torch.Tensor) -> torch.
 
 @pytest.mark.parametrize("hook", [MLP_OUT, ATTENTION_OUT, Z, NEURONS])
 @pytest.mark.parametrize("kind", LENS)
-def test_an_sae_anywhere(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, hook: str) -> None:
+def test_an_sae_anywhere(
+    models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str, hook: str
+) -> None:
     model = models_by_kind[kind]
     x = at(model, hook, tokens)[tokens != BOS]
     sae = make_sae("standard", hook, d_in=x.shape[1])
     with torch.no_grad():
-        sae.W_enc *= 2 / x.norm(dim=1).mean()  # activations differ in size from place to place; with this, some latents fire everywhere
+        sae.W_enc *= (
+            2 / x.norm(dim=1).mean()
+        )  # activations differ in size from place to place; with this, some latents fire everywhere
         sae.b_enc.fill_(0)
     with tlc.add_capacity_hooks(model, sae, importance=["gradient"], fvu_every=1, mask_token_ids=[BOS]) as capacity:
         found = capacity.run(tokens.split(8)).measurement()[hook]
     z = sae.encode(x).detach()
     assert found.width == x.shape[1]
     assert 0 < (z != 0).float().mean() < 1
-    assert abs(found.summary.arrays["counts"].sum(0) - (z != 0).sum(0).numpy()).max() <= 1  # batches of another shape round otherwise
-    np.testing.assert_allclose(found.summary.arrays["squares"].sum(0), z.double().square().sum(0).numpy(), rtol=1e-3, atol=1e-5)
+    assert (
+        abs(found.summary.arrays["counts"].sum(0) - (z != 0).sum(0).numpy()).max() <= 1
+    )  # batches of another shape round otherwise
+    np.testing.assert_allclose(
+        found.summary.arrays["squares"].sum(0), z.double().square().sum(0).numpy(), rtol=1e-3, atol=1e-5
+    )
     fvu = (x - sae.decode(z)).square().sum() / (x - x.mean(0)).square().sum()
     assert found.summary.fvu.value == pytest.approx(float(fvu.detach()), rel=1e-3)
     expected = attribution(model, hook, sae, tokens)
-    np.testing.assert_allclose(found.importance("gradient"), expected[found.summary.alive].numpy(), rtol=5e-3, atol=1e-3 * float(expected.max()))
+    np.testing.assert_allclose(
+        found.importance("gradient"),
+        expected[found.summary.alive].numpy(),
+        rtol=5e-3,
+        atol=1e-3 * float(expected.max()),
+    )
 
 
 @pytest.mark.parametrize("hook", [RESIDUAL, NEURONS, Z])
 @pytest.mark.parametrize("kind", LENS)
-def test_neurons_as_features(models_by_kind: dict[str, Any], tokens: torch.Tensor, tokenizer: Any, kind: str, hook: str) -> None:
+def test_neurons_as_features(
+    models_by_kind: dict[str, Any], tokens: torch.Tensor, tokenizer: Any, kind: str, hook: str
+) -> None:
     model = models_by_kind[kind]
     basis = BasisSpec("neurons", hook, 5).fit(model, TokenStream(tokens.numpy()))
     x = at(model, hook, tokens)[tokens != BOS].double()
@@ -84,10 +101,16 @@ def test_neurons_as_features(models_by_kind: dict[str, Any], tokens: torch.Tenso
     with tlc.add_capacity_hooks(model, basis, importance=["gradient"], fvu_every=1, mask_token_ids=[BOS]) as capacity:
         found = capacity.run(tokens.split(8)).measurement()[hook]
     assert found.summary.l0.value == pytest.approx(5)
-    np.testing.assert_allclose(found.summary.arrays["squares"].sum(0), kept.square().sum(0).numpy(), rtol=1e-3, atol=1e-4)
-    assert found.summary.fvu.value == pytest.approx(float((x - kept).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-3)
+    np.testing.assert_allclose(
+        found.summary.arrays["squares"].sum(0), kept.square().sum(0).numpy(), rtol=1e-3, atol=1e-4
+    )
+    assert found.summary.fvu.value == pytest.approx(
+        float((x - kept).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-3
+    )
     expected = attribution(model, hook, basis, tokens)[found.summary.alive]
-    np.testing.assert_allclose(found.importance("gradient"), expected.numpy(), rtol=5e-3, atol=1e-3 * float(expected.max()))
+    np.testing.assert_allclose(
+        found.importance("gradient"), expected.numpy(), rtol=5e-3, atol=1e-3 * float(expected.max())
+    )
 
 
 def test_heads_are_joined(models_by_kind: dict[str, Any], tokens: torch.Tensor) -> None:
@@ -105,7 +128,11 @@ def test_a_basis_without_k_has_no_sparsity(hooked: Any, tokens: torch.Tensor) ->
     assert summary.fvu.value == pytest.approx(0, abs=1e-9)
     assert summary.critical_width.show() == "undefined"
     with pytest.raises(
-        CapacityError, match=rf"no sparsity is defined: count more tokens, or keep the largest coordinates of a basis, as in pca:{RESIDUAL},k=24"
+        CapacityError,
+        match=(
+            r"no sparsity is defined: count more tokens, or keep the largest coordinates of a basis, as in"
+            rf" pca:{RESIDUAL},k=24"
+        ),
     ):
         measurement.budget([8])
 
@@ -114,7 +141,9 @@ class TestByName:
     """`--sae neurons:HOOK` and `--sae pca:HOOK` through the function behind `tl-capacity measure`."""
 
     @pytest.fixture
-    def settings(self, tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any, texts: list[str]) -> Callable[..., MeasureSettings]:
+    def settings(
+        self, tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any, texts: list[str]
+    ) -> Callable[..., MeasureSettings]:
         folder = tmp_path / "model"
         make_model("gpt_neox").save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -123,14 +152,34 @@ class TestByName:
 
         def make(name: str, *saes: str, **options: Any) -> MeasureSettings:
             return MeasureSettings(
-                **{"model": str(folder), "out": tmp_path / name, "saes": saes, "source": str(source), "tokens": 500, "context": 16, "progress": False} | options
+                **{
+                    "model": str(folder),
+                    "out": tmp_path / name,
+                    "saes": saes,
+                    "source": str(source),
+                    "tokens": 500,
+                    "context": 16,
+                    "progress": False,
+                }
+                | options
             )
 
         return make
 
-    def test_a_basis_and_an_sae_of_one_run(self, settings: Callable[..., MeasureSettings], make_sae: MakeSAE, tmp_path: Path) -> None:
+    def test_a_basis_and_an_sae_of_one_run(
+        self, settings: Callable[..., MeasureSettings], make_sae: MakeSAE, tmp_path: Path
+    ) -> None:
         make_sae("topk", RESIDUAL).save_model(tmp_path / "sae")
-        found = measure(settings("out", f"neurons:{NEURONS},k=4", str(tmp_path / "sae"), f"pca:{RESIDUAL},k=6", f"pca:{RESIDUAL}", max_fvu=1e9))
+        found = measure(
+            settings(
+                "out",
+                f"neurons:{NEURONS},k=4",
+                str(tmp_path / "sae"),
+                f"pca:{RESIDUAL},k=6",
+                f"pca:{RESIDUAL}",
+                max_fvu=1e9,
+            )
+        )
         assert [(one.hook, one.sae) for one in found] == [
             (NEURONS, f"neurons:{NEURONS},k=4"),
             (RESIDUAL, str(tmp_path / "sae")),
@@ -152,7 +201,9 @@ class TestByName:
                 counted.append(hidden[ids > 0])  # neither padding nor BOS, whose id is 0
         reference = PCA().fit(torch.cat(counted).numpy())
         variances = found.arrays["squares"].sum(0) / found.n_tokens
-        np.testing.assert_allclose(variances, reference.explained_variance_ * (found.n_tokens - 1) / found.n_tokens, rtol=1e-3)
+        np.testing.assert_allclose(
+            variances, reference.explained_variance_ * (found.n_tokens - 1) / found.n_tokens, rtol=1e-3
+        )
 
     def test_every_shard_has_the_same_basis(self, settings: Callable[..., MeasureSettings]) -> None:
         whole = measure(settings("whole", f"pca:{RESIDUAL},k=3", tokens=10**9))
@@ -165,12 +216,18 @@ class TestByName:
         ("sae", "problem", "says"),
         [
             ("pca:blocks.9.hook_resid_post", HookPointError, "is no hook point of this model: did you mean"),
-            ("neurons:blocks.1.mlp.hook_most", HookPointError, r"is no hook point of this model: did you mean blocks\.1\.mlp\.hook_post"),
+            (
+                "neurons:blocks.1.mlp.hook_most",
+                HookPointError,
+                r"is no hook point of this model: did you mean blocks\.1\.mlp\.hook_post",
+            ),
             ("neurons:blocks.1.hook_resid_post,k=33", DictionaryError, "k = 33 must lie between 1 and the 32 features"),
             ("pca:", DictionaryError, "names no basis: write pca:HOOK"),
         ],
     )
-    def test_bad_input(self, settings: Callable[..., MeasureSettings], sae: str, problem: type[Exception], says: str) -> None:
+    def test_bad_input(
+        self, settings: Callable[..., MeasureSettings], sae: str, problem: type[Exception], says: str
+    ) -> None:
         asked = settings("out", sae)
         with pytest.raises(problem, match=says):
             measure(asked)

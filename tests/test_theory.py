@@ -1,4 +1,6 @@
-"""The closed forms: published figures to the printed digits, identities as properties, the same kind out as in, and a clear sentence outside the domain."""
+"""The closed forms: published figures to the printed digits, identities as properties, the same kind out as in, and a
+clear sentence outside the domain.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,17 @@ def last_digit(printed: object) -> float:
 
 class TestPublishedFigures:
     @pytest.mark.parametrize(("features", "l0", "alpha", "capacity", "width"), PUBLISHED_LAYERS[1:])
-    def test_g_and_critical_width_follow_from_alpha_to_every_digit(self, features: int, l0: float, alpha: str, capacity: str, width: str) -> None:
+    def test_g_and_critical_width_follow_from_alpha_to_every_digit(
+        self, features: int, l0: float, alpha: str, capacity: str, width: str
+    ) -> None:
         assert theory.sparsity(l0, features) == pytest.approx(float(alpha), abs=5e-7)
         assert as_printed(theory.capacity(float(alpha)), capacity) == capacity
         assert as_printed(theory.critical_width(features, float(alpha)), width) == width
 
     @pytest.mark.parametrize(("features", "l0", "alpha", "capacity", "width"), PUBLISHED_LAYERS)
-    def test_the_printed_l0_admits_every_printed_figure(self, features: int, l0: float, alpha: str, capacity: str, width: str) -> None:
+    def test_the_printed_l0_admits_every_printed_figure(
+        self, features: int, l0: float, alpha: str, capacity: str, width: str
+    ) -> None:
         # L0 is printed rounded: each other figure must be what some L0 that rounds so gives, to its own last digit.
         half = last_digit(l0) / 2
         alphas = [theory.sparsity(l0 + shift, features) for shift in (half, -half)]
@@ -68,7 +74,9 @@ class TestIdentities:
 
     @given(st.floats(min_value=1e-6, max_value=1), st.integers(min_value=1, max_value=1000))
     def test_heterogeneous_width_equals_it_at_equal_rates(self, rate: float, features: int) -> None:
-        assert theory.heterogeneous_critical_width([rate] * features) == pytest.approx(features * rate * math.log(1 / rate), rel=1e-9, abs=1e-12)
+        assert theory.heterogeneous_critical_width([rate] * features) == pytest.approx(
+            features * rate * math.log(1 / rate), rel=1e-9, abs=1e-12
+        )
 
     @given(sparse, st.integers(min_value=0, max_value=5000), many_features)
     def test_kept_features_never_exceed_budget_or_all(self, alpha: float, width: int, features: int) -> None:
@@ -86,7 +94,12 @@ class TestIdentities:
         assert theory.refined_floor(importance, width + 1, alpha) <= floor
         assert theory.refined_floor(importance, 0, alpha) == pytest.approx(math.fsum(importance), rel=1e-9, abs=1e-9)
 
-    @given(st.floats(min_value=1e-3, max_value=1e3), st.integers(min_value=2, max_value=50), sparse, st.integers(min_value=0, max_value=20))
+    @given(
+        st.floats(min_value=1e-3, max_value=1e3),
+        st.integers(min_value=2, max_value=50),
+        sparse,
+        st.integers(min_value=0, max_value=20),
+    )
     def test_naive_floor_is_linear_in_width(self, each: float, features: int, alpha: float, width: int) -> None:
         expected = each * features * max(0.0, 1 - width * theory.capacity(alpha) / features)
         assert theory.naive_floor([each] * features, width, alpha) == pytest.approx(expected, rel=1e-6, abs=1e-9)

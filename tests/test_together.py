@@ -1,4 +1,6 @@
-"""Several processes of one launch measure what one process does: counts exactly, moments to rounding; and they refuse what does not fit together."""
+"""Several processes of one launch measure what one process does: counts exactly, moments to rounding; and they refuse
+what does not fit together.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ def launch(commands: list[list[object]]) -> list[int | None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(len(commands)), "LOCAL_WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {
+        "WORLD_SIZE": str(len(commands)),
+        "LOCAL_WORLD_SIZE": str(len(commands)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     children = []
     for rank, command in enumerate(commands):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
@@ -76,7 +83,12 @@ def test_two_processes_measure_what_one_does(setup: Path, whole: Path, tmp_path:
     assert launch([command, command]) == [0, 0]
     equal(whole, tmp_path / "both")
     both, one = Measurement.load(tmp_path / "both").provenance, Measurement.load(whole).provenance
-    assert (both.shards, both.shard_count, both.cursor, both.settings) == (one.shards, one.shard_count, one.cursor, one.settings)
+    assert (both.shards, both.shard_count, both.cursor, both.settings) == (
+        one.shards,
+        one.shard_count,
+        one.cursor,
+        one.settings,
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["both"]  # the processes' own folders are gone
     before = (tmp_path / "both" / "measurement.json").read_bytes()
     assert set(launch([command, command])) == {2}  # there is a measurement already
@@ -86,9 +98,23 @@ def test_two_processes_measure_what_one_does(setup: Path, whole: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_process_that_dies(setup: Path, tmp_path: Path) -> None:
-    """The launcher ends the other one too; what both had saved stays, and the same launch goes on from it, to the same last bit as one that nobody killed."""
-    command = arguments(setup, tmp_path / "both", "--dtype", "float64", "--checkpoint-seconds", 0, "--resume", tokens=EVERYTHING)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tl_capacity", *map(str, command)]
+    """The launcher ends the other one too; what both had saved stays, and the same launch goes on from it, to the same
+    last bit as one that nobody killed.
+    """
+    command = arguments(
+        setup, tmp_path / "both", "--dtype", "float64", "--checkpoint-seconds", 0, "--resume", tokens=EVERYTHING
+    )
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tl_capacity",
+        *map(str, command),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     folders = [tmp_path / f"both.process-{index}-of-2" for index in range(2)]
     with subprocess.Popen(torchrun, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
@@ -155,7 +181,9 @@ def test_two_processes_probe_what_one_does(setup: Path, tmp_path: Path) -> None:
 
 
 def test_processes_that_do_not_fit_together(setup: Path, tmp_path: Path) -> None:
-    commands = [arguments(setup, tmp_path / "both", "--skip-first-positions", skip, tokens=EVERYTHING) for skip in (0, 1)]
+    commands = [
+        arguments(setup, tmp_path / "both", "--skip-first-positions", skip, tokens=EVERYTHING) for skip in (0, 1)
+    ]
     assert launch(commands) == [2, 2]
     assert not (tmp_path / "both").exists()
 

@@ -1,4 +1,6 @@
-"""Token streams: rows from one document each, shards that share nothing and leave nothing out, and sources that say what is wrong with them."""
+"""Token streams: rows from one document each, shards that share nothing and leave nothing out, and sources that say
+what is wrong with them.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class TestTokenStream:
         stream = TokenStream(texts, tokenizer, context=10, prepend_bos=False)
         assert stream.bos is None
         rows = rows_of(stream)
-        assert [token for _, ids in rows for token in ids] == [token for text in texts for token in encode(tokenizer, text)]
+        assert [token for _, ids in rows for token in ids] == [
+            token for text in texts for token in encode(tokenizer, text)
+        ]
         assert max(len(ids) for _, ids in rows) == 10
 
     def test_bos_zero_is_a_bos(self, tokenizer: Any, texts: list[str]) -> None:
@@ -73,7 +77,9 @@ class TestTokenStream:
 
     @settings(max_examples=30, deadline=None)
     @given(of=st.integers(1, 9), context=st.integers(2, 40), batch_rows=st.integers(1, 9))
-    def test_shards_are_disjoint_and_complete(self, tokenizer: Any, texts: list[str], of: int, context: int, batch_rows: int) -> None:
+    def test_shards_are_disjoint_and_complete(
+        self, tokenizer: Any, texts: list[str], of: int, context: int, batch_rows: int
+    ) -> None:
         whole = rows_of(TokenStream(texts, tokenizer, context, batch_rows))
         parts = [rows_of(TokenStream(texts, tokenizer, context, batch_rows, shard=(index, of))) for index in range(of)]
         for index, part in enumerate(parts):
@@ -120,7 +126,9 @@ class TestTokenStream:
 def all_rows(stream: Any) -> tuple[list[list[int]], list[int]]:
     batches = list(as_batches(stream))
     assert all(isinstance(batch, TokenBatch) and batch.tokens.dtype == np.int64 for batch in batches)
-    return [row for batch in batches for row in batch.tokens.tolist()], [document for batch in batches for document in batch.documents.tolist()]
+    return [row for batch in batches for row in batch.tokens.tolist()], [
+        document for batch in batches for document in batch.documents.tolist()
+    ]
 
 
 class TestAsBatches:
@@ -174,10 +182,17 @@ class TestAsBatches:
         ragged = [[1, 2, 3], [4], [5, 6]]
         wanted = [[1, 2, 3], [4, PADDING, PADDING], [5, 6, PADDING]]
         mask = [[1] * len(row) for row in ragged]
-        for stream in ([ragged], {"input_ids": ragged}, {"input_ids": ragged, "attention_mask": mask}, Dataset.from_dict({"input_ids": ragged})):
+        for stream in (
+            [ragged],
+            {"input_ids": ragged},
+            {"input_ids": ragged, "attention_mask": mask},
+            Dataset.from_dict({"input_ids": ragged}),
+        ):
             assert all_rows(stream) == (wanted, [0, 1, 2])
 
-    @pytest.mark.parametrize("stream", [[], iter(()), [np.zeros((0, 4), dtype=np.int64)], Dataset.from_dict({"input_ids": []})])
+    @pytest.mark.parametrize(
+        "stream", [[], iter(()), [np.zeros((0, 4), dtype=np.int64)], Dataset.from_dict({"input_ids": []})]
+    )
     def test_nothing(self, stream: Any) -> None:
         with pytest.raises(TokenSourceError, match="yields no batch"):
             list(as_batches(stream))
@@ -208,7 +223,9 @@ class TestAsBatches:
         with pytest.raises(TokenSourceError):
             list(as_batches(stream))
 
-    def test_a_dataset_is_counted_like_its_rows(self, make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor) -> None:
+    def test_a_dataset_is_counted_like_its_rows(
+        self, make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor
+    ) -> None:
         model, sae = make_model("gpt_neox"), make_sae("topk", HOOK)
         found = []
         for stream in (tokens.split(8), Dataset.from_dict({"input_ids": tokens.tolist()}), tokens):
@@ -238,7 +255,20 @@ def write(folder: Path, name: str, texts: list[str]) -> Path:
 
 class TestSources:
     @pytest.mark.parametrize(
-        "name", ["a.txt", "a.md", "a.txt.gz", "a.txt.xz", "a.jsonl", "a.ndjson", "a.jsonl.gz", "a.jsonl.xz", "a.parquet", "A.TXT", "with space.JSONL"]
+        "name",
+        [
+            "a.txt",
+            "a.md",
+            "a.txt.gz",
+            "a.txt.xz",
+            "a.jsonl",
+            "a.ndjson",
+            "a.jsonl.gz",
+            "a.jsonl.xz",
+            "a.parquet",
+            "A.TXT",
+            "with space.JSONL",
+        ],
     )
     def test_the_same_texts_from_any_file(self, tmp_path: Path, name: str) -> None:
         path = write(tmp_path, name, PARAGRAPHS)
@@ -275,7 +305,9 @@ class TestSources:
 
     def test_streams_read_them(self, tmp_path: Path, tokenizer: Any, texts: list[str]) -> None:
         path = write(tmp_path, "a.jsonl.xz", texts)
-        assert rows_of(TokenStream(str(path), tokenizer, context=16)) == rows_of(TokenStream(texts, tokenizer, context=16))
+        assert rows_of(TokenStream(str(path), tokenizer, context=16)) == rows_of(
+            TokenStream(texts, tokenizer, context=16)
+        )
 
     @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.txt.gz", "a.jsonl.xz"])
     @pytest.mark.parametrize("fault", ["missing", "empty", "binary", "random bytes", "a folder"])
@@ -284,7 +316,9 @@ class TestSources:
         if fault == "a folder":
             path.mkdir()
         elif fault != "missing":
-            path.write_bytes({"empty": b"", "binary": b"\0\1\2\3" * 500, "random bytes": np.random.default_rng(0).bytes(5000)}[fault])
+            path.write_bytes(
+                {"empty": b"", "binary": b"\0\1\2\3" * 500, "random bytes": np.random.default_rng(0).bytes(5000)}[fault]
+            )
         with pytest.raises(TokenSourceError, match=str(path)):
             list(TokenStream(str(path), tokenizer))
 
@@ -312,7 +346,9 @@ class TestSources:
                 except TokenSourceError:
                     continue
 
-    @pytest.mark.parametrize("line", ["not json", "[1, 2]", "3", '{"text": 3}', '{"title": "x"}', '{"text": null}', "[" * 100_000])
+    @pytest.mark.parametrize(
+        "line", ["not json", "[1, 2]", "3", '{"text": 3}', '{"title": "x"}', '{"text": null}', "[" * 100_000]
+    )
     def test_odd_lines(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
         with pytest.raises(TokenSourceError, match=r"line 2 of .*a\.jsonl"):

@@ -1,4 +1,6 @@
-"""Toy models against closed forms, PyTorch's own autograd and Adam, a published replication, and themselves trained alone."""
+"""Toy models against closed forms, PyTorch's own autograd and Adam, a published replication, and themselves trained
+alone.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ from tl_capacity.toy.sweep import Family, Stream
 from tl_capacity.toy.training import Objective, Stack, initial_stack, train
 
 brisk = settings(max_examples=40, deadline=None)
-TINY = SweepSettings(features=(6,), alphas=(0.7, 0.9), teacher_widths=(2, 3), seeds=2, steps=40, batch=16, evaluation_rows=512)
+TINY = SweepSettings(
+    features=(6,), alphas=(0.7, 0.9), teacher_widths=(2, 3), seeds=2, steps=40, batch=16, evaluation_rows=512
+)
 
 
 class TestData:
@@ -56,12 +60,19 @@ class TestData:
     @pytest.mark.parametrize("alpha", [0.6, 0.9])
     def test_rows_that_are_not_zero_are_plain_ones_without_the_zeros(self, alpha: float, correlation: str) -> None:
         distribution = FeatureDistribution(6, alpha, correlation)
-        plain, chosen = distribution.sample(200_000, np.random.default_rng(0)), distribution.sample_nonzero(200_000, np.random.default_rng(1))
+        plain, chosen = (
+            distribution.sample(200_000, np.random.default_rng(0)),
+            distribution.sample_nonzero(200_000, np.random.default_rng(1)),
+        )
         zero = ~(plain > 0).any(0)
         assert zero.mean() == pytest.approx(distribution.zero_probability, abs=0.005)
         assert (chosen > 0).any(0).all()
         rest = plain[:, ~zero]
-        np.testing.assert_allclose(np.bincount((chosen > 0).sum(0), minlength=7) / 2e5, np.bincount((rest > 0).sum(0), minlength=7) / rest.shape[1], atol=0.01)
+        np.testing.assert_allclose(
+            np.bincount((chosen > 0).sum(0), minlength=7) / 2e5,
+            np.bincount((rest > 0).sum(0), minlength=7) / rest.shape[1],
+            atol=0.01,
+        )
         np.testing.assert_allclose(np.corrcoef(chosen), np.corrcoef(rest), atol=0.02)
         np.testing.assert_allclose((chosen**2).mean(1), (rest**2).mean(1), rtol=0.05)
 
@@ -87,7 +98,9 @@ class TestData:
                 FeatureDistribution(*arguments)
 
 
-def plain_loss(weights: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, target: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+def plain_loss(
+    weights: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, target: torch.Tensor, importance: torch.Tensor
+) -> torch.Tensor:
     """Mean over rows of Σ Iᵢ (ReLU(WᵀWx + b)ᵢ − yᵢ)², as it is written in the paper; x [row, feature]."""
     return (importance * (torch.relu(x @ weights.T @ weights + bias) - target).square()).sum(1).mean()
 
@@ -98,9 +111,17 @@ class TestTraining:
         streams = [Stream(FeatureDistribution(5, alpha), 0) for alpha in (0.5, 0.9)]
         family = Family(5, (1, 3), 4 if distilled else None)
         stack = initial_stack(family, streams, torch.float64)
-        stack.bias.add_(torch.randn(stack.bias.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 3)
-        teacher = Stack(torch.randn(2, 1, 4, 5, dtype=torch.float64), torch.randn(2, 1, 5, dtype=torch.float64)) if distilled else None
-        x = torch.from_numpy(np.stack([s.distribution.sample_nonzero(64, np.random.default_rng(i)) for i, s in enumerate(streams)])).double()
+        stack.bias.add_(
+            torch.randn(stack.bias.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 3
+        )
+        teacher = (
+            Stack(torch.randn(2, 1, 4, 5, dtype=torch.float64), torch.randn(2, 1, 5, dtype=torch.float64))
+            if distilled
+            else None
+        )
+        x = torch.from_numpy(
+            np.stack([s.distribution.sample_nonzero(64, np.random.default_rng(i)) for i, s in enumerate(streams)])
+        ).double()
         objective = Objective.of(5, streams, 1.0, torch.float64)
         target = x if teacher is None else teacher.output(x)[:, 0]
         at_zero = torch.zeros(2, 5, dtype=torch.float64) if teacher is None else teacher.at_zero[:, 0]
@@ -110,18 +131,27 @@ class TestTraining:
                 w, b = stack.weights[i, j].clone().requires_grad_(), stack.bias[i, j].clone().requires_grad_()
                 zero = stream.distribution.zero_probability
                 whole = (1 - zero) * plain_loss(w, b, x[i].T, target[i].T, objective.importance)
-                whole = whole + zero * plain_loss(w, b, torch.zeros(1, 5, dtype=torch.float64), at_zero[i][None], objective.importance)
+                whole = whole + zero * plain_loss(
+                    w, b, torch.zeros(1, 5, dtype=torch.float64), at_zero[i][None], objective.importance
+                )
                 for mine, theirs in zip(found, torch.autograd.grad(whole, (w, b)), strict=True):
                     torch.testing.assert_close(mine[i, j], theirs, rtol=1e-9, atol=1e-12)
 
     def test_a_batch_is_as_good_as_one_alone(self) -> None:
         together, _ = train(TINY, dtype=torch.float64)
         for alpha, seed in ((0.7, 1), (0.9, 0)):
-            alone, _ = train(replace(TINY, alphas=(alpha,), teacher_widths=(3,), widths=(2,), seeds=1, first_seed=seed), dtype=torch.float64)
+            alone, _ = train(
+                replace(TINY, alphas=(alpha,), teacher_widths=(3,), widths=(2,), seeds=1, first_seed=seed),
+                dtype=torch.float64,
+            )
             stream = TINY.alphas.index(alpha) * TINY.seeds + seed
             for name in ("n6.direct", "n6.teacher3"):
-                torch.testing.assert_close(together[name].weights[stream, 1, :2], alone[name].weights[0, 0, :2], rtol=1e-9, atol=1e-12)
-                torch.testing.assert_close(together[name].bias[stream, 1], alone[name].bias[0, 0], rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(
+                    together[name].weights[stream, 1, :2], alone[name].weights[0, 0, :2], rtol=1e-9, atol=1e-12
+                )
+                torch.testing.assert_close(
+                    together[name].bias[stream, 1], alone[name].bias[0, 0], rtol=1e-9, atol=1e-12
+                )
 
     def test_missing_rows_stay_zero(self) -> None:
         stacks, _ = train(TINY)
@@ -144,17 +174,42 @@ class TestTraining:
 
     def test_one_feature_alone_is_learnt_exactly(self) -> None:
         """n = d = 1: WᵀW = 1 and b = 0 reconstruct everything."""
-        result = run(SweepSettings(features=(1,), alphas=(0.5,), teacher_widths=(1,), seeds=2, steps=1500, batch=64, distilled=False, evaluation_rows=2048))
+        result = run(
+            SweepSettings(
+                features=(1,),
+                alphas=(0.5,),
+                teacher_widths=(1,),
+                seeds=2,
+                steps=1500,
+                batch=64,
+                distilled=False,
+                evaluation_rows=2048,
+            )
+        )
         assert (result.students.achieved_floor < 1e-5).all()
         np.testing.assert_allclose(result.tensors["n1.direct.weights"].abs().flatten(), 1, atol=0.01)
 
     def test_two_sparse_features_share_a_dimension_as_antipodes(self) -> None:
-        """n = 2, d = 1: W = (1, −1), b = 0 fails only where both are active: E[x₂²]-like terms of probability (1−α)²."""
+        """n = 2, d = 1: W = (1, −1), b = 0 fails only where both are active: E[x₂²]-like terms of
+        probability (1−α)².
+        """
         alpha = 0.95
-        result = run(SweepSettings(features=(2,), alphas=(alpha,), teacher_widths=(1,), seeds=3, steps=3000, batch=128, slope=0.0, distilled=False))
+        result = run(
+            SweepSettings(
+                features=(2,),
+                alphas=(alpha,),
+                teacher_widths=(1,),
+                seeds=3,
+                steps=3000,
+                batch=128,
+                slope=0.0,
+                distilled=False,
+            )
+        )
         best = result.students.loc[result.students.achieved_floor.idxmin()]
         weights = result.tensors["n2.direct.weights"][int(best.seed), 0, 0]
-        # Both active: x̂ = (ReLU(x₁−x₂), ReLU(x₂−x₁)): the larger is off by the smaller, the smaller by itself; E[min²] = 1/6.
+        # Both active: x̂ = (ReLU(x₁−x₂), ReLU(x₂−x₁)): the larger is off by the smaller, the smaller by itself; E[min²]
+        # = 1/6.
         antipodal = (1 - alpha) ** 2 * 2 / 6
         assert best.achieved_floor <= antipodal * 1.05
         assert best.achieved_floor == pytest.approx(antipodal, rel=0.2)
@@ -163,13 +218,27 @@ class TestTraining:
 
     def test_of_two_dense_features_one_is_kept_and_the_other_put_out_as_its_mean(self) -> None:
         """n = 2, d = 1, α = 0.1: sharing costs more than losing, and a bias of E[x₂] leaves I₂·Var[x₂]."""
-        result = run(SweepSettings(features=(2,), alphas=(0.1,), teacher_widths=(1,), seeds=3, steps=2000, slope=3.0, distilled=False))
+        result = run(
+            SweepSettings(
+                features=(2,), alphas=(0.1,), teacher_widths=(1,), seeds=3, steps=2000, slope=3.0, distilled=False
+            )
+        )
         distribution = FeatureDistribution(2, 0.1)
-        assert result.students.achieved_floor.min() == pytest.approx(zipf_importance(2, 3.0)[1] * distribution.variance, rel=0.02)
+        assert result.students.achieved_floor.min() == pytest.approx(
+            zipf_importance(2, 3.0)[1] * distribution.variance, rel=0.02
+        )
         assert (result.students.kept == 1).any()
 
     def test_as_wide_as_there_are_features_nothing_is_lost(self) -> None:
-        settings = SweepSettings(features=(3,), alphas=(0.9,), teacher_widths=(3, 5), widths=(3, 5), seeds=2, steps=1000, evaluation_rows=2048)
+        settings = SweepSettings(
+            features=(3,),
+            alphas=(0.9,),
+            teacher_widths=(3, 5),
+            widths=(3, 5),
+            seeds=2,
+            steps=1000,
+            evaluation_rows=2048,
+        )
         students = predictions(run(settings))
         assert (students.refined == 0).all()
         assert (students.achieved_floor < 0.01 * students.nothing).all()
@@ -178,12 +247,18 @@ class TestTraining:
     def test_floors_of_a_published_replication(self) -> None:
         """5 seeds, Zipf importances i⁻¹, 10,000 steps of Adam: within 3%, and within 5% at d = 1."""
         common = {"teacher_widths": (9,), "seeds": 5, "distilled": False}
-        wide = run(SweepSettings(features=(40,), alphas=(0.90,), widths=(1, 5, 9), **common)).students.groupby("width")[["achieved_floor", "kept"]].mean()
+        wide = (
+            run(SweepSettings(features=(40,), alphas=(0.90,), widths=(1, 5, 9), **common))
+            .students.groupby("width")[["achieved_floor", "kept"]]
+            .mean()
+        )
         assert wide.achieved_floor[1] == pytest.approx(0.0915, rel=0.05)
         assert wide.achieved_floor[5] == pytest.approx(0.0462, rel=0.03)
         assert wide.achieved_floor[9] == pytest.approx(0.0293, rel=0.03)
         assert wide.kept[5] == pytest.approx(11.6, abs=1.2)
-        narrow = run(SweepSettings(features=(20,), alphas=(0.80,), **{**common, "teacher_widths": (4,), "widths": (4,)})).students
+        narrow = run(
+            SweepSettings(features=(20,), alphas=(0.80,), **{**common, "teacher_widths": (4,), "widths": (4,)})
+        ).students
         assert narrow.achieved_floor.mean() == pytest.approx(0.0687, rel=0.03)
 
 
@@ -198,7 +273,9 @@ class TestMeasures:
         assert ((capacity >= 0) & (capacity <= 1 + 1e-12)).all()
 
     def test_known_capacities(self) -> None:
-        np.testing.assert_allclose(fractional_capacity(torch.tensor([[1.0, -1.0, 0, 0], [0, 0, 2.0, 0]])), [0.5, 0.5, 1, 0])
+        np.testing.assert_allclose(
+            fractional_capacity(torch.tensor([[1.0, -1.0, 0, 0], [0, 0, 2.0, 0]])), [0.5, 0.5, 1, 0]
+        )
 
     def test_overlap_and_containment(self) -> None:
         kept, teacher = np.array([True, False, True, False]), np.array([True, True, False, False])
@@ -211,7 +288,9 @@ class TestMeasures:
         importance = torch.from_numpy(zipf_importance(6)).float()
         x = torch.from_numpy(FeatureDistribution(6, 0.7).sample(2**17, np.random.default_rng(8))).T
         row = result.students.query("kind == 'direct' and alpha == 0.7 and width == 3 and seed == 1").iloc[0]
-        plain = plain_loss(result.tensors["n6.direct.weights"][1, 2], result.tensors["n6.direct.bias"][1, 2], x, x, importance)
+        plain = plain_loss(
+            result.tensors["n6.direct.weights"][1, 2], result.tensors["n6.direct.bias"][1, 2], x, x, importance
+        )
         assert row.achieved_floor == pytest.approx(float(plain), rel=0.03)
         assert 0 < row.floor_error < 0.03 * row.achieved_floor
 
@@ -265,7 +344,14 @@ class TestPredictors:
         random = np.random.default_rng(4)
         observed = random.uniform(1, 2, 40)
         rows = pandas.DataFrame(
-            {"n": 10, "alpha": 0.9, "width": 1 + np.arange(40) % 5, "achieved_floor": observed, "nothing": 5.0, "mine": observed + random.normal(0, 0.1, 40)}
+            {
+                "n": 10,
+                "alpha": 0.9,
+                "width": 1 + np.arange(40) % 5,
+                "achieved_floor": observed,
+                "nothing": 5.0,
+                "mine": observed + random.normal(0, 0.1, 40),
+            }
         )
         table = accuracy(rows, ["mine", "achieved_floor"]).set_index(["predictor", "stratum"])
         mine, perfect = table.loc[("mine", "all")], table.loc[("achieved_floor", "all")]
@@ -274,7 +360,13 @@ class TestPredictors:
         assert mine.pearson_r == pytest.approx(pearsonr(rows.mine, rows.achieved_floor).statistic)
         assert (perfect.relative, perfect.relative_to_nothing, perfect.r2, perfect.mae) == (1, 1, 1, 0)
         # d* = 10/g(0.9) = 2.30: widths 1, then 2, then 3 to 5, which are 8 each
-        assert table.loc["mine"]["count"].to_dict() == {"all": 40, "α = 0.9": 40, "d/d* < 0.8": 8, "0.8 ≤ d/d* ≤ 1.2": 8, "d/d* > 1.2": 24}
+        assert table.loc["mine"]["count"].to_dict() == {
+            "all": 40,
+            "α = 0.9": 40,
+            "d/d* < 0.8": 8,
+            "0.8 ≤ d/d* ≤ 1.2": 8,
+            "d/d* > 1.2": 24,
+        }
 
     def test_accuracy_by_its_definitions(self) -> None:
         students = predictions(run(TINY))
@@ -300,7 +392,11 @@ class TestPredictors:
 
     @pytest.mark.parametrize(
         ("alpha", "packing", "says"),
-        [([0.9], [[1.0], [1.0]], "needs at least two"), ([0.8, 0.9], [[1.0, np.nan]], "no seed converged"), ([0.8, 0.9], [[1.0, 0.0]], "keep nothing at all")],
+        [
+            ([0.9], [[1.0], [1.0]], "needs at least two"),
+            ([0.8, 0.9], [[1.0, np.nan]], "no seed converged"),
+            ([0.8, 0.9], [[1.0, 0.0]], "keep nothing at all"),
+        ],
     )
     def test_packing_that_says_nothing(self, alpha: list[float], packing: list[list[float]], says: str) -> None:
         with pytest.raises(CapacityError, match=says):
@@ -318,7 +414,17 @@ class TestPredictors:
 
 class TestSweep:
     def test_floors_fall_with_width(self) -> None:
-        students = run(SweepSettings(features=(10,), alphas=(0.9,), teacher_widths=(5,), seeds=3, steps=1500, distilled=False, evaluation_rows=4096)).students
+        students = run(
+            SweepSettings(
+                features=(10,),
+                alphas=(0.9,),
+                teacher_widths=(5,),
+                seeds=3,
+                steps=1500,
+                distilled=False,
+                evaluation_rows=4096,
+            )
+        ).students
         floors = students.groupby("width").achieved_floor.min()
         assert all(wide < narrow for narrow, wide in pairwise(floors))
 
@@ -326,12 +432,19 @@ class TestSweep:
         result = run(TINY)
         result.save(tmp_path / "sweep")
         loaded = SweepResult.load(tmp_path / "sweep")
-        assert (loaded.settings, loaded.seconds, loaded.versions, loaded.machine) == (result.settings, result.seconds, result.versions, result.machine)
+        assert (loaded.settings, loaded.seconds, loaded.versions, loaded.machine) == (
+            result.settings,
+            result.seconds,
+            result.versions,
+            result.machine,
+        )
         assert loaded.students.drop(columns="kept_set").equals(result.students.drop(columns="kept_set"))
         with pytest.raises(CapacityError, match="exists already"):
             result.save(tmp_path / "sweep")
 
-    @pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes()[:-40]), lambda p: p.unlink(), lambda p: p.write_text("{")])
+    @pytest.mark.parametrize(
+        "damage", [lambda p: p.write_bytes(p.read_bytes()[:-40]), lambda p: p.unlink(), lambda p: p.write_text("{")]
+    )
     @pytest.mark.parametrize("name", ["sweep.json", "students.safetensors"])
     def test_a_damaged_sweep_is_one_sentence(self, tmp_path: Path, name: str, damage: Callable[[Path], object]) -> None:
         run(TINY).save(tmp_path / "sweep")
@@ -344,7 +457,10 @@ class TestSweep:
         result = run(replace(TINY, lr=lr))
         assert len(result.diverged) > 0
         students = predictions(result)
-        assert len(students) == len(result.students) - len(result.diverged) == 0 or np.isfinite(students.achieved_floor).all()
+        assert (
+            len(students) == len(result.students) - len(result.diverged) == 0
+            or np.isfinite(students.achieved_floor).all()
+        )
         assert len(student_list(result)) == len(students.query("kind == 'direct'"))
         assert any(f"{len(result.diverged)} students diverged" in claim for claim in claims(result, students))
 
@@ -353,7 +469,13 @@ class TestSweep:
         students = predictions(result)
         page = markdown(result, students, predictors(), "tl-capacity run toy-sweep")
         assert page.startswith("# Toy models: 4 configurations")
-        for heading in ("Where the theorem holds", "Accuracy", "What the students keep", "Distilled students", "Floors"):
+        for heading in (
+            "Where the theorem holds",
+            "Accuracy",
+            "What the students keep",
+            "Distilled students",
+            "Floors",
+        ):
             assert f"\n## {heading}" in page
         listed = student_list(result)
         assert len(listed) == (result.students.kind == "direct").sum() == 12
@@ -372,8 +494,9 @@ class TestSweep:
         """SIGKILL after a checkpoint; the same call goes on to the same last bit."""
         checkpoint, longer = tmp_path / "state.safetensors", replace(TINY, steps=1200)
         code = (
-            "from pathlib import Path; from tl_capacity import checkpoints; from tl_capacity.toy import training, SweepSettings; checkpoints.SECONDS = 0.0\n"
-            f"training.train(SweepSettings.from_json({longer.to_json()!r}), Path({str(checkpoint)!r}))"
+            "from pathlib import Path; from tl_capacity import checkpoints; from tl_capacity.toy import training,"
+            f" SweepSettings; checkpoints.SECONDS = 0.0\ntraining.train(SweepSettings.from_json({longer.to_json()!r}),"
+            f" Path({str(checkpoint)!r}))"
         )
         process = subprocess.Popen([sys.executable, "-c", code])
         while not checkpoint.exists() and process.poll() is None:
@@ -388,7 +511,18 @@ class TestSweep:
             train(TINY, checkpoint)
 
     def test_the_recipe(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        arguments = ["--features", "6", "--alphas", "0.7,0.9", "--teacher-widths", "2,3", "--steps", "40", "--out", str(tmp_path / "sweep")]
+        arguments = [
+            "--features",
+            "6",
+            "--alphas",
+            "0.7,0.9",
+            "--teacher-widths",
+            "2,3",
+            "--steps",
+            "40",
+            "--out",
+            str(tmp_path / "sweep"),
+        ]
         recipe.run(main, arguments)
         said = " ".join(capsys.readouterr().out.split())
         assert "refined" in said

@@ -1,5 +1,5 @@
-"""The SAE training recipe: what it writes, that it learns, that it goes on after an interruption, and that every kind of hook can be trained on; and how the
-embedded teacher's training goes on.
+"""The SAE training recipe: what it writes, that it learns, that it goes on after an interruption, and that every kind
+of hook can be trained on; and how the embedded teacher's training goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def forwards() -> list[tuple[int, ...]]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any, forwards: list[Any]) -> Iterator[TrainSAEConfig]:
+def config(
+    tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any, forwards: list[Any]
+) -> Iterator[TrainSAEConfig]:
     """A run of seconds, on a model that a plugin registers."""
 
     def load() -> tuple[Any, Any]:
@@ -52,7 +54,10 @@ def config(tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any, forwa
     random = np.random.default_rng(0)
     with open(tmp_path / "corpus.jsonl", "w") as file:
         for _ in range(200):
-            file.write(json.dumps({"text": " ".join(f"w{i}" for i in random.integers(1, 100, size=random.integers(10, 70)))}) + "\n")
+            file.write(
+                json.dumps({"text": " ".join(f"w{i}" for i in random.integers(1, 100, size=random.integers(10, 70)))})
+                + "\n"
+            )
     register_plugin(Plugin(), "tiny-plugin")
     yield TrainSAEConfig(
         model="tiny",
@@ -81,7 +86,11 @@ def trained(config: TrainSAEConfig) -> tuple[Any, dict[str, Any]]:
 
 def test_what_is_written(config: TrainSAEConfig, make_model: Callable[..., Any], tokenizer: Any) -> None:
     sae, record = trained(config)
-    assert sorted(path.name for path in config.out.iterdir()) == ["cfg.json", "sae_weights.safetensors", "training.json"]
+    assert sorted(path.name for path in config.out.iterdir()) == [
+        "cfg.json",
+        "sae_weights.safetensors",
+        "training.json",
+    ]
     assert [path.name for path in config.out.parent.iterdir() if "sae" in path.name] == ["sae"]
     assert sae.cfg.architecture() == "topk"
     assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.k, sae.cfg.normalize_activations) == (32, 64, 8, "none")
@@ -138,7 +147,9 @@ def test_the_same_seed_gives_the_same_sae(config: TrainSAEConfig) -> None:
         ("batchtopk", "jumprelu", HOOK),
     ],
 )
-def test_every_architecture_and_kind_of_hook(config: TrainSAEConfig, architecture: str, saved_as: str, hook: str) -> None:
+def test_every_architecture_and_kind_of_hook(
+    config: TrainSAEConfig, architecture: str, saved_as: str, hook: str
+) -> None:
     sae, record = trained(replace(config, architecture=architecture, hook=hook, tokens=4_000))
     assert sae.cfg.architecture() == saved_as
     assert sae.cfg.metadata.hook_name == hook
@@ -197,8 +208,12 @@ def test_special_tokens_are_kept_out(config: TrainSAEConfig, make_model: Callabl
 
 
 @contextmanager
-def interrupted(config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any, share: float) -> Iterator[TrainSAEConfig]:
-    """A run that was interrupted after a share of its forward passes and left its checkpoints; inside, the same command goes on."""
+def interrupted(
+    config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any, share: float
+) -> Iterator[TrainSAEConfig]:
+    """A run that was interrupted after a share of its forward passes and left its checkpoints; inside, the same command
+    goes on.
+    """
     main(replace(config, out=config.out.with_name("whole")))
     stop: int | None = int(share * len(forwards))
     forwards.clear()
@@ -222,7 +237,9 @@ def interrupted(config: TrainSAEConfig, forwards: list[Any], make_model: Callabl
     stopped = replace(config, model="stopping", checkpoints=2)
     register_plugin(Plugin(), "stopping-plugin")
     try:
-        with pytest.raises(CapacityError, match=r"training was interrupted and its state kept in .*run the same command again"):
+        with pytest.raises(
+            CapacityError, match=r"training was interrupted and its state kept in .*run the same command again"
+        ):
             main(stopped)
         stop = None
         forwards.clear()
@@ -231,7 +248,9 @@ def interrupted(config: TrainSAEConfig, forwards: list[Any], make_model: Callabl
         unregister_plugin("stopping-plugin")
 
 
-def test_an_interrupted_run_goes_on(config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_an_interrupted_run_goes_on(
+    config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any
+) -> None:
     with interrupted(config, forwards, make_model, tokenizer, share=0.5) as stopped:
         assert not config.out.exists()
         with pytest.raises(CapacityError, match=r"holds a run with other settings \(d_sae = 64\)"):
@@ -248,21 +267,31 @@ def test_an_interrupted_run_goes_on(config: TrainSAEConfig, forwards: list[Any],
 
 @pytest.mark.slow
 def test_damaged_checkpoints_are_left_out(
-    config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any, caplog: pytest.LogCaptureFixture
+    config: TrainSAEConfig,
+    forwards: list[Any],
+    make_model: Callable[..., Any],
+    tokenizer: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def cut(path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
     checkpoints = config.out.with_name("sae.checkpoints")
     with interrupted(config, forwards, make_model, tokenizer, share=0.95) as stopped:
-        oldest, middle, newest = sorted((path for path in checkpoints.iterdir() if path.is_dir()), key=lambda path: int(path.name))
+        oldest, middle, newest = sorted(
+            (path for path in checkpoints.iterdir() if path.is_dir()), key=lambda path: int(path.name)
+        )
         whole = checkpoints.with_name("copy")
         shutil.copytree(checkpoints, whole)
         cut(newest / "trainer_state.pt")
         cut(middle / "sae_weights.safetensors")
         with caplog.at_level(logging.WARNING, "tl_capacity"):
             main(stopped)
-        said = [record.message for record in caplog.records if "the last checkpoint is left out, and the one before it gone on from" in record.message]
+        said = [
+            record.message
+            for record in caplog.records
+            if "the last checkpoint is left out, and the one before it gone on from" in record.message
+        ]
         assert [str(newest) in said[0], str(middle) in said[1], len(said)] == [True, True, 2]
         assert not checkpoints.exists()
 
@@ -270,15 +299,27 @@ def test_damaged_checkpoints_are_left_out(
         shutil.copytree(whole, checkpoints)
         for folder in (newest, middle, oldest):
             cut(folder / "activations_store_state.safetensors")
-        with pytest.raises(CapacityError, match=rf"the checkpoint {newest} is damaged \(.*\): delete .*sae.checkpoints to begin anew"):
+        with pytest.raises(
+            CapacityError, match=rf"the checkpoint {newest} is damaged \(.*\): delete .*sae.checkpoints to begin anew"
+        ):
             main(stopped)
         (checkpoints / "settings.json").write_text("{")
-        with pytest.raises(CapacityError, match=r"settings\.json is truncated or was altered .*delete the folder that it is in"):
+        with pytest.raises(
+            CapacityError, match=r"settings\.json is truncated or was altered .*delete the folder that it is in"
+        ):
             main(stopped)
 
 
 def test_the_teachers_checkpoint_before_the_last_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    small = {"vocabulary": 50, "context": 8, "d_model": 16, "layers": 1, "heads": 2, "batch_rows": 2, "warmup_tokens": 16}
+    small = {
+        "vocabulary": 50,
+        "context": 8,
+        "d_model": 16,
+        "layers": 1,
+        "heads": 2,
+        "batch_rows": 2,
+        "warmup_tokens": 16,
+    }
     once = embedded_teacher.TeacherConfig(**small, cycles=(160,))
     twice = replace(once, cycles=(160, 320))
     rows = np.random.default_rng(0).integers(0, 50, size=(40, 8))
@@ -289,22 +330,38 @@ def test_the_teachers_checkpoint_before_the_last_is_kept(tmp_path: Path, caplog:
     assert [embedded_teacher.read_checkpoint(before)["step"], whole["step"]] == [10, 20]
     last.write_bytes(last.read_bytes()[:1000])
     embedded_teacher.train(twice, rows, rows[:4], tmp_path)
-    assert f"the last checkpoint is left out, and the one before it gone on from: the checkpoint {last} is damaged" in caplog.text
+    assert (
+        f"the last checkpoint is left out, and the one before it gone on from: the checkpoint {last} is damaged"
+        in caplog.text
+    )
     again = embedded_teacher.read_checkpoint(last)
     assert all(torch.equal(value, again["model"][name]) for name, value in whole["model"].items())
     for path in (last, before):
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CapacityError, match=rf"the checkpoint {last} is damaged \(.*\): delete it to train from the beginning"):
+    with pytest.raises(
+        CapacityError, match=rf"the checkpoint {last} is damaged \(.*\): delete it to train from the beginning"
+    ):
         embedded_teacher.train(twice, rows, rows[:4], tmp_path)
 
 
-def test_a_tokenizer_with_more_words_than_the_model(config: TrainSAEConfig, make_model: Callable[..., Any], tmp_path: Path, tokenizer: Any) -> None:
-    larger = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+def test_a_tokenizer_with_more_words_than_the_model(
+    config: TrainSAEConfig, make_model: Callable[..., Any], tmp_path: Path, tokenizer: Any
+) -> None:
+    larger = tokenizer.__class__(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
     larger.add_tokens(["one-more"])
     make_model("gpt_neox").save_pretrained(tmp_path / "model")
     larger.save_pretrained(tmp_path / "model")
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"w1 w2 one-more w{i}"}) + "\n" for i in range(50)))
-    with pytest.raises(CapacityError, match="the text has token id 100, but the model's vocabulary has 100: tokenise it with the model's own tokenizer"):
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"w1 w2 one-more w{i}"}) + "\n" for i in range(50))
+    )
+    with pytest.raises(
+        CapacityError,
+        match=(
+            "the text has token id 100, but the model's vocabulary has 100: tokenise it with the model's own tokenizer"
+        ),
+    ):
         main(replace(config, model=str(tmp_path / "model"), source=str(tmp_path / "texts.jsonl")))
 
 

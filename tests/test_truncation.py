@@ -21,7 +21,9 @@ UNTIED = ("gpt-neox", "mistral", "qwen2", "qwen3", "phi")
 
 
 def trained(family: str) -> Any:
-    """A teacher whose gains and biases are not those of a fresh one, and whose predictions differ from token to token."""
+    """A teacher whose gains and biases are not those of a fresh one, and whose predictions differ
+    from token to token.
+    """
     model = teacher(family)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -58,7 +60,9 @@ def test_narrower_it_starts_nearer_than_at_random(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_what_a_teacher_does_not_use_is_cut_without_loss(family: str) -> None:
-    """A teacher that lives in 14 of its 32 directions, with half of its heads and neurons silent, fits into a student of 16."""
+    """A teacher that lives in 14 of its 32 directions, with half of its heads and neurons silent, fits into a student
+    of 16.
+    """
     of = trained(family)
     alive = torch.linalg.qr(torch.randn(32, 14, generator=torch.Generator().manual_seed(2)))[0]
     projection = alive @ alive.T
@@ -86,11 +90,15 @@ def test_what_reads_and_writes_the_stream_is_found() -> None:
     assert seen.readers[f"{block}.input_layernorm"] == [f"{block}.self_attn.{name}_proj" for name in "qkv"]
     assert seen.readers[f"{block}.post_attention_layernorm"] == [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"]
     assert seen.readers["model.norm"] == ["lm_head"]
-    assert {name for name in seen.inner if name.startswith(block)} == {f"{block}.self_attn.o_proj", f"{block}.mlp.down_proj"}
+    assert {name for name in seen.inner if name.startswith(block)} == {
+        f"{block}.self_attn.o_proj",
+        f"{block}.mlp.down_proj",
+    }
 
 
 @pytest.mark.parametrize(
-    ("family", "width", "says"), [("mamba", 16, "'mamba' students cannot start from a truncated teacher"), ("llama", 40, "fewer directions")]
+    ("family", "width", "says"),
+    [("mamba", 16, "'mamba' students cannot start from a truncated teacher"), ("llama", 40, "fewer directions")],
 )
 @pytest.mark.filterwarnings("ignore:the student of width 40 is wider")
 def test_what_cannot_be_truncated_is_refused(family: str, width: int, says: str) -> None:
@@ -107,7 +115,10 @@ def test_a_distillation_that_starts_so() -> None:
     settings = DistillSettings(tokens=300, batch_rows=4, evaluations=3, heldout_tokens=60, lr=1e-3)
     text = np.random.default_rng(0).integers(2, 50, size=(60, 12))
     of = trained("qwen2")
-    random, truncated = (distill(of, [16, 24], text, settings=replace(settings, start=start), progress=False) for start in ("random", "truncated"))
+    random, truncated = (
+        distill(of, [16, 24], text, settings=replace(settings, start=start), progress=False)
+        for start in ("random", "truncated")
+    )
     assert {s.start for s in truncated} == {"truncated"}
     for name in ("width16-seed0", "width24-seed0"):
         assert truncated[name].heldout_kl[0] < random[name].heldout_kl[0]
@@ -115,7 +126,9 @@ def test_a_distillation_that_starts_so() -> None:
 
 def test_seeds_that_change_nothing_are_refused() -> None:
     """Half as wide, all heads of a student are its teacher's; at 12 they have another size, and are drawn at random."""
-    settings = DistillSettings(tokens=60, batch_rows=4, evaluations=1, heldout_tokens=60, seeds=(0, 1), start="truncated")
+    settings = DistillSettings(
+        tokens=60, batch_rows=4, evaluations=1, heldout_tokens=60, seeds=(0, 1), start="truncated"
+    )
     text = np.random.default_rng(0).integers(2, 50, size=(30, 12))
     with pytest.raises(CapacityError, match="students of width 16 start alike with every seed"):
         distill(trained("gpt-neox"), [16, 12], text, settings=settings, progress=False)

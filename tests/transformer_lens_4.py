@@ -1,4 +1,6 @@
-"""What works on TransformerLens 4 without SAELens; run by itself in an environment that has them so, since one environment cannot hold both versions."""
+"""What works on TransformerLens 4 without SAELens; run by itself in an environment that has them so, since one
+environment cannot hold both versions.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +63,15 @@ def main() -> None:
             difference = abs(direct.summary.arrays["counts"].sum(0) - through.summary.arrays["counts"].sum(0)).sum()
             assert difference <= 1e-3 * direct.summary.arrays["counts"].sum(), difference
             for name in set(importance) - {"fisher"}:  # whose draws are decided by the last bits of the logits
-                mine, theirs = (found.summary.importance(found.estimator(name).compute, name).sum() for found in (direct, through))
+                mine, theirs = (
+                    found.summary.importance(found.estimator(name).compute, name).sum() for found in (direct, through)
+                )
                 assert abs(mine / theirs - 1) < 0.01, (name, mine, theirs)
     assert hasattr(bridged, "add_capacity_hooks")
 
-    rows = torch.from_numpy(next(iter(TokenStream("embedded", plain.tokenizer, context=32, batch_rows=2))).tokens).clamp(min=0)
+    rows = torch.from_numpy(
+        next(iter(TokenStream("embedded", plain.tokenizer, context=32, batch_rows=2))).tokens
+    ).clamp(min=0)
     assert (ablation_kl(bridged, HOOK, sae, rows, [0, 1, 2]) >= 0).all()
     with bridged.add_capacity_hooks(NeuronBasis(128, HOOK, k=8), mask_token_ids=[0, 1]) as capacity:
         bridged(rows)
@@ -74,8 +80,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "text.txt"
         source.write_text("\n\n".join(islice(documents("embedded"), 10)))
-        saes = (HOOK, f"pca:{HOOK},k=24", "neurons:blocks.3.mlp.hook_post,k=24", "neurons:blocks.2.attn.hook_z,k=8", "neurons:blocks.2.hook_attn_out,k=16")
-        measured = measure(MeasureSettings("embedded", Path(folder) / "out", saes, tokens=TOKENS, source=str(source), progress=False))
+        saes = (
+            HOOK,
+            f"pca:{HOOK},k=24",
+            "neurons:blocks.3.mlp.hook_post,k=24",
+            "neurons:blocks.2.attn.hook_z,k=8",
+            "neurons:blocks.2.hook_attn_out,k=16",
+        )
+        measured = measure(
+            MeasureSettings("embedded", Path(folder) / "out", saes, tokens=TOKENS, source=str(source), progress=False)
+        )
         assert [round(one.summary.l0.value) for one in measured] == [24, 24, 24, 8, 16]
         assert Measurement.load(Path(folder) / "out").provenance.versions["transformer-lens"].startswith("4.")
 

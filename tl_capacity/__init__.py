@@ -1,6 +1,7 @@
 """tl_capacity: how many features a language model holds, and how narrow a student may be before it must lose some.
 
-Importing it gives every TransformerLens model the method `add_capacity_hooks`; names below are imported when first used, so that the import stays cheap.
+Importing it gives every TransformerLens model the method `add_capacity_hooks`; names below are imported when first
+used, so that the import stays cheap.
 """
 
 from __future__ import annotations
@@ -50,11 +51,14 @@ def __getattr__(name: str) -> Any:
     return importlib.import_module("tl_capacity.theory") if name == "theory" else _public(name)
 
 
-# Waits for TransformerLens instead of importing it, which takes seconds; this mixin is all that its hooked models share.
+# Waits for TransformerLens instead of importing it, which takes seconds; this mixin is all that its hooked models
+# share.
 @wrapt.when_imported("transformer_lens.hook_points")
 def _give_models_the_method(hook_points: ModuleType) -> None:
     def add_capacity_hooks(self: Any, saes: Any, **options: Any) -> Any:
-        """Tap this model's hook points with SAEs and count what their features do; see `tl_capacity.add_capacity_hooks`."""
+        """Tap this model's hook points with SAEs and count what their features do; see
+        `tl_capacity.add_capacity_hooks`.
+        """
         from tl_capacity import attach
 
         return attach.add_capacity_hooks(self, saes, **options)
@@ -66,8 +70,8 @@ def _give_models_the_method(hook_points: ModuleType) -> None:
 def _settle_vector_math(torch: ModuleType) -> None:
     """Call each function of MKL's vector mathematics on one number, before several threads call it at once.
 
-    MKL chooses a function's kernel at its first call, and a thread that asks meanwhile can be given one with half the digits, so that a run's first step is not
-    the same each time (pytorch/pytorch#188792).
+    MKL chooses a function's kernel at its first call, and a thread that asks meanwhile can be given one with half the
+    digits, so that a run's first step is not the same each time (pytorch/pytorch#188792).
     """
     for name in ("cos", "erf", "exp", "expm1", "log", "log1p", "log2", "sin", "sqrt", "tanh"):
         for dtype in (torch.float32, torch.float64):

@@ -1,4 +1,6 @@
-"""Ablation: the exact KL to the clean output when a latent is set to zero, against which importances in nats can be checked."""
+"""Ablation: the exact KL to the clean output when a latent is set to zero, against which importances in nats can be
+checked.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ def ablation_kl(
     rows_at_once: int = 8,
     progress: bool = False,
 ) -> Float64[Tensor, " latent"]:
-    """KL(clean ‖ ablated) of the next-token distribution, in nats per counted token, with one latent at a time set to zero wherever it fires.
+    """KL(clean ‖ ablated) of the next-token distribution, in nats per counted token, with one latent at a time set to
+    zero wherever it fires.
 
-    The SAE's error is left in place: what is taken from the activation is zᵢ·w_dec,i. Rows in which a latent does not fire cost nothing.
+    The SAE's error is left in place: what is taken from the activation is zᵢ·w_dec,i. Rows in which a latent does not
+    fire cost nothing.
 
     Args:
         model: a model with TransformerLens hooks, or a Hugging Face model of a registered family.
@@ -50,13 +54,18 @@ def ablation_kl(
     """
     check_dictionary(sae, hook)
     if target_hook(sae, hook) is not None:
-        raise DictionaryError(f"the SAE at {hook} writes to another hook point, so its latents cannot be ablated there: pass an SAE of one hook point")
+        raise DictionaryError(
+            f"the SAE at {hook} writes to another hook point, so its latents cannot be ablated there: pass an SAE of"
+            " one hook point"
+        )
     n_latents = int(sae.W_dec.shape[0])
     wrong = [latent for latent in latents if not 0 <= latent < n_latents]
     counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
     if wrong or not counted.any():
         raise CapacityError(
-            f"latents {wrong} of {n_latents} do not exist" if wrong else "no token is counted, so no latent can be ablated: pass tokens to count"
+            f"latents {wrong} of {n_latents} do not exist"
+            if wrong
+            else "no token is counted, so no latent can be ablated: pass tokens to count"
         )
     point, chosen = TapPoint.of(model, hook), torch.tensor(list(latents), dtype=torch.int64)
     total, linear = torch.zeros(len(chosen), dtype=torch.float64), None
@@ -69,17 +78,29 @@ def ablation_kl(
                 clean = _log_probabilities(model, tokens[rows])
             if not seen:
                 raise HookPointError(f"{hook} did not fire: the model does not run it, ablate at another hook point")
-            inputs = seen[0].flatten(0, 1) if getattr(sae, "hook_z_reshaping_mode", False) else seen[0].flatten(0, 1).flatten(1)
+            inputs = (
+                seen[0].flatten(0, 1)
+                if getattr(sae, "hook_z_reshaping_mode", False)
+                else seen[0].flatten(0, 1).flatten(1)
+            )
             linear = decoder_vectors_add_up(sae, inputs) if linear is None else linear
             if linear is False:
-                raise DictionaryError("the SAE does not write the sum of its decoder vectors, so one latent cannot be taken out of it: choose another SAE")
+                raise DictionaryError(
+                    "the SAE does not write the sum of its decoder vectors, so one latent cannot be taken out of it:"
+                    " choose another SAE"
+                )
             encoded = sae.encode(inputs).to_dense()
             # zᵢ [row, position, latent] of the chosen latents at counted tokens, zero elsewhere.
-            strength = encoded[:, chosen.to(encoded.device)].unflatten(0, tuple(tokens[rows].shape)).cpu() * counted[rows, :, None]
+            strength = (
+                encoded[:, chosen.to(encoded.device)].unflatten(0, tuple(tokens[rows].shape)).cpu()
+                * counted[rows, :, None]
+            )
             fires = (strength != 0).any(1).nonzero()  # [pair, (row, latent)]
             for pairs in torch.split(fires, rows_at_once) if len(fires) else ():
                 row, latent = pairs.unbind(1)
-                change = -strength[row, :, latent, None].to(decoder) * decoder[chosen[latent].to(decoder.device)][:, None]
+                change = (
+                    -strength[row, :, latent, None].to(decoder) * decoder[chosen[latent].to(decoder.device)][:, None]
+                )
                 with _edited(point, partial(_changed, change)):
                     ablated = _log_probabilities(model, tokens[rows][row])
                 total.index_add_(0, latent, (clean[row].exp() * (clean[row] - ablated)).sum((1, 2)).double().cpu())

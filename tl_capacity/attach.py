@@ -1,7 +1,8 @@
-"""Attaching: find the hook points that SAEs belong to, tap them, count while the model runs, and take exactly our own hooks away again.
+"""Attaching: find the hook points that SAEs belong to, tap them, count while the model runs, and take exactly our own
+hooks away again.
 
-A tap watches one hook point with one SAE. The token ids of a forward pass are seen at the model's embedding, so that special tokens can be masked however the
-model is called.
+A tap watches one hook point with one SAE. The token ids of a forward pass are seen at the model's embedding, so that
+special tokens can be masked however the model is called.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ SAEs = SparseAutoencoder | Sequence[SparseAutoencoder] | Mapping[str, SparseAuto
 
 
 class HookedModel(Protocol):
-    """What a model offers once `tl_capacity` is imported: annotate a variable with it and a type checker accepts `add_capacity_hooks`."""
+    """What a model offers once `tl_capacity` is imported: annotate a variable with it and a type checker accepts
+    `add_capacity_hooks`.
+    """
 
     def add_capacity_hooks(
         self,
@@ -79,13 +82,16 @@ def add_capacity_hooks(
     """Tap a model's hook points and count what the SAEs' features do, until the handle is removed.
 
     Args:
-        model: a `HookedTransformer`, `TransformerBridge`, their SAE variants, or a Hugging Face causal language model of a registered family.
+        model: a `HookedTransformer`, `TransformerBridge`, their SAE variants, or a Hugging Face causal language model
+            of a registered family.
         saes: one SAE (its metadata names the hook point), a list, or a mapping from hook point to one or several SAEs.
-        importance: importance estimators, by name or as objects. Those that need only the sums of z and z² can also be chosen later.
+        importance: importance estimators, by name or as objects. Those that need only the sums of z and z² can also be
+            chosen later.
         alive_threshold: a feature is alive where its firing rate exceeds this; the paper's is 1e-5.
         fvu_every: check the reconstruction on one document in this many; 1 is all.
         mask_token_ids: ids not to count; by default every special token of the model's tokenizer, BOS among them.
-        skip_first_positions: do not count the first positions of each row, whose activations have huge norms in many models.
+        skip_first_positions: do not count the first positions of each row, whose activations have huge norms in many
+            models.
 
     Returns:
         A handle, itself a context manager.
@@ -95,19 +101,31 @@ def add_capacity_hooks(
         DictionaryError: an SAE that cannot be measured as it is.
     """
     if skip_first_positions < 0 or fvu_every < 1:
-        raise CapacityError(f"skip_first_positions = {skip_first_positions} and fvu_every = {fvu_every} must be at least 0 and 1")
+        raise CapacityError(
+            f"skip_first_positions = {skip_first_positions} and fvu_every = {fvu_every} must be at least 0 and 1"
+        )
     if isinstance(model, SparseAutoencoder):
-        raise HookPointError(f"{type(model).__name__} is an SAE, not a model: call add_capacity_hooks on the model and pass the SAE to it")
+        raise HookPointError(
+            f"{type(model).__name__} is an SAE, not a model: call add_capacity_hooks on the model and pass the SAE"
+            " to it"
+        )
     FeatureSummary.check_threshold(alive_threshold)
     estimators = [plugins().importance_estimators[e] if isinstance(e, str) else e for e in importance]
     names = [estimator.name for estimator in estimators]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise CapacityError(f"the importance estimator {twice!r} is given twice, and both would add to the same sums: give it once, or two under two names")
+        raise CapacityError(
+            f"the importance estimator {twice!r} is given twice, and both would add to the same sums: give it once, or"
+            " two under two names"
+        )
     scratch = Scratch()
     taps = [Tap(TapPoint.of(model, hook), sae, hook, estimators, fvu_every, scratch) for hook, sae in _pairs(saes)]
     if not taps:
         raise DictionaryError("no SAE was given: pass one, a list, or a mapping from hook point to SAE")
-    masked = special_token_ids(model, getattr(model, "tokenizer", None)) if mask_token_ids is None else sorted(set(mask_token_ids))
+    masked = (
+        special_token_ids(model, getattr(model, "tokenizer", None))
+        if mask_token_ids is None
+        else sorted(set(mask_token_ids))
+    )
     return CapacityHooks(model, taps, alive_threshold, np.array(masked, dtype=np.int64), skip_first_positions)
 
 
@@ -150,7 +168,8 @@ class TapPoint:
             found: nn.Module | None = model.hook_dict.get(name)
             return found if found is not None else _walk(model, name)
 
-        # A bridge ignores names it does not know, and an SAE bridge lacks the aliases: so the name is resolved here, once.
+        # A bridge ignores names it does not know, and an SAE bridge lacks the aliases: so the name is resolved here,
+        # once.
         module = find()
         if not isinstance(module, HookPoint):
             known = hook_names(model)
@@ -162,10 +181,16 @@ class TapPoint:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         family = plugins().family_of(kind)
         if family is None:
-            raise HookPointError(f"no model family covers {kind!r}: register one (docs/families.md), or wrap the model in a TransformerBridge")
+            raise HookPointError(
+                f"no model family covers {kind!r}: register one (docs/families.md), or wrap the model in a"
+                " TransformerBridge"
+            )
         place = family.residual(name)
         if place is None:
-            raise HookPointError(f"{name!r} is no residual-stream hook, the only kind a Hugging Face model offers: wrap the model in a TransformerBridge")
+            raise HookPointError(
+                f"{name!r} is no residual-stream hook, the only kind a Hugging Face model offers: wrap the model in a"
+                " TransformerBridge"
+            )
         module = _walk(model, place[0])
         if not isinstance(module, nn.Module):
             raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, hook_names(model))}")
@@ -174,8 +199,9 @@ class TapPoint:
     def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Callable[[], None]:
         """Call `callback` with each activation; returns what takes the hook away again, and nothing else.
 
-        A bridge shows some hooks a view of their own (`hook_z`, cut into heads) and goes on with the activation itself, so that the view has no gradient. With
-        `differentiable`, what was seen is handed back unchanged, and the model goes on with that.
+        A bridge shows some hooks a view of their own (`hook_z`, cut into heads) and goes on with the activation itself,
+        so that the view has no gradient. With `differentiable`, what was seen is handed back unchanged, and the model
+        goes on with that.
         """
 
         def see(activation: Tensor) -> Tensor | None:
@@ -186,7 +212,9 @@ class TapPoint:
         return self.edit(_untraced(see))
 
     def edit(self, change: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
-        """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again, and nothing else."""
+        """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again,
+        and nothing else.
+        """
         if hasattr(self.module, "fwd_hooks"):
             point: Any = self.module
             # Permanent, because `reset_hooks` and the end of `run_with_hooks` drop every other kind.
@@ -199,7 +227,9 @@ class TapPoint:
 
             return remove
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        def before(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             first = next(iter(kwargs)) if not args else None
             changed = change(args[0] if first is None else kwargs[first])
             if changed is None:
@@ -218,30 +248,46 @@ class TapPoint:
 class Tap:
     """One SAE at one hook point, and the sums of what it saw."""
 
-    def __init__(self, point: TapPoint, sae: SparseAutoencoder, hook: str, estimators: Sequence[ImportanceEstimator], fvu_every: int, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        point: TapPoint,
+        sae: SparseAutoencoder,
+        hook: str,
+        estimators: Sequence[ImportanceEstimator],
+        fvu_every: int,
+        scratch: Scratch,
+    ) -> None:
         check_dictionary(sae, hook)
         self.point, self.sae, self.hook, self.estimators, self.fvu_every = point, sae, hook, estimators, fvu_every
         self.name, self.encoder = dictionary_name(sae), Encoder(sae, scratch)
         self.d_in, self.d_sae = int(sae.cfg.d_in), int(sae.W_dec.shape[0])
         if point.width is not None and point.width != self.d_in:
-            raise HookPointError(f"{hook} has width {point.width}, but the SAE's d_in is {self.d_in}: it belongs to another hook point or model")
+            raise HookPointError(
+                f"{hook} has width {point.width}, but the SAE's d_in is {self.d_in}: it belongs to another hook point"
+                " or model"
+            )
         device = sae.W_dec.device
         # MPS has no float64, so there the sums live on the CPU.
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.target_hook = target_hook(sae, hook)
         # Those that add up something of their own are given the active latents of a token together.
         self._accumulating = [e for e in estimators if type(e).update is not ImportanceEstimator.update]
-        self.statistics = FeatureStatistics.empty(self.d_sae, sae.W_dec[0].numel(), _decoder_norms(sae, self.device), self.device)
+        self.statistics = FeatureStatistics.empty(
+            self.d_sae, sae.W_dec[0].numel(), _decoder_norms(sae, self.device), self.device
+        )
         for estimator in estimators:
             with plugin_code("importance estimator", estimator.name, estimator):
                 state = dict(estimator.start(sae, DOCUMENT_GROUPS, self.device))
             for key, zeros in state.items():
                 if not isinstance(zeros, Tensor):
-                    raise CapacityError(f"the importance estimator {estimator.name!r} starts with {key!r}, a {type(zeros).__name__}: make it a tensor")
+                    raise CapacityError(
+                        f"the importance estimator {estimator.name!r} starts with {key!r}, a {type(zeros).__name__}:"
+                        " make it a tensor"
+                    )
                 if zeros.shape[:1] != (DOCUMENT_GROUPS,):
                     raise CapacityError(
-                        f"the importance estimator {estimator.name!r} starts with {key!r} of shape {tuple(zeros.shape)}: its first axis must be the "
-                        f"{DOCUMENT_GROUPS} document groups"
+                        f"the importance estimator {estimator.name!r} starts with {key!r} of shape"
+                        f" {tuple(zeros.shape)}: its first axis must be the {DOCUMENT_GROUPS} document groups"
                     )
                 self.statistics.state[f"{estimator.name}/{key}"] = zeros
         self.fired = 0
@@ -251,20 +297,32 @@ class Tap:
 
     @torch.no_grad()
     def observe(self, activation: Tensor, batch: Batch, gradients: Mapping[str, Tensor] = NO_GRADIENTS) -> None:
-        """Count one forward pass's activations [row, position, ...], given the gradients there that estimators asked for."""
+        """Count one forward pass's activations [row, position, ...], given the gradients there that estimators asked
+        for.
+        """
         self.fired += 1
         if self.fired > 1:
-            raise HookPointError(f"{self.hook} fired {self.fired} times in one forward pass, so it cannot be counted: tap a hook point that fires once")
+            raise HookPointError(
+                f"{self.hook} fired {self.fired} times in one forward pass, so it cannot be counted: tap a hook point"
+                " that fires once"
+            )
         if activation.shape[:2] != batch.counted.shape:
             raise HookPointError(
-                f"{self.hook} has shape {tuple(activation.shape)}, but the tokens have shape {tuple(batch.counted.shape)}: "
-                "tap a hook point with one vector per token"
+                f"{self.hook} has shape {tuple(activation.shape)}, but the tokens have shape"
+                f" {tuple(batch.counted.shape)}: tap a hook point with one vector per token"
             )
         if activation[0, 0].numel() != self.d_in:
-            raise HookPointError(f"{self.hook} has width {activation[0, 0].numel()}, but the SAE's d_in is {self.d_in}: it belongs to another hook or model")
-        # A sum is finite exactly where its terms are, short of overflow in float32, and needs no temporary of the activation's size.
+            raise HookPointError(
+                f"{self.hook} has width {activation[0, 0].numel()}, but the SAE's d_in is {self.d_in}: it belongs to"
+                " another hook or model"
+            )
+        # A sum is finite exactly where its terms are, short of overflow in float32, and needs no temporary of the
+        # activation's size.
         if not bool(torch.isfinite(activation.sum(dtype=torch.float32))):
-            raise CapacityError(f"{self.hook} has NaN or infinite activations in batch {batch.number}: check the model's dtype and weights")
+            raise CapacityError(
+                f"{self.hook} has NaN or infinite activations in batch {batch.number}: check the model's dtype and"
+                " weights"
+            )
         norms = activation.float().flatten(2).square().sum(-1).double()
         sums = self.statistics
         sums.counted_norm += norms[batch.counted.to(norms.device)].sum().to(self.device)
@@ -280,9 +338,17 @@ class Tap:
         rows, positions = batch.row_of_token.to(self.device), batch.position_of_token.to(self.device)
         for start in range(0, len(inputs), self.encoder.chunk):
             chunk = slice(start, start + self.encoder.chunk)
-            self._count(inputs[chunk], rows[chunk], positions[chunk], batch, {loss: gradient[chunk] for loss, gradient in along.items()})
+            self._count(
+                inputs[chunk],
+                rows[chunk],
+                positions[chunk],
+                batch,
+                {loss: gradient[chunk] for loss, gradient in along.items()},
+            )
 
-    def _count(self, inputs: Tensor, rows: Tensor, positions: Tensor, batch: Batch, gradients: Mapping[str, Tensor]) -> None:
+    def _count(
+        self, inputs: Tensor, rows: Tensor, positions: Tensor, batch: Batch, gradients: Mapping[str, Tensor]
+    ) -> None:
         token_groups, open_rows = batch.groups.to(self.device)[rows], self._open.rows(batch.documents.tolist())[rows]
         checked = batch.checked(self.fvu_every).to(self.device)[rows]
         self.statistics.update_tokens(token_groups)
@@ -292,7 +358,9 @@ class Tap:
             tokens, features, values = (t.to(self.device) for t in part)
             values = values.double()
             if not bool(torch.isfinite(values.sum())):
-                raise CapacityError(f"the SAE at {self.hook} gives NaN or infinite latents in batch {batch.number}: check its weights")
+                raise CapacityError(
+                    f"the SAE at {self.hook} gives NaN or infinite latents in batch {batch.number}: check its weights"
+                )
             self.statistics.update_latents(features, values, token_groups[tokens])
             self._open.mark(open_rows[tokens], features)
             if not self._accumulating:
@@ -332,19 +400,35 @@ class Tap:
         with plugin_code("importance estimator", estimator.name, estimator):
             estimator.update(own, latents)
         if any(own.get(key) is not tensor for key, tensor in kept.items()):
-            raise CapacityError(f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the tensors in place")
+            raise CapacityError(
+                f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the"
+                " tensors in place"
+            )
 
     def refuse_unless_linear(self) -> None:
-        """A latent's gradient is taken along its decoder vector, which says something only where the SAE writes the sum of those at its own hook point."""
+        """A latent's gradient is taken along its decoder vector, which says something only where the SAE writes the sum
+        of those at its own hook point.
+        """
         if self._decodes_linearly is False or self.target_hook is not None:
-            what = "writes to another hook point" if self.target_hook is not None else "does not write the sum of its decoder vectors"
-            raise DictionaryError(f"the SAE at {self.hook} {what}, so the gradient of its latents is not known: choose an importance that needs none")
+            what = (
+                "writes to another hook point"
+                if self.target_hook is not None
+                else "does not write the sum of its decoder vectors"
+            )
+            raise DictionaryError(
+                f"the SAE at {self.hook} {what}, so the gradient of its latents is not known: choose an importance that"
+                " needs none"
+            )
 
     def _check_reconstruction(self, inputs: Tensor, entries: Entries, groups: Tensor, checked: Tensor) -> None:
         inputs, groups = inputs[checked.to(inputs.device)], groups[checked]
-        reconstruction = self._decode_sparsely(entries, checked, inputs) if self._decodes_linearly else self._decode_densely(inputs)
+        reconstruction = (
+            self._decode_sparsely(entries, checked, inputs) if self._decodes_linearly else self._decode_densely(inputs)
+        )
         if self.target_hook is None:
-            self.statistics.update_reconstruction(inputs.flatten(1).to(self.device), reconstruction.to(self.device), groups)
+            self.statistics.update_reconstruction(
+                inputs.flatten(1).to(self.device), reconstruction.to(self.device), groups
+            )
         else:
             self._awaiting_target.append((reconstruction, groups))
 
@@ -361,7 +445,9 @@ class Tap:
         counts = torch.bincount(position, minlength=len(inputs))
         starts = torch.cumsum(counts, 0) - counts
         features, values = features[kept].to(decoder.device), values[kept].to(decoder.device, decoder.dtype)
-        summed = nn.functional.embedding_bag(features, decoder, starts.to(decoder.device), mode="sum", per_sample_weights=values)
+        summed = nn.functional.embedding_bag(
+            features, decoder, starts.to(decoder.device), mode="sum", per_sample_weights=values
+        )
         bias = getattr(self.sae, "b_dec", None)
         return self._with_skip(summed if bias is None else summed + bias.detach().flatten(), inputs)
 
@@ -382,25 +468,37 @@ class Tap:
         self._awaiting_target = []
         if target.shape != reconstruction.shape:
             raise HookPointError(
-                f"{self.target_hook} has {target.shape[-1]} dimensions, but the transcoder writes {reconstruction.shape[-1]}: it belongs to another model"
+                f"{self.target_hook} has {target.shape[-1]} dimensions, but the transcoder writes"
+                f" {reconstruction.shape[-1]}: it belongs to another model"
             )
         self.statistics.update_reconstruction(target, reconstruction, groups)
 
     def close_open_documents(self) -> None:
-        """Count the documents seen so far as ended: what comes next is another stream, whatever numbers its documents have."""
+        """Count the documents seen so far as ended: what comes next is another stream, whatever numbers its documents
+        have.
+        """
         self._open.end(self.statistics)
 
     def snapshot(self, close: bool) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-        """The sums so far, with open documents closed in the copy or not, and the open documents, for a later `restore`."""
+        """The sums so far, with open documents closed in the copy or not, and the open documents, for a later
+        `restore`.
+        """
         statistics, (documents, seen) = self.statistics.clone(), self._open.arrays()
         if close:
             statistics.update_documents(documents, torch.from_numpy(seen).to(self.device))
-        return {name: value.cpu().numpy() for name, value in statistics.tensors().items()}, {"open_documents": documents, "open_seen": seen}
+        return {name: value.cpu().numpy() for name, value in statistics.tensors().items()}, {
+            "open_documents": documents,
+            "open_seen": seen,
+        }
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], open_documents: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a `snapshot` whose documents were left open."""
-        self.statistics = FeatureStatistics.from_tensors({name: torch.from_numpy(value.copy()).to(self.device) for name, value in arrays.items()})
-        self._open = OpenDocuments.from_arrays(open_documents["open_documents"], open_documents["open_seen"], self.device)
+        self.statistics = FeatureStatistics.from_tensors(
+            {name: torch.from_numpy(value.copy()).to(self.device) for name, value in arrays.items()}
+        )
+        self._open = OpenDocuments.from_arrays(
+            open_documents["open_documents"], open_documents["open_seen"], self.device
+        )
 
 
 class Batch:
@@ -409,7 +507,9 @@ class Batch:
     def __init__(self, tokens: TokenBatch, mask_ids: NDArray[np.int64], skip_first: int, number: int) -> None:
         padding = tokens.tokens == PADDING
         special = np.isin(tokens.tokens, mask_ids) & ~padding
-        position = np.broadcast_to(np.arange(tokens.tokens.shape[1]) < skip_first, tokens.tokens.shape) & ~padding & ~special
+        position = (
+            np.broadcast_to(np.arange(tokens.tokens.shape[1]) < skip_first, tokens.tokens.shape) & ~padding & ~special
+        )
         unwanted = special | position
         counted = ~(padding | unwanted)
         self.number = number
@@ -426,7 +526,9 @@ class Batch:
         self.counted_documents: list[int] = tokens.documents[counted.any(1)].tolist()
 
     def checked(self, every: int) -> Tensor:
-        """bool [row]: whether the reconstruction is checked on the row's document; the first document always is, the others by another hash."""
+        """bool [row]: whether the reconstruction is checked on the row's document; the first document always is, the
+        others by another hash.
+        """
         chosen = (document_groups(self._documents + 2**40, every) == 0) | (self._documents == 0)
         return torch.from_numpy(chosen)
 
@@ -436,13 +538,19 @@ class _EveryTapFiredError(Exception):
 
 
 class CapacityHooks:
-    """The handle of `add_capacity_hooks`: counts while the model is called or `run` goes over a stream; a context manager that removes its own hooks only."""
+    """The handle of `add_capacity_hooks`: counts while the model is called or `run` goes over a stream; a context
+    manager that removes its own hooks only.
+    """
 
-    def __init__(self, model: Any, taps: Sequence[Tap], alive_threshold: float, mask_ids: NDArray[np.int64], skip_first: int) -> None:
+    def __init__(
+        self, model: Any, taps: Sequence[Tap], alive_threshold: float, mask_ids: NDArray[np.int64], skip_first: int
+    ) -> None:
         self.model, self.taps, self.alive_threshold = model, taps, alive_threshold
         self._mask_ids, self._skip_first = mask_ids, skip_first
         config = getattr(model, "cfg", None) or getattr(model, "config", None)
-        self.model_name = str(getattr(config, "model_name", None) or getattr(config, "name_or_path", None) or type(model).__name__)
+        self.model_name = str(
+            getattr(config, "model_name", None) or getattr(config, "name_or_path", None) or type(model).__name__
+        )
         self.revision: str | None = getattr(config, "_commit_hash", None)
         self._batch: Batch | None = None
         self._streaming = False
@@ -456,13 +564,20 @@ class CapacityHooks:
         self._points: list[TapPoint] = []
         wanted = {loss for tap in taps for estimator in tap.estimators for loss in estimator.gradient_of}
         self._losses = sorted(loss for loss in wanted if isinstance(loss, str))
-        self._paths = sorted((along for along in wanted if isinstance(along, PathGradient)), key=lambda along: along.name)
+        self._paths = sorted(
+            (along for along in wanted if isinstance(along, PathGradient)), key=lambda along: along.name
+        )
         self._gradients = [*self._losses, *(along.name for along in self._paths)]
         self._on_a_path = False
         self._awaiting_gradient: list[tuple[Tap, Tensor]] = []
-        self._asking = next((estimator.name for tap in taps for estimator in tap.estimators if estimator.gradient_of), None)
+        self._asking = next(
+            (estimator.name for tap in taps for estimator in tap.estimators if estimator.gradient_of), None
+        )
         if unknown := {*self._losses, *(along.loss for along in self._paths)} - set(LOSSES):
-            raise CapacityError(f"no gradient of {', '.join(sorted(unknown))} can be had: an estimator's gradient_of names {', '.join(LOSSES)}")
+            raise CapacityError(
+                f"no gradient of {', '.join(sorted(unknown))} can be had: an estimator's gradient_of names"
+                f" {', '.join(LOSSES)}"
+            )
         self._options = forward_options(model)
         self._embedding = embedding_of(model)
         try:
@@ -478,7 +593,9 @@ class CapacityHooks:
     def __enter__(self) -> CapacityHooks:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.remove()
 
     def __repr__(self) -> str:
@@ -515,20 +632,24 @@ class CapacityHooks:
         """Run the model over a stream and count, stopping each forward pass at the last tapped layer.
 
         Args:
-            stream: a `TokenStream`, a tensor of token ids [row, position], or an iterable of either or of `{"input_ids": …}`.
+            stream: a `TokenStream`, a tensor of token ids [row, position], or an iterable of either or of
+                `{"input_ids": …}`.
             max_tokens: stop after the batch that brings the tokens counted from this stream to this many.
             progress: show tokens per second and the remaining time once the run takes longer than two seconds.
             after_batch: called after each batch, for example to save a checkpoint.
 
         Raises:
-            CapacityError: where nothing was counted, a token is not in the model's vocabulary, an activation is not finite, or a tap did not fire.
+            CapacityError: where nothing was counted, a token is not in the model's vocabulary, an activation is not
+                finite, or a tap did not fire.
         """
         if not self._removers:
             raise CapacityError("these capacity hooks were removed: attach new ones with add_capacity_hooks")
-        if self._gradients and (torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in self.model.parameters())):
+        if self._gradients and (
+            torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in self.model.parameters())
+        ):
             raise CapacityError(
-                f"the importance estimator {self._asking!r} needs the gradient of {', '.join(self._gradients)}, which torch.inference_mode does not give: "
-                "load the model and call run() outside of it"
+                f"the importance estimator {self._asking!r} needs the gradient of {', '.join(self._gradients)}, which"
+                " torch.inference_mode does not give: load the model and call run() outside of it"
             )
         self._describe_stream(stream)
         device = next(self.model.parameters()).device
@@ -547,7 +668,8 @@ class CapacityHooks:
                 if seen - len(tokens.tokens) < skip:
                     if seen > skip or (seen == skip and digest != self._digest):
                         raise CapacityError(
-                            "the stream does not begin with the tokens counted before: resume with the same source, tokenizer and batches, or start anew"
+                            "the stream does not begin with the tokens counted before: resume with the same source,"
+                            " tokenizer and batches, or start anew"
                         )
                     continue
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
@@ -562,7 +684,10 @@ class CapacityHooks:
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break
         if seen < skip:
-            raise CapacityError(f"the stream ends after {seen:,} rows, but {skip:,} were counted before: resume with the same source, or start anew")
+            raise CapacityError(
+                f"the stream ends after {seen:,} rows, but {skip:,} were counted before: resume with the same source,"
+                " or start anew"
+            )
         if self.n_tokens == 0:
             self.taps[0].statistics.compute(self.alive_threshold)  # raises, and says what was masked
         return self
@@ -575,8 +700,16 @@ class CapacityHooks:
         """
         self._check_fired()
         if unfired := self._unfired + self._last_left_out():
-            warnings.warn(f"{unfired} of {self._forwards} forward passes did not reach every tapped hook point; those were left out there", stacklevel=2)
-        return Measurement(tuple(self._hook_measurement(tap, tap.snapshot(close=True)[0]) for tap in self.taps), self._provenance(), complete)
+            warnings.warn(
+                f"{unfired} of {self._forwards} forward passes did not reach every tapped hook point; those were left"
+                " out there",
+                stacklevel=2,
+            )
+        return Measurement(
+            tuple(self._hook_measurement(tap, tap.snapshot(close=True)[0]) for tap in self.taps),
+            self._provenance(),
+            complete,
+        )
 
     def checkpoint(self) -> tuple[Measurement, dict[str, NDArray[Any]]]:
         """An incomplete measurement, and the arrays that let `resume` go on exactly where this handle is."""
@@ -599,11 +732,13 @@ class CapacityHooks:
         for ours, saved in zip(mine, theirs, strict=False):
             if ours[0] == saved[0] and ours[1] != saved[1]:
                 raise DictionaryError(
-                    f"the SAE at {ours[0]} has other weights than the one measured before: resume with the same SAE, or choose another folder"
+                    f"the SAE at {ours[0]} has other weights than the one measured before: resume with the same SAE, or"
+                    " choose another folder"
                 )
         if mine != theirs:
             raise CapacityError(
-                f"the earlier run measured {[(h, *e) for h, _, e in theirs]}, not {[(h, *e) for h, _, e in mine]}: resume with the same SAEs and estimators"
+                f"the earlier run measured {[(h, *e) for h, _, e in theirs]}, not {[(h, *e) for h, _, e in mine]}:"
+                " resume with the same SAEs and estimators"
             )
 
     def resume(self, measurement: Measurement, extra: Mapping[str, NDArray[Any]]) -> None:
@@ -614,9 +749,16 @@ class CapacityHooks:
         """
         self.check_same(measurement)
         for i, tap in enumerate(self.taps):
-            own = {key.removeprefix(f"resume/{i}/"): value for key, value in extra.items() if key.startswith(f"resume/{i}/")}
+            own = {
+                key.removeprefix(f"resume/{i}/"): value
+                for key, value in extra.items()
+                if key.startswith(f"resume/{i}/")
+            }
             if own.keys() != {"open_documents", "open_seen"}:
-                raise CapacityError("the earlier run was completed or its checkpoint was altered, so it cannot be resumed: choose another folder")
+                raise CapacityError(
+                    "the earlier run was completed or its checkpoint was altered, so it cannot be resumed: choose"
+                    " another folder"
+                )
             tap.restore(measurement.hooks[i].summary.arrays, own)
         self._rows = self._resumed_rows = measurement.provenance.cursor
         self._digest = measurement.provenance.tokens_digest
@@ -636,12 +778,20 @@ class CapacityHooks:
 
         def see_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal mask
-            ids = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and not v.is_floating_point()), None)
+            ids = next(
+                (v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and not v.is_floating_point()), None
+            )
             if ids is not None and not self._streaming:
                 rows = ids.detach().cpu().numpy().astype(np.int64)
                 own, mask = mask, None  # the next call may go past the model's own forward, and then has none
-                # With a cache it is of the earlier tokens too; other kinds, such as one for each attention layer, say nothing of padding.
-                if isinstance(own, Tensor) and own.ndim == 2 and len(own) == len(rows) and own.shape[1] >= rows.shape[1]:
+                # With a cache it is of the earlier tokens too; other kinds, such as one for each attention layer, say
+                # nothing of padding.
+                if (
+                    isinstance(own, Tensor)
+                    and own.ndim == 2
+                    and len(own) == len(rows)
+                    and own.shape[1] >= rows.shape[1]
+                ):
                     rows[own[:, -rows.shape[1] :].numpy(force=True) == 0] = PADDING
                 batch = TokenBatch(rows, np.arange(self._rows, self._rows + len(rows)))
                 self._begin(batch)
@@ -654,7 +804,8 @@ class CapacityHooks:
         for point in self._points:
             if point.find() is not point.module:
                 raise HookPointError(
-                    f"the hook point {point.name} was replaced since the capacity hooks were attached (by add_sae or reset_saes?): attach them again"
+                    f"the hook point {point.name} was replaced since the capacity hooks were attached (by add_sae or"
+                    " reset_saes?): attach them again"
                 )
         self._unfired += self._last_left_out()
         for tap in self.taps:
@@ -677,8 +828,8 @@ class CapacityHooks:
             self._awaiting_gradient.append((tap, activation))
         else:
             raise CapacityError(
-                f"the importance estimator {self._asking!r} needs the gradient of {', '.join(self._gradients)}, which a plain call of the model does not give: "
-                "use run()"
+                f"the importance estimator {self._asking!r} needs the gradient of {', '.join(self._gradients)}, which a"
+                " plain call of the model does not give: use run()"
             )
 
     def _on_target(self, tap: Tap, activation: Tensor) -> None:
@@ -690,7 +841,8 @@ class CapacityHooks:
     def _current(self, hook: str) -> Batch:
         if self._batch is None:
             raise CapacityError(
-                f"{hook} fired but no token ids were seen (inputs_embeds or start_at_layer?): run the model on token ids, so that special ones can be masked"
+                f"{hook} fired but no token ids were seen (inputs_embeds or start_at_layer?): run the model on token"
+                " ids, so that special ones can be masked"
             )
         return self._batch
 
@@ -712,7 +864,10 @@ class CapacityHooks:
             self._streaming = False
         for tap in self.taps:
             if tap._awaiting_target:
-                raise HookPointError(f"{tap.target_hook} did not fire after {tap.hook}, so the transcoder cannot be checked there: pass another hook_name_out")
+                raise HookPointError(
+                    f"{tap.target_hook} did not fire after {tap.hook}, so the transcoder cannot be checked there: pass"
+                    " another hook_name_out"
+                )
         self._check_fired()
 
     def _forward_and_backward(self, tokens: Tensor) -> None:
@@ -725,7 +880,9 @@ class CapacityHooks:
             taps, activations = zip(*self._awaiting_gradient, strict=True)
             # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
             seed = int(self._digest[:12], 16)
-            found = gradients(getattr(output, "logits", output), tokens, self._batch.valid, activations, self._losses, seed)
+            found = gradients(
+                getattr(output, "logits", output), tokens, self._batch.valid, activations, self._losses, seed
+            )
         del output  # and with it the graph, before others are built
         self._awaiting_gradient = []
         for tap, activation, own in zip(taps, activations, found, strict=True):
@@ -733,7 +890,9 @@ class CapacityHooks:
             tap.observe(activation.detach(), self._batch, own)
 
     def _path_gradient(self, tap: Tap, tokens: Tensor, along: PathGradient, seed: int) -> Tensor:
-        """The gradient at a tap, averaged along the path from the decoder's bias; other taps stay as they are, and nothing is counted meanwhile."""
+        """The gradient at a tap, averaged along the path from the decoder's bias; other taps stay as they are, and
+        nothing is counted meanwhile.
+        """
         assert self._batch is not None
         tap.refuse_unless_linear()
 
@@ -757,13 +916,28 @@ class CapacityHooks:
 
     def _check_fired(self) -> None:
         for tap in self.taps:
-            if self._forwards and tap.fired == 0 and tap.statistics.tokens.sum() == 0 and tap.statistics.masked.sum() == 0:
-                raise HookPointError(f"{tap.hook} did not fire in {self._forwards} forward passes: the model does not run it, tap another hook point")
+            if (
+                self._forwards
+                and tap.fired == 0
+                and tap.statistics.tokens.sum() == 0
+                and tap.statistics.masked.sum() == 0
+            ):
+                raise HookPointError(
+                    f"{tap.hook} did not fire in {self._forwards} forward passes: the model does not run it, tap"
+                    " another hook point"
+                )
 
     def _describe_stream(self, stream: Any) -> None:
         self._source = source_of(stream)
         if isinstance(stream, TokenStream):
-            self._shard, self._stream_settings = stream.shard, {"context": stream.context, "bos": stream.bos, "batch_rows": stream.batch_rows}
+            self._shard, self._stream_settings = (
+                stream.shard,
+                {
+                    "context": stream.context,
+                    "bos": stream.bos,
+                    "batch_rows": stream.batch_rows,
+                },
+            )
 
     def planned_provenance(self, stream: TokenStream) -> Provenance:
         """What the provenance of a run over `stream` will say, before it begins."""
@@ -816,12 +990,20 @@ def check_dictionary(sae: Any, hook: str) -> None:
             "save it and load it back, which makes it JumpReLU"
         )
     if type(sae).__name__ == "TemporalSAE":
-        raise DictionaryError(f"the SAE at {hook} is a TemporalSAE, whose latents depend on the tokens before: choose one that encodes each token by itself")
+        raise DictionaryError(
+            f"the SAE at {hook} is a TemporalSAE, whose latents depend on the tokens before: choose one that encodes"
+            " each token by itself"
+        )
     normalisation = getattr(sae.cfg, "normalize_activations", "none")
     if normalisation in ("expected_average_only_in", "covariance_whitening"):
-        fold = "fold_activation_whitening" if normalisation == "covariance_whitening" else "fold_activation_norm_scaling_factor"
+        fold = (
+            "fold_activation_whitening"
+            if normalisation == "covariance_whitening"
+            else "fold_activation_norm_scaling_factor"
+        )
         raise DictionaryError(
-            f"the SAE at {hook} expects activations normalised by {normalisation!r}, which encode does not apply: fold it in first with sae.{fold}(…)"
+            f"the SAE at {hook} expects activations normalised by {normalisation!r}, which encode does not apply: fold"
+            f" it in first with sae.{fold}(…)"
         )
 
 
@@ -835,7 +1017,9 @@ def target_hook(sae: Any, hook: str) -> str | None:
 def _decoder_norms(sae: Any, device: torch.device) -> Tensor:
     """float64 [feature]: the length of what each latent writes where it is 1."""
     norms = torch.ones(len(sae.W_dec), dtype=torch.float64, device=device)
-    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # where it is set, SAELens' decode divides by the norms
+    if not getattr(
+        sae.cfg, "rescale_acts_by_decoder_norm", False
+    ):  # where it is set, SAELens' decode divides by the norms
         # A few rows at a time and in place: a float64 copy of a wide decoder is larger than all else that is kept.
         for rows, place in zip(torch.split(sae.W_dec.detach().flatten(1), 64), torch.split(norms, 64), strict=True):
             torch.linalg.vector_norm(rows.to(device, torch.float64), dim=1, out=place)
@@ -844,7 +1028,11 @@ def _decoder_norms(sae: Any, device: torch.device) -> Tensor:
 
 def dictionary_digest(sae: Any) -> str:
     """SHA-256 over an SAE's weights, in the order of their names."""
-    named = sae.state_dict() if hasattr(sae, "state_dict") else {k: v for k, v in vars(sae).items() if isinstance(v, Tensor)}
+    named = (
+        sae.state_dict()
+        if hasattr(sae, "state_dict")
+        else {k: v for k, v in vars(sae).items() if isinstance(v, Tensor)}
+    )
     sha = hashlib.sha256()
     for name in sorted(named):
         values = named[name].detach().cpu().contiguous()
@@ -856,7 +1044,10 @@ def dictionary_digest(sae: Any) -> str:
 def dictionary_name(sae: Any) -> str:
     """The name an SAE is known by: release and id where SAELens recorded them, else its kind and size."""
     metadata = getattr(sae.cfg, "metadata", None)
-    release, sae_id = (getattr(metadata, key, None) for key in ("sae_lens_release", "release")), getattr(metadata, "sae_id", None)
+    release, sae_id = (
+        (getattr(metadata, key, None) for key in ("sae_lens_release", "release")),
+        getattr(metadata, "sae_id", None),
+    )
     named = next((r for r in release if r), None)
     return f"{named}/{sae_id}" if named and sae_id else f"{type(sae).__name__} with {len(sae.W_dec):,} latents"
 
@@ -894,9 +1085,15 @@ def _pairs(saes: SAEs) -> Iterator[tuple[str, SparseAutoencoder]]:
 
 def _check_is_sae(sae: Any) -> None:
     if isinstance(sae, str):
-        raise DictionaryError(f"{sae!r} is no SAE but a name: load it, as with sae_lens.SAE.from_pretrained or tl_capacity.loading.load_sae")
+        raise DictionaryError(
+            f"{sae!r} is no SAE but a name: load it, as with sae_lens.SAE.from_pretrained or"
+            " tl_capacity.loading.load_sae"
+        )
     if not isinstance(sae, SparseAutoencoder):
-        raise DictionaryError(f"{type(sae).__name__} is no SAE: it needs encode, decode, W_dec and cfg, as SAELens' inference classes have")
+        raise DictionaryError(
+            f"{type(sae).__name__} is no SAE: it needs encode, decode, W_dec and cfg, as SAELens' inference classes"
+            " have"
+        )
 
 
 def _several(saes: Any) -> list[Any]:
@@ -907,13 +1104,16 @@ def _several(saes: Any) -> list[Any]:
 def _metadata_hook(sae: Any) -> str:
     hook = getattr(getattr(getattr(sae, "cfg", None), "metadata", None), "hook_name", None)
     if not hook:
-        raise DictionaryError(f"this {type(sae).__name__} does not name its hook point: pass a mapping such as {{'blocks.3.hook_resid_post': sae}}")
+        raise DictionaryError(
+            f"this {type(sae).__name__} does not name its hook point: pass a mapping such as"
+            " {'blocks.3.hook_resid_post': sae}"
+        )
     return str(hook)
 
 
 def special_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids of every special token that the tokenizer or the model's configuration names. Id 0 is valid (GPT-NeoX); some configurations list several, some -1 for
-    none.
+    """Ids of every special token that the tokenizer or the model's configuration names. Id 0 is valid (GPT-NeoX); some
+    configurations list several, some -1 for none.
     """
     ids = set(getattr(tokenizer, "all_special_ids", None) or ())
     for holder in (getattr(model, "config", None), tokenizer):
@@ -924,8 +1124,14 @@ def special_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def forward_options(model: Any) -> dict[str, Any]:
-    """What a forward pass is called with: a cache of keys and values that nobody reads costs memory; TransformerLens keeps none by default."""
-    return {"use_cache": False} if not hasattr(model, "hook_dict") and "use_cache" in inspect.signature(model.forward).parameters else {}
+    """What a forward pass is called with: a cache of keys and values that nobody reads costs memory; TransformerLens
+    keeps none by default.
+    """
+    return (
+        {"use_cache": False}
+        if not hasattr(model, "hook_dict") and "use_cache" in inspect.signature(model.forward).parameters
+        else {}
+    )
 
 
 class _ReachedError(Exception):
@@ -934,7 +1140,8 @@ class _ReachedError(Exception):
 
 @torch.no_grad()
 def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position"]) -> Tensor | None:
-    """Run a model up to a hook point and return what it carries [row, position, ...]; None where the hook point does not fire.
+    """Run a model up to a hook point and return what it carries [row, position, ...]; None where the hook point does
+    not fire.
 
     Raises:
         CapacityError: where a token is not in the model's vocabulary.
@@ -962,9 +1169,14 @@ def embedding_of(model: Any) -> nn.Module:
     Raises:
         HookPointError: where the model has none.
     """
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else getattr(model, "embed", None)
+    embedding = (
+        model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else getattr(model, "embed", None)
+    )
     if not isinstance(embedding, nn.Module):
-        raise HookPointError(f"{type(model).__name__} has no embedding at which its tokens can be seen: pass a TransformerLens or Hugging Face model")
+        raise HookPointError(
+            f"{type(model).__name__} has no embedding at which its tokens can be seen: pass a TransformerLens or"
+            " Hugging Face model"
+        )
     return embedding
 
 
@@ -977,14 +1189,22 @@ def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the m
     vocabulary = int(next(embedding_of(model).parameters()).shape[0])
     strange = ids[(ids < 0) | (ids >= vocabulary)]
     if len(strange):
-        raise CapacityError(f"the text has token id {strange[0]}, but {who}'s vocabulary has {vocabulary:,}: tokenise it with {who}'s own tokenizer")
+        raise CapacityError(
+            f"the text has token id {strange[0]}, but {who}'s vocabulary has {vocabulary:,}: tokenise it with {who}'s"
+            " own tokenizer"
+        )
 
 
 def _hook_width(model: Any, name: str) -> int | None:
     config, last = model.cfg, name.rsplit(".", 1)[-1]
-    if last in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "hook_embed") or (
-        name.count(".") == 2 and last in ("hook_in", "hook_out")
-    ):
+    if last in (
+        "hook_resid_pre",
+        "hook_resid_mid",
+        "hook_resid_post",
+        "hook_mlp_out",
+        "hook_attn_out",
+        "hook_embed",
+    ) or (name.count(".") == 2 and last in ("hook_in", "hook_out")):
         return int(config.d_model)
     return int(config.n_heads * config.d_head) if last == "hook_z" else None
 
@@ -996,7 +1216,11 @@ def _untraced(function: Callback) -> Callback:
 
 def _walk(root: Any, path: str) -> Any:
     for part in path.split("."):
-        root = root[int(part)] if part.isdigit() and isinstance(root, nn.ModuleList) and int(part) < len(root) else getattr(root, part, None)
+        root = (
+            root[int(part)]
+            if part.isdigit() and isinstance(root, nn.ModuleList) and int(part) < len(root)
+            else getattr(root, part, None)
+        )
     return root
 
 

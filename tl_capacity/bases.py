@@ -1,4 +1,6 @@
-"""Bases as features, by name: `neurons:HOOK` and `pca:HOOK`, optionally `,k=24`, made for one model and fitted to its own activations."""
+"""Bases as features, by name: `neurons:HOOK` and `pca:HOOK`, optionally `,k=24`, made for one model and fitted to its
+own activations.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +52,21 @@ class BasisSpec:
             return None
         found = re.fullmatch(r"([\w.]+)(?:,k=(\d+))?", rest)
         if found is None:
-            raise DictionaryError(f"{spec!r} names no basis: write {kind}:HOOK, or {kind}:HOOK,k=24 to keep the 24 largest of each token")
+            raise DictionaryError(
+                f"{spec!r} names no basis: write {kind}:HOOK, or {kind}:HOOK,k=24 to keep the 24 largest of each token"
+            )
         return cls(kind, found[1], int(found[2]) if found[2] else None)
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.hook}" + (f",k={self.k}" if self.k is not None else "")
 
-    def fit(self, model: Any, stream: TokenStream, tokens: int = PCA_TOKENS, *, progress: bool = True) -> LargestOfABasis:
+    def fit(
+        self, model: Any, stream: TokenStream, tokens: int = PCA_TOKENS, *, progress: bool = True
+    ) -> LargestOfABasis:
         """The basis, for a model with TransformerLens hooks or a Hugging Face model of a registered family.
 
-        Principal components are those of the first `tokens` counted tokens of the stream; neurons need one batch, to see how many there are.
+        Principal components are those of the first `tokens` counted tokens of the stream; neurons need one batch, to
+        see how many there are.
 
         Raises:
             HookPointError: where the model has no such hook point, or does not run it.
@@ -68,7 +75,9 @@ class BasisSpec:
         seen = activations(model, self.hook, stream)
         first = next(seen, None)
         if first is None:
-            raise CapacityError(f"{stream.name()} has no token to count, so no basis can be made: choose another --source")
+            raise CapacityError(
+                f"{stream.name()} has no token to count, so no basis can be made: choose another --source"
+            )
         if self.kind == "neurons":
             return NeuronBasis(first.shape[1], self.hook, self.k)
         # About the first batch's mean, because Σxxᵀ − n·μμᵀ loses digits where the mean is much larger than the spread.

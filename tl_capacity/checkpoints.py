@@ -1,4 +1,6 @@
-"""The state of something that takes long, in one file beside its result: replaced as it goes on, and deleted when the result is written."""
+"""The state of something that takes long, in one file beside its result: replaced as it goes on, and deleted when the
+result is written.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ SHARE = 0.1
 
 
 class Checkpoint:
-    """Tensors and a JSON object, with the settings that they are of and a SHA-256 of everything; the one before is kept as well.
+    """Tensors and a JSON object, with the settings that they are of and a SHA-256 of everything; the one before is kept
+    as well.
 
     Attributes:
         tensors, about: the state; empty where there is none to go on from.
@@ -47,7 +50,9 @@ class Checkpoint:
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors named `name/…`, by the rest of their names."""
-        return {key.rpartition("/")[2]: tensor for key, tensor in self.tensors.items() if key.rpartition("/")[0] == name}
+        return {
+            key.rpartition("/")[2]: tensor for key, tensor in self.tensors.items() if key.rpartition("/")[0] == name
+        }
 
     @property
     def due(self) -> bool:
@@ -84,8 +89,12 @@ class Checkpoint:
         except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as problem:
             raise CapacityError(f"{path} is no whole checkpoint ({problem}): delete it to begin anew") from problem
         if settings != self.settings:
-            changed = ", ".join(f"{name} = {value}" for name, value in settings.items() if value != self.settings.get(name))
-            raise CapacityError(f"{path} belongs to other settings ({changed}): use those to go on from it, or delete it to begin anew")
+            changed = ", ".join(
+                f"{name} = {value}" for name, value in settings.items() if value != self.settings.get(name)
+            )
+            raise CapacityError(
+                f"{path} belongs to other settings ({changed}): use those to go on from it, or delete it to begin anew"
+            )
         return tensors, about
 
 
@@ -100,5 +109,7 @@ def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
     total = hashlib.sha256("\n".join(texts).encode())
     for name in sorted(tensors):
         values = tensors[name].contiguous()
-        total.update(f"{name}{tuple(values.shape)}{values.dtype}".encode() + values.flatten().view(torch.uint8).numpy().tobytes())
+        total.update(
+            f"{name}{tuple(values.shape)}{values.dtype}".encode() + values.flatten().view(torch.uint8).numpy().tobytes()
+        )
     return total.hexdigest()

@@ -1,4 +1,6 @@
-"""Run-time type checks of public functions, so that a wrong argument in a notebook is named where it was passed; nothing that runs per batch is checked."""
+"""Run-time type checks of public functions, so that a wrong argument in a notebook is named where it was passed;
+nothing that runs per batch is checked.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,34 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # An int is accepted where a float is asked for, as type checkers do.
 _check = beartype(
-    conf=BeartypeConf(violation_param_type=ArgumentTypeError, violation_verbosity=BeartypeViolationVerbosity.MINIMAL, is_pep484_tower=True, is_color=False)
+    conf=BeartypeConf(
+        violation_param_type=ArgumentTypeError,
+        violation_verbosity=BeartypeViolationVerbosity.MINIMAL,
+        is_pep484_tower=True,
+        is_color=False,
+    )
 )
 
 
 def checked(function: Function) -> Function:
-    """Check a public function's arguments against its annotations, array shapes included; a mismatch raises `ArgumentTypeError`."""
+    """Check a public function's arguments against its annotations, array shapes included; a mismatch raises
+    `ArgumentTypeError`.
+    """
     return checked_but()(function)
 
 
 def checked_but(*names: str) -> Callable[[Function], Function]:
     """`checked`, but for arguments that the function itself checks and says more of.
 
-    Of a list, beartype checks one item, which it draws from `random`. So the check stands apart from the call, and the user's random numbers stay as they were.
+    Of a list, beartype checks one item, which it draws from `random`. So the check stands apart from the call, and the
+    user's random numbers stay as they were.
     """
 
     def decorate(function: Function) -> Function:
         arguments: Any = wraps(function)(lambda *args, **kwargs: None)
-        arguments.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if name not in names} | {"return": None}
+        arguments.__annotations__ = {
+            name: hint for name, hint in function.__annotations__.items() if name not in names
+        } | {"return": None}
         check = _check(arguments)
 
         @wraps(function)

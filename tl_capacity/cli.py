@@ -1,4 +1,5 @@
-"""`tl-capacity`: the verbs of the core. Torch and the model libraries are imported by the commands that need them, so that help is instant.
+"""`tl-capacity`: the verbs of the core. Torch and the model libraries are imported by the commands that need them, so
+that help is instant.
 
 Exit codes: 0 done, 2 bad input (one sentence on standard error), 130 interrupted.
 """
@@ -35,9 +36,14 @@ app = typer.Typer(
 )
 
 Widths = Annotated[str, typer.Option("--widths", help="Student widths, as 128,256,512.")]
-Importance = Annotated[str, typer.Option("--importance", help="Importance estimator; `tl-capacity plugins` lists them.")]
+Importance = Annotated[
+    str, typer.Option("--importance", help="Importance estimator; `tl-capacity plugins` lists them.")
+]
 Law = Annotated[str, typer.Option("--law", help="Capacity law; `tl-capacity plugins` lists them.")]
-MaxFvu = Annotated[float, typer.Option("--max-fvu", help="Refuse an SAE that leaves more of the variance unexplained; inf never refuses.")]
+MaxFvu = Annotated[
+    float,
+    typer.Option("--max-fvu", help="Refuse an SAE that leaves more of the variance unexplained; inf never refuses."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -51,12 +57,21 @@ def _log_kind(kind: str) -> str:
 
 @app.callback(invoke_without_command=True)
 def root(
-    plugin: Annotated[list[Path] | None, typer.Option("--plugin", help="Also load this Python file as a plugin; may be repeated.")] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="Also load this Python file as a plugin; may be repeated.")
+    ] = None,
     log: Annotated[
         str,
-        typer.Option("--log", callback=_log_kind, is_eager=True, help="What to say on standard error while something runs: text, or json, an object a line."),
+        typer.Option(
+            "--log",
+            callback=_log_kind,
+            is_eager=True,
+            help="What to say on standard error while something runs: text, or json, an object a line.",
+        ),
     ] = "text",
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors there: no progress, no warnings.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Say nothing but errors there: no progress, no warnings.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Load plugins named on the command line."""
@@ -80,31 +95,66 @@ def root(
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Option("--model", help="A registered name (embedded, smollm2-135m), a save_pretrained folder, or a hub id.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="A registered name (embedded, smollm2-135m), a save_pretrained folder, or a hub id."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the measurement.")],
     sae: Annotated[
         list[str] | None,
         typer.Option(
-            "--sae", help="SAE folder or release/sae_id, optionally HOOK=…; or neurons:HOOK, pca:HOOK; may be repeated. Default: all that come with the model."
+            "--sae",
+            help=(
+                "SAE folder or release/sae_id, optionally HOOK=…; or neurons:HOOK, pca:HOOK; may be repeated. Default:"
+                " all that come with the model."
+            ),
         ),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to count.")] = 1_000_000,
-    source: Annotated[str | None, typer.Option("--source", help="Embedded corpus, txt/jsonl/parquet file, or `datasets` id.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Embedded corpus, txt/jsonl/parquet file, or `datasets` id.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
-    importance: Annotated[list[str] | None, typer.Option("--importance", help="Importance estimator; may be repeated. Default: second_moment.")] = None,
-    widths: Annotated[str, typer.Option("--widths", help="Also print the predicted floors of these student widths, as 16,32,64.")] = "",
-    context: Annotated[int | None, typer.Option("--context", help="Positions in a row. Default: the SAE's own.")] = None,
+    importance: Annotated[
+        list[str] | None,
+        typer.Option("--importance", help="Importance estimator; may be repeated. Default: second_moment."),
+    ] = None,
+    widths: Annotated[
+        str, typer.Option("--widths", help="Also print the predicted floors of these student widths, as 16,32,64.")
+    ] = "",
+    context: Annotated[
+        int | None, typer.Option("--context", help="Positions in a row. Default: the SAE's own.")
+    ] = None,
     batch_rows: Annotated[int, typer.Option("--batch-rows", help="Rows in a forward pass.")] = 8,
-    prepend_bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Begin each row with the tokenizer's BOS, as TransformerLens does.")] = True,
-    alive_threshold: Annotated[float, typer.Option("--alive-threshold", help="A feature is alive where its firing rate exceeds this.")] = 1e-5,
-    fvu_every: Annotated[int, typer.Option("--fvu-every", help="Check the reconstruction on one document in this many.")] = 8,
-    skip_first_positions: Annotated[int, typer.Option("--skip-first-positions", help="Do not count the first positions of each row.")] = 0,
-    shard: Annotated[str, typer.Option("--shard", help="INDEX/OF: measure only every OF-th document, from INDEX on.")] = "0/1",
+    prepend_bos: Annotated[
+        bool, typer.Option("--bos/--no-bos", help="Begin each row with the tokenizer's BOS, as TransformerLens does.")
+    ] = True,
+    alive_threshold: Annotated[
+        float, typer.Option("--alive-threshold", help="A feature is alive where its firing rate exceeds this.")
+    ] = 1e-5,
+    fvu_every: Annotated[
+        int, typer.Option("--fvu-every", help="Check the reconstruction on one document in this many.")
+    ] = 8,
+    skip_first_positions: Annotated[
+        int, typer.Option("--skip-first-positions", help="Do not count the first positions of each row.")
+    ] = 0,
+    shard: Annotated[
+        str, typer.Option("--shard", help="INDEX/OF: measure only every OF-th document, from INDEX on.")
+    ] = "0/1",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the model's weights: float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the model's weights: float32, bfloat16, float16.")
+    ] = "float32",
     max_fvu: MaxFvu = 1.0,
-    checkpoint_seconds: Annotated[float, typer.Option("--checkpoint-seconds", help="Save a checkpoint this often.")] = 30.0,
-    max_memory: Annotated[str, typer.Option("--max-memory", help="Memory that the process may hold, as 4GB; fewer latents are dense at once.")] = "",
+    checkpoint_seconds: Annotated[
+        float, typer.Option("--checkpoint-seconds", help="Save a checkpoint this often.")
+    ] = 30.0,
+    max_memory: Annotated[
+        str,
+        typer.Option("--max-memory", help="Memory that the process may hold, as 4GB; fewer latents are dense at once."),
+    ] = "",
 ) -> None:
     """Count a model's SAE features on text and write a measurement."""
     wanted = _widths(widths)
@@ -142,9 +192,11 @@ def measure(
     p = measurement.provenance
     masked = measurement.hooks[0].summary
     console.print(
-        f"{masked.n_tokens:,} tokens of {printable(p.source)} through {printable(p.model)} in {p.seconds:,.0f} s; masked: "
+        f"{masked.n_tokens:,} tokens of {printable(p.source)} through {printable(p.model)} in {p.seconds:,.0f} s;"
+        " masked: "
         + ", ".join(f"{count:,} {reason}" for reason, count in masked.masked.items())
-        + f" (special and first positions hold {masked.masked_norm_share:.1%} of Σ‖x‖²); peak memory {peak_memory() / 1e9:.2f} GB",
+        + f" (special and first positions hold {masked.masked_norm_share:.1%} of Σ‖x‖²); peak memory"
+        f" {peak_memory() / 1e9:.2f} GB",
         markup=False,
         highlight=False,
     )
@@ -152,7 +204,11 @@ def measure(
     for note in error_warnings(measurement, wanted):
         console.print(f"note: {note}", markup=False, highlight=False)
     written = printable(str(out))
-    console.print(f"\nwritten to {written}; next: tl-capacity floor {written} --widths {widths or '128,256,512'}", markup=False, highlight=False)
+    console.print(
+        f"\nwritten to {written}; next: tl-capacity floor {written} --widths {widths or '128,256,512'}",
+        markup=False,
+        highlight=False,
+    )
 
 
 @app.command()
@@ -171,7 +227,9 @@ def budget(
     if as_json:
         from tl_capacity.summary import Estimate
 
-        _print_json([{k: v.to_json() if isinstance(v, Estimate) else v for k, v in row.items()} for row in found.rows()])
+        _print_json(
+            [{k: v.to_json() if isinstance(v, Estimate) else v for k, v in row.items()} for row in found.rows()]
+        )
     else:
         _console().print(found)
 
@@ -193,7 +251,9 @@ def floor(
     notes: list[str] = []
     if path.is_dir():
         measurement = Measurement.load(path)
-        predictions = [f for f in measurement.floors(_widths(widths), importance, law, max_fvu) if hook in (None, f.hook)]
+        predictions = [
+            f for f in measurement.floors(_widths(widths), importance, law, max_fvu) if hook in (None, f.hook)
+        ]
         if hook is not None:
             measurement[hook]  # names the hooks that were measured where this is none of them
         notes = measurement.warnings + floors.error_warnings(measurement, _widths(widths), law)
@@ -205,7 +265,11 @@ def floor(
         _print_json([p.to_json() for p in predictions])
         return
     console = _console()
-    console.print(floors.table(f"Predicted floors: importance {predictions[0].importance}, law {law}", *floors.floor_cells(predictions)))
+    console.print(
+        floors.table(
+            f"Predicted floors: importance {predictions[0].importance}, law {law}", *floors.floor_cells(predictions)
+        )
+    )
     for note in notes + sorted({f"{p.law}: {p.caveat}" for p in predictions if p.caveat}):
         console.print(f"note: {note}", markup=False, highlight=False)
 
@@ -213,11 +277,19 @@ def floor(
 @app.command()
 def decompose(
     measurement: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
-    distillation: Annotated[Path, typer.Argument(help="A distillation of it, as `tl-capacity run distill --out` wrote it.")],
-    hook: Annotated[str | None, typer.Option("--hook", help="The hook point to predict from. Default: the middle one of those measured.")] = None,
+    distillation: Annotated[
+        Path, typer.Argument(help="A distillation of it, as `tl-capacity run distill --out` wrote it.")
+    ],
+    hook: Annotated[
+        str | None,
+        typer.Option("--hook", help="The hook point to predict from. Default: the middle one of those measured."),
+    ] = None,
     importance: Importance = "second_moment",
     law: Law = "compressed_sensing",
-    observed: Annotated[str, typer.Option("--observed", help="fit: where the held-out curve is heading; last_tenth: its mean at the end.")] = "fit",
+    observed: Annotated[
+        str,
+        typer.Option("--observed", help="fit: where the held-out curve is heading; last_tenth: its mean at the end."),
+    ] = "fit",
     max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
@@ -227,7 +299,13 @@ def decompose(
     from tl_capacity.measurement import Measurement
 
     found = run_decompose(
-        Measurement.load(measurement), DistillationRun.load(distillation), hook=hook, importance=importance, law=law, observed=observed, max_fvu=max_fvu
+        Measurement.load(measurement),
+        DistillationRun.load(distillation),
+        hook=hook,
+        importance=importance,
+        law=law,
+        observed=observed,
+        max_fvu=max_fvu,
     )
     if as_json:
         _print_json(found.to_json())
@@ -237,13 +315,21 @@ def decompose(
 
 @app.command()
 def doctor(
-    folder: Annotated[Path | None, typer.Argument(help="A measurement or checkpoint that is to be gone on with; instead of --model.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="A measurement or checkpoint that is to be gone on with; instead of --model.")
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", help="As for measure.")] = None,
     sae: Annotated[list[str] | None, typer.Option("--sae", help="As for measure; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the measurement is to be written; nothing is written there.")] = Path("runs"),
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens that are to be counted, for the time that it takes.")] = 1_000_000,
+    out: Annotated[
+        Path, typer.Option("--out", help="Where the measurement is to be written; nothing is written there.")
+    ] = Path("runs"),
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Tokens that are to be counted, for the time that it takes.")
+    ] = 1_000_000,
     source: Annotated[str | None, typer.Option("--source", help="As for measure.")] = None,
-    importance: Annotated[list[str] | None, typer.Option("--importance", help="As for measure; may be repeated.")] = None,
+    importance: Annotated[
+        list[str] | None, typer.Option("--importance", help="As for measure; may be repeated.")
+    ] = None,
     context: Annotated[int | None, typer.Option("--context", help="As for measure.")] = None,
     batch_rows: Annotated[int, typer.Option("--batch-rows", help="As for measure.")] = 8,
     prepend_bos: Annotated[bool, typer.Option("--bos/--no-bos", help="As for measure.")] = True,
@@ -253,7 +339,9 @@ def doctor(
     max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Check a set-up before a long measurement, on its first thousand tokens, and say what to change; exit code 2 where a run would fail or mean nothing."""
+    """Check a set-up before a long measurement, on its first thousand tokens, and say what to change; exit code 2 where
+    a run would fail or mean nothing.
+    """
     if (folder is None) == (model is None):
         raise CapacityError("doctor checks either a folder or a model: pass one of DIR and --model")
     from dataclasses import asdict
@@ -284,25 +372,54 @@ def doctor(
     if as_json:
         _print_json([asdict(finding) for finding in findings])
     else:
-        _console().print(floors.table("Doctor", ["", "check", "what was found"], [[f.level, f.check, f.says] for f in findings], right=False))
+        _console().print(
+            floors.table(
+                "Doctor", ["", "check", "what was found"], [[f.level, f.check, f.says] for f in findings], right=False
+            )
+        )
     if stops := sum(finding.level == STOP for finding in findings):
-        raise CapacityError(f"{stops} of {len(findings)} checks found what would stop this run or leave it without meaning: mend what is marked {STOP!r} above")
+        raise CapacityError(
+            f"{stops} of {len(findings)} checks found what would stop this run or leave it without meaning: mend what"
+            f" is marked {STOP!r} above"
+        )
 
 
 @app.command()
 def report(
     results: Annotated[
-        list[Path], typer.Argument(help="A measurement, and with it a distillation, probes, recoverability: folders or JSON files, in any order.")
+        list[Path],
+        typer.Argument(
+            help=(
+                "A measurement, and with it a distillation, probes, recoverability: folders or JSON files, in any"
+                " order."
+            )
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
-    widths: Annotated[str, typer.Option("--widths", help="Student widths, as 128,256,512. Default: those that were distilled.")] = "",
+    widths: Annotated[
+        str, typer.Option("--widths", help="Student widths, as 128,256,512. Default: those that were distilled.")
+    ] = "",
     importance: Importance = "second_moment",
     law: Law = "compressed_sensing",
-    hook: Annotated[str | None, typer.Option("--hook", help="The hook point that the verdict is about. Default: the middle one of those measured.")] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(
+            "--hook", help="The hook point that the verdict is about. Default: the middle one of those measured."
+        ),
+    ] = None,
     observed: Annotated[str, typer.Option("--observed", help="As for decompose: fit or last_tenth.")] = "fit",
-    snippets: Annotated[bool, typer.Option("--snippets/--no-snippets", help="Show the text on which features are most active; runs the model.")] = True,
-    model: Annotated[str | None, typer.Option("--model", help="The model that was measured, where it is now to be found elsewhere.")] = None,
-    source: Annotated[str | None, typer.Option("--source", help="Text to show features on. Default: that which was measured.")] = None,
+    snippets: Annotated[
+        bool,
+        typer.Option(
+            "--snippets/--no-snippets", help="Show the text on which features are most active; runs the model."
+        ),
+    ] = True,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model that was measured, where it is now to be found elsewhere.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Text to show features on. Default: that which was measured.")
+    ] = None,
     snippet_tokens: Annotated[int, typer.Option("--snippet-tokens", help="How much of it to look through.")] = 20_000,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps.")] = "cpu",
 ) -> None:
@@ -311,21 +428,34 @@ def report(
 
     found = Results.load(results)
     settings = ReportSettings(tuple(_widths(widths)), importance, law, hook, observed)
-    examples, note = find_snippets(found, settings, model, source, snippet_tokens, device) if snippets else ({}, "Text was left out with --no-snippets.")
+    examples, note = (
+        find_snippets(found, settings, model, source, snippet_tokens, device)
+        if snippets
+        else ({}, "Text was left out with --no-snippets.")
+    )
     write_report(out, found, settings, examples, note)
-    typer.echo(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)" + (f"; {note[:1].lower()}{note[1:]}" if note else ""))
+    typer.echo(
+        f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)" + (f"; {note[:1].lower()}{note[1:]}" if note else "")
+    )
 
 
 @app.command()
 def plan(
     folder: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
     keep: Annotated[float | None, typer.Option("--keep", help="Share of the features to keep, as 0.95.")] = None,
-    target_loss: Annotated[float | None, typer.Option("--target-loss", help="Largest predicted floor, in the importance's unit per token.")] = None,
+    target_loss: Annotated[
+        float | None, typer.Option("--target-loss", help="Largest predicted floor, in the importance's unit per token.")
+    ] = None,
     widths: Annotated[str, typer.Option("--widths", help="Also show what these widths cost.")] = "",
-    hook: Annotated[str | None, typer.Option("--hook", help="Only this hook point. Default: the goal must be met at all of them.")] = None,
+    hook: Annotated[
+        str | None, typer.Option("--hook", help="Only this hook point. Default: the goal must be met at all of them.")
+    ] = None,
     importance: Importance = "second_moment",
     law: Law = "compressed_sensing",
-    model: Annotated[str | None, typer.Option("--model", help="The teacher, for the cost in parameters. Default: the one that was measured.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The teacher, for the cost in parameters. Default: the one that was measured."),
+    ] = None,
     max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
@@ -381,7 +511,12 @@ def plugins(as_json: AsJson = False) -> None:
         for name, item in registry.items.items()
     ]
     if as_json:
-        _print_json({"plugins": [dict(zip(("kind", "name", "from", "summary"), row, strict=True)) for row in rows], "failures": found.failures})
+        _print_json(
+            {
+                "plugins": [dict(zip(("kind", "name", "from", "summary"), row, strict=True)) for row in rows],
+                "failures": found.failures,
+            }
+        )
         return
     console = _console()
     console.print(floors.table("Plugins", ["kind", "name", "from", "what it is"], rows, right=False))
@@ -415,7 +550,12 @@ def run(
     recipes = find().recipes
     if name is None or name in ("--help", "-h"):
         _console().print(
-            floors.table("Recipes", ["name", "from", "what it does"], [[r.name, recipes.origins[r.name], r.summary] for r in recipes], right=False)
+            floors.table(
+                "Recipes",
+                ["name", "from", "what it does"],
+                [[r.name, recipes.origins[r.name], r.summary] for r in recipes],
+                right=False,
+            )
         )
         return
     recipe.run(recipe.load(recipes[name]), options or [], f"tl-capacity run {name}")

@@ -1,7 +1,8 @@
-"""Decomposition of observed floors: observed(d_S) = C · predicted(d_S) + B, with intervals, and beside it everything else that might explain them as well.
+"""Decomposition of observed floors: observed(d_S) = C · predicted(d_S) + B, with intervals, and beside it everything
+else that might explain them as well.
 
-Candidates are ranked by leave-one-width-out error, as R² of a straight line through a handful of points says little: 1/d alone has R² 0.992 on the published
-predicted floors of the paper (arXiv:2604.04037).
+Candidates are ranked by leave-one-width-out error, as R² of a straight line through a handful of points says little:
+1/d alone has R² 0.992 on the published predicted floors of the paper (arXiv:2604.04037).
 """
 
 from __future__ import annotations
@@ -83,12 +84,13 @@ class Fit:
     """A candidate, fitted.
 
     Attributes:
-        c, b: C and B with 95% intervals (bootstrap over widths and, within a width, over seeds), C in nats per token for each unit of x; C is None where x is
-            the same at all widths, and has no interval where it was not fitted.
+        c, b: C and B with 95% intervals (bootstrap over widths and, within a width, over seeds), C in nats per token
+            for each unit of x; C is None where x is the same at all widths, and has no interval where it was not
+            fitted.
         exponent: s with its interval, where it was free.
         r2: share of the variance explained; None where there is none, as at a single width.
-        error: leave-one-width-out error: root mean square, over widths, of the mean observed floor less the one that the other widths predict, in nats per
-            token; None where too few widths are left to fit.
+        error: leave-one-width-out error: root mean square, over widths, of the mean observed floor less the one that
+            the other widths predict, in nats per token; None where too few widths are left to fit.
         fitted: C · x + B at each width, in nats per token.
     """
 
@@ -124,7 +126,9 @@ RIVALS = (
     Candidate("power law in d", "rival", lambda points: points.widths, free_exponent=True),
     Candidate("power law in parameters", "rival", lambda points: points.parameters, free_exponent=True),
 )
-"""What knows nothing of features. The last is the scaling law of Kaplan et al. 2020 (arXiv:2001.08361), parameters without embeddings, plus a constant."""
+"""What knows nothing of features. The last is the scaling law of Kaplan et al. 2020 (arXiv:2001.08361), parameters
+without embeddings, plus a constant.
+"""
 
 
 @dataclass(frozen=True)
@@ -162,29 +166,46 @@ class Decomposition:
         """Which candidate explains the floors best, and where the paper's formula stands."""
         n = len(self.predicted)
         if self.winner is None:
-            return f"{n} width{' is' if n == 1 else 's are'} too few to say which law holds: observe at least {MIN_WIDTHS}"
+            return (
+                f"{n} width{' is' if n == 1 else 's are'} too few to say which law holds: observe at least {MIN_WIDTHS}"
+            )
         place = next(i for i, fit in enumerate(self.fits, 1) if fit is self.chosen)
-        best = f"{self.winner.candidate.name} explains the floors best, with a leave-one-width-out error of {_error(self.winner)} nats per token"
+        best = (
+            f"{self.winner.candidate.name} explains the floors best, with a leave-one-width-out error of"
+            f" {_error(self.winner)} nats per token"
+        )
         if self.winner is self.chosen:
             return f"{best}; it is the prediction asked for"
         return f"{best}; {self.chosen.candidate.name} comes {place} of {len(self.fits)}, with {_error(self.chosen)}"
 
     def shown(self, most: int = SHOWN) -> list[tuple[int, Fit]]:
-        """The candidates that a table needs, with their places: the best, the rivals, the best naive floor, and every importance at the hook point and by the
-        law asked for, C fitted and C = 1."""
+        """The candidates that a table needs, with their places: the best, the rivals, the best naive floor, and every
+        importance at the hook point and by the law asked for, C fitted and C = 1.
+        """
         asked, naive = self.chosen.candidate, next((f for f in self.fits if f.candidate.kind == "naive floor"), None)
 
         def needed(place: int, f: Fit) -> bool:
             of = f.candidate
-            return place <= most or of.kind == "rival" or f is naive or (of.kind == "prediction" and (of.hook, of.law) == (asked.hook, asked.law))
+            return (
+                place <= most
+                or of.kind == "rival"
+                or f is naive
+                or (of.kind == "prediction" and (of.hook, of.law) == (asked.hook, asked.law))
+            )
 
         return [(place, f) for place, f in enumerate(self.fits, 1) if needed(place, f)]
 
     def in_nats(self) -> list[Fit]:
-        """The predictions in nats per token at the hook point and by the law asked for, C fitted: they are right where it is 1."""
+        """The predictions in nats per token at the hook point and by the law asked for, C fitted: they are right where
+        it is 1.
+        """
         asked = self.chosen.candidate
         of = [(f, f.candidate) for f in self.fits]
-        return [f for f, c in of if c.kind == "prediction" and c.unit == NATS and not c.as_is and (c.hook, c.law) == (asked.hook, asked.law)]
+        return [
+            f
+            for f, c in of
+            if c.kind == "prediction" and c.unit == NATS and not c.as_is and (c.hook, c.law) == (asked.hook, asked.law)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -214,7 +235,9 @@ class Decomposition:
         flat = []
         for row in (fit.to_json() for fit in self.fits):
             numbers = ("C", "B", "exponent")
-            intervals = {f"{key} {end}": row[key][end] if row[key] else None for key in numbers for end in ("low", "high")}
+            intervals = {
+                f"{key} {end}": row[key][end] if row[key] else None for key in numbers for end in ("low", "high")
+            }
             flat.append({**row, **{key: row[key]["value"] if row[key] else None for key in numbers}, **intervals})
         return pandas.DataFrame(flat).drop(columns="fitted_floors")
 
@@ -238,7 +261,14 @@ class Decomposition:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         floors = self.table_of_floors()
-        header = ["width", "seed", "observed floor, nats per token", f"predicted, {self.unit} per token", "C·predicted + B", self.fits[0].candidate.name]
+        header = [
+            "width",
+            "seed",
+            "observed floor, nats per token",
+            f"predicted, {self.unit} per token",
+            "C·predicted + B",
+            self.fits[0].candidate.name,
+        ]
         rows = [
             [
                 f"{f['width']:,}",
@@ -250,7 +280,12 @@ class Decomposition:
             ]
             for f in floors
         ]
-        yield table(f"Observed floors ({'L∞ of the fit' if self.which == 'fit' else 'mean of the last tenth'}) and {self.chosen.candidate.name}", header, rows)
+        yield table(
+            f"Observed floors ({'L∞ of the fit' if self.which == 'fit' else 'mean of the last tenth'}) and"
+            f" {self.chosen.candidate.name}",
+            header,
+            rows,
+        )
         yield table("Candidates: observed = C · candidate + B, best first", *_cells(self))
         for note in self.notes():
             yield f"[yellow]note:[/yellow] {plain(note)}"
@@ -271,13 +306,16 @@ def decompose(
     Args:
         measurement: of the teacher.
         run: its students.
-        hook: the hook point whose prediction is asked for; by default the measured one in the middle. All others are candidates as well.
+        hook: the hook point whose prediction is asked for; by default the measured one in the middle. All others are
+            candidates as well.
         importance, law: of that prediction; all others that the measurement allows are candidates as well.
-        observed: "fit" for L∞ of each curve's fit, or "last_tenth" for the mean over the last tenth of training, as the paper has it.
+        observed: "fit" for L∞ of each curve's fit, or "last_tenth" for the mean over the last tenth of training, as the
+            paper has it.
         max_fvu: refuse SAEs that leave more of the variance unexplained.
 
     Raises:
-        CapacityError: where there is no such hook point, importance, law or observed floor, or the two do not belong together.
+        CapacityError: where there is no such hook point, importance, law or observed floor, or the two do not belong
+            together.
     """
     if observed not in OBSERVED:
         raise CapacityError(f"{observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
@@ -285,7 +323,8 @@ def decompose(
         raise MeasurementError("the distillation has not ended: resume it with --resume")
     if run.teacher != measurement.provenance.model:
         raise MeasurementError(
-            f"the measurement is of {measurement.provenance.model!r} and the distillation of {run.teacher!r}: decompose the floors of one teacher"
+            f"the measurement is of {measurement.provenance.model!r} and the distillation of {run.teacher!r}: decompose"
+            " the floors of one teacher"
         )
     asked = measurement[hook] if hook is not None else measurement.hooks[len(measurement.hooks) // 2]
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
@@ -293,7 +332,9 @@ def decompose(
     floors, widths, wanted = observed_floors(run), run.widths, (asked.hook, importance, law)
     if not widths:
         raise MeasurementError("the distillation has no students but the control: distil some widths")
-    return decompose_floors(floors, {s.name: s.body_parameters for s in run}, _predictions(measurement, widths, wanted), wanted, observed)
+    return decompose_floors(
+        floors, {s.name: s.body_parameters for s in run}, _predictions(measurement, widths, wanted), wanted, observed
+    )
 
 
 @dataclass(frozen=True)
@@ -309,9 +350,15 @@ class Prediction:
 
 
 def decompose_floors(
-    floors: Sequence[ObservedFloor], parameters: Mapping[str, int], predictions: Sequence[Prediction], asked: tuple[str, str, str], observed: str = "fit"
+    floors: Sequence[ObservedFloor],
+    parameters: Mapping[str, int],
+    predictions: Sequence[Prediction],
+    asked: tuple[str, str, str],
+    observed: str = "fit",
 ) -> Decomposition:
-    """The same from floors and predictions as such; `asked` is the hook, the importance and the law of the prediction that is asked for."""
+    """The same from floors and predictions as such; `asked` is the hook, the importance and the law of the prediction
+    that is asked for.
+    """
     students = [f for f in floors if f.start != "teacher"]
     points = Points(
         np.array([f.width for f in students], dtype=np.float64),
@@ -321,7 +368,11 @@ def decompose_floors(
     replicates = resamples(points)
     fits = [fit(candidate, points, replicates) for candidate in (*RIVALS, *_candidates(predictions))]
     chosen_from = next(p for p in predictions if (p.hook, p.importance, p.law) == asked)
-    chosen = next(f for f in fits if (f.candidate.hook, f.candidate.importance, f.candidate.law) == asked and not f.candidate.as_is)
+    chosen = next(
+        f
+        for f in fits
+        if (f.candidate.hook, f.candidate.importance, f.candidate.law) == asked and not f.candidate.as_is
+    )
     ranked = tuple(sorted(fits, key=lambda f: (f.error is None, f.error or 0.0)))
     return Decomposition(tuple(floors), observed, ranked, chosen, chosen_from.floors)
 
@@ -336,13 +387,25 @@ def fit(candidate: Candidate, points: Points, replicates: NDArray[np.float64]) -
     without = (points.widths != widths[:, None]).astype(np.float64)
     free_c = bool(np.ptp(candidate.x(points)) > 0) and not candidate.as_is
     enough = len(widths) > 1 + free_c + candidate.free_exponent
-    # In one go: with all students, without each width (nothing is left where there is but one), and as the bootstrap draws them.
-    numbers = _solve(candidate, points, np.concatenate([np.ones((1, len(points.widths))), without if enough else without[:0], replicates]))
-    own, left_out, again = numbers[0], numbers[1 : len(numbers) - len(replicates)], numbers[len(numbers) - len(replicates) :]
+    # In one go: with all students, without each width (nothing is left where there is but one), and as the bootstrap
+    # draws them.
+    numbers = _solve(
+        candidate,
+        points,
+        np.concatenate([np.ones((1, len(points.widths))), without if enough else without[:0], replicates]),
+    )
+    own, left_out, again = (
+        numbers[0],
+        numbers[1 : len(numbers) - len(replicates)],
+        numbers[len(numbers) - len(replicates) :],
+    )
     values = _values(candidate, points, own)
     error = None
     if enough:
-        misses = [(points.floors - _values(candidate, points, of))[points.widths == width].mean() for width, of in zip(widths, left_out, strict=True)]
+        misses = [
+            (points.floors - _values(candidate, points, of))[points.widths == width].mean()
+            for width, of in zip(widths, left_out, strict=True)
+        ]
         error = float(np.sqrt(np.mean(np.square(misses))))
     spread = float(np.square(points.floors - points.floors.mean()).sum())
     return Fit(
@@ -384,8 +447,12 @@ def _power(x: NDArray[np.float64], s: float) -> NDArray[np.float64]:
     return np.asarray(x**-s)
 
 
-def _line(x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`(C, B)` of the weighted least-squares line of each row of weights; C is 0 where x is the same everywhere, as nothing tells what it is."""
+def _line(
+    x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`(C, B)` of the weighted least-squares line of each row of weights; C is 0 where x is the same everywhere, as
+    nothing tells what it is.
+    """
     total = weights.sum(1)
     mean_x, mean_y = weights @ x / total, weights @ y / total
     centred = weights * (x - mean_x[:, None])
@@ -396,7 +463,9 @@ def _line(x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.fl
 
 
 def resamples(points: Points) -> NDArray[np.float64]:
-    """How often each student counts in each replicate [replicate, student]: two or more widths, drawn with replacement, and students for each."""
+    """How often each student counts in each replicate [replicate, student]: two or more widths, drawn with replacement,
+    and students for each.
+    """
     random = np.random.default_rng(0)
     students = {width: np.flatnonzero(points.widths == width) for width in np.unique(points.widths)}
     widths = np.array(list(students))
@@ -417,7 +486,9 @@ def _estimate(value: float, again: NDArray[np.float64], enough: bool) -> Estimat
 
 
 def _predictions(measurement: Measurement, widths: Sequence[int], asked: tuple[str, str, str]) -> list[Prediction]:
-    """Of every hook point, every importance that the measurement allows, and every law; an interval for the one that is asked for, as they take long."""
+    """Of every hook point, every importance that the measurement allows, and every law; an interval for the one that is
+    asked for, as they take long.
+    """
     found = []
     for hook in measurement:
         for estimator in plugins().importance_estimators:
@@ -426,9 +497,13 @@ def _predictions(measurement: Measurement, widths: Sequence[int], asked: tuple[s
             curve = Curve(hook.hook, hook.importance(estimator.name), hook.summary.alpha.value)
             for law in plugins().capacity_laws:
                 this = (hook.hook, estimator.name, law.name)
-                floors = hook_floors(hook, widths, estimator.name, law) if this == asked else curve.floors(widths, law.name)
+                floors = (
+                    hook_floors(hook, widths, estimator.name, law) if this == asked else curve.floors(widths, law.name)
+                )
                 by_width = {f.width: f.predicted_floor for f in floors}
-                found.append(Prediction(*this, estimator.unit, by_width, {f.width: f.naive_floor.value for f in floors}))
+                found.append(
+                    Prediction(*this, estimator.unit, by_width, {f.width: f.naive_floor.value for f in floors})
+                )
     return found
 
 
@@ -441,17 +516,26 @@ def _measured(hook: HookMeasurement, importance: str) -> bool:
 
 
 def _candidates(predictions: Sequence[Prediction]) -> list[Candidate]:
-    """The refined floor of each prediction; the naive one of each hook point and law, for the first importance: others change little but a factor."""
+    """The refined floor of each prediction; the naive one of each hook point and law, for the first importance: others
+    change little but a factor.
+    """
     found, naive = [], set[tuple[str, str]]()
     for p in predictions:
-        name, x = f"{p.importance}, {p.law} at {p.hook}", _looked_up({width: floor.value for width, floor in p.floors.items()})
+        name, x = (
+            f"{p.importance}, {p.law} at {p.hook}",
+            _looked_up({width: floor.value for width, floor in p.floors.items()}),
+        )
         refined = Candidate(name, "prediction", x, hook=p.hook, importance=p.importance, law=p.law, unit=p.unit)
         found.append(refined)
         if p.unit == NATS:
             found.append(replace(refined, name=f"{name}, C = 1", as_is=True))
         if (p.hook, p.law) not in naive:
             naive.add((p.hook, p.law))
-            found.append(Candidate(f"naive floor, {p.law} at {p.hook}", "naive floor", _looked_up(p.naive), hook=p.hook, law=p.law))
+            found.append(
+                Candidate(
+                    f"naive floor, {p.law} at {p.hook}", "naive floor", _looked_up(p.naive), hook=p.hook, law=p.law
+                )
+            )
     return found
 
 
@@ -463,17 +547,33 @@ def _notes(found: Decomposition) -> list[str]:
     notes = []
     rival = next(f for f in found.fits if f.candidate.kind == "rival")
     if found.winner is not None and found.winner is not rival:
-        notes.append(f"of the candidates that know nothing of features, {rival.candidate.name} is the best, with an error of {_error(rival)} nats per token")
+        notes.append(
+            f"of the candidates that know nothing of features, {rival.candidate.name} is the best, with an error of"
+            f" {_error(rival)} nats per token"
+        )
     if found.winner is not None:
-        notes.append(f"the best of {len(found.fits)} candidates was chosen by its error on {len(found.predicted)} widths: on others expect a larger one")
+        notes.append(
+            f"the best of {len(found.fits)} candidates was chosen by its error on {len(found.predicted)} widths: on"
+            " others expect a larger one"
+        )
     for each in found.in_nats():
         if each.c is not None and each.c.low is not None and each.c.high is not None:
-            right = "1 is inside, so it may be right as it is" if each.c.low <= 1 <= each.c.high else "1 is outside, so it is not right as it is"
+            right = (
+                "1 is inside, so it may be right as it is"
+                if each.c.low <= 1 <= each.c.high
+                else "1 is outside, so it is not right as it is"
+            )
             notes.append(f"{each.candidate.name} predicts nats per token, and C = {each.c.show('.3g')}: {right}")
     if found.chosen.c is None:
-        notes.append(f"{found.chosen.candidate.name} predicts the same floor at all widths, so there is no C: distil narrower students")
+        notes.append(
+            f"{found.chosen.candidate.name} predicts the same floor at all widths, so there is no C: distil narrower"
+            " students"
+        )
     elif found.chosen.c.value < 0:
-        notes.append(f"C = {found.chosen.c.value:.3g} is negative: the floors rise where {found.chosen.candidate.name} predicts that they fall")
+        notes.append(
+            f"C = {found.chosen.c.value:.3g} is negative: the floors rise where {found.chosen.candidate.name} predicts"
+            " that they fall"
+        )
     floors = sorted((f["width"], f["observed_floor"]) for f in found.table_of_floors())
     means = [np.mean([floor for w, floor in floors if w == width]) for width in found.predicted]
     if any(np.diff(np.array(means)[np.argsort(list(found.predicted))]) > 0):
@@ -481,12 +581,16 @@ def _notes(found: Decomposition) -> list[str]:
     falling = [f for f in found.observed if f.low is not None and f.falling > 0.1 * f.value]
     if found.which == "fit" and falling:
         notes.append(
-            f"{len(falling)} students have not come near their floor (more than a tenth of it above at the end), so it is extrapolated, and too low where the "
-            "learning rate fell to zero: train longer, and see whether the mean of the last tenth says the same"
+            f"{len(falling)} students have not come near their floor (more than a tenth of it above at the end), so it"
+            " is extrapolated, and too low where the learning rate fell to zero: train longer, and see whether the"
+            " mean of the last tenth says the same"
         )
     unfitted = [f for f in found.observed if f.low is None and f.start != "teacher"]
     if found.which == "fit" and unfitted:
-        notes.append(f"{len(unfitted)} students have too few evaluations for a fit: their floor is the mean of the last tenth of training")
+        notes.append(
+            f"{len(unfitted)} students have too few evaluations for a fit: their floor is the mean of the last tenth of"
+            " training"
+        )
     return notes
 
 

@@ -1,7 +1,8 @@
-"""Dictionaries in plain torch: those that EleutherAI's `sparsify` and `dictionary_learning` save, and bases of neurons or of PCA to compare an SAE with.
+"""Dictionaries in plain torch: those that EleutherAI's `sparsify` and `dictionary_learning` save, and bases of neurons
+or of PCA to compare an SAE with.
 
-Each is a `SparseAutoencoder` of `tl_capacity.interfaces`. None needs SAELens, whose own folders of the three commonest kinds are read here too, where it is
-not installed.
+Each is a `SparseAutoencoder` of `tl_capacity.interfaces`. None needs SAELens, whose own folders of the three commonest
+kinds are read here too, where it is not installed.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ class DictionaryConfig:
 
 
 class Dictionary(nn.Module):
-    """One linear encoder, an activation, one linear decoder: z = activation((x − b_dec) W_enc + b_enc), x̂ = z W_dec + b_dec.
+    """One linear encoder, an activation, one linear decoder: z = activation((x − b_dec) W_enc + b_enc), x̂ = z W_dec +
+    b_dec.
 
     Args:
         architecture: a key of `ACTIVATIONS`.
-        weights: `W_enc` [d_in, feature], `b_enc` [feature], `W_dec` [feature, d_out], `b_dec` [d_out], and what the activation needs: `threshold`,
-            `b_gate`, `r_mag`, `b_mag`; `W_skip` [d_out, d_in] of a skip transcoder.
+        weights: `W_enc` [d_in, feature], `b_enc` [feature], `W_dec` [feature, d_out], `b_dec` [d_out], and what the
+            activation needs: `threshold`, `b_gate`, `r_mag`, `b_mag`; `W_skip` [d_out, d_in] of a skip transcoder.
         metadata: where it belongs.
         subtract_bias: whether b_dec is taken from the input, as in the formula.
         k: active latents per token, where the activation has that.
@@ -62,29 +64,49 @@ class Dictionary(nn.Module):
     b_dec: Tensor
 
     def __init__(
-        self, architecture: str, weights: Mapping[str, Tensor], metadata: Metadata | None = None, *, subtract_bias: bool = True, k: int | None = None
+        self,
+        architecture: str,
+        weights: Mapping[str, Tensor],
+        metadata: Metadata | None = None,
+        *,
+        subtract_bias: bool = True,
+        k: int | None = None,
     ) -> None:
         super().__init__()
         if architecture not in ACTIVATIONS:
-            raise DictionaryError(f"{architecture!r} is no architecture that can be read: choose one of {', '.join(ACTIVATIONS)}, or load it with SAELens")
+            raise DictionaryError(
+                f"{architecture!r} is no architecture that can be read: choose one of {', '.join(ACTIVATIONS)}, or load"
+                " it with SAELens"
+            )
         needed = {"W_enc", "b_enc", "W_dec", "b_dec", *NEEDED.get(architecture, ())}
         if missing := sorted(needed - weights.keys()):
-            raise DictionaryError(f"the weights of this {architecture} dictionary lack {', '.join(missing)}: save it again")
+            raise DictionaryError(
+                f"the weights of this {architecture} dictionary lack {', '.join(missing)}: save it again"
+            )
         for name, value in weights.items():
             self.register_buffer(name, value.float().contiguous())
         d_in, d_sae = self.W_enc.shape
         if self.W_dec.shape[0] != d_sae or self.b_enc.shape != (d_sae,) or self.b_dec.shape != self.W_dec.shape[1:]:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items())
-            raise DictionaryError(f"the weights of this {architecture} dictionary do not fit one another ({shapes}): save it again")
-        if architecture in ("topk", "groupmax") and not (k is not None and 1 <= k <= d_sae and (architecture == "topk" or d_sae % k == 0)):
-            raise DictionaryError(f"k = {k} does not fit the {d_sae:,} latents of this {architecture} dictionary: its configuration was altered")
+            raise DictionaryError(
+                f"the weights of this {architecture} dictionary do not fit one another ({shapes}): save it again"
+            )
+        if architecture in ("topk", "groupmax") and not (
+            k is not None and 1 <= k <= d_sae and (architecture == "topk" or d_sae % k == 0)
+        ):
+            raise DictionaryError(
+                f"k = {k} does not fit the {d_sae:,} latents of this {architecture} dictionary: its configuration was"
+                " altered"
+            )
         self.cfg = DictionaryConfig(d_in, d_sae, architecture, metadata or Metadata())
         self.subtract_bias, self.k = subtract_bias, k
 
     def encode(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token feature"]:
         """Latents of activations."""
         x = x.to(self.W_enc)
-        return ACTIVATIONS[self.cfg.architecture](self, torch.addmm(self.b_enc, x - self.b_dec if self.subtract_bias else x, self.W_enc))
+        return ACTIVATIONS[self.cfg.architecture](
+            self, torch.addmm(self.b_enc, x - self.b_dec if self.subtract_bias else x, self.W_enc)
+        )
 
     def decode(self, feature_acts: Float[Tensor, "token feature"]) -> Float[Tensor, "token d_out"]:
         """Activations of latents, without a skip connection's part."""
@@ -132,8 +154,8 @@ NEEDED = {"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}
 class LargestOfABasis(nn.Module):
     """An orthonormal basis as a dictionary: latents are coordinates, and negative ones are active too.
 
-    Coordinates are seldom zero, and a basis whose every feature is active on every token has no sparsity. With `k`, only the k largest in size of each token
-    are kept, as in an AbsTopK SAE, and the FVU says what that costs.
+    Coordinates are seldom zero, and a basis whose every feature is active on every token has no sparsity. With `k`,
+    only the k largest in size of each token are kept, as in an AbsTopK SAE, and the FVU says what that costs.
 
     Args:
         kind: what the features are.
@@ -149,13 +171,20 @@ class LargestOfABasis(nn.Module):
     W_dec: Tensor
     b_dec: Tensor
 
-    def __init__(self, kind: str, basis: Float[Tensor, "feature d"], mean: Float[Tensor, " d"], hook: str, k: int | None = None) -> None:
+    def __init__(
+        self, kind: str, basis: Float[Tensor, "feature d"], mean: Float[Tensor, " d"], hook: str, k: int | None = None
+    ) -> None:
         super().__init__()
         if k is not None and not 1 <= k <= len(basis):
-            raise DictionaryError(f"k = {k} must lie between 1 and the {len(basis):,} features of the {kind} basis at {hook}")
+            raise DictionaryError(
+                f"k = {k} must lie between 1 and the {len(basis):,} features of the {kind} basis at {hook}"
+            )
         self.register_buffer("W_dec", basis)
         self.register_buffer("b_dec", mean)
-        self.cfg, self.k = DictionaryConfig(basis.shape[1], len(basis), kind if k is None else f"{kind}, {k} largest", Metadata(hook)), k
+        self.cfg, self.k = (
+            DictionaryConfig(basis.shape[1], len(basis), kind if k is None else f"{kind}, {k} largest", Metadata(hook)),
+            k,
+        )
 
     def encode(self, x: Float[Tensor, "token d"]) -> Float[Tensor, "token feature"]:
         """Coordinates of activations, but for the `k` largest in size zero."""
@@ -176,9 +205,11 @@ class LargestOfABasis(nn.Module):
 
 
 class NeuronBasis(LargestOfABasis):
-    """No dictionary at all: each of `width` dimensions of a hook point, such as the neurons at `blocks.3.mlp.hook_post`, is a feature.
+    """No dictionary at all: each of `width` dimensions of a hook point, such as the neurons at
+    `blocks.3.mlp.hook_post`, is a feature.
 
-    Neurons behind a ReLU are sparse by themselves; behind a GELU none is ever zero, so give k. Its W_dec is the identity, width² numbers.
+    Neurons behind a ReLU are sparse by themselves; behind a GELU none is ever zero, so give k. Its W_dec is the
+    identity, width² numbers.
     """
 
     def __init__(self, width: int, hook: str, k: int | None = None) -> None:
@@ -189,7 +220,8 @@ class NeuronBasis(LargestOfABasis):
 
 
 class PCABasis(LargestOfABasis):
-    """Principal components of a hook point's activations, by falling variance: the best basis that knows nothing of sparsity.
+    """Principal components of a hook point's activations, by falling variance: the best basis that knows nothing of
+    sparsity.
 
     Args:
         mean: [d] of the activations.
@@ -198,15 +230,19 @@ class PCABasis(LargestOfABasis):
         k: components kept per token, the largest in size; None for all.
     """
 
-    def __init__(self, mean: Float64[Tensor, " d"], covariance: Float64[Tensor, "d d"], hook: str, k: int | None = None) -> None:
+    def __init__(
+        self, mean: Float64[Tensor, " d"], covariance: Float64[Tensor, "d d"], hook: str, k: int | None = None
+    ) -> None:
         components = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)  # eigh sorts by rising variance
-        # An eigenvector's sign is arbitrary; its largest entry is made positive, so that the same activations always give the same basis.
+        # An eigenvector's sign is arbitrary; its largest entry is made positive, so that the same activations always
+        # give the same basis.
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         super().__init__("pca", (components * largest.sign()).float().contiguous(), mean.float(), hook, k)
 
 
 def read_sparsify(folder: Path) -> Dictionary:
-    """A sparse coder that EleutherAI's `sparsify` saved: `cfg.json` and `sae.safetensors`; the folder's name says where it belongs (`layers.3`).
+    """A sparse coder that EleutherAI's `sparsify` saved: `cfg.json` and `sae.safetensors`; the folder's name says where
+    it belongs (`layers.3`).
 
     Raises:
         DictionaryError: where it lacks its weights or is of a kind unknown here.
@@ -216,19 +252,33 @@ def read_sparsify(folder: Path) -> Dictionary:
 
     config, weights = read_json(folder / "cfg.json"), load_file(folder / SPARSIFY_WEIGHTS)
     if config.get("signed"):
-        raise DictionaryError(f"the sparse coder in {folder} keeps the largest latents of either sign, which `sparsify` no longer does: choose another")
+        raise DictionaryError(
+            f"the sparse coder in {folder} keeps the largest latents of either sign, which `sparsify` no longer does:"
+            " choose another"
+        )
     transcodes = bool(config.get("transcode"))
     activation, k = _field(config, "activation", str) or "topk", _field(config, "k", int)
-    return Dictionary(activation, _renamed(weights), sparsify_hooks(folder, transcodes), subtract_bias=not transcodes, k=k)
+    return Dictionary(
+        activation, _renamed(weights), sparsify_hooks(folder, transcodes), subtract_bias=not transcodes, k=k
+    )
 
 
 def sparsify_hooks(folder: Path, transcodes: bool) -> Metadata:
-    """Hook points of a folder that `sparsify` named after a module: `layers.3`, `h.3.mlp`, `layers.3.attention`; `/seed1` follows where it trained several."""
+    """Hook points of a folder that `sparsify` named after a module: `layers.3`, `h.3.mlp`, `layers.3.attention`;
+    `/seed1` follows where it trained several.
+    """
     name = folder.name if not re.fullmatch(r"seed\d+", folder.name) else folder.parent.name
     found = re.search(r"(?:layers|h|blocks)\.(\d+)(?:\.(mlp|attention|attn|self_attn))?$", name)
     if found is None:
-        return Metadata("hook_embed") if name.endswith(("embed_in", "embed_tokens", "wte")) and not transcodes else Metadata()
-    block, inside = f"blocks.{found[1]}", {None: "hook_resid_post", "mlp": "hook_mlp_out"}.get(found[2], "hook_attn_out")
+        return (
+            Metadata("hook_embed")
+            if name.endswith(("embed_in", "embed_tokens", "wte")) and not transcodes
+            else Metadata()
+        )
+    block, inside = (
+        f"blocks.{found[1]}",
+        {None: "hook_resid_post", "mlp": "hook_mlp_out"}.get(found[2], "hook_attn_out"),
+    )
     if not transcodes:
         return Metadata(f"{block}.{inside}")
     reads = {None: "hook_resid_pre", "mlp": "mlp.hook_in"}.get(found[2], "attn.hook_in")
@@ -236,9 +286,11 @@ def sparsify_hooks(folder: Path, transcodes: bool) -> Metadata:
 
 
 def read_dictionary_learning(folder: Path) -> Dictionary:
-    """A dictionary that `dictionary_learning` saved: `config.json` and `ae.pt`, a state dictionary, which is loaded without running any code in it.
+    """A dictionary that `dictionary_learning` saved: `config.json` and `ae.pt`, a state dictionary, which is loaded
+    without running any code in it.
 
-    As its own `load_dictionary` does, decoder vectors of an `AutoEncoder` are scaled to norm 1, and its latents with them.
+    As its own `load_dictionary` does, decoder vectors of an `AutoEncoder` are scaled to norm 1, and its latents with
+    them.
 
     Raises:
         DictionaryError: where it lacks weights, is of a kind unknown here, or was saved before its threshold was set.
@@ -248,18 +300,28 @@ def read_dictionary_learning(folder: Path) -> Dictionary:
     weights: dict[str, Tensor] = torch.load(folder / DICTIONARY_LEARNING_WEIGHTS, map_location="cpu", weights_only=True)
     kind = str(trainer["dict_class"])
     if kind not in DICTIONARY_LEARNING:
-        raise DictionaryError(f"{folder} holds a {kind!r} of dictionary_learning, which cannot be read: choose one of {', '.join(DICTIONARY_LEARNING)}")
+        raise DictionaryError(
+            f"{folder} holds a {kind!r} of dictionary_learning, which cannot be read: choose one of"
+            f" {', '.join(DICTIONARY_LEARNING)}"
+        )
     architecture, subtract_bias = DICTIONARY_LEARNING[kind]
     found = _renamed(weights)
     if architecture == "gated" and "W_enc" in found:
         found["b_enc"] = torch.zeros(found["W_enc"].shape[1])
     if architecture == "jumprelu" and "threshold" in found and float(found["threshold"].min()) < 0:
-        raise DictionaryError(f"the {kind} in {folder} was saved before its threshold was set, so its latents depend on the whole batch: train it further")
+        raise DictionaryError(
+            f"the {kind} in {folder} was saved before its threshold was set, so its latents depend on the whole batch:"
+            " train it further"
+        )
     if architecture != "jumprelu":
         found.pop("threshold", None)  # a TopK dictionary keeps one beside k, and does not use it by default
     if kind == "AutoEncoder" and {"W_enc", "b_enc", "W_dec"} <= found.keys():
         norms = found["W_dec"].norm(dim=1)
-        found |= {"W_dec": found["W_dec"] / norms[:, None], "W_enc": found["W_enc"] * norms, "b_enc": found["b_enc"] * norms}
+        found |= {
+            "W_dec": found["W_dec"] / norms[:, None],
+            "W_enc": found["W_enc"] * norms,
+            "b_enc": found["b_enc"] * norms,
+        }
     metadata = Metadata(_dictionary_learning_hook(trainer), context_size=_field(buffer, "ctx_len", int))
     return Dictionary(architecture, found, metadata, subtract_bias=subtract_bias, k=_field(trainer, "k", int))
 
@@ -307,7 +369,14 @@ def _dictionary_learning_hook(trainer: Mapping[str, Any]) -> str | None:
     if layer is None:
         return None
     name = str(trainer.get("submodule_name") or "resid_post")
-    kind = next((hook for part, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"), ("att", "hook_attn_out")) if part in name), None)
+    kind = next(
+        (
+            hook
+            for part, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"), ("att", "hook_attn_out"))
+            if part in name
+        ),
+        None,
+    )
     return f"blocks.{layer}.{kind}" if kind else None
 
 
@@ -323,21 +392,28 @@ def read_sae_lens(folder: Path) -> Dictionary:
     config = read_json(folder / "cfg.json")
     architecture, said = str(config.get("architecture")), _field(config, "metadata", dict) or {}
     check_described(config, said)
-    plain = config.get("normalize_activations", "none") == "none" and config.get("reshape_activations", "none") == "none"
+    plain = (
+        config.get("normalize_activations", "none") == "none" and config.get("reshape_activations", "none") == "none"
+    )
     if architecture not in ("standard", "topk", "jumprelu") or not plain or config.get("rescale_acts_by_decoder_norm"):
         raise DictionaryError(
-            f"the SAE in {folder} ({architecture}) cannot be read without SAELens, which is not installed for this TransformerLens: install transformer-lens<4"
+            f"the SAE in {folder} ({architecture}) cannot be read without SAELens, which is not installed for this"
+            " TransformerLens: install transformer-lens<4"
         )
     metadata = Metadata(said.get("hook_name"), said.get("hook_name_out"), said.get("context_size"))
     subtract_bias = bool(config.get("apply_b_dec_to_input", True))
-    return Dictionary(architecture, load_file(folder / SAE_LENS_WEIGHTS), metadata, subtract_bias=subtract_bias, k=config.get("k"))
+    return Dictionary(
+        architecture, load_file(folder / SAE_LENS_WEIGHTS), metadata, subtract_bias=subtract_bias, k=config.get("k")
+    )
 
 
 def check_described(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Whether an SAE's configuration, under the names that SAELens uses, has the types that SAELens writes; SAELens itself loads others too.
+    """Whether an SAE's configuration, under the names that SAELens uses, has the types that SAELens writes; SAELens
+    itself loads others too.
 
     Raises:
-        ValueError: where a field that decides what the SAE does, or where, has another type, or more latents are to be kept than there are.
+        ValueError: where a field that decides what the SAE does, or where, has another type, or more latents are to be
+            kept than there are.
     """
     for name, kind in SAE_LENS_FIELDS.items():
         if name in config:

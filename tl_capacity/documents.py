@@ -15,7 +15,8 @@ from tl_capacity.statistics import FeatureStatistics
 class OpenDocuments:
     """A row of flags [feature] for each open document.
 
-    The rows stay in one place: memory that came and went with every batch would leave the heap in pieces too small for the model's activations.
+    The rows stay in one place: memory that came and went with every batch would leave the heap in pieces too small for
+    the model's activations.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
@@ -36,7 +37,9 @@ class OpenDocuments:
 
     def rows(self, documents: Sequence[int]) -> Tensor:
         """int64 [document]: the row of each; that of a document which is not open means nothing."""
-        return torch.tensor([self._row.get(document, 0) for document in documents], dtype=torch.int64, device=self._seen.device)
+        return torch.tensor(
+            [self._row.get(document, 0) for document in documents], dtype=torch.int64, device=self._seen.device
+        )
 
     def mark(self, rows: Tensor, features: Tensor) -> None:
         """Note that these documents, by their rows [entry], have shown these features [entry]."""

@@ -1,4 +1,6 @@
-"""Encoding: which latents are active on a chunk of activations, and their values, with as little as possible made that is mostly zeros."""
+"""Encoding: which latents are active on a chunk of activations, and their values, with as little as possible made that
+is mostly zeros.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,21 @@ from tl_capacity.scratch import Scratch
 Entries = tuple[Tensor, Tensor, Tensor]
 """`(token, feature, value)` of each active latent; those of one feature are in the order of the tokens."""
 Products = Iterator[tuple[slice, Tensor]]
-"""The features of each block, and their products with the inputs, x·W_enc [token, feature], without the bias; the next block overwrites it."""
+"""The features of each block, and their products with the inputs, x·W_enc [token, feature], without the bias; the next
+block overwrites it.
+"""
 Find = Callable[[Any, Products], Iterator[Entries]]
 """From an SAE and its products to the active latents, those of some features after those of others."""
 
 CHUNK_TOKENS = 2048
-"""Tokens that are encoded at once, where memory allows: with fewer a matrix product is slower, with 256 by a quarter."""
+"""Tokens that are encoded at once, where memory allows: with fewer a matrix product is slower, with 256 by a quarter.
+"""
 DENSE_LATENTS = 768 * 24_576
 """Latents that are dense at once, at most: 75 MB in float32."""
 FEATURE_BLOCK = 1024
-"""Features whose products are made at once where each latent is judged by itself; at 2,048 tokens 8 MB. More take memory and save no time."""
+"""Features whose products are made at once where each latent is judged by itself; at 2,048 tokens 8 MB. More take
+memory and save no time.
+"""
 ROW_BLOCK = 24_576
 """The same where the latents of a token are compared with each other."""
 FEWEST_TOKENS = 64
@@ -38,15 +45,18 @@ LANES = 32
 FEW = 1 / 3
 """Share of such groups that k may be; where it is more, all latents are sorted."""
 SORTED_AT_ONCE = 256 * 24_576
-"""Latents whose largest are found together: what is gathered of them is small beside the block, and is still near when it is needed."""
+"""Latents whose largest are found together: what is gathered of them is small beside the block, and is still near when
+it is needed.
+"""
 
 
 class Encoder:
     """The active latents of one SAE, a chunk of tokens at a time.
 
-    SAELens' `encode` makes a new block of latents at each step: product, bias, activation, mask. For the architectures in `ACTIVATIONS` the products go into
-    one block that is kept, some thousands of features after the others, and what is active is found there. Any other SAE, one with hooks on its latents, and
-    one whose `encode` gave something else on the first tokens is asked for its own `encode`.
+    SAELens' `encode` makes a new block of latents at each step: product, bias, activation, mask. For the architectures
+    in `ACTIVATIONS` the products go into one block that is kept, some thousands of features after the others, and what
+    is active is found there. Any other SAE, one with hooks on its latents, and one whose `encode` gave something else
+    on the first tokens is asked for its own `encode`.
     """
 
     def __init__(self, sae: SparseAutoencoder, scratch: Scratch | None = None) -> None:
@@ -58,7 +68,9 @@ class Encoder:
         self.hold(DENSE_LATENTS if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
 
     def hold(self, latents: int) -> None:
-        """Let so many latents be dense at once, by which `chunk`, the tokens to encode at once, is chosen; at least those of one token."""
+        """Let so many latents be dense at once, by which `chunk`, the tokens to encode at once, is chosen; at least
+        those of one token.
+        """
         self.dense_latents = latents
         self._block = self.d_sae if self._activation is None else min(self.d_sae, self._activation.features_at_once)
         self.chunk = min(CHUNK_TOKENS, max(1, latents // self._block))
@@ -69,7 +81,9 @@ class Encoder:
         return joined(list(self.parts(inputs)))
 
     def parts(self, inputs: Tensor) -> Iterator[Entries]:
-        """The same, some features or tokens after others, so that all need never be in memory; to be gone through under `torch.no_grad`."""
+        """The same, some features or tokens after others, so that all need never be in memory; to be gone through under
+        `torch.no_grad`.
+        """
         if not self._checked and len(inputs):
             self._checked = True
             if self._activation is not None and not self._agrees(self._activation.find, inputs[:CHECKED_TOKENS]):
@@ -163,8 +177,8 @@ def joined(parts: Sequence[Entries]) -> Entries:
 def _largest(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest latents of each token [token, k], unordered, and their features.
 
-    On the CPU `torch.topk` is slow where k is a small share: as many groups as k have a latent that is not below the k-th largest of the groups' largest ones,
-    so what is below it need not be sorted.
+    On the CPU `torch.topk` is slow where k is a small share: as many groups as k have a latent that is not below the
+    k-th largest of the groups' largest ones, so what is below it need not be sorted.
     """
     width = latents.shape[1]
     if latents.device.type != "cpu" or not len(latents) or width % LANES or k > FEW * (width // LANES):
@@ -182,7 +196,9 @@ def _largest_by_group(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found = groups.index_select(0, some)
     candidates = torch.nonzero(torch.lt(found, least[token, None]).logical_not_().view(-1)).view(-1)
     group = candidates // LANES
-    tokens, features, values = _at(some[group] * LANES + candidates % LANES, found.view(-1)[candidates], latents.shape[1])
+    tokens, features, values = _at(
+        some[group] * LANES + candidates % LANES, found.view(-1)[candidates], latents.shape[1]
+    )
     # A row for each token, as long as the longest needs.
     counts = torch.bincount(tokens, minlength=len(latents))
     starts = counts.cumsum(0) - counts
@@ -193,20 +209,26 @@ def _largest_by_group(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _above(threshold: Tensor, bias: Tensor, products: Products) -> Iterator[Entries]:
-    """The latents whose product is not at or below its threshold; so NaN counts as active and is reported, rather than passing for zero."""
+    """The latents whose product is not at or below its threshold; so NaN counts as active and is reported, rather than
+    passing for zero.
+    """
     for some, block in products:
         tokens, features, values = _entries(block, torch.le(block, threshold[some]).logical_not_())
         yield tokens, features + some.start, values + bias[some][features]
 
 
 def _encoded(sae: Any, inputs: Tensor) -> Tensor:
-    """A few tokens' latents from the SAE's own `encode`, one token after the other: for a product of several with all features MKL keeps tens of MB."""
+    """A few tokens' latents from the SAE's own `encode`, one token after the other: for a product of several with all
+    features MKL keeps tens of MB.
+    """
     return torch.cat([sae.encode(token) for token in torch.split(inputs, 1)])
 
 
 @torch.no_grad()
 def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
-    """Whether `decode` adds up decoder vectors, seen on a few tokens [token, d_in], so that no architecture need be known; None without an active latent."""
+    """Whether `decode` adds up decoder vectors, seen on a few tokens [token, d_in], so that no architecture need be
+    known; None without an active latent.
+    """
     few = inputs[:CHECKED_TOKENS]
     latents = _encoded(sae, few).to_dense()
     if not bool(latents.any()):
@@ -214,7 +236,9 @@ def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
     decoder, bias = sae.W_dec.detach().flatten(1), getattr(sae, "b_dec", None)
     written, summed = sae.decode(latents).flatten(1), latents.to(decoder) @ decoder
     summed = summed if bias is None else summed + bias.detach().flatten()
-    return written.shape == summed.shape and torch.allclose(summed, written, rtol=1e-3, atol=1e-4 * float(written.abs().max()))
+    return written.shape == summed.shape and torch.allclose(
+        summed, written, rtol=1e-3, atol=1e-4 * float(written.abs().max())
+    )
 
 
 def active_entries(latents: Tensor) -> Entries:
@@ -238,7 +262,8 @@ def _at(place: Tensor, values: Tensor, width: int) -> Entries:
 def _places(active: Tensor) -> Tensor:
     """The flat places of contiguous flags that are set.
 
-    `torch.nonzero` on the CPU costs per element whether zero or not, and few are set. So eight at a time are tested first, as one int64.
+    `torch.nonzero` on the CPU costs per element whether zero or not, and few are set. So eight at a time are tested
+    first, as one int64.
     """
     flags = active.view(-1)
     if flags.device.type != "cpu" or len(flags) % 8:
@@ -249,4 +274,6 @@ def _places(active: Tensor) -> Tensor:
 
 
 def _has_hooks(sae: Any) -> bool:
-    return any(getattr(sae, name)._forward_hooks for name in ("hook_sae_acts_pre", "hook_sae_acts_post") if hasattr(sae, name))
+    return any(
+        getattr(sae, name)._forward_hooks for name in ("hook_sae_acts_pre", "hook_sae_acts_post") if hasattr(sae, name)
+    )

@@ -1,4 +1,6 @@
-"""What the package raises on bad input, one sentence with what is wrong, the value, and what to do; and how a command shows it."""
+"""What the package raises on bad input, one sentence with what is wrong, the value, and what to do; and how a command
+shows it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ EXIT_INTERRUPTED = 130
 
 
 class CapacityError(ValueError):
-    """Bad input or state that the user can mend; its message is one sentence and the command line prints nothing else."""
+    """Bad input or state that the user can mend; its message is one sentence and the command line
+    prints nothing else.
+    """
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())  # the reasons of other libraries inside it come on several lines
@@ -46,7 +50,8 @@ class PluginError(CapacityError):
 
 @contextmanager
 def plugin_code(kind: str, name: str, code: object) -> Iterator[None]:
-    """Turn whatever a plugin's code raises into one sentence that names the plugin and its line; refusals of its own, `CapacityError`s, pass as they are.
+    """Turn whatever a plugin's code raises into one sentence that names the plugin and its line; refusals of its own,
+    `CapacityError`s, pass as they are.
 
     Args:
         kind: what the plugin registered, such as "importance estimator".
@@ -76,9 +81,14 @@ def reporting_errors() -> Iterator[None]:
     except CapacityError as problem:
         _say(str(problem), EXIT_BAD_INPUT, "error: ")
     except KeyboardInterrupt:
-        _say("interrupted; what was saved is whole, and the same command goes on from it, measure and distill with --resume", EXIT_INTERRUPTED)
+        _say(
+            "interrupted; what was saved is whole, and the same command goes on from it, measure and distill with"
+            " --resume",
+            EXIT_INTERRUPTED,
+        )
     except Exception as problem:
-        # Typer carries click's exceptions under a private name: what can show itself and has an exit code is one of them.
+        # Typer carries click's exceptions under a private name: what can show itself and has an exit code is one of
+        # them.
         show, code = getattr(problem, "show", None), getattr(problem, "exit_code", None)
         if show is None or code is None:
             raise

@@ -1,4 +1,6 @@
-"""Predicted loss floors and the per-layer budget table, from a measurement or from a bare published importance curve."""
+"""Predicted loss floors and the per-layer budget table, from a measurement or from a bare
+published importance curve.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class FloorPrediction:
     """The loss that a student of one width cannot avoid, according to one capacity law and importance estimator.
 
     Attributes:
-        hook: the hook point that was measured, or the curve's name; where several SAEs were measured there, the SAE's name as well.
+        hook: the hook point that was measured, or the curve's name; where several SAEs were measured there, the SAE's
+            name as well.
         width: d_S.
         features_kept, features_lost: F_S and F − F_S.
         kept_share: F_S / F.
@@ -106,11 +109,19 @@ class Curve:
             importance, alpha = np.asarray(content["sorted_importance"], dtype=np.float64), float(content["alpha"])
             theory.refined_floor(importance, 0, alpha)  # raises where these are no importances or no sparsity
         except OSError as problem:
-            raise MeasurementError(f"{path} cannot be read ({problem.strerror}): pass a measurement folder or a curve's JSON file") from problem
+            raise MeasurementError(
+                f"{path} cannot be read ({problem.strerror}): pass a measurement folder or a curve's JSON file"
+            ) from problem
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
-            raise MeasurementError(f"{path} is no importance curve ({problem}): it needs `sorted_importance`, a list of numbers, and `alpha`") from problem
+            raise MeasurementError(
+                f"{path} is no importance curve ({problem}): it needs `sorted_importance`, a list of numbers, and"
+                " `alpha`"
+            ) from problem
         if content.get("F_alive", len(importance)) != len(importance):
-            raise MeasurementError(f"{path} says F_alive = {content['F_alive']} but lists {len(importance)} importances: it is truncated or altered")
+            raise MeasurementError(
+                f"{path} says F_alive = {content['F_alive']} but lists {len(importance)} importances: it is truncated"
+                " or altered"
+            )
         layer = content.get("layer")
         return cls(f"layer {layer}" if layer is not None else Path(path).stem, importance, alpha)
 
@@ -123,25 +134,32 @@ class Curve:
 
 @dataclass(frozen=True)
 class Budget:
-    """The per-layer table of a measurement and the floors of some student widths; shows itself in a terminal and in a notebook."""
+    """The per-layer table of a measurement and the floors of some student widths; shows itself in a terminal and in a
+    notebook.
+    """
 
     measurement: Measurement
     floors: tuple[FloorPrediction, ...]
     law: str
 
     @classmethod
-    def of(cls, measurement: Measurement, widths: tuple[int, ...], importance: str, law: str, max_fvu: float | None) -> Budget:
+    def of(
+        cls, measurement: Measurement, widths: tuple[int, ...], importance: str, law: str, max_fvu: float | None
+    ) -> Budget:
         """See `Measurement.budget`."""
         for hook in measurement:
             fvu = hook.summary.fvu
             if max_fvu is not None and fvu is not None and fvu.value > max_fvu:
                 raise CapacityError(
-                    f"the {_kind(hook)} at {hook.hook} leaves FVU = {fvu.value:.3g} of the variance unexplained, more than {max_fvu:g}: "
-                    f"{advice_on_fit(hook.is_basis)} (max_fvu=None, or --max-fvu inf, reports the budget all the same)"
+                    f"the {_kind(hook)} at {hook.hook} leaves FVU = {fvu.value:.3g} of the variance unexplained, more"
+                    f" than {max_fvu:g}: {advice_on_fit(hook.is_basis)} (max_fvu=None, or --max-fvu inf, reports the"
+                    " budget all the same)"
                 )
         chosen = plugins().capacity_laws[law]
         name = _told_apart(measurement)
-        floors = tuple(replace(f, hook=name(hook)) for hook in measurement for f in hook_floors(hook, widths, importance, chosen))
+        floors = tuple(
+            replace(f, hook=name(hook)) for hook in measurement for f in hook_floors(hook, widths, importance, chosen)
+        )
         return cls(measurement, floors, law)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -207,17 +225,28 @@ class Budget:
             ("L0", lambda r: r["L0"].show(",.2f")),
             ("α = 1 − L0/F", lambda r: r["alpha"].show(".4f")),
             ("g(α) per dimension", lambda r: r["g"].show(",.2f")),
-            ("budget d·g(α)" if self.law == "compressed_sensing" else f"budget, {self.law}", lambda r: r["budget"].show(",.0f")),
+            (
+                "budget d·g(α)" if self.law == "compressed_sensing" else f"budget, {self.law}",
+                lambda r: r["budget"].show(",.0f"),
+            ),
             ("d* = F/g(α)", lambda r: r["d*"].show(",.1f")),
             ("d*_het = Σ p ln 1/p", lambda r: r["d*_het"].show(",.1f")),
             ("FVU of the SAE", lambda r: "not checked" if r["FVU"] is None else r["FVU"].show(".3f")),
-            ("explained variance", lambda r: "not checked" if r["FVU"] is None else r["explained variance"].show(".3f")),
+            (
+                "explained variance",
+                lambda r: "not checked" if r["FVU"] is None else r["explained variance"].show(".3f"),
+            ),
         ]
-        return ["", *(f"{name} (d={r['width']:,})" for name, r in zip(names, rows, strict=True))], [[label, *(show(r) for r in rows)] for label, show in lines]
+        return ["", *(f"{name} (d={r['width']:,})" for name, r in zip(names, rows, strict=True))], [
+            [label, *(show(r) for r in rows)] for label, show in lines
+        ]
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         for first_hook in range(0, len(self.measurement.hooks), HOOKS_IN_A_TABLE):
-            yield table("Feature capacity [95% interval over documents]", *self.cells(slice(first_hook, first_hook + HOOKS_IN_A_TABLE)))
+            yield table(
+                "Feature capacity [95% interval over documents]",
+                *self.cells(slice(first_hook, first_hook + HOOKS_IN_A_TABLE)),
+            )
         for suite in suites(self.measurement):
             yield table(f"d* over the dictionaries at {suite.hook}", *suite.cells())
         if self.floors:
@@ -236,7 +265,11 @@ class Budget:
     def notes(self) -> list[str]:
         """What a reader must know before trusting these figures."""
         caveat = plugins().capacity_laws[self.law].caveat
-        return [suite.statement() for suite in suites(self.measurement)] + self.measurement.warnings + ([f"{self.law}: {caveat}"] if caveat else [])
+        return (
+            [suite.statement() for suite in suites(self.measurement)]
+            + self.measurement.warnings
+            + ([f"{self.law}: {caveat}"] if caveat else [])
+        )
 
     def __repr__(self) -> str:
         return f"Budget({', '.join(h.hook for h in self.measurement)}; law {self.law}, {len(self.floors)} floors)"
@@ -258,7 +291,9 @@ def floor_cells(floors: Sequence[FloorPrediction]) -> tuple[list[str], list[list
     ]
 
 
-def hook_floors(hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw) -> list[FloorPrediction]:
+def hook_floors(
+    hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw
+) -> list[FloorPrediction]:
     """Predicted floors of one hook point, every figure with its document-bootstrap interval."""
     if not _checked(widths):
         return []
@@ -275,14 +310,17 @@ def sparsity(hook: HookMeasurement) -> float:
     s = hook.summary
     if not 0 < s.alpha.value < 1:
         raise CapacityError(
-            f"{hook.hook} has {int(s.n_alive.value)} alive features at L0 = {s.l0.value:.3g}, for which no sparsity is defined: count more tokens, "
-            f"or keep the largest coordinates of a basis, as in pca:{hook.hook},k=24"
+            f"{hook.hook} has {int(s.n_alive.value)} alive features at L0 = {s.l0.value:.3g}, for which no sparsity is"
+            f" defined: count more tokens, or keep the largest coordinates of a basis, as in pca:{hook.hook},k=24"
         )
     return s.alpha.value
 
 
-def resampled(hook: HookMeasurement, importance: str, statistic: Callable[[NDArray[np.float64], float], Sequence[float]]) -> list[Estimate]:
-    """Figures that follow from the alive features' importances [feature] and their sparsity, with intervals over documents.
+def resampled(
+    hook: HookMeasurement, importance: str, statistic: Callable[[NDArray[np.float64], float], Sequence[float]]
+) -> list[Estimate]:
+    """Figures that follow from the alive features' importances [feature] and their sparsity, with intervals over
+    documents.
 
     Raises:
         CapacityError: where the hook point has no sparsity.
@@ -310,28 +348,43 @@ def measurement_warnings(measurement: Measurement) -> list[str]:
             unknown = "what the basis leaves out is not known" if hook.is_basis else "a wrong SAE would not be noticed"
             found.append(f"{where}: the reconstruction was not checked on any document, so {unknown}")
         elif s.fvu.value > 1:
-            found.append(f"{where}: FVU = {s.fvu.value:.3g}, worse than predicting the mean: {advice_on_fit(hook.is_basis)}")
+            found.append(
+                f"{where}: FVU = {s.fvu.value:.3g}, worse than predicting the mean: {advice_on_fit(hook.is_basis)}"
+            )
         elif s.fvu.value > 0.5:
-            found.append(f"{where}: FVU = {s.fvu.value:.2f}: the {_kind(hook)} misses half of the variance, and its features with it")
+            found.append(
+                f"{where}: FVU = {s.fvu.value:.2f}: the {_kind(hook)} misses half of the variance, and its features"
+                " with it"
+            )
         if s.n_tokens * s.alive_threshold < 100 and s.alive_threshold > 0:
             fired = max(1, int(s.n_tokens * s.alive_threshold) + 1)
             found.append(
-                f"{where}: at {s.n_tokens:,} tokens, alive at rate > {s.alive_threshold:g} means fired on at least {fired} of them; "
-                f"about {int(100 / s.alive_threshold):,} tokens give 10% error at the threshold"
+                f"{where}: at {s.n_tokens:,} tokens, alive at rate > {s.alive_threshold:g} means fired on at least"
+                f" {fired} of them; about {int(100 / s.alive_threshold):,} tokens give 10% error at the threshold"
             )
         if hook.is_basis:
-            found.append(f"{where}: a basis has {s.d_sae:,} features because the hook point has {hook.width:,} dimensions, so F says nothing of the model")
+            found.append(
+                f"{where}: a basis has {s.d_sae:,} features because the hook point has {hook.width:,} dimensions, so F"
+                " says nothing of the model"
+            )
         elif s.n_alive.value > 0.95 * s.d_sae:
-            found.append(f"{where}: {s.n_alive.value:,.0f} of the SAE's {s.d_sae:,} latents are alive: the dictionary bounds F, and a wider SAE may find more")
+            found.append(
+                f"{where}: {s.n_alive.value:,.0f} of the SAE's {s.d_sae:,} latents are alive: the dictionary bounds F,"
+                " and a wider SAE may find more"
+            )
         if s.n_alive.low is None:
             found.append(f"{where}: too few documents for intervals over them: {s.n_documents}")
         if s.dense_latents.value:
-            found.append(f"{where}: latents that fire on more than 1/e of the tokens, outside the sparse regime of g(α): {s.dense_latents.value:,.0f}")
+            found.append(
+                f"{where}: latents that fire on more than 1/e of the tokens, outside the sparse regime of g(α):"
+                f" {s.dense_latents.value:,.0f}"
+            )
     return found
 
 
 def error_warnings(measurement: Measurement, widths: Sequence[int], law: str = "compressed_sensing") -> list[str]:
-    """Widths whose predicted floor lies below the SAE's own reconstruction error, so that the prediction is of what the SAE does not even see.
+    """Widths whose predicted floor lies below the SAE's own reconstruction error, so that the prediction is of what the
+    SAE does not even see.
 
     Compared in the same unit: the decoder-weighted floor and E‖x − x̂‖², both squared activations per token.
     """
@@ -340,7 +393,11 @@ def error_warnings(measurement: Measurement, widths: Sequence[int], law: str = "
         error = hook.summary.reconstruction_error
         if error is None:
             continue
-        below = [f for f in hook_floors(hook, widths, "decoder_weighted", plugins().capacity_laws[law]) if f.predicted_floor.value < error.value]
+        below = [
+            f
+            for f in hook_floors(hook, widths, "decoder_weighted", plugins().capacity_laws[law])
+            if f.predicted_floor.value < error.value
+        ]
         if below:
             listed = ", ".join(f"{f.width:,}" for f in below)
             found.append(
@@ -373,7 +430,10 @@ def features_per_dimension(law: CapacityLaw, alpha: float, importance: NDArray[n
     with plugin_code("capacity law", law.name, law):
         found = float(law.features_per_dimension(alpha, importance))
     if not (isfinite(found) and found > 0):
-        raise PluginError(f"the capacity law {law.name!r} gives {found:g} features per dimension, but a finite number above 0 is needed: mend it")
+        raise PluginError(
+            f"the capacity law {law.name!r} gives {found:g} features per dimension, but a finite number above 0 is"
+            " needed: mend it"
+        )
     return found
 
 
@@ -383,7 +443,9 @@ def kept_features(values: NDArray[np.float64], alpha: float, width: int, law: Ca
 
 
 def _floor_figures(values: NDArray[np.float64], alpha: float, widths: Sequence[int], law: CapacityLaw) -> list[float]:
-    """For each width in turn what a `FloorPrediction` says, in its order: features kept and lost, the share kept, refined and naive floor, the share lost."""
+    """For each width in turn what a `FloorPrediction` says, in its order: features kept and lost, the share kept,
+    refined and naive floor, the share lost.
+    """
     features, total = len(values), float(values.sum())
     budgets = np.array(widths) * features_per_dimension(law, alpha, values)
     kept = np.minimum(np.floor(budgets), features).astype(np.int64)
@@ -393,7 +455,9 @@ def _floor_figures(values: NDArray[np.float64], alpha: float, widths: Sequence[i
     return list(np.stack([kept, features - kept, kept / max(features, 1), refined, naive, shares], 1).ravel())
 
 
-def _predictions(hook: str, widths: Sequence[int], figures: Sequence[Estimate], importance: str, unit: str, law: CapacityLaw) -> list[FloorPrediction]:
+def _predictions(
+    hook: str, widths: Sequence[int], figures: Sequence[Estimate], importance: str, unit: str, law: CapacityLaw
+) -> list[FloorPrediction]:
     """What `_floor_figures` found, with or without intervals."""
     found, of = [], iter(figures)
     for width in widths:
@@ -453,8 +517,13 @@ def _checked(widths: Sequence[int]) -> Sequence[int]:
 
 def html_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A table for a notebook, every cell escaped."""
-    line: Callable[[str, Sequence[str]], str] = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
-    return f"<table><thead>{line('th', header)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return (
+        f"<table><thead>{line('th', header)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
+    )
 
 
 def plain(text: str) -> str:

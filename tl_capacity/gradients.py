@@ -1,5 +1,5 @@
-"""Gradients on request, through frozen parameters: from a model's logits to every tapped hook point in one backward pass for each loss, or averaged along a
-path that leads to the activations from their baseline.
+"""Gradients on request, through frozen parameters: from a model's logits to every tapped hook point in one backward
+pass for each loss, or averaged along a path that leads to the activations from their baseline.
 """
 
 from __future__ import annotations
@@ -26,22 +26,33 @@ def cross_entropy(logits: Tensor, targets: Tensor, generator: torch.Generator) -
 
 
 def sampled(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Σ −log p(y) in nats with y drawn from the model's own p: half its squared gradient is, in expectation, the KL to the clean output to second order.
+    """Σ −log p(y) in nats with y drawn from the model's own p: half its squared gradient is, in expectation, the KL to
+    the clean output to second order.
 
-    The gradient of that KL itself vanishes at the clean output; its curvature is the Fisher information E[∇ log p(y) ∇ log p(y)ᵀ], y ~ p.
+    The gradient of that KL itself vanishes at the clean output; its curvature is the Fisher information E[∇ log p(y) ∇
+    log p(y)ᵀ], y ~ p.
     """
     probabilities = logits.detach().flatten(0, 1).softmax(-1)
-    drawn = torch.multinomial(probabilities.to(generator.device), 1, generator=generator).to(targets.device).view_as(targets)
+    drawn = (
+        torch.multinomial(probabilities.to(generator.device), 1, generator=generator)
+        .to(targets.device)
+        .view_as(targets)
+    )
     return cross_entropy(logits, torch.where(targets == PREDICTED, PREDICTED, drawn), generator)
 
 
-LOSSES: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {"cross_entropy": cross_entropy, "sampled": sampled}
+LOSSES: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "sampled": sampled,
+}
 """The losses that an importance estimator can ask gradients of."""
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Record what is computed from tensors that ask for a gradient, while no parameter does; afterwards the parameters ask as before."""
+    """Record what is computed from tensors that ask for a gradient, while no parameter does; afterwards the parameters
+    ask as before.
+    """
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
@@ -64,7 +75,9 @@ def differentiable(model: nn.Module, embedding: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def gradients(logits: Tensor, tokens: Tensor, valid: Tensor, activations: Sequence[Tensor], losses: Sequence[str], seed: int) -> list[dict[str, Tensor]]:
+def gradients(
+    logits: Tensor, tokens: Tensor, valid: Tensor, activations: Sequence[Tensor], losses: Sequence[str], seed: int
+) -> list[dict[str, Tensor]]:
     """The gradient of each loss, summed over positions, with respect to each activation.
 
     Args:
@@ -89,22 +102,32 @@ def gradients(logits: Tensor, tokens: Tensor, valid: Tensor, activations: Sequen
         for gradient, own in zip(several, found, strict=True):
             if gradient is None:
                 raise CapacityError(
-                    f"the model's logits do not depend on a tapped hook point, so its {name} gradient is undefined: tap another, or choose another importance"
+                    f"the model's logits do not depend on a tapped hook point, so its {name} gradient is undefined: tap"
+                    " another, or choose another importance"
                 )
             own[name] = gradient
     return found
 
 
 def path_gradient(
-    logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor], baseline: Tensor, moving: Tensor, tokens: Tensor, valid: Tensor, along: PathGradient, seed: int
+    logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor],
+    baseline: Tensor,
+    moving: Tensor,
+    tokens: Tensor,
+    valid: Tensor,
+    along: PathGradient,
+    seed: int,
 ) -> Tensor:
-    """∫₀¹ ∂L/∂x at x(α) = b + α(x − b) dα: the gradient along the straight path from a baseline b to the activations x, all moving tokens together.
+    """∫₀¹ ∂L/∂x at x(α) = b + α(x − b) dα: the gradient along the straight path from a baseline b to the activations x,
+    all moving tokens together.
 
-    By Gauss-Legendre quadrature, which is exact for polynomials of degree 2·steps − 1 in α. ⟨x − b, ∫∂L/∂x dα⟩, summed over moving tokens, is then
-    L(x) − L(b): the completeness of integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365).
+    By Gauss-Legendre quadrature, which is exact for polynomials of degree 2·steps − 1 in α. ⟨x − b, ∫∂L/∂x dα⟩, summed
+    over moving tokens, is then L(x) − L(b): the completeness of integrated gradients (Sundararajan et al. 2017,
+    arXiv:1703.01365).
 
     Args:
-        logits_with: runs the model with what a function makes of the activation [row, position, ...] in its place, and returns the logits.
+        logits_with: runs the model with what a function makes of the activation [row, position, ...] in its place, and
+            returns the logits.
         baseline: b [width].
         moving: bool [row, position], the tokens that move; the others stay as they are.
         tokens, valid, seed: as in `gradients`.

@@ -1,4 +1,6 @@
-"""The hook specifications: what a plugin may contribute. Each hook gets a `register` function and calls it once per object."""
+"""The hook specifications: what a plugin may contribute. Each hook gets a `register` function and calls it once per
+object.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,15 @@ from collections.abc import Callable
 
 import pluggy
 
-from tl_capacity.interfaces import CapacityLaw, Concept, ImportanceEstimator, ModelFamily, NamedModel, Recipe, TokenSource
+from tl_capacity.interfaces import (
+    CapacityLaw,
+    Concept,
+    ImportanceEstimator,
+    ModelFamily,
+    NamedModel,
+    Recipe,
+    TokenSource,
+)
 
 hookspec = pluggy.HookspecMarker("tl_capacity")
 hookimpl = pluggy.HookimplMarker("tl_capacity")

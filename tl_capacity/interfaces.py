@@ -1,4 +1,5 @@
-"""What plugins hand over and what the core asks of models and dictionaries: protocols and small records, free of any implementation.
+"""What plugins hand over and what the core asks of models and dictionaries: protocols and small records, free of any
+implementation.
 
 Importing this module imports neither torch nor TransformerLens, so that listing plugins is cheap.
 """
@@ -27,8 +28,9 @@ else:
 class SparseAutoencoder(Protocol):
     """A dictionary as the core sees it; every SAELens inference class is one.
 
-    `encode` maps activations [token, d_in] to latents [token, feature]; an entry is active where it is not zero. `decode` maps them back.
-    `cfg` has `d_in` and `d_sae`; where it also has SAELens' `metadata`, the hook name is read from it.
+    `encode` maps activations [token, d_in] to latents [token, feature]; an entry is active where it is not zero.
+    `decode` maps them back. `cfg` has `d_in` and `d_sae`; where it also has SAELens' `metadata`, the hook name is read
+    from it.
     """
 
     W_dec: Tensor
@@ -41,7 +43,8 @@ class SparseAutoencoder(Protocol):
 
 @dataclass(frozen=True)
 class FeatureSums:
-    """Sums over the counted tokens of one SAE, or over a bootstrap resample of their documents: what importance is computed from.
+    """Sums over the counted tokens of one SAE, or over a bootstrap resample of their documents: what importance is
+    computed from.
 
     Attributes:
         tokens: number of counted tokens.
@@ -62,7 +65,8 @@ class FeatureSums:
 
 @dataclass(frozen=True)
 class PathGradient:
-    """The gradient of a loss, averaged along the straight path from the SAE's decoder bias to the activations; costs `steps` passes for each hook point.
+    """The gradient of a loss, averaged along the straight path from the SAE's decoder bias to the activations; costs
+    `steps` passes for each hook point.
 
     Attributes:
         loss: `cross_entropy`, whose points on the path have one target.
@@ -79,12 +83,14 @@ class PathGradient:
 
 
 class ImportanceEstimator:
-    """Base of an importance estimator: subclass, name it, and override `compute`; add `start` and `update` if the sums above do not suffice.
+    """Base of an importance estimator: subclass, name it, and override `compute`; add `start` and `update` if the sums
+    above do not suffice.
 
-    An estimator that needs gradients names the losses in `gradient_of`; `batch.gradients` then has them, and the model runs to its end and back.
+    An estimator that needs gradients names the losses in `gradient_of`; `batch.gradients` then has them, and the model
+    runs to its end and back.
 
-    An estimator keeps nothing in itself. What it accumulates is a mapping of tensors whose first axis is the document group, so that shards merge by
-    addition and the document bootstrap can resample it.
+    An estimator keeps nothing in itself. What it accumulates is a mapping of tensors whose first axis is the document
+    group, so that shards merge by addition and the document bootstrap can resample it.
     """
 
     name: str
@@ -94,7 +100,9 @@ class ImportanceEstimator:
     summary: str = ""
     """One line for `tl-capacity plugins`."""
     gradient_of: tuple[str | PathGradient, ...] = ()
-    """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.gradients`), or `PathGradient`s."""
+    """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.gradients`), or
+    `PathGradient`s.
+    """
 
     def start(self, sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:
         """The empty state: tensors [group, ...] of zeros."""
@@ -128,9 +136,11 @@ class ModelFamily:
     Attributes:
         name: the family's name.
         model_types: the `config.model_type` values it covers.
-        blocks: dotted path from the causal language model to its list of blocks; block N writes `blocks.N.hook_resid_post`.
-        student: the fields that change in the teacher's configuration for a student of some width, or None where it has none of that width; without this
-            function the family cannot be distilled. It needs to be cheap: nearby widths are tried where one cannot be built.
+        blocks: dotted path from the causal language model to its list of blocks; block N writes
+            `blocks.N.hook_resid_post`.
+        student: the fields that change in the teacher's configuration for a student of some width, or None where it has
+            none of that width; without this function the family cannot be distilled. It needs to be cheap: nearby
+            widths are tried where one cannot be built.
     """
 
     name: str
@@ -142,7 +152,9 @@ class ModelFamily:
     _RESIDUAL = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)")
 
     def residual(self, hook_name: str) -> tuple[str, str] | None:
-        """`(module path, "input" or "output")` that carries a residual-stream hook, or None where the hook is no residual stream."""
+        """`(module path, "input" or "output")` that carries a residual-stream hook, or None where the hook is no
+        residual stream.
+        """
         found = self._RESIDUAL.fullmatch(hook_name)
         if found is None:
             return None
@@ -191,7 +203,8 @@ class LabelledText:
     Attributes:
         text: what is probed.
         label: its class.
-        document: what it is from: texts of one document stay in one split and are resampled together; by default each text is a document of its own.
+        document: what it is from: texts of one document stay in one split and are resampled together; by default each
+            text is a document of its own.
         split: "train", "validation" or "test"; by default a hash of the document decides.
     """
 

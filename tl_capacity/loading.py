@@ -1,6 +1,8 @@
-"""Names into objects: models, SAEs and data sets, from plugins, local folders or a hub, whichever knows the name; and into folders what other libraries save.
+"""Names into objects: models, SAEs and data sets, from plugins, local folders or a hub, whichever knows the name; and
+into folders what other libraries save.
 
-Whatever fails on the way comes out as one sentence. Nothing heavy is imported before it is needed, and nothing that runs code from a download is ever loaded.
+Whatever fails on the way comes out as one sentence. Nothing heavy is imported before it is needed, and nothing that
+runs code from a download is ever loaded.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class LoadedModel:
         model: the Hugging Face model, in eval mode, with SDPA attention where its architecture has it.
         tokenizer: its tokenizer.
         name: as it was asked for.
-        revision: what changes when the weights change: a hub commit, a SHA-256 of a folder's configuration and weights, or what its plugin says.
+        revision: what changes when the weights change: a hub commit, a SHA-256 of a folder's configuration and weights,
+            or what its plugin says.
         named: the plugin's record where the name was a plugin's, with the SAEs and the corpus that belong to the model.
     """
 
@@ -59,7 +62,8 @@ class LoadedModel:
 
     @cached_property
     def bridge(self) -> Any:
-        """A TransformerBridge around the model, without asking a hub anything; made once, since it rewrites the model in place.
+        """A TransformerBridge around the model, without asking a hub anything; made once, since it rewrites the model
+        in place.
 
         Raises:
             CapacityError: where TransformerLens cannot bridge the architecture.
@@ -68,11 +72,20 @@ class LoadedModel:
 
         device = str(next(self.model.parameters()).device)
         try:
-            return TransformerBridge.boot_transformers(self.name, hf_model=self.model, tokenizer=self.tokenizer, device=device)
+            return TransformerBridge.boot_transformers(
+                self.name, hf_model=self.model, tokenizer=self.tokenizer, device=device
+            )
         except (ValueError, KeyError, AttributeError, NotImplementedError) as problem:
-            kind, reason = self.model.config.model_type, reason_of(problem).partition(". ")[0]  # it goes on to list all that it can
+            kind, reason = (
+                self.model.config.model_type,
+                reason_of(problem).partition(". ")[0],
+            )  # it goes on to list all that it can
             known = plugins().family_of(kind) is not None
-            what = "tap a residual-stream hook instead" if known else "register a model family (docs/families.md), and tap a residual-stream hook"
+            what = (
+                "tap a residual-stream hook instead"
+                if known
+                else "register a model family (docs/families.md), and tap a residual-stream hook"
+            )
             raise CapacityError(f"TransformerLens cannot bridge {kind!r} ({reason}): {what}") from problem
 
     def source(self, given: str) -> str:
@@ -83,7 +96,9 @@ class LoadedModel:
         """
         source = given or self.corpus
         if not source:
-            raise TokenSourceError(f"no corpus belongs to {self.name!r}: name one with --source, such as a .txt or .jsonl file")
+            raise TokenSourceError(
+                f"no corpus belongs to {self.name!r}: name one with --source, such as a .txt or .jsonl file"
+            )
         return source
 
 
@@ -92,7 +107,8 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
     """Load `spec`: a name that a plugin registered, else a folder written by `save_pretrained`, else a hub id.
 
     Raises:
-        CapacityError: where nothing knows the name, or what it names is damaged, incomplete or no causal language model.
+        CapacityError: where nothing knows the name, or what it names is damaged, incomplete or no causal language
+            model.
     """
     import torch
 
@@ -107,9 +123,13 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
             raise
         except Exception as problem:  # a plugin's code may raise anything
             origin, kind = plugins().models.origins[spec], type(problem).__name__
-            raise CapacityError(f"the plugin {origin!r} fails to load its model {spec!r} ({kind}: {reason_of(problem)}): mend or uninstall it") from problem
+            raise CapacityError(
+                f"the plugin {origin!r} fails to load its model {spec!r} ({kind}: {reason_of(problem)}): mend or"
+                " uninstall it"
+            ) from problem
         revision = named.revision
-        # What is measured or distilled in a session names its model by this; the folder that a plugin reads is a place on one machine.
+        # What is measured or distilled in a session names its model by this; the folder that a plugin reads is a place
+        # on one machine.
         model.name_or_path = model.config.name_or_path = spec
     elif Path(spec).expanduser().is_dir():
         folder = Path(spec).expanduser()
@@ -124,7 +144,8 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
 
 @checked
 def load_config(spec: str) -> Any:
-    """The configuration of the model that `load_model` would load; weights are read only where a plugin cannot but load them.
+    """The configuration of the model that `load_model` would load; weights are read only where a plugin cannot but load
+    them.
 
     Raises:
         CapacityError: where nothing knows the name, or its configuration is damaged.
@@ -138,7 +159,10 @@ def load_config(spec: str) -> Any:
         with _hub(needed=not folder.is_dir()):
             return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else spec, trust_remote_code=False)
     except loading_errors() as problem:
-        raise CapacityError(f"the configuration of {spec!r} cannot be loaded ({reason_of(problem)}): pass a registered name, a folder or a hub id") from problem
+        raise CapacityError(
+            f"the configuration of {spec!r} cannot be loaded ({reason_of(problem)}): pass a registered name, a folder"
+            " or a hub id"
+        ) from problem
 
 
 def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
@@ -148,13 +172,21 @@ def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
         CapacityError: where files are missing or damaged.
     """
     if not (folder / "config.json").is_file():
-        raise CapacityError(f"{folder} holds no config.json: pass a folder written by model.save_pretrained and tokenizer.save_pretrained")
+        raise CapacityError(
+            f"{folder} holds no config.json: pass a folder written by model.save_pretrained and"
+            " tokenizer.save_pretrained"
+        )
     if not any(folder.glob("*.safetensors")):
-        raise CapacityError(f"{folder} holds no .safetensors file: write the model there with save_pretrained, which saves in that format")
+        raise CapacityError(
+            f"{folder} holds no .safetensors file: write the model there with save_pretrained, which saves in that"
+            " format"
+        )
     try:
         return _pretrained(str(folder), dtype)
     except loading_errors() as problem:
-        raise CapacityError(f"the model in {folder} cannot be loaded ({reason_of(problem)}): save it again with save_pretrained") from problem
+        raise CapacityError(
+            f"the model in {folder} cannot be loaded ({reason_of(problem)}): save it again with save_pretrained"
+        ) from problem
 
 
 def folder_digest(folder: Path) -> str:
@@ -168,7 +200,8 @@ def folder_digest(folder: Path) -> str:
 
 @contextmanager
 def written(place: Path) -> Iterator[None]:
-    """Turn what other libraries raise while they save to `place`, where the disk is full or must not be written to, into the sentence of `storage.write_bytes`.
+    """Turn what other libraries raise while they save to `place`, where the disk is full or must not be written to,
+    into the sentence of `storage.write_bytes`.
 
     Raises:
         CapacityError: from an OSError, or from what safetensors and torch make of one.
@@ -181,12 +214,15 @@ def written(place: Path) -> Iterator[None]:
         # Of a disk that is full, torch says only that its file has not the length that it should have.
         full = shutil.disk_usage(place.parent).free < FULL_BYTES
         reason = "No space left on device" if full else getattr(problem, "strerror", None) or reason_of(problem)
-        raise CapacityError(f"{place} cannot be written ({reason}): free space or choose another folder; what was there before is whole") from problem
+        raise CapacityError(
+            f"{place} cannot be written ({reason}): free space or choose another folder; what was there before is whole"
+        ) from problem
 
 
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
-    """A folder to write to, which is `place` as soon as the block has ended and its files are on the disk, instead of what was there; if it fails, nothing was.
+    """A folder to write to, which is `place` as soon as the block has ended and its files are on the disk, instead of
+    what was there; if it fails, nothing was.
 
     A process that was killed meanwhile leaves it, and the next that writes to `place` begins it anew.
 
@@ -221,13 +257,15 @@ def read_kept(path: Path) -> dict[str, Any]:
     except CapacityError:
         raise
     except (ValueError, OSError, RecursionError) as problem:
-        raise CapacityError(f"{path} is truncated or was altered ({problem}): delete the folder that it is in, or choose another --out") from problem
+        raise CapacityError(
+            f"{path} is truncated or was altered ({problem}): delete the folder that it is in, or choose another --out"
+        ) from problem
 
 
 @checked
 def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
-    """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, else `RELEASE/SAE_ID` of SAELens' directory, else
-    `OWNER/REPOSITORY/SAE_ID` on the hub.
+    """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, else `RELEASE/SAE_ID`
+    of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub.
 
     Returns:
         the SAE's name for the record, and the SAE.
@@ -243,7 +281,10 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
         return spec, _load_sae_folder(folder, device)
 
     if not _sae_lens_works():
-        raise DictionaryError(f"{spec!r} is no folder, and SAELens, which knows SAEs by name, is not installed for this TransformerLens: pass a folder")
+        raise DictionaryError(
+            f"{spec!r} is no folder, and SAELens, which knows SAEs by name, is not installed for this TransformerLens:"
+            " pass a folder"
+        )
     from sae_lens import SAE
 
     release, sae_id = _release_and_id(spec)
@@ -252,12 +293,14 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
             return spec, _described(SAE.from_pretrained(release, sae_id, device=device))
     except loading_errors() as problem:
         raise DictionaryError(
-            f"the SAE {sae_id!r} of {release!r} cannot be loaded ({reason_of(problem)}): check the name and the network, or pass a folder that SAELens saved"
+            f"the SAE {sae_id!r} of {release!r} cannot be loaded ({reason_of(problem)}): check the name and the"
+            " network, or pass a folder that SAELens saved"
         ) from problem
 
 
 def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
-    """Stream the rows of `spec`: a local folder of data files, or a `datasets` id `OWNER/NAME` or `OWNER/NAME/CONFIG`; `:SPLIT` chooses a split.
+    """Stream the rows of `spec`: a local folder of data files, or a `datasets` id `OWNER/NAME` or `OWNER/NAME/CONFIG`;
+    `:SPLIT` chooses a split.
 
     Raises:
         TokenSourceError: where there is no such data set or split, or a file cannot be read.
@@ -277,8 +320,8 @@ def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
         yield from rows
     except (OSError, ValueError, RuntimeError, LookupError, ImportError, datasets.exceptions.DatasetsError) as problem:
         raise TokenSourceError(
-            f"the data set {spec!r} cannot be read ({reason_of(problem)}): check its name and its files, or pass a local file (.txt, .jsonl, .parquet), "
-            "a folder of such files, or an embedded corpus"
+            f"the data set {spec!r} cannot be read ({reason_of(problem)}): check its name and its files, or pass a"
+            " local file (.txt, .jsonl, .parquet), a folder of such files, or an embedded corpus"
         ) from problem
 
 
@@ -309,7 +352,9 @@ def _pretrained(source: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves the loading information out
-    model, found = from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    model, found = from_pretrained(
+        source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights in their place
         raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
     try:
@@ -342,7 +387,10 @@ def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
 
     formats: dict[tuple[str, str], tuple[str, Callable[[Path], Any]]] = {
         ("cfg.json", dictionaries.SPARSIFY_WEIGHTS): ("sparsify", dictionaries.read_sparsify),
-        ("config.json", dictionaries.DICTIONARY_LEARNING_WEIGHTS): ("dictionary_learning", dictionaries.read_dictionary_learning),
+        ("config.json", dictionaries.DICTIONARY_LEARNING_WEIGHTS): (
+            "dictionary_learning",
+            dictionaries.read_dictionary_learning,
+        ),
         ("cfg.json", dictionaries.SAE_LENS_WEIGHTS): ("SAELens", _read_sae_lens),
     }
     for names, (trainer, read) in formats.items():
@@ -353,9 +401,14 @@ def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
             except DictionaryError:
                 raise
             except loading_errors() as problem:
-                raise DictionaryError(f"the SAE in {folder} cannot be loaded ({reason_of(problem)}): save it again with {trainer}") from problem
+                raise DictionaryError(
+                    f"the SAE in {folder} cannot be loaded ({reason_of(problem)}): save it again with {trainer}"
+                ) from problem
     if not (folder / "cfg.json").is_file():
-        raise DictionaryError(f"{folder} holds no cfg.json: pass a folder that SAELens saved, with cfg.json and {dictionaries.SAE_LENS_WEIGHTS} in it")
+        raise DictionaryError(
+            f"{folder} holds no cfg.json: pass a folder that SAELens saved, with cfg.json and"
+            f" {dictionaries.SAE_LENS_WEIGHTS} in it"
+        )
     raise DictionaryError(f"{folder} holds no {dictionaries.SAE_LENS_WEIGHTS}: pass a folder that SAELens saved")
 
 
@@ -365,8 +418,8 @@ def _read_sae_lens(folder: Path) -> Any:
     architecture = dictionaries.read_json(folder / "cfg.json").get("architecture")
     if architecture in TRAINING_ONLY:
         raise DictionaryError(
-            f"the SAE in {folder} is a training-time {architecture}, whose latents depend on the whole batch: save it with save_inference_model, "
-            "which makes it JumpReLU"
+            f"the SAE in {folder} is a training-time {architecture}, whose latents depend on the whole batch: save it"
+            " with save_inference_model, which makes it JumpReLU"
         )
     if not _sae_lens_works():
         return dictionaries.read_sae_lens(folder)
@@ -403,7 +456,9 @@ def _release_and_id(spec: str) -> tuple[str, str]:
         if sae_id in ids:
             return release, sae_id
         near = get_close_matches(sae_id, ids, n=3, cutoff=0.0)
-        raise DictionaryError(f"the release {release!r} has no SAE {sae_id!r}: the nearest of its {len(ids)} are {', '.join(near)}")
+        raise DictionaryError(
+            f"the release {release!r} has no SAE {sae_id!r}: the nearest of its {len(ids)} are {', '.join(near)}"
+        )
     if spec.count("/") >= 2 and not spec.startswith((".", "/", "~")):
         owner, repository, sae_id = spec.split("/", 2)
         return f"{owner}/{repository}", sae_id
@@ -411,8 +466,15 @@ def _release_and_id(spec: str) -> tuple[str, str]:
     if not sae_id or spec.startswith((".", "/", "~")):
         meant = f", or RELEASE/SAE_ID of one of the nearest releases, {', '.join(near)}" if near else ""
         raise DictionaryError(f"there is no folder {spec!r}: pass one that SAELens saved{meant}")
-    use = f"use one of the nearest releases, {', '.join(near)}" if near else "look the name up in SAELens' directory of releases"
-    raise DictionaryError(f"{spec!r} is neither a folder nor RELEASE/SAE_ID of a release that SAELens knows: pass a folder that SAELens saved, or {use}")
+    use = (
+        f"use one of the nearest releases, {', '.join(near)}"
+        if near
+        else "look the name up in SAELens' directory of releases"
+    )
+    raise DictionaryError(
+        f"{spec!r} is neither a folder nor RELEASE/SAE_ID of a release that SAELens knows: pass a folder that SAELens"
+        f" saved, or {use}"
+    )
 
 
 def _check_device(device: str) -> None:
@@ -421,7 +483,9 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
-        raise CapacityError(f"the device {device!r} cannot be used ({reason_of(problem)}): pass cpu, or a device that torch reports") from problem
+        raise CapacityError(
+            f"the device {device!r} cannot be used ({reason_of(problem)}): pass cpu, or a device that torch reports"
+        ) from problem
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Logs: what a long run says on the way, through Python's logger `tl_capacity`; silent until somebody listens, as `tl-capacity --log json` does.
+"""Logs: what a long run says on the way, through Python's logger `tl_capacity`; silent until somebody listens, as
+`tl-capacity --log json` does.
 
 A record's figures, such as tokens done, stand beside its message, so that a program need not read sentences.
 """
@@ -20,7 +21,12 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        content = {"time": time, "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "figures", {})}
+        content = {
+            "time": time,
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "figures", {}),
+        }
         # ASCII, so that no control character, lone surrogate or line separator of somebody's text can break a line.
         return json.dumps(content, ensure_ascii=True)
 
@@ -31,7 +37,9 @@ def figures(**values: Any) -> dict[str, dict[str, Any]]:
 
 
 def configure(as_json: bool, quiet: bool) -> None:
-    """Say what happens on standard error: as JSON lines, or nothing but errors, or neither; replaces what was configured before."""
+    """Say what happens on standard error: as JSON lines, or nothing but errors, or neither; replaces what was
+    configured before.
+    """
     handlers: list[logging.Handler] = []
     if as_json:
         handlers.append(logging.StreamHandler(sys.stderr))
@@ -46,5 +54,7 @@ def configure(as_json: bool, quiet: bool) -> None:
 
 
 def bar_allowed() -> bool:
-    """Whether a progress bar may be drawn: not where lines are logged to the same place, nor where quiet was asked for."""
+    """Whether a progress bar may be drawn: not where lines are logged to the same place, nor where
+    quiet was asked for.
+    """
     return not log.handlers and log.level <= logging.INFO

@@ -1,4 +1,6 @@
-"""Measurement: what was measured, on what and how, one `HookMeasurement` per SAE; on disk a JSON and a safetensors file that names its hash."""
+"""Measurement: what was measured, on what and how, one `HookMeasurement` per SAE; on disk a JSON and a safetensors file
+that names its hash.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 JSON_NAME = "measurement.json"
 BASES = ("neurons", "pca")
-"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model holds."""
+"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model
+holds.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class HookMeasurement:
         return self.summary.importance(self.estimator(name).compute, name)
 
     def ranked(self, importance: str = "second_moment") -> NDArray[np.int64]:
-        """Numbers of the alive features in the SAE, the most important first; of equals the one with the smaller number."""
+        """Numbers of the alive features in the SAE, the most important first; of equals the one with the smaller
+        number.
+        """
         order = np.argsort(-self.importance(importance), kind="stable")
         return np.asarray(np.flatnonzero(self.summary.alive)[order], dtype=np.int64)
 
@@ -104,13 +110,18 @@ class HookMeasurement:
         estimator = plugins().importance_estimators[name]
         accumulates = type(estimator).start is not ImportanceEstimator.start
         if accumulates and name not in self.estimators:
-            raise MeasurementError(f"{self.hook} was measured without the importance estimator {name!r}: measure again with --importance {name}")
+            raise MeasurementError(
+                f"{self.hook} was measured without the importance estimator {name!r}: measure again with --importance"
+                f" {name}"
+            )
         return estimator
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a run over text found at each tapped hook point. Immutable; `save` and `load` keep it, `merge` joins shards."""
+    """What a run over text found at each tapped hook point. Immutable; `save` and `load` keep it,
+    `merge` joins shards.
+    """
 
     hooks: tuple[HookMeasurement, ...]
     provenance: Provenance = field(default_factory=Provenance)
@@ -118,7 +129,10 @@ class Measurement:
 
     def __repr__(self) -> str:
         tokens = self.hooks[0].summary.n_tokens if self.hooks else 0
-        return f"Measurement({self.provenance.model} at {', '.join(h.hook for h in self.hooks)}; {tokens:,} tokens of {self.provenance.source})"
+        return (
+            f"Measurement({self.provenance.model} at {', '.join(h.hook for h in self.hooks)}; {tokens:,} tokens of"
+            f" {self.provenance.source})"
+        )
 
     def __iter__(self) -> Iterator[HookMeasurement]:
         return iter(self.hooks)
@@ -133,15 +147,25 @@ class Measurement:
         if not found:
             raise CapacityError(f"{hook!r} was not measured: choose one of {', '.join(h.hook for h in self.hooks)}")
         if len(found) > 1:
-            raise CapacityError(f"{len(found)} SAEs were measured at {hook!r} ({', '.join(h.sae for h in found)}): iterate over the measurement and choose one")
+            raise CapacityError(
+                f"{len(found)} SAEs were measured at {hook!r} ({', '.join(h.sae for h in found)}): iterate over the"
+                " measurement and choose one"
+            )
         return found[0]
 
     @checked
-    def budget(self, widths: Iterable[int] = (), importance: str = "second_moment", law: str = "compressed_sensing", max_fvu: float | None = 1.0) -> Budget:
+    def budget(
+        self,
+        widths: Iterable[int] = (),
+        importance: str = "second_moment",
+        law: str = "compressed_sensing",
+        max_fvu: float | None = 1.0,
+    ) -> Budget:
         """The per-layer table, with predicted floors for `widths`.
 
         Raises:
-            CapacityError: where an SAE explains less than the mean does (FVU > `max_fvu`), so that its features are not the model's.
+            CapacityError: where an SAE explains less than the mean does (FVU > `max_fvu`), so that its features are not
+                the model's.
         """
         from tl_capacity.floors import Budget
 
@@ -149,7 +173,11 @@ class Measurement:
 
     @checked
     def floors(
-        self, widths: Iterable[int], importance: str = "second_moment", law: str = "compressed_sensing", max_fvu: float | None = 1.0
+        self,
+        widths: Iterable[int],
+        importance: str = "second_moment",
+        law: str = "compressed_sensing",
+        max_fvu: float | None = 1.0,
     ) -> list[FloorPrediction]:
         """Predicted floors of every hook and width; arguments as in `budget`."""
         return list(self.budget(widths, importance, law, max_fvu).floors)
@@ -162,8 +190,16 @@ class Measurement:
         return self.budget(max_fvu=None)._repr_html_()
 
     @checked
-    def plot_importance(self, widths: Sequence[int] = (), importance: str = "second_moment", law: str = "compressed_sensing", hook: str | None = None) -> Any:
-        """A plotly figure of the sorted importances, with the budget of each student width drawn in; see `report.figures.importance_figure`."""
+    def plot_importance(
+        self,
+        widths: Sequence[int] = (),
+        importance: str = "second_moment",
+        law: str = "compressed_sensing",
+        hook: str | None = None,
+    ) -> Any:
+        """A plotly figure of the sorted importances, with the budget of each student width drawn in; see
+        `report.figures.importance_figure`.
+        """
         from tl_capacity.report.figures import importance_figure
 
         return importance_figure(self, widths, importance, law, hook)
@@ -241,7 +277,9 @@ class Measurement:
         except MeasurementError:
             raise
         except (CapacityError, KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as problem:
-            raise MeasurementError(f"{path} lacks or garbles {problem}: the measurement was altered, measure again") from problem
+            raise MeasurementError(
+                f"{path} lacks or garbles {problem}: the measurement was altered, measure again"
+            ) from problem
 
     @classmethod
     @checked
@@ -249,7 +287,8 @@ class Measurement:
         """Join shards of one measurement: counts exactly, moments to rounding.
 
         Raises:
-            MeasurementError: where the shards measured other models, SAEs, sources or settings, or the same documents twice.
+            MeasurementError: where the shards measured other models, SAEs, sources or settings, or the same documents
+                twice.
         """
         if not parts:
             raise MeasurementError("there is nothing to merge: pass at least one measurement")
@@ -259,15 +298,20 @@ class Measurement:
                 mine, theirs = getattr(first.provenance, name), getattr(part.provenance, name)
                 if mine != theirs:
                     raise MeasurementError(
-                        f"the shards do not fit together: {name} is {mine!r} in one and {theirs!r} in another; merge shards of one measurement"
+                        f"the shards do not fit together: {name} is {mine!r} in one and {theirs!r} in another; merge"
+                        " shards of one measurement"
                     )
             if _tapped(first) != _tapped(part):
                 raise MeasurementError(
-                    "the shards do not fit together: they have other hook points, SAE weights, estimators or thresholds; merge shards of one measurement"
+                    "the shards do not fit together: they have other hook points, SAE weights, estimators or"
+                    " thresholds; merge shards of one measurement"
                 )
         if len(set(shards)) < len(shards):
             twice = sorted({shard for shard in shards if shards.count(shard) > 1})
-            raise MeasurementError(f"shard {', '.join(map(str, twice))} of {first.provenance.shard_count} is given twice: merge each shard once")
+            raise MeasurementError(
+                f"shard {', '.join(map(str, twice))} of {first.provenance.shard_count} is given twice: merge each shard"
+                " once"
+            )
         hooks = []
         for together in zip(*(p.hooks for p in parts), strict=True):
             arrays = dict(together[0].summary.arrays)
@@ -305,7 +349,9 @@ def _typed(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -
 def _provenance(saved: Mapping[str, Any]) -> Provenance:
     """The provenance that `asdict` wrote."""
     kinds: dict[str, Any] = {"revision": (str, type(None)), "shards": list, "seconds": (int, float)}
-    content = {name: _typed(saved, name, kinds.get(name, type(default))) for name, default in vars(Provenance()).items()}
+    content = {
+        name: _typed(saved, name, kinds.get(name, type(default))) for name, default in vars(Provenance()).items()
+    }
     shards, count = content["shards"], content["shard_count"]
     if not shards or not all(isinstance(shard, int) and 0 <= shard < count for shard in shards):
         raise ValueError(f"shards = {shards} of {count}")
@@ -333,8 +379,12 @@ def figures(summary: FeatureSummary) -> dict[str, Any]:
     }
 
 
-def write_folder(folder: Path, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], keep_previous: bool = False) -> Path:
-    """Write JSON and arrays so that the JSON, renamed into place last, always names arrays that are whole; with `keep_previous`, beside what was there."""
+def write_folder(
+    folder: Path, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], keep_previous: bool = False
+) -> Path:
+    """Write JSON and arrays so that the JSON, renamed into place last, always names arrays that are whole; with
+    `keep_previous`, beside what was there.
+    """
     from safetensors.numpy import save
 
     storage.make_folder(folder)
@@ -359,7 +409,9 @@ def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], di
 
     path = folder / name
     if not path.is_file():
-        raise MeasurementError(f"{folder} is no measurement: it has no {JSON_NAME}; pass a folder that `tl-capacity measure --out` wrote")
+        raise MeasurementError(
+            f"{folder} is no measurement: it has no {JSON_NAME}; pass a folder that `tl-capacity measure --out` wrote"
+        )
     try:
         content = storage.read_record(path, SCHEMA)
     except MeasurementError:
@@ -367,17 +419,26 @@ def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], di
     except (ValueError, OSError, RecursionError) as problem:
         raise MeasurementError(f"{path} is truncated, altered or no JSON ({problem}): measure again") from problem
     if not isinstance(content.get("schema"), int):
-        raise MeasurementError(f"{path} has no schema version: it was not written by this tool or was altered, measure again")
+        raise MeasurementError(
+            f"{path} has no schema version: it was not written by this tool or was altered, measure again"
+        )
     tensors_name, sha = content.get("statistics"), content.get("statistics_sha256")
     if not isinstance(tensors_name, str) or Path(tensors_name).name != tensors_name:
         raise MeasurementError(f"{path} names no statistics file: it was altered, measure again")
     try:
         data = (folder / tensors_name).read_bytes()
     except (OSError, ValueError) as problem:
-        raise MeasurementError(f"{folder / tensors_name} cannot be read ({problem}): copy the whole measurement folder, or measure again") from problem
+        raise MeasurementError(
+            f"{folder / tensors_name} cannot be read ({problem}): copy the whole measurement folder, or measure again"
+        ) from problem
     if storage.digest(data) != sha:
-        raise MeasurementError(f"{folder / tensors_name} is truncated or altered (its SHA-256 is not the recorded one): copy it again, or measure again")
+        raise MeasurementError(
+            f"{folder / tensors_name} is truncated or altered (its SHA-256 is not the recorded one): copy it again, or"
+            " measure again"
+        )
     try:
         return content, load(data)
     except SafetensorError as problem:
-        raise MeasurementError(f"{folder / tensors_name} is no safetensors file ({problem}): measure again") from problem
+        raise MeasurementError(
+            f"{folder / tensors_name} is no safetensors file ({problem}): measure again"
+        ) from problem

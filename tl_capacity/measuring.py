@@ -1,6 +1,7 @@
 """`measure`: from names to a measurement on disk, with checkpoints, as `tl-capacity measure` runs it.
 
-Residual-stream hooks are tapped on the Hugging Face model itself, whose attention is fused; other hooks need TransformerLens' bridge.
+Residual-stream hooks are tapped on the Hugging Face model itself, whose attention is fused; other hooks need
+TransformerLens' bridge.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from tl_capacity.dictionaries import LargestOfABasis
 from tl_capacity.encoding import CHECKED_TOKENS
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.logs import figures, log
-from tl_capacity.measurement import JSON_NAME, HookMeasurement, Measurement, Provenance, advice_on_fit, read_folder, write_folder
+from tl_capacity.measurement import (
+    JSON_NAME,
+    HookMeasurement,
+    Measurement,
+    Provenance,
+    advice_on_fit,
+    read_folder,
+    write_folder,
+)
 from tl_capacity.plugins import plugins
 from tl_capacity.progress import peak_memory
 from tl_capacity.storage import last_whole
@@ -32,13 +41,17 @@ if TYPE_CHECKING:
 FVU_TOKENS_BEFORE_REFUSAL = 2_000
 
 SUMS_AT_ONCE = 4.5
-"""The sums, and while they are saved the snapshot, its counts as floats, and its bytes twice: as safetensors gathers them, and joined."""
+"""The sums, and while they are saved the snapshot, its counts as floats, and its bytes twice: as safetensors gathers
+them, and joined.
+"""
 LATENT_BYTES = 6
 """Of a latent that is encoded: its value, and what finds those that are active."""
 OWN_ENCODE_BYTES = 16
 """Of a latent in an SAE's own `encode`, which makes a new block at each of its steps."""
 VARIATION = 100_000_000
-"""By which what a process holds before it begins differs from one time to the next; who allows what a refusal asks for must not be refused again."""
+"""By which what a process holds before it begins differs from one time to the next; who allows what a refusal asks for
+must not be refused again.
+"""
 RESERVE = 300_000_000
 """For the activations of a small model, and for libraries that are first needed on the way."""
 
@@ -49,7 +62,8 @@ class MeasureSettings:
 
     Attributes:
         model: a registered name, a `save_pretrained` folder or a hub id.
-        saes: SAE folders or `release/sae_id`, each optionally as `HOOK=…`, or bases such as `pca:HOOK`; none for all SAEs that come with a registered model.
+        saes: SAE folders or `release/sae_id`, each optionally as `HOOK=…`, or bases such as `pca:HOOK`; none for all
+            SAEs that come with a registered model.
         tokens: tokens to count.
         source: token source; None for the corpus that comes with a registered model.
         out: folder of the measurement.
@@ -116,7 +130,10 @@ def measure(settings: MeasureSettings) -> Measurement:
         measurement = capacity.measurement()
     measurement.save(settings.out)
     if settings.max_memory is not None and peak_memory() > settings.max_memory:
-        log.warning(f"the peak was {peak_memory() / 1e9:.2f} GB, more than --max-memory: the model itself takes more than was left for it")
+        log.warning(
+            f"the peak was {peak_memory() / 1e9:.2f} GB, more than --max-memory: the model itself takes more than was"
+            " left for it"
+        )
     return measurement
 
 
@@ -129,9 +146,16 @@ def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenS
     named = dictionaries(settings, loaded)
     source = settings.source or loaded.corpus
     if source is None:
-        raise CapacityError(f"no text to measure {settings.model!r} on: name a file, a `datasets` id or `embedded` with --source")
+        raise CapacityError(
+            f"no text to measure {settings.model!r} on: name a file, a `datasets` id or `embedded` with --source"
+        )
     stream = TokenStream(
-        source, loaded.tokenizer, row_length(settings, loaded.model, [sae for _, _, sae in named]), settings.batch_rows, settings.prepend_bos, settings.shard
+        source,
+        loaded.tokenizer,
+        row_length(settings, loaded.model, [sae for _, _, sae in named]),
+        settings.batch_rows,
+        settings.prepend_bos,
+        settings.shard,
     )
     model = tapped_model(loaded, [sae for _, _, sae in named], [hook for hook, _, _ in named])
     saes: dict[str, list[Any]] = {}
@@ -159,8 +183,8 @@ def sums_of(capacity: CapacityHooks) -> int:
 
 
 def fit_memory(capacity: CapacityHooks, limit: int) -> None:
-    """Choose how many latents are dense at once so that this process stays below `limit` bytes: beside what it holds, the sums while they are saved, and a
-    reserve for the model's own activations.
+    """Choose how many latents are dense at once so that this process stays below `limit` bytes: beside what it holds,
+    the sums while they are saved, and a reserve for the model's own activations.
 
     Raises:
         CapacityError: where not one token would fit.
@@ -173,19 +197,26 @@ def fit_memory(capacity: CapacityHooks, limit: int) -> None:
     spare = limit - fixed - CHECKED_TOKENS * OWN_ENCODE_BYTES * widest
     if spare < LATENT_BYTES * widest:
         needed = (limit - spare + LATENT_BYTES * widest + VARIATION) / 1e9
-        raise CapacityError(f"--max-memory {limit / 1e9:.2f} GB is too little: these SAEs need {needed:.2f} GB, so allow that or measure fewer at once")
+        raise CapacityError(
+            f"--max-memory {limit / 1e9:.2f} GB is too little: these SAEs need {needed:.2f} GB, so allow that or"
+            " measure fewer at once"
+        )
     for tap in capacity.taps:
         tap.encoder.hold(min(tap.encoder.dense_latents, spare // LATENT_BYTES))
 
 
 class _Checkpoints:
-    """Saves a checkpoint now and then, and stops a run early whose SAEs do not fit the model or whose estimators do not work."""
+    """Saves a checkpoint now and then, and stops a run early whose SAEs do not fit the model or whose estimators do not
+    work.
+    """
 
     def __init__(self, settings: MeasureSettings) -> None:
         self.settings, self.last, self.fit_checked = settings, time.monotonic(), False
 
     def after_batch(self, capacity: CapacityHooks) -> None:
-        if not self.fit_checked and all(int(t.statistics.fvu_tokens.sum()) >= FVU_TOKENS_BEFORE_REFUSAL for t in capacity.taps):
+        if not self.fit_checked and all(
+            int(t.statistics.fvu_tokens.sum()) >= FVU_TOKENS_BEFORE_REFUSAL for t in capacity.taps
+        ):
             _refuse_bad_fit(capacity, self.settings.max_fvu)
             _refuse_bad_importance(capacity)
             self.fit_checked = True
@@ -204,8 +235,9 @@ def _refuse_bad_fit(capacity: CapacityHooks, max_fvu: float) -> None:
         if fvu is not None and fvu.value > max_fvu:
             basis = isinstance(tap.sae, LargestOfABasis)
             raise CapacityError(
-                f"the {'basis' if basis else 'SAE'} {tap.name} leaves FVU = {fvu.value:.3g} of the variance at {tap.hook} unexplained, more than {max_fvu:g}: "
-                f"{advice_on_fit(basis)} (--max-fvu inf measures all the same)"
+                f"the {'basis' if basis else 'SAE'} {tap.name} leaves FVU = {fvu.value:.3g} of the variance at"
+                f" {tap.hook} unexplained, more than {max_fvu:g}: {advice_on_fit(basis)} (--max-fvu inf measures all"
+                " the same)"
             )
 
 
@@ -221,7 +253,9 @@ def _earlier(settings: MeasureSettings) -> tuple[Measurement, dict[str, Any]] | 
     if not (settings.out / JSON_NAME).exists():
         return None
     if not settings.resume:
-        raise MeasurementError(f"{settings.out} already holds a measurement: go on with --resume, or choose another --out")
+        raise MeasurementError(
+            f"{settings.out} already holds a measurement: go on with --resume, or choose another --out"
+        )
     return last_whole(settings.out / JSON_NAME, _resumable)
 
 
@@ -241,7 +275,9 @@ def finished(settings: MeasureSettings) -> Measurement | None:
     if earlier is None:
         return None
     if not earlier[0].complete:
-        raise MeasurementError(f"{settings.out} holds the checkpoint of one process: go on with it in one process, or choose another --out")
+        raise MeasurementError(
+            f"{settings.out} holds the checkpoint of one process: go on with it in one process, or choose another --out"
+        )
     with _attached(settings) as (capacity, stream):
         _check_settings(earlier[0], capacity, stream)
     return _as_it_is(earlier[0], settings)
@@ -252,8 +288,8 @@ def _as_it_is(finished: Measurement, settings: MeasureSettings) -> Measurement:
     counted = max(hook.summary.n_tokens for hook in finished)
     if counted < settings.tokens:
         log.warning(
-            f"{settings.out} has ended with {counted:,} tokens, and {settings.tokens:,} are asked for: its text had no more, or fewer were asked for then; "
-            "choose another --out to count again"
+            f"{settings.out} has ended with {counted:,} tokens, and {settings.tokens:,} are asked for: its text had no"
+            " more, or fewer were asked for then; choose another --out to count again"
         )
     return finished
 
@@ -265,12 +301,15 @@ def _check_settings(earlier: Measurement, capacity: CapacityHooks, stream: Token
     for name in ("model", "revision", "dtype", "source", "shards", "shard_count", "settings"):
         was, is_ = getattr(earlier.provenance, name), getattr(now, name)
         if was != is_:
-            raise MeasurementError(f"the {what} was made with {name} {was!r}, and this run has {is_!r}: resume with the same, or choose another --out")
+            raise MeasurementError(
+                f"the {what} was made with {name} {was!r}, and this run has {is_!r}: resume with the same, or choose"
+                " another --out"
+            )
     thresholds = {hook.summary.alive_threshold for hook in earlier}
     if thresholds != {capacity.alive_threshold}:
         raise MeasurementError(
-            f"the {what} was made with an alive threshold of {', '.join(f'{t:g}' for t in thresholds)}, and this run has {capacity.alive_threshold:g}: "
-            "resume with the same, or choose another --out"
+            f"the {what} was made with an alive threshold of {', '.join(f'{t:g}' for t in thresholds)}, and this run"
+            f" has {capacity.alive_threshold:g}: resume with the same, or choose another --out"
         )
     capacity.check_same(earlier)
 
@@ -280,16 +319,22 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[tuple[s
     named = loaded.named
     specs = list(settings.saes) or [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
     if not specs:
-        raise CapacityError(f"no SAE was given for {settings.model!r}: pass --sae with a SAELens folder or release/sae_id")
+        raise CapacityError(
+            f"no SAE was given for {settings.model!r}: pass --sae with a SAELens folder or release/sae_id"
+        )
     wanted = [BasisSpec.parse(spec) or _dictionary(spec, loaded, settings.device) for spec in specs]
     bases = [basis for basis in wanted if isinstance(basis, BasisSpec)]
     saes = [loaded_sae for loaded_sae in wanted if not isinstance(loaded_sae, BasisSpec)]
     fitted: dict[BasisSpec, Any] = {}
     if bases:
-        model = tapped_model(loaded, [sae for _, _, sae in saes], [hook for hook, _, _ in saes], [basis.hook for basis in bases])
+        model = tapped_model(
+            loaded, [sae for _, _, sae in saes], [hook for hook, _, _ in saes], [basis.hook for basis in bases]
+        )
         source = loaded.source(settings.source or "")
         # From the whole source, so that every shard is measured in the same basis.
-        stream = TokenStream(source, loaded.tokenizer, row_length(settings, loaded.model, []), settings.batch_rows, settings.prepend_bos)
+        stream = TokenStream(
+            source, loaded.tokenizer, row_length(settings, loaded.model, []), settings.batch_rows, settings.prepend_bos
+        )
         fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(settings.device) for basis in bases}
     return [(one.hook, str(one), fitted[one]) if isinstance(one, BasisSpec) else one for one in wanted]
 
@@ -308,10 +353,20 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
         DictionaryError: where it cannot be found, or has other weights by now.
     """
     context, device = provenance.settings.get("context"), str(next(loaded.model.parameters()).device)
-    settings = MeasureSettings(provenance.model, Path(), (spec_of(measured, loaded.name),), source=provenance.source, context=context, device=device)
+    settings = MeasureSettings(
+        provenance.model,
+        Path(),
+        (spec_of(measured, loaded.name),),
+        source=provenance.source,
+        context=context,
+        device=device,
+    )
     [(_, _, sae)] = dictionaries(settings, loaded)
     if dictionary_digest(sae) != measured.sae_digest:
-        raise DictionaryError(f"the SAE {measured.sae!r} at {measured.hook} has other weights than the one that was measured: measure again")
+        raise DictionaryError(
+            f"the SAE {measured.sae!r} at {measured.hook} has other weights than the one that was measured: measure"
+            " again"
+        )
     return sae
 
 
@@ -339,21 +394,32 @@ def _dictionary(spec: str, loaded: LoadedModel, device: str) -> tuple[str, str, 
 
 
 def _warn_of_another_model(sae: str, trained_on: Any, loaded: LoadedModel) -> None:
-    """Say so where an SAE's metadata names a model that this one does not seem to be; names alone decide nothing, as folders have any."""
+    """Say so where an SAE's metadata names a model that this one does not seem to be; names alone decide nothing, as
+    folders have any.
+    """
     theirs = str(trained_on or "").rpartition("/")[2].lower()
-    ours = [Path(name).name.lower() for name in (loaded.name, str(getattr(loaded.model.config, "_name_or_path", "") or "")) if name]
+    ours = [
+        Path(name).name.lower()
+        for name in (loaded.name, str(getattr(loaded.model.config, "_name_or_path", "") or ""))
+        if name
+    ]
     if theirs and not any(theirs in name or name in theirs for name in ours):
         log.warning(
-            f"the SAE {sae} was trained on {trained_on!r}, by its own account, and is measured on {loaded.name!r}: if that is another model, use its own SAE"
+            f"the SAE {sae} was trained on {trained_on!r}, by its own account, and is measured on {loaded.name!r}: if"
+            " that is another model, use its own SAE"
         )
 
 
 def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:
-    """Positions in a row: as asked for, else the shortest context of the SAEs' own, else 512; never more than the model has."""
+    """Positions in a row: as asked for, else the shortest context of the SAEs' own, else 512; never more than the model
+    has.
+    """
     limit = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
     if settings.context is not None:
         if settings.context > limit:
-            raise CapacityError(f"--context {settings.context} is longer than the model's {limit} positions: choose at most that")
+            raise CapacityError(
+                f"--context {settings.context} is longer than the model's {limit} positions: choose at most that"
+            )
         return settings.context
     own = [getattr(sae.cfg.metadata, "context_size", None) for sae in saes]
     return min([limit, *(int(c) for c in own if c)] if any(own) else [limit, 512])

@@ -1,4 +1,5 @@
-"""Colours of figures: Okabe and Ito's (https://jfly.uni-koeln.de/color/), which readers with any colour vision can tell apart.
+"""Colours of figures: Okabe and Ito's (https://jfly.uni-koeln.de/color/), which readers with any colour vision can tell
+apart.
 
 Figures are read without colours as well, so each series of one also has its own dash or symbol.
 """

@@ -1,4 +1,6 @@
-"""Plan: the smallest student width that keeps a share of the features, or stays below a predicted floor, and what each width costs in parameters."""
+"""Plan: the smallest student width that keeps a share of the features, or stays below a predicted floor, and what each
+width costs in parameters.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class WidthCost:
     Attributes:
         kept: share of the features at the deciding hook point that it keeps.
         floor: its predicted floor there, in the importance's unit per token.
-        parameters, body_parameters: their number, and without embeddings and head; None where the model is not known or its family has no such width.
+        parameters, body_parameters: their number, and without embeddings and head; None where the model is not known or
+            its family has no such width.
         share: `parameters` as a share of the teacher's.
     """
 
@@ -88,9 +91,20 @@ class Plan:
     def answer(self) -> str:
         """The answer in one sentence."""
         needed = self.deciding
-        built = f"; the narrowest from there on that its family can build is {self.width:,}" if self.width != needed.width.value else ""
-        narrower = "" if needed.width.value <= needed.teacher_width else f"; that is wider than the teacher's {needed.teacher_width:,}"
-        return f"{self.goal}, the smallest student width is {needed.width.show(',.0f')}, decided at {needed.hook}{built}{narrower}"
+        built = (
+            f"; the narrowest from there on that its family can build is {self.width:,}"
+            if self.width != needed.width.value
+            else ""
+        )
+        narrower = (
+            ""
+            if needed.width.value <= needed.teacher_width
+            else f"; that is wider than the teacher's {needed.teacher_width:,}"
+        )
+        return (
+            f"{self.goal}, the smallest student width is {needed.width.show(',.0f')}, decided at"
+            f" {needed.hook}{built}{narrower}"
+        )
 
     def notes(self) -> list[str]:
         """What a reader must know before building it."""
@@ -119,7 +133,11 @@ class Plan:
         flat = [
             {
                 "width": c.width,
-                **{f"{name}{suffix}": getattr(e, part) for name, e in (("kept", c.kept), ("floor", c.floor)) for part, suffix in _PARTS},
+                **{
+                    f"{name}{suffix}": getattr(e, part)
+                    for name, e in (("kept", c.kept), ("floor", c.floor))
+                    for part, suffix in _PARTS
+                },
                 "parameters": c.parameters,
                 "body_parameters": c.body_parameters,
                 "share_of_teacher": c.share,
@@ -145,12 +163,21 @@ class Plan:
 
     def hook_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the hook points, as text."""
-        return ["hook", "features to keep", "alive", "smallest width"], [[h.hook, f"{h.features:,}", f"{h.alive:,}", h.width.show(",.0f")] for h in self.hooks]
+        return ["hook", "features to keep", "alive", "smallest width"], [
+            [h.hook, f"{h.features:,}", f"{h.alive:,}", h.width.show(",.0f")] for h in self.hooks
+        ]
 
     def cost_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the widths, as text."""
         unit = f" ({self.unit} per token)" if self.unit else ""
-        header = ["width", "features kept", f"predicted floor{unit}", "parameters", "without embeddings", "of the teacher's"]
+        header = [
+            "width",
+            "features kept",
+            f"predicted floor{unit}",
+            "parameters",
+            "without embeddings",
+            "of the teacher's",
+        ]
         return header, [
             [
                 f"{c.width:,}{' ←' if c.width == self.width else ''}",
@@ -186,11 +213,13 @@ def plan(
         measurement: of the teacher.
         keep: share of the alive features to keep, in (0, 1].
         target_loss: largest predicted floor, in the importance's unit per token; give this or `keep`.
-        widths: of which the cost is shown besides; by default some between a sixteenth of the teacher's width and all of it.
+        widths: of which the cost is shown besides; by default some between a sixteenth of the teacher's width and all
+            of it.
         hook: only this hook point; by default the goal must be met at all of them.
         importance, law: of the prediction.
         max_fvu: refuse SAEs that leave more of the variance unexplained.
-        config: the teacher's Hugging Face configuration, as `teacher_config` finds it, for the cost in parameters and for which widths can be built.
+        config: the teacher's Hugging Face configuration, as `teacher_config` finds it, for the cost in parameters and
+            for which widths can be built.
 
     Raises:
         CapacityError: where not exactly one goal is given or it is out of its domain, or a hook point has no sparsity.
@@ -203,7 +232,11 @@ def plan(
     place = max(range(len(found)), key=lambda i: found[i].width.value)
     decides, needed = hooks[place], int(found[place].width.value)
     unit = str(decides.estimator(importance).unit)
-    goal = f"To keep {100 * keep:.4g}% of the features" if keep is not None else f"For a predicted floor of at most {target_loss:.4g} {unit} per token"
+    goal = (
+        f"To keep {100 * keep:.4g}% of the features"
+        if keep is not None
+        else f"For a predicted floor of at most {target_loss:.4g} {unit} per token"
+    )
     width = needed if config is None else _next_that_can_be_built(config, needed)
     shown = sorted({width, *(widths or ladder(decides.width))})
     sizes = {} if config is None else _sizes(config, [*shown, int(config.hidden_size)])
@@ -219,7 +252,10 @@ def plan(
 def check_goal(keep: float | None, target_loss: float | None) -> None:
     """Raises `CapacityError` where not exactly one goal is given, or it is out of its domain."""
     if (keep is None) == (target_loss is None):
-        raise CapacityError("a plan needs one goal: pass keep (--keep 0.95, a share of the features) or target_loss (--target-loss 0.05, a predicted floor)")
+        raise CapacityError(
+            "a plan needs one goal: pass keep (--keep 0.95, a share of the features) or target_loss (--target-loss"
+            " 0.05, a predicted floor)"
+        )
     if keep is not None and not 0 < keep <= 1:
         raise CapacityError(f"keep = {keep:g} is no share of the features: choose a number above 0 and at most 1")
     if target_loss is not None and not 0 <= target_loss < float("inf"):
@@ -227,7 +263,8 @@ def check_goal(keep: float | None, target_loss: float | None) -> None:
 
 
 def teacher_config(measurement: Measurement, model: str | None = None) -> Any:
-    """The configuration of the teacher, or None where it is not known by the name that the measurement has and no other was given.
+    """The configuration of the teacher, or None where it is not known by the name that the measurement has and no other
+    was given.
 
     Raises:
         CapacityError: where `model` was given and cannot be found, or its family has no students.
@@ -250,7 +287,9 @@ def ladder(width: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(width * share)) for share in SHARES}))
 
 
-def _hook_plan(hook: HookMeasurement, keep: float | None, target_loss: float | None, importance: str, law: CapacityLaw) -> HookPlan:
+def _hook_plan(
+    hook: HookMeasurement, keep: float | None, target_loss: float | None, importance: str, law: CapacityLaw
+) -> HookPlan:
     def needed(values: NDArray[np.float64]) -> int:
         if keep is not None:
             return ceil(keep * len(values) - 1e-9)  # 0.95 · 2,000 is 1,900 and a rounding error
@@ -262,12 +301,20 @@ def _hook_plan(hook: HookMeasurement, keep: float | None, target_loss: float | N
 
     exact = resampled(hook, importance, smallest)[0]
     alive = int(hook.summary.n_alive.value)
-    whole = Estimate(*(None if part is None else float(max(1, ceil(part - 1e-9))) for part in (exact.value, exact.low, exact.high)))  # type: ignore[arg-type]
+    low, high = (None if end is None else _whole_width(end) for end in (exact.low, exact.high))
+    whole = Estimate(_whole_width(exact.value), low, high)
     return HookPlan(hook.hook, hook.width, needed(hook.importance(importance)), alive, whole)
 
 
+def _whole_width(width: float) -> float:
+    """The smallest whole width that is not below, short of rounding."""
+    return float(max(1, ceil(width - 1e-9)))
+
+
 def _next_that_can_be_built(config: Any, width: int) -> int:
-    """The narrowest student of at least `width` that the family can build: a multiple of the teacher's width at the latest."""
+    """The narrowest student of at least `width` that the family can build: a multiple of the teacher's width at the
+    latest.
+    """
     return next(w for w in count(width) if _student_config(config, w) is not None)
 
 
@@ -282,7 +329,9 @@ def _student_config(config: Any, width: int) -> Any:
 
 
 def _sizes(config: Any, widths: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Parameters of the student of each width, all and without embeddings and head; counted on a model without storage."""
+    """Parameters of the student of each width, all and without embeddings and head; counted on a
+    model without storage.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -299,7 +348,11 @@ def _sizes(config: Any, widths: Sequence[int]) -> dict[int, tuple[int, int]]:
 
 
 def _remarks(measurement: Measurement, goal: str, sizes: dict[int, tuple[int, int]]) -> list[str]:
-    found = [] if sizes else ["what the widths cost is not known, as the model or the students of its family are not: pass --model"]
+    found = (
+        []
+        if sizes
+        else ["what the widths cost is not known, as the model or the students of its family are not: pass --model"]
+    )
     if all(isfinite(h.summary.critical_width.value) for h in measurement):
         found.append("d* rests on the SAE's L0: plan with several SAEs of one hook point before building on one number")
     return [*found, *measurement.warnings]

@@ -1,4 +1,6 @@
-"""The plugin manager: finds plugins through the `tl_capacity` entry points, asks each once, and keeps what they register by name."""
+"""The plugin manager: finds plugins through the `tl_capacity` entry points, asks each once, and keeps what they
+register by name.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ import pluggy
 from tl_capacity import hookspecs
 from tl_capacity.errors import PluginError
 from tl_capacity.hookspecs import hookimpl
-from tl_capacity.interfaces import CapacityLaw, Concept, ImportanceEstimator, ModelFamily, NamedModel, Recipe, TokenSource
+from tl_capacity.interfaces import (
+    CapacityLaw,
+    Concept,
+    ImportanceEstimator,
+    ModelFamily,
+    NamedModel,
+    Recipe,
+    TokenSource,
+)
 
 Item = TypeVar("Item")
 Estimator = TypeVar("Estimator", bound=ImportanceEstimator | type[ImportanceEstimator])
@@ -36,15 +46,23 @@ class Registry(Generic[Item]):
         if not name:
             raise PluginError(f"plugin {origin!r} registers a {self.kind} without a name: give it a `name` attribute")
         if isinstance(item, type):
-            raise PluginError(f"plugin {origin!r} registers the class {item.__name__} itself: register an object of it, {item.__name__}()")
+            raise PluginError(
+                f"plugin {origin!r} registers the class {item.__name__} itself: register an object of it,"
+                f" {item.__name__}()"
+            )
         if name in self.items:
-            raise PluginError(f"plugins {self.origins[name]!r} and {origin!r} both register a {self.kind} named {name!r}: rename or uninstall one")
+            raise PluginError(
+                f"plugins {self.origins[name]!r} and {origin!r} both register a {self.kind} named {name!r}: rename or"
+                " uninstall one"
+            )
         self.items[name], self.origins[name] = item, origin
 
     def __getitem__(self, name: str) -> Item:
         if name not in self.items:
             near = get_close_matches(name, self.items, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(self.items)) or '(none)'}"
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(self.items)) or '(none)'}"
+            )
             raise PluginError(f"there is no {self.kind} named {name!r}: {hint}")
         return self.items[name]
 
@@ -59,7 +77,9 @@ class Registry(Generic[Item]):
 class Plugins:
     """Everything that plugins contributed, and the plugins that failed."""
 
-    importance_estimators: Registry[ImportanceEstimator] = field(default_factory=lambda: Registry("importance estimator"))
+    importance_estimators: Registry[ImportanceEstimator] = field(
+        default_factory=lambda: Registry("importance estimator")
+    )
     capacity_laws: Registry[CapacityLaw] = field(default_factory=lambda: Registry("capacity law"))
     model_families: Registry[ModelFamily] = field(default_factory=lambda: Registry("model family"))
     models: Registry[NamedModel] = field(default_factory=lambda: Registry("model"))
@@ -83,10 +103,15 @@ def _manager() -> tuple[pluggy.PluginManager, dict[str, str]]:
     manager.add_hookspecs(hookspecs)
     failures: dict[str, str] = {}
     packages: dict[str, str] = {}
-    for entry in sorted(entry_points(group="tl_capacity"), key=lambda e: (not e.value.startswith("tl_capacity."), e.name, _package(e))):
+    for entry in sorted(
+        entry_points(group="tl_capacity"), key=lambda e: (not e.value.startswith("tl_capacity."), e.name, _package(e))
+    ):
         package = _package(entry)
         if entry.name in packages:
-            raise PluginError(f"the packages {packages[entry.name]!r} and {package!r} both have a plugin named {entry.name!r}: rename or uninstall one")
+            raise PluginError(
+                f"the packages {packages[entry.name]!r} and {package!r} both have a plugin named {entry.name!r}: rename"
+                " or uninstall one"
+            )
         packages[entry.name] = package
         try:
             _register(manager, entry.load(), entry.name)
@@ -106,13 +131,19 @@ def plugins() -> Plugins:
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as problem:
-        near = get_close_matches(str(problem).split("'")[1] if "'" in str(problem) else "", [n for n in dir(hookspecs) if n.startswith("register_")], n=1)
+        near = get_close_matches(
+            str(problem).split("'")[1] if "'" in str(problem) else "",
+            [n for n in dir(hookspecs) if n.startswith("register_")],
+            n=1,
+        )
         hint = f"did you mean {near[0]}?" if near else "see `tl_capacity.hookspecs` for the hooks there are"
         raise PluginError(f"{str(problem).rstrip('.')}: {hint}") from problem
     found = Plugins(failures=dict(failures))
     for name, registry in found.registries().items():
         # In the order of registration, but `tryfirst` and `trylast` are heeded: sources are asked in this order.
-        for implementation in sorted(getattr(manager.hook, f"register_{name}").get_hookimpls(), key=lambda found: found.trylast - found.tryfirst):
+        for implementation in sorted(
+            getattr(manager.hook, f"register_{name}").get_hookimpls(), key=lambda found: found.trylast - found.tryfirst
+        ):
             origin = implementation.plugin_name
             try:
                 implementation.function(_adder(registry, origin))
@@ -136,9 +167,12 @@ def _register(manager: pluggy.PluginManager, plugin: object, name: str | None) -
         raise PluginError(f"{' '.join(str(problem).split())}: a hook takes one argument, `register`") from problem
     except ValueError as problem:
         known = manager.get_name(plugin)
-        taken = f"it is registered as {known!r} already" if known else f"{manager.get_plugin(str(name))!r} has that name"
+        taken = (
+            f"it is registered as {known!r} already" if known else f"{manager.get_plugin(str(name))!r} has that name"
+        )
         raise PluginError(
-            f"the plugin {plugin!r} cannot be registered as {name!r}, because {taken}: choose another name, or unregister that first"
+            f"the plugin {plugin!r} cannot be registered as {name!r}, because {taken}: choose another name, or"
+            " unregister that first"
         ) from problem
     if registered is None:
         raise PluginError(f"a plugin named {name!r} is blocked: choose another name")
@@ -153,7 +187,8 @@ def register_plugin(plugin: object, name: str | None = None) -> str:
     """Add a plugin (a module or an object with `@hookimpl` methods) to this process and return the name it is known by.
 
     Raises:
-        PluginError: where it or another plugin of that name is registered already, or it implements a hook with other arguments than the hook's.
+        PluginError: where it or another plugin of that name is registered already, or it implements a hook with other
+            arguments than the hook's.
     """
     registered = _register(_manager()[0], plugin, name)
     plugins.cache_clear()
@@ -167,7 +202,9 @@ def unregister_plugin(name: str) -> None:
 
 
 def load_plugin_file(path: Path) -> str:
-    """Import a Python file and register it as a plugin; a file that fails is recorded in `plugins().failures` and the rest works."""
+    """Import a Python file and register it as a plugin; a file that fails is recorded in `plugins().failures` and the
+    rest works.
+    """
     if not path.is_file():
         raise PluginError(f"there is no plugin file {path}: pass the path of a Python file")
     name = f"tl_capacity_plugin_{path.stem}"
@@ -187,7 +224,8 @@ def load_plugin_file(path: Path) -> str:
 
 
 def register_importance_estimator(estimator: Estimator) -> Estimator:
-    """Add one importance estimator from a notebook, also as a decorator of its class; running the cell again replaces the earlier one of that name.
+    """Add one importance estimator from a notebook, also as a decorator of its class; running the cell again replaces
+    the earlier one of that name.
 
     Raises:
         PluginError: where another plugin has an estimator of that name; nothing is registered then.

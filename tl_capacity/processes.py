@@ -1,4 +1,6 @@
-"""The processes of one launch, as `accelerate launch` or `torchrun` starts them: which of them this is, what its share is, and sums and lists over all."""
+"""The processes of one launch, as `accelerate launch` or `torchrun` starts them: which of them this is, what its share
+is, and sums and lists over all.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def is_first() -> bool:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its launch. All must ask for the same sums and lists in the same order; a process by itself answers at once.
+    """This process among those of its launch. All must ask for the same sums and lists in the same order; a process by
+    itself answers at once.
 
     Attributes:
         index: of this process.
@@ -36,7 +39,9 @@ class Processes:
 
     @classmethod
     def of_launch(cls) -> Processes:
-        """Those that were started together with this one, not connected yet: what any of them refuses by itself is refused before."""
+        """Those that were started together with this one, not connected yet: what any of them refuses by itself is
+        refused before.
+        """
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     def connected(self, device: str = "cpu") -> Processes:

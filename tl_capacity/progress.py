@@ -1,4 +1,6 @@
-"""A progress bar with tokens (or steps) per second and the remaining time, shown only once something takes longer than two seconds; and the same in the log."""
+"""A progress bar with tokens (or steps) per second and the remaining time, shown only once something takes longer than
+two seconds; and the same in the log.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def peak_memory() -> int:
 
 
 @contextmanager
-def token_progress(total: int | None, enabled: bool = True, label: str = "counting", unit: str = "tokens") -> Iterator[Callable[[int], None]]:
+def token_progress(
+    total: int | None, enabled: bool = True, label: str = "counting", unit: str = "tokens"
+) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the tokens, or whatever else is counted, done so far."""
     console = Console(stderr=True)
     bar = Progress(
@@ -51,7 +55,9 @@ def token_progress(total: int | None, enabled: bool = True, label: str = "counti
         bar.update(task, completed=min(done, total) if total else done, rate=rate)
         if enabled and time.monotonic() - logged >= LOG_SECONDS:
             logged = time.monotonic()
-            log.info(f"{label}: {done:,} {unit}", extra=figures(done=done, total=total, unit=unit, per_second=round(rate, 1)))
+            log.info(
+                f"{label}: {done:,} {unit}", extra=figures(done=done, total=total, unit=unit, per_second=round(rate, 1))
+            )
 
     try:
         yield advance

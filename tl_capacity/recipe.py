@@ -1,4 +1,6 @@
-"""Recipes as commands: the fields of a recipe's frozen dataclass become the options of `tl-capacity run NAME`, and of the recipe's file run by itself."""
+"""Recipes as commands: the fields of a recipe's frozen dataclass become the options of `tl-capacity run NAME`, and of
+the recipe's file run by itself.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def load(recipe: Recipe) -> Callable[[Any], Any]:
     try:
         return typing.cast(Callable[[Any], Any], getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as problem:
-        raise PluginError(f"the recipe {recipe.name!r} cannot be loaded from {recipe.target} ({problem}): install what it needs") from problem
+        raise PluginError(
+            f"the recipe {recipe.name!r} cannot be loaded from {recipe.target} ({problem}): install what it needs"
+        ) from problem
 
 
 def option(default: Any, help: str, **parameters: Any) -> Any:
@@ -41,12 +45,19 @@ def argument(help: str) -> Any:
 
 
 def settings_of(config: Any, *without: str) -> dict[str, Any]:
-    """A recipe's settings as JSON holds them, but for some that say nothing of the result, such as where it is written."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items() if name not in without}
+    """A recipe's settings as JSON holds them, but for some that say nothing of the result, such as
+    where it is written.
+    """
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in without
+    }
 
 
 def already_there(result: Path, about: Path, settings: dict[str, Any]) -> bool:
-    """Whether a recipe's result is there, made with these settings, so that the same command started again has nothing to do.
+    """Whether a recipe's result is there, made with these settings, so that the same command started again has nothing
+    to do.
 
     Args:
         result: the file that is written last.
@@ -59,19 +70,30 @@ def already_there(result: Path, about: Path, settings: dict[str, Any]) -> bool:
         return False
     try:
         before = json.loads(about.read_bytes())["settings"]
-        changed = [f"{name} = {before[name]}" for name, value in json.loads(json.dumps(settings)).items() if before[name] != value]
+        changed = [
+            f"{name} = {before[name]}"
+            for name, value in json.loads(json.dumps(settings)).items()
+            if before[name] != value
+        ]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         changed = ["which are not known"]
     if changed:
-        raise CapacityError(f"{result.parent} already holds a {result.name} of other settings ({', '.join(changed)}): choose another --out")
-    print(f"{result.parent} already holds a {result.name} of these settings, and it stays: choose another --out to make it anew")
+        raise CapacityError(
+            f"{result.parent} already holds a {result.name} of other settings ({', '.join(changed)}): choose another"
+            " --out"
+        )
+    print(
+        f"{result.parent} already holds a {result.name} of these settings, and it stays: choose another --out to make"
+        " it anew"
+    )
     return True
 
 
 def run(function: Callable[[Any], Any], arguments: Sequence[str] | None = None, name: str | None = None) -> Any:
     """Parse `arguments` (by default the command line's) into the function's dataclass and call it.
 
-    `tuple[int, ...]` fields are given as `16,32,64`, or the option is repeated; a field without a default is a required option.
+    `tuple[int, ...]` fields are given as `16,32,64`, or the option is repeated; a field without a default is a required
+    option.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     return command_of(function).main(given, prog_name=name or sys.argv[0], standalone_mode=False)
@@ -108,7 +130,10 @@ def _with_options(function: Callable[[Any], Any]) -> Callable[..., Any]:
             listed.add(field.name)
             kind, default = list[str], default if default is ... else [",".join(map(str, default))] if default else []
         elif isinstance(kind, types.UnionType) and type(None) not in typing.get_args(kind):
-            raise PluginError(f"the option {field.name!r} of {function.__name__} has the type {kind}, of which no option can be made: use one type or None")
+            raise PluginError(
+                f"the option {field.name!r} of {function.__name__} has the type {kind}, of which no option can be made:"
+                " use one type or None"
+            )
         declare = typer.Argument if field.metadata.get("by_place") else typer.Option
         info = declare(default, help=str(field.metadata.get("help", "")))
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind))
@@ -119,7 +144,9 @@ def _with_options(function: Callable[[Any], Any]) -> Callable[..., Any]:
             try:
                 values[name] = tuple(item(part) for part in given.split(",") if part.strip())
             except ValueError as problem:
-                raise CapacityError(f"--{name.replace('_', '-')} {given!r} is no list of {item.__name__}s: write them as 1,2,3") from problem
+                raise CapacityError(
+                    f"--{name.replace('_', '-')} {given!r} is no list of {item.__name__}s: write them as 1,2,3"
+                ) from problem
         return function(config_type(**values))
 
     command.__doc__ = (inspect.getdoc(function) or "").split("\n\n")[0]

@@ -1,4 +1,6 @@
-"""Scratch: memory that is kept between uses, because the first touch of fresh memory costs as much as a pass over it."""
+"""Scratch: memory that is kept between uses, because the first touch of fresh memory costs as much
+as a pass over it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from torch import Tensor
 
 
 class Scratch:
-    """Memory for one large block at a time; whatever works one after the other shares it, so that it need not grow with their number."""
+    """Memory for one large block at a time; whatever works one after the other shares it, so that it need not grow with
+    their number.
+    """
 
     def __init__(self) -> None:
         self._kept: Tensor | None = None

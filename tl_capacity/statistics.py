@@ -1,4 +1,6 @@
-"""FeatureStatistics: the sums of one SAE's latents, updated chunk by chunk on the device where they are made, and merged by addition."""
+"""FeatureStatistics: the sums of one SAE's latents, updated chunk by chunk on the device where they are made, and
+merged by addition.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ ENTRIES_AT_ONCE = 2**14
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """The active latents of some counted tokens, sparse: one entry per (token, feature) with z ≠ 0; those of one feature are in the order of the tokens.
+    """The active latents of some counted tokens, sparse: one entry per (token, feature) with z ≠ 0; those of one
+    feature are in the order of the tokens.
 
     Attributes:
         features: the feature.
@@ -32,9 +35,11 @@ class LatentBatch:
         token_groups: the document group of each token.
         rows: the row of each token in the forward pass.
         positions: its position in that row.
-        counted: on the CPU, the token mask of the forward pass, of which this batch may be a part; false at padding, special tokens and skipped positions.
+        counted: on the CPU, the token mask of the forward pass, of which this batch may be a part; false at padding,
+            special tokens and skipped positions.
         sae: the dictionary.
-        gradients: for each loss that an estimator asked for, its gradient ∂L/∂x at the hook point; L is in nats, summed over positions.
+        gradients: for each loss that an estimator asked for, its gradient ∂L/∂x at the hook point; L is in nats, summed
+            over positions.
     """
 
     features: Int64[Tensor, " entry"]
@@ -51,10 +56,16 @@ class LatentBatch:
     gradients: Mapping[str, Float[Tensor, "token width"]] = field(default_factory=dict)
 
     def latent_gradients(self, loss: str) -> Float64[Tensor, " entry"]:
-        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩, the error of the reconstruction held fixed (Marks et al. 2024, arXiv:2403.19647)."""
+        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩, the error of the reconstruction held fixed (Marks et al. 2024,
+        arXiv:2403.19647).
+        """
         decoder, gradient = self.sae.W_dec.detach().flatten(1), self.gradients[loss]
-        pieces = zip(torch.split(self.features, ENTRIES_AT_ONCE), torch.split(self.tokens, ENTRIES_AT_ONCE), strict=True)
-        along = [(decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces]
+        pieces = zip(
+            torch.split(self.features, ENTRIES_AT_ONCE), torch.split(self.tokens, ENTRIES_AT_ONCE), strict=True
+        )
+        along = [
+            (decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces
+        ]
         return torch.cat(along).to(self.values)
 
     def dense(self) -> Tensor:
@@ -65,7 +76,9 @@ class LatentBatch:
 
 
 def document_groups(documents: NDArray[np.int64], groups: int = DOCUMENT_GROUPS) -> NDArray[np.int64]:
-    """The group of each document number: a hash (splitmix64), so that neighbours and shards spread evenly whatever the order."""
+    """The group of each document number: a hash (splitmix64), so that neighbours and shards spread evenly whatever the
+    order.
+    """
     x = documents.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -76,8 +89,8 @@ def document_groups(documents: NDArray[np.int64], groups: int = DOCUMENT_GROUPS)
 class FeatureStatistics:
     """Sums over counted tokens, per document group, and what they say.
 
-    Counts are int64 and moments float64: float32 counts stop at 2²⁴. What each sum is and its axes: `tl_capacity.summary.SUMS`; `state` holds what importance
-    estimators accumulated, `estimator/key` → [group, ...].
+    Counts are int64 and moments float64: float32 counts stop at 2²⁴. What each sum is and its axes:
+    `tl_capacity.summary.SUMS`; `state` holds what importance estimators accumulated, `estimator/key` → [group, ...].
     """
 
     counts: Int64[Tensor, "group feature"]
@@ -97,18 +110,25 @@ class FeatureStatistics:
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, features: int, width: int, decoder_norm: Tensor, device: torch.device, groups: int = DOCUMENT_GROUPS) -> FeatureStatistics:
+    def empty(
+        cls, features: int, width: int, decoder_norm: Tensor, device: torch.device, groups: int = DOCUMENT_GROUPS
+    ) -> FeatureStatistics:
         """Zeros for `features` latents whose reconstruction has `width` dimensions."""
 
         sizes = {"group": groups, "feature": features, "reason": len(MASK_REASONS), "one": 1, "width": width}
-        zeros = {name: torch.zeros([sizes[axis] for axis in axes], dtype=getattr(torch, dtype), device=device) for name, (dtype, axes) in SUMS.items()}
+        zeros = {
+            name: torch.zeros([sizes[axis] for axis in axes], dtype=getattr(torch, dtype), device=device)
+            for name, (dtype, axes) in SUMS.items()
+        }
         return cls.from_tensors({**zeros, "decoder_norm": decoder_norm.to(device=device, dtype=torch.float64)})
 
     def update_tokens(self, groups: Int64[Tensor, " token"]) -> None:
         """Add counted tokens, each with its document group."""
         self.tokens.index_add_(0, groups, torch.ones_like(groups))
 
-    def update_latents(self, features: Int64[Tensor, " entry"], values: Float64[Tensor, " entry"], groups: Int64[Tensor, " entry"]) -> None:
+    def update_latents(
+        self, features: Int64[Tensor, " entry"], values: Float64[Tensor, " entry"], groups: Int64[Tensor, " entry"]
+    ) -> None:
         """Add active latents z of counted tokens, each with its feature and document group."""
         place = groups * self.counts.shape[1] + features
         self.counts.view(-1).index_add_(0, place, torch.ones_like(place))
@@ -123,7 +143,10 @@ class FeatureStatistics:
             self.incidence += seen.sum(0)
 
     def update_reconstruction(
-        self, target: Float[Tensor, "token width"], reconstruction: Float[Tensor, "token width"], groups: Int64[Tensor, " token"]
+        self,
+        target: Float[Tensor, "token width"],
+        reconstruction: Float[Tensor, "token width"],
+        groups: Int64[Tensor, " token"],
     ) -> None:
         """Add the squared error of reconstructed tokens, each with its document group."""
         target = target.double()

@@ -1,5 +1,5 @@
-"""Files: written beside their final name and renamed, so that a reader finds the old file or the new one and never half of one; checkpoints also keep the one
-before, for the day on which the last is damaged.
+"""Files: written beside their final name and renamed, so that a reader finds the old file or the new one and never half
+of one; checkpoints also keep the one before, for the day on which the last is damaged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ SEAL = "sha256_of_the_rest"
 
 
 def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
-    """Write `data` to `path` atomically and durably; with `keep_previous`, what was there stays under its name of `previous`.
+    """Write `data` to `path` atomically and durably; with `keep_previous`, what was there stays under its name of
+    `previous`.
 
     Raises:
         CapacityError: where the disk is full or the folder cannot be written; whatever was at `path` stays.
@@ -38,12 +39,19 @@ def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
         os.replace(temporary, path)
     except OSError as problem:
         _discard(temporary)
-        raise CapacityError(f"{path} cannot be written ({problem.strerror}): free space or choose another folder; what was there before is whole") from problem
+        raise CapacityError(
+            f"{path} cannot be written ({problem.strerror}): free space or choose another folder; what was there before"
+            " is whole"
+        ) from problem
 
 
 def write_json(path: Path, content: Any, keep_previous: bool = False) -> None:
     """Write `content` as indented JSON, atomically; NaN is refused."""
-    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", "replace"), keep_previous)
+    write_bytes(
+        path,
+        (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", "replace"),
+        keep_previous,
+    )
 
 
 def write_record(path: Path, content: Mapping[str, Any], keep_previous: bool = False) -> None:
@@ -65,7 +73,9 @@ def read_record(path: Path, schema: int) -> dict[str, Any]:
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     json.dumps(content, allow_nan=False)  # Python reads NaN and infinity, which are no JSON and were never written
     if isinstance(content.get("schema"), int) and content["schema"] > schema:
-        raise MeasurementError(f"{path} has schema {content['schema']}, and this version reads up to {schema}: upgrade tl-capacity")
+        raise MeasurementError(
+            f"{path} has schema {content['schema']}, and this version reads up to {schema}: upgrade tl-capacity"
+        )
     seal = content.pop(SEAL, None)
     if seal is not None and seal != _seal(content):
         raise ValueError("the SHA-256 of its content is not the recorded one")
@@ -73,8 +83,8 @@ def read_record(path: Path, schema: int) -> dict[str, Any]:
 
 
 def remove_stale(record: Path, names: str, pattern: str, keep_previous: bool) -> None:
-    """Delete the files beside a record that match `pattern` and are not the one that it names in its field `names`, nor the one that the record before it does;
-    without `keep_previous`, that record too.
+    """Delete the files beside a record that match `pattern` and are not the one that it names in its field `names`, nor
+    the one that the record before it does; without `keep_previous`, that record too.
     """
     if not keep_previous:
         _discard(previous(record))
@@ -86,7 +96,9 @@ def remove_stale(record: Path, names: str, pattern: str, keep_previous: bool) ->
 
 
 def _remove_unfinished(folder: Path, pattern: str) -> None:
-    """Delete what another process left that was killed while it wrote; each file has one writer, which writes over its own."""
+    """Delete what another process left that was killed while it wrote; each file has one writer, which writes over its
+    own.
+    """
     for path in folder.glob(f".{pattern}.*.writing"):
         if not path.name.endswith(_unfinished()):
             _discard(path)
@@ -119,7 +131,8 @@ def previous(path: Path) -> Path:
 
 
 def last_whole(path: Path, read: Callable[[Path], Content]) -> Content | None:
-    """What `read` makes of the checkpoint at `path`; where that is damaged, of the one before it, which then takes its place. None where there is neither.
+    """What `read` makes of the checkpoint at `path`; where that is damaged, of the one before it, which then takes its
+    place. None where there is neither.
 
     Raises:
         CapacityError: what `read` raises, where both are damaged.

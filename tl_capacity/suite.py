@@ -1,4 +1,6 @@
-"""Suites: several SAEs of one hook point, and how far d* is a property of the model rather than of the dictionary that was chosen."""
+"""Suites: several SAEs of one hook point, and how far d* is a property of the model rather than of the dictionary that
+was chosen.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ EQUAL_L0 = 1.05
 class Suite:
     """The SAEs that were measured at one hook point, by rising L0.
 
-    d* = L0 · ln(F/L0) holds for every dictionary, so d* rises with L0 however good the dictionary is. What is asked is only how steeply, and what was paid in
-    reconstruction.
+    d* = L0 · ln(F/L0) holds for every dictionary, so d* rises with L0 however good the dictionary is. What is asked is
+    only how steeply, and what was paid in reconstruction.
     """
 
     hook: str
@@ -29,7 +31,9 @@ class Suite:
 
     @property
     def curve(self) -> list[tuple[float, float]]:
-        """`(L0, d*)` of each SAE in the sparse regime, L0 < F/e; beyond it, d* falls again as more features are active."""
+        """`(L0, d*)` of each SAE in the sparse regime, L0 < F/e; beyond it, d* falls again as more
+        features are active.
+        """
         figures = [(h.summary.l0.value, h.summary.n_alive.value, h.summary.critical_width.value) for h in self.saes]
         return [(l0, width) for l0, alive, width in figures if 0 < l0 < alive / e]
 
@@ -45,14 +49,23 @@ class Suite:
         """How far the answer depends on the dictionary, in a sentence."""
         widths = sorted(width for _, width in self.curve)
         if len(widths) < 2:
-            sparse = f"{len(widths)} of {len(self.saes)} dictionaries {'is' if len(widths) == 1 else 'are'} sparse (L0 < F/e)"
+            sparse = (
+                f"{len(widths)} of {len(self.saes)} dictionaries {'is' if len(widths) == 1 else 'are'} sparse (L0 <"
+                " F/e)"
+            )
             return f"{self.hook}: {sparse}, so nothing can be said of how d* depends on the dictionary"
         low, high = widths[0], widths[-1]
-        spread = f"{self.hook}: d* lies between {low:,.1f} and {high:,.1f} ({high / low:.2f}-fold) over {len(widths)} dictionaries"
+        spread = (
+            f"{self.hook}: d* lies between {low:,.1f} and {high:,.1f} ({high / low:.2f}-fold) over {len(widths)}"
+            " dictionaries"
+        )
         if self.exponent is None:
             return f"{spread} of nearly the same L0: this much depends on what else they differ in"
         l0 = [x for x, _ in self.curve]
-        return f"{spread} with L0 from {l0[0]:,.1f} to {l0[-1]:,.1f}, about as L0^{self.exponent:.2f}: twice the L0 gives {2**self.exponent:.2f} times the d*"
+        return (
+            f"{spread} with L0 from {l0[0]:,.1f} to {l0[-1]:,.1f}, about as L0^{self.exponent:.2f}: twice the L0 gives"
+            f" {2**self.exponent:.2f} times the d*"
+        )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the suite as text."""
@@ -61,7 +74,15 @@ class Suite:
             s = one.summary
             fvu = "not checked" if s.fvu is None else s.fvu.show(".3f")
             rows.append(
-                [one.sae, f"{s.d_sae:,}", s.l0.show(",.1f"), s.n_alive.show(",.0f"), s.critical_width.show(), s.heterogeneous_critical_width.show(), fvu]
+                [
+                    one.sae,
+                    f"{s.d_sae:,}",
+                    s.l0.show(",.1f"),
+                    s.n_alive.show(",.0f"),
+                    s.critical_width.show(),
+                    s.heterogeneous_critical_width.show(),
+                    fvu,
+                ]
             )
         return ["SAE", "latents", "L0", "F alive", "d*", "d*_het", "FVU"], rows
 
@@ -71,4 +92,8 @@ def suites(hooks: Iterable[HookMeasurement]) -> list[Suite]:
     by_hook: dict[str, list[HookMeasurement]] = {}
     for measured in hooks:
         by_hook.setdefault(measured.hook, []).append(measured)
-    return [Suite(hook, tuple(sorted(several, key=lambda h: h.summary.l0.value))) for hook, several in by_hook.items() if len(several) > 1]
+    return [
+        Suite(hook, tuple(sorted(several, key=lambda h: h.summary.l0.value)))
+        for hook, several in by_hook.items()
+        if len(several) > 1
+    ]

@@ -1,7 +1,9 @@
-"""FeatureSummary: what the sums of one SAE say, in numpy alone, so that a saved measurement is read without importing torch.
+"""FeatureSummary: what the sums of one SAE say, in numpy alone, so that a saved measurement is read without importing
+torch.
 
-Sums are kept per *document group*: a document belongs to one of 64 groups by a hash of its number, and the document bootstrap resamples groups. So every
-figure has an interval clustered by document, any two shards merge exactly, and memory is O(groups · features) whatever the number of tokens.
+Sums are kept per *document group*: a document belongs to one of 64 groups by a hash of its number, and the document
+bootstrap resamples groups. So every figure has an interval clustered by document, any two shards merge exactly, and
+memory is O(groups · features) whatever the number of tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ Sums = TypeVar("Sums", bound=Any)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval over documents; `low` and `high` are None where there are too few documents to say."""
+    """A number with its 95% interval over documents; `low` and `high` are None where there are too few documents to
+    say.
+    """
 
     value: float
     low: float | None = None
@@ -73,29 +77,37 @@ class Estimate:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """The format in which a number has so many significant digits, and the ends of its interval as many decimals: no powers of ten but for tiny ones."""
+    """The format in which a number has so many significant digits, and the ends of its interval as many decimals: no
+    powers of ten but for tiny ones.
+    """
     if not isfinite(value) or abs(value) < 1e-4:
         return f".{digits}g"
     return f",.{max(0, digits - 1 - floor(log10(abs(value))))}f"
 
 
 def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """How often each replicate of the document bootstrap takes each document group [replicate, group]; None where too few groups have a token."""
+    """How often each replicate of the document bootstrap takes each document group [replicate, group]; None where too
+    few groups have a token.
+    """
     occupied = np.flatnonzero(tokens)
     if len(occupied) < MIN_GROUPS_FOR_INTERVAL:
         return None
     weights = np.zeros((REPLICATES, len(tokens)))
-    weights[:, occupied] = np.random.default_rng(0).multinomial(len(occupied), np.full(len(occupied), 1 / len(occupied)), size=REPLICATES)
+    weights[:, occupied] = np.random.default_rng(0).multinomial(
+        len(occupied), np.full(len(occupied), 1 / len(occupied)), size=REPLICATES
+    )
     return weights
 
 
 def estimate_around(value: float, replicates: NDArray[np.float64]) -> Estimate:
     """An estimate with the 95% percentile interval of its replicates [replicate].
 
-    The replicates are shifted so that their mean lies on the estimate: a resample repeats some documents and leaves others out, so rare features vanish from
-    it and counts of features come out low.
+    The replicates are shifted so that their mean lies on the estimate: a resample repeats some documents and leaves
+    others out, so rare features vanish from it and counts of features come out low.
     """
-    defined = replicates[np.isfinite(replicates)]  # a resample may miss every document on which the statistic is defined
+    defined = replicates[
+        np.isfinite(replicates)
+    ]  # a resample may miss every document on which the statistic is defined
     if len(defined) < 0.9 * len(replicates) or not isfinite(value):
         return Estimate(float(value))
     low, high = np.percentile(defined, [2.5, 97.5]) - defined.mean()
@@ -110,10 +122,15 @@ def merge_sums(mine: Mapping[str, Sums], theirs: Mapping[str, Sums]) -> dict[str
     """
     if mine.keys() != theirs.keys():
         odd = ", ".join(sorted(mine.keys() ^ theirs.keys()))
-        raise MeasurementError(f"the shards accumulated different statistics ({odd}): measure both with the same importance estimators")
+        raise MeasurementError(
+            f"the shards accumulated different statistics ({odd}): measure both with the same importance estimators"
+        )
     for name, value in mine.items():
         if value.shape != theirs[name].shape:
-            raise MeasurementError(f"{name} has shape {tuple(value.shape)} in one shard and {tuple(theirs[name].shape)} in the other: not the same SAE")
+            raise MeasurementError(
+                f"{name} has shape {tuple(value.shape)} in one shard and {tuple(theirs[name].shape)} in the other: not"
+                " the same SAE"
+            )
     if not bool((mine["decoder_norm"] == theirs["decoder_norm"]).all()):
         raise MeasurementError("the shards' decoder norms differ: they were measured with different SAE weights")
     return {name: value if name == "decoder_norm" else value + theirs[name] for name, value in mine.items()}
@@ -130,22 +147,36 @@ def check_sums(arrays: Mapping[str, NDArray[Any]], where: str) -> None:
         array = arrays.get(name)
         if array is None:
             raise MeasurementError(f"{where} lacks the statistics {name!r}: the measurement was altered, measure again")
-        fits = array.ndim == len(axes) and all(sizes.setdefault(axis, size) == size for axis, size in zip(axes, array.shape, strict=True))
+        fits = array.ndim == len(axes) and all(
+            sizes.setdefault(axis, size) == size for axis, size in zip(axes, array.shape, strict=True)
+        )
         if not fits or str(array.dtype) != dtype:
             found = f"{array.dtype}{list(array.shape)}"
-            raise MeasurementError(f"{name!r} in {where} is {found}, not {dtype}{list(axes)}: the measurement was altered, measure again")
+            raise MeasurementError(
+                f"{name!r} in {where} is {found}, not {dtype}{list(axes)}: the measurement was altered, measure again"
+            )
         if not np.isfinite(array).all() or (dtype == "int64" and (array < 0).any()):
-            raise MeasurementError(f"{name!r} in {where} has negative counts or non-finite sums: the measurement was altered, measure again")
+            raise MeasurementError(
+                f"{name!r} in {where} has negative counts or non-finite sums: the measurement was altered, measure"
+                " again"
+            )
     for name, array in arrays.items():
         if name.startswith("state/") and (array.shape[:1] != arrays["tokens"].shape or not np.isfinite(array).all()):
-            raise MeasurementError(f"{name!r} in {where} has shape {list(array.shape)} or non-finite sums: the measurement was altered, measure again")
+            raise MeasurementError(
+                f"{name!r} in {where} has shape {list(array.shape)} or non-finite sums: the measurement was altered,"
+                " measure again"
+            )
     if (arrays["counts"] > arrays["tokens"][:, None]).any() or (arrays["incidence"] > arrays["documents"].sum()).any():
-        raise MeasurementError(f"{where} counts latents on more tokens or documents than it has: the measurement was altered, measure again")
+        raise MeasurementError(
+            f"{where} counts latents on more tokens or documents than it has: the measurement was altered, measure"
+            " again"
+        )
 
 
 @dataclass(frozen=True)
 class FeatureSummary:
-    """Everything derived from the sums of one SAE, in numpy; every figure is an `Estimate` with a document-bootstrap interval.
+    """Everything derived from the sums of one SAE, in numpy; every figure is an `Estimate` with a document-bootstrap
+    interval.
 
     Attributes:
         arrays: the arrays of `FeatureStatistics.tensors`.
@@ -160,13 +191,17 @@ class FeatureSummary:
         if self.n_tokens == 0:
             masked = int(self.arrays["masked"].sum())
             reason = f"all {masked:,} tokens were masked" if masked else "no tokens were seen"
-            raise CapacityError(f"nothing was counted: {reason}; run the model on text that is not padding or special tokens")
+            raise CapacityError(
+                f"nothing was counted: {reason}; run the model on text that is not padding or special tokens"
+            )
 
     @staticmethod
     def check_threshold(threshold: float) -> None:
         """Raises `CapacityError` where an alive threshold is no firing rate."""
         if not 0 <= threshold < 1:
-            raise CapacityError(f"alive_threshold = {threshold} is no firing rate: choose one in [0, 1), the paper's is 1e-5")
+            raise CapacityError(
+                f"alive_threshold = {threshold} is no firing rate: choose one in [0, 1), the paper's is 1e-5"
+            )
 
     @property
     def n_tokens(self) -> int:
@@ -260,7 +295,9 @@ class FeatureSummary:
         return self._figures["reconstruction_error"] if self.arrays["fvu_tokens"].sum() > 0 else None
 
     def firing_rate_histogram(self, bins_per_decade: int = 4) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
-        """`(edges, features per bin, features that never fired)` of the firing rates, on a logarithmic scale down to one token in all."""
+        """`(edges, features per bin, features that never fired)` of the firing rates, on a logarithmic scale down to
+        one token in all.
+        """
         lowest = min(np.floor(np.log10(1 / self.n_tokens) * bins_per_decade), -1)
         edges = 10 ** (np.arange(lowest, 1) / bins_per_decade)
         fired = self.firing_rates[self.firing_rates > 0]
@@ -271,8 +308,9 @@ class FeatureSummary:
     def features_chao2(self) -> Estimate:
         """Chao2 estimate of how many latents can fire at all, seen or not, with Chao's log-normal interval.
 
-        F_obs + (m−1)/m · Q₁(Q₁−1) / (2(Q₂+1)), the bias-corrected form, where Q₁ and Q₂ features were seen in exactly one and two of m
-        documents (Chao 1987; Colwell 2013, EstimateS). A lower bound on the richness, capped at the SAE's size.
+        F_obs + (m−1)/m · Q₁(Q₁−1) / (2(Q₂+1)), the bias-corrected form, where Q₁ and Q₂ features were seen in exactly
+        one and two of m documents (Chao 1987; Colwell 2013, EstimateS). A lower bound on the richness, capped at the
+        SAE's size.
         """
         incidence, m = self.arrays["incidence"], self.n_documents
         seen = int((incidence > 0).sum())
@@ -308,8 +346,21 @@ class FeatureSummary:
 
     @cached_property
     def _figures(self) -> dict[str, Estimate]:
-        names = ["n_alive", "l0", "alpha", "capacity", "critical_width", "heterogeneous_critical_width", "dense_latents"]
-        names += ["fvu", "explained_variance", "reconstruction_error", *(f"alive_at_{threshold}" for threshold in THRESHOLDS)]
+        names = [
+            "n_alive",
+            "l0",
+            "alpha",
+            "capacity",
+            "critical_width",
+            "heterogeneous_critical_width",
+            "dense_latents",
+        ]
+        names += [
+            "fvu",
+            "explained_variance",
+            "reconstruction_error",
+            *(f"alive_at_{threshold}" for threshold in THRESHOLDS),
+        ]
         figures = dict(zip(names, self.estimates(self._figures_of), strict=True))
         counts = [name for name in names if "alive" in name or name == "dense_latents"]
         return figures | {name: figures[name].within(0.0, float(self.d_sae)) for name in counts}
@@ -320,13 +371,27 @@ class FeatureSummary:
         return 1 - float(sums.rates.sum()) / alive if alive else float("nan")
 
     def _figures_of(self, sums: Resample) -> list[float]:
-        alive, l0, alpha = float((sums.rates > self.alive_threshold).sum()), float(sums.rates.sum()), self.sparsity_of(sums)
+        alive, l0, alpha = (
+            float((sums.rates > self.alive_threshold).sum()),
+            float(sums.rates.sum()),
+            self.sparsity_of(sums),
+        )
         capacity = theory.capacity(alpha) if 0 < alpha < 1 else float("nan")
         rates = np.minimum(sums.rates, 1.0)
         heterogeneous = theory.heterogeneous_critical_width(rates)
         reconstruction = [sums.fvu, 1 - sums.fvu, sums.reconstruction_error]
         at_thresholds = [float((sums.rates > t).sum()) for t in THRESHOLDS]
-        return [alive, l0, alpha, capacity, alive / capacity, heterogeneous, float(theory.dense_latents(rates)), *reconstruction, *at_thresholds]
+        return [
+            alive,
+            l0,
+            alpha,
+            capacity,
+            alive / capacity,
+            heterogeneous,
+            float(theory.dense_latents(rates)),
+            *reconstruction,
+            *at_thresholds,
+        ]
 
     @cached_property
     def _floats(self) -> dict[str, NDArray[Any]]:
@@ -381,13 +446,23 @@ class Resample:
             sums=np.asarray(self.weights @ self.arrays["sums"]),
             squares=np.asarray(self.weights @ self.arrays["squares"]),
             decoder_norm=self.arrays["decoder_norm"],
-            state={k.removeprefix(prefix): np.tensordot(self.weights, v, 1) for k, v in self.arrays.items() if k.startswith(prefix)},
+            state={
+                k.removeprefix(prefix): np.tensordot(self.weights, v, 1)
+                for k, v in self.arrays.items()
+                if k.startswith(prefix)
+            },
         )
         with plugin_code("importance estimator", estimator, compute):
             importance = np.asarray(compute(sums), dtype=np.float64)
         expected = (self.arrays["counts"].shape[1],)
         if importance.shape != expected:
-            raise CapacityError(f"the importance estimator {estimator!r} returned shape {importance.shape}, but one value for each of {expected} is needed")
+            raise CapacityError(
+                f"the importance estimator {estimator!r} returned shape {importance.shape}, but one value for each of"
+                f" {expected} is needed"
+            )
         if not (np.isfinite(importance).all() and (importance >= 0).all()):
-            raise CapacityError(f"the importance estimator {estimator!r} returned negative or non-finite values: importances must be finite and ≥ 0")
+            raise CapacityError(
+                f"the importance estimator {estimator!r} returned negative or non-finite values: importances must be"
+                " finite and ≥ 0"
+            )
         return importance

@@ -1,7 +1,8 @@
-"""Closed forms of the minimum-width theorem: how many sparse features a width can hold, and the loss that a narrower student cannot avoid.
+"""Closed forms of the minimum-width theorem: how many sparse features a width can hold, and the loss that a narrower
+student cannot avoid.
 
-Pure functions of floats, numpy arrays or torch tensors; what goes in decides what comes out. Equations and symbols follow
-Sarkar & Deka 2026 (arXiv:2604.04037). Everything is computed in float64.
+Pure functions of floats, numpy arrays or torch tensors; what goes in decides what comes out. Equations and symbols
+follow Sarkar & Deka 2026 (arXiv:2604.04037). Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def critical_width(n_features: Numeric | int, alpha: Numeric) -> Numeric:
 def heterogeneous_critical_width(firing_rates: Values) -> Any:
     """Heterogeneous critical width Σᵢ pᵢ ln(1/pᵢ), summed over the last axis; needs no alive threshold.
 
-    Equals `critical_width` where all rates are equal, and is never larger (p ln(1/p) is concave). Latents with p > 1/e, whose term
-    falls again as they fire more, are counted by `dense_latents`.
+    Equals `critical_width` where all rates are equal, and is never larger (p ln(1/p) is concave). Latents with p > 1/e,
+    whose term falls again as they fire more, are counted by `dense_latents`.
 
     Args:
         firing_rates: p [..., feature], each feature's share of counted tokens on which it is active.
@@ -142,13 +143,15 @@ def lost_importance(importance: Values, kept: Any) -> Any:
         ValueError: where an importance is negative or not finite, or `kept` is negative.
     """
     counts = _within("kept", kept, lambda k: k >= 0, "kept ≥ 0").astype(np.int64)
-    # Summed from the least important, so that the tiny terms of a long tail are not rounded away against the large ones.
+    # Summed from the least important, so that the tiny terms of a long tail are not rounded away against the large
+    # ones.
     tail = np.concatenate([[0.0], np.cumsum(np.sort(_importance(importance)))])
     return _like(tail[np.maximum(len(tail) - 1 - counts, 0)], importance)
 
 
 def refined_floor(importance: Values, width: Any, alpha: Any) -> Any:
-    """Refined loss floor L*(d_S) = Σ_{i > F_S} I_(i), I sorted descending (arXiv:2604.04037), in the importance's own unit.
+    """Refined loss floor L*(d_S) = Σ_{i > F_S} I_(i), I sorted descending (arXiv:2604.04037), in the importance's own
+    unit.
 
     Args:
         importance: I [feature] of the alive features, in any order; F is their number.
@@ -174,7 +177,8 @@ def naive_floor(importance: Values, width: Any, alpha: Any) -> Any:
 
 def _capacity(alpha: Any) -> NDArray[np.float64]:
     sparsities = _within("alpha", alpha, lambda a: (a > 0) & (a < 1), "0 < α < 1")
-    # log1p, because 1 − α is 1 for the smallest α; for the smallest of all the reciprocal is no float, and a width of 0 must still hold nothing.
+    # log1p, because 1 − α is 1 for the smallest α; for the smallest of all the reciprocal is no float, and a width of 0
+    # must still hold nothing.
     with np.errstate(over="ignore"):
         return np.asarray(np.minimum(1.0 / ((1.0 - sparsities) * -np.log1p(-sparsities)), np.finfo(np.float64).max))
 
@@ -190,7 +194,9 @@ def _features(n_features: Any) -> NDArray[np.float64]:
 def _importance(importance: Any) -> NDArray[np.float64]:
     values = _within("importance", importance, lambda i: (i >= 0) & np.isfinite(i), "0 ≤ I < ∞")
     if values.ndim != 1:
-        raise ValueError(f"importance has shape {values.shape}, but one value per feature is needed: pass a one-dimensional array")
+        raise ValueError(
+            f"importance has shape {values.shape}, but one value per feature is needed: pass a one-dimensional array"
+        )
     return values
 
 

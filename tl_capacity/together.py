@@ -1,5 +1,5 @@
-"""Measuring on several processes, as `accelerate launch -m tl_capacity measure …` or `torchrun` starts them: each reads its share of the documents, and one
-all-reduce at the end adds up what they saw.
+"""Measuring on several processes, as `accelerate launch -m tl_capacity measure …` or `torchrun` starts them: each reads
+its share of the documents, and one all-reduce at the end adds up what they saw.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def measure_together(settings: MeasureSettings) -> Measurement:
 
 
 def share(settings: MeasureSettings, processes: Processes) -> MeasureSettings:
-    """What this process measures: every n-th of the documents, its part of the tokens, with checkpoints in a folder of its own beside `out`."""
+    """What this process measures: every n-th of the documents, its part of the tokens, with checkpoints in a folder of
+    its own beside `out`.
+    """
     index, of = settings.shard
     return replace(
         settings,
@@ -60,13 +62,20 @@ def add_up(mine: Measurement, shard: tuple[int, int], processes: Processes) -> M
         for name in ("model", "revision", "dtype", "source", "settings"):
             was, is_ = getattr(mine.provenance, name), getattr(other, name)
             if was != is_:
-                raise MeasurementError(f"the processes do not fit together: {name} is {was!r} in one and {is_!r} in another; start all with one command")
+                raise MeasurementError(
+                    f"the processes do not fit together: {name} is {was!r} in one and {is_!r} in another; start all"
+                    " with one command"
+                )
         if theirs != measured[0]:
-            raise MeasurementError("the processes do not fit together: they have other hook points, SAE weights or estimators; start all with one command")
+            raise MeasurementError(
+                "the processes do not fit together: they have other hook points, SAE weights or estimators; start all"
+                " with one command"
+            )
     hooks = []
     for hook in mine:
         arrays = {
-            name: array if name == "decoder_norm" else processes.sum(torch.from_numpy(array.copy())).numpy() for name, array in hook.summary.arrays.items()
+            name: array if name == "decoder_norm" else processes.sum(torch.from_numpy(array.copy())).numpy()
+            for name, array in hook.summary.arrays.items()
         }
         hooks.append(replace(hook, summary=replace(hook.summary, arrays=arrays)))
     joined = replace(

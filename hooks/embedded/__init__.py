@@ -1,4 +1,6 @@
-"""The embedded teacher: a small GPT-NeoX with three SAEs and public-domain text, installed with the package, so that everything can be tried with no hub."""
+"""The embedded teacher: a small GPT-NeoX with three SAEs and public-domain text, installed with the package, so that
+everything can be tried with no hub.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ LAYERS = (1, 3, 5)
 
 
 class EmbeddedCorpus(TokenSource):
-    """Public-domain prose that the embedded teacher was not trained on: `embedded` (or `embedded:measure`) and `embedded:heldout`."""
+    """Public-domain prose that the embedded teacher was not trained on: `embedded` (or `embedded:measure`) and
+    `embedded:heldout`.
+    """
 
     name = "embedded corpus"
     summary = "embedded[:measure|:heldout]: public-domain prose that the embedded teacher has not seen"

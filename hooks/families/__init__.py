@@ -1,4 +1,6 @@
-"""Model families: where Hugging Face architectures keep their residual stream, and how their students are built. One file per family."""
+"""Model families: where Hugging Face architectures keep their residual stream, and how their students are built. One
+file per family.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ from tl_capacity.hooks.families import gemma, gpt2, gpt_neox, llama, mamba, opt,
 from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import ModelFamily
 
-FAMILIES = (gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, llama.FAMILY, qwen.FAMILY, gemma.FAMILY, *phi.FAMILIES, mamba.FAMILY)
+FAMILIES = (
+    gpt_neox.FAMILY,
+    gpt2.FAMILY,
+    opt.FAMILY,
+    llama.FAMILY,
+    qwen.FAMILY,
+    gemma.FAMILY,
+    *phi.FAMILIES,
+    mamba.FAMILY,
+)
 
 
 @hookimpl

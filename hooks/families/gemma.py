@@ -10,7 +10,9 @@ from tl_capacity.interfaces import ModelFamily
 
 
 def student(config: Any, width: int) -> dict[str, Any] | None:
-    """What a student of some width has otherwise than its teacher; see `scaling`. Scores stay scaled by the same multiple of the head size."""
+    """What a student of some width has otherwise than its teacher; see `scaling`. Scores stay scaled by the same
+    multiple of the head size.
+    """
     changes = decoder(config, width)
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if changes is None or scalar is None:
@@ -18,4 +20,6 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
     return changes | {"query_pre_attn_scalar": scaled(scalar, changes["head_dim"], config.head_dim)}
 
 
-FAMILY = ModelFamily("gemma", ("gemma", "gemma2", "gemma3_text"), "model.layers", "Gemma, Gemma 2, Gemma 3 (text)", student)
+FAMILY = ModelFamily(
+    "gemma", ("gemma", "gemma2", "gemma3_text"), "model.layers", "Gemma, Gemma 2, Gemma 3 (text)", student
+)

@@ -17,7 +17,9 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
     return {
         "n_embd": width,
         "n_head": width // size,
-        "n_inner": None if config.n_inner is None else scaled(config.n_inner, width, config.n_embd),  # None means 4 · n_embd
+        "n_inner": (
+            None if config.n_inner is None else scaled(config.n_inner, width, config.n_embd)
+        ),  # None means 4 · n_embd
         "initializer_range": initial_weights(config, width),
     }
 

@@ -6,4 +6,6 @@ from tl_capacity.hooks.families.scaling import decoder
 
 from tl_capacity.interfaces import ModelFamily
 
-FAMILY = ModelFamily("llama", ("llama", "mistral", "olmo", "olmo2"), "model.layers", "Llama, SmolLM2, Mistral, OLMo", decoder)
+FAMILY = ModelFamily(
+    "llama", ("llama", "mistral", "olmo", "olmo2"), "model.layers", "Llama, SmolLM2, Mistral, OLMo", decoder
+)

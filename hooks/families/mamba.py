@@ -1,4 +1,6 @@
-"""Mamba: no heads; its inner width is a multiple of the stream's, and the rank of its time step grows with the width. State and convolution stay."""
+"""Mamba: no heads; its inner width is a multiple of the stream's, and the rank of its time step grows with the width.
+State and convolution stay.
+"""
 
 from __future__ import annotations
 

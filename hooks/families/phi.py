@@ -1,4 +1,6 @@
-"""Phi, which rotates a part of each head; Phi 3 stretches each rotary dimension by a factor of its own, so that no rule gives those of another head size."""
+"""Phi, which rotates a part of each head; Phi 3 stretches each rotary dimension by a factor of its own, so that no rule
+gives those of another head size.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
     changes = decoder(config, width)
     if changes is None:
         return None
-    return changes | {"rope_parameters": partly_rotated(config.rope_parameters, width // changes["num_attention_heads"])}
+    return changes | {
+        "rope_parameters": partly_rotated(config.rope_parameters, width // changes["num_attention_heads"])
+    }
 
 
 FAMILIES = (

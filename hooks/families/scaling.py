@@ -1,8 +1,10 @@
-"""The rule by which a student's configuration follows from its teacher's and from its width d_S, the same for all families.
+"""The rule by which a student's configuration follows from its teacher's and from its width d_S, the same for all
+families.
 
 - Depth, vocabulary, context and everything that is not named here: the teacher's.
 - MLP: d_mlp · d_S / d_T, rounded; so the ratio of MLP to stream stays.
-- Heads: the teacher's head size where it divides d_S, else the largest that does and is at least half of it; a student narrower than one head has one.
+- Heads: the teacher's head size where it divides d_S, else the largest that does and is at least half of it; a student
+narrower than one head has one.
 - Key/value heads: as many heads share one as in the teacher, or as near to that as the number of heads allows.
 - Rotary dimensions: the teacher's share of the head size, rounded to an even number.
 - Initial weights: their standard deviation times √(d_T / d_S), so that what a layer sums up starts at the same size.
@@ -21,10 +23,19 @@ def scaled(size: int, width: int, teacher_width: int) -> int:
 
 
 def head_size(width: int, teacher_size: int, multiple: int = 1) -> int | None:
-    """The largest size of heads that divides `width`, is a multiple of `multiple` and within a factor of 2 of the teacher's; None where there is none."""
+    """The largest size of heads that divides `width`, is a multiple of `multiple` and within a factor of 2 of the
+    teacher's; None where there is none.
+    """
     if width <= teacher_size:
         return width if width % multiple == 0 else None
-    return next((size for size in range(teacher_size, (teacher_size - 1) // 2, -1) if width % size == 0 and size % multiple == 0), None)
+    return next(
+        (
+            size
+            for size in range(teacher_size, (teacher_size - 1) // 2, -1)
+            if width % size == 0 and size % multiple == 0
+        ),
+        None,
+    )
 
 
 def key_value_heads(heads: int, teacher_heads: int, teacher_key_value_heads: int) -> int:
@@ -50,10 +61,11 @@ def initial_weights(config: Any, width: int, name: str = "initializer_range") ->
 
 
 def decoder(config: Any, width: int) -> dict[str, Any] | None:
-    """What changes in a configuration with Llama's names (Mistral, OLMo, Qwen, Gemma, Phi), or None where no head size fits.
+    """What changes in a configuration with Llama's names (Mistral, OLMo, Qwen, Gemma, Phi), or None where no head size
+    fits.
 
-    Where the head size is free of the width (`head_dim`, as in Qwen 3 and Gemma 2), it stays the teacher's, as long as one such head is not more than the
-    student's share of the attention's width.
+    Where the head size is free of the width (`head_dim`, as in Qwen 3 and Gemma 2), it stays the teacher's, as long as
+    one such head is not more than the student's share of the attention's width.
     """
     teacher_width, teacher_heads = int(config.hidden_size), int(config.num_attention_heads)
     teacher_size = int(getattr(config, "head_dim", None) or teacher_width // teacher_heads)

@@ -1,4 +1,6 @@
-"""A disk that is full, and a folder that cannot be written: one sentence, a code other than zero, and nothing that was there is changed."""
+"""A disk that is full, and a folder that cannot be written: one sentence, a code other than zero, and nothing that was
+there is changed.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ while code:
 shutil.copytree(disk, results / "disk", ignore=shutil.ignore_patterns("filler"))
 END
 """
-"""Runs a command again and again, each time with a little more space, until it gets to its end; whatever it needs to write, one of the runs fails at it."""
+"""Runs a command again and again, each time with a little more space, until it gets to its end; whatever it needs to
+write, one of the runs fails at it.
+"""
 
 
 @pytest.fixture
@@ -85,11 +89,18 @@ def checkpoint(setup: Path, tmp_path: Path) -> Path:
 
 
 def in_a_namespace(script: str, setup: Path, checkpoint: Path, folder: Path) -> Path:
-    """Run a script that mounts `$DISK` and then runs the command that goes on with the checkpoint there; returns the folder of its results."""
+    """Run a script that mounts `$DISK` and then runs the command that goes on with the checkpoint there; returns the
+    folder of its results.
+    """
     disk, results = folder / "disk", folder / "results"
     disk.mkdir()
     results.mkdir()
-    command = [sys.executable, "-m", "tl_capacity", *map(str, arguments(setup, disk / "m", "--resume", "--checkpoint-seconds", 0, tokens=TOKENS))]
+    command = [
+        sys.executable,
+        "-m",
+        "tl_capacity",
+        *map(str, arguments(setup, disk / "m", "--resume", "--checkpoint-seconds", 0, tokens=TOKENS)),
+    ]
     in_namespace(script, command, {"DISK": disk, "CHECKPOINT": checkpoint, "RESULTS": results})
     assert (results / "code").read_text().strip() == "2"
     assert "Traceback" not in (results / "error").read_text()
@@ -97,10 +108,15 @@ def in_a_namespace(script: str, setup: Path, checkpoint: Path, folder: Path) -> 
 
 
 def in_namespace(script: str, command: list[str], places: dict[str, Path]) -> None:
-    if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", places["DISK"]], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", places["DISK"]], capture_output=True).returncode
+    ):
         pytest.skip("no user namespaces here, so no file system can be mounted")
     environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
-    done = subprocess.run([*NAMESPACE, "bash", "-c", script, "bash", *command], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*NAMESPACE, "bash", "-c", script, "bash", *command], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -115,14 +131,30 @@ def run_with_ever_more_space(command: list[str], folder: Path) -> tuple[list[str
     assert {code for code, _ in failed} == {2}
     said = [re.findall("error: (.*)", error) for _, error in failed]  # SAELens shows its progress before and after
     assert {len(sentences) for sentences in said} == {1}
-    assert all(" cannot be written (No space left on device): free space or choose another folder; what was there" in sentence for [sentence] in said), said
+    assert all(
+        " cannot be written (No space left on device): free space or choose another folder; what was there" in sentence
+        for [sentence] in said
+    ), said
     found = places["RESULTS"] / "disk"
     assert not list(found.rglob("*writing*"))
     return [sentence for [sentence] in said], found
 
 
 def test_students_on_a_disk_that_is_too_small(cli: Cli, setup: Path, tmp_path: Path) -> None:
-    command = ["run", "distill", "--teacher", setup / "model", "--source", setup / "text.jsonl", "--widths", "8,16", "--tokens", 600, "--context", 32]
+    command = [
+        "run",
+        "distill",
+        "--teacher",
+        setup / "model",
+        "--source",
+        setup / "text.jsonl",
+        "--widths",
+        "8,16",
+        "--tokens",
+        600,
+        "--context",
+        32,
+    ]
     command += ["--heldout-tokens", 200, "--evaluations", 2, "--resume"]
     said, found = run_with_ever_more_space([*map(str, command), "--out", str(tmp_path / "disk" / "d")], tmp_path)
     for part in ("checkpoint-", "/students/width"):
@@ -135,19 +167,52 @@ def test_students_on_a_disk_that_is_too_small(cli: Cli, setup: Path, tmp_path: P
 
 
 def test_an_sae_on_a_disk_that_is_too_small(cli: Cli, setup: Path, tmp_path: Path) -> None:
-    command = ["run", "train-sae", "--model", setup / "model", "--source", setup / "text.jsonl", "--hook", "blocks.1.hook_resid_post", "--tokens", 4_000]
-    command += ["--heldout-tokens", 500, "--d-sae", 64, "--k", 8, "--batch-tokens", 128, "--context", 24, "--checkpoints", 1]
+    command = [
+        "run",
+        "train-sae",
+        "--model",
+        setup / "model",
+        "--source",
+        setup / "text.jsonl",
+        "--hook",
+        "blocks.1.hook_resid_post",
+        "--tokens",
+        4_000,
+    ]
+    command += [
+        "--heldout-tokens",
+        500,
+        "--d-sae",
+        64,
+        "--k",
+        8,
+        "--batch-tokens",
+        128,
+        "--context",
+        24,
+        "--checkpoints",
+        1,
+    ]
     said, found = run_with_ever_more_space([*map(str, command), "--out", str(tmp_path / "disk" / "sae")], tmp_path)
     for part in ("/sae.checkpoints/2048 cannot", "/disk/sae cannot"):
         assert any(part in sentence for sentence in said), said
-    assert sorted(path.name for path in (found / "sae").iterdir()) == ["cfg.json", "sae_weights.safetensors", "training.json"]
+    assert sorted(path.name for path in (found / "sae").iterdir()) == [
+        "cfg.json",
+        "sae_weights.safetensors",
+        "training.json",
+    ]
     assert [path.name for path in found.iterdir()] == ["sae"]
 
 
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(cli: Cli, setup: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
+    cli: Cli, setup: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     """On a real file system with no space left; with space again, the run goes on from there."""
     results = in_a_namespace(FULL_DISK, setup, checkpoint, tmp_path)
-    assert "cannot be written (No space left on device): free space or choose another folder; what was there before is whole" in (results / "error").read_text()
+    assert (
+        "cannot be written (No space left on device): free space or choose another folder; what was there before is"
+        " whole" in (results / "error").read_text()
+    )
     assert (results / "after").read_text() == (results / "before").read_text()
     assert cli(*arguments(setup, tmp_path / "whole", tokens=TOKENS))[0] == 0
     same(tmp_path / "whole", results / "m")

@@ -1,4 +1,6 @@
-"""Files that somebody or something has changed: whatever a loader meets, it loads, or it raises `CapacityError` and nothing else."""
+"""Files that somebody or something has changed: whatever a loader meets, it loads, or it raises `CapacityError` and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ from tl_capacity.toy.training import train
 EXAMPLES = 85
 """Of each kind of file; 25 kinds make more than 2,000."""
 
-SWEEP = SweepSettings(features=(4,), alphas=(0.7,), teacher_widths=(2,), seeds=1, steps=2, evaluation_rows=16, distilled=False)
+SWEEP = SweepSettings(
+    features=(4,), alphas=(0.7,), teacher_widths=(2,), seeds=1, steps=2, evaluation_rows=16, distilled=False
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ def measured(model: str, sae: str) -> Callable[[Path], object]:
         model_, sae_ = (re.sub("FOLDER|SAMPLES", lambda found: places[found[0]], spec) for spec in (model, sae))
         text_, out = folder.parent / "samples" / "text" / "words.txt", folder.parent / "measured"
         shutil.rmtree(out, ignore_errors=True)
-        return measure(MeasureSettings(model_, out, (sae_,), tokens=50, source=str(text_), max_fvu=float("inf"), progress=False))
+        return measure(
+            MeasureSettings(model_, out, (sae_,), tokens=50, source=str(text_), max_fvu=float("inf"), progress=False)
+        )
 
     return load
 
@@ -84,7 +90,9 @@ KINDS = {
     "students' weights": Kind("d/checkpoint.safetensors", checkpoint.read),
     "sweep": Kind("t/sweep.json", SweepResult.load),
     "sweep's students": Kind("t/students.safetensors", SweepResult.load),
-    "sweep's checkpoint": Kind("c/state.safetensors", lambda folder: Checkpoint(folder / "state.safetensors", SWEEP.to_json())),
+    "sweep's checkpoint": Kind(
+        "c/state.safetensors", lambda folder: Checkpoint(folder / "state.safetensors", SWEEP.to_json())
+    ),
     "curve": Kind("curve/curve.json", lambda folder: Curve.load(folder / "curve.json").floors([1, 2])),
     "probes": Kind("r/probes.json", reported),
     "recoverability": Kind("r/recoverability.json", reported),
@@ -122,7 +130,14 @@ def samples(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("model", "sae"):
         shutil.copytree(setup / name, folder / name)
     measure(
-        MeasureSettings(model=str(setup / "model"), saes=(str(setup / "sae"),), source=str(setup / "text.jsonl"), tokens=200, out=folder / "m", progress=False)
+        MeasureSettings(
+            model=str(setup / "model"),
+            saes=(str(setup / "sae"),),
+            source=str(setup / "text.jsonl"),
+            tokens=200,
+            out=folder / "m",
+            progress=False,
+        )
     )
     _rename_tensors(folder / "m" / "measurement.json", "statistics", "statistics.safetensors")
     _distil(setup, folder / "d")
@@ -133,7 +148,9 @@ def samples(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "c").mkdir()
     train(SWEEP, folder / "c" / "state.safetensors")
     (folder / "curve").mkdir()
-    (folder / "curve" / "curve.json").write_text(json.dumps({"sorted_importance": [4.0, 2.0, 1.0], "alpha": 0.9, "F_alive": 3}))
+    (folder / "curve" / "curve.json").write_text(
+        json.dumps({"sorted_importance": [4.0, 2.0, 1.0], "alpha": 0.9, "F_alive": 3})
+    )
     _dictionaries(folder)
     _results(folder)
     passages = [f"passage {i} of a text, with words – and 字 – in it.\n\n" for i in range(30)]
@@ -141,7 +158,9 @@ def samples(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = "".join(passages).encode()
     lines = "".join(json.dumps({"text": passage}) + "\n" for passage in passages).encode()
     (folder / "text" / "text.txt").write_bytes(plain)
-    (folder / "text" / "words.txt").write_text("\n\n".join(" ".join(f"w{2 + (i * j) % 60}" for j in range(20)) for i in range(5)))
+    (folder / "text" / "words.txt").write_text(
+        "\n\n".join(" ".join(f"w{2 + (i * j) % 60}" for j in range(20)) for i in range(5))
+    )
     (folder / "text" / "text.txt.xz").write_bytes(lzma.compress(plain))
     (folder / "text" / "text.jsonl").write_bytes(lines)
     (folder / "text" / "text.jsonl.gz").write_bytes(gzip.compress(lines))
@@ -156,16 +175,36 @@ def _dictionaries(folder: Path) -> None:
     from sae_lens.saes.sae import SAEMetadata
     from safetensors.torch import save_file
 
-    weight, bias, origin = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(64), torch.zeros(32)
-    sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=4, metadata=SAEMetadata(hook_name=HOOK, context_size=16, prepend_bos=True)))
+    weight, bias, origin = (
+        torch.randn(64, 32, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(64),
+        torch.zeros(32),
+    )
+    sae = TopKSAE(
+        TopKSAEConfig(d_in=32, d_sae=64, k=4, metadata=SAEMetadata(hook_name=HOOK, context_size=16, prepend_bos=True))
+    )
     sae.W_enc.data, sae.W_dec.data = weight.T.contiguous(), weight
     sae.save_model(folder / "topk")
     for name in ("sparsify", "dictionary_learning"):
         (folder / name).mkdir()
-    (folder / "sparsify" / "cfg.json").write_text(json.dumps({"activation": "topk", "num_latents": 64, "k": 4, "transcode": False, "d_in": 32}))
-    save_file({"encoder.weight": weight, "encoder.bias": bias, "W_dec": weight.clone(), "b_dec": origin}, folder / "sparsify" / "sae.safetensors")
-    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 32, "dict_size": 64, "k": 4, "layer": 1, "submodule_name": "resid_post_layer_1"}
-    (folder / "dictionary_learning" / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 16, "d_submodule": 32}}))
+    (folder / "sparsify" / "cfg.json").write_text(
+        json.dumps({"activation": "topk", "num_latents": 64, "k": 4, "transcode": False, "d_in": 32})
+    )
+    save_file(
+        {"encoder.weight": weight, "encoder.bias": bias, "W_dec": weight.clone(), "b_dec": origin},
+        folder / "sparsify" / "sae.safetensors",
+    )
+    trainer = {
+        "dict_class": "AutoEncoderTopK",
+        "activation_dim": 32,
+        "dict_size": 64,
+        "k": 4,
+        "layer": 1,
+        "submodule_name": "resid_post_layer_1",
+    }
+    (folder / "dictionary_learning" / "config.json").write_text(
+        json.dumps({"trainer": trainer, "buffer": {"ctx_len": 16, "d_submodule": 32}})
+    )
     state = {"encoder.weight": weight, "encoder.bias": bias, "decoder.weight": weight.T.contiguous(), "b_dec": origin}
     torch.save(state, folder / "dictionary_learning" / "ae.pt")
 
@@ -173,22 +212,66 @@ def _dictionaries(folder: Path) -> None:
 def _results(folder: Path) -> None:
     """What recipes wrote, and a concept."""
     shutil.copytree(folder / "m", folder / "r")
-    probe = {"concept": "few", "kind": "trained", "model": "teacher", "baseline": False, "width": 32, "accuracy": 0.8, "low": 0.7, "high": 0.9, "majority": 0.5}
-    probe |= {"auroc": 0.9, "auroc_low": 0.8, "auroc_high": 0.95, "selectivity": 0.2, "selectivity_low": 0.1, "selectivity_high": 0.3, "control_accuracy": 0.6}
-    probes = {"schema": 1, "concepts": [{"name": "few", "classes": ["few", "many"]}], "settings": {"concepts": ["few"]}, "probes": [probe]}
+    probe = {
+        "concept": "few",
+        "kind": "trained",
+        "model": "teacher",
+        "baseline": False,
+        "width": 32,
+        "accuracy": 0.8,
+        "low": 0.7,
+        "high": 0.9,
+        "majority": 0.5,
+    }
+    probe |= {
+        "auroc": 0.9,
+        "auroc_low": 0.8,
+        "auroc_high": 0.95,
+        "selectivity": 0.2,
+        "selectivity_low": 0.1,
+        "selectivity_high": 0.3,
+        "control_accuracy": 0.6,
+    }
+    probes = {
+        "schema": 1,
+        "concepts": [{"name": "few", "classes": ["few", "many"]}],
+        "settings": {"concepts": ["few"]},
+        "probes": [probe],
+    }
     (folder / "r" / "probes.json").write_text(json.dumps(probes))
-    row = {"schema": 1, "student": "width8-seed0", "width": 8, "hook": HOOK, "tau": 0.5, "n_features": 64, "n_judged": 40, "kept": 12, "kept_teacher": 38}
-    row |= {"intervals": {"student": [10, 14]}, "overlap": {"predicted": 0.6}, "readouts": {"student": {"r2": 0.4}}, "by_tau": {"0.5": {"student": 12}}}
+    row = {
+        "schema": 1,
+        "student": "width8-seed0",
+        "width": 8,
+        "hook": HOOK,
+        "tau": 0.5,
+        "n_features": 64,
+        "n_judged": 40,
+        "kept": 12,
+        "kept_teacher": 38,
+    }
+    row |= {
+        "intervals": {"student": [10, 14]},
+        "overlap": {"predicted": 0.6},
+        "readouts": {"student": {"r2": 0.4}},
+        "by_tau": {"0.5": {"student": 12}},
+    }
     (folder / "r" / "recoverability.json").write_text(json.dumps([row]))
     (folder / "p").mkdir()
-    (folder / "p" / "settings.json").write_text(json.dumps({"teacher": "embedded", "widths": [16, 32], "seeds": [0], "measure_tokens": 16_000, "lr": 3e-3}))
+    (folder / "p" / "settings.json").write_text(
+        json.dumps({"teacher": "embedded", "widths": [16, 32], "seeds": [0], "measure_tokens": 16_000, "lr": 3e-3})
+    )
     (folder / "concept").mkdir()
-    rows = [{"text": f"w{i} w{i + 1}", "label": "few" if i % 2 else "many", "document": f"document {i}"} for i in range(200)]
+    rows = [
+        {"text": f"w{i} w{i + 1}", "label": "few" if i % 2 else "many", "document": f"document {i}"} for i in range(200)
+    ]
     (folder / "concept" / "concept.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def _rename_tensors(record: Path, field: str, name: str) -> None:
-    """A name that does not depend on the content, and a record without the hash of itself, so that changes get past it."""
+    """A name that does not depend on the content, and a record without the hash of itself, so that
+    changes get past it.
+    """
     content = json.loads(record.read_bytes())
     previous(record).unlink(missing_ok=True)
     record.with_name(content[field]).rename(record.with_name(name))
@@ -262,7 +345,9 @@ def changed_json(draw: st.DrawFn, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_no_loader_raises_anything_else(name: str, samples: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_no_loader_raises_anything_else(
+    name: str, samples: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     kind = KINDS[name]
     folder = tmp_path / "changed"
     shutil.copytree(samples / Path(kind.path).parent, folder)
@@ -274,7 +359,13 @@ def test_no_loader_raises_anything_else(name: str, samples: Path, tmp_path: Path
     if file.suffix == ".json":
         changes |= changed_json(whole)
 
-    @settings(max_examples=kind.examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=kind.examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(data=changes)
     def try_it(data: bytes) -> None:
         nonlocal loaded
@@ -321,7 +412,9 @@ def test_a_truncated_file_on_the_command_line(name: str, samples: Path, tmp_path
     file = folder / Path(kind.path).name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    code, _, err = cli(*(part.replace("FOLDER", str(folder)).replace("SAMPLES", str(samples)) for part in COMMANDS[name]))
+    code, _, err = cli(
+        *(part.replace("FOLDER", str(folder)).replace("SAMPLES", str(samples)) for part in COMMANDS[name])
+    )
     assert code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -333,7 +426,9 @@ RECORDS = ("measurement", "distillation", "sweep")
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_flipped_bit_is_seen(name: str, samples: Path, tmp_path: Path) -> None:
-    """In a record as it is written, with the hash of itself: whichever bit flips, the file is refused, or means what it meant."""
+    """In a record as it is written, with the hash of itself: whichever bit flips, the file is refused, or means what it
+    meant.
+    """
     load = KINDS[name].load
     folder = tmp_path / "record"
     shutil.copytree(samples / Path(KINDS[name].path).parent, folder)
@@ -360,7 +455,11 @@ def test_every_flipped_bit_is_seen(name: str, samples: Path, tmp_path: Path) -> 
 
 
 def _json(found: Any) -> Any:
-    return found.to_json() if hasattr(found, "to_json") else {**found.settings.to_json(), "seconds": found.seconds, "machine": found.machine}
+    return (
+        found.to_json()
+        if hasattr(found, "to_json")
+        else {**found.settings.to_json(), "seconds": found.seconds, "machine": found.machine}
+    )
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -1,4 +1,6 @@
-"""Text and names that are out to break something: HTML, control characters, marks that turn the writing around, half of a surrogate pair, lines of 1 MB."""
+"""Text and names that are out to break something: HTML, control characters, marks that turn the writing around, half of
+a surrogate pair, lines of 1 MB.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,19 @@ def hostile_source(folder: Path) -> Path:
 @pytest.fixture
 def measured(setup: Path, tmp_path: Path, cli: Cli) -> Path:
     source = hostile_source(tmp_path)
-    code, out, err = cli("measure", "--model", setup / "model", "--sae", setup / "sae", "--source", source, "--tokens", 10**7, "--out", tmp_path / "m")
+    code, out, err = cli(
+        "measure",
+        "--model",
+        setup / "model",
+        "--sae",
+        setup / "sae",
+        "--source",
+        source,
+        "--tokens",
+        10**7,
+        "--out",
+        tmp_path / "m",
+    )
     assert (code, err) == (0, "")
     assert "\x1b" not in out
     return tmp_path / "m"
@@ -69,21 +83,31 @@ class Seen(HTMLParser):
 
 
 def test_in_a_report(tmp_path: Path, cli: Cli) -> None:
-    """In snippets, by a tokenizer that gives every byte back: it is there as text, none of it is an element, and control characters are escaped."""
-    texts = {"hostile": [HOSTILE[name] for name in ("html", "control", "right_to_left", "surrogate", "odd")], "plain": ["w2 w3 w4 w5 w6"]}
+    """In snippets, by a tokenizer that gives every byte back: it is there as text, none of it is an element, and
+    control characters are escaped.
+    """
+    texts = {
+        "hostile": [HOSTILE[name] for name in ("html", "control", "right_to_left", "surrogate", "odd")],
+        "plain": ["w2 w3 w4 w5 w6"],
+    }
     pages = {}
     for name, written in texts.items():
         source = tmp_path / f"{'<b onmouseover=alert(1)>' if name == 'hostile' else name}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in written * 8))
         measurement, out = tmp_path / name, tmp_path / f"{name}.html"
         sae = ["--sae", "blocks.3.hook_resid_post"]
-        assert cli("measure", "--model", "embedded", *sae, "--source", source, "--max-fvu", "inf", "--out", measurement)[0] == 0
+        assert (
+            cli("measure", "--model", "embedded", *sae, "--source", source, "--max-fvu", "inf", "--out", measurement)[0]
+            == 0
+        )
         code, said, _ = cli("report", measurement, "--widths", 8, "-o", out)
         assert code == 0
         assert "\x1b" not in said
         pages[name] = out.read_text(encoding="utf-8")
     hostile, plain = Seen(pages["hostile"]), Seen(pages["plain"])
-    data = "".join(next(text for _, attributes, text in hostile.elements if attributes.get("id") == "feature-data")).strip()
+    data = "".join(
+        next(text for _, attributes, text in hostile.elements if attributes.get("id") == "feature-data")
+    ).strip()
     assert "<" not in data
     assert data.isascii()
     assert data.isprintable()
@@ -92,7 +116,9 @@ def test_in_a_report(tmp_path: Path, cli: Cli) -> None:
     for part in ("script> & <img", "onerror=", "\x1b", "\u202e"):
         assert any(part in text for text in shown)
     for tag in ("script", "img", "b"):
-        assert [name for name, _, _ in hostile.elements].count(tag) == [name for name, _, _ in plain.elements].count(tag)
+        assert [name for name, _, _ in hostile.elements].count(tag) == [name for name, _, _ in plain.elements].count(
+            tag
+        )
     assert not [attributes for _, attributes, _ in hostile.elements if attributes.keys() & {"onerror", "onmouseover"}]
     control = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
     assert set(re.findall(control, pages["hostile"])) == set(re.findall(control, pages["plain"]))
@@ -114,7 +140,19 @@ def test_each_by_itself(name: str, setup: Path, tmp_path: Path, cli: Cli) -> Non
     """As a text file too, where it can be one; nothing else than a result or one sentence comes out."""
     source = tmp_path / "text.txt"
     source.write_bytes((HOSTILE[name] + "\n\n" + "w2 w3 w4 w5 " * 20).encode("utf-8", "surrogatepass"))
-    code, _, err = cli("measure", "--model", setup / "model", "--sae", setup / "sae", "--source", source, "--out", tmp_path / "m", "--max-fvu", "inf")
+    code, _, err = cli(
+        "measure",
+        "--model",
+        setup / "model",
+        "--sae",
+        setup / "sae",
+        "--source",
+        source,
+        "--out",
+        tmp_path / "m",
+        "--max-fvu",
+        "inf",
+    )
     if name == "surrogate":
         assert code == 2
         assert "cannot be read as UTF-8 text" in err

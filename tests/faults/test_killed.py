@@ -1,4 +1,6 @@
-"""SIGKILL at random moments of everything that takes long: what is on disk is whole at every moment, and the same command goes on to the same last bit."""
+"""SIGKILL at random moments of everything that takes long: what is on disk is whole at every moment, and the same
+command goes on to the same last bit.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,32 @@ def measure(setup: Path, out: Path) -> list[object]:
 
 
 def distil(setup: Path, out: Path) -> list[object]:
-    text = ["--teacher", setup / "model", "--source", setup / "text.jsonl", "--context", 32, "--heldout-tokens", 300, "--tokens", 6_000]
-    return ["run", "distill", *text, "--widths", "8,16", "--evaluations", 4, "--out", out, "--resume", "--checkpoint-seconds", 0]
+    text = [
+        "--teacher",
+        setup / "model",
+        "--source",
+        setup / "text.jsonl",
+        "--context",
+        32,
+        "--heldout-tokens",
+        300,
+        "--tokens",
+        6_000,
+    ]
+    return [
+        "run",
+        "distill",
+        *text,
+        "--widths",
+        "8,16",
+        "--evaluations",
+        4,
+        "--out",
+        out,
+        "--resume",
+        "--checkpoint-seconds",
+        0,
+    ]
 
 
 def toy(setup: Path, out: Path) -> list[object]:
@@ -57,14 +83,41 @@ def toy(setup: Path, out: Path) -> list[object]:
 
 def probe(setup: Path, out: Path) -> list[object]:
     models = ["--model", setup / "model", "--model", students_of(setup)]
-    return ["run", "probe", *models, "--hook", HOOK, "--concepts", concept_of(setup), "--sae", setup / "sae", "--threads", 1, "--out", out]
+    return [
+        "run",
+        "probe",
+        *models,
+        "--hook",
+        HOOK,
+        "--concepts",
+        concept_of(setup),
+        "--sae",
+        setup / "sae",
+        "--threads",
+        1,
+        "--out",
+        out,
+    ]
 
 
 def recover(setup: Path, out: Path) -> list[object]:
     measured = setup / "measurement-to-recover"
     if not measured.exists():
         run_for(arguments(setup, measured))
-    return ["run", "recover", measured, students_of(setup), "--tokens", 12_000, "--tau", 0.8, "--threads", 1, "--out", out]
+    return [
+        "run",
+        "recover",
+        measured,
+        students_of(setup),
+        "--tokens",
+        12_000,
+        "--tau",
+        0.8,
+        "--threads",
+        1,
+        "--out",
+        out,
+    ]
 
 
 def whole_measurement(out: Path) -> None:
@@ -144,7 +197,9 @@ def run_for(command: list[object], seconds: float | None = None) -> float:
 
 @pytest.fixture(scope="module")
 def undisturbed(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, float]]:
-    """`undisturbed(job)`: what a run leaves that nobody kills, and how long it takes at least; the first time is longer than later ones."""
+    """`undisturbed(job)`: what a run leaves that nobody kills, and how long it takes at least; the first time is longer
+    than later ones.
+    """
     done: dict[str, tuple[Path, float]] = {}
 
     def run(name: str) -> tuple[Path, float]:
@@ -196,7 +251,9 @@ def checkpoints(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     def run(name: str) -> Path:
         if name not in left:
             folder = tmp_path_factory.mktemp(name)
-            child = CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in JOBS[name].command(setup, folder / "killed")],))
+            child = CHILDREN.Process(
+                target=run_in_a_child, args=([str(a) for a in JOBS[name].command(setup, folder / "killed")],)
+            )
             child.start()
             last, before = folder / records[name], previous(folder / records[name])
             # A kill between the two writes leaves the same record under both names, and nothing to fall back to.
@@ -250,7 +307,9 @@ def test_a_damaged_last_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The run goes on from the checkpoint before, says so, and ends with the same result; where that is damaged as well, it says so and changes nothing."""
+    """The run goes on from the checkpoint before, says so, and ends with the same result; where that is damaged as
+    well, it says so and changes nothing.
+    """
     name, find = DAMAGED[kind]
     folder = tmp_path / "folder"
     shutil.copytree(checkpoints(name), folder)

@@ -1,4 +1,6 @@
-"""Nothing leaks: a model, the user's random numbers and the process's memory are after measuring as they were before."""
+"""Nothing leaks: a model, the user's random numbers and the process's memory are after measuring
+as they were before.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ def random_states() -> tuple[Any, ...]:
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("importance", ["second_moment", "attribution"])
-def test_a_model_is_left_as_it_was(make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor, importance: str) -> None:
-    """Hooks, parameters, gradients, which modules train, and whether gradients are recorded; half of its modules train, as in somebody's own loop."""
+def test_a_model_is_left_as_it_was(
+    make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor, importance: str
+) -> None:
+    """Hooks, parameters, gradients, which modules train, and whether gradients are recorded; half of its modules train,
+    as in somebody's own loop.
+    """
     from tl_capacity.plugins import plugins
 
     if importance == "attribution":
@@ -43,7 +49,14 @@ def test_a_model_is_left_as_it_was(make_model: Callable[..., Any], make_sae: Cal
 
     def state() -> tuple[Any, ...]:
         parameters = [(p.detach().clone(), p.requires_grad, p.grad) for p in (*model.parameters(), *sae.parameters())]
-        return parameters, [m.training for m in modules], all_hooks(model), torch.is_grad_enabled(), torch.get_num_threads(), random_states()
+        return (
+            parameters,
+            [m.training for m in modules],
+            all_hooks(model),
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+            random_states(),
+        )
 
     before = state()
     with add_capacity_hooks(model, {HOOK: sae}, importance=[importance]) as capacity:
@@ -60,7 +73,13 @@ def test_a_model_is_left_as_it_was(make_model: Callable[..., Any], make_sae: Cal
 def test_random_numbers_of_the_user(make_model: Callable[..., Any], tokenizer: Any, texts: list[str]) -> None:
     model, stream = make_model("gpt_neox"), TokenStream(texts, tokenizer, context=16)
     before = random_states()
-    distill(model, [16], stream, settings=DistillSettings(tokens=100, evaluations=1, heldout_tokens=50, repeat=True), progress=False)
+    distill(
+        model,
+        [16],
+        stream,
+        settings=DistillSettings(tokens=100, evaluations=1, heldout_tokens=50, repeat=True),
+        progress=False,
+    )
     run_sweep(SweepSettings(features=(4,), alphas=(0.7,), teacher_widths=(2,), seeds=1, steps=2, evaluation_rows=16))
     assert random_states() == before
 
@@ -68,9 +87,14 @@ def test_random_numbers_of_the_user(make_model: Callable[..., Any], tokenizer: A
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_memory_over_many_cycles(
-    make_model: Callable[..., Any], make_sae: Callable[..., Any], tokens: torch.Tensor, record_property: Callable[[str, object], None]
+    make_model: Callable[..., Any],
+    make_sae: Callable[..., Any],
+    tokens: torch.Tensor,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """Attach, count, detach: in 200 cycles a leak of one batch's latents would be 24·20·2,048·8 bytes each, and 1.5 GB in all."""
+    """Attach, count, detach: in 200 cycles a leak of one batch's latents would be 24·20·2,048·8 bytes each, and 1.5 GB
+    in all.
+    """
     model, sae = make_model("gpt_neox"), make_sae(d_sae=2048)
     process, memory = psutil.Process(), []
     for _ in range(CYCLES):

@@ -1,4 +1,6 @@
-"""Wide SAEs stay within a stated memory, whatever is asked of it, and give the same figures however few latents are dense at once."""
+"""Wide SAEs stay within a stated memory, whatever is asked of it, and give the same figures however few latents are
+dense at once.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,18 @@ def wide_sae(folder: Path, latents: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("latents", [32_768, 262_144])
-def test_a_wide_sae_within_its_bound(latents: int, setup: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_a_wide_sae_within_its_bound(
+    latents: int, setup: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Asked for too little it says how much it needs; with that it stays below it, checkpoints included."""
     sae = wide_sae(tmp_path, latents)
 
     def run(out: str, memory: str) -> subprocess.CompletedProcess[str]:
         more = ("--max-fvu", "inf", "--max-memory", memory, "--checkpoint-seconds", 0)
         command = arguments(setup, tmp_path / out, *more, tokens=500, sae=str(sae))
-        return subprocess.run([sys.executable, "-m", "tl_capacity", "--log", "json", *map(str, command)], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "tl_capacity", "--log", "json", *map(str, command)], capture_output=True, text=True
+        )
 
     refused = run("refused", "100MB")
     assert refused.returncode == 2
@@ -57,7 +63,12 @@ def test_a_wide_sae_within_its_bound(latents: int, setup: Path, tmp_path: Path, 
     assert free.returncode == 0, free.stderr
     peak, unlimited = (json.loads(done.stderr.splitlines()[-1])["peak_memory_bytes"] for done in (kept, free))
     assert peak <= limit * 1e9
-    for what, amount in (("sums", sums), ("limit", limit * 1e9), ("peak below it", peak), ("peak without a limit", unlimited)):
+    for what, amount in (
+        ("sums", sums),
+        ("limit", limit * 1e9),
+        ("peak below it", peak),
+        ("peak without a limit", unlimited),
+    ):
         record_property(f"{latents:,} latents: {what}, GB", f"{amount / 1e9:.2f}")
     one, other = (Measurement.load(tmp_path / out)[HOOK].summary for out in ("kept", "free"))
     # Products over fewer tokens are rounded otherwise, so that a latent on the edge may fall to the other side.

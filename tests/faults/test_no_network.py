@@ -26,7 +26,9 @@ sys.addaudithook(refuse)
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python, without any setting that says offline, in a namespace that has no network where there can be one; anything that asks ends with code 99."""
+    """Run Python, without any setting that says offline, in a namespace that has no network where there can be one;
+    anything that asks ends with code 99.
+    """
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     namespace = ["unshare", "--user", "--map-root-user", "--net"]
     if shutil.which("unshare") is None or subprocess.run([*namespace, "true"], capture_output=True).returncode:
@@ -43,14 +45,21 @@ def test_what_asks_is_noticed() -> None:
 
 
 def test_import() -> None:
-    names = "tl_capacity, tl_capacity.cli, tl_capacity.attach, tl_capacity.doctor, tl_capacity.distillation, tl_capacity.toy, sae_lens, transformer_lens"
+    names = (
+        "tl_capacity, tl_capacity.cli, tl_capacity.attach, tl_capacity.doctor, tl_capacity.distillation,"
+        " tl_capacity.toy, sae_lens, transformer_lens"
+    )
     assert run(f"import {names}\nfrom tl_capacity.plugins import plugins; plugins()").returncode == 0
 
 
 @pytest.mark.slow
 def test_commands_on_this_machine(setup: Path, tmp_path: Path) -> None:
     """One after another in one process, because most of the time goes into starting."""
-    model, text, few = ["--model", setup / "model"], ["--source", setup / "text.jsonl"], ["--tokens", 300, "--heldout-tokens", 100]
+    model, text, few = (
+        ["--model", setup / "model"],
+        ["--source", setup / "text.jsonl"],
+        ["--tokens", 300, "--heldout-tokens", 100],
+    )
     teacher = ["--teacher", setup / "model", *text, "--context", 32]
     m, d, r = tmp_path / "m", tmp_path / "d", tmp_path / "r"
     chain: list[list[object]] = [
@@ -68,11 +77,87 @@ def test_commands_on_this_machine(setup: Path, tmp_path: Path) -> None:
         ["decompose", m, d],
         ["run", "recover", m, d, "--tokens", 4000, "--out", r],
         ["report", m, d, r, "-o", tmp_path / "report.html"],
-        ["run", "probe", *model, "--model", d, "--hook", HOOK, "--concepts", concept_of(setup), "--measurement", m, "--out", tmp_path / "p"],
-        ["run", "check-importance", *model, "--hook", HOOK, "--sae", setup / "sae", *text, "--context", 32, "--rows", 2, "--latents", 3],
-        ["run", "train-sae", *model, "--hook", HOOK, *text, "--context", 32, "--d-sae", 64, "--k", 4, "--tokens", 2000, "--out", tmp_path / "s"],
-        ["run", "pythia-floor", *teacher, "--sae", setup / "sae", "--widths", 8, *few, "--measure-tokens", 300, "--evaluations", 1, "--out", tmp_path / "f"],
-        ["run", "toy-sweep", "--features", 6, "--alphas", 0.8, "--teacher-widths", 2, "--steps", 3, "--seeds", 1, "--out", tmp_path / "t"],
+        [
+            "run",
+            "probe",
+            *model,
+            "--model",
+            d,
+            "--hook",
+            HOOK,
+            "--concepts",
+            concept_of(setup),
+            "--measurement",
+            m,
+            "--out",
+            tmp_path / "p",
+        ],
+        [
+            "run",
+            "check-importance",
+            *model,
+            "--hook",
+            HOOK,
+            "--sae",
+            setup / "sae",
+            *text,
+            "--context",
+            32,
+            "--rows",
+            2,
+            "--latents",
+            3,
+        ],
+        [
+            "run",
+            "train-sae",
+            *model,
+            "--hook",
+            HOOK,
+            *text,
+            "--context",
+            32,
+            "--d-sae",
+            64,
+            "--k",
+            4,
+            "--tokens",
+            2000,
+            "--out",
+            tmp_path / "s",
+        ],
+        [
+            "run",
+            "pythia-floor",
+            *teacher,
+            "--sae",
+            setup / "sae",
+            "--widths",
+            8,
+            *few,
+            "--measure-tokens",
+            300,
+            "--evaluations",
+            1,
+            "--out",
+            tmp_path / "f",
+        ],
+        [
+            "run",
+            "toy-sweep",
+            "--features",
+            6,
+            "--alphas",
+            0.8,
+            "--teacher-widths",
+            2,
+            "--steps",
+            3,
+            "--seeds",
+            1,
+            "--out",
+            tmp_path / "t",
+        ],
     ]
     code = f"""
 from tl_capacity.cli import main

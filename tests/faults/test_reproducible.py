@@ -17,7 +17,8 @@ teacher, student = (Output(torch.randn(256, 64), Head(torch.randn(50_304, 64) / 
 
 def gradient():
     hidden = student.hidden.clone().requires_grad_()
-    chunked_losses(teacher, [Output(hidden, student.head)], torch.zeros(256, dtype=torch.long), LogitLoss()).sum().backward()
+    targets = torch.zeros(256, dtype=torch.long)
+    chunked_losses(teacher, [Output(hidden, student.head)], targets, LogitLoss()).sum().backward()
     return hidden.grad
 
 sys.exit(not torch.equal(gradient(), gradient()))
@@ -27,7 +28,9 @@ AT_ONCE, WAVES = 3, 15
 
 @pytest.mark.slow
 def test_the_first_gradient_of_a_process_is_the_second() -> None:
-    """Unless its functions are settled first, MKL gives one process in a dozen another kernel for a part of the first exponentials."""
+    """Unless its functions are settled first, MKL gives one process in a dozen another kernel for a part of the first
+    exponentials.
+    """
     for _ in range(WAVES):
         wave = [subprocess.Popen([sys.executable, "-c", FIRST_AND_SECOND]) for _ in range(AT_ONCE)]
         assert [process.wait() for process in wave] == [0] * AT_ONCE

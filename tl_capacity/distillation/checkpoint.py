@@ -1,4 +1,6 @@
-"""The state of a distillation on disk: weights and optimiser in safetensors, the run so far in JSON that names their hash and is renamed into place last."""
+"""The state of a distillation on disk: weights and optimiser in safetensors, the run so far in JSON that names their
+hash and is renamed into place last.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,12 @@ class State:
         for i, (student, kl) in enumerate(zip(self.run.students, heldout_kl, strict=True)):
             trained = (self.losses[i] / self.since,) if self.since else ()
             students.append(
-                replace(student, tokens=(*student.tokens, self.tokens), heldout_kl=(*student.heldout_kl, kl), train_loss=(*student.train_loss, *trained))
+                replace(
+                    student,
+                    tokens=(*student.tokens, self.tokens),
+                    heldout_kl=(*student.heldout_kl, kl),
+                    train_loss=(*student.train_loss, *trained),
+                )
             )
         self.run, self.losses, self.since = replace(self.run, students=tuple(students)), [], 0
 
@@ -68,12 +75,15 @@ def save(folder: Path, state: State, students: nn.Module, optimiser: torch.optim
     storage.make_folder(folder)
     storage.write_bytes(folder / name, data)
     progress = {"step": state.step, "tokens": state.tokens, "losses": state.losses, "since": state.since}
-    storage.write_record(folder / JSON_NAME, {"file": name, "sha256": sha, **progress, "run": state.run.to_json()}, keep_previous=True)
+    storage.write_record(
+        folder / JSON_NAME, {"file": name, "sha256": sha, **progress, "run": state.run.to_json()}, keep_previous=True
+    )
     storage.remove_stale(folder / JSON_NAME, "file", "checkpoint-*.safetensors", keep_previous=True)
 
 
 def read(folder: Path) -> tuple[State, Mapping[str, Tensor]] | None:
-    """The state in a folder and its tensors, or None where there is no checkpoint; of the checkpoint before the last where that is damaged.
+    """The state in a folder and its tensors, or None where there is no checkpoint; of the checkpoint before the last
+    where that is damaged.
 
     Raises:
         MeasurementError: where both are damaged.
@@ -93,8 +103,19 @@ def _read(path: Path) -> tuple[State, Mapping[str, Tensor]]:
         run = DistillationRun.from_json(content["run"])
         progress = {name: int(content[name]) for name in ("step", "tokens", "since")}
         return State(run, **progress, losses=[float(loss) for loss in content["losses"]]), load(data)
-    except (ValueError, OSError, RecursionError, OverflowError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
-        raise MeasurementError(f"the checkpoint {path} is damaged ({problem}): delete the folder to begin anew") from problem
+    except (
+        ValueError,
+        OSError,
+        RecursionError,
+        OverflowError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+    ) as problem:
+        raise MeasurementError(
+            f"the checkpoint {path} is damaged ({problem}): delete the folder to begin anew"
+        ) from problem
 
 
 def restore(tensors: Mapping[str, Tensor], students: nn.Module, optimiser: torch.optim.Optimizer) -> None:

@@ -1,4 +1,6 @@
-"""The text of a distillation: rows of tokens read once, some whole documents held out, and the order in which the others are trained on."""
+"""The text of a distillation: rows of tokens read once, some whole documents held out, and the order in which the
+others are trained on.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,18 @@ class Rows:
         return hashlib.sha256(np.ascontiguousarray(self.tokens).tobytes()).hexdigest()
 
     def batch(self, step: int, batch_rows: int, seed: int) -> NDArray[np.int64]:
-        """The rows of a step [row, position]: each epoch takes all rows in an order of its own, which depends on the seed and the epoch alone."""
+        """The rows of a step [row, position]: each epoch takes all rows in an order of its own, which depends on the
+        seed and the epoch alone.
+        """
         places = np.arange(step * batch_rows, (step + 1) * batch_rows)
         epochs = places // len(self.tokens)
-        order = {int(epoch): np.random.default_rng([seed, int(epoch)]).permutation(len(self.tokens)) for epoch in np.unique(epochs)}
-        return self.trimmed(np.array([order[int(epoch)][place % len(self.tokens)] for epoch, place in zip(epochs, places, strict=True)]))
+        order = {
+            int(epoch): np.random.default_rng([seed, int(epoch)]).permutation(len(self.tokens))
+            for epoch in np.unique(epochs)
+        }
+        return self.trimmed(
+            np.array([order[int(epoch)][place % len(self.tokens)] for epoch, place in zip(epochs, places, strict=True)])
+        )
 
     def trimmed(self, rows: slice | NDArray[np.int64]) -> NDArray[np.int64]:
         """Some rows, as long as the longest of them."""
@@ -69,7 +78,11 @@ def read(stream: Any, heldout: Any, tokens: int, heldout_tokens: int, repeat: bo
             predicted = int((row != PADDING).sum()) - 1
             if predicted < 1:
                 continue
-            if heldout is None and document % HELDOUT_EVERY == 0 and (found_held < heldout_tokens or document == last_held):
+            if (
+                heldout is None
+                and document % HELDOUT_EVERY == 0
+                and (found_held < heldout_tokens or document == last_held)
+            ):
                 held.append(row)
                 found_held, last_held = found_held + predicted, document
             elif found < tokens:
@@ -85,11 +98,19 @@ def read(stream: Any, heldout: Any, tokens: int, heldout_tokens: int, repeat: bo
             if found_held >= heldout_tokens:
                 break
     if found_held < 1:
-        raise TokenSourceError("there is no held-out text to judge the students by: give some, or a stream of several documents")
+        raise TokenSourceError(
+            "there is no held-out text to judge the students by: give some, or a stream of several documents"
+        )
     if not found:
-        raise TokenSourceError("all of the text was held out and none is left to train on: give a stream of several documents, or held-out text of its own")
+        raise TokenSourceError(
+            "all of the text was held out and none is left to train on: give a stream of several documents, or held-out"
+            " text of its own"
+        )
     if found < tokens and not repeat:
-        raise TokenSourceError(f"the stream holds {found:,} tokens to train on, fewer than the {tokens:,} asked for: ask for fewer, or allow it to be repeated")
+        raise TokenSourceError(
+            f"the stream holds {found:,} tokens to train on, fewer than the {tokens:,} asked for: ask for fewer, or"
+            " allow it to be repeated"
+        )
     return Rows(_table(train)), Rows(_table(held))
 
 

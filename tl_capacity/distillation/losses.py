@@ -1,8 +1,11 @@
-"""Losses of distillation: how far a student's next-token distribution is from its teacher's, from hidden states, a chunk of tokens at a time.
+"""Losses of distillation: how far a student's next-token distribution is from its teacher's, from hidden states, a
+chunk of tokens at a time.
 
-A divergence is a plain function from log-probabilities to its value and its gradient. `chunked_losses` takes the gradient in the forward pass, so that the
-logits of a whole batch never exist, and computes the teacher's distribution once for all students. liger-kernel's `chunked_loss` (0.8.5) chunks likewise and
-runs on a CPU too, but takes one student at a time, with the teacher's logits computed anew for each, sums the loss in float32, and needs triton to install.
+A divergence is a plain function from log-probabilities to its value and its gradient. `chunked_losses` takes the
+gradient in the forward pass, so that the logits of a whole batch never exist, and computes the teacher's distribution
+once for all students. liger-kernel's `chunked_loss` (0.8.5) chunks likewise and runs on a CPU too, but takes one
+student at a time, with the teacher's logits computed anew for each, sums the loss in float32, and needs triton to
+install.
 """
 
 from __future__ import annotations
@@ -23,21 +26,31 @@ from tl_capacity.scratch import Scratch
 CHUNK_TOKENS = 128
 """Two buffers of [chunk, vocabulary] live at once: 51 MB in float32 at a vocabulary of 50,304."""
 CACHED = 2**17
-"""Logits that a processor core is given at once, for all that is done to them between two matrix products, so that they are still in its cache."""
+"""Logits that a processor core is given at once, for all that is done to them between two matrix products, so that they
+are still in its cache.
+"""
 
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`(log_p, p, log_q, q)` → value [token] and gradient [token, vocabulary] with respect to the student's logits, in place of `q`; overwrites `log_q` too."""
+"""`(log_p, p, log_q, q)` → value [token] and gradient [token, vocabulary] with respect to the student's logits, in
+place of `q`; overwrites `log_q` too.
+"""
 
 Probabilities = Float[Tensor, "token vocabulary"]
 
 
-def forward_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, q: Probabilities) -> tuple[Float[Tensor, " token"], Probabilities]:
-    """KL(p ‖ q) = Σ p (log p − log q) of teacher p and student q; its gradient is q − p (Hinton et al. 2015, arXiv:1503.02531)."""
+def forward_kl(
+    log_p: Probabilities, p: Probabilities, log_q: Probabilities, q: Probabilities
+) -> tuple[Float[Tensor, " token"], Probabilities]:
+    """KL(p ‖ q) = Σ p (log p − log q) of teacher p and student q; its gradient is q − p (Hinton et al. 2015,
+    arXiv:1503.02531).
+    """
     value = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(-1)
     return value, q.sub_(p)
 
 
-def reverse_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, q: Probabilities) -> tuple[Float[Tensor, " token"], Probabilities]:
+def reverse_kl(
+    log_p: Probabilities, p: Probabilities, log_q: Probabilities, q: Probabilities
+) -> tuple[Float[Tensor, " token"], Probabilities]:
     """KL(q ‖ p) = Σ q (log q − log p); its gradient is q (log q − log p − KL) (Gu et al. 2024, arXiv:2306.08543)."""
     ratio = log_q.sub_(log_p)
     value = torch.linalg.vecdot(q, ratio)
@@ -45,16 +58,20 @@ def reverse_kl(log_p: Probabilities, p: Probabilities, log_q: Probabilities, q: 
 
 
 def generalised_jsd(beta: float) -> Divergence:
-    """Generalised Jensen–Shannon divergence β KL(p ‖ m) + (1−β) KL(q ‖ m) with m = βp + (1−β)q (Agarwal et al. 2024, arXiv:2306.13649).
+    """Generalised Jensen–Shannon divergence β KL(p ‖ m) + (1−β) KL(q ‖ m) with m = βp + (1−β)q (Agarwal et al. 2024,
+    arXiv:2306.13649).
 
-    β is TRL's: as there, 0 means forward and 1 reverse KL, which the formula approaches only after division by β(1−β). Its gradient is
-    (1−β) q (log q/m − KL(q ‖ m)).
+    β is TRL's: as there, 0 means forward and 1 reverse KL, which the formula approaches only after division by β(1−β).
+    Its gradient is (1−β) q (log q/m − KL(q ‖ m)).
 
     Raises:
         CapacityError: unless 0 ≤ β ≤ 1.
     """
     if not 0 <= beta <= 1:
-        raise CapacityError(f"beta = {beta:g} is no mixture of teacher and student: choose a number from 0 (forward KL) to 1 (reverse KL)")
+        raise CapacityError(
+            f"beta = {beta:g} is no mixture of teacher and student: choose a number from 0 (forward KL) to 1"
+            " (reverse KL)"
+        )
     if beta in (0, 1):
         return reverse_kl if beta else forward_kl
 
@@ -73,7 +90,8 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 @dataclass(frozen=True)
 class LogitLoss:
-    """(1−λ) · T² · D(teacher ‖ student at temperature T) + λ · cross-entropy of the text at T = 1 (Hinton et al. 2015, arXiv:1503.02531).
+    """(1−λ) · T² · D(teacher ‖ student at temperature T) + λ · cross-entropy of the text at T = 1 (Hinton et al. 2015,
+    arXiv:1503.02531).
 
     Attributes:
         divergence: D, one of `DIVERGENCES`.
@@ -92,9 +110,13 @@ class LogitLoss:
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
-            raise CapacityError(f"{self.divergence!r} is no loss to distil with: choose one of {', '.join(DIVERGENCES)}")
+            raise CapacityError(
+                f"{self.divergence!r} is no loss to distil with: choose one of {', '.join(DIVERGENCES)}"
+            )
         if not self.temperature > 0:
-            raise CapacityError(f"temperature = {self.temperature:g} does not scale logits: choose a number above 0, such as 1 or 2")
+            raise CapacityError(
+                f"temperature = {self.temperature:g} does not scale logits: choose a number above 0, such as 1 or 2"
+            )
         if not 0 <= self.ce_weight <= 1:
             raise CapacityError(f"ce_weight = {self.ce_weight:g} is no share of the loss: choose a number from 0 to 1")
         generalised_jsd(self.beta)
@@ -110,7 +132,9 @@ HELDOUT_LOSS = LogitLoss()
 
 @dataclass(frozen=True)
 class Head:
-    """A language model's head: logits = cap · tanh((h Wᵀ + b) / cap), without the tanh where there is no cap (Gemma 2 has one)."""
+    """A language model's head: logits = cap · tanh((h Wᵀ + b) / cap), without the tanh where there is no cap (Gemma 2
+    has one).
+    """
 
     weight: Float[Tensor, "vocabulary d_model"]
     bias: Float[Tensor, " vocabulary"] | None = None
@@ -168,10 +192,19 @@ def chunked_losses(
     for student in students:
         if student.head.weight.shape[0] != teacher.head.weight.shape[0]:
             raise CapacityError(
-                f"the student's vocabulary has {student.head.weight.shape[0]:,} tokens and the teacher's {teacher.head.weight.shape[0]:,}: "
-                "distil between models of one tokenizer and one vocabulary size"
+                f"the student's vocabulary has {student.head.weight.shape[0]:,} tokens and the teacher's"
+                f" {teacher.head.weight.shape[0]:,}: distil between models of one tokenizer and one vocabulary size"
             )
-    task = _Task(teacher, [s.head.cap for s in students], labels, loss, loss.function(), total or max(1, len(labels)), chunk, scratch or Scratch())
+    task = _Task(
+        teacher,
+        [s.head.cap for s in students],
+        labels,
+        loss,
+        loss.function(),
+        total or max(1, len(labels)),
+        chunk,
+        scratch or Scratch(),
+    )
     losses: Tensor = _ChunkedLosses.apply(  # type: ignore[no-untyped-call]
         task, *(part for s in students for part in (s.hidden, s.head.weight, s.head.bias))
     )
@@ -193,7 +226,9 @@ class _Task:
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """The losses and, in the same pass over the chunks, their gradients, which the backward pass only scales where it must."""
+    """The losses and, in the same pass over the chunks, their gradients, which the backward pass only scales where it
+    must.
+    """
 
     @staticmethod
     def forward(ctx: Any, task: _Task, *parts: Tensor | None) -> Tensor:
@@ -201,9 +236,16 @@ class _ChunkedLosses(torch.autograd.Function):
         students = [_Student(any(ctx.needs_input_grad), *each) for each in of]
         teacher, temperature = task.teacher, task.loss.temperature
         size = (min(task.chunk, len(task.labels)), teacher.head.weight.shape[0])
-        cached = min(size[0], torch.get_num_threads() * max(1, CACHED // size[1])) if task.labels.device.type == "cpu" else size[0]
+        cached = (
+            min(size[0], torch.get_num_threads() * max(1, CACHED // size[1]))
+            if task.labels.device.type == "cpu"
+            else size[0]
+        )
         sizes = [tokens * size[1] for tokens in (size[0], size[0], cached, cached)]
-        buffers = [part.view(-1, size[1]) for part in torch.split(task.scratch.take(sum(sizes), students[0].head.weight), sizes)]
+        buffers = [
+            part.view(-1, size[1])
+            for part in torch.split(task.scratch.take(sum(sizes), students[0].head.weight), sizes)
+        ]
         for start in range(0, len(task.labels), task.chunk):
             rows = slice(start, min(start + task.chunk, len(task.labels)))
             log_p, logits, *scratch = (buffer[: rows.stop - start] for buffer in buffers)
@@ -218,15 +260,23 @@ class _ChunkedLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         weights = upstream.tolist()  # of a sum over students 1, which needs no copy of each gradient
-        scaled = (gradient if gradient is None or weights[i // 3] == 1 else gradient * weights[i // 3] for i, gradient in enumerate(ctx.saved_tensors))
+        scaled = (
+            gradient if gradient is None or weights[i // 3] == 1 else gradient * weights[i // 3]
+            for i, gradient in enumerate(ctx.saved_tensors)
+        )
         return None, *scaled
 
 
 class _Student:
     """One student's hidden states and head, its loss, and the gradients of both, summed over chunks."""
 
-    def __init__(self, with_gradient: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> None:
-        self.hidden, self.head = hidden.to(weight.dtype), Head(weight, bias, cap)  # under autocast the trunk's output is of lower precision
+    def __init__(
+        self, with_gradient: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None
+    ) -> None:
+        self.hidden, self.head = (
+            hidden.to(weight.dtype),
+            Head(weight, bias, cap),
+        )  # under autocast the trunk's output is of lower precision
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         self.of_hidden = torch.empty_like(self.hidden) if with_gradient else None
         # Transposed, because a product with many columns is up to 1.8 times as fast as one with as many rows.
@@ -239,11 +289,17 @@ class _Student:
         return self.of_hidden, None if self.of_weight is None else self.of_weight.T, self.of_bias
 
     def add(self, rows: slice, task: _Task, log_p: Tensor, logits: Tensor, scratch: Sequence[Tensor]) -> None:
-        """Add the loss and the gradients of a chunk, given the teacher's distribution on it; overwrites all but that."""
+        """Add the loss and the gradients of a chunk, given the teacher's distribution on it;
+        overwrites all but that.
+        """
         hidden = self.hidden[rows]
         self.head.logits(hidden, logits)
-        pieces = zip(*(torch.split(whole, len(scratch[0])) for whole in (task.labels[rows], log_p, logits)), strict=True)
-        values = [self._replace_by_gradient(task, *some, *(buffer[: len(some[0])] for buffer in scratch)) for some in pieces]
+        pieces = zip(
+            *(torch.split(whole, len(scratch[0])) for whole in (task.labels[rows], log_p, logits)), strict=True
+        )
+        values = [
+            self._replace_by_gradient(task, *some, *(buffer[: len(some[0])] for buffer in scratch)) for some in pieces
+        ]
         self.loss += torch.cat(values).double().sum() * (1 - task.loss.ce_weight) * task.loss.temperature**2
         if self.of_hidden is not None and self.of_weight is not None:
             # Without the text's own loss a factor of T is left for here: T² · ∂(logits/T)/∂logits.
@@ -253,8 +309,12 @@ class _Student:
             if self.of_bias is not None:
                 self.of_bias.add_(logits.sum(0), alpha=share)
 
-    def _replace_by_gradient(self, task: _Task, labels: Tensor, log_p: Tensor, logits: Tensor, p: Tensor, log_q: Tensor) -> Tensor:
-        """The divergence of some tokens [token]; the gradient of their loss takes the place of their logits. Overwrites `p` and `log_q`."""
+    def _replace_by_gradient(
+        self, task: _Task, labels: Tensor, log_p: Tensor, logits: Tensor, p: Tensor, log_q: Tensor
+    ) -> Tensor:
+        """The divergence of some tokens [token]; the gradient of their loss takes the place of their logits. Overwrites
+        `p` and `log_q`.
+        """
         loss, temperature = task.loss, task.loss.temperature
         slope = None if self.head.cap is None else 1 - (logits / self.head.cap).square()  # of the cap's tanh
         hard = torch.log_softmax(logits, -1) if loss.ce_weight else None
@@ -270,8 +330,12 @@ class _Student:
         return value
 
 
-def mean_square(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:
-    """Mean squared difference of mapped student states and teacher states (Romero et al. 2015, arXiv:1412.6550; TinyBERT, arXiv:1909.10351)."""
+def mean_square(
+    student: Float[Tensor, "token width"], teacher: Float[Tensor, "token width"]
+) -> Float[Tensor, " token"]:
+    """Mean squared difference of mapped student states and teacher states (Romero et al. 2015, arXiv:1412.6550;
+    TinyBERT, arXiv:1909.10351).
+    """
     return (student - teacher).square().mean(-1)
 
 
@@ -285,7 +349,8 @@ MATCHES = {"mse": mean_square, "cosine": cosine}
 
 @dataclass(frozen=True)
 class HiddenMatch:
-    """Also match the states at one hook point, through a linear map from the student's width to the teacher's that is learned beside the student.
+    """Also match the states at one hook point, through a linear map from the student's width to the teacher's that is
+    learned beside the student.
 
     Attributes:
         hook: a residual-stream hook point, by TransformerLens' name, in teacher and student.

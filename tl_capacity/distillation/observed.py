@@ -16,7 +16,9 @@ MIN_EVALUATIONS = 8
 SKIPPED_SHARE = 0.1
 """Of the curve at its beginning, which is warm-up and no power law."""
 BLOCK = 4
-"""Neighbouring evaluations are of nearly the same weights on the same text, so residuals are resampled in blocks of so many."""
+"""Neighbouring evaluations are of nearly the same weights on the same text, so residuals are resampled in blocks of so
+many.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,11 @@ class ObservedFloor:
     """The floor of one student.
 
     Attributes:
-        value, low, high: L∞ of the fit L(t) = L∞ + a·t^−b to the held-out curve, with its 95% interval (moving-block bootstrap of the residuals), in nats per
-            token; without an interval and equal to `last_tenth` where there are too few evaluations to fit.
-        last_tenth, last_tenth_low, last_tenth_high: mean held-out loss over the last tenth of training, as the paper takes it, with its interval likewise.
+        value, low, high: L∞ of the fit L(t) = L∞ + a·t^−b to the held-out curve, with its 95% interval (moving-block
+            bootstrap of the residuals), in nats per token; without an interval and equal to `last_tenth` where there
+            are too few evaluations to fit.
+        last_tenth, last_tenth_low, last_tenth_high: mean held-out loss over the last tenth of training, as the paper
+            takes it, with its interval likewise.
         a, b: of the fit, with t as a share of the whole training; 0 without a fit.
         residual: root mean square of what the fit leaves, in nats per token.
         falling, falling_low, falling_high: how much the curve would still fall: `last_tenth` − `value`.
@@ -69,12 +73,17 @@ def observed_floor(student: StudentCurve) -> ObservedFloor:
     share = tokens / tokens[-1]
     last_tenth = float(losses[share > 0.9].mean())
     fitted = share >= SKIPPED_SHARE
-    if fitted.sum() < MIN_EVALUATIONS or student.start == "teacher":  # a control starts at its floor and has no power law to fall by
+    if (
+        fitted.sum() < MIN_EVALUATIONS or student.start == "teacher"
+    ):  # a control starts at its floor and has no power law to fall by
         return ObservedFloor(**who, value=last_tenth, low=None, high=None, last_tenth=last_tenth)
     t, y = share[fitted], losses[fitted]
     best = fit_power_law(t, y)
     curve = power_law(t, *best)
-    residuals, random = (y - curve) * np.sqrt(len(t) / (len(t) - 3)), np.random.default_rng(0)  # the fit has taken three degrees of freedom
+    residuals, random = (
+        (y - curve) * np.sqrt(len(t) / (len(t) - 3)),
+        np.random.default_rng(0),
+    )  # the fit has taken three degrees of freedom
     noise = [_blocks(residuals, random) for _ in range(REPLICATES)]
     floors = np.array([fit_power_law(t, curve + drawn, start=best)[0] for drawn in noise])
     last = last_tenth + np.array([drawn[t > 0.9].mean() for drawn in noise])
@@ -119,8 +128,11 @@ def power_law(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArr
     return np.asarray(floor + a * t**-b)
 
 
-def fit_power_law(t: NDArray[np.float64], losses: NDArray[np.float64], start: tuple[float, float, float] | None = None) -> tuple[float, float, float]:
-    """`(L∞, a, b)` by least squares, with L∞ ≥ 0, a ≥ 0 and 0.05 ≤ b ≤ 5: a slower fall cannot be told from a straight line in so short a curve.
+def fit_power_law(
+    t: NDArray[np.float64], losses: NDArray[np.float64], start: tuple[float, float, float] | None = None
+) -> tuple[float, float, float]:
+    """`(L∞, a, b)` by least squares, with L∞ ≥ 0, a ≥ 0 and 0.05 ≤ b ≤ 5: a slower fall cannot be told from a straight
+    line in so short a curve.
 
     Args:
         t: training so far, in (0, 1].

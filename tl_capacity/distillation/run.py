@@ -1,4 +1,6 @@
-"""DistillationRun: what was distilled from what and how, and the held-out loss of every student on the way; JSON on disk, read without importing torch."""
+"""DistillationRun: what was distilled from what and how, and the held-out loss of every student on the way; JSON on
+disk, read without importing torch.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class StudentCurve:
         parameters, body_parameters: their number, and without embeddings and head.
         tokens: predicted tokens seen at each evaluation.
         heldout_kl: forward KL from the teacher at T = 1 on held-out text, in nats per token, at each evaluation.
-        train_loss: mean training loss since the evaluation before; NaN-free, so it has one entry less than the others, which begin before the first step.
+        train_loss: mean training loss since the evaluation before; NaN-free, so it has one entry less than the others,
+            which begin before the first step.
     """
 
     name: str
@@ -89,12 +92,17 @@ class DistillationRun:
 
     def __repr__(self) -> str:
         tokens = self.students[0].tokens[-1] if self.students and self.students[0].tokens else 0
-        return f"DistillationRun({self.teacher} into {', '.join(s.name for s in self.students)}; {tokens:,} tokens of {self.source})"
+        return (
+            f"DistillationRun({self.teacher} into {', '.join(s.name for s in self.students)}; {tokens:,} tokens of"
+            f" {self.source})"
+        )
 
     def __getitem__(self, name: str) -> StudentCurve:
         found = [s for s in self.students if s.name == name]
         if not found:
-            raise CapacityError(f"there is no student {name!r}: choose one of {', '.join(s.name for s in self.students)}")
+            raise CapacityError(
+                f"there is no student {name!r}: choose one of {', '.join(s.name for s in self.students)}"
+            )
         return found[0]
 
     @property
@@ -109,7 +117,9 @@ class DistillationRun:
         return curves_figure(self)
 
     def plot_floors(self) -> Any:
-        """A plotly figure of the observed floors against the student's width; `decompose(measurement, run).plot()` shows the predicted ones too."""
+        """A plotly figure of the observed floors against the student's width; `decompose(measurement, run).plot()`
+        shows the predicted ones too.
+        """
         from tl_capacity.distillation.observed import observed_floors
         from tl_capacity.report.figures import observed_figure
 
@@ -155,7 +165,10 @@ class DistillationRun:
         """
         path = Path(folder) / JSON_NAME
         if not path.is_file():
-            raise MeasurementError(f"{folder} is no distillation: it has no {JSON_NAME}; pass a folder that `tl-capacity run distill --out` wrote")
+            raise MeasurementError(
+                f"{folder} is no distillation: it has no {JSON_NAME}; pass a folder that `tl-capacity run distill"
+                " --out` wrote"
+            )
         try:
             return cls.from_json(storage.read_record(path, SCHEMA))
         except MeasurementError:
@@ -167,13 +180,24 @@ class DistillationRun:
     def from_json(cls, content: Mapping[str, Any]) -> DistillationRun:
         """What `to_json` wrote."""
         if not isinstance(content["schema"], int) or content["schema"] > SCHEMA:
-            raise MeasurementError(f"the distillation has schema {content['schema']!r}, and this version reads up to {SCHEMA}: upgrade tl-capacity")
+            raise MeasurementError(
+                f"the distillation has schema {content['schema']!r}, and this version reads up to {SCHEMA}: upgrade"
+                " tl-capacity"
+            )
         students = []
         for saved in content["students"]:
-            series = {name: tuple(kind(x) for x in saved[name]) for name, kind in (("tokens", int), ("heldout_kl", float), ("train_loss", float))}
-            if len(series["tokens"]) != len(series["heldout_kl"]) or list(series["tokens"]) != sorted(set(series["tokens"])):
+            series = {
+                name: tuple(kind(x) for x in saved[name])
+                for name, kind in (("tokens", int), ("heldout_kl", float), ("train_loss", float))
+            }
+            if len(series["tokens"]) != len(series["heldout_kl"]) or list(series["tokens"]) != sorted(
+                set(series["tokens"])
+            ):
                 raise ValueError(f"the curve of {saved['name']} is not whole")
             students.append(StudentCurve(**{**saved, **series}))
         if not students:
             raise ValueError("it has no students")
-        return cls(**{name: value for name, value in content.items() if name not in ("schema", "students")}, students=tuple(students))
+        return cls(
+            **{name: value for name, value in content.items() if name not in ("schema", "students")},
+            students=tuple(students),
+        )

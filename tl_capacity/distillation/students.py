@@ -1,6 +1,8 @@
-"""Students: models of the teacher's family, vocabulary and depth, but narrower, and what makes one out of hidden states and a head.
+"""Students: models of the teacher's family, vocabulary and depth, but narrower, and what makes one out of hidden states
+and a head.
 
-They are plain Hugging Face modules: a model inside TransformerLens' bridge would train other parameters than its own. Wrap them afterwards.
+They are plain Hugging Face modules: a model inside TransformerLens' bridge would train other parameters than its own.
+Wrap them afterwards.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +26,19 @@ from tl_capacity.plugins import plugins
 STARTS = ("random", "truncated", "teacher")
 
 
-def new_student(teacher: Any, width: int, seed: int = 0, start: str = "random", tokens: Int[Tensor, "row position"] | None = None) -> Any:
-    """A student in float32, in training mode but without dropout, so that a step depends on nothing but weights and tokens.
+def new_student(
+    teacher: Any, width: int, seed: int = 0, start: str = "random", tokens: Int[Tensor, "row position"] | None = None
+) -> Any:
+    """A student in float32, in training mode but without dropout, so that a step depends on nothing but weights and
+    tokens.
 
     Args:
         teacher: a Hugging Face causal language model.
         width: d_S.
         seed: of the initial weights.
-        start: "random"; "truncated", the teacher's weights in the leading directions of its stream, which `tokens` show (see `truncation`); or "teacher",
-            the control of the teacher's own width that begins with its weights, at KL 0.
+        start: "random"; "truncated", the teacher's weights in the leading directions of its stream, which `tokens` show
+            (see `truncation`); or "teacher", the control of the teacher's own width that begins with its weights, at KL
+            0.
 
     Raises:
         CapacityError: where the teacher's family has no students of that width; names the nearest that it has.
@@ -40,9 +47,14 @@ def new_student(teacher: Any, width: int, seed: int = 0, start: str = "random", 
     if start not in STARTS:
         raise CapacityError(f"{start!r} is no way to start a student: choose one of {', '.join(STARTS)}")
     if start == "teacher" and width != teacher.config.hidden_size:
-        raise CapacityError(f"a student of width {width} cannot start from all of the teacher's weights, whose width is {teacher.config.hidden_size}")
+        raise CapacityError(
+            f"a student of width {width} cannot start from all of the teacher's weights, whose width is"
+            f" {teacher.config.hidden_size}"
+        )
     if width > teacher.config.hidden_size:
-        warnings.warn(f"the student of width {width} is wider than its teacher, {teacher.config.hidden_size}", stacklevel=2)
+        warnings.warn(
+            f"the student of width {width} is wider than its teacher, {teacher.config.hidden_size}", stacklevel=2
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = type(teacher)(student_config(teacher.config, width)).float()
@@ -51,7 +63,9 @@ def new_student(teacher: Any, width: int, seed: int = 0, start: str = "random", 
     student.to(next(teacher.parameters()).device)
     if start == "truncated":
         if tokens is None:
-            raise CapacityError("a student that starts truncated needs text in which its teacher's stream is seen: pass tokens")
+            raise CapacityError(
+                "a student that starts truncated needs text in which its teacher's stream is seen: pass tokens"
+            )
         truncate(teacher, student, tokens.to(next(teacher.parameters()).device))
     return student.requires_grad_(True).train()
 
@@ -65,13 +79,25 @@ def student_config(config: Any, width: int) -> Any:
     family = plugins().family_of(config.model_type)
     if family is None or family.student is None:
         able = ", ".join(f.name for f in plugins().model_families if f.student is not None)
-        raise CapacityError(f"no model family says how students of {config.model_type!r} are built: register one (docs/families.md); {able} have students")
+        raise CapacityError(
+            f"no model family says how students of {config.model_type!r} are built: register one (docs/families.md);"
+            f" {able} have students"
+        )
     changes = family.student(config, width) if width >= 1 else None
     if changes is None:
-        near = [next((w for w in side if family.student(config, w) is not None), None) for side in _around(width, int(config.hidden_size))]
+        near = [
+            next((w for w in side if family.student(config, w) is not None), None)
+            for side in _around(width, int(config.hidden_size))
+        ]
         shown = " and ".join(str(w) for w in near if w is not None)
-        raise CapacityError(f"the family {family.name} has no student of width {width}: the nearest that it has are {shown}")
-    values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype", "transformers_version", "model_type")}
+        raise CapacityError(
+            f"the family {family.name} has no student of width {width}: the nearest that it has are {shown}"
+        )
+    values = {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in ("_name_or_path", "architectures", "dtype", "transformers_version", "model_type")
+    }
     no_dropout = {name: 0.0 for name in values if "dropout" in name or name.endswith(("pdrop", "layerdrop"))}
     return type(config)(**(values | no_dropout | dict(changes)))
 
@@ -91,7 +117,9 @@ def check_teacher(teacher: Any) -> None:
 
     model: Any = teacher
     if not isinstance(teacher, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise CapacityError(f"{type(teacher).__name__} cannot be distilled: pass a Hugging Face causal language model, unwrapped")
+        raise CapacityError(
+            f"{type(teacher).__name__} cannot be distilled: pass a Hugging Face causal language model, unwrapped"
+        )
 
 
 def head_of(model: Any) -> Head:
@@ -100,8 +128,11 @@ def head_of(model: Any) -> Head:
     return Head(linear.weight, linear.bias, getattr(model.config, "final_logit_softcapping", None))
 
 
-def output_of(model: Any, tokens: Int[Tensor, "row position"], counted: Bool[Tensor, "row position"], hooks: Sequence[str] = ()) -> Output:
-    """Hidden states of the counted positions, also at some hook points, and the head. Rows are padded on the right, where causal models do not look.
+def output_of(
+    model: Any, tokens: Int[Tensor, "row position"], counted: Bool[Tensor, "row position"], hooks: Sequence[str] = ()
+) -> Output:
+    """Hidden states of the counted positions, also at some hook points, and the head. Rows are padded on the right,
+    where causal models do not look.
 
     Raises:
         HookPointError: where the model has no such hook point.
@@ -109,7 +140,7 @@ def output_of(model: Any, tokens: Int[Tensor, "row position"], counted: Bool[Ten
     states: dict[str, Tensor] = {}
     with ExitStack() as watching:
         for hook in hooks:
-            watching.callback(TapPoint.of(model, hook).watch(lambda activation, hook=hook: states.update({hook: activation[counted]})))  # type: ignore[misc]
+            watching.callback(TapPoint.of(model, hook).watch(partial(_keep, states, hook, counted)))
         hidden = model.base_model(tokens, use_cache=False)[0][counted]
     return Output(hidden, head_of(model), states)
 
@@ -130,13 +161,21 @@ def check_output(model: Any, tokens: Int[Tensor, "row position"]) -> None:
     model.train(training)
     if not torch.allclose(own, found, rtol=1e-2, atol=1e-2):
         raise CapacityError(
-            f"the logits of {model.config.model_type!r} are not its head applied to its last hidden state (they differ by up to "
-            f"{float((own - found).abs().max()):.2g}): this architecture cannot be distilled yet"
+            f"the logits of {model.config.model_type!r} are not its head applied to its last hidden state (they differ"
+            f" by up to {float((own - found).abs().max()):.2g}): this architecture cannot be distilled yet"
         )
 
 
 def parameters_of(model: nn.Module) -> tuple[int, int]:
     """Number of parameters: all, and without the embeddings and the head."""
     hf: Any = model
-    embeddings = {id(p) for module in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in module.parameters()}
-    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    embeddings = {
+        id(p) for module in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in module.parameters()
+    }
+    return sum(p.numel() for p in model.parameters()), sum(
+        p.numel() for p in model.parameters() if id(p) not in embeddings
+    )
+
+
+def _keep(states: dict[str, Tensor], hook: str, counted: Tensor, activation: Tensor) -> None:
+    states[hook] = activation[counted]

@@ -1,7 +1,8 @@
 """The distillation loop: one forward pass of the teacher serves all students, of all widths and seeds, in each step.
 
-Every student has its own gradient clipping and none sees another, so it comes out as if it had been trained alone. Whatever decides a step is a function of its
-number, so a run that is killed and resumed, or spread over processes by `accelerate launch`, follows the same curves.
+Every student has its own gradient clipping and none sees another, so it comes out as if it had been trained alone.
+Whatever decides a step is a function of its number, so a run that is killed and resumed, or spread over processes by
+`accelerate launch`, follows the same curves.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from torch import Tensor, nn
 
 from tl_capacity.attach import check_token_ids, library_versions
 from tl_capacity.distillation import checkpoint, data
-from tl_capacity.distillation.losses import CHUNK_TOKENS, HELDOUT_LOSS, MATCHES, HiddenMatch, LogitLoss, Output, chunked_losses
+from tl_capacity.distillation.losses import (
+    CHUNK_TOKENS,
+    HELDOUT_LOSS,
+    MATCHES,
+    HiddenMatch,
+    LogitLoss,
+    Output,
+    chunked_losses,
+)
 from tl_capacity.distillation.run import JSON_NAME, DistillationRun, StudentCurve
 from tl_capacity.distillation.students import check_output, check_teacher, new_student, output_of, parameters_of
 from tl_capacity.errors import CapacityError, HookPointError
@@ -50,17 +59,19 @@ class DistillSettings:
         seeded_widths: the only widths that are, if any are named; the others are trained with the first seed.
         loss: between the next-token distributions.
         hidden: hidden states to match besides.
-        start: of the students' weights: "random", or "truncated", the teacher's in the leading directions of its stream.
+        start: of the students' weights: "random", or "truncated", the teacher's in the leading directions of its
+            stream.
         control: also train a student of the teacher's width that starts with its weights.
-        lr, warmup, schedule, decay: peak learning rate of AdamW; the share of steps over which it rises; "cosine" to zero, or "wsd", constant and then
-            linear to zero over the last `decay` of the steps.
+        lr, warmup, schedule, decay: peak learning rate of AdamW; the share of steps over which it rises; "cosine" to
+            zero, or "wsd", constant and then linear to zero over the last `decay` of the steps.
         weight_decay, betas, clip: of AdamW; largest norm of a student's gradient.
         batch_rows: rows in a step, over all processes.
         evaluations: how often the held-out loss is taken, evenly spaced, besides before the first step.
         heldout_tokens: predicted tokens that it is taken on.
         repeat: whether text that is shorter than `tokens` may be read several times.
         seed: of the order of the rows.
-        mixed_precision: "no", or "bf16" for the students' blocks under autocast; weights, optimiser and losses stay float32.
+        mixed_precision: "no", or "bf16" for the students' blocks under autocast; weights, optimiser and losses stay
+            float32.
         chunk_tokens: tokens whose logits exist at a time.
 
     Raises:
@@ -91,7 +102,9 @@ class DistillSettings:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise CapacityError(f"{self.schedule!r} is no schedule of the learning rate: choose one of {', '.join(SCHEDULES)}")
+            raise CapacityError(
+                f"{self.schedule!r} is no schedule of the learning rate: choose one of {', '.join(SCHEDULES)}"
+            )
         if self.start not in ("random", "truncated"):
             raise CapacityError(f"{self.start!r} is no way to start all students: choose random or truncated")
         if self.mixed_precision not in ("no", "bf16"):
@@ -101,7 +114,8 @@ class DistillSettings:
                 raise CapacityError(f"{name} = {getattr(self, name)} trains nothing: choose a number above 0")
         if not 0 <= self.warmup < 1 or not 0 < self.decay <= 1 or self.warmup + self.decay > 1:
             raise CapacityError(
-                f"warmup = {self.warmup:g} and decay = {self.decay:g} are no shares of one run: choose numbers from 0 to 1 that add up to at most 1"
+                f"warmup = {self.warmup:g} and decay = {self.decay:g} are no shares of one run: choose numbers from 0"
+                " to 1 that add up to at most 1"
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise CapacityError(f"seeds = {self.seeds} are not one or several different numbers: pass each seed once")
@@ -137,15 +151,18 @@ def distill(
         widths: d_S of each student.
         stream: a `TokenStream`, or rows of token ids [row, position]; teacher and students see exactly these tokens.
         heldout: text to judge the students by; None holds out documents of `stream`.
-        out: a folder for the result, the students (each as `save_pretrained` writes it) and checkpoints; None keeps the result in memory only.
+        out: a folder for the result, the students (each as `save_pretrained` writes it) and checkpoints; None keeps the
+            result in memory only.
         resume: go on from the checkpoint in `out`.
-        shard_teacher: spread the teacher's blocks over the processes (FSDP), so that it need not fit on one device; load it on the CPU.
+        shard_teacher: spread the teacher's blocks over the processes (FSDP), so that it need not fit on one device;
+            load it on the CPU.
         checkpoint_seconds: write one this often.
-        trackers: of Accelerate's, by name or as `accelerate.tracking.GeneralTracker`; each evaluation is reported to them.
+        trackers: of Accelerate's, by name or as `accelerate.tracking.GeneralTracker`; each evaluation is reported to
+            them.
 
     Raises:
-        CapacityError: on anything that the user can mend: a width that the family cannot build, text that is too short, a loss that is no longer finite
-            (the last good checkpoint stays), a checkpoint of other settings.
+        CapacityError: on anything that the user can mend: a width that the family cannot build, text that is too short,
+            a loss that is no longer finite (the last good checkpoint stays), a checkpoint of other settings.
     """
     settings = settings or DistillSettings()
     name, tokenizer, model = _named(teacher)
@@ -186,7 +203,9 @@ def distill(
     students.to(accelerator.device)
     for each in (model, *models):
         check_output(each, torch.from_numpy(held.tokens[:1].clip(min=0).astype(np.int64)).to(accelerator.device))
-    optimiser = torch.optim.AdamW(students.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(
+        students.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
     steps = train.steps(settings.tokens, settings.batch_rows)
     evaluations = sorted({round(steps * i / settings.evaluations) for i in range(settings.evaluations + 1)})
     state = checkpoint.State(run)
@@ -203,12 +222,17 @@ def distill(
     with token_progress(settings.tokens, progress and accelerator.is_main_process, "distilling") as advance:
         while True:
             evaluating = state.step in evaluations and not state.evaluated
-            saving = folder is not None and (state.step in (first, steps) or time.monotonic() - saved >= checkpoint_seconds)
+            saving = folder is not None and (
+                state.step in (first, steps) or time.monotonic() - saved >= checkpoint_seconds
+            )
             if evaluating or saving:
                 _check_weights(state, students, folder)
             if evaluating:
                 state.record(evaluate(model, students, held, settings, accelerator))
-                accelerator.log({f"{s.name}/{name}": curve[-1] for s in state.run.students for name, curve in s.losses() if curve}, step=state.tokens)
+                accelerator.log(
+                    {f"{s.name}/{name}": curve[-1] for s in state.run.students for name, curve in s.losses() if curve},
+                    step=state.tokens,
+                )
             if folder is not None and saving:
                 state.run, saved = replace(state.run, seconds=time.monotonic() - started), time.monotonic()
                 if accelerator.is_main_process:
@@ -218,13 +242,18 @@ def distill(
 
             rows = train.batch(state.step, settings.batch_rows, settings.seed)
             counted = int((rows != PADDING).sum()) - len(rows)
-            tokens, mask, labels = _tensors(rows[accelerator.process_index :: accelerator.num_processes], accelerator.device)
+            tokens, mask, labels = _tensors(
+                rows[accelerator.process_index :: accelerator.num_processes], accelerator.device
+            )
             with torch.no_grad():
                 target = output_of(model, tokens, mask, students.hooks)
             losses = trained(tokens, mask, labels, target, counted)
             # Each process has a part of the sum, and DDP takes the mean of their gradients.
             accelerator.backward(losses.sum() * accelerator.num_processes)
-            norms = [float(nn.utils.clip_grad_norm_(parameters, settings.clip)) for parameters in students.parameters_of_each()]
+            norms = [
+                float(nn.utils.clip_grad_norm_(parameters, settings.clip))
+                for parameters in students.parameters_of_each()
+            ]
             values = accelerator.reduce(losses.detach(), "sum").tolist()
             _check_finite(state, values, norms, folder)
             for group in optimiser.param_groups:
@@ -244,7 +273,9 @@ def distill(
 
 
 class Students(nn.Module):
-    """All students, and the maps of each from its hidden states to the teacher's, as one module: so DDP sums all their gradients in one pass."""
+    """All students, and the maps of each from its hidden states to the teacher's, as one module: so DDP sums all their
+    gradients in one pass.
+    """
 
     def __init__(self, models: Sequence[Any], teacher_width: int, settings: DistillSettings) -> None:
         super().__init__()
@@ -253,7 +284,12 @@ class Students(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             self.maps = nn.ModuleList(
-                nn.ModuleList(nn.Linear(m.config.hidden_size, teacher_width, bias=False) for _ in self.hooks) if self.hooks else nn.ModuleList() for m in models
+                (
+                    nn.ModuleList(nn.Linear(m.config.hidden_size, teacher_width, bias=False) for _ in self.hooks)
+                    if self.hooks
+                    else nn.ModuleList()
+                )
+                for m in models
             )
 
     def forward(
@@ -266,13 +302,19 @@ class Students(nn.Module):
     ) -> Float[Tensor, " student"]:
         """The training loss of each student, in float64: its sum over these tokens, divided by `total`."""
         outputs = [output_of(model, tokens, counted, self.hooks) for model in self.models]
-        losses = chunked_losses(teacher, outputs, labels, self.settings.loss, total, self.settings.chunk_tokens, self.scratch)
+        losses = chunked_losses(
+            teacher, outputs, labels, self.settings.loss, total, self.settings.chunk_tokens, self.scratch
+        )
         if not self.hooks:
             return losses
         matched = []
         for output, maps in zip(outputs, self.maps, strict=True):
             terms = [
-                match.weight * MATCHES[match.kind](to_teacher(output.states[match.hook]).float(), teacher.states[match.hook].float()).double().sum() / total
+                match.weight
+                * MATCHES[match.kind](to_teacher(output.states[match.hook]).float(), teacher.states[match.hook].float())
+                .double()
+                .sum()
+                / total
                 for match, to_teacher in zip(self.settings.hidden, maps, strict=True)  # type: ignore[call-overload]
             ]
             matched.append(torch.stack(terms).sum())
@@ -284,14 +326,28 @@ class Students(nn.Module):
 
 
 @torch.no_grad()
-def evaluate(teacher: Any, students: Students, held: data.Rows, settings: DistillSettings, accelerator: Any) -> list[float]:
+def evaluate(
+    teacher: Any, students: Students, held: data.Rows, settings: DistillSettings, accelerator: Any
+) -> list[float]:
     """Forward KL from the teacher at T = 1 on the held-out rows, of each student, in nats per token."""
     students.eval()
     total = torch.zeros(len(students.models), dtype=torch.float64, device=accelerator.device)
-    for start in range(accelerator.process_index * settings.batch_rows, len(held.tokens), accelerator.num_processes * settings.batch_rows):
+    for start in range(
+        accelerator.process_index * settings.batch_rows,
+        len(held.tokens),
+        accelerator.num_processes * settings.batch_rows,
+    ):
         tokens, mask, labels = _tensors(held.trimmed(slice(start, start + settings.batch_rows)), accelerator.device)
         outputs = [output_of(model, tokens, mask) for model in (teacher, *students.models)]
-        total += chunked_losses(outputs[0], outputs[1:], labels, HELDOUT_LOSS, total=1, chunk=settings.chunk_tokens, scratch=students.scratch)
+        total += chunked_losses(
+            outputs[0],
+            outputs[1:],
+            labels,
+            HELDOUT_LOSS,
+            total=1,
+            chunk=settings.chunk_tokens,
+            scratch=students.scratch,
+        )
     students.train()
     kl: list[float] = (accelerator.reduce(total, "sum") / int(held.predicted.sum())).tolist()
     return kl
@@ -301,18 +357,25 @@ def fingerprint(model: Any) -> str:
     """SHA-256 over a model's parameters."""
     total = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        total.update(name.encode() + parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        total.update(
+            name.encode() + parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return total.hexdigest()
 
 
-def _accelerator(model: Any, settings: DistillSettings, shard_teacher: bool, trackers: Sequence[Any], folder: Path | None) -> Any:
+def _accelerator(
+    model: Any, settings: DistillSettings, shard_teacher: bool, trackers: Sequence[Any], folder: Path | None
+) -> Any:
     """Accelerate's handle of this process: alone, or one of several that `accelerate launch` started."""
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
 
     installed = [str(name) for name in get_available_trackers()]
     if missing := [name for name in trackers if isinstance(name, str) and name not in installed]:
-        raise CapacityError(f"the tracker {missing[0]!r} is not installed: install it, or choose one of {', '.join(installed) or 'none'}")
+        raise CapacityError(
+            f"the tracker {missing[0]!r} is not installed: install it, or choose one of"
+            f" {', '.join(installed) or 'none'}"
+        )
     waits_for_gpus = shard_teacher and torch.cuda.is_available()
     accelerator = Accelerator(
         cpu=next(model.parameters()).device.type == "cpu" and not waits_for_gpus,
@@ -326,7 +389,8 @@ def _accelerator(model: Any, settings: DistillSettings, shard_teacher: bool, tra
 
 
 def _shard(model: Any, accelerator: Any) -> None:
-    """Leave each process a part of every block, which are gathered one at a time in a forward pass; embeddings and head stay whole.
+    """Leave each process a part of every block, which are gathered one at a time in a forward pass; embeddings and head
+    stay whole.
 
     Raises:
         CapacityError: where there is one process, or no family says where the blocks are.
@@ -336,10 +400,14 @@ def _shard(model: Any, accelerator: Any) -> None:
 
     family = plugins().family_of(model.config.model_type)
     if accelerator.num_processes == 1:
-        raise CapacityError("one process has nobody to share the teacher with: start several with accelerate launch, or leave the teacher whole")
+        raise CapacityError(
+            "one process has nobody to share the teacher with: start several with accelerate launch, or leave the"
+            " teacher whole"
+        )
     if family is None:
         raise CapacityError(
-            f"no model family says where {model.config.model_type!r} has its blocks: register one (docs/families.md), or leave the teacher whole"
+            f"no model family says where {model.config.model_type!r} has its blocks: register one (docs/families.md),"
+            " or leave the teacher whole"
         )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in model.get_submodule(family.blocks):
@@ -357,18 +425,26 @@ def _named(teacher: Any) -> tuple[str, Any, Any]:
 def new_students(
     teacher: Any, widths: Sequence[int], settings: DistillSettings, tokens: Int[Tensor, "row position"]
 ) -> tuple[tuple[StudentCurve, ...], list[Any]]:
-    """The students before training, and what is known of them; those that start truncated see their teacher's stream on `tokens`.
+    """The students before training, and what is known of them; those that start truncated see their teacher's stream on
+    `tokens`.
 
     Raises:
         CapacityError: where there are none of these widths, or seeds make no difference.
     """
     if len(set(widths)) < len(widths) or not (widths or settings.control):
-        raise CapacityError(f"widths = {','.join(map(str, widths))} name no students, or one twice: pass different widths such as 32,64")
+        raise CapacityError(
+            f"widths = {','.join(map(str, widths))} name no students, or one twice: pass different widths such as 32,64"
+        )
     if unknown := set(settings.seeded_widths) - set(widths):
-        raise CapacityError(f"seeded_widths = {','.join(map(str, sorted(unknown)))} are not among the widths {','.join(map(str, widths))}: name some of these")
+        raise CapacityError(
+            f"seeded_widths = {','.join(map(str, sorted(unknown)))} are not among the widths"
+            f" {','.join(map(str, widths))}: name some of these"
+        )
     seeded = set(settings.seeded_widths or widths)
     wanted = [
-        (f"width{width}-seed{seed}", width, seed, settings.start) for width in widths for seed in (settings.seeds if width in seeded else settings.seeds[:1])
+        (f"width{width}-seed{seed}", width, seed, settings.start)
+        for width in widths
+        for seed in (settings.seeds if width in seeded else settings.seeds[:1])
     ]
     if settings.control:
         wanted.append(("control", int(teacher.config.hidden_size), settings.seeds[0], "teacher"))
@@ -378,7 +454,8 @@ def new_students(
         curves.append(StudentCurve(name, width, seed, start, *parameters_of(models[-1])))
         if seed != settings.seeds[0] and all(map(torch.equal, models[-1].parameters(), models[-2].parameters())):
             raise CapacityError(
-                f"students of width {width} start alike with every seed, as all of their weights are the teacher's: name others as seeded_widths"
+                f"students of width {width} start alike with every seed, as all of their weights are the teacher's:"
+                " name others as seeded_widths"
             )
     return tuple(curves), models
 
@@ -404,7 +481,8 @@ def _check_hidden(model: Any, hidden: Sequence[HiddenMatch]) -> None:
     for match in hidden:
         if family is not None and family.residual(match.hook) is None:
             raise HookPointError(
-                f"hidden states cannot be matched at {match.hook!r}, which is no residual-stream hook point: choose one such as blocks.1.hook_resid_post"
+                f"hidden states cannot be matched at {match.hook!r}, which is no residual-stream hook point: choose one"
+                " such as blocks.1.hook_resid_post"
             )
 
 
@@ -413,7 +491,10 @@ def _check_tokens(model: Any, *texts: data.Rows) -> None:
     for rows in texts:
         check_token_ids(model, rows.tokens[rows.tokens != PADDING], "the teacher")
         if rows.tokens.shape[1] > positions:
-            raise CapacityError(f"rows have {rows.tokens.shape[1]} positions, more than the teacher's {positions}: choose a shorter context")
+            raise CapacityError(
+                f"rows have {rows.tokens.shape[1]} positions, more than the teacher's {positions}: choose a shorter"
+                " context"
+            )
 
 
 def _check_folder(folder: Path | None, resume: bool) -> None:
@@ -435,16 +516,26 @@ def _check_same(earlier: DistillationRun, now: DistillationRun) -> None:
         return {"students": names, **of_run, **run.settings}
 
     was, is_ = decisive(earlier), decisive(now)
-    changed = [f"{name} {was.get(name)!r}, and this one has {value!r}" for name, value in is_.items() if was.get(name) != value]
+    changed = [
+        f"{name} {was.get(name)!r}, and this one has {value!r}" for name, value in is_.items() if was.get(name) != value
+    ]
     if changed:
-        raise CapacityError(f"the folder holds a distillation with {changed[0]}: resume with the same settings, teacher and text, or choose another --out")
+        raise CapacityError(
+            f"the folder holds a distillation with {changed[0]}: resume with the same settings, teacher and text, or"
+            " choose another --out"
+        )
 
 
-def _check_finite(state: checkpoint.State, losses: Sequence[float], norms: Sequence[float], folder: Path | None) -> None:
+def _check_finite(
+    state: checkpoint.State, losses: Sequence[float], norms: Sequence[float], folder: Path | None
+) -> None:
     for student, loss, norm in zip(state.run.students, losses, norms, strict=True):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             kept = f" (the last good checkpoint stays in {folder})" if folder else ""
-            raise CapacityError(f"{student.name} diverged at step {state.step}, with loss {loss:g} and gradient norm {norm:g}: choose a lower --lr{kept}")
+            raise CapacityError(
+                f"{student.name} diverged at step {state.step}, with loss {loss:g} and gradient norm {norm:g}: choose a"
+                f" lower --lr{kept}"
+            )
 
 
 def _check_weights(state: checkpoint.State, students: Students, folder: Path | None) -> None:
@@ -454,7 +545,9 @@ def _check_weights(state: checkpoint.State, students: Students, folder: Path | N
 
 
 def _save(folder: Path, run: DistillationRun, models: Sequence[Any], tokenizer: Any) -> None:
-    """The students, each as `save_pretrained` writes it, then the run, and then the checkpoint is not needed any more."""
+    """The students, each as `save_pretrained` writes it, then the run, and then the checkpoint is
+    not needed any more.
+    """
     for curve, model in zip(run.students, models, strict=True):
         place = folder / "students" / curve.name
         with new_folder(place) as whole, written(place):

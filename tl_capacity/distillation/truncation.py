@@ -1,13 +1,18 @@
 """A start for students: the teacher's weights, in the leading directions of its residual stream.
 
-The stream of a pre-norm transformer is only ever read through a norm and written by adding to it, so it can be rotated, and cut, and nothing else need change
-(SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024). What reads and writes it is found by watching a forward pass, so no family has to say it.
+The stream of a pre-norm transformer is only ever read through a norm and written by adding to it, so it can be rotated,
+and cut, and nothing else need change (SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024). What reads and writes it is
+found by watching a forward pass, so no family has to say it.
 
-- Directions: the principal components of what the norms read, all of them together; for a LayerNorm, which takes the mean out, the mean's direction is one of
+- Directions: the principal components of what the norms read, all of them together; for a LayerNorm, which takes the
+mean out, the mean's direction is one of
   the student's as well.
-- Matrices that read the stream take the gain of their norm, and what the student's norm makes too small for having fewer directions. Where that cannot
-  be, because the matrix is also the embedding, or what is read is no matrix, the norm keeps the diagonal of its rotated gain.
-- Neurons, and heads with their keys and values, that contribute most to the stream are kept. Where the student's heads have another size than the teacher's,
+- Matrices that read the stream take the gain of their norm, and what the student's norm makes too small for having
+fewer directions. Where that cannot
+  be, because the matrix is also the embedding, or what is read is no matrix, the norm keeps the diagonal of its rotated
+  gain.
+- Neurons, and heads with their keys and values, that contribute most to the stream are kept. Where the student's heads
+have another size than the teacher's,
   or share keys otherwise, attention keeps its random start.
 
 At the teacher's own width the student is the teacher, unless embedding and head are the same matrix.
@@ -58,11 +63,15 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
         tokens: the text in which the directions and the contributions are taken.
 
     Raises:
-        CapacityError: where the student is wider, or the architecture does more to its stream than to norm, read and add.
+        CapacityError: where the student is wider, or the architecture does more to its stream than to norm, read and
+            add.
     """
     width, teacher_width = int(student.config.hidden_size), int(teacher.config.hidden_size)
     if width > teacher_width:
-        raise CapacityError(f"a student of width {width} cannot start from fewer directions, its teacher's {teacher_width}: start it at random")
+        raise CapacityError(
+            f"a student of width {width} cannot start from fewer directions, its teacher's {teacher_width}: start it at"
+            " random"
+        )
     seen = read_stream(teacher, tokens)
     modules, of_student = dict(teacher.named_modules()), dict(student.named_modules())
     if not seen.readers:
@@ -70,7 +79,11 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
     basis = _basis(seen, modules, width).float()
     wider = sqrt(teacher_width / width)
     scale = _scale(teacher) / _scale(student)
-    tied = {name for name in modules if isinstance(modules[name], nn.Linear) and modules[name].weight is teacher.get_input_embeddings().weight}
+    tied = {
+        name
+        for name in modules
+        if isinstance(modules[name], nn.Linear) and modules[name].weight is teacher.get_input_embeddings().weight
+    }
     folded = {norm for norm, readers in seen.readers.items() if not tied & set(readers)}
     norm_of = {reader: norm for norm, readers in seen.readers.items() for reader in readers}
     kept = {writer: _kept(writer, seen, modules, of_student, teacher.config, student.config) for writer in seen.inner}
@@ -81,7 +94,13 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
     def put(parameter: Tensor | None, value: Tensor | None) -> None:
         if parameter is not None and value is not None:
             if parameter.shape != value.shape:
-                raise CapacityError(_refusal(teacher, f"the student has {tuple(parameter.shape)} where {tuple(value.shape)} of the teacher's are kept"))
+                raise CapacityError(
+                    _refusal(
+                        teacher,
+                        f"the student has {tuple(parameter.shape)} where {tuple(value.shape)} of the teacher's are"
+                        " kept",
+                    )
+                )
             parameter.copy_(value)
         set_.add(id(parameter))
 
@@ -92,22 +111,31 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
         elif _is_norm(module, teacher_width):
             gain, bias = _gain(module), getattr(module, "bias", None)
             if name in folded:
-                new, own_bias = torch.ones(width), None if bias is None else basis.T @ torch.where(gain.abs() > 1e-6, bias / gain, 0) / wider
+                new, own_bias = (
+                    torch.ones(width),
+                    (None if bias is None else basis.T @ torch.where(gain.abs() > 1e-6, bias / gain, 0) / wider),
+                )
             else:
                 to_head = scale if name in seen.readers else 1.0
-                new, own_bias = wider / to_head * torch.einsum("ts,t,ts->s", basis, gain, basis), None if bias is None else basis.T @ bias.float() / to_head
+                new, own_bias = (
+                    wider / to_head * torch.einsum("ts,t,ts->s", basis, gain, basis),
+                    (None if bias is None else basis.T @ bias.float() / to_head),
+                )
             put(own.weight, new - (gain - module.weight).mean())  # Gemma's gain is 1 + its weight
             put(getattr(own, "bias", None), own_bias)
         elif name in norm_of:
             weight = _matrix(module)
-            weight = wider * weight * _gain(modules[norm_of[name]]) @ basis if norm_of[name] in folded else weight @ basis
+            weight = (
+                wider * weight * _gain(modules[norm_of[name]]) @ basis if norm_of[name] in folded else weight @ basis
+            )
             writer = writer_beside.get(_parent(name))
             rows = None if writer is None else kept[writer]
             if writer is not None and rows is None:
                 set_.update(id(p) for p in own.parameters())  # stays random
                 continue
-            if rows is not None:
-                units = _rows(name, rows, len(weight), _matrix(own).shape[0], seen.inner[writer].numel(), teacher.config)  # type: ignore[index]
+            if writer is not None and rows is not None:
+                inner = seen.inner[writer].numel()
+                units = _rows(name, rows, len(weight), _matrix(own).shape[0], inner, teacher.config)
                 weight, bias = weight[units], None if module.bias is None else module.bias[units]
             else:
                 bias = module.bias
@@ -142,7 +170,11 @@ def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
     def norm(name: str, module: Any, x: Tensor, y: Tensor) -> None:
         outputs[y.data_ptr()] = (name, y)
         first.append(x)
-        normed = nn.functional.layer_norm(x.double(), (width,)) if isinstance(module, nn.LayerNorm) else nn.functional.rms_norm(x.double(), (width,))
+        normed = (
+            nn.functional.layer_norm(x.double(), (width,))
+            if isinstance(module, nn.LayerNorm)
+            else nn.functional.rms_norm(x.double(), (width,))
+        )
         flat = normed.flatten(0, -2)
         seen.second_moment[name] = seen.second_moment.get(name, 0) + flat.T @ flat
 
@@ -170,7 +202,9 @@ def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
             advance(number * tokens[:ROWS_AT_ONCE].numel() + rows.numel())
             whole = sum(embedded[1:], embedded[0])
             if not first or not torch.allclose(first[0], whole.expand_as(first[0]), rtol=1e-3, atol=1e-5):
-                raise CapacityError(_refusal(model, "its first norm reads something else than the sum of the embeddings"))
+                raise CapacityError(
+                    _refusal(model, "its first norm reads something else than the sum of the embeddings")
+                )
             for held in (outputs, embedded, first):
                 held.clear()
     return seen
@@ -182,16 +216,23 @@ def _basis(seen: Reading, modules: dict[str, Any], width: int) -> Float[Tensor, 
     directions: Tensor = torch.linalg.eigh(moment).eigenvectors.flip(1)
     if not any(isinstance(modules[norm], nn.LayerNorm) for norm in seen.readers):
         return directions[:, :width]
-    # The student's norms take the mean of its coordinates out, so that direction must hold the teacher's mean, which is taken out too.
-    mean, own_mean = (torch.full((d, 1), d**-0.5, dtype=moment.dtype, device=moment.device) for d in (len(directions), width))
+    # The student's norms take the mean of its coordinates out, so that direction must hold the teacher's mean, which is
+    # taken out too.
+    mean, own_mean = (
+        torch.full((d, 1), d**-0.5, dtype=moment.dtype, device=moment.device) for d in (len(directions), width)
+    )
     inner = torch.cat([mean, directions[:, : width - 1]], 1)
     outer, triangular = torch.linalg.qr(torch.cat([own_mean, torch.eye(width).to(own_mean)[:, 1:]], 1))
     columns: Tensor = inner @ (outer * triangular.diagonal().sign()).T
     return columns
 
 
-def _kept(writer: str, seen: Reading, modules: dict[str, Any], of_student: dict[str, Any], config: Any, own: Any) -> Tensor | None:
-    """Which inner coordinates of a matrix that writes to the stream the student keeps; None where its heads are others than the teacher's."""
+def _kept(
+    writer: str, seen: Reading, modules: dict[str, Any], of_student: dict[str, Any], config: Any, own: Any
+) -> Tensor | None:
+    """Which inner coordinates of a matrix that writes to the stream the student keeps; None where its heads are others
+    than the teacher's.
+    """
     weight, size = _matrix(modules[writer]), _matrix(of_student[writer]).shape[1]
     contribution = seen.inner[writer] * weight.double().square().sum(0)
     unit = 1
@@ -250,4 +291,6 @@ def _parent(name: str) -> str:
 
 
 def _refusal(model: Any, reason: str) -> str:
-    return f"{model.config.model_type!r} students cannot start from a truncated teacher ({reason}): start them at random"
+    return (
+        f"{model.config.model_type!r} students cannot start from a truncated teacher ({reason}): start them at random"
+    )

@@ -1,4 +1,6 @@
-"""Probing: which concepts a linear probe reads off a model's activations, and which features of the teacher a student's stream still tells."""
+"""Probing: which concepts a linear probe reads off a model's activations, and which features of the teacher a student's
+stream still tells.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Activations of labelled texts: one pooled vector for each, taken at any hook point of any model that can be tapped, and the tokens that went into it."""
+"""Activations of labelled texts: one pooled vector for each, taken at any hook point of any model that can be tapped,
+and the tokens that went into it.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def collect(
     """Run a model over texts and keep one pooled vector of each.
 
     Args:
-        model: a `HookedTransformer`, a `TransformerBridge`, or a Hugging Face causal language model of a registered family.
+        model: a `HookedTransformer`, a `TransformerBridge`, or a Hugging Face causal language model of a registered
+            family.
         hook: the hook point; the forward pass stops there.
         texts: the texts; each is one row `[BOS, tokens…]`, of which what exceeds the context is left out and counted.
         pooling: `mean`, `last` or `token`, see `Activations`.
@@ -80,7 +83,8 @@ def collect(
 
     Raises:
         HookPointError: where the model has no such hook point, or it has no vector for each token.
-        CapacityError: on an unknown pooling, a context without room for a token, a text without tokens, no tokenizer, or activations that are not finite.
+        CapacityError: on an unknown pooling, a context without room for a token, a text without tokens, no tokenizer,
+            or activations that are not finite.
     """
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if pooling not in POOLINGS:
@@ -88,12 +92,19 @@ def collect(
     if tokenizer is None:
         raise CapacityError(f"this {type(model).__name__} has no tokenizer: pass one as tokenizer=…")
     if not texts or batch_rows < 1:
-        raise CapacityError(f"{len(texts)} texts in batches of {batch_rows} are nothing to collect: pass at least one text and one row")
+        raise CapacityError(
+            f"{len(texts)} texts in batches of {batch_rows} are nothing to collect: pass at least one text and one row"
+        )
     if context is not None and context < 2:
-        raise CapacityError(f"context = {context} has no room for BOS and a token: pass at least 2, or leave it out for what the model takes")
+        raise CapacityError(
+            f"context = {context} has no room for BOS and a token: pass at least 2, or leave it out for what the model"
+            " takes"
+        )
     point = TapPoint.of(model, hook)
     pool = _latents(sae, hook) if sae is not None else _activations
-    rows, truncated = _rows(tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, _longest(model)), prepend_bos)
+    rows, truncated = _rows(
+        tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, _longest(model)), prepend_bos
+    )
     special = special_token_ids(model, tokenizer)
     chosen = [_chosen(ids, special, pooling, number) for number, ids in enumerate(rows)]
     per_text = np.array([len(positions) if pooling == "token" else 1 for positions in chosen])
@@ -105,21 +116,33 @@ def collect(
             activation = _activation(model, point, _padded([rows[i] for i in batch], special))
             place = [(row, position) for row, i in enumerate(batch) for position in chosen[i]]
             taken = activation[tuple(torch.tensor(place, device=activation.device).T)].flatten(1)
-            group = np.repeat(np.arange(int(per_text[batch].sum())), [n for i in batch for n in _sizes(chosen[i], pooling)])
+            group = np.repeat(
+                np.arange(int(per_text[batch].sum())), [n for i in batch for n in _sizes(chosen[i], pooling)]
+            )
             pooled = pool(taken, torch.from_numpy(group).to(taken.device))
             if not bool(torch.isfinite(pooled).all()):
-                raise CapacityError(f"{hook} has NaN or infinite activations on text {batch[0]} or one near it: check the model's dtype and weights")
+                raise CapacityError(
+                    f"{hook} has NaN or infinite activations on text {batch[0]} or one near it: check the model's dtype"
+                    " and weights"
+                )
             if values is None:
                 values = np.empty((int(per_text.sum()), pooled.shape[1]), dtype=np.float32)
-            values[np.concatenate([np.arange(first_row[i], first_row[i] + per_text[i]) for i in batch])] = pooled.float().cpu().numpy()
+            values[np.concatenate([np.arange(first_row[i], first_row[i] + per_text[i]) for i in batch])] = (
+                pooled.float().cpu().numpy()
+            )
             advance(done := done + len(batch))
     assert values is not None  # there is a text
-    tokens = [part for ids, positions in zip(rows, chosen, strict=True) for part in np.split(ids[positions], len(positions) if pooling == "token" else 1)]
+    tokens = [
+        part
+        for ids, positions in zip(rows, chosen, strict=True)
+        for part in np.split(ids[positions], len(positions) if pooling == "token" else 1)
+    ]
     return Activations(hook, pooling, values, np.repeat(np.arange(len(texts)), per_text), tuple(tokens), truncated)
 
 
 def bag_of_embeddings(model: Any, activations: Activations) -> Activations:
-    """The mean of the model's input embeddings over the tokens that were pooled: what can be told from the words alone, without their order.
+    """The mean of the model's input embeddings over the tokens that were pooled: what can be told from the words alone,
+    without their order.
 
     Args:
         model: the model whose tokenizer made the tokens.
@@ -129,11 +152,15 @@ def bag_of_embeddings(model: Any, activations: Activations) -> Activations:
         embedding = embedding_of(model)
         table = embedding(torch.from_numpy(ids)[None].to(next(model.parameters()).device))[0].float().cpu().numpy()
     values = np.stack([table[np.searchsorted(ids, tokens)].mean(axis=0) for tokens in activations.tokens])
-    return Activations("embedding", activations.pooling, values, activations.texts, activations.tokens, activations.truncated)
+    return Activations(
+        "embedding", activations.pooling, values, activations.texts, activations.tokens, activations.truncated
+    )
 
 
 def randomly_initialised(model: Any, seed: int = 0) -> Any:
-    """A Hugging Face model of the same configuration with fresh weights, in eval mode: what width and architecture tell without any training."""
+    """A Hugging Face model of the same configuration with fresh weights, in eval mode: what width and architecture tell
+    without any training.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = type(model)(model.config)
@@ -153,7 +180,9 @@ def _chosen(ids: NDArray[np.int64], special: Sequence[int], pooling: str, number
     """Positions of the tokens that are pooled, or kept."""
     counted = np.flatnonzero(~np.isin(ids, special))
     if not len(counted):
-        raise CapacityError(f"text {number} has no token that counts: leave out what is empty or consists of special tokens")
+        raise CapacityError(
+            f"text {number} has no token that counts: leave out what is empty or consists of special tokens"
+        )
     if pooling == "last":
         counted = counted[-1:]
     if pooling == "token" and len(counted) > TOKENS_PER_TEXT:
@@ -167,7 +196,9 @@ def _sizes(positions: NDArray[np.int64], pooling: str) -> list[int]:
 
 
 def _batches(rows: Sequence[NDArray[np.int64]], size: int) -> Iterator[list[int]]:
-    """Numbers of texts of about one length, so that little is padded; the longest come first, so that what does not fit into memory shows at once."""
+    """Numbers of texts of about one length, so that little is padded; the longest come first, so that what does not fit
+    into memory shows at once.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -188,14 +219,17 @@ def _activation(model: Any, point: TapPoint, tokens: Tensor) -> Tensor:
         raise HookPointError(f"{point.name} did not fire: the model does not run it, tap another hook point")
     if found.shape[:2] != tokens.shape:
         raise HookPointError(
-            f"{point.name} has shape {tuple(found.shape)}, but the tokens have shape {tuple(tokens.shape)}: tap a hook point with one vector per token"
+            f"{point.name} has shape {tuple(found.shape)}, but the tokens have shape {tuple(tokens.shape)}: tap a hook"
+            " point with one vector per token"
         )
     return found
 
 
 def _activations(taken: Float32[Tensor, "token width"], group: Tensor) -> Tensor:
     """Means of activations over each group of tokens."""
-    sums = torch.zeros(int(group[-1]) + 1, taken.shape[1], dtype=torch.float32, device=taken.device).index_add_(0, group, taken.float())
+    sums = torch.zeros(int(group[-1]) + 1, taken.shape[1], dtype=torch.float32, device=taken.device).index_add_(
+        0, group, taken.float()
+    )
     return sums / torch.bincount(group)[:, None]
 
 
@@ -206,7 +240,10 @@ def _latents(sae: SparseAutoencoder, hook: str) -> Any:
 
     def pool(taken: Tensor, group: Tensor) -> Tensor:
         if taken.shape[1] != int(sae.cfg.d_in):
-            raise HookPointError(f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook or model")
+            raise HookPointError(
+                f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook"
+                " or model"
+            )
         sums = torch.zeros(int(group[-1]) + 1, len(sae.W_dec), dtype=torch.float32, device=taken.device)
         for start in range(0, len(taken), encoder.chunk):
             tokens, features, values = encoder(taken[start : start + encoder.chunk])
@@ -219,5 +256,7 @@ def _latents(sae: SparseAutoencoder, hook: str) -> Any:
 def _longest(model: Any) -> int:
     """Positions that the model takes."""
     config = getattr(model, "cfg", None) or getattr(model, "config", None)
-    found = next((value for name in ("n_ctx", "max_position_embeddings") if (value := getattr(config, name, None))), None)
+    found = next(
+        (value for name in ("n_ctx", "max_position_embeddings") if (value := getattr(config, name, None))), None
+    )
     return int(found) if found else 2**31

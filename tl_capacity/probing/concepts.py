@@ -1,4 +1,5 @@
-"""Concepts as probes need them: texts of two classes, each with its document and split, from plugins, a `.jsonl` file or the `datasets` library.
+"""Concepts as probes need them: texts of two classes, each with its document and split, from plugins, a `.jsonl` file
+or the `datasets` library.
 
 Texts of one document never stand in two splits, and an interval resamples documents, not texts.
 """
@@ -23,7 +24,9 @@ from tl_capacity.plugins import plugins
 FEWEST_DOCUMENTS = 50
 """Of a concept: an interval resamples documents, so texts of few say little however many they are."""
 SPLITS = {"train": 0.5, "validation": 0.15, "test": 0.35}
-"""Splits, and the share of the documents that goes to each where the texts name none. Nothing is fitted on, or chosen by, the last."""
+"""Splits, and the share of the documents that goes to each where the texts name none. Nothing is fitted on, or chosen
+by, the last.
+"""
 TEXT_FIELDS = ("text", "content")
 
 
@@ -52,10 +55,12 @@ class LabelledTexts:
         """Number the documents, split those that are not split, and check.
 
         Args:
-            classes: the class of label 1 and the other; by default the two labels that occur, in the order in which they first do.
+            classes: the class of label 1 and the other; by default the two labels that occur, in the order in which
+                they first do.
 
         Raises:
-            CapacityError: where there are not two classes of texts, texts of fewer than 50 documents, a document in two splits, or a split that lacks a class.
+            CapacityError: where there are not two classes of texts, texts of fewer than 50 documents, a document in two
+                splits, or a split that lacks a class.
         """
         texts = tuple(texts)
         found = tuple(dict.fromkeys(text.label for text in texts))
@@ -63,21 +68,31 @@ class LabelledTexts:
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         if len(numbers) < FEWEST_DOCUMENTS:
             raise CapacityError(
-                f"the concept {name!r} has {len(texts)} texts of {len(numbers)} documents: a probe needs at least {FEWEST_DOCUMENTS} documents, and hundreds "
-                "for a narrow interval"
+                f"the concept {name!r} has {len(texts)} texts of {len(numbers)} documents: a probe needs at least"
+                f" {FEWEST_DOCUMENTS} documents, and hundreds for a narrow interval"
             )
         if len(found) != 2:
-            raise CapacityError(f"the concept {name!r} has the labels {_listed(found)}, but a probe tells two classes apart: give each text one of two labels")
+            raise CapacityError(
+                f"the concept {name!r} has the labels {_listed(found)}, but a probe tells two classes apart: give each"
+                " text one of two labels"
+            )
         classes = classes or (found[0], found[1])
         if set(found) != set(classes):
-            raise CapacityError(f"the concept {name!r} has the labels {_listed(found)} instead of {_listed(classes)}: mend its plugin")
+            raise CapacityError(
+                f"the concept {name!r} has the labels {_listed(found)} instead of {_listed(classes)}: mend its plugin"
+            )
         splits = [text.split or split_of(key) for text, key in zip(texts, keys, strict=True)]
         if unknown := set(splits) - SPLITS.keys():
-            raise CapacityError(f"the concept {name!r} has a split {sorted(unknown)[0]!r}: use {', '.join(SPLITS)}, or none")
+            raise CapacityError(
+                f"the concept {name!r} has a split {sorted(unknown)[0]!r}: use {', '.join(SPLITS)}, or none"
+            )
         pairs = dict.fromkeys(zip(keys, splits, strict=True))
         if len(pairs) > len(numbers):
             torn = next(key for key in numbers if sum(key == other for other, _ in pairs) > 1)
-            raise CapacityError(f"the document {torn!r} of the concept {name!r} stands in two splits, so a probe would be tested on what it has seen: use one")
+            raise CapacityError(
+                f"the document {torn!r} of the concept {name!r} stands in two splits, so a probe would be tested on"
+                " what it has seen: use one"
+            )
         made = cls(
             name=name,
             classes=classes,
@@ -89,7 +104,10 @@ class LabelledTexts:
         for split in ("train", "test"):
             counted = [int((made.splits == split)[made.labels == one].sum()) for one in (True, False)]
             if min(counted) < 5:
-                raise CapacityError(f"the {split} split of the concept {name!r} has {counted[0]} and {counted[1]} texts of its classes: 5 of each are needed")
+                raise CapacityError(
+                    f"the {split} split of the concept {name!r} has {counted[0]} and {counted[1]} texts of its classes:"
+                    " 5 of each are needed"
+                )
         return made
 
     @property
@@ -114,8 +132,9 @@ def load_concepts(spec: str | Sequence[str]) -> list[LabelledTexts]:
     """The concepts that `spec` names, in its order.
 
     Args:
-        spec: names of registered concepts or of collections of them (`embedded`, `brown`), paths of `.jsonl` files or `datasets` ids, separated by commas.
-            A file or data set is one concept: rows with `text` and `label`, and `document` and `split` where known.
+        spec: names of registered concepts or of collections of them (`embedded`, `brown`), paths of `.jsonl` files or
+            `datasets` ids, separated by commas. A file or data set is one concept: rows with `text` and `label`, and
+            `document` and `split` where known.
 
     Raises:
         CapacityError: where nothing knows a name, or what it names cannot be probed for.
@@ -129,7 +148,9 @@ def load_concepts(spec: str | Sequence[str]) -> list[LabelledTexts]:
             name = Path(part).name.partition(".")[0]
             loaded[name] = LabelledTexts.of(name, _rows(part))
     if not loaded:
-        raise CapacityError("no concept is named: pass `embedded`, or names of concepts that `tl-capacity plugins` lists")
+        raise CapacityError(
+            "no concept is named: pass `embedded`, or names of concepts that `tl-capacity plugins` lists"
+        )
     return list(loaded.values())
 
 
@@ -154,17 +175,32 @@ def _json_lines(path: str) -> list[Any]:
     except OSError as problem:
         raise CapacityError(f"the concept file {path} cannot be read ({problem.strerror}): check the path") from problem
     except (ValueError, RecursionError) as problem:
-        raise CapacityError(f"the concept file {path} is not JSON in each line ({problem}): write one object with `text` and `label` a line") from problem
+        raise CapacityError(
+            f"the concept file {path} is not JSON in each line ({problem}): write one object with `text` and `label` a"
+            " line"
+        ) from problem
 
 
 def _labelled(row: Any, where: str) -> LabelledText:
-    text = next((row[field] for field in TEXT_FIELDS if isinstance(row.get(field), str)), None) if isinstance(row, Mapping) else None
+    text = (
+        next((row[field] for field in TEXT_FIELDS if isinstance(row.get(field), str)), None)
+        if isinstance(row, Mapping)
+        else None
+    )
     label = row.get("label") if isinstance(row, Mapping) else None
     if text is None or not isinstance(label, (str, int)):
-        raise CapacityError(f"{where} lacks a `text` or a `label`: a concept needs both, the label a word or a whole number")
-    document, split = (None if row.get(field) is None or row[field] is text else str(row[field]) for field in ("document", "split"))
+        raise CapacityError(
+            f"{where} lacks a `text` or a `label`: a concept needs both, the label a word or a whole number"
+        )
+    document, split = (
+        None if row.get(field) is None or row[field] is text else str(row[field]) for field in ("document", "split")
+    )
     return LabelledText(text, str(label), document, split)
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "(none)"
+    return (
+        ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        if names
+        else "(none)"
+    )

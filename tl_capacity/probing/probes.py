@@ -1,6 +1,8 @@
-"""Linear probes: how well a logistic regression tells a concept from activations of unseen documents, beside what it reaches where there is less to know.
+"""Linear probes: how well a logistic regression tells a concept from activations of unseen documents, beside what it
+reaches where there is less to know.
 
-A control task (Hewitt & Liang 2019, arXiv:1909.03368) measures what the probe itself can learn by heart; intervals come from a bootstrap over documents.
+A control task (Hewitt & Liang 2019, arXiv:1909.03368) measures what the probe itself can learn by heart; intervals come
+from a bootstrap over documents.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ PENALTIES = tuple(10.0**power for power in range(-4, 2))
 FOLDS = 5
 REPLICATES = 1_000
 WIDEST_NEWTON = 1_024
-"""Columns up to which Newton's method is the faster solver: two to four times as fast as L-BFGS at 128, to the same coefficients."""
+"""Columns up to which Newton's method is the faster solver: two to four times as fast as L-BFGS at 128, to the same
+coefficients.
+"""
 REPLICATED_AT_ONCE = 4_000_000
 """Rows times replicates whose weights are in memory at once: 32 MB."""
 
@@ -74,17 +78,25 @@ class Probe:
         """Everything, as JSON and arrays, of which `of_state` makes the same probe."""
         values = {of.name: getattr(self, of.name) for of in fields(self)}
         arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-        return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in values.items() if name not in arrays}, arrays
+        return {
+            name: asdict(value) if isinstance(value, Estimate) else value
+            for name, value in values.items()
+            if name not in arrays
+        }, arrays
 
     @classmethod
     def of_state(cls, values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Probe:
         """What `to_state` took apart."""
-        state: dict[str, Any] = {name: Estimate(**value) if isinstance(value, dict) else value for name, value in values.items()} | dict(arrays)
+        state: dict[str, Any] = {
+            name: Estimate(**value) if isinstance(value, dict) else value for name, value in values.items()
+        } | dict(arrays)
         return cls(**state)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays, flat."""
-        figures = {"": self.accuracy, "auroc_": self.auroc} | ({"selectivity_": self.selectivity} if self.selectivity is not None else {})
+        figures = {"": self.accuracy, "auroc_": self.auroc} | (
+            {"selectivity_": self.selectivity} if self.selectivity is not None else {}
+        )
         values = {"accuracy": self.accuracy.value, "auroc": self.auroc.value, "control_accuracy": self.control_accuracy}
         if self.selectivity is not None:
             values["selectivity"] = self.selectivity.value
@@ -105,7 +117,12 @@ class Probe:
 
 @checked
 def fit_probes(
-    activations: Mapping[str, Activations], concepts: Sequence[LabelledTexts], *, split: str = "test", control: bool = True, seed: int = 0
+    activations: Mapping[str, Activations],
+    concepts: Sequence[LabelledTexts],
+    *,
+    split: str = "test",
+    control: bool = True,
+    seed: int = 0,
 ) -> list[Probe]:
     """Fit a logistic regression for each concept on its training split and judge it on another.
 
@@ -117,7 +134,8 @@ def fit_probes(
         seed: of folds, control labels and resamples.
 
     Raises:
-        CapacityError: where activations are missing, are not of the concept's texts, or are not finite, or where a split lacks a class.
+        CapacityError: where activations are missing, are not of the concept's texts, or are not finite, or where a
+            split lacks a class.
     """
     if split not in ("validation", "test"):
         raise CapacityError(f"a probe is not judged on the {split!r} split: choose validation or test")
@@ -132,7 +150,8 @@ def probes_frame(probes: Sequence[Probe]) -> Any:
 
 
 def on_principal_components(activations: Activations, concept: LabelledTexts, width: int) -> Activations:
-    """Activations projected to their first `width` principal components, fitted on the training split: the most variance that so many dimensions can keep.
+    """Activations projected to their first `width` principal components, fitted on the training split: the most
+    variance that so many dimensions can keep.
 
     They are fewer where there are fewer training rows or dimensions.
     """
@@ -151,16 +170,20 @@ def difference(one: Probe, other: Probe, seed: int = 0) -> Estimate:
     """
     if not (np.array_equal(one.documents, other.documents) and np.array_equal(one.labels, other.labels)):
         raise CapacityError(
-            f"the probes of {one.concept!r} and {other.concept!r} were tested on different rows: compare probes of one concept, split and pooling"
+            f"the probes of {one.concept!r} and {other.concept!r} were tested on different rows: compare probes of one"
+            " concept, split and pooling"
         )
     gained = one.correct.astype(np.float64) - other.correct
     return bootstrap(lambda weights: _weighted_mean(gained, weights), one.documents, seed)
 
 
 def bootstrap(
-    figure: Callable[[Float[np.ndarray, "replicate row"]], Float[np.ndarray, " replicate"]], documents: Int[np.ndarray, " row"], seed: int = 0
+    figure: Callable[[Float[np.ndarray, "replicate row"]], Float[np.ndarray, " replicate"]],
+    documents: Int[np.ndarray, " row"],
+    seed: int = 0,
 ) -> Estimate:
-    """A figure of weighted rows with its 95% percentile interval when whole documents are drawn with replacement; without one below eight documents.
+    """A figure of weighted rows with its 95% percentile interval when whole documents are drawn with replacement;
+    without one below eight documents.
 
     Args:
         figure: maps weights of the rows to the figure in each replicate, NaN where it is not defined.
@@ -187,7 +210,8 @@ def bootstrap(
 def weighted_auroc(
     scores: Float[np.ndarray, " row"], labels: Bool[np.ndarray, " row"], weights: Float[np.ndarray, "replicate row"]
 ) -> Float[np.ndarray, " replicate"]:
-    """Area under the ROC curve in each replicate: the weighted share of pairs of a positive and a negative row that are in order, ties counting half.
+    """Area under the ROC curve in each replicate: the weighted share of pairs of a positive and a negative row that are
+    in order, ties counting half.
 
     NaN where a replicate has no positive or no negative row.
     """
@@ -202,11 +226,15 @@ def weighted_auroc(
     return np.asarray(np.divide(in_order, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0))
 
 
-def control_labels(activations: Activations, train: Bool[np.ndarray, " row"], seed: int = 0) -> Bool[np.ndarray, " row"]:
-    """Labels of the control task of Hewitt & Liang 2019: each token type is given a random number once, and a row's label says whether the mean over its pooled
-    tokens exceeds that of the median training row. For rows of one token this is their word-type task.
+def control_labels(
+    activations: Activations, train: Bool[np.ndarray, " row"], seed: int = 0
+) -> Bool[np.ndarray, " row"]:
+    """Labels of the control task of Hewitt & Liang 2019: each token type is given a random number once, and a row's
+    label says whether the mean over its pooled tokens exceeds that of the median training row. For rows of one token
+    this is their word-type task.
 
-    They say nothing of the concept, and stay the same wherever a type occurs: a probe can get them right only by knowing the types.
+    They say nothing of the concept, and stay the same wherever a type occurs: a probe can get them right only by
+    knowing the types.
     """
     value = np.random.default_rng(seed).standard_normal(1 + max(int(ids.max()) for ids in activations.tokens))
     votes = np.array([value[ids].mean() for ids in activations.tokens])
@@ -214,11 +242,16 @@ def control_labels(activations: Activations, train: Bool[np.ndarray, " row"], se
 
 
 def logistic_regression(
-    values: Float[np.ndarray, "row column"], labels: Bool[np.ndarray, " row"], documents: Int[np.ndarray, " row"], seed: int = 0
+    values: Float[np.ndarray, "row column"],
+    labels: Bool[np.ndarray, " row"],
+    documents: Int[np.ndarray, " row"],
+    seed: int = 0,
 ) -> tuple[Any, float]:
-    """The fitted probe, a scikit-learn pipeline, and its C: that with the highest mean log-likelihood over held-out folds, each standardised anew.
+    """The fitted probe, a scikit-learn pipeline, and its C: that with the highest mean log-likelihood over held-out
+    folds, each standardised anew.
 
-    What scikit-learn's `GridSearchCV` over the pipeline chooses, at half of its cost: a fold is standardised once for all C.
+    What scikit-learn's `GridSearchCV` over the pipeline chooses, at half of its cost: a fold is standardised once for
+    all C.
 
     Raises:
         CapacityError: where a class has a single document.
@@ -231,7 +264,11 @@ def logistic_regression(
     loss = np.zeros(len(PENALTIES))
     for train, held in folds_of(labels, documents, seed):
         scaler = StandardScaler().fit(values[train])
-        inside, outside, sign = scaler.transform(values[train]), scaler.transform(values[held]), np.where(labels[held], 1, -1)
+        inside, outside, sign = (
+            scaler.transform(values[train]),
+            scaler.transform(values[held]),
+            np.where(labels[held], 1, -1),
+        )
         for i, c in enumerate(PENALTIES):
             model = LogisticRegression(C=c, solver=solver, max_iter=5_000).fit(inside, labels[train])
             loss[i] += np.logaddexp(0, -sign * model.decision_function(outside)).mean()
@@ -240,7 +277,9 @@ def logistic_regression(
     return probe.fit(values, labels), best
 
 
-def folds_of(labels: Bool[np.ndarray, " row"], documents: Int[np.ndarray, " row"], seed: int = 0) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def folds_of(
+    labels: Bool[np.ndarray, " row"], documents: Int[np.ndarray, " row"], seed: int = 0
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Up to five folds by whole documents, each with about the same share of either class.
 
     Raises:
@@ -250,9 +289,14 @@ def folds_of(labels: Bool[np.ndarray, " row"], documents: Int[np.ndarray, " row"
 
     n_folds = min(FOLDS, *(len(np.unique(documents[labels == one])) for one in (True, False)))
     if n_folds < 2:
-        raise CapacityError("a class has a single training document, so C cannot be cross-validated over documents: add documents, or name none")
+        raise CapacityError(
+            "a class has a single training document, so C cannot be cross-validated over documents: add documents, or"
+            " name none"
+        )
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels, documents)
-    return [(train, held) for train, held in folds if len(np.unique(labels[train])) == len(np.unique(labels[held])) == 2]
+    return [
+        (train, held) for train, held in folds if len(np.unique(labels[train])) == len(np.unique(labels[held])) == 2
+    ]
 
 
 def _fit(activations: Activations, concept: LabelledTexts, split: str, control: bool, seed: int) -> Probe:
@@ -261,7 +305,10 @@ def _fit(activations: Activations, concept: LabelledTexts, split: str, control: 
     values = activations.values.astype(np.float64)  # in float32 the solvers stop short of the optimum
     labels = concept.labels[activations.texts]
     if len(np.unique(labels[test])) < 2:
-        raise CapacityError(f"the {split} split of the concept {concept.name!r} does not hold texts of both classes: judge on another split")
+        raise CapacityError(
+            f"the {split} split of the concept {concept.name!r} does not hold texts of both classes: judge on another"
+            " split"
+        )
     fitted, c = logistic_regression(values[train], labels[train], documents[train], seed)
     scores = fitted.decision_function(values[test])
     correct = (scores > 0) == labels[test]
@@ -302,10 +349,13 @@ def _activations_of(activations: Mapping[str, Activations], concept: LabelledTex
         raise CapacityError(f"there are no activations of the concept {concept.name!r}: collect those of its texts")
     if len(np.unique(found.texts)) != len(concept.texts):
         raise CapacityError(
-            f"the activations of {concept.name!r} are of {len(np.unique(found.texts))} texts, and it has {len(concept.texts)}: collect all of them"
+            f"the activations of {concept.name!r} are of {len(np.unique(found.texts))} texts, and it has"
+            f" {len(concept.texts)}: collect all of them"
         )
     if not np.isfinite(found.values).all():
-        raise CapacityError(f"the activations of {concept.name!r} at {found.hook} hold NaN or infinite values: collect them again")
+        raise CapacityError(
+            f"the activations of {concept.name!r} at {found.hook} hold NaN or infinite values: collect them again"
+        )
     return found
 
 

@@ -1,6 +1,8 @@
-"""How well a readout tells when features fire: scores go into fixed bins as they come, and AUROC, average precision and R² are computed from the counts.
+"""How well a readout tells when features fire: scores go into fixed bins as they come, and AUROC, average precision and
+R² are computed from the counts.
 
-Binning makes ties of scores that differ; how much AUROC and average precision can be off for it is computed beside them, for every feature.
+Binning makes ties of scores that differ; how much AUROC and average precision can be off for it is computed beside
+them, for every feature.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from tl_capacity.summary import DOCUMENT_GROUPS, Estimate, document_resamples, e
 
 BINS = 256
 FINE = 2.0
-"""Standard deviations within which half of the bins lie. A score t falls into bin ½(1 + t/(2 + |t|)) · 256: bins widen outwards and no score is too large."""
+"""Standard deviations within which half of the bins lie. A score t falls into bin ½(1 + t/(2 + |t|)) · 256: bins widen
+outwards and no score is too large.
+"""
 SUMS = ("all", "firing", "z", "zz", "cross", "squares", "ranks", "firings")
 """What a ranking adds up, by the names of its attributes."""
 BLOCK_SCORES = 2**18
@@ -31,7 +35,9 @@ FEATURES_AT_ONCE = 512
 
 
 class Ranking:
-    """What a readout's scores on held-out tokens say of every feature, as sums over tokens; nothing of the size tokens · features is ever kept."""
+    """What a readout's scores on held-out tokens say of every feature, as sums over tokens; nothing of the size tokens
+    · features is ever kept.
+    """
 
     def __init__(self, readout: Readout, groups: int = DOCUMENT_GROUPS) -> None:
         features, device = len(readout.weight), readout.weight.device
@@ -82,10 +88,18 @@ class Ranking:
             self.all[block].view(-1).index_add_(0, bins.view(-1), one.expand(bins.numel()))
             self._rank(block, place, features, groups[tokens])
 
-    def _rank(self, block: slice, place: Int64[Tensor, " entry"], features: Int64[Tensor, " entry"], groups: Int64[Tensor, " entry"]) -> None:
-        """Each firing's share of silent tokens that score lower, among those scored so far: they are many, so it hardly matters which.
+    def _rank(
+        self,
+        block: slice,
+        place: Int64[Tensor, " entry"],
+        features: Int64[Tensor, " entry"],
+        groups: Int64[Tensor, " entry"],
+    ) -> None:
+        """Each firing's share of silent tokens that score lower, among those scored so far: they are many, so it hardly
+        matters which.
 
-        AUROC is the mean of these over firings. Kept per document group, they say how much it varies with the documents that the firings are in.
+        AUROC is the mean of these over firings. Kept per document group, they say how much it varies with the documents
+        that the firings are in.
         """
         silent = self.all[block] - self.firing[block]
         below = (silent.cumsum(1) - 0.5 * silent) / silent.sum(1, keepdim=True).clamp(min=1)
@@ -104,7 +118,9 @@ class Ranking:
             setattr(self, name, tensors[name].to(self.z.device))
 
     def over_all(self, processes: Processes) -> Ranking:
-        """This ranking, with the sums over the tokens of all processes; a firing's rank stays that among the silent tokens of its own process."""
+        """This ranking, with the sums over the tokens of all processes; a firing's rank stays that among the silent
+        tokens of its own process.
+        """
         self.tokens = int(processes.sum(torch.tensor(self.tokens)))
         for name in SUMS:
             setattr(self, name, processes.sum(getattr(self, name)))
@@ -113,14 +129,24 @@ class Ranking:
     def scores(self) -> Scores:
         """What was found so far."""
         areas: list[tuple[Tensor, ...]] = []
-        for firing, every in zip(torch.split(self.firing, FEATURES_AT_ONCE), torch.split(self.all, FEATURES_AT_ONCE), strict=True):
+        for firing, every in zip(
+            torch.split(self.firing, FEATURES_AT_ONCE), torch.split(self.all, FEATURES_AT_ONCE), strict=True
+        ):
             counts = firing.double(), (every - firing).double()
             areas.append((*auroc_of(*counts), *average_precision_of(*counts)))
         auroc, auroc_error, precision, precision_error = (torch.cat(pieces) for pieces in zip(*areas, strict=True))
         squares, cross = self.squares * self.scale.square(), self.cross * self.scale
         r2 = 1 - (squares - 2 * cross + self.zz) / (self.zz - self.z.square() / self.tokens)
-        found = {"auroc": auroc, "auroc_error": auroc_error, "average_precision": precision, "average_precision_error": precision_error, "r2": r2}
-        arrays = {name: array.cpu().numpy() for name, array in {**found, "ranks": self.ranks, "firings": self.firings}.items()}
+        found = {
+            "auroc": auroc,
+            "auroc_error": auroc_error,
+            "average_precision": precision,
+            "average_precision_error": precision_error,
+            "r2": r2,
+        }
+        arrays = {
+            name: array.cpu().numpy() for name, array in {**found, "ranks": self.ranks, "firings": self.firings}.items()
+        }
         return Scores(**arrays, tokens=self.tokens, ridge=self.readout.ridge)
 
 
@@ -131,11 +157,15 @@ def bins_of_(scores: Float[Tensor, "*any"]) -> Tensor:
     return scores.div_(scores.abs().add_(FINE)).add_(1).mul_(half).to(torch.int32)
 
 
-def auroc_of(firing: Float64[Tensor, "feature bin"], silent: Float64[Tensor, "feature bin"]) -> tuple[Float64[Tensor, " feature"], Float64[Tensor, " feature"]]:
-    """Area under the ROC curve of binned scores, ties counting half, and how far it can be from that of the scores themselves.
+def auroc_of(
+    firing: Float64[Tensor, "feature bin"], silent: Float64[Tensor, "feature bin"]
+) -> tuple[Float64[Tensor, " feature"], Float64[Tensor, " feature"]]:
+    """Area under the ROC curve of binned scores, ties counting half, and how far it can be from that of the scores
+    themselves.
 
-    Whatever the order within a bin, only its own pairs of a firing and a silent token change sides: the error is at most ½ Σ_b p_b n_b, the shares of firing
-    and of silent tokens in each bin. NaN for features that never fire or are never silent.
+    Whatever the order within a bin, only its own pairs of a firing and a silent token change sides: the error is at
+    most ½ Σ_b p_b n_b, the shares of firing and of silent tokens in each bin. NaN for features that never fire or are
+    never silent.
     """
     p, n = firing / firing.sum(1, keepdim=True), silent / silent.sum(1, keepdim=True)
     return (p * (n.cumsum(1) - 0.5 * n)).sum(1), 0.5 * (p * n).sum(1)
@@ -144,9 +174,11 @@ def auroc_of(firing: Float64[Tensor, "feature bin"], silent: Float64[Tensor, "fe
 def average_precision_of(
     firing: Float64[Tensor, "feature bin"], silent: Float64[Tensor, "feature bin"]
 ) -> tuple[Float64[Tensor, " feature"], Float64[Tensor, " feature"]]:
-    """Average precision Σ (Rₙ − Rₙ₋₁) Pₙ of binned scores, as scikit-learn has it for tied scores, and how far it can be from that of the scores themselves.
+    """Average precision Σ (Rₙ − Rₙ₋₁) Pₙ of binned scores, as scikit-learn has it for tied scores, and how far it can
+    be from that of the scores themselves.
 
-    The error is taken from the two extreme orders within each bin: all its firing tokens first, or all last. NaN for features that never fire.
+    The error is taken from the two extreme orders within each bin: all its firing tokens first, or all last. NaN for
+    features that never fire.
     """
     down, silent = firing.flip(1), silent.flip(1)
     hits, seen = down.cumsum(1), (down + silent).cumsum(1)
@@ -166,7 +198,8 @@ class Scores:
     """How well one readout predicts each feature on held-out tokens.
 
     Attributes:
-        auroc, average_precision: of whether the feature fires, by the readout's score [feature]; NaN where it never does.
+        auroc, average_precision: of whether the feature fires, by the readout's score [feature]; NaN where it never
+            does.
         auroc_error, average_precision_error: how far binning can have moved them [feature].
         r2: of the rectified readout max(0, ẑ) against z [feature]; below 0 where the mean predicts better.
         ranks: sums over firings of the share of silent tokens that score lower [group, feature].
@@ -192,8 +225,9 @@ class Scores:
     def count(self, tau: float, among: NDArray[np.bool_]) -> Estimate:
         """How many of some features are kept, with its 95% interval over the documents that the firings are in.
 
-        The readout is taken as it is, and so are the silent tokens: there are so many more of them that they hardly add to the variance of AUROC. Of a feature
-        that fires on a third of the tokens, the spread comes out a quarter too small.
+        The readout is taken as it is, and so are the silent tokens: there are so many more of them that they hardly add
+        to the variance of AUROC. Of a feature that fires on a third of the tokens, the spread comes out a quarter too
+        small.
         """
         value = float((self.kept(tau) & among).sum())
         if self._resampled is None:
@@ -206,6 +240,8 @@ class Scores:
         weights = document_resamples(self.firings.sum(1).round().astype(np.int64))
         if weights is None:
             return None
-        with np.errstate(invalid="ignore"):  # a resample may leave out every document in which a feature fires: it says nothing about that one
+        with np.errstate(
+            invalid="ignore"
+        ):  # a resample may leave out every document in which a feature fires: it says nothing about that one
             change = (weights @ self.ranks) / (weights @ self.firings) - self.ranks.sum(0) / self.firings.sum(0)
         return np.asarray(self.auroc + np.nan_to_num(change))

@@ -1,4 +1,5 @@
-"""Streaming ridge regression of an SAE's latents on activations: sums over tokens that merge by addition, and from them the closed form.
+"""Streaming ridge regression of an SAE's latents on activations: sums over tokens that merge by addition, and from them
+the closed form.
 
 Memory is O(width · features) whatever the number of tokens; latents stay sparse throughout.
 """
@@ -20,7 +21,9 @@ from tl_capacity.processes import Processes
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties to choose from, in units of the activations' mean variance per dimension."""
 CHOOSING_FEATURES = 1024
-"""Features by which the penalty is chosen, evenly spaced: solving for all of a wide SAE with every penalty would cost more than the pass over the tokens."""
+"""Features by which the penalty is chosen, evenly spaced: solving for all of a wide SAE with every penalty would cost
+more than the pass over the tokens.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Latents:
         """Z transposed, [feature, token], as a sparse matrix of compressed rows."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(self.starts, self.tokens, self.values, (len(self.starts) - 1, self.n_tokens), check_invariants=False)
+            return torch.sparse_csr_tensor(
+                self.starts, self.tokens, self.values, (len(self.starts) - 1, self.n_tokens), check_invariants=False
+            )
 
 
 @dataclass
@@ -106,7 +111,10 @@ class Moments:
 
     def over_all(self, processes: Processes) -> Moments:
         """The sums over the tokens of all processes."""
-        return Moments(int(processes.sum(torch.tensor(self.tokens))), *(processes.sum(getattr(self, f.name)) for f in fields(self)[1:]))
+        return Moments(
+            int(processes.sum(torch.tensor(self.tokens))),
+            *(processes.sum(getattr(self, f.name)) for f in fields(self)[1:]),
+        )
 
     def about(self, x: Float64[Tensor, " width"], z: Float64[Tensor, " feature"]) -> Moments:
         """The sums of (x − x₀) and (z − z₀) and of their products."""
@@ -153,10 +161,16 @@ class Readout:
     basis: Float64[Tensor, "width dimension"] | None = None
 
 
-def fit(training: Moments, validation: Moments, basis: Float64[Tensor, "width dimension"] | None = None, ridges: Sequence[float] = RIDGES) -> Readout:
+def fit(
+    training: Moments,
+    validation: Moments,
+    basis: Float64[Tensor, "width dimension"] | None = None,
+    ridges: Sequence[float] = RIDGES,
+) -> Readout:
     """The readout of both streams together, with the penalty that predicts `validation` best from `training` alone.
 
-    Best is the lowest mean over features of Σ(z − ẑ)² / Σ(z − z̄)²; both come from the sums, so no token is looked at again.
+    Best is the lowest mean over features of Σ(z − ẑ)² / Σ(z − z̄)²; both come from the sums, so no token is looked at
+    again.
 
     Raises:
         CapacityError: where a stream is empty or the activations are all the same.
@@ -170,7 +184,8 @@ def fit(training: Moments, validation: Moments, basis: Float64[Tensor, "width di
 def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimension"] | None = None) -> Readout:
     """Ridge regression with an intercept that is not penalised: W = Σ(z − z̄)(x − x̄)ᵀ (Σ(x − x̄)(x − x̄)ᵀ + αI)⁻¹.
 
-    α is `ridge` times the mean over dimensions of Σ(x − x̄)²: scaling the activations or repeating the tokens changes no prediction.
+    α is `ridge` times the mean over dimensions of Σ(x − x̄)²: scaling the activations or repeating the tokens changes
+    no prediction.
 
     Raises:
         CapacityError: where there are no tokens, or the activations are all the same.
@@ -180,7 +195,10 @@ def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimensio
     about = moments.centred()
     alpha = ridge * float(about.xx.diagonal().mean())
     if not alpha > 0:
-        raise CapacityError(f"{moments.tokens:,} tokens have the same activation, from which nothing can be read: check the hook point, or give more text")
+        raise CapacityError(
+            f"{moments.tokens:,} tokens have the same activation, from which nothing can be read: check the hook point,"
+            " or give more text"
+        )
     penalised = about.xx + alpha * torch.eye(len(about.xx), dtype=about.xx.dtype, device=about.xx.device)
     weight = torch.cholesky_solve(about.zx.T, torch.linalg.cholesky(penalised)).T
     # The normal equations give wᵀ Σ(x − x̄)(x − x̄)ᵀ w without another product of width² · features.
@@ -198,7 +216,9 @@ def choose_ridge(training: Moments, validation: Moments, ridges: Sequence[float]
     variance = validation.centred().zz if validation.tokens else torch.zeros_like(validation.zz)
     firing = torch.nonzero((variance > 0) & (training.zz > 0)).view(-1)
     if not len(firing):
-        raise CapacityError("no feature fires on both the documents to fit and those to choose the ridge by: give more documents")
+        raise CapacityError(
+            "no feature fires on both the documents to fit and those to choose the ridge by: give more documents"
+        )
     chosen = firing[:: -(-len(firing) // CHOOSING_FEATURES)]
     training, validation, variance = training.take(chosen), validation.take(chosen), variance[chosen]
 

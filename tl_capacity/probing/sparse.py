@@ -1,4 +1,6 @@
-"""k-sparse probes (Gurnee et al. 2023, arXiv:2305.01610): which few features of an SAE carry a concept, and at which student width the theorem lets them go."""
+"""k-sparse probes (Gurnee et al. 2023, arXiv:2305.01610): which few features of an SAE carry a concept, and at which
+student width the theorem lets them go.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class SparseProbe:
     Attributes:
         probe: the probe, on those features alone.
         features: their numbers in the SAE, the most telling first.
-        ranks: of their importance, 1 for the most important of the alive features; None for a feature that the measurement does not know as alive.
+        ranks: of their importance, 1 for the most important of the alive features; None for a feature that the
+            measurement does not know as alive.
         widths: the narrowest student in which the law keeps each, ⌈rank / ĝ⌉; None where it has no rank.
     """
 
@@ -42,7 +45,9 @@ class SparseProbe:
 
     @property
     def lost_below(self) -> int | None:
-        """The narrowest student in which the law keeps all of them: below this width one goes. None where a rank is missing."""
+        """The narrowest student in which the law keeps all of them: below this width one goes. None where a rank is
+        missing.
+        """
         known = [width for width in self.widths if width is not None]
         return max(known) if known and len(known) == len(self.widths) else None
 
@@ -70,8 +75,8 @@ def sparse_probes(
 ) -> list[SparseProbe]:
     """Probes of each concept on its k most telling features, for each k.
 
-    Features are chosen on the training split, by the t statistic of their mean pooled latent between the classes, so that what is reported is of documents that
-    had no say in the choice.
+    Features are chosen on the training split, by the t statistic of their mean pooled latent between the classes, so
+    that what is reported is of documents that had no say in the choice.
 
     Args:
         latents: of each concept's texts, by its name: what `collect(…, sae=…)` gives.
@@ -89,10 +94,15 @@ def sparse_probes(
     found = []
     for concept in concepts:
         if concept.name not in latents:
-            raise CapacityError(f"there are no latents of the concept {concept.name!r}: collect those of its texts with sae=…")
+            raise CapacityError(
+                f"there are no latents of the concept {concept.name!r}: collect those of its texts with sae=…"
+            )
         own = latents[concept.name]
         if measurement is not None and own.width != measurement.summary.d_sae:
-            raise CapacityError(f"the SAE has {own.width:,} latents, and the measurement is of one with {measurement.summary.d_sae:,}: measure this SAE")
+            raise CapacityError(
+                f"the SAE has {own.width:,} latents, and the measurement is of one with {measurement.summary.d_sae:,}:"
+                " measure this SAE"
+            )
         train = concept.splits[own.texts] == "train"
         telling = most_telling(own.values[train], concept.labels[own.texts][train], max(ks))
         for k in ks:
@@ -106,8 +116,11 @@ def sparse_probes(
     return found
 
 
-def most_telling(values: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"], k: int) -> NDArray[np.int64]:
-    """Numbers of the k features whose means differ most between the classes, in units of their standard error (Welch's |t|), the most telling first.
+def most_telling(
+    values: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"], k: int
+) -> NDArray[np.int64]:
+    """Numbers of the k features whose means differ most between the classes, in units of their standard error (Welch's
+    |t|), the most telling first.
 
     Features that never vary are not chosen, so there may be fewer than k.
 
@@ -119,7 +132,10 @@ def most_telling(values: Float[np.ndarray, "row feature"], labels: Bool[np.ndarr
     apart = np.abs(one.mean(axis=0) - other.mean(axis=0))
     varies = values.min(axis=0) < values.max(axis=0)
     if not varies.any():
-        raise CapacityError("no feature of the SAE tells these texts from one another: it is another model's, or all of its latents are silent")
+        raise CapacityError(
+            "no feature of the SAE tells these texts from one another: it is another model's, or all of its latents are"
+            " silent"
+        )
     # A feature that is constant within each class, but not over both, tells them apart without error.
     t = np.divide(apart, error, out=np.where(varies, np.inf, -1.0), where=error > 0)
     return np.argsort(-t, kind="stable")[: min(k, int(varies.sum()))]
@@ -131,13 +147,20 @@ def narrowest_with(rank: int, per_dimension: float) -> int:
 
 
 def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | None:
-    """The widest student whose probe is less accurate than the teacher's by more than resampled documents explain, the whole 95% interval below zero; None
-    where there is none."""
-    fallen = [student.width for student in students if (high := difference_of(student, teacher, seed).high) is not None and high < 0]
+    """The widest student whose probe is less accurate than the teacher's by more than resampled documents explain, the
+    whole 95% interval below zero; None where there is none.
+    """
+    fallen = [
+        student.width
+        for student in students
+        if (high := difference_of(student, teacher, seed).high) is not None and high < 0
+    ]
     return max(fallen, default=None)
 
 
 def _ranked(measurement: HookMeasurement, importance: str, law: str) -> tuple[dict[int, int], float]:
     """The importance rank of each alive feature, and features per dimension by the law."""
-    per_dimension = features_per_dimension(plugins().capacity_laws[law], measurement.summary.alpha.value, measurement.importance(importance))
+    per_dimension = features_per_dimension(
+        plugins().capacity_laws[law], measurement.summary.alpha.value, measurement.importance(importance)
+    )
     return {int(feature): rank for rank, feature in enumerate(measurement.ranked(importance), 1)}, per_dimension

@@ -40,12 +40,18 @@ NEAREST_LABELS = 0.26
 
 
 def importance_figure(
-    measurement: Measurement, widths: Sequence[int] = (), importance: str = "second_moment", law: str = "compressed_sensing", hook: str | None = None
+    measurement: Measurement,
+    widths: Sequence[int] = (),
+    importance: str = "second_moment",
+    law: str = "compressed_sensing",
+    hook: str | None = None,
 ) -> go.Figure:
-    """Importance of the alive features, most important first, with 95% bands over documents; where each student width's budget ends is marked.
+    """Importance of the alive features, most important first, with 95% bands over documents; where each student width's
+    budget ends is marked.
 
     Args:
-        hook: the hook point whose budgets are drawn as lines; by default the middle one. Markers on the curves show those of all.
+        hook: the hook point whose budgets are drawn as lines; by default the middle one. Markers on the curves show
+            those of all.
 
     Raises:
         CapacityError: where no hook point has an alive feature, or the importance was not measured.
@@ -58,7 +64,9 @@ def importance_figure(
             continue
         ranks = decimated(len(values))
         _band(figure, ranks, _curve_interval(each, importance, ranks), values[values > 0][-1], place)
-        figure.add_scatter(x=ranks, y=values[ranks - 1], mode="lines", line=_line(place), **_legend(name(measurement, each)))
+        figure.add_scatter(
+            x=ranks, y=values[ranks - 1], mode="lines", line=_line(place), **_legend(name(measurement, each))
+        )
         alpha = each.summary.alpha.value
         kept = {w: kept_features(values, alpha, w, chosen) for w in widths if 0 < alpha < 1}
         ends = {w: k for w, k in kept.items() if 0 < k < len(values)}
@@ -85,16 +93,20 @@ def importance_figure(
 
 
 def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float] | None = None) -> go.Figure:
-    """Predicted floor against the student's width, with 95% intervals over documents; widths that lose nothing are left out.
+    """Predicted floor against the student's width, with 95% intervals over documents; widths that lose nothing are left
+    out.
 
     Args:
-        errors: E‖x − x̂‖² of the SAE at each hook point, drawn as lines; only for floors in the same unit, activation² per token.
+        errors: E‖x − x̂‖² of the SAE at each hook point, drawn as lines; only for floors in the same unit, activation²
+            per token.
 
     Raises:
         CapacityError: where there is no floor to draw.
     """
     if not floors:
-        raise CapacityError("there are no predicted floors to draw: ask for widths, as in measurement.budget(widths=[128, 256])")
+        raise CapacityError(
+            "there are no predicted floors to draw: ask for widths, as in measurement.budget(widths=[128, 256])"
+        )
     figure = _figure()
     for place, hook in enumerate(dict.fromkeys(f.hook for f in floors)):
         mine = [f for f in floors if f.hook == hook and f.predicted_floor.value > 0]
@@ -103,7 +115,10 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
             y=[f.predicted_floor.value for f in mine],
             error_y=error_bars([f.predicted_floor for f in mine], _colour(place)),
             customdata=[[f.features_kept.value, f.features_lost.value, 100 * f.share.value] for f in mine],
-            hovertemplate="width %{x}: floor %{y:.4g}, %{customdata[2]:.3g}% of all importance<br>keeps %{customdata[0]:,}, loses %{customdata[1]:,}",
+            hovertemplate=(
+                "width %{x}: floor %{y:.4g}, %{customdata[2]:.3g}% of all importance<br>keeps %{customdata[0]:,}, loses"
+                " %{customdata[1]:,}"
+            ),
             mode="lines+markers",
             line=_line(place),
             marker=_marker(place),
@@ -112,7 +127,13 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
         if errors and hook in errors:
             figure.add_hline(y=errors[hook], line={"color": _colour(place), "width": 1, "dash": "dot"})
     if errors:
-        figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": GREY, "width": 1, "dash": "dot"}, **_legend("the SAE's own error E‖x − x̂‖²"))
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            mode="lines",
+            line={"color": GREY, "width": 1, "dash": "dot"},
+            **_legend("the SAE's own error E‖x − x̂‖²"),
+        )
     unit = f" ({floors[0].unit} per token)" if floors[0].unit else ""
     _value_axis(figure, f"predicted floor{unit}")
     _width_axis(figure, [f.width for f in floors])
@@ -120,7 +141,9 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
 
 
 def firing_rate_figure(measurement: Measurement) -> go.Figure:
-    """Firing rates of the latents that fired, on a logarithmic scale, with the thresholds at which F is counted and 1/e, above which g(α) does not apply."""
+    """Firing rates of the latents that fired, on a logarithmic scale, with the thresholds at which F is counted and
+    1/e, above which g(α) does not apply.
+    """
     figure, alive = _figure(), measurement.hooks[0].summary.alive_threshold
     for place, each in enumerate(measurement):
         edges, counts, never = each.summary.firing_rate_histogram()
@@ -134,7 +157,9 @@ def firing_rate_figure(measurement: Measurement) -> go.Figure:
         )
     for threshold in sorted({t for t in THRESHOLDS if t > 0} | {alive}):
         chosen = threshold == alive
-        figure.add_vline(x=threshold, line={"color": GREY, "width": 2 if chosen else 1, "dash": "solid" if chosen else "dot"})
+        figure.add_vline(
+            x=threshold, line={"color": GREY, "width": 2 if chosen else 1, "dash": "solid" if chosen else "dot"}
+        )
         _above(figure, float(threshold), "alive" if chosen else power_of_ten(threshold))
     figure.add_vline(x=np.exp(-1), line={"color": GREY, "width": 1, "dash": "dashdot"})
     _above(figure, float(np.exp(-1)), "1/e")
@@ -145,7 +170,8 @@ def firing_rate_figure(measurement: Measurement) -> go.Figure:
 
 
 def suite_figure(measurement: Measurement) -> go.Figure:
-    """Critical width against L0, one point for each SAE, and the line d* = L0 · ln(F/L0) at the median F on which they would lie if only L0 differed.
+    """Critical width against L0, one point for each SAE, and the line d* = L0 · ln(F/L0) at the median F on which they
+    would lie if only L0 differed.
 
     Raises:
         CapacityError: where no SAE has a sparsity.
@@ -172,7 +198,14 @@ def suite_figure(measurement: Measurement) -> go.Figure:
     low, high = (f([h.summary.l0.value for h in sparse]) for f in (min, max))
     l0 = np.geomspace(low / 2, min(high * 2, n_alive), 60)
     theory = {"color": GREY, "dash": "dot", "width": 1.5}
-    figure.add_scatter(x=l0, y=l0 * np.log(n_alive / l0), mode="lines", line=theory, hoverinfo="skip", **_legend(f"L0 · ln(F/L0) at F = {n_alive:,.0f}"))
+    figure.add_scatter(
+        x=l0,
+        y=l0 * np.log(n_alive / l0),
+        mode="lines",
+        line=theory,
+        hoverinfo="skip",
+        **_legend(f"L0 · ln(F/L0) at F = {n_alive:,.0f}"),
+    )
     for width in sorted({h.width for h in sparse}):
         label = {"text": f"width of the hook point {width:,}", "font": {"size": 10}}
         figure.add_hline(y=width, line={"color": GREY, "width": 1}, annotation=label, annotation_position="top left")
@@ -181,8 +214,11 @@ def suite_figure(measurement: Measurement) -> go.Figure:
     return figure
 
 
-def observed_figure(floors: Sequence[ObservedFloor], found: Decomposition | None = None, which: str = "fit") -> go.Figure:
-    """Observed floors against width, with their 95% intervals; of a decomposition also the prediction asked for and the best candidates.
+def observed_figure(
+    floors: Sequence[ObservedFloor], found: Decomposition | None = None, which: str = "fit"
+) -> go.Figure:
+    """Observed floors against width, with their 95% intervals; of a decomposition also the prediction asked for and the
+    best candidates.
 
     Args:
         which: "fit" for L∞ or "last_tenth"; a decomposition has its own.
@@ -194,7 +230,14 @@ def observed_figure(floors: Sequence[ObservedFloor], found: Decomposition | None
     if not students:
         raise CapacityError("the distillation has no students but the control: distil some widths")
     figure, which = _figure(), found.which if found is not None else which
-    values = [Estimate(f.value, f.low, f.high) if which == "fit" else Estimate(f.last_tenth, f.last_tenth_low, f.last_tenth_high) for f in students]
+    values = [
+        (
+            Estimate(f.value, f.low, f.high)
+            if which == "fit"
+            else Estimate(f.last_tenth, f.last_tenth_low, f.last_tenth_high)
+        )
+        for f in students
+    ]
     figure.add_scatter(
         x=[f.width for f in students],
         y=[v.value for v in values],
@@ -210,19 +253,28 @@ def observed_figure(floors: Sequence[ObservedFloor], found: Decomposition | None
     if controls:
         marker = {"color": GREY, "symbol": "circle-open", "size": 9}
         of = [f.last_tenth for f in controls]
-        figure.add_scatter(x=[f.width for f in controls], y=of, mode="markers", marker=marker, **_legend("control from the teacher's weights"))
+        figure.add_scatter(
+            x=[f.width for f in controls],
+            y=of,
+            mode="markers",
+            marker=marker,
+            **_legend("control from the teacher's weights"),
+        )
     for place, (fit, role) in enumerate(_drawn_fits(found), 1):
         widths = sorted(fit.fitted)
         label = f"{role}: {short_candidate(fit.candidate)}"
         known = {"line": _line(place), "marker": _marker(place, 5), **_legend(label)}
-        figure.add_scatter(x=widths, y=[fit.fitted[w] for w in widths], mode="lines+markers", **known)  # of a single width there is no line
+        figure.add_scatter(
+            x=widths, y=[fit.fitted[w] for w in widths], mode="lines+markers", **known
+        )  # of a single width there is no line
     figure.update_yaxes(title="loss floor (nats per token)", rangemode="tozero")
     _width_axis(figure, [f.width for f in floors])
     return figure
 
 
 def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None = None) -> go.Figure:
-    """Held-out KL of every student against the tokens it was trained on, a colour for each width, with the fit L∞ + a·t^−b and its asymptote L∞.
+    """Held-out KL of every student against the tokens it was trained on, a colour for each width, with the fit L∞ +
+    a·t^−b and its asymptote L∞.
 
     Raises:
         CapacityError: where no student was evaluated after the start.
@@ -232,7 +284,9 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
     if not evaluated:
         raise CapacityError("no student was evaluated after its start: train longer")
     known = {f.name: f for f in (observed_floors(run) if floors is None else floors)}
-    for place, ((control, width), alike) in enumerate(groupby(sorted(evaluated, key=lambda s: (*_width_of(s), s.seed)), key=_width_of)):
+    for place, ((control, width), alike) in enumerate(
+        groupby(sorted(evaluated, key=lambda s: (*_width_of(s), s.seed)), key=_width_of)
+    ):
         students = list(alike)
         colour, group = GREY if control else _colour(place), f"width {width:,}{' (control)' if control else ''}"
         label = f"{group}, {len(students)} seeds" if len(students) > 1 else group
@@ -257,9 +311,18 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
             dotted = {"color": colour, "width": 1, "dash": "dot"}
             fitted = power_law(share, floor.value, floor.a, floor.b)
             shared: dict[str, Any] = {"mode": "lines", "legendgroup": group, "showlegend": False}
-            figure.add_scatter(x=share * tokens[-1], y=fitted, line=dotted, hovertemplate="fit %{y:.4f}<extra></extra>", **shared)
+            figure.add_scatter(
+                x=share * tokens[-1], y=fitted, line=dotted, hovertemplate="fit %{y:.4f}<extra></extra>", **shared
+            )
             asymptote = f"L∞ = {Estimate(floor.value, floor.low, floor.high).show('.4f')}<extra></extra>"
-            figure.add_scatter(x=[tokens[0], tokens[-1]], y=[floor.value] * 2, line={**dotted, "dash": "dash"}, opacity=0.7, hovertemplate=asymptote, **shared)
+            figure.add_scatter(
+                x=[tokens[0], tokens[-1]],
+                y=[floor.value] * 2,
+                line={**dotted, "dash": "dash"},
+                opacity=0.7,
+                hovertemplate=asymptote,
+                **shared,
+            )
     ticks = _round_numbers(min(s.tokens[1] for s in evaluated), max(s.tokens[-1] for s in evaluated))
     figure.update_xaxes(type="log", title="predicted tokens trained on", tickvals=ticks, tickformat="~s")
     figure.update_yaxes(title="held-out KL (nats per token)", rangemode="tozero")
@@ -267,8 +330,9 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
 
 
 def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str, order: Sequence[str] = ()) -> go.Figure:
-    """Lines against the student's width, from flat rows `{"series", "width", "value", "low", "high", "baseline"}`; baselines are dotted, and where seeds of a
-    width differ, each is an open marker and the line goes through their mean.
+    """Lines against the student's width, from flat rows `{"series", "width", "value", "low", "high", "baseline"}`;
+    baselines are dotted, and where seeds of a width differ, each is an open marker and the line goes through their
+    mean.
 
     Args:
         order: of the series, where several figures share it, so that each series looks the same in all.
@@ -292,16 +356,28 @@ def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str, order: Sequen
     return figure
 
 
-def thresholds_figure(kept: Mapping[str, Mapping[float, float]], limits: Mapping[str, Mapping[float, float]], taus: Sequence[float]) -> go.Figure:
-    """How many features are kept at each τ, a line for each student, and grey those that they are compared with; τ that were asked for are marked."""
+def thresholds_figure(
+    kept: Mapping[str, Mapping[float, float]], limits: Mapping[str, Mapping[float, float]], taus: Sequence[float]
+) -> go.Figure:
+    """How many features are kept at each τ, a line for each student, and grey those that they are compared with; τ that
+    were asked for are marked.
+    """
     figure = _figure()
     for place, (label, counts) in enumerate(kept.items()):
         figure.add_scatter(x=list(counts), y=list(counts.values()), mode="lines", line=_line(place), **_legend(label))
     for dash, (label, counts) in zip(("dash", "dot"), limits.items(), strict=False):
-        figure.add_scatter(x=list(counts), y=list(counts.values()), mode="lines", line={"color": GREY, "dash": dash, "width": 2}, **_legend(label))
+        figure.add_scatter(
+            x=list(counts),
+            y=list(counts.values()),
+            mode="lines",
+            line={"color": GREY, "dash": dash, "width": 2},
+            **_legend(label),
+        )
     for tau in taus:
         annotation = {"text": f"τ = {tau:g}", "font": {"size": 10}}
-        figure.add_vline(x=tau, line={"color": GREY, "width": 2}, annotation=annotation, annotation_position="bottom left")
+        figure.add_vline(
+            x=tau, line={"color": GREY, "width": 2}, annotation=annotation, annotation_position="bottom left"
+        )
     figure.update_xaxes(title="τ (least AUROC of a kept feature)")
     figure.update_yaxes(title="features kept", rangemode="tozero")
     return figure
@@ -341,7 +417,9 @@ def short_hook(measurement: Measurement, hook: str) -> str:
 
 
 def name(measurement: Measurement, hook: HookMeasurement) -> str:
-    """The hook point's short name; where several SAEs were measured there with the SAE's, or that alone where it names the hook point."""
+    """The hook point's short name; where several SAEs were measured there with the SAE's, or that alone where it names
+    the hook point.
+    """
     short = short_hook(measurement, hook.hook)
     if sum(h.hook == hook.hook for h in measurement) == 1:
         return short
@@ -363,7 +441,9 @@ def spaced(values: Sequence[int], decades: float = NEAREST_LABELS) -> list[int]:
 
 
 def shortened(text: str, longest: int = LONGEST_NAME) -> str:
-    """`text` with its middle left out where it is longer than `longest`; beginning and end tell hook points and paths apart."""
+    """`text` with its middle left out where it is longer than `longest`; beginning and end tell hook points and paths
+    apart.
+    """
     if len(text) <= longest:
         return text
     end = longest // 2
@@ -401,7 +481,11 @@ def _curve_interval(hook: HookMeasurement, importance: str, ranks: NDArray[np.in
 
 def _band(figure: go.Figure, x: NDArray[np.int64], estimates: Sequence[Estimate], smallest: float, place: int) -> None:
     """A shaded interval; what reaches zero or below ends at the smallest value, as a logarithmic axis has no zero."""
-    sure = [(float(at), max(e.low, smallest), max(e.high, smallest)) for at, e in zip(x, estimates, strict=True) if e.low is not None and e.high is not None]
+    sure = [
+        (float(at), max(e.low, smallest), max(e.high, smallest))
+        for at, e in zip(x, estimates, strict=True)
+        if e.low is not None and e.high is not None
+    ]
     if not sure:
         return
     xs, lows, highs = (np.array(values) for values in zip(*sure, strict=True))
@@ -423,8 +507,12 @@ def _width_of(student: StudentCurve) -> tuple[bool, int]:
 
 
 def _width_axis(figure: go.Figure, widths: Sequence[int]) -> None:
-    labelled = spaced(sorted(set(widths)), NEAREST_LABELS / 3)  # the axis spans about a decade, where the others span several
-    figure.update_xaxes(type="log", title="student width d_S (dimensions)", tickvals=labelled, ticktext=[f"{w:,}" for w in labelled])
+    labelled = spaced(
+        sorted(set(widths)), NEAREST_LABELS / 3
+    )  # the axis spans about a decade, where the others span several
+    figure.update_xaxes(
+        type="log", title="student width d_S (dimensions)", tickvals=labelled, ticktext=[f"{w:,}" for w in labelled]
+    )
 
 
 def _round_numbers(low: int, high: int) -> list[float]:
@@ -435,14 +523,21 @@ def _round_numbers(low: int, high: int) -> list[float]:
 
 
 def _value_axis(figure: go.Figure, title: str) -> None:
-    """A logarithmic y axis with one tick a decade, or every other one where there are many; a linear one within half a decade, where labels would overlap."""
-    values = np.concatenate([np.asarray(trace.y, dtype=np.float64) for trace in figure.data if trace.y is not None and len(trace.y)] or [np.ones(1)])
+    """A logarithmic y axis with one tick a decade, or every other one where there are many; a linear one within half a
+    decade, where labels would overlap.
+    """
+    values = np.concatenate(
+        [np.asarray(trace.y, dtype=np.float64) for trace in figure.data if trace.y is not None and len(trace.y)]
+        or [np.ones(1)]
+    )
     positive = values[np.isfinite(values) & (values > 0)]
     spanned = np.ptp(np.log10(positive)) if len(positive) else 0.0
     if spanned < 0.5:
         figure.update_yaxes(title=title, rangemode="tozero")
     else:
-        figure.update_yaxes(type="log", title=title, exponentformat="power", dtick=None if spanned < 2 else 1 + int(spanned // 7))
+        figure.update_yaxes(
+            type="log", title=title, exponentformat="power", dtick=None if spanned < 2 else 1 + int(spanned // 7)
+        )
 
 
 def _unit(importance: str) -> str:
@@ -451,7 +546,9 @@ def _unit(importance: str) -> str:
 
 def _above(figure: go.Figure, x: float, text: str) -> None:
     """A small label above the plot, at a place on its logarithmic axis."""
-    figure.add_annotation(x=np.log10(x), y=1, yref="paper", yanchor="bottom", text=text, showarrow=False, font={"size": 10})
+    figure.add_annotation(
+        x=np.log10(x), y=1, yref="paper", yanchor="bottom", text=text, showarrow=False, font={"size": 10}
+    )
 
 
 def _legend(label: str) -> dict[str, Any]:

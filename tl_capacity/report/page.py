@@ -28,7 +28,13 @@ CONTROLS = dict.fromkeys(c for c in range(32) if c not in (9, 10))
 """Characters that HTML has no place for."""
 
 
-def write_report(path: Path, results: Results, settings: ReportSettings | None = None, snippets: Snippets | None = None, snippets_note: str = "") -> Path:
+def write_report(
+    path: Path,
+    results: Results,
+    settings: ReportSettings | None = None,
+    snippets: Snippets | None = None,
+    snippets_note: str = "",
+) -> Path:
     """Write the page to `path`, whole or not at all.
 
     Raises:
@@ -40,7 +46,9 @@ def write_report(path: Path, results: Results, settings: ReportSettings | None =
     return path
 
 
-def report_page(results: Results, settings: ReportSettings | None = None, snippets: Snippets | None = None, snippets_note: str = "") -> str:
+def report_page(
+    results: Results, settings: ReportSettings | None = None, snippets: Snippets | None = None, snippets_note: str = ""
+) -> str:
     """The page as HTML.
 
     Args:
@@ -76,7 +84,9 @@ def report_page(results: Results, settings: ReportSettings | None = None, snippe
 
 
 def _clean(value: Any) -> Any:
-    """Text that UTF-8 and HTML can hold: without lone surrogates and control characters. What is marked as safe is left as it is."""
+    """Text that UTF-8 and HTML can hold: without lone surrogates and control characters. What is marked as safe is left
+    as it is.
+    """
     return value.encode("utf-8", "replace").decode().translate(CONTROLS) if type(value) is str else value
 
 
@@ -91,7 +101,15 @@ def _story(results: Results, settings: ReportSettings, snippets: Snippets, snipp
         return story
     hook_name = main.hook if sum(h.hook == main.hook for h in measurement) == 1 else None
     try:
-        found = decompose(measurement, results.run, hook=hook_name, importance=settings.importance, law=settings.law, observed=settings.observed, max_fvu=None)
+        found = decompose(
+            measurement,
+            results.run,
+            hook=hook_name,
+            importance=settings.importance,
+            law=settings.law,
+            observed=settings.observed,
+            max_fvu=None,
+        )
     except CapacityError as problem:
         evaluated = all(len(student.tokens) > 1 for student in results.run)
         return replace(story, observed=observed_floors(results.run) if evaluated else (), undecomposed=str(problem))
@@ -123,7 +141,9 @@ def report_widths(results: Results, settings: ReportSettings) -> tuple[int, ...]
 
 
 def shown_latents(measurement: Measurement, settings: ReportSettings, widths: Sequence[int]) -> dict[int, list[int]]:
-    """The latents that the page shows, by the place of their hook point in the measurement; none where a hook point has no sparsity."""
+    """The latents that the page shows, by the place of their hook point in the measurement; none where a hook point has
+    no sparsity.
+    """
     law, found = plugins().capacity_laws[settings.law], {}
     for place, hook in enumerate(measurement):
         if 0 < hook.summary.alpha.value < 1:
@@ -133,7 +153,12 @@ def shown_latents(measurement: Measurement, settings: ReportSettings, widths: Se
 
 
 def find_snippets(
-    results: Results, settings: ReportSettings, model: str | None = None, source: str | None = None, tokens: int = 20_000, device: str = "cpu"
+    results: Results,
+    settings: ReportSettings,
+    model: str | None = None,
+    source: str | None = None,
+    tokens: int = 20_000,
+    device: str = "cpu",
 ) -> tuple[Snippets, str]:
     """The text on which the shown features are most active, and where there is none, why.
 
@@ -143,7 +168,8 @@ def find_snippets(
         tokens: how much of it to read.
 
     Raises:
-        CapacityError: where a model or a source that was named cannot be used; if it is only what the measurement names, that becomes the reason.
+        CapacityError: where a model or a source that was named cannot be used; if it is only what the measurement
+            names, that becomes the reason.
     """
     from tl_capacity.loading import load_model
 
@@ -158,5 +184,8 @@ def find_snippets(
     except CapacityError as problem:
         if model or source:
             raise
-        reason = f"no text is shown, as it could not be read again ({problem}); name the model with --model, the text with --source"
+        reason = (
+            f"no text is shown, as it could not be read again ({problem}); name the model with --model, the text with"
+            " --source"
+        )
         return {}, sections.sentence(reason)

@@ -58,10 +58,12 @@ class Results:
 
     @classmethod
     def load(cls, paths: Sequence[Path]) -> Results:
-        """Read results from folders or JSON files, in any order; a folder may hold them itself or one folder deeper, as `pythia-floor` writes them.
+        """Read results from folders or JSON files, in any order; a folder may hold them itself or one folder deeper, as
+        `pythia-floor` writes them.
 
         Raises:
-            MeasurementError: where there is no measurement, something is given twice or cannot be read, or a path holds nothing that is known.
+            MeasurementError: where there is no measurement, something is given twice or cannot be read, or a path holds
+                nothing that is known.
         """
         found: dict[str, Path] = {}
         for path in paths:
@@ -70,10 +72,15 @@ class Results:
                 raise MeasurementError(f"{path} holds no result: pass a folder with one of {', '.join(FILES)} in it")
             for name, file in here.items():
                 if name in found and found[name] != file:
-                    raise MeasurementError(f"{found[name]} and {file} are both given, but a report shows one {name}: leave one out")
+                    raise MeasurementError(
+                        f"{found[name]} and {file} are both given, but a report shows one {name}: leave one out"
+                    )
                 found[name] = file
         if MEASUREMENT_JSON not in found:
-            raise MeasurementError(f"there is no measurement in {', '.join(map(str, paths))}: pass a folder that `tl-capacity measure --out` wrote")
+            raise MeasurementError(
+                f"there is no measurement in {', '.join(map(str, paths))}: pass a folder that `tl-capacity measure"
+                " --out` wrote"
+            )
         return cls(
             Measurement.load(found[MEASUREMENT_JSON].parent),
             str(found[MEASUREMENT_JSON].parent),
@@ -117,13 +124,16 @@ def probe_rows(content: Any) -> list[ProbeRow]:
     """The rows of a `probes.json`; those without a number, as of a probe that could not be fitted, are left out.
 
     Raises:
-        MeasurementError: where none is left, the file is of a newer version, or a width or number is none that a probe can have.
+        MeasurementError: where none is left, the file is of a newer version, or a width or number is none that a probe
+            can have.
     """
     rows = content.get("probes") if isinstance(content, dict) else content
     _check_schema(PROBES_JSON, content)
     found = []
     for row in rows if isinstance(rows, list) else []:
-        accuracy = _estimate(PROBES_JSON, row, "accuracy", "low", "high") if isinstance(row, dict) and "width" in row else None
+        accuracy = (
+            _estimate(PROBES_JSON, row, "accuracy", "low", "high") if isinstance(row, dict) and "width" in row else None
+        )
         if accuracy is None:
             continue
         found.append(
@@ -146,7 +156,9 @@ def probe_rows(content: Any) -> list[ProbeRow]:
 
 
 def concept_titles(content: Any) -> dict[str, str]:
-    """What each concept of a `probes.json` tells apart, as `question or statement`; those whose classes it does not name are left out."""
+    """What each concept of a `probes.json` tells apart, as `question or statement`; those whose classes it does not
+    name are left out.
+    """
     concepts = content.get("concepts") if isinstance(content, dict) else None
     found = {}
     for each in concepts if isinstance(concepts, list) else []:
@@ -184,17 +196,22 @@ def recoverability_rows(content: Any) -> list[RecoveryRow]:
     """The rows of a `recoverability.json`, checked.
 
     Raises:
-        MeasurementError: where they are none, the file is of a newer version, or a width or number is none that a row can have.
+        MeasurementError: where they are none, the file is of a newer version, or a width or number is none that a row
+            can have.
     """
     if not isinstance(content, list) or not content:
-        raise MeasurementError(f"{RECOVERABILITY_JSON} has no rows, as it is no list of students: measure recoverability again")
+        raise MeasurementError(
+            f"{RECOVERABILITY_JSON} has no rows, as it is no list of students: measure recoverability again"
+        )
     found = []
     for row in content:
         _check_schema(RECOVERABILITY_JSON, row)
         row = row if isinstance(row, dict) else {}
         numbers = _numbers(RECOVERABILITY_JSON, row)
         if "width" not in row or "kept" not in numbers:
-            raise MeasurementError(f"{RECOVERABILITY_JSON} has a row without width and kept: it was altered, measure recoverability again")
+            raise MeasurementError(
+                f"{RECOVERABILITY_JSON} has a row without width and kept: it was altered, measure recoverability again"
+            )
         width = _width(RECOVERABILITY_JSON, row)
         intervals, counts = _object(row, "intervals"), {}
         for key in RECOVERED:
@@ -203,7 +220,9 @@ def recoverability_rows(content: Any) -> list[RecoveryRow]:
                 ends = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
                 counts[key] = Estimate(numbers[key], *(_finite(RECOVERABILITY_JSON, end) for end in ends))
         features, by_tau = int(numbers.get("n_features", 0)), _object(row, "by_tau")
-        readouts = {readout: _numbers(RECOVERABILITY_JSON, _object(_object(row, "readouts"), readout)) for readout in READOUTS}
+        readouts = {
+            readout: _numbers(RECOVERABILITY_JSON, _object(_object(row, "readouts"), readout)) for readout in READOUTS
+        }
         found.append(
             RecoveryRow(
                 student=str(row.get("student", "")),
@@ -215,9 +234,14 @@ def recoverability_rows(content: Any) -> list[RecoveryRow]:
                 counts=counts,
                 overlap=_numbers(RECOVERABILITY_JSON, _object(row, "overlap")),
                 medians={
-                    figure: {readout: values[figure] for readout, values in readouts.items() if figure in values} for figure in ("average_precision", "r2")
+                    figure: {readout: values[figure] for readout, values in readouts.items() if figure in values}
+                    for figure in ("average_precision", "r2")
                 },
-                by_tau={float(at): _numbers(RECOVERABILITY_JSON, _object(by_tau, at)) for at in by_tau if TAU_KEY.fullmatch(at)},
+                by_tau={
+                    float(at): _numbers(RECOVERABILITY_JSON, _object(by_tau, at))
+                    for at in by_tau
+                    if TAU_KEY.fullmatch(at)
+                },
             )
         )
     return found
@@ -227,7 +251,9 @@ def _check_schema(file: str, content: Any) -> None:
     """Raises `MeasurementError` where a file, or a row of it, is of a newer version."""
     schema = content.get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
-        raise MeasurementError(f"{file} has schema {_quoted(schema)}, and this version reads up to {SCHEMA}: upgrade tl-capacity")
+        raise MeasurementError(
+            f"{file} has schema {_quoted(schema)}, and this version reads up to {SCHEMA}: upgrade tl-capacity"
+        )
 
 
 def _width(file: str, row: Mapping[str, Any]) -> int:
@@ -238,7 +264,10 @@ def _width(file: str, row: Mapping[str, Any]) -> int:
     """
     width = row["width"]
     if type(width) is not int or not 1 <= width <= LARGEST:
-        raise MeasurementError(f"{file} has the width {_quoted(width)}, which is no whole number of dimensions: it was altered, write it again")
+        raise MeasurementError(
+            f"{file} has the width {_quoted(width)}, which is no whole number of dimensions: it was altered, write it"
+            " again"
+        )
     return width
 
 
@@ -265,10 +294,16 @@ def _finite(file: str, value: Any) -> float | None:
     Raises:
         MeasurementError: where it is too large to be a result.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (isinstance(value, int) or isfinite(value)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (isinstance(value, int) or isfinite(value))
+    ):
         return None
     if abs(value) > LARGEST:
-        raise MeasurementError(f"{file} has the number {_quoted(value)}, which no result can be: it was altered, write it again")
+        raise MeasurementError(
+            f"{file} has the number {_quoted(value)}, which no result can be: it was altered, write it again"
+        )
     return float(value)
 
 

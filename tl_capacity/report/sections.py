@@ -1,4 +1,5 @@
-"""The sections of the report: each function takes the story, which holds all results, and returns what one section says and shows, as plain text.
+"""The sections of the report: each function takes the story, which holds all results, and returns what one section says
+and shows, as plain text.
 
 A section without data says in a sentence, with a command, how to get it.
 """
@@ -23,7 +24,15 @@ from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.report import figures
-from tl_capacity.report.results import READOUTS, RECOVERED, RecoveryRow, Results, concept_titles, probe_rows, recoverability_rows
+from tl_capacity.report.results import (
+    READOUTS,
+    RECOVERED,
+    RecoveryRow,
+    Results,
+    concept_titles,
+    probe_rows,
+    recoverability_rows,
+)
 from tl_capacity.report.snippets import Edge, ShownFeature, Snippet, shown_features
 from tl_capacity.suite import suites
 from tl_capacity.summary import DOCUMENT_GROUPS, REPLICATES, Estimate, significant
@@ -43,7 +52,8 @@ class ReportSettings:
     """What the page shows.
 
     Attributes:
-        widths: student widths; none for those distilled, or some between a sixteenth of the teacher's width and all of it.
+        widths: student widths; none for those distilled, or some between a sixteenth of the teacher's width and all of
+            it.
         importance, law: of the predictions.
         hook: the hook point that the verdict is about; None for the middle one.
         observed: "fit" or "last_tenth", as in `decompose`.
@@ -138,20 +148,22 @@ def verdict(story: Story) -> list[str]:
     if not 0 < s.alpha.value < 1:
         alive = int(s.n_alive.value)
         return [
-            f"{_where(story, hook)} of {p.model} has {alive:,} alive features at L0 = {s.l0.show(',.2f')}, for which no sparsity is defined: count more tokens."
+            f"{_where(story, hook)} of {p.model} has {alive:,} alive features at L0 = {s.l0.show(',.2f')}, for which no"
+            " sparsity is defined: count more tokens."
         ]
     star = s.critical_width
     fits = "of" if star.value <= hook.width else "more than"
     sentences = [
-        f"{_where(story, hook)} of {p.model} holds F = {s.n_alive.show(',.0f')} alive features at L0 = {s.l0.show(',.2f')}, so by the minimum-width theorem a "
-        f"student needs d* = {star.show(',.1f')}, {fits} the {hook.width:,} dimensions there, to keep them all."
+        f"{_where(story, hook)} of {p.model} holds F = {s.n_alive.show(',.0f')} alive features at L0 ="
+        f" {s.l0.show(',.2f')}, so by the minimum-width theorem a student needs d* = {star.show(',.1f')}, {fits} the"
+        f" {hook.width:,} dimensions there, to keep them all."
     ]
     floor = _verdict_floor(story)
     if floor is not None:
         worth = floor.predicted_floor.show(significant(floor.predicted_floor.value))
         sentences.append(
-            f"A student of width {floor.width:,} keeps about {_percent(floor.kept_share)} of them; its predicted floor is {worth} {floor.unit} per token, "
-            f"{_percent(floor.share)} of what all of them are worth."
+            f"A student of width {floor.width:,} keeps about {_percent(floor.kept_share)} of them; its predicted floor"
+            f" is {worth} {floor.unit} per token, {_percent(floor.share)} of what all of them are worth."
         )
     if story.decomposition is not None:
         sentences.append(f"Of the students that were distilled: {_short(story, story.decomposition.verdict())}.")
@@ -177,10 +189,15 @@ def _verdict_floor(story: Story) -> FloorPrediction | None:
 
 def tiles(story: Story) -> list[tuple[str, Cell]]:
     s, hook = story.main.summary, story.main
-    tiles = [("alive features F", _estimate(s.n_alive, ",.0f")), (f"critical width d*; the hook point has {hook.width:,}", _estimate(s.critical_width, ",.1f"))]
+    tiles = [
+        ("alive features F", _estimate(s.n_alive, ",.0f")),
+        (f"critical width d*; the hook point has {hook.width:,}", _estimate(s.critical_width, ",.1f")),
+    ]
     floor = _verdict_floor(story)
     if floor is not None:
-        tiles.append((f"predicted floor at width {floor.width:,}, {floor.unit} per token", _estimate(floor.predicted_floor)))
+        tiles.append(
+            (f"predicted floor at width {floor.width:,}, {floor.unit} per token", _estimate(floor.predicted_floor))
+        )
     tiles.append(("FVU of the SAE", Cell("not checked") if s.fvu is None else _estimate(s.fvu, ".3f")))
     return tiles
 
@@ -199,7 +216,10 @@ def notes(story: Story) -> list[str]:
         grouped.setdefault(what if at else note, []).extend([at] if at else [])
     notes = [f"{', '.join(dict.fromkeys(where))}: {what}" if where else what for what, where in grouped.items()]
     notes += [f"{story.law.name}: {story.law.caveat}"] if story.law.caveat else []
-    return [sentence(note) for note in [*notes, *(story.decomposition.notes()[1:] if story.decomposition is not None else [])]]
+    return [
+        sentence(note)
+        for note in [*notes, *(story.decomposition.notes()[1:] if story.decomposition is not None else [])]
+    ]
 
 
 # The sections
@@ -207,7 +227,9 @@ def notes(story: Story) -> list[str]:
 
 def _layers(story: Story, empty: Section) -> Section:
     rows = []
-    for row, hook in zip(story.measurement.budget(max_fvu=None, law=story.law.name).rows(), story.measurement, strict=True):
+    for row, hook in zip(
+        story.measurement.budget(max_fvu=None, law=story.law.name).rows(), story.measurement, strict=True
+    ):
         rows.append(
             [
                 _words(story.name(hook), f"d = {hook.width:,}"),
@@ -223,13 +245,17 @@ def _layers(story: Story, empty: Section) -> Section:
         )
     header = ["hook point", "F alive", "L0", "α = 1 − L0/F", "g(α)", "budget d·ĝ", "d* = F/g(α)", "d*_het", "FVU"]
     text = [
-        "F counts the features whose firing rate exceeds the alive threshold, L0 is the mean number that are active on a token. One dimension holds "
-        "g(α) = 1/((1−α) ln(1/(1−α))) features, so d* is the narrowest student that can keep them all; d*_het = Σ p ln(1/p) lets each feature have its own "
-        "rate. FVU is the variance that the SAE leaves unexplained: what it misses is in no feature and in no floor."
+        "F counts the features whose firing rate exceeds the alive threshold, L0 is the mean number that are active on"
+        " a token. One dimension holds g(α) = 1/((1−α) ln(1/(1−α))) features, so d* is the narrowest student that can"
+        " keep them all; d*_het = Σ p ln(1/p) lets each feature have its own rate. FVU is the variance that the SAE"
+        " leaves unexplained: what it misses is in no feature and in no floor."
     ]
     s, name = story.main.summary, figures.short_hook(story.measurement, story.main.hook)
     named = "" if name == story.main.hook else f"; {name} is {story.main.hook}"
-    title = f"{s.n_tokens:,} tokens of {s.n_documents:,} documents, with 95% intervals over documents{named}. A click on a heading sorts."
+    title = (
+        f"{s.n_tokens:,} tokens of {s.n_documents:,} documents, with 95% intervals over documents{named}. A click on a"
+        " heading sorts."
+    )
     return replace(empty, text=text, tables=[PageTable(title, header, rows)])
 
 
@@ -237,8 +263,8 @@ def _importance(story: Story, empty: Section) -> Section:
     hook = story.main.hook if sum(h.hook == story.main.hook for h in story.measurement) == 1 else None
     figure = figures.importance_figure(story.measurement, story.widths, story.settings.importance, story.law.name, hook)
     caption = (
-        "Bands are 95% intervals over documents. Markers show where the budget of each student width ends: what is to the right is lost. Dotted lines, some "
-        f"labelled with the width, are those of {story.name(story.main)}."
+        "Bands are 95% intervals over documents. Markers show where the budget of each student width ends: what is to"
+        f" the right is lost. Dotted lines, some labelled with the width, are those of {story.name(story.main)}."
     )
     return replace(empty, figures=[("importance", figure, caption)])
 
@@ -254,31 +280,47 @@ def _firing_rates(story: Story, empty: Section) -> Section:
     thresholds = [f"F at p > {figures.power_of_ten(t)}" for t in story.main.summary.alive_at]
     header = ["hook point", *thresholds, "can fire (Chao2)", "never fired", "dense, p > 1/e"]
     text = [
-        "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million to place a feature to within 10%. Chao2 "
-        "estimates from features that only one or two documents showed how many can fire at all."
+        "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million to"
+        " place a feature to within 10%. Chao2 estimates from features that only one or two documents showed how many"
+        " can fire at all."
     ]
     caption = (
-        "The thick line is the alive threshold of this report, thin dotted ones are others; above 1/e a latent is too dense for g(α). The histogram is of the "
-        "text that was read; the table has intervals."
+        "The thick line is the alive threshold of this report, thin dotted ones are others; above 1/e a latent is too"
+        " dense for g(α). The histogram is of the text that was read; the table has intervals."
     )
-    section = replace(empty, text=text, tables=[PageTable("Features at several thresholds, with 95% intervals", header, rows)])
+    section = replace(
+        empty, text=text, tables=[PageTable("Features at several thresholds, with 95% intervals", header, rows)]
+    )
     if not any(hook.summary.alive_at[0.0].value for hook in story.measurement):
-        return replace(section, missing="No latent fired on the text that was read, so there is no rate to draw: count more tokens, or check the hook point.")
+        return replace(
+            section,
+            missing=(
+                "No latent fired on the text that was read, so there is no rate to draw: count more tokens, or check"
+                " the hook point."
+            ),
+        )
     return replace(section, figures=[("firing-rates", figures.firing_rate_figure(story.measurement), caption)])
 
 
 def _suite(story: Story, empty: Section) -> Section:
     found = suites(story.measurement)
     text = [
-        "d* = F/g(α) is the same number as L0 · ln(F/L0): it rests on the dictionary's L0, which whoever trained the SAE chose. One d* is a statement about "
-        "the model and that SAE together; over several SAEs of one hook point it shows how much is the model's."
+        "d* = F/g(α) is the same number as L0 · ln(F/L0): it rests on the dictionary's L0, which whoever trained the"
+        " SAE chose. One d* is a statement about the model and that SAE together; over several SAEs of one hook point"
+        " it shows how much is the model's."
     ]
     if not found:
         return replace(
             empty,
             text=text,
-            missing="Each hook point was measured with one SAE, so it is not known how far d* rests on that choice: measure several at one hook point.",
-            command=f"tl-capacity measure --model {_quoted(story.measurement.provenance.model)} --sae SAE --sae SAE_OF_ANOTHER_L0 --out runs/suite",
+            missing=(
+                "Each hook point was measured with one SAE, so it is not known how far d* rests on that choice: measure"
+                " several at one hook point."
+            ),
+            command=(
+                f"tl-capacity measure --model {_quoted(story.measurement.provenance.model)} --sae SAE --sae"
+                " SAE_OF_ANOTHER_L0 --out runs/suite"
+            ),
         )
     text += [sentence(suite.statement()) for suite in found]
     if any(suite.exponent is not None for suite in found):
@@ -299,25 +341,43 @@ def _suite(story: Story, empty: Section) -> Section:
     return replace(
         empty,
         text=text,
-        figures=[("suite", figures.suite_figure(story.measurement), "Error bars are 95% intervals over documents, often smaller than the markers.")],
+        figures=[
+            (
+                "suite",
+                figures.suite_figure(story.measurement),
+                "Error bars are 95% intervals over documents, often smaller than the markers.",
+            )
+        ],
         tables=[PageTable("SAEs of one hook point", ["SAE", "latents", "L0", "F alive", "d*", "d*_het", "FVU"], rows)],
     )
 
 
 def _floors(story: Story, empty: Section) -> Section:
-    labelled = [replace(f, hook=story.name(story.measurement.hooks[place])) for place, mine in story.floors.items() for f in mine]
+    labelled = [
+        replace(f, hook=story.name(story.measurement.hooks[place]))
+        for place, mine in story.floors.items()
+        for f in mine
+    ]
     if not labelled:
         raise CapacityError("no hook point has enough alive features for a prediction: count more tokens")
     same_unit = story.settings.importance == "decoder_weighted"
     errors = {story.name(h): h.summary.reconstruction_error for h in story.measurement} if same_unit else {}
     drawn = figures.floors_figure(labelled, {name: error.value for name, error in errors.items() if error is not None})
     unit = f"{story.unit} per token"
-    caption = f"Predicted floor L*(d_S), the importance ({story.settings.importance}) of what a student of that width cannot keep, with 95% intervals."
+    caption = (
+        f"Predicted floor L*(d_S), the importance ({story.settings.importance}) of what a student of that width cannot"
+        " keep, with 95% intervals."
+    )
     section_figures = [("predicted-floors", drawn, caption)]
     tables = _floor_tables(story)
     text = [
-        f"A student of width d_S keeps the F_S = min(⌊d_S · ĝ(α)⌋, F) most important features and loses the importance of the rest. The unit is {unit}"
-        + ("." if story.unit.startswith("nats") else ", so a predicted floor can be compared with a loss in nats only through a fitted factor C.")
+        "A student of width d_S keeps the F_S = min(⌊d_S · ĝ(α)⌋, F) most important features and loses the importance"
+        f" of the rest. The unit is {unit}"
+        + (
+            "."
+            if story.unit.startswith("nats")
+            else ", so a predicted floor can be compared with a loss in nats only through a fitted factor C."
+        )
     ]
     section = replace(empty, text=text, figures=section_figures, tables=tables)
     if story.results.run is None:
@@ -326,17 +386,29 @@ def _floors(story: Story, empty: Section) -> Section:
         return replace(
             section,
             missing="No student was distilled, so nothing was observed that could contradict the prediction.",
-            command=f"tl-capacity run distill --teacher {teacher} --widths {widths} --tokens 1000000 --repeat --out {story.students}\n"
-            f"tl-capacity report {story.folder} {story.students}",
+            command=(
+                f"tl-capacity run distill --teacher {teacher} --widths {widths} --tokens 1000000 --repeat --out"
+                f" {story.students}\ntl-capacity report {story.folder} {story.students}"
+            ),
         )
     if story.observed:
         observed = figures.observed_figure(story.observed, story.decomposition, story.settings.observed)
-        section_figures.append(("observed-floors", observed, "Observed floors of the distilled students, in nats per token, with 95% intervals of the fit."))
+        section_figures.append(
+            (
+                "observed-floors",
+                observed,
+                "Observed floors of the distilled students, in nats per token, with 95% intervals of the fit.",
+            )
+        )
         tables.append(_observed_table(story))
     found = story.decomposition
     if found is None:
-        return replace(section, missing=sentence(f"Predicted and observed floors could not be compared: {story.undecomposed}"))
-    text.append(f"{_short(story, found.verdict())}. Error and R² are of these widths alone, which are too few for an interval.")
+        return replace(
+            section, missing=sentence(f"Predicted and observed floors could not be compared: {story.undecomposed}")
+        )
+    text.append(
+        f"{_short(story, found.verdict())}. Error and R² are of these widths alone, which are too few for an interval."
+    )
     tables += _candidate_tables(story, found)
     return section
 
@@ -346,17 +418,44 @@ def _floor_tables(story: Story) -> list[PageTable]:
 
     def cells(f: FloorPrediction) -> list[Cell]:
         counts = [_estimate(count, ",.0f") for count in (f.features_kept, f.features_lost)]
-        return [_number(f.width), *counts, _share(f.kept_share), _estimate(f.predicted_floor), _share(f.share), _estimate(f.naive_floor)]
+        return [
+            _number(f.width),
+            *counts,
+            _share(f.kept_share),
+            _estimate(f.predicted_floor),
+            _share(f.share),
+            _estimate(f.naive_floor),
+        ]
 
-    header = ["width d_S", "kept F_S", "lost", "share kept", f"predicted floor, {story.unit} per token", "share of all importance", "naive floor"]
+    header = [
+        "width d_S",
+        "kept F_S",
+        "lost",
+        "share kept",
+        f"predicted floor, {story.unit} per token",
+        "share of all importance",
+        "naive floor",
+    ]
     title = f"importance {story.settings.importance}, law {story.law.name}"
     main = _place(story.measurement, story.main)
     tables = []
     if main in story.floors:
-        tables.append(PageTable(f"Predicted floors at {story.name(story.main)}: {title}", header, [cells(f) for f in story.floors[main]]))
+        tables.append(
+            PageTable(
+                f"Predicted floors at {story.name(story.main)}: {title}", header, [cells(f) for f in story.floors[main]]
+            )
+        )
     if set(story.floors) - {main}:
-        rows = [[Cell(story.name(story.measurement.hooks[place]), order=place), *cells(f)] for place, mine in story.floors.items() for f in mine]
-        tables.append(PageTable(f"Predicted floors at all {len(story.floors)} hook points: {title}", ["hook point", *header], rows, True))
+        rows = [
+            [Cell(story.name(story.measurement.hooks[place]), order=place), *cells(f)]
+            for place, mine in story.floors.items()
+            for f in mine
+        ]
+        tables.append(
+            PageTable(
+                f"Predicted floors at all {len(story.floors)} hook points: {title}", ["hook point", *header], rows, True
+            )
+        )
     return tables
 
 
@@ -394,7 +493,13 @@ def _candidate_tables(story: Story, found: Decomposition) -> list[PageTable]:
             _words(_short(story, f.candidate.name), f"{f.candidate.kind}{', asked for' if f is found.chosen else ''}"),
             Cell("too few widths", order=float("inf")) if f.error is None else Cell(f"{f.error:.4f}", order=f.error),
             Cell("too few widths", order=float("-inf")) if f.r2 is None else Cell(f"{f.r2:.4f}", order=f.r2),
-            Cell("") if f.c is None else Cell("1", "fixed", 1.0) if f.candidate.as_is else _estimate(f.c, significant(f.c.value, 3)),
+            (
+                Cell("")
+                if f.c is None
+                else Cell("1", "fixed", 1.0)
+                if f.candidate.as_is
+                else _estimate(f.c, significant(f.c.value, 3))
+            ),
             _estimate(f.b, significant(f.b.value, 3)),
             Cell("") if f.exponent is None else _estimate(f.exponent, ".2f"),
         ]
@@ -402,13 +507,22 @@ def _candidate_tables(story: Story, found: Decomposition) -> list[PageTable]:
     }
     header = ["place", "candidate", "error, nats per token", "R²", "C", "B, nats per token", "exponent"]
     first = [rows[place] for place, _ in found.shown(CANDIDATES)]
-    title = "What explains the observed floors: observed = C · candidate + B, the smallest error at a width that was left out first"
+    title = (
+        "What explains the observed floors: observed = C · candidate + B, the smallest error at a width that was left"
+        " out first"
+    )
     tables = [PageTable(title, header, first)]
-    return tables if len(first) == len(rows) else [*tables, PageTable(f"All {len(rows)} candidates", header, list(rows.values()), True)]
+    return (
+        tables
+        if len(first) == len(rows)
+        else [*tables, PageTable(f"All {len(rows)} candidates", header, list(rows.values()), True)]
+    )
 
 
 def _short(story: Story, text: str) -> str:
-    """A sentence of a decomposition with short names of hook points, and without the law where it is the theorem's own."""
+    """A sentence of a decomposition with short names of hook points, and without the law where it
+    is the theorem's own.
+    """
     for hook in sorted(story.measurement, key=lambda h: -len(h.hook)):
         text = text.replace(f" at {hook.hook}", f" at {figures.short_hook(story.measurement, hook.hook)}")
     return text.replace(f", {PAPER}", "")
@@ -418,10 +532,15 @@ def _curves(story: Story, empty: Section) -> Section:
     run = story.results.run
     if run is None:
         command = f"tl-capacity report {story.folder} {story.students}"
-        return replace(empty, missing="There are no training curves, as no distillation was given: once there is one, name its folder.", command=command)
+        return replace(
+            empty,
+            missing="There are no training curves, as no distillation was given: once there is one, name its folder.",
+            command=command,
+        )
     text = [
-        f"{run.teacher}, d = {run.teacher_width:,}, distilled on {run.students[0].tokens[-1]:,} tokens of {run.source or 'text'}; judged in nats per token at "
-        f"temperature 1 on {run.heldout_tokens:,} held-out tokens. Not the last value is the floor but where the curve is heading."
+        f"{run.teacher}, d = {run.teacher_width:,}, distilled on {run.students[0].tokens[-1]:,} tokens of"
+        f" {run.source or 'text'}; judged in nats per token at temperature 1 on {run.heldout_tokens:,} held-out tokens."
+        " Not the last value is the floor but where the curve is heading."
     ]
     caption = "Thin dotted lines are the fits L∞ + a·t^−b, thin dashed ones their asymptotes L∞."
     figure = figures.curves_figure(run, story.observed)
@@ -432,18 +551,35 @@ def _probes(story: Story, empty: Section) -> Section:
     if story.results.probes is None:
         return replace(
             empty,
-            missing="No probe was trained, so it is not known which concepts the students' activations still tell apart.",
-            command=f"tl-capacity run probe --model {_quoted(story.measurement.provenance.model)} --model {story.students} "
-            f"--hook {_quoted(story.main.hook)} --measurement {story.folder} --out runs/probes\n"
-            f"tl-capacity report {story.folder} {story.students} runs/probes",
+            missing=(
+                "No probe was trained, so it is not known which concepts the students' activations still tell apart."
+            ),
+            command=(
+                f"tl-capacity run probe --model {_quoted(story.measurement.provenance.model)} --model {story.students} "
+                f"--hook {_quoted(story.main.hook)} --measurement {story.folder} --out runs/probes\n"
+                f"tl-capacity report {story.folder} {story.students} runs/probes"
+            ),
         )
     rows, titles = probe_rows(story.results.probes), concept_titles(story.results.probes)
-    concepts, kinds = list(dict.fromkeys(row.concept for row in rows)), [*dict.fromkeys(row.kind for row in rows), COMMONER]
+    concepts, kinds = (
+        list(dict.fromkeys(row.concept for row in rows)),
+        [
+            *dict.fromkeys(row.kind for row in rows),
+            COMMONER,
+        ],
+    )
     kinds += [CONTROL] if any(row.control is not None for row in rows) else []
     drawn = []
     for place, concept in enumerate(concepts[:PROBE_FIGURES]):
         series = [
-            {"series": row.kind, "width": row.width, "value": row.accuracy.value, "low": row.accuracy.low, "high": row.accuracy.high, "baseline": row.baseline}
+            {
+                "series": row.kind,
+                "width": row.width,
+                "value": row.accuracy.value,
+                "low": row.accuracy.low,
+                "high": row.accuracy.high,
+                "baseline": row.baseline,
+            }
             for row in rows
             if row.concept == concept
         ]
@@ -453,7 +589,11 @@ def _probes(story: Story, empty: Section) -> Section:
             for name, value in ((COMMONER, row.majority), (CONTROL, row.control))
             if row.concept == concept and not row.baseline and value is not None
         ]
-        figure = figures.series_figure(series, "accuracy", kinds).update_yaxes(rangemode="normal").update_layout(showlegend=False)
+        figure = (
+            figures.series_figure(series, "accuracy", kinds)
+            .update_yaxes(rangemode="normal")
+            .update_layout(showlegend=False)
+        )
         drawn.append((f"probes-{place}", figure, titles.get(concept, concept)))
     cells = [
         [
@@ -468,9 +608,10 @@ def _probes(story: Story, empty: Section) -> Section:
         for row in rows
     ]
     text = [
-        "Accuracy of a logistic regression on activations of unseen documents, with 95% intervals. Dotted lines are baselines: what a model with random "
-        "weights, principal components or a bag of embeddings tell as well says nothing about the student. The control task can be told only by knowing "
-        "tokens by heart; selectivity is the accuracy above it. Seeds of one width are open markers around their mean."
+        "Accuracy of a logistic regression on activations of unseen documents, with 95% intervals. Dotted lines are"
+        " baselines: what a model with random weights, principal components or a bag of embeddings tell as well says"
+        " nothing about the student. The control task can be told only by knowing tokens by heart; selectivity is the"
+        " accuracy above it. Seeds of one width are open markers around their mean."
     ]
     teachers = {row.width for row in rows if row.model == story.measurement.provenance.model and not row.baseline}
     text += [f"The teacher stands among its students, at its own width of {width:,}." for width in teachers]
@@ -485,9 +626,14 @@ def _recoverability(story: Story, empty: Section) -> Section:
     if story.results.recoverability is None:
         return replace(
             empty,
-            missing="Recoverability was not measured, so it is not known whether the features that the students kept are the ones that the theorem names.",
-            command=f"tl-capacity run recover {story.folder} {story.students} --hook {_quoted(story.main.hook)} --out runs/recover\n"
-            f"tl-capacity report {story.folder} {story.students} runs/recover",
+            missing=(
+                "Recoverability was not measured, so it is not known whether the features that the students kept are"
+                " the ones that the theorem names."
+            ),
+            command=(
+                f"tl-capacity run recover {story.folder} {story.students} --hook {_quoted(story.main.hook)} --out"
+                f" runs/recover\ntl-capacity report {story.folder} {story.students} runs/recover"
+            ),
         )
     rows = _with_budget_intervals(story.measurement, recoverability_rows(story.results.recoverability))
     taus = sorted({row.tau for row in rows})
@@ -507,7 +653,10 @@ def _recoverability(story: Story, empty: Section) -> Section:
     header = ["student", "width d_S", *RECOVERED.values(), "features"]
     cells = [
         [
-            _words(row.student, figures.short_hook(story.measurement, row.hook) + (f", τ = {row.tau:g}" if len(taus) > 1 else "")),
+            _words(
+                row.student,
+                figures.short_hook(story.measurement, row.hook) + (f", τ = {row.tau:g}" if len(taus) > 1 else ""),
+            ),
             _number(row.width),
             *(_estimate(row.counts[key], ",.0f") if key in row.counts else Cell("") for key in RECOVERED),
             Cell(f"{row.n_features:,}", f"{row.n_judged:,} judged", row.n_features),
@@ -515,36 +664,54 @@ def _recoverability(story: Story, empty: Section) -> Section:
         for row in rows
     ]
     text = [
-        "A feature counts as kept where a linear readout of the student's activations tells, on held-out documents, at an AUROC of at least τ where it fires. "
-        "The teacher's own activations are the ceiling, a student with random weights the floor. The theorem speaks of the budget. Features that fire too "
-        "seldom in the held-out text are not judged."
+        "A feature counts as kept where a linear readout of the student's activations tells, on held-out documents, at"
+        " an AUROC of at least τ where it fires. The teacher's own activations are the ceiling, a student with random"
+        " weights the floor. The theorem speaks of the budget. Features that fire too seldom in the held-out text are"
+        " not judged."
     ]
-    caption = "Dotted: what the student is compared with. Error bars are 95% intervals over documents; seeds of one width are open markers around their mean."
+    caption = (
+        "Dotted: what the student is compared with. Error bars are 95% intervals over documents; seeds of one width are"
+        " open markers around their mean."
+    )
     drawn = [("recoverability", figures.series_figure(series, "features"), caption), *_thresholds(story, rows)]
-    tables = [PageTable("Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else ""), header, cells)]
+    tables = [
+        PageTable(
+            "Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else ""),
+            header,
+            cells,
+        )
+    ]
     if any(row.overlap or any(row.medians.values()) for row in rows):
         text.append(
-            "If the theorem's order held, more of the predicted features would be kept than of all, which is what chance would give. Average precision and R² "
-            "lie between the floor and the ceiling; AUROC is lenient with rare features, and they are not. Shares, medians and counts at other τ are of these "
-            "documents alone and have no intervals."
+            "If the theorem's order held, more of the predicted features would be kept than of all, which is what"
+            " chance would give. Average precision and R² lie between the floor and the ceiling; AUROC is lenient with"
+            " rare features, and they are not. Shares, medians and counts at other τ are of these documents alone and"
+            " have no intervals."
         )
         tables.append(_kept_table(story, rows))
     return replace(empty, text=text, figures=drawn, tables=tables)
 
 
 def _thresholds(story: Story, rows: Sequence[RecoveryRow]) -> list[tuple[str, go.Figure, str]]:
-    """For each hook point the kept features against τ: of each width's first seed, of the teacher, and of random weights of the largest width."""
+    """For each hook point the kept features against τ: of each width's first seed, of the teacher, and of random
+    weights of the largest width.
+    """
     found = []
     for place, hook in enumerate(dict.fromkeys(row.hook for row in rows if row.by_tau)):
         mine = sorted((row for row in rows if row.hook == hook and row.by_tau), key=lambda row: row.width)
         of_width = {row.width: row for row in reversed(mine)}
         kept = {f"width {width:,}": _readout(of_width[width], "student") for width in sorted(of_width)}
-        limits = {"the teacher": _readout(mine[-1], "teacher"), f"random weights, width {mine[-1].width:,}": _readout(mine[-1], "random")}
+        limits = {
+            "the teacher": _readout(mine[-1], "teacher"),
+            f"random weights, width {mine[-1].width:,}": _readout(mine[-1], "random"),
+        }
         caption = (
-            f"Kept features at {figures.short_hook(story.measurement, hook)} against τ, of each width's first seed; the vertical line is the τ of the table. "
-            "These counts have no intervals."
+            f"Kept features at {figures.short_hook(story.measurement, hook)} against τ, of each width's first seed; the"
+            " vertical line is the τ of the table. These counts have no intervals."
         )
-        found.append((f"thresholds-{place}", figures.thresholds_figure(kept, limits, sorted({row.tau for row in mine})), caption))
+        found.append(
+            (f"thresholds-{place}", figures.thresholds_figure(kept, limits, sorted({row.tau for row in mine})), caption)
+        )
     return found
 
 
@@ -564,7 +731,9 @@ def _kept_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
 
     def median(row: RecoveryRow, name: str) -> Cell:
         found = row.medians.get(name, {})
-        around = ", ".join(f"{READOUTS[readout]} {found[readout]:.2f}" for readout in ("random", "teacher") if readout in found)
+        around = ", ".join(
+            f"{READOUTS[readout]} {found[readout]:.2f}" for readout in ("random", "teacher") if readout in found
+        )
         return Cell(f"{found['student']:.2f}", around, found["student"]) if "student" in found else Cell("")
 
     header = [
@@ -590,15 +759,23 @@ def _kept_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
 
 
 def _with_budget_intervals(measurement: Measurement, rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
-    """The rows with budgets as uncertain as the measured ones of their hook points, where those were measured with one SAE."""
+    """The rows with budgets as uncertain as the measured ones of their hook points, where those were measured with one
+    SAE.
+    """
     alone = [h.hook for h in measurement if sum(other.hook == h.hook for other in measurement) == 1]
     found = list(rows)
     for key, law in BUDGETS.items():
-        measured = {row["hook"]: row["budget"] for row in measurement.budget(max_fvu=None, law=law).rows() if row["hook"] in alone}
+        measured = {
+            row["hook"]: row["budget"]
+            for row in measurement.budget(max_fvu=None, law=law).rows()
+            if row["hook"] in alone
+        }
         for place, row in enumerate(found):
             whole, mine = measured.get(row.hook), row.counts.get(key)
             if mine is not None and whole is not None and whole.low is not None and whole.high is not None:
-                interval = Estimate(mine.value, mine.value * whole.low / whole.value, mine.value * whole.high / whole.value)
+                interval = Estimate(
+                    mine.value, mine.value * whole.low / whole.value, mine.value * whole.high / whole.value
+                )
                 found[place] = replace(row, counts={**row.counts, key: interval})
     return found
 
@@ -648,7 +825,16 @@ def features(story: Story) -> dict[str, Any]:
             {
                 "name": story.name(hook),
                 "main": hook is story.main,
-                "edges": [{"width": e.width, "n_kept": f"{e.n_kept:,}", "n_lost": f"{e.n_lost:,}", "kept": list(e.kept), "lost": list(e.lost)} for e in around],
+                "edges": [
+                    {
+                        "width": e.width,
+                        "n_kept": f"{e.n_kept:,}",
+                        "n_lost": f"{e.n_lost:,}",
+                        "kept": list(e.kept),
+                        "lost": list(e.lost),
+                    }
+                    for e in around
+                ],
                 "features": {str(latent): _shown_feature(story, place, feature) for latent, feature in known.items()},
             }
         )
@@ -672,9 +858,14 @@ def _shown_feature(story: Story, place: int, feature: ShownFeature) -> dict[str,
 
 
 def _joined(snippet: Snippet) -> list[tuple[str, float]]:
-    """The pieces with neighbours of equal share joined: most of the text is not active, and the page is smaller for it."""
+    """The pieces with neighbours of equal share joined: most of the text is not active, and the
+    page is smaller for it.
+    """
     rounded = [(text, round(share, 2)) for text, share in snippet.pieces]
-    return [("".join(text for text, _ in run).replace("\n", "⏎"), share) for share, run in groupby(rounded, key=lambda piece: piece[1])]
+    return [
+        ("".join(text for text, _ in run).replace("\n", "⏎"), share)
+        for share, run in groupby(rounded, key=lambda piece: piece[1])
+    ]
 
 
 def features_missing(story: Story) -> str:
@@ -694,7 +885,10 @@ def method(story: Story) -> list[tuple[str, list[tuple[str, str]]]]:
     measured = [
         ("model", f"{p.model}, {p.dtype}, revision {(p.revision or 'unknown')[:16]}"),
         ("text", f"{p.source}: {s.n_tokens:,} counted tokens of {s.n_documents:,} documents{shards}"),
-        ("masked tokens", f"{masked}; special and first positions (BOS) hold {s.masked_norm_share:.1%} of Σ‖x‖² and are not counted"),
+        (
+            "masked tokens",
+            f"{masked}; special and first positions (BOS) hold {s.masked_norm_share:.1%} of Σ‖x‖² and are not counted",
+        ),
         ("settings", _in_words(settings) or "none recorded"),
         ("alive", f"firing rate > {s.alive_threshold:g}"),
         ("time", f"{p.seconds:,.0f} s"),
@@ -702,7 +896,13 @@ def method(story: Story) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
     groups = [("Measurement", measured)]
     groups.append(
-        ("Dictionaries", [(story.name(h), f"{h.sae}: {h.architecture}, {h.summary.d_sae:,} latents, SHA-256 {h.sae_digest[:12]}") for h in m]),
+        (
+            "Dictionaries",
+            [
+                (story.name(h), f"{h.sae}: {h.architecture}, {h.summary.d_sae:,} latents, SHA-256 {h.sae_digest[:12]}")
+                for h in m
+            ],
+        ),
     )
     groups.append(
         (
@@ -721,9 +921,18 @@ def method(story: Story) -> list[tuple[str, list[tuple[str, str]]]]:
                 "Distillation",
                 [
                     ("teacher", f"{run.teacher}, d = {run.teacher_width:,}"),
-                    ("text", f"{run.source}; held out: {run.heldout_tokens:,} tokens of {run.heldout_source or run.source}"),
+                    (
+                        "text",
+                        f"{run.source}; held out: {run.heldout_tokens:,} tokens of {run.heldout_source or run.source}",
+                    ),
                     ("settings", _in_words(run.settings)),
-                    ("intervals", "95%: of floors, moving-block bootstrap of what the fit leaves; of C, B and exponent, bootstrap over widths and seeds"),
+                    (
+                        "intervals",
+                        (
+                            "95%: of floors, moving-block bootstrap of what the fit leaves; of C, B and exponent,"
+                            " bootstrap over widths and seeds"
+                        ),
+                    ),
                     ("time", f"{run.seconds:,.0f} s"),
                 ],
             )

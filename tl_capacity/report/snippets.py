@@ -1,6 +1,7 @@
 """Which features a student of some width loses first, and the text on which each is most active.
 
-The text comes from a second pass over few documents, in which a bounded heap is kept for each feature that the report shows and for no other.
+The text comes from a second pass over few documents, in which a bounded heap is kept for each feature that the report
+shows and for no other.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Edge:
 
 @dataclass(frozen=True)
 class ShownFeature:
-    """One latent, with intervals over documents: its rank, which is 1 and the number of alive features that are more important, importance, firing rate."""
+    """One latent, with intervals over documents: its rank, which is 1 and the number of alive features that are more
+    important, importance, firing rate.
+    """
 
     latent: int
     rank: Estimate
@@ -78,7 +81,9 @@ class Snippet:
     pieces: tuple[tuple[str, float], ...]
 
 
-def edges(hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw, shown: int = SHOWN) -> list[Edge]:
+def edges(
+    hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw, shown: int = SHOWN
+) -> list[Edge]:
     """The features on both sides of each width's budget.
 
     Raises:
@@ -88,7 +93,15 @@ def edges(hook: HookMeasurement, widths: Sequence[int], importance: str, law: Ca
     found = []
     for width in widths:
         kept = kept_features(values, alpha, width, law)
-        found.append(Edge(width, kept, len(order) - kept, tuple(order[max(0, kept - shown) : kept].tolist()), tuple(order[kept : kept + shown].tolist())))
+        found.append(
+            Edge(
+                width,
+                kept,
+                len(order) - kept,
+                tuple(order[max(0, kept - shown) : kept].tolist()),
+                tuple(order[kept : kept + shown].tolist()),
+            )
+        )
     return found
 
 
@@ -105,18 +118,33 @@ def shown_features(hook: HookMeasurement, latents: Sequence[int], importance: st
         return list(np.stack([ranks, values[chosen], sums.rates[chosen]], 1).ravel())
 
     figures = iter(s.estimates(of))
-    return {n: ShownFeature(n, next(figures).within(1.0), next(figures).within(0.0), next(figures).within(0.0, 1.0)) for n in chosen.tolist()}
+    return {
+        n: ShownFeature(n, next(figures).within(1.0), next(figures).within(0.0), next(figures).within(0.0, 1.0))
+        for n in chosen.tolist()
+    }
 
 
 def stream_of(measurement: Measurement, tokenizer: Any, source: str | None = None, batch_rows: int = 4) -> TokenStream:
     """The token stream that was measured, or one of another source cut in the same way."""
     settings = measurement.provenance.settings
     context = settings.get("context")
-    return TokenStream(source or measurement.provenance.source, tokenizer, int(context or 256), batch_rows, settings.get("bos", 0) is not None)
+    return TokenStream(
+        source or measurement.provenance.source,
+        tokenizer,
+        int(context or 256),
+        batch_rows,
+        settings.get("bos", 0) is not None,
+    )
 
 
 def top_snippets(
-    loaded: LoadedModel, measurement: Measurement, shown: Mapping[int, Sequence[int]], stream: TokenStream, max_tokens: int, *, progress: bool = True
+    loaded: LoadedModel,
+    measurement: Measurement,
+    shown: Mapping[int, Sequence[int]],
+    stream: TokenStream,
+    max_tokens: int,
+    *,
+    progress: bool = True,
 ) -> dict[tuple[int, int], list[Snippet]]:
     """The text on which latents are most active, at most one snippet from each row.
 
@@ -139,9 +167,14 @@ def top_snippets(
     from tl_capacity.progress import token_progress
 
     wanted = {place: list(latents) for place, latents in shown.items() if latents}
-    dictionaries = {place: measured_dictionary(measurement.hooks[place], loaded, measurement.provenance) for place in wanted}
+    dictionaries = {
+        place: measured_dictionary(measurement.hooks[place], loaded, measurement.provenance) for place in wanted
+    }
     if measurement.provenance.revision not in (None, loaded.revision):
-        raise MeasurementError(f"{loaded.name!r} is no longer the model that was measured (its revision is {loaded.revision!r}): measure again")
+        raise MeasurementError(
+            f"{loaded.name!r} is no longer the model that was measured (its revision is {loaded.revision!r}): measure"
+            " again"
+        )
     model = tapped_model(loaded, list(dictionaries.values()), [measurement.hooks[place].hook for place in wanted])
     run: Any = model if hasattr(model, "hook_dict") else model.base_model  # without the head, which nobody looks at
     device = next(model.parameters()).device
@@ -161,13 +194,18 @@ def top_snippets(
                 run(tokens) if run is model else run(tokens, use_cache=False)
             for place in wanted:
                 if place not in seen:
-                    raise HookPointError(f"{measurement.hooks[place].hook} did not fire: the model does not run it, measure another hook point")
+                    raise HookPointError(
+                        f"{measurement.hooks[place].hook} did not fire: the model does not run it, measure another hook"
+                        " point"
+                    )
                 heaps[place].look(seen[place], batch, counted)
             read += int(counted.sum())
             advance(read)
             if read >= max_tokens:
                 break
-    return {(place, latent): found for place, each in heaps.items() for latent, found in each.snippets(stream.tokenizer)}
+    return {
+        (place, latent): found for place, each in heaps.items() for latent, found in each.snippets(stream.tokenizer)
+    }
 
 
 @dataclass(frozen=True)
@@ -205,9 +243,18 @@ class _Heaps:
             slots = self.slot[features]
             wanted = slots >= 0
             token = tokens[wanted].numpy() + start
-            self._take(slots[wanted].numpy(), rows[token], positions[token], np.abs(values[wanted].double().numpy()), batch)
+            self._take(
+                slots[wanted].numpy(), rows[token], positions[token], np.abs(values[wanted].double().numpy()), batch
+            )
 
-    def _take(self, slots: NDArray[Any], rows: NDArray[Any], positions: NDArray[Any], strengths: NDArray[np.float64], batch: TokenBatch) -> None:
+    def _take(
+        self,
+        slots: NDArray[Any],
+        rows: NDArray[Any],
+        positions: NDArray[Any],
+        strengths: NDArray[np.float64],
+        batch: TokenBatch,
+    ) -> None:
         # The strongest token of each latent and row comes first in its group.
         order = np.lexsort((-strengths, rows, slots))
         slots, rows, positions, strengths = slots[order], rows[order], positions[order], strengths[order]
@@ -220,7 +267,11 @@ class _Heaps:
             ids = batch.tokens[row, max(0, at - BEFORE) : at + AFTER + 1]
             along = np.zeros(batch.tokens.shape[1])
             along[positions[first:end]] = strengths[first:end]
-            candidate = _Candidate(int(batch.documents[row]), ids[ids != PADDING], along[max(0, at - BEFORE) : at + AFTER + 1][ids != PADDING])
+            candidate = _Candidate(
+                int(batch.documents[row]),
+                ids[ids != PADDING],
+                along[max(0, at - BEFORE) : at + AFTER + 1][ids != PADDING],
+            )
             self.pushed += 1
             (heapq.heappushpop if len(heap) == SNIPPETS else heapq.heappush)(heap, (peak, -self.pushed, candidate))
 
@@ -230,12 +281,16 @@ class _Heaps:
             found = []
             for peak, _, c in sorted(heap, key=lambda entry: entry[:2], reverse=True):
                 shares = (c.strengths / peak).tolist()
-                found.append(Snippet(peak, c.document, tuple(zip(token_texts(tokenizer, c.ids.tolist()), shares, strict=True))))
+                found.append(
+                    Snippet(peak, c.document, tuple(zip(token_texts(tokenizer, c.ids.tolist()), shares, strict=True)))
+                )
             yield latent, found
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds. Joined, it is the text of all; a character that is spread over several tokens comes with the last of them."""
+    """The text that each token adds. Joined, it is the text of all; a character that is spread over several tokens
+    comes with the last of them.
+    """
     texts: list[str] = []
     done = ""
     for end in range(1, len(ids) + 1):

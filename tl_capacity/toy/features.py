@@ -1,4 +1,6 @@
-"""The toy data of Elhage et al. 2022: sparse features, each uniform on [0, 1] where it is active, and how much each of them matters."""
+"""The toy data of Elhage et al. 2022: sparse features, each uniform on [0, 1] where it is active, and how much each of
+them matters.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class FeatureDistribution:
     Attributes:
         n: number of features.
         alpha: sparsity α = P(xᵢ = 0).
-        correlation: `independent`; or features 2k and 2k+1 (from 0) are active together (`correlated`), or never together (`anticorrelated`), with α as it was.
+        correlation: `independent`; or features 2k and 2k+1 (from 0) are active together (`correlated`), or never
+            together (`anticorrelated`), with α as it was.
 
     Raises:
         ValueError: unless n ≥ 1, 0 < α < 1, and for pairs an even n, and for pairs that exclude each other α > ½.
@@ -35,7 +38,9 @@ class FeatureDistribution:
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha = {self.alpha:.8g} is outside its domain 0 < α < 1")
         if self.correlation not in CORRELATIONS:
-            raise ValueError(f"{self.correlation!r} is no correlation of features: choose one of {', '.join(CORRELATIONS)}")
+            raise ValueError(
+                f"{self.correlation!r} is no correlation of features: choose one of {', '.join(CORRELATIONS)}"
+            )
         if self.n % self._group_size:
             raise ValueError(f"n = {self.n} features cannot be paired: pass an even n, or independent features")
         if self.correlation == "anticorrelated" and self.alpha <= 0.5:
@@ -63,13 +68,15 @@ class FeatureDistribution:
     def sample_nonzero(self, rows: int, random: np.random.Generator) -> Float[np.ndarray, "feature row"]:
         """Samples from the distribution given that some feature is active; P₀ says how much weight the others have.
 
-        The first active group j has P(first ≤ j) = (1 − q^(j+1)) / (1 − P₀), where q is the probability that a group is silent, and is drawn by inversion.
-        The groups before it are silent and those after it independent of it.
+        The first active group j has P(first ≤ j) = (1 − q^(j+1)) / (1 − P₀), where q is the probability that a group is
+        silent, and is drawn by inversion. The groups before it are silent and those after it independent of it.
         """
         uniform = random.random(rows)
         first = np.zeros(rows)
         if self._group_rate < 1:
-            first = np.minimum(np.log1p(-uniform * (1 - self.zero_probability)) // np.log1p(-self._group_rate), self._groups - 1)
+            first = np.minimum(
+                np.log1p(-uniform * (1 - self.zero_probability)) // np.log1p(-self._group_rate), self._groups - 1
+            )
         group = np.arange(self._groups)[:, None]
         active = random.random((self._groups, rows), dtype=np.float32) < self._group_rate
         return self._values((active & (group > first)) | (group == first), random)
@@ -103,5 +110,7 @@ def zipf_importance(n: int, slope: float = 1.0) -> Float[np.ndarray, " feature"]
         ValueError: unless n ≥ 1 and s ≥ 0, so that features are in the order of their importance.
     """
     if n < 1 or not 0 <= slope < np.inf:
-        raise ValueError(f"n = {n} features with slope = {slope:.8g} have no importances: pass n ≥ 1 and a finite slope ≥ 0")
+        raise ValueError(
+            f"n = {n} features with slope = {slope:.8g} have no importances: pass n ≥ 1 and a finite slope ≥ 0"
+        )
     return np.asarray(np.arange(1, n + 1, dtype=np.float64) ** -slope)

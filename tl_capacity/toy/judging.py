@@ -1,4 +1,6 @@
-"""Judges predictors against the floors that toy models reached, under several definitions of accuracy, and fits the packing law."""
+"""Judges predictors against the floors that toy models reached, under several definitions of accuracy, and fits the
+packing law.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,21 @@ RESAMPLES = 1000
 
 
 def predictions(result: SweepResult, chosen: Sequence[Predictor] | None = None) -> Any:
-    """The students of a sweep that converged, as a pandas DataFrame with one further column for each predictor, by its name."""
+    """The students of a sweep that converged, as a pandas DataFrame with one further column for each predictor, by its
+    name.
+    """
     chosen = predictors() if chosen is None else chosen
     students = result.students[~result.students.diverged].reset_index(drop=True)
     settings = result.settings
     cases = []
     for n, alpha, width, kept in zip(students.n, students.alpha, students.width, students.kept_set, strict=True):
-        distribution, importance = FeatureDistribution(n, alpha, settings.correlation), zipf_importance(n, settings.slope)
-        cases.append(Case(importance * distribution.second_moment, importance * distribution.variance, alpha, width, kept))
+        distribution, importance = (
+            FeatureDistribution(n, alpha, settings.correlation),
+            zipf_importance(n, settings.slope),
+        )
+        cases.append(
+            Case(importance * distribution.second_moment, importance * distribution.variance, alpha, width, kept)
+        )
     return students.assign(**{p.name: [p.predict(case) for case in cases] for p in chosen})
 
 
@@ -61,8 +70,9 @@ def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
     """How well each predictor did, over all rows, by α, and by band of d/d*.
 
     With prediction p, observation o and L(0) = Σ Iᵢ·E[xᵢ²], the loss of keeping nothing:
-    `relative` is the median of 1 − |p−o|/o, `relative_to_nothing` the median of 1 − |p−o|/L(0), `r2` is 1 − Σ(p−o)²/Σ(o−ō)², `mae` the mean of |p−o|, and
-    `pearson_r` Pearson's correlation of p with o. What is not defined, such as r for a constant prediction, is NaN.
+    `relative` is the median of 1 − |p−o|/o, `relative_to_nothing` the median of 1 − |p−o|/L(0), `r2` is 1 −
+    Σ(p−o)²/Σ(o−ō)², `mae` the mean of |p−o|, and `pearson_r` Pearson's correlation of p with o. What is not defined,
+    such as r for a constant prediction, is NaN.
 
     Args:
         rows: students or cells that carry predictions.
@@ -74,7 +84,12 @@ def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
 
     names = [p.name for p in predictors()] if names is None else names
     found = [
-        {"predictor": name, "stratum": stratum, "count": len(chosen), **_accuracies(chosen[name], chosen.achieved_floor, chosen.nothing)}
+        {
+            "predictor": name,
+            "stratum": stratum,
+            "count": len(chosen),
+            **_accuracies(chosen[name], chosen.achieved_floor, chosen.nothing),
+        }
         for name in names
         for stratum, chosen in strata(rows).items()
     ]
@@ -83,16 +98,23 @@ def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
 
 def strata(rows: Any) -> dict[str, Any]:
     """The rows as a whole, by α, and by band of d/d*; empty ones are left out."""
-    ratio = rows.width / [theory.critical_width(n, alpha) for n, alpha in zip(rows.n.astype(float), rows.alpha, strict=True)]
+    ratio = rows.width / [
+        theory.critical_width(n, alpha) for n, alpha in zip(rows.n.astype(float), rows.alpha, strict=True)
+    ]
     found = {"all": rows}
     found |= {f"α = {alpha:g}": rows[rows.alpha == alpha] for alpha in sorted(rows.alpha.unique())}
-    bands = {name: ((ratio >= low) & (ratio <= high)) if high == 1.2 else ((ratio > low) & (ratio < high)) for name, (low, high) in BANDS.items()}
+    bands = {
+        name: ((ratio >= low) & (ratio <= high)) if high == 1.2 else ((ratio > low) & (ratio < high))
+        for name, (low, high) in BANDS.items()
+    }
     found |= {name: rows[inside] for name, inside in bands.items()}
     return {name: chosen for name, chosen in found.items() if len(chosen)}
 
 
 def at_every_sparsity(table: Any, threshold: float = 0.93) -> list[tuple[str, str, float]]:
-    """Under which definitions the published claim holds: `(predictor, definition, lowest value)` where a median accuracy exceeds the threshold at every α."""
+    """Under which definitions the published claim holds: `(predictor, definition, lowest value)` where a median
+    accuracy exceeds the threshold at every α.
+    """
     by_alpha = table[table.stratum.str.startswith("α")]
     lowest = by_alpha.groupby("predictor", sort=False)[["relative", "relative_to_nothing"]].min()
     return [
@@ -121,7 +143,8 @@ def _accuracies(predicted: Any, observed: Any, nothing: Any) -> dict[str, float]
 
 @dataclass(frozen=True)
 class PackingLaw:
-    """ĝ = a·g(α)^b, features that trained models keep per dimension, with the standard errors of a bootstrap over seeds.
+    """ĝ = a·g(α)^b, features that trained models keep per dimension, with the standard errors of a bootstrap over
+    seeds.
 
     Attributes:
         alphas, packing: what was fitted: the mean of kept features over d, at each α.
@@ -138,12 +161,18 @@ class PackingLaw:
         return f"ĝ = ({self.a:.2f} ± {self.a_error:.2f})·g(α)^({self.b:.2f} ± {self.b_error:.2f})"
 
 
-def fit_packing_law(alpha: Float[np.ndarray, " cell"], packing: Float[np.ndarray, "seed cell"], resamples: int = RESAMPLES, random_seed: int = 0) -> PackingLaw:
+def fit_packing_law(
+    alpha: Float[np.ndarray, " cell"],
+    packing: Float[np.ndarray, "seed cell"],
+    resamples: int = RESAMPLES,
+    random_seed: int = 0,
+) -> PackingLaw:
     """Fit ĝ = a·g(α)^b by least squares of ln ĝ against ln g(α).
 
     Args:
         alpha: α of each cell (a model size); cells of one α are averaged.
-        packing: kept features per dimension, of each seed; a seed with a NaN, for a model that did not converge, is left out.
+        packing: kept features per dimension, of each seed; a seed with a NaN, for a model that did not converge, is
+            left out.
         resamples: bootstrap samples of the seeds, drawn with replacement.
 
     Raises:
@@ -163,23 +192,43 @@ def fit_packing_law(alpha: Float[np.ndarray, " cell"], packing: Float[np.ndarray
 
     everyone = np.arange(len(packing))
     if not len(packing):
-        raise CapacityError("no seed converged at every sparsity, so that no packing law can be fitted: sweep more seeds, or take a smaller learning rate")
+        raise CapacityError(
+            "no seed converged at every sparsity, so that no packing law can be fitted: sweep more seeds, or take a"
+            " smaller learning rate"
+        )
     if len(values) < 2:
-        raise CapacityError(f"models of {len(values)} sparsities keep features, but a packing law needs at least two: sweep more values of α")
+        raise CapacityError(
+            f"models of {len(values)} sparsities keep features, but a packing law needs at least two: sweep more values"
+            " of α"
+        )
     if not (averages(everyone) > 0).all():
-        raise CapacityError("models of one sparsity keep nothing at all, and nothing has no logarithm to fit: train for longer, or at other values of α")
+        raise CapacityError(
+            "models of one sparsity keep nothing at all, and nothing has no logarithm to fit: train for longer, or at"
+            " other values of α"
+        )
     random = np.random.default_rng(random_seed)
     a, b = fit(everyone)
     errors = np.full(2, np.nan)
     if len(packing) > 1:
         errors = np.std([fit(random.choice(everyone, len(everyone))) for _ in range(resamples)], axis=0, ddof=1)
-    return PackingLaw(float(a), float(b), float(errors[0]), float(errors[1]), tuple(values.tolist()), tuple(averages(everyone).tolist()))
+    return PackingLaw(
+        float(a),
+        float(b),
+        float(errors[0]),
+        float(errors[1]),
+        tuple(values.tolist()),
+        tuple(averages(everyone).tolist()),
+    )
 
 
-def packing_law(result: SweepResult, kind: str = "direct", threshold: float | None = None) -> tuple[PackingLaw, tuple[int, int]]:
-    """The packing law of a sweep's students of one size, and that size (n, d): the widest of the largest n that at no sparsity keep nearly all features.
+def packing_law(
+    result: SweepResult, kind: str = "direct", threshold: float | None = None
+) -> tuple[PackingLaw, tuple[int, int]]:
+    """The packing law of a sweep's students of one size, and that size (n, d): the widest of the largest n that at no
+    sparsity keep nearly all features.
 
-    Narrower students are limited by their few dimensions and not by the sparsity: of width 1 all keep an antipodal pair.
+    Narrower students are limited by their few dimensions and not by the sparsity: of width 1 all keep an antipodal
+    pair.
 
     Args:
         threshold: τ of ‖Wᵢ‖² > τ, one of `result.THRESHOLDS`; by default 0.5.
@@ -192,8 +241,14 @@ def packing_law(result: SweepResult, kind: str = "direct", threshold: float | No
     fullest = students.groupby(CELL)[column].mean().groupby(["n", "teacher_width", "width"]).max()
     free = [size for size, kept in fullest.items() if kept <= SATURATED * size[0]]
     if not free:
-        raise CapacityError("models of every size keep nearly all features, so that none says how many fit: sweep more features or narrower students")
+        raise CapacityError(
+            "models of every size keep nearly all features, so that none says how many fit: sweep more features or"
+            " narrower students"
+        )
     n, teacher_width, width = max(free)
     chosen = students[(students.n == n) & (students.teacher_width == teacher_width) & (students.width == width)]
     table = chosen.pivot(index="seed", columns="alpha", values=column)
-    return fit_packing_law(np.asarray(table.columns, dtype=np.float64), np.asarray(table, dtype=np.float64) / width), (int(n), int(width))
+    return fit_packing_law(np.asarray(table.columns, dtype=np.float64), np.asarray(table, dtype=np.float64) / width), (
+        int(n),
+        int(width),
+    )

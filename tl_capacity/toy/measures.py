@@ -1,4 +1,6 @@
-"""What is measured on trained toy models: the floor they reached, the features they keep, and how they share their dimensions out."""
+"""What is measured on trained toy models: the floor they reached, the features they keep, and how they share their
+dimensions out.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,25 @@ from torch import Tensor
 from tl_capacity.toy.training import Objective, Stack
 
 KEPT_THRESHOLD = 0.5
-"""τ: a feature counts as kept where ‖Wᵢ‖² > τ. Kept features have ‖Wᵢ‖² near 1 and dropped ones near 0, so that little depends on it."""
+"""τ: a feature counts as kept where ‖Wᵢ‖² > τ. Kept features have ‖Wᵢ‖² near 1 and dropped ones near 0, so that little
+depends on it.
+"""
 ROWS_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Mean loss of each model on held-out samples, and the standard error of that mean that the finite sample leaves."""
+    """Mean loss of each model on held-out samples, and the standard error of that mean that the
+    finite sample leaves.
+    """
 
     mean: Float[Tensor, "stream student"]
     error: Float[Tensor, "stream student"]
 
 
 def floors(stack: Stack, objective: Objective, x: Float[Tensor, "feature row"], teacher: Stack | None = None) -> Floors:
-    """E Σ Iᵢ (x̂ᵢ − yᵢ)² with y = x, or the output of each stream's teacher; all-zero samples are counted analytically, as in training.
+    """E Σ Iᵢ (x̂ᵢ − yᵢ)² with y = x, or the output of each stream's teacher; all-zero samples are counted analytically,
+    as in training.
 
     Args:
         x: samples that are not all zero, the same for all streams, which must have one feature distribution.
@@ -55,13 +62,16 @@ def squared_norms(weights: Float[Tensor, "*model width feature"]) -> Float[Tenso
     return weights.double().square().sum(-2)
 
 
-def kept_features(weights: Float[Tensor, "*model width feature"], threshold: float = KEPT_THRESHOLD) -> Bool[Tensor, "*model feature"]:
+def kept_features(
+    weights: Float[Tensor, "*model width feature"], threshold: float = KEPT_THRESHOLD
+) -> Bool[Tensor, "*model feature"]:
     """Which features a model represents: ‖Wᵢ‖² > τ."""
     return squared_norms(weights) > threshold
 
 
 def fractional_capacity(weights: Float[Tensor, "*model width feature"]) -> Float[Tensor, "*model feature"]:
-    """Cᵢ = ‖Wᵢ‖⁴ / Σⱼ (Wᵢ·Wⱼ)², the share of a dimension that a feature has to itself (Scherlis et al. 2022, arXiv:2210.01892).
+    """Cᵢ = ‖Wᵢ‖⁴ / Σⱼ (Wᵢ·Wⱼ)², the share of a dimension that a feature has to itself (Scherlis et al. 2022,
+    arXiv:2210.01892).
 
     1 for a direction of its own, ½ in an antipodal pair, 0 for a feature without a direction; Σᵢ Cᵢ ≤ rank W ≤ d.
     """
@@ -72,14 +82,18 @@ def fractional_capacity(weights: Float[Tensor, "*model width feature"]) -> Float
 
 
 def overlap(kept: NDArray[np.bool_], predicted: int) -> float:
-    """Jaccard index of the kept set and the `predicted` most important features; 1 where both are empty. Features stand in order of importance."""
+    """Jaccard index of the kept set and the `predicted` most important features; 1 where both are empty. Features stand
+    in order of importance.
+    """
     theory = np.arange(len(kept)) < predicted
     union = int((kept | theory).sum())
     return float((kept & theory).sum() / union) if union else 1.0
 
 
 def ordered_share(kept: NDArray[np.bool_]) -> float:
-    """Share of the k kept features that are among the k most important: 1 where importance alone decides; NaN where nothing is kept."""
+    """Share of the k kept features that are among the k most important: 1 where importance alone decides; NaN where
+    nothing is kept.
+    """
     return containment(kept, np.arange(len(kept)) < kept.sum())
 
 

@@ -1,9 +1,12 @@
-"""Predictors of a toy model's floor: the closed forms of the theory, every capacity law that a plugin registers, and the measured kept set."""
+"""Predictors of a toy model's floor: the closed forms of the theory, every capacity law that a plugin registers, and
+the measured kept set.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -15,7 +18,9 @@ from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
 
 TRANSITION = 0.15
-"""Half-width of the smooth band, as a share of the budget: the middle of the 10 to 20% over which the paper sees the transition at d* smeared out."""
+"""Half-width of the smooth band, as a share of the budget: the middle of the 10 to 20% over which the paper sees the
+transition at d* smeared out.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,11 @@ class Predictor:
     predict: Callable[[Case], float]
 
 
-def smooth_band_floor(importance: NDArray[np.float64], width: int, alpha: float, transition: float = TRANSITION) -> float:
-    """The refined floor with a soft cut: the share of feature i that is lost rises from 0 to 1 as i passes from (1−δ)·d·g(α) to (1+δ)·d·g(α).
+def smooth_band_floor(
+    importance: NDArray[np.float64], width: int, alpha: float, transition: float = TRANSITION
+) -> float:
+    """The refined floor with a soft cut: the share of feature i that is lost rises from 0 to 1 as i passes from
+    (1−δ)·d·g(α) to (1+δ)·d·g(α).
 
     That is the refined floor averaged over budgets that lie evenly within ±δ of d·g(α).
 
@@ -58,33 +66,78 @@ def smooth_band_floor(importance: NDArray[np.float64], width: int, alpha: float,
     budget = theory.budget(width, alpha)
     ordered = np.sort(importance)[::-1]
     rank = np.arange(1, len(ordered) + 1) - 0.5
-    lost = np.clip((rank - (1 - transition) * budget) / (2 * transition * budget), 0, 1) if budget > 0 else np.ones(len(ordered))
+    lost = (
+        np.clip((rank - (1 - transition) * budget) / (2 * transition * budget), 0, 1)
+        if budget > 0
+        else np.ones(len(ordered))
+    )
     return float(lost @ ordered)
 
 
-def law_floor(law: CapacityLaw, importance: NDArray[np.float64], charged: NDArray[np.float64], width: int, alpha: float) -> float:
+def law_floor(
+    law: CapacityLaw, importance: NDArray[np.float64], charged: NDArray[np.float64], width: int, alpha: float
+) -> float:
     """Σ of what the features beyond ⌊d·ĝ⌋ are charged, ĝ from a capacity law that sees the importances."""
     kept = min(int(width * features_per_dimension(law, alpha, importance)), len(importance))
     return float(theory.lost_importance(charged, kept))
 
 
+def _floor_by_law(law: CapacityLaw, case: Case) -> float:
+    return law_floor(law, case.importance, case.importance, case.width, case.alpha)
+
+
+def _variance_floor_by_law(law: CapacityLaw, case: Case) -> float:
+    return law_floor(law, case.importance, case.variance, case.width, case.alpha)
+
+
 def predictors() -> tuple[Predictor, ...]:
     """All predictors, those of plugins last."""
     laws = plugins().capacity_laws
-    named = [("refined", laws["compressed_sensing"]), *((law.name, law) for law in laws if law.name != "compressed_sensing")]
+    named = [
+        ("refined", laws["compressed_sensing"]),
+        *((law.name, law) for law in laws if law.name != "compressed_sensing"),
+    ]
     return (
-        Predictor("naive", "every feature equally important", lambda c: float(theory.naive_floor(c.importance, c.width, c.alpha))),
-        Predictor("refined", "the paper's: the ⌊d·g(α)⌋ most important are kept", lambda c: float(theory.refined_floor(c.importance, c.width, c.alpha))),
-        Predictor("smooth band", f"refined, with the cut smeared over ±{TRANSITION:.0%}", lambda c: smooth_band_floor(c.importance, c.width, c.alpha)),
+        Predictor(
+            "naive",
+            "every feature equally important",
+            lambda c: float(theory.naive_floor(c.importance, c.width, c.alpha)),
+        ),
+        Predictor(
+            "refined",
+            "the paper's: the ⌊d·g(α)⌋ most important are kept",
+            lambda c: float(theory.refined_floor(c.importance, c.width, c.alpha)),
+        ),
+        Predictor(
+            "smooth band",
+            f"refined, with the cut smeared over ±{TRANSITION:.0%}",
+            lambda c: smooth_band_floor(c.importance, c.width, c.alpha),
+        ),
         *(
-            Predictor(law.name, f"{law.summary}; ⌊d·ĝ⌋ kept", lambda c, law=law: law_floor(law, c.importance, c.importance, c.width, c.alpha))  # type: ignore[misc]
+            Predictor(
+                law.name,
+                f"{law.summary}; ⌊d·ĝ⌋ kept",
+                partial(_floor_by_law, law),
+            )
             for name, law in named
             if name != "refined"
         ),
         *(
-            Predictor(f"{name}, Var", f"{name}, lost features charged Var[x]", lambda c, law=law: law_floor(law, c.importance, c.variance, c.width, c.alpha))  # type: ignore[misc]
+            Predictor(
+                f"{name}, Var",
+                f"{name}, lost features charged Var[x]",
+                partial(_variance_floor_by_law, law),
+            )
             for name, law in named
         ),
-        Predictor("measured set", "the features that the trained model keeps; nothing fitted", lambda c: float(c.importance[~c.kept].sum())),
-        Predictor("measured set, Var", "measured set, lost features charged Var[x]", lambda c: float(c.variance[~c.kept].sum())),
+        Predictor(
+            "measured set",
+            "the features that the trained model keeps; nothing fitted",
+            lambda c: float(c.importance[~c.kept].sum()),
+        ),
+        Predictor(
+            "measured set, Var",
+            "measured set, lost features charged Var[x]",
+            lambda c: float(c.variance[~c.kept].sum()),
+        ),
     )

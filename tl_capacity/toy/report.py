@@ -1,4 +1,6 @@
-"""Writes a sweep's results down: `toy.md` with tables and sentences that are computed from it, `toy.json` with one object per student, and figures."""
+"""Writes a sweep's results down: `toy.md` with tables and sentences that are computed from it, `toy.json` with one
+object per student, and figures.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,18 @@ DEFINITIONS = {
     "pearson_r": "Pearson's r",
 }
 HOLDS = {"relative": 0.93, "r2": 0.9}
-"""What is asked of a predictor that is said to hold: the published accuracy under its strictest reading, and that it explains nine tenths of the variance."""
-PUBLISHED = {(40, 0.90, 1): (0.0915, 0.0034), (40, 0.90, 5): (0.0462, 0.0001), (40, 0.90, 9): (0.0293, 0.0003), (20, 0.80, 4): (0.0687, 0.0013)}
-"""(n, α, d) → mean and standard deviation of the floor over 5 seeds of 10,000 steps of 1,024 samples, from github.com/PalmeseMattia/checkerboard."""
+"""What is asked of a predictor that is said to hold: the published accuracy under its strictest reading, and that it
+explains nine tenths of the variance.
+"""
+PUBLISHED = {
+    (40, 0.90, 1): (0.0915, 0.0034),
+    (40, 0.90, 5): (0.0462, 0.0001),
+    (40, 0.90, 9): (0.0293, 0.0003),
+    (20, 0.80, 4): (0.0687, 0.0013),
+}
+"""(n, α, d) → mean and standard deviation of the floor over 5 seeds of 10,000 steps of 1,024 samples, from
+github.com/PalmeseMattia/checkerboard.
+"""
 DASHES, SYMBOLS = ("solid", "dash", "dot", "dashdot"), ("circle", "square", "diamond", "cross")
 SHOWN = ("refined", "smooth band", "equilibrium", "measured set")
 
@@ -55,11 +66,20 @@ def write_report(result: SweepResult, folder: Path, command: str) -> None:
 
 
 def student_list(result: SweepResult) -> list[dict[str, Any]]:
-    """`{"n", "alpha", "width", "seed", "achieved_floor", "kept"}` of each student that was trained on the data and converged."""
+    """`{"n", "alpha", "width", "seed", "achieved_floor", "kept"}` of each student that was trained on the data and
+    converged.
+    """
     students = result.students
     direct = students[(students.kind == "direct") & ~students.diverged]
     return [
-        {"n": int(s.n), "alpha": float(s.alpha), "width": int(s.width), "seed": int(s.seed), "achieved_floor": float(s.achieved_floor), "kept": int(s.kept)}
+        {
+            "n": int(s.n),
+            "alpha": float(s.alpha),
+            "width": int(s.width),
+            "seed": int(s.seed),
+            "achieved_floor": float(s.achieved_floor),
+            "kept": int(s.kept),
+        }
         for s in direct.itertuples()
     ]
 
@@ -75,9 +95,13 @@ def claims(result: SweepResult, students: Any) -> list[str]:
         for seeds in ("mean", "best"):
             holds = at_every_sparsity(accuracy(cells(students, kind, seeds)))
             against = {"relative": "o", "relative_to_nothing": "L(0)"}
-            listed = "; ".join(f"{name}, relative to {against[definition]} (at least {low:.1%})" for name, definition, low in holds)
+            listed = "; ".join(
+                f"{name}, relative to {against[definition]} (at least {low:.1%})" for name, definition, low in holds
+            )
             listed = listed or "no predictor under any definition"
-            found.append(f"Median accuracy above 93% at every sparsity, students {TRAINED[kind]}, {seeds} of seeds: {listed}.")
+            found.append(
+                f"Median accuracy above 93% at every sparsity, students {TRAINED[kind]}, {seeds} of seeds: {listed}."
+            )
         try:
             law, (n, width) = packing_law(result, kind)
             found.append(f"Packing law, students {TRAINED[kind]}, n = {n}, d = {width}: {law}.")
@@ -86,8 +110,13 @@ def claims(result: SweepResult, students: Any) -> list[str]:
     diverged = result.diverged
     if len(diverged):
         first = diverged.head(10).itertuples()
-        listed = ", ".join(f"{s.kind} n={s.n} α={s.alpha:g} d={s.width} seed {s.seed} (loss {s.achieved_floor:.3g})" for s in first)
-        found.append(f"{len(diverged)} students diverged and are left out of every figure: {listed}{', …' if len(diverged) > 10 else ''}.")
+        listed = ", ".join(
+            f"{s.kind} n={s.n} α={s.alpha:g} d={s.width} seed {s.seed} (loss {s.achieved_floor:.3g})" for s in first
+        )
+        found.append(
+            f"{len(diverged)} students diverged and are left out of every figure:"
+            f" {listed}{', …' if len(diverged) > 10 else ''}."
+        )
     else:
         found.append("No student diverged.")
     return found
@@ -97,14 +126,19 @@ def markdown(result: SweepResult, students: Any, chosen: Sequence[Predictor], co
     """The whole page."""
     s, tables = result.settings, {kind: accuracy(cells(students, kind)) for kind in result.settings.kinds}
     seconds = ", ".join(f"{stage} {value / 60:.1f} min" for stage, value in result.seconds.items())
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if name in ("tl-capacity", "torch", "numpy"))
+    versions = ", ".join(
+        f"{name} {version}" for name, version in result.versions.items() if name in ("tl-capacity", "torch", "numpy")
+    )
     parts = [
         f"# Toy models: {s.configurations} configurations, every predictor judged",
-        f"`{command}`: n ∈ {_set(s.features)}, α ∈ {_set(s.alphas)}, teacher widths {_set(s.teacher_widths)}; seeds {s.first_seed} to {s.all_seeds[-1]}; "
-        f"{s.steps:,} steps of Adam on {s.batch} samples that are not all zero, learning rate {s.lr:g} falling along half a cosine; importances "
-        f"i^−{s.slope:g}, {s.correlation} features; floors on {s.evaluation_rows:,} held-out samples. {len(result.students):,} students. {result.machine}; "
-        f"{versions}; {seconds}. This page, its figures and [toy.json](toy.json) are written by `--report` from the saved sweep; what the words mean is in "
-        "[../toy.md](../toy.md).",
+        (
+            f"`{command}`: n ∈ {_set(s.features)}, α ∈ {_set(s.alphas)}, teacher widths {_set(s.teacher_widths)}; seeds"
+            f" {s.first_seed} to {s.all_seeds[-1]}; {s.steps:,} steps of Adam on {s.batch} samples that are not all"
+            f" zero, learning rate {s.lr:g} falling along half a cosine; importances i^−{s.slope:g}, {s.correlation}"
+            f" features; floors on {s.evaluation_rows:,} held-out samples. {len(result.students):,} students."
+            f" {result.machine}; {versions}; {seconds}. This page, its figures and [toy.json](toy.json) are written by"
+            " `--report` from the saved sweep; what the words mean is in [../toy.md](../toy.md)."
+        ),
         "## Where the theorem holds, and where not",
         *(verdict(students, tables[kind], kind) for kind in s.kinds),
         "\n".join(f"- {claim}" for claim in claims(result, students)),
@@ -113,15 +147,21 @@ def markdown(result: SweepResult, students: Any, chosen: Sequence[Predictor], co
         "## Predictors",
         _table(["predictor", "keeps"], [[p.name, p.summary] for p in chosen]),
         "## Accuracy",
-        "p is the prediction, o the observed floor, L(0) = Σ Iᵢ·E[xᵢ²] the loss of keeping nothing. One observation is one configuration and width. n/a: not "
-        "defined, as r is for a constant prediction. In brackets, the number of observations.",
+        (
+            "p is the prediction, o the observed floor, L(0) = Σ Iᵢ·E[xᵢ²] the loss of keeping nothing. One observation"
+            " is one configuration and width. n/a: not defined, as r is for a constant prediction. In brackets, the"
+            " number of observations."
+        ),
     ]
     for kind in s.kinds:
         for definition, title in DEFINITIONS.items():
             parts += [f"Students {TRAINED[kind]}, mean of seeds, {title}:", _accuracy_table(tables[kind], definition)]
         best = accuracy(cells(students, kind, "best"))
         for definition in ("relative", "relative_to_nothing", "r2"):
-            parts += [f"Students {TRAINED[kind]}, best of seeds, {DEFINITIONS[definition]}:", _accuracy_table(best, definition)]
+            parts += [
+                f"Students {TRAINED[kind]}, best of seeds, {DEFINITIONS[definition]}:",
+                _accuracy_table(best, definition),
+            ]
     parts += ["## What the students keep", *_kept(result, students)]
     if s.distilled:
         parts += ["## Distilled students", *_distilled(students)]
@@ -135,19 +175,27 @@ def verdict(students: Any, table: Any, kind: str) -> str:
     bounding = rows[rows.refined > 0]
     bounded = int((bounding.achieved_floor + 3 * bounding.floor_error >= bounding.refined).sum())
     sentences = [
-        f"**Students {TRAINED[kind]}.** The refined floor is above 0, and so bounds anything, in {len(bounding)} of {len(rows)} cells; in {bounded} of these "
-        "the mean of the seeds is not below it by more than three standard errors."
+        f"**Students {TRAINED[kind]}.** The refined floor is above 0, and so bounds anything, in {len(bounding)} of"
+        f" {len(rows)} cells; in {bounded} of these the mean of the seeds is not below it by more than three standard"
+        " errors."
     ]
     for band, inside in strata(rows).items():
         if band in BANDS:
             row = table[(table.predictor == "refined") & (table.stratum == band)].iloc[0]
             ratio = (inside.refined / inside.achieved_floor.where(inside.achieved_floor > 0)).median()
             sentences.append(
-                f"At {_escaped(band)} ({len(inside)} cells) it predicts {ratio:.0%} of what is observed in the median, with R² {_number(row.r2, '.2f')} and r "
-                f"{_number(row.pearson_r, '.2f')}."
+                f"At {_escaped(band)} ({len(inside)} cells) it predicts {ratio:.0%} of what is observed in the median,"
+                f" with R² {_number(row.r2, '.2f')} and r {_number(row.pearson_r, '.2f')}."
             )
-    sentences.append(f"Say that a predictor holds where its median of 1 − |p − o|/o exceeds {HOLDS['relative']:.0%} and its R² {HOLDS['r2']:g}.")
-    by_predictor = table[(table.relative > HOLDS["relative"]) & (table.r2 > HOLDS["r2"])].groupby("predictor", sort=False).stratum.agg(list)
+    sentences.append(
+        f"Say that a predictor holds where its median of 1 − |p − o|/o exceeds {HOLDS['relative']:.0%} and its R²"
+        f" {HOLDS['r2']:g}."
+    )
+    by_predictor = (
+        table[(table.relative > HOLDS["relative"]) & (table.r2 > HOLDS["r2"])]
+        .groupby("predictor", sort=False)
+        .stratum.agg(list)
+    )
     sentences.append(f"The refined floor then holds {_where(by_predictor.get('refined'))}.")
     others = [f"{name} {_where(where)}" for name, where in by_predictor.items() if name != "refined"]
     sentences.append(f"Of the others, {'; '.join(others)}." if others else "None of the others holds anywhere.")
@@ -155,7 +203,11 @@ def verdict(students: Any, table: Any, kind: str) -> str:
 
 
 def _where(names: list[str] | None) -> str:
-    return "nowhere" if not names else "at " + ", ".join("all cells together" if name == "all" else _escaped(name) for name in names)
+    return (
+        "nowhere"
+        if not names
+        else "at " + ", ".join("all cells together" if name == "all" else _escaped(name) for name in names)
+    )
 
 
 def _kept(result: SweepResult, students: Any) -> list[str]:
@@ -165,22 +217,38 @@ def _kept(result: SweepResult, students: Any) -> list[str]:
         for threshold in THRESHOLDS:
             try:
                 law, (n, width) = packing_law(result, kind, threshold)
-                laws.append([TRAINED[kind], f"{threshold:g}", f"{n}, {width}", f"{law.a:.3f} ± {law.a_error:.3f}", f"{law.b:.3f} ± {law.b_error:.3f}"])
+                laws.append(
+                    [
+                        TRAINED[kind],
+                        f"{threshold:g}",
+                        f"{n}, {width}",
+                        f"{law.a:.3f} ± {law.a_error:.3f}",
+                        f"{law.b:.3f} ± {law.b_error:.3f}",
+                    ]
+                )
             except CapacityError:
                 laws.append([TRAINED[kind], f"{threshold:g}", "n/a", "n/a", "n/a"])
     header = ["students", "stratum", "overlap with the theory's set", "ordered share", "Σ Cᵢ / d", "kept / ⌊d·g⌋"]
     lines = []
     for kind in result.settings.kinds:
         for name, rows in strata(students[students.kind == kind]).items():
-            predicted = [theory.kept_features(int(d), a, int(n)) for n, a, d in zip(rows.n, rows.alpha, rows.width, strict=True)]
+            predicted = [
+                theory.kept_features(int(d), a, int(n)) for n, a, d in zip(rows.n, rows.alpha, rows.width, strict=True)
+            ]
             used = (rows.total_capacity / np.minimum(rows.width, rows.n)).mean()
             values = [rows.overlap.mean(), rows.ordered.mean(), used, (rows.kept / predicted).mean()]
             lines.append([TRAINED[kind], _escaped(name), *(_number(value, ".3f") for value in values)])
     return [
-        "Packing law ĝ = a·g(α)^b of kept features (‖Wᵢ‖² > τ) per dimension, with standard errors from resampled seeds:",
+        (
+            "Packing law ĝ = a·g(α)^b of kept features (‖Wᵢ‖² > τ) per dimension, with standard errors from resampled"
+            " seeds:"
+        ),
         _table(["students", "τ", "n, d", "a", "b"], laws),
-        "Overlap is the Jaccard index of the kept set (τ = 0.5) and the ⌊d·g(α)⌋ most important features. The ordered share says how many of the k kept "
-        "features are among the k most important. Σ Cᵢ is the fractional capacity in use. Means over students:",
+        (
+            "Overlap is the Jaccard index of the kept set (τ = 0.5) and the ⌊d·g(α)⌋ most important features. The"
+            " ordered share says how many of the k kept features are among the k most important. Σ Cᵢ is the fractional"
+            " capacity in use. Means over students:"
+        ),
         _table(header, lines),
     ]
 
@@ -198,7 +266,11 @@ def _distilled(students: Any) -> list[str]:
     ]
     share = paired.width / paired.teacher_width
     lines = []
-    for name, inside in (("d_S < d_T/2", share < 0.5), ("d_T/2 ≤ d_S < d_T", (share >= 0.5) & (share < 1)), ("d_S = d_T", share == 1)):
+    for name, inside in (
+        ("d_S < d_T/2", share < 0.5),
+        ("d_T/2 ≤ d_S < d_T", (share >= 0.5) & (share < 1)),
+        ("d_S = d_T", share == 1),
+    ):
         chosen = paired[inside]
         if len(chosen):
             ratio = (chosen.achieved_floor / chosen.achieved_floor_direct).replace([np.inf, -np.inf], np.nan)
@@ -213,10 +285,16 @@ def _distilled(students: Any) -> list[str]:
                 ]
             )
     return [
-        f"**Teacher containment.** {whole:,} of {len(contained):,} distilled students keep only features that their teacher keeps; the mean share of kept "
-        f"features that it keeps as well is {contained.mean():.4f}, the lowest {contained.min():.3f}.",
-        "Against the student of the same size and seed that was trained on the data itself. It never saw the teacher, so the share of its features that the "
-        "teacher keeps is what containment would be by itself; at d\\_S = d\\_T it is the teacher.",
+        (
+            f"**Teacher containment.** {whole:,} of {len(contained):,} distilled students keep only features that their"
+            f" teacher keeps; the mean share of kept features that it keeps as well is {contained.mean():.4f}, the"
+            f" lowest {contained.min():.3f}."
+        ),
+        (
+            "Against the student of the same size and seed that was trained on the data itself. It never saw the"
+            " teacher, so the share of its features that the teacher keeps is what containment would be by itself; at"
+            " d\\_S = d\\_T it is the teacher."
+        ),
         _table(
             [
                 "width",
@@ -245,44 +323,73 @@ def _floors(students: Any) -> list[str]:
         return f"{floor.loc[cell, 'mean']:.4f} ± {floor.loc[cell, 'std']:.4f}"
 
     rows = [
-        [f"{n}", f"{alpha:g}", *(f"{shown((n, alpha, w))} ({floor.loc[(n, alpha, w), 'min']:.4f}; {kept[(n, alpha, w)]:.1f})" for w in widths)]
+        [
+            f"{n}",
+            f"{alpha:g}",
+            *(
+                f"{shown((n, alpha, w))} ({floor.loc[(n, alpha, w), 'min']:.4f}; {kept[(n, alpha, w)]:.1f})"
+                for w in widths
+            ),
+        ]
         for n, alpha in direct.groupby(["n", "alpha"]).groups
     ]
     excess = floor["mean"] - floor["min"]
     error = (direct.floor_error / direct.achieved_floor).median()
     parts = [
-        "Students trained on the data: mean ± standard deviation over seeds (best seed; kept features at τ = 0.5). Some seeds stay in local minima: the mean "
-        f"exceeds the best seed by {(excess / floor['min']).median():.1%} in the median, and by {(excess / nothing).max():.1%} of the loss of keeping nothing "
-        f"at most. The Monte-Carlo error of one floor is {error:.2%} of it in the median.",
+        (
+            "Students trained on the data: mean ± standard deviation over seeds (best seed; kept features at τ = 0.5)."
+            " Some seeds stay in local minima: the mean exceeds the best seed by"
+            f" {(excess / floor['min']).median():.1%} in the median, and by {(excess / nothing).max():.1%} of the loss"
+            f" of keeping nothing at most. The Monte-Carlo error of one floor is {error:.2%} of it in the median."
+        ),
         _table(["n", "α", *(f"d = {w}" for w in widths)], rows),
     ]
     known = [
-        [f"{cell[0]}", f"{cell[1]:g}", f"{cell[2]}", f"{mean:.4f} ± {spread:.4f}", shown(cell), f"{floor.loc[cell, 'mean'] / mean - 1:+.1%}".replace("-", "−")]
+        [
+            f"{cell[0]}",
+            f"{cell[1]:g}",
+            f"{cell[2]}",
+            f"{mean:.4f} ± {spread:.4f}",
+            shown(cell),
+            f"{floor.loc[cell, 'mean'] / mean - 1:+.1%}".replace("-", "−"),
+        ]
         for cell, (mean, spread) in PUBLISHED.items()
         if cell in floor.index
     ]
     if known:
         parts += [
-            "Beside an [independent replication](https://github.com/PalmeseMattia/checkerboard) (5 seeds, 10,000 steps of 1,024 samples):",
+            (
+                "Beside an [independent replication](https://github.com/PalmeseMattia/checkerboard) (5 seeds, 10,000"
+                " steps of 1,024 samples):"
+            ),
             _table(["n", "α", "d", "replication", "here", "difference"], known),
         ]
     return parts
 
 
 def floors_figure(students: Any) -> Any:
-    """A panel per n and α: achieved floors against the width, from the best to the worst seed, and the predicted ones."""
+    """A panel per n and α: achieved floors against the width, from the best to the worst seed, and
+    the predicted ones.
+    """
     from plotly.subplots import make_subplots
 
     direct = students[students.kind == "direct"]
     features, alphas = sorted(direct.n.unique()), sorted(direct.alpha.unique())
     titles = [f"n = {n}, α = {alpha:g}" for n in features for alpha in alphas]
-    figure = make_subplots(rows=len(features), cols=len(alphas), subplot_titles=titles, horizontal_spacing=0.055, vertical_spacing=0.09)
+    figure = make_subplots(
+        rows=len(features), cols=len(alphas), subplot_titles=titles, horizontal_spacing=0.055, vertical_spacing=0.09
+    )
     for (n, alpha), panel in direct.groupby(["n", "alpha"]):
         first = n == features[0] and alpha == alphas[0]
         at = {"row": features.index(n) + 1, "col": alphas.index(alpha) + 1, "showlegend": bool(first)}
         by_width = panel.groupby("width")
         achieved = by_width.achieved_floor.agg(["mean", "min", "max"])
-        spread = {"type": "data", "symmetric": False, "array": achieved["max"] - achieved["mean"], "arrayminus": achieved["mean"] - achieved["min"]}
+        spread = {
+            "type": "data",
+            "symmetric": False,
+            "array": achieved["max"] - achieved["mean"],
+            "arrayminus": achieved["mean"] - achieved["min"],
+        }
         figure.add_scatter(
             x=achieved.index,
             y=achieved["mean"],
@@ -296,11 +403,19 @@ def floors_figure(students: Any) -> Any:
         for name, colour, dash in zip(SHOWN, COLOURS[: len(SHOWN)], DASHES, strict=True):
             predicted = by_width[name].mean()
             figure.add_scatter(
-                x=predicted.index, y=predicted, mode="lines", name=name, line={"color": colour, "dash": dash, "width": 2}, legendgroup=name, **at
+                x=predicted.index,
+                y=predicted,
+                mode="lines",
+                name=name,
+                line={"color": colour, "dash": dash, "width": 2},
+                legendgroup=name,
+                **at,
             )
         critical = theory.critical_width(float(n), float(alpha))
         if critical <= achieved.index.max():
-            figure.add_vline(x=critical, line={"color": "grey", "dash": "dot", "width": 1}, row=at["row"], col=at["col"])
+            figure.add_vline(
+                x=critical, line={"color": "grey", "dash": "dot", "width": 1}, row=at["row"], col=at["col"]
+            )
     figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(title="width d (dotted: d*)", row=len(features))
     figure.update_yaxes(title="floor", col=1)
@@ -308,18 +423,30 @@ def floors_figure(students: Any) -> Any:
 
 
 def predictors_figure(students: Any) -> Any:
-    """A panel per predictor: achieved against predicted floor, as shares of the loss of keeping nothing; on the diagonal the prediction is true."""
+    """A panel per predictor: achieved against predicted floor, as shares of the loss of keeping nothing; on the
+    diagonal the prediction is true.
+    """
     from plotly.subplots import make_subplots
 
     rows = cells(students)
     figure = make_subplots(cols=len(SHOWN), subplot_titles=SHOWN, horizontal_spacing=0.05, shared_yaxes=True)
     for column, name in enumerate(SHOWN, start=1):
-        figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line={"color": "grey", "width": 1}, showlegend=False, row=1, col=column)
+        figure.add_scatter(
+            x=[0, 1], y=[0, 1], mode="lines", line={"color": "grey", "width": 1}, showlegend=False, row=1, col=column
+        )
         for i, (alpha, chosen) in enumerate(rows.groupby("alpha")):
             marker = {"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 6}
             x, y = chosen[name] / chosen.nothing, chosen.achieved_floor / chosen.nothing
             figure.add_scatter(
-                x=x, y=y, mode="markers", marker=marker, name=f"α = {alpha:g}", legendgroup=f"{alpha:g}", showlegend=column == 1, row=1, col=column
+                x=x,
+                y=y,
+                mode="markers",
+                marker=marker,
+                name=f"α = {alpha:g}",
+                legendgroup=f"{alpha:g}",
+                showlegend=column == 1,
+                row=1,
+                col=column,
             )
     figure.update_xaxes(title="predicted / L(0)")
     figure.update_yaxes(title="achieved / L(0)", col=1)
@@ -337,7 +464,8 @@ def _png(figure: Any, width: int, height: int) -> bytes:
         return bytes(figure.to_image("png", width=width, height=height, scale=1.5))
     except (ImportError, ValueError, RuntimeError) as problem:
         raise CapacityError(
-            f"figures cannot be drawn ({str(problem).strip().splitlines()[0]}): install kaleido and Chromium, or leave --report out"
+            f"figures cannot be drawn ({str(problem).strip().splitlines()[0]}): install kaleido and Chromium, or leave"
+            " --report out"
         ) from problem
 
 
@@ -346,7 +474,9 @@ def pivot(table: Any, definition: str) -> tuple[list[str], list[list[str]]]:
     wide = table.pivot(index="predictor", columns="stratum", values=definition)
     names, columns = table.predictor.unique(), table.stratum.unique()
     shown = ".5f" if definition == "mae" else ".3f"
-    return ["predictor", *columns], [[name, *(_number(wide.loc[name, column], shown) for column in columns)] for name in names]
+    return ["predictor", *columns], [
+        [name, *(_number(wide.loc[name, column], shown) for column in columns)] for name in names
+    ]
 
 
 def _accuracy_table(table: Any, definition: str) -> str:

@@ -34,8 +34,8 @@ class SweepResult:
     """All models of a sweep and their floors.
 
     Attributes:
-        tensors: `FAMILY.weights`, `FAMILY.bias`, `FAMILY.floor`, `FAMILY.floor_error`, and `FAMILY.teacher_floor` of distilled students, with the axes
-            (stream, student, …) of `Stack`.
+        tensors: `FAMILY.weights`, `FAMILY.bias`, `FAMILY.floor`, `FAMILY.floor_error`, and `FAMILY.teacher_floor` of
+            distilled students, with the axes (stream, student, …) of `Stack`.
         seconds: how long each stage took.
         versions, machine: of the libraries, and what it ran on.
     """
@@ -50,19 +50,28 @@ class SweepResult:
     def students(self) -> Any:
         """A pandas DataFrame with one row per student.
 
-        Columns: `kind` (direct or distilled), `n`, `alpha`, `teacher_width` (0 where trained on the data), `width`, `seed`; `achieved_floor` on the data and
-        its Monte-Carlo `floor_error`; `teacher_floor`, the loss against the teacher's output; `nothing`, the loss of keeping nothing Σ Iᵢ·E[xᵢ²]; `diverged`;
-        `kept` and `kept_τ`, numbers of features; `kept_set`, which ones, as a boolean array; `total_capacity` Σᵢ Cᵢ; `overlap` with the theory's set;
-        `ordered`, the share of the kept set that is most important; `contained`, the share of it that the teacher keeps as well.
+        Columns: `kind` (direct or distilled), `n`, `alpha`, `teacher_width` (0 where trained on the data), `width`,
+        `seed`; `achieved_floor` on the data and its Monte-Carlo `floor_error`; `teacher_floor`, the loss against the
+        teacher's output; `nothing`, the loss of keeping nothing Σ Iᵢ·E[xᵢ²]; `diverged`; `kept` and `kept_τ`, numbers
+        of features; `kept_set`, which ones, as a boolean array; `total_capacity` Σᵢ Cᵢ; `overlap` with the theory's
+        set; `ordered`, the share of the kept set that is most important; `contained`, the share of it that the teacher
+        keeps as well.
         """
         import pandas
 
-        rows = [row for kind in self.settings.kinds for family in self.settings.families(kind) for row in self._rows(kind, family)]
+        rows = [
+            row
+            for kind in self.settings.kinds
+            for family in self.settings.families(kind)
+            for row in self._rows(kind, family)
+        ]
         return pandas.DataFrame(rows)
 
     @property
     def diverged(self) -> Any:
-        """The students whose floor is not finite, or above the loss of keeping nothing by more than three standard errors; they enter no average."""
+        """The students whose floor is not finite, or above the loss of keeping nothing by more than three standard
+        errors; they enter no average.
+        """
         return self.students[self.students.diverged]
 
     def stack(self, family: Family) -> Stack:
@@ -84,7 +93,12 @@ class SweepResult:
             whole.mkdir()
             data = save({name: tensor.contiguous() for name, tensor in self.tensors.items()})
             write_bytes(whole / "students.safetensors", data)
-            content = {"settings": self.settings.to_json(), "seconds": self.seconds, "versions": self.versions, "machine": self.machine}
+            content = {
+                "settings": self.settings.to_json(),
+                "seconds": self.seconds,
+                "versions": self.versions,
+                "machine": self.machine,
+            }
             write_record(whole / "sweep.json", {"schema": SCHEMA, "students_sha256": digest(data), **content})
             os.rename(whole, folder)
 
@@ -101,19 +115,36 @@ class SweepResult:
         try:
             content = read_record(folder / "sweep.json", SCHEMA)
             if content["schema"] != SCHEMA:
-                raise CapacityError(f"{folder} has schema {content['schema']}, but {SCHEMA} is read here: run the sweep anew")
+                raise CapacityError(
+                    f"{folder} has schema {content['schema']}, but {SCHEMA} is read here: run the sweep anew"
+                )
             settings = SweepSettings.from_json(content["settings"])
             data = (folder / "students.safetensors").read_bytes()
             if content.get("students_sha256", found := digest(data)) != found:
                 raise ValueError("the SHA-256 of its tensors is not the recorded one")
             result = cls(settings, load(data), content["seconds"], content["versions"], content["machine"])
-            missing = {f"{family.name}.floor" for kind in settings.kinds for family in settings.families(kind)} - set(result.tensors)
+            missing = {f"{family.name}.floor" for kind in settings.kinds for family in settings.families(kind)} - set(
+                result.tensors
+            )
         except CapacityError:
             raise
-        except (OSError, SafetensorError, RecursionError, OverflowError, KeyError, TypeError, AttributeError, ValueError) as problem:
-            raise CapacityError(f"{folder} holds no whole toy sweep ({problem}): pass the folder that `tl-capacity run toy-sweep` wrote") from problem
+        except (
+            OSError,
+            SafetensorError,
+            RecursionError,
+            OverflowError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+        ) as problem:
+            raise CapacityError(
+                f"{folder} holds no whole toy sweep ({problem}): pass the folder that `tl-capacity run toy-sweep` wrote"
+            ) from problem
         if missing:
-            raise CapacityError(f"{folder} lacks the floors of {', '.join(sorted(missing))}: it is damaged, run the sweep anew")
+            raise CapacityError(
+                f"{folder} lacks the floors of {', '.join(sorted(missing))}: it is damaged, run the sweep anew"
+            )
         return result
 
     def _rows(self, kind: str, family: Family) -> list[dict[str, Any]]:
@@ -122,7 +153,9 @@ class SweepResult:
         stack, values = self.stack(family), self.tensors
         norms = measures.squared_norms(stack.weights).numpy()
         capacity = measures.fractional_capacity(stack.weights).sum(-1)
-        teacher = teacher_of(family, self.settings, {f"n{n}.direct": self.stack(Family(n, (), None)) for n in self.settings.features})
+        teacher = teacher_of(
+            family, self.settings, {f"n{n}.direct": self.stack(Family(n, (), None)) for n in self.settings.features}
+        )
         teacher_kept = None if teacher is None else measures.kept_features(teacher.weights)[:, 0].numpy()
         rows = []
         for i, stream in enumerate(streams):
@@ -130,7 +163,9 @@ class SweepResult:
             for j, width in enumerate(family.widths):
                 floor, floor_error = (float(values[f"{family.name}.{name}"][i, j]) for name in ("floor", "floor_error"))
                 kept = norms[i, j] > measures.KEPT_THRESHOLD
-                against_teacher = float(values[f"{family.name}.teacher_floor"][i, j]) if teacher is not None else float("nan")
+                against_teacher = (
+                    float(values[f"{family.name}.teacher_floor"][i, j]) if teacher is not None else float("nan")
+                )
                 rows.append(
                     {
                         "kind": kind,
@@ -150,17 +185,22 @@ class SweepResult:
                         "total_capacity": float(capacity[i, j]),
                         "overlap": measures.overlap(kept, theory.kept_features(width, alpha, family.n)),
                         "ordered": measures.ordered_share(kept),
-                        "contained": float("nan") if teacher_kept is None else measures.containment(kept, teacher_kept[i]),
+                        "contained": (
+                            float("nan") if teacher_kept is None else measures.containment(kept, teacher_kept[i])
+                        ),
                     }
                 )
         return rows
 
 
-def run(settings: SweepSettings, checkpoint: Path | None = None, advance: Callable[[int], None] = lambda steps: None) -> SweepResult:
+def run(
+    settings: SweepSettings, checkpoint: Path | None = None, advance: Callable[[int], None] = lambda steps: None
+) -> SweepResult:
     """Train all models of a sweep and measure the floors that they reach.
 
     Args:
-        checkpoint: a file to keep the state of the training in; where it exists, training goes on from it to the same last bit.
+        checkpoint: a file to keep the state of the training in; where it exists, training goes on from it to the same
+            last bit.
         advance: called with the training steps done so far, out of `settings.total_steps`.
 
     Raises:
@@ -186,12 +226,17 @@ def _floors(family: Family, stacks: dict[str, Stack], settings: SweepSettings) -
     for first in range(0, len(streams), settings.seeds):
         same = slice(first, first + settings.seeds)
         distribution = streams[first].distribution
-        x = torch.from_numpy(distribution.sample_nonzero(settings.evaluation_rows, generator(Stream(distribution, 0), EVALUATION))).to(stack.bias.dtype)
+        x = torch.from_numpy(
+            distribution.sample_nonzero(settings.evaluation_rows, generator(Stream(distribution, 0), EVALUATION))
+        ).to(stack.bias.dtype)
         objective = Objective.of(family.n, streams[same], settings.slope, stack.bias.dtype)
         against_data.append(measures.floors(stack.chunk(same), objective, x))
         if teacher is not None:
             against_teacher.append(measures.floors(stack.chunk(same), objective, x, teacher.chunk(same)))
-    found = {"floor": torch.cat([f.mean for f in against_data]), "floor_error": torch.cat([f.error for f in against_data])}
+    found = {
+        "floor": torch.cat([f.mean for f in against_data]),
+        "floor_error": torch.cat([f.error for f in against_data]),
+    }
     if against_teacher:
         found["teacher_floor"] = torch.cat([f.mean for f in against_teacher])
     return {f"{family.name}.{name}": value for name, value in found.items()}

@@ -13,16 +13,19 @@ from tl_capacity.toy.features import FeatureDistribution, zipf_importance
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Everything that decides the weights of a sweep; the defaults are the paper's 48 configurations (arXiv:2604.04037).
+    """Everything that decides the weights of a sweep; the defaults are the paper's 48 configurations
+    (arXiv:2604.04037).
 
-    A configuration is a number of features n, a sparsity α and a teacher width d_T, and has students of the widths 1 … d_T. Those trained on the data itself
-    do not depend on d_T, and are trained once for all configurations of one n and α.
+    A configuration is a number of features n, a sparsity α and a teacher width d_T, and has students of the widths 1 …
+    d_T. Those trained on the data itself do not depend on d_T, and are trained once for all configurations of one n and
+    α.
 
     Attributes:
         features, alphas, teacher_widths: the values of n, α and d_T, all combined with one another.
         widths: d_S of the students; by default all from 1 to d_T. Teachers' widths are always among them.
         seeds, first_seed: how many seeds, and the first of them.
-        steps, batch, lr: steps of Adam on `batch` samples that are not all zero, with a learning rate that falls from `lr` to 0 along half a cosine.
+        steps, batch, lr: steps of Adam on `batch` samples that are not all zero, with a learning rate that falls from
+            `lr` to 0 along half a cosine.
         slope: s of the importances Iᵢ = i^−s: 1 for Zipf's law, 0 for uniform ones.
         correlation: see `FeatureDistribution`.
         distilled: whether students of the trained teachers are trained as well.
@@ -94,7 +97,11 @@ class SweepSettings:
 
     def streams(self, n: int) -> list[Stream]:
         """Where the samples of each sparsity and seed come from; all students of one stream see the same ones."""
-        return [Stream(FeatureDistribution(n, alpha, self.correlation), seed) for alpha in self.alphas for seed in self.all_seeds]
+        return [
+            Stream(FeatureDistribution(n, alpha, self.correlation), seed)
+            for alpha in self.alphas
+            for seed in self.all_seeds
+        ]
 
     def families(self, kind: str) -> Iterator[Family]:
         """The families of students trained on the data (`direct`) or on teachers (`distilled`)."""
@@ -102,14 +109,19 @@ class SweepSettings:
             if kind == "direct":
                 yield Family(n, self.student_widths, None)
             else:
-                yield from (Family(n, tuple(w for w in self.student_widths if w <= teacher), teacher) for teacher in self.teacher_widths)
+                yield from (
+                    Family(n, tuple(w for w in self.student_widths if w <= teacher), teacher)
+                    for teacher in self.teacher_widths
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> SweepSettings:
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+        }
         return cls(**values)
 
 
@@ -123,7 +135,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Family:
-    """Students of one n that are trained together: for every stream one of each width, on the data or on the teacher of one width.
+    """Students of one n that are trained together: for every stream one of each width, on the data or on the teacher of
+    one width.
 
     Attributes:
         n: number of features.

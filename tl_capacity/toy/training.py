@@ -1,8 +1,9 @@
-"""Trains every model of a sweep at once: a family of students is one stack of tensors, a step five batched products on it, and the gradient is written out.
+"""Trains every model of a sweep at once: a family of students is one stack of tensors, a step five batched products on
+it, and the gradient is written out.
 
-x̂ = ReLU(WᵀW x + b) with W [width, feature]; the loss is E Σ Iᵢ (x̂ᵢ − yᵢ)², with y = x or, for distilled students, the teacher's output. No model depends on
-what is trained beside it, so the stacks are worked off in chunks that fit a core's cache, several at a time, and the result does not depend on how many threads
-there are.
+x̂ = ReLU(WᵀW x + b) with W [width, feature]; the loss is E Σ Iᵢ (x̂ᵢ − yᵢ)², with y = x or, for distilled students, the
+teacher's output. No model depends on what is trained beside it, so the stacks are worked off in chunks that fit a
+core's cache, several at a time, and the result does not depend on how many threads there are.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ INITIAL, TRAINING, EVALUATION = range(3)
 
 @dataclass(frozen=True)
 class Stack:
-    """Models of one shape as one tensor; a narrower model's missing rows are zero, get gradients that are exactly zero, and so stay zero."""
+    """Models of one shape as one tensor; a narrower model's missing rows are zero, get gradients that are exactly zero,
+    and so stay zero.
+    """
 
     weights: Float[Tensor, "stream student width feature"]
     bias: Float[Tensor, "stream student feature"]
@@ -50,11 +53,15 @@ class Stack:
         """x̂ = ReLU(WᵀW x + b)."""
         return self.hidden_and_preactivation(x)[1].relu_().view(*self.bias.shape, x.shape[-1])
 
-    def hidden_and_preactivation(self, x: Float[Tensor, "stream feature row"]) -> tuple[Float[Tensor, "model width row"], Float[Tensor, "model feature row"]]:
+    def hidden_and_preactivation(
+        self, x: Float[Tensor, "stream feature row"]
+    ) -> tuple[Float[Tensor, "model width row"], Float[Tensor, "model feature row"]]:
         """h = Wx and Wᵀh + b, models counted through over streams and students."""
         streams, students, width, n = self.weights.shape
         hidden = torch.bmm(self.weights.reshape(streams, students * width, n), x).view(streams * students, width, -1)
-        return hidden, torch.baddbmm(self.bias.reshape(-1, n, 1), self.weights.reshape(-1, width, n).transpose(1, 2), hidden)
+        return hidden, torch.baddbmm(
+            self.bias.reshape(-1, n, 1), self.weights.reshape(-1, width, n).transpose(1, 2), hidden
+        )
 
     @property
     def at_zero(self) -> Float[Tensor, "stream student feature"]:
@@ -64,7 +71,8 @@ class Stack:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of one stream's students: (1−P₀)·E[Σ Iᵢ (x̂ᵢ − yᵢ)² | x ≠ 0] + P₀·Σ Iᵢ (ReLU(bᵢ) − y⁰ᵢ)², whose second half needs no samples.
+    """The loss of one stream's students: (1−P₀)·E[Σ Iᵢ (x̂ᵢ − yᵢ)² | x ≠ 0] + P₀·Σ Iᵢ (ReLU(bᵢ) − y⁰ᵢ)², whose second
+    half needs no samples.
 
     Attributes:
         importance: Iᵢ.
@@ -103,7 +111,10 @@ class Objective:
         weights = torch.bmm(hidden, error.transpose(1, 2)).view_as(stack.weights) * scale_weights
         weights += torch.bmm(hidden_gradient, x.transpose(1, 2)).view_as(stack.weights)
         at_zero = torch.where(stack.bias > 0, stack.bias - target_at_zero[:, None], 0)
-        bias = error.sum(-1).view_as(stack.bias) * scale + 2 * self.zero_probability[:, None, None] * self.importance * at_zero
+        bias = (
+            error.sum(-1).view_as(stack.bias) * scale
+            + 2 * self.zero_probability[:, None, None] * self.importance * at_zero
+        )
         return weights, bias
 
     def chunk(self, streams: slice) -> Objective:
@@ -117,7 +128,9 @@ def generator(stream: Stream, use: int, *more: int) -> np.random.Generator:
 
 
 def initial_stack(family: Family, streams: Sequence[Stream], dtype: torch.dtype) -> Stack:
-    """Weights from Xavier's normal distribution, as in Elhage et al. 2022, and no bias; each model from a generator of its own."""
+    """Weights from Xavier's normal distribution, as in Elhage et al. 2022, and no bias; each model from a generator of
+    its own.
+    """
     weights = torch.zeros(len(streams), len(family.widths), max(family.widths), family.n, dtype=dtype)
     for i, stream in enumerate(streams):
         for j, width in enumerate(family.widths):
@@ -150,12 +163,16 @@ class Chunk:
         """One step on as many rows as each step gets, for each learning rate."""
         weights, bias = self.stack.weights, self.stack.bias
         target, at_zero = self._target(x)
-        for rate, rows, wanted in zip(learning_rates, x.chunk(len(learning_rates), 2), target.chunk(len(learning_rates), 2), strict=True):
+        for rate, rows, wanted in zip(
+            learning_rates, x.chunk(len(learning_rates), 2), target.chunk(len(learning_rates), 2), strict=True
+        ):
             weights.grad, bias.grad = self.objective.gradients(self.stack, rows, wanted, at_zero)
             self.optimizer.param_groups[0]["lr"] = rate
             self.optimizer.step()
 
-    def _target(self, x: Float[Tensor, "stream feature row"]) -> tuple[Float[Tensor, "stream feature row"], Float[Tensor, "stream feature"]]:
+    def _target(
+        self, x: Float[Tensor, "stream feature row"]
+    ) -> tuple[Float[Tensor, "stream feature row"], Float[Tensor, "stream feature"]]:
         """y, and y where no feature is active."""
         if self.teacher is None:
             return x, x.new_zeros(x.shape[:2])
@@ -168,7 +185,8 @@ def train(
     advance: Callable[[int], None] = lambda steps: None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Stack], dict[str, float]]:
-    """Train all models of a sweep: first on the data, then the students of the teachers among them. Uses as many threads as PyTorch would.
+    """Train all models of a sweep: first on the data, then the students of the teachers among them. Uses as many
+    threads as PyTorch would.
 
     Args:
         checkpoint: a file to keep the state in; where it exists, training goes on from it.
@@ -214,7 +232,12 @@ def _train_kind(
         tensors |= own
         if steps_done < settings.steps:
             objective = Objective.of(family.n, streams[family.n], settings.slope, dtype)
-            chunks += [(family.n, chunk) for chunk in _chunks(family, own, objective, teacher_of(family, settings, finished), settings.batch, steps_done)]
+            chunks += [
+                (family.n, chunk)
+                for chunk in _chunks(
+                    family, own, objective, teacher_of(family, settings, finished), settings.batch, steps_done
+                )
+            ]
 
     before, started = seconds.get(kind, 0.0), time.monotonic()
     for first in range(steps_done, settings.steps, BLOCK_STEPS):
@@ -237,17 +260,24 @@ def teacher_of(family: Family, settings: SweepSettings, finished: dict[str, Stac
         return None
     slot = settings.student_widths.index(family.teacher_width)
     trained = finished[Family(family.n, (), None).name]
-    return Stack(trained.weights[:, slot : slot + 1, : family.teacher_width].contiguous(), trained.bias[:, slot : slot + 1].contiguous())
+    return Stack(
+        trained.weights[:, slot : slot + 1, : family.teacher_width].contiguous(),
+        trained.bias[:, slot : slot + 1].contiguous(),
+    )
 
 
 def _fresh(family: Family, streams: Sequence[Stream], dtype: torch.dtype) -> dict[str, Tensor]:
     """A family's tensors before the first step, Adam's moments included, by name."""
     stack = initial_stack(family, streams, dtype)
     tensors = {f"{family.name}.weights": stack.weights, f"{family.name}.bias": stack.bias}
-    return tensors | {f"{name}.{moment}": torch.zeros_like(value) for name, value in tensors.items() for moment in MOMENTS}
+    return tensors | {
+        f"{name}.{moment}": torch.zeros_like(value) for name, value in tensors.items() for moment in MOMENTS
+    }
 
 
-def _chunks(family: Family, tensors: dict[str, Tensor], objective: Objective, teacher: Stack | None, batch: int, steps_done: int) -> Iterator[Chunk]:
+def _chunks(
+    family: Family, tensors: dict[str, Tensor], objective: Objective, teacher: Stack | None, batch: int, steps_done: int
+) -> Iterator[Chunk]:
     """A family's streams in chunks, each with an optimizer whose state is a view of the family's."""
     streams, students, n = tensors[f"{family.name}.bias"].shape
     size = max(1, CACHE_FLOATS // (students * n * batch))
@@ -263,7 +293,9 @@ def _chunks(family: Family, tensors: dict[str, Tensor], objective: Objective, te
 
 def _named(finished: dict[str, Stack], settings: SweepSettings) -> dict[str, Tensor]:
     """Stacks that are trained, by name."""
-    tensors = {f"{name}.{part}": getattr(stack, part) for name, stack in finished.items() for part in ("weights", "bias")}
+    tensors = {
+        f"{name}.{part}": getattr(stack, part) for name, stack in finished.items() for part in ("weights", "bias")
+    }
     return tensors | ({"direct.steps": torch.tensor(settings.steps)} if finished else {})
 
 
@@ -273,7 +305,9 @@ def _advance_from(advance: Callable[[int], None], before: int, steps: int) -> No
 
 @contextmanager
 def worker_threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as PyTorch uses, each of which computes alone: chunks are independent, while threads that share a small product wait for one another."""
+    """As many threads as PyTorch uses, each of which computes alone: chunks are independent, while threads that share a
+    small product wait for one another.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

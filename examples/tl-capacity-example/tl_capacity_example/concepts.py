@@ -7,8 +7,26 @@ from itertools import product
 
 from tl_capacity.interfaces import Concept, LabelledText
 
-WHO = ("my sister", "the old sailor", "our teacher", "a stranger", "the baker", "his uncle", "the captain", "her neighbour")
-WHERE = ("in the garden", "on the bridge", "at the market", "near the river", "behind the church", "under the oak", "by the sea", "at the gate")
+WHO = (
+    "my sister",
+    "the old sailor",
+    "our teacher",
+    "a stranger",
+    "the baker",
+    "his uncle",
+    "the captain",
+    "her neighbour",
+)
+WHERE = (
+    "in the garden",
+    "on the bridge",
+    "at the market",
+    "near the river",
+    "behind the church",
+    "under the oak",
+    "by the sea",
+    "at the gate",
+)
 WHEN = ("today", "again", "alone", "tonight")
 
 
@@ -20,4 +38,11 @@ def sentences() -> Iterator[LabelledText]:
         yield LabelledText(f"{who[0].upper()}{who[1:]} is {where} {when}.", "statement", document=pair)
 
 
-ASKS = Concept("asks", ("question", "statement"), sentences, summary="asks or states, in the same words", collection="example", licence="MIT")
+ASKS = Concept(
+    "asks",
+    ("question", "statement"),
+    sentences,
+    summary="asks or states, in the same words",
+    collection="example",
+    licence="MIT",
+)

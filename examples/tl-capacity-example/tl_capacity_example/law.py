@@ -9,7 +9,9 @@ from tl_capacity.interfaces import CapacityLaw
 
 
 class Antipodal(CapacityLaw):
-    """Two features in each dimension, pointing opposite ways: the first superposition that toy models learn (Elhage et al. 2022, arXiv:2209.10652)."""
+    """Two features in each dimension, pointing opposite ways: the first superposition that toy models learn (Elhage et
+    al. 2022, arXiv:2209.10652).
+    """
 
     name = "antipodal"
     summary = "two features per dimension, whatever the sparsity"

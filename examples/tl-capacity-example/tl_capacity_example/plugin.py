@@ -1,4 +1,6 @@
-"""What the entry point names: the hooks, each of which hands over its objects once. It imports nothing heavy, since every command imports it."""
+"""What the entry point names: the hooks, each of which hands over its objects once. It imports nothing heavy, since
+every command imports it.
+"""
 
 from __future__ import annotations
 
@@ -34,4 +36,10 @@ def register_concepts(register: Callable[[Concept], None]) -> None:
 
 @hookimpl
 def register_recipes(register: Callable[[Recipe], None]) -> None:
-    register(Recipe("compare-importance", "How far two importance estimators agree about a measurement", "tl_capacity_example.recipe:main"))
+    register(
+        Recipe(
+            "compare-importance",
+            "How far two importance estimators agree about a measurement",
+            "tl_capacity_example.recipe:main",
+        )
+    )
