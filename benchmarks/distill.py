@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tl_capacity.distillation.losses import CHUNK_TOKENS, Head, LogitLoss, Output, chunked_losses
 from tl_capacity.distillation.students import new_student, output_of
 from tl_capacity.distillation.train import DistillSettings, Students
-from tl_capacity.scratch import Scratch
+from tl_capacity.runtime.scratch import Scratch
 
 D_TEACHER, LAYERS, VOCABULARY, ROWS, CONTEXT, WIDTH = 768, 12, 50_304, 8, 256, 128
 WIDTHS = (64, 128, 256, 384, 512)

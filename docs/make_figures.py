@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 from tl_capacity.hooks.embedded import FOLDER
 
 from tl_capacity import Measurement
-from tl_capacity.palette import COLOURS
+from tl_capacity.show.palette import COLOURS
 
 FIGURES = Path(__file__).parent / "figures"
 DASHES = ("solid", "dash", "dot")

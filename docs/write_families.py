@@ -49,7 +49,7 @@ from tl_capacity import Measurement, add_capacity_hooks
 from tl_capacity.cli import main as command_line
 from tl_capacity.distillation import DistillationRun
 from tl_capacity.errors import CapacityError
-from tl_capacity.loading import load_model
+from tl_capacity.models.loading import load_model
 
 PAGE = Path(__file__).with_name("families.md")
 BEGIN, END = "<!-- written by docs/write_families.py -->\n", "<!-- to here -->\n"

@@ -22,7 +22,7 @@ from tl_capacity.recipes.probe import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED
 from tl_capacity.recipes.probe import figure as accuracy_figure
 
 from tl_capacity import Measurement
-from tl_capacity.decompose import decompose
+from tl_capacity.distillation.decomposition import decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.report.figures import series_figure

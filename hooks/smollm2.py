@@ -29,7 +29,7 @@ def load() -> tuple[Any, Any]:
     Raises:
         CapacityError: where the package is not installed, or the cache cannot be written.
     """
-    from tl_capacity.loading import load_folder
+    from tl_capacity.models.loading import load_folder
 
     return load_folder(unpacked())
 

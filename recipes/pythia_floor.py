@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tl_capacity.decompose import Decomposition, decompose
+from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError
-from tl_capacity.loading import LoadedModel, load_config, load_model, read_kept
-from tl_capacity.measurement import Measurement
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.loading import LoadedModel, load_config, load_model, read_kept
 from tl_capacity.recipe import option, run_file
-from tl_capacity.storage import make_folder, write_json
+from tl_capacity.storage.files import make_folder, write_json
 
 IMPORTANCES = ("second_moment", "gradient", "fisher")
 """Measured in any case: the paper's, and two in nats per token, whose C must be 1."""
@@ -168,8 +168,8 @@ def main(config: PythiaFloorConfig) -> Decomposition:
 
 def measure(config: PythiaFloorConfig) -> Measurement:
     """The measurement, finished or continued."""
-    from tl_capacity.measuring import MeasureSettings
-    from tl_capacity.measuring import measure as run_measure
+    from tl_capacity.measure.job import MeasureSettings
+    from tl_capacity.measure.job import measure as run_measure
 
     if config.measurement is not None:
         return Measurement.load(config.measurement)
@@ -220,7 +220,7 @@ def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
     """
     from tl_capacity.distillation import distill as run_distill
     from tl_capacity.distillation.train import fingerprint
-    from tl_capacity.tokens import TokenStream
+    from tl_capacity.text.streams import TokenStream
 
     out = config.out / "distillation"
     if _distilled(config):  # with these settings, which stand beside it
@@ -304,7 +304,7 @@ def _distilled(config: PythiaFloorConfig) -> bool:
 
 def _stream(config: PythiaFloorConfig, teacher: LoadedModel) -> Any:
     """The text to train on."""
-    from tl_capacity.tokens import TokenStream
+    from tl_capacity.text.streams import TokenStream
 
     assert config.context is not None  # by the preset
     return TokenStream(teacher.source(config.source), teacher.tokenizer, context=config.context)

@@ -18,21 +18,21 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tl_capacity.attach import library_versions, special_token_ids
-from tl_capacity.checkpoints import Checkpoint, remove_checkpoint
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.students import new_student
 from tl_capacity.distillation.train import fingerprint
 from tl_capacity.errors import CapacityError
-from tl_capacity.loading import LoadedModel, load_model
-from tl_capacity.measurement import JSON_NAME as MEASUREMENT_JSON
-from tl_capacity.measurement import HookMeasurement, Measurement
-from tl_capacity.measuring import measured_dictionary, tapped_model
+from tl_capacity.measure.job import measured_dictionary, tapped_model
+from tl_capacity.measure.session import library_versions, special_token_ids
+from tl_capacity.measurement.measurement import JSON_NAME as MEASUREMENT_JSON
+from tl_capacity.measurement.measurement import HookMeasurement, Measurement
+from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.probing.recover import Recovery, recover_features, recovery_figure
-from tl_capacity.processes import Processes
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
-from tl_capacity.storage import digest, make_folder, write_bytes, write_json
-from tl_capacity.tokens import TokenStream
+from tl_capacity.runtime.processes import Processes
+from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
+from tl_capacity.storage.files import digest, make_folder, write_bytes, write_json
+from tl_capacity.text.streams import TokenStream
 
 JSON_NAME, ABOUT_NAME = "recoverability.json", "settings.json"
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_capacity.checkpoints import remove_checkpoint
 from tl_capacity.errors import CapacityError
-from tl_capacity.progress import token_progress
 from tl_capacity.recipe import option, run_file
-from tl_capacity.storage import make_folder
+from tl_capacity.runtime.progress import token_progress
+from tl_capacity.storage.checkpoints import remove_checkpoint
+from tl_capacity.storage.files import make_folder
 
 if TYPE_CHECKING:
     from tl_capacity import toy
@@ -108,7 +108,7 @@ def main(config: ToySweepConfig) -> None:
     from rich.console import Console
 
     from tl_capacity import toy
-    from tl_capacity.floors import table
+    from tl_capacity.predict.floors import table
     from tl_capacity.toy.report import TRAINED, claims, pivot, write_report
 
     result = _sweep(config.settings(), config.out)

@@ -18,12 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
-from tl_capacity.loading import LoadedModel, load_model, loading_errors, new_folder, read_kept, reason_of, written
-from tl_capacity.logs import log
+from tl_capacity.models.loading import (
+    LoadedModel,
+    load_model,
+    loading_errors,
+    new_folder,
+    read_kept,
+    reason_of,
+    written,
+)
 from tl_capacity.plugins import plugins
 from tl_capacity.recipe import option, run_file, settings_of
-from tl_capacity.storage import make_folder, write_json
-from tl_capacity.tokens import PADDING, TokenStream
+from tl_capacity.runtime.logs import log
+from tl_capacity.storage.files import make_folder, write_json
+from tl_capacity.text.streams import PADDING, TokenStream
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "gated", "jumprelu")
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
@@ -82,7 +90,7 @@ def main(config: TrainSAEConfig) -> None:
     _check(config)
     import torch
 
-    from tl_capacity.attach import check_token_ids, library_versions, special_token_ids
+    from tl_capacity.measure.session import check_token_ids, library_versions, special_token_ids
 
     loaded = load_model(config.model, device=config.device)
     source = loaded.source(config.source)
@@ -187,7 +195,7 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
     """
     from sae_lens.load_model import HookedProxyLM
 
-    from tl_capacity.attach import TapPoint
+    from tl_capacity.measure.session import TapPoint
 
     model = loaded.model
     model.config.use_cache = False
@@ -210,7 +218,7 @@ def measure(
     """What the SAE in `folder`, loaded as anybody would, does on held-out rows."""
     from sae_lens import SAE
 
-    from tl_capacity.attach import add_capacity_hooks
+    from tl_capacity.measure.session import add_capacity_hooks
 
     sae = SAE.load_from_disk(folder, device=config.device)
     with add_capacity_hooks(model, {config.hook: sae}, fvu_every=1, mask_token_ids=special) as capacity:

@@ -50,8 +50,8 @@ def same(one: Path, other: Path) -> None:
 def students_of(setup: Path) -> Path:
     """A distillation of the model in `setup`, made when it is first asked for."""
     from tl_capacity.distillation import DistillSettings, distill
-    from tl_capacity.loading import load_model
-    from tl_capacity.tokens import TokenStream
+    from tl_capacity.models.loading import load_model
+    from tl_capacity.text.streams import TokenStream
 
     out = setup / "students-of-model"
     if not out.exists():
@@ -96,7 +96,7 @@ CHILDREN.set_forkserver_preload(
         "transformers",
         "sae_lens",
         "tl_capacity.cli",
-        "tl_capacity.measuring",
+        "tl_capacity.measure.job",
         "tl_capacity.distillation",
     ]
 )
@@ -106,8 +106,8 @@ def run_in_a_child(arguments: Sequence[object], environment: Mapping[str, str] |
     """What a child process does: run the command, and save a checkpoint whenever one can be saved."""
     import torch
 
-    from tl_capacity import checkpoints
     from tl_capacity.cli import main
+    from tl_capacity.storage import checkpoints
 
     os.environ.update(environment or {})
     torch.set_num_threads(1)

@@ -18,13 +18,13 @@ from test_report import of_counts
 from tl_capacity import theory
 from tl_capacity.distillation.students import new_student, parameters_of
 from tl_capacity.errors import CapacityError
-from tl_capacity.floors import hook_floors
-from tl_capacity.loading import load_config, load_model
-from tl_capacity.measurement import Measurement
-from tl_capacity.measuring import MeasureSettings, measure
+from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.loading import load_config, load_model
 from tl_capacity.plan import ladder, plan, teacher_config
 from tl_capacity.plugins import plugins
-from tl_capacity.summary import document_resamples
+from tl_capacity.predict.floors import hook_floors
+from tl_capacity.results.summary import document_resamples
 
 LAW = plugins().capacity_laws["compressed_sensing"]
 ZIPF = of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))

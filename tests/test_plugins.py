@@ -22,8 +22,8 @@ import tl_capacity
 from tl_capacity import hookimpl, plugins
 from tl_capacity.errors import PluginError
 from tl_capacity.interfaces import FeatureSums, ImportanceEstimator
-from tl_capacity.summary import merge_sums
-from tl_capacity.tokens import TokenBatch
+from tl_capacity.results.summary import merge_sums
+from tl_capacity.text.streams import TokenBatch
 
 CORE = Path(tl_capacity.__file__).parent
 

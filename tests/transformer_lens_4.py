@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 import tl_capacity as tlc
-from tl_capacity.ablation import ablation_kl
-from tl_capacity.dictionaries import Dictionary, NeuronBasis
+from tl_capacity.dictionaries.formats import Dictionary, NeuronBasis
 from tl_capacity.errors import DictionaryError
-from tl_capacity.loading import load_model, load_sae
-from tl_capacity.measurement import Measurement
-from tl_capacity.measuring import MeasureSettings, measure
+from tl_capacity.measure.ablation import ablation_kl
+from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.loading import load_model, load_sae
 from tl_capacity.plugins import plugins
-from tl_capacity.tokens import TokenStream, documents
+from tl_capacity.text.streams import TokenStream, documents
 
 HOOK, TOKENS = "blocks.3.hook_resid_post", 400
 

@@ -13,32 +13,32 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from tl_capacity.hookspecs import hookimpl
-from tl_capacity.lazy import lazily
+from tl_capacity.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from tl_capacity import theory as theory
-    from tl_capacity.attach import CapacityHooks as CapacityHooks
-    from tl_capacity.attach import HookedModel as HookedModel
-    from tl_capacity.attach import add_capacity_hooks as add_capacity_hooks
     from tl_capacity.errors import CapacityError as CapacityError
     from tl_capacity.interfaces import CapacityLaw as CapacityLaw
     from tl_capacity.interfaces import ImportanceEstimator as ImportanceEstimator
-    from tl_capacity.measurement import Measurement as Measurement
+    from tl_capacity.measure.session import CapacityHooks as CapacityHooks
+    from tl_capacity.measure.session import HookedModel as HookedModel
+    from tl_capacity.measure.session import add_capacity_hooks as add_capacity_hooks
+    from tl_capacity.measurement.measurement import Measurement as Measurement
     from tl_capacity.plugins import register_importance_estimator as register_importance_estimator
-    from tl_capacity.tokens import TokenStream as TokenStream
+    from tl_capacity.text.streams import TokenStream as TokenStream
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CapacityHooks": "attach",
-    "HookedModel": "attach",
-    "add_capacity_hooks": "attach",
+    "CapacityHooks": "measure.session",
+    "HookedModel": "measure.session",
+    "add_capacity_hooks": "measure.session",
     "CapacityError": "errors",
     "CapacityLaw": "interfaces",
     "ImportanceEstimator": "interfaces",
-    "Measurement": "measurement",
+    "Measurement": "measurement.measurement",
     "register_importance_estimator": "plugins",
-    "TokenStream": "tokens",
+    "TokenStream": "text.streams",
 }
 
 __all__ = ["__version__", "hookimpl", "theory", *sorted(_HOMES)]
@@ -59,7 +59,7 @@ def _give_models_the_method(hook_points: ModuleType) -> None:
         """Tap this model's hook points with SAEs and count what their features do; see
         `tl_capacity.add_capacity_hooks`.
         """
-        from tl_capacity import attach
+        from tl_capacity.measure import session as attach
 
         return attach.add_capacity_hooks(self, saes, **options)
 

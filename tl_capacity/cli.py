@@ -19,9 +19,9 @@ import typer
 
 from tl_capacity import __version__
 from tl_capacity.errors import CapacityError, printable, reporting_errors
-from tl_capacity.logs import bar_allowed, configure, figures
-from tl_capacity.logs import log as logger
-from tl_capacity.progress import peak_memory
+from tl_capacity.runtime.logs import bar_allowed, configure, figures
+from tl_capacity.runtime.logs import log as logger
+from tl_capacity.runtime.progress import peak_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,10 +159,10 @@ def measure(
     """Count a model's SAE features on text and write a measurement."""
     wanted = _widths(widths)
     console = _console()
-    from tl_capacity.floors import error_warnings
-    from tl_capacity.measuring import MeasureSettings
-    from tl_capacity.processes import is_first
-    from tl_capacity.together import measure_together
+    from tl_capacity.measure.distributed import measure_together
+    from tl_capacity.measure.job import MeasureSettings
+    from tl_capacity.predict.floors import error_warnings
+    from tl_capacity.runtime.processes import is_first
 
     measurement = measure_together(
         MeasureSettings(
@@ -221,11 +221,11 @@ def budget(
     as_json: AsJson = False,
 ) -> None:
     """Print the per-layer table: F, L0, α, g(α), budget, d*, d*_het, FVU, with intervals."""
-    from tl_capacity.measurement import Measurement
+    from tl_capacity.measurement.measurement import Measurement
 
     found = Measurement.load(folder).budget(_widths(widths), importance, law, max_fvu)
     if as_json:
-        from tl_capacity.summary import Estimate
+        from tl_capacity.results.summary import Estimate
 
         _print_json(
             [{k: v.to_json() if isinstance(v, Estimate) else v for k, v in row.items()} for row in found.rows()]
@@ -245,8 +245,8 @@ def floor(
     as_json: AsJson = False,
 ) -> None:
     """Predict the loss floor of students of some widths."""
-    from tl_capacity import floors
-    from tl_capacity.measurement import Measurement
+    from tl_capacity.measurement.measurement import Measurement
+    from tl_capacity.predict import floors
 
     notes: list[str] = []
     if path.is_dir():
@@ -294,9 +294,9 @@ def decompose(
     as_json: AsJson = False,
 ) -> None:
     """Compare predicted with observed floors, and with everything else that might explain them."""
-    from tl_capacity.decompose import decompose as run_decompose
+    from tl_capacity.distillation.decomposition import decompose as run_decompose
     from tl_capacity.distillation.run import DistillationRun
-    from tl_capacity.measurement import Measurement
+    from tl_capacity.measurement.measurement import Measurement
 
     found = run_decompose(
         Measurement.load(measurement),
@@ -346,9 +346,9 @@ def doctor(
         raise CapacityError("doctor checks either a folder or a model: pass one of DIR and --model")
     from dataclasses import asdict
 
-    from tl_capacity import floors
     from tl_capacity.doctor import STOP, examine, examine_folder
-    from tl_capacity.measuring import MeasureSettings
+    from tl_capacity.measure.job import MeasureSettings
+    from tl_capacity.predict import floors
 
     if folder is not None:
         findings = examine_folder(folder, tokens, device)
@@ -460,7 +460,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest student width that meets a goal, and what each width costs in parameters."""
-    from tl_capacity.measurement import Measurement
+    from tl_capacity.measurement.measurement import Measurement
     from tl_capacity.plan import check_goal, teacher_config
     from tl_capacity.plan import plan as make_plan
 
@@ -489,7 +489,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="Folder of the joined measurement.")],
 ) -> None:
     """Join measurements of shards into one: counts exactly, moments to rounding."""
-    from tl_capacity.measurement import JSON_NAME, Measurement
+    from tl_capacity.measurement.measurement import JSON_NAME, Measurement
 
     if (out / JSON_NAME).exists():
         raise CapacityError(f"{out} already holds a measurement: choose another --out")
@@ -501,8 +501,8 @@ def merge(
 @app.command()
 def plugins(as_json: AsJson = False) -> None:
     """List what plugins contribute and where it comes from."""
-    from tl_capacity import floors
     from tl_capacity.plugins import plugins as find
+    from tl_capacity.predict import floors
 
     found = find()
     rows = [
@@ -530,8 +530,8 @@ def hooks(
     matching: Annotated[str, typer.Option("--matching", help="Only names that contain this.")] = "",
 ) -> None:
     """List the hook points of a model."""
-    from tl_capacity.attach import hook_names
-    from tl_capacity.loading import load_model
+    from tl_capacity.measure.session import hook_names
+    from tl_capacity.models.loading import load_model
 
     for name in hook_names(load_model(model).bridge):
         if matching in name:
@@ -544,8 +544,9 @@ def run(
     options: Annotated[list[str] | None, typer.Argument(help="Its options.")] = None,
 ) -> None:
     """Run a recipe; without a name, list them. `tl-capacity run NAME --help` shows its options."""
-    from tl_capacity import floors, recipe
+    from tl_capacity import recipe
     from tl_capacity.plugins import plugins as find
+    from tl_capacity.predict import floors
 
     recipes = find().recipes
     if name is None or name in ("--help", "-h"):
@@ -559,7 +560,7 @@ def run(
         )
         return
     recipe.run(recipe.load(recipes[name]), options or [], f"tl-capacity run {name}")
-    from tl_capacity.processes import is_first
+    from tl_capacity.runtime.processes import is_first
 
     if bar_allowed() and is_first():
         typer.echo(f"peak memory {peak_memory() / 1e9:.2f} GB", err=True)

@@ -21,7 +21,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_capacity.attach import (
+from tl_capacity.errors import CapacityError
+from tl_capacity.measure.job import (
+    SUMS_AT_ONCE,
+    MeasureSettings,
+    dictionaries,
+    row_length,
+    spec_of,
+    sums_of,
+    tapped_model,
+)
+from tl_capacity.measure.session import (
     Batch,
     CapacityHooks,
     TapPoint,
@@ -32,20 +42,10 @@ from tl_capacity.attach import (
     special_token_ids,
     target_hook,
 )
-from tl_capacity.errors import CapacityError
-from tl_capacity.loading import LoadedModel, load_model
-from tl_capacity.measurement import Measurement
-from tl_capacity.measuring import (
-    SUMS_AT_ONCE,
-    MeasureSettings,
-    dictionaries,
-    row_length,
-    spec_of,
-    sums_of,
-    tapped_model,
-)
-from tl_capacity.progress import peak_memory
-from tl_capacity.tokens import PADDING, TokenBatch, TokenStream
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.loading import LoadedModel, load_model
+from tl_capacity.runtime.progress import peak_memory
+from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 SAMPLE_TOKENS = 1_000
 OK, CHANGE, STOP = "ok", "change", "stop"

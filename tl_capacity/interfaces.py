@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tl_capacity.statistics import LatentBatch
+    from tl_capacity.measure.statistics import LatentBatch
 else:
     Tensor = LatentBatch = Any
 
@@ -100,7 +100,7 @@ class ImportanceEstimator:
     summary: str = ""
     """One line for `tl-capacity plugins`."""
     gradient_of: tuple[str | PathGradient, ...] = ()
-    """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.gradients`), or
+    """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.measure.backward`), or
     `PathGradient`s.
     """
 

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity import theory
-from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError
-from tl_capacity.floors import features_per_dimension, hook_floors, html_table, resampled, table
 from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.summary import Estimate, significant
+from tl_capacity.predict.floors import features_per_dimension, hook_floors, html_table, resampled, table
+from tl_capacity.results.summary import Estimate, significant
+from tl_capacity.runtime.checks import checked
 
 SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 """Widths that are looked at where none are given, as shares of the teacher's: two to each octave."""
@@ -270,7 +270,7 @@ def teacher_config(measurement: Measurement, model: str | None = None) -> Any:
         CapacityError: where `model` was given and cannot be found, or its family has no students.
     """
     from tl_capacity.distillation.students import student_config
-    from tl_capacity.loading import load_config
+    from tl_capacity.models.loading import load_config
 
     try:
         config = load_config(model or measurement.provenance.model)

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from tl_capacity import Measurement
 from tl_capacity.distillation import checkpoint
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.storage import previous
+from tl_capacity.storage.files import previous
 from tl_capacity.toy.result import SweepResult
 
 pytestmark = pytest.mark.slow

@@ -46,7 +46,7 @@ def test_what_asks_is_noticed() -> None:
 
 def test_import() -> None:
     names = (
-        "tl_capacity, tl_capacity.cli, tl_capacity.attach, tl_capacity.doctor, tl_capacity.distillation,"
+        "tl_capacity, tl_capacity.cli, tl_capacity.measure.session, tl_capacity.doctor, tl_capacity.distillation,"
         " tl_capacity.toy, sae_lens, transformer_lens"
     )
     assert run(f"import {names}\nfrom tl_capacity.plugins import plugins; plugins()").returncode == 0

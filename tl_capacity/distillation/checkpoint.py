@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tl_capacity import storage
 from tl_capacity.distillation.run import SCHEMA, DistillationRun
 from tl_capacity.errors import MeasurementError
+from tl_capacity.storage import files as storage
 
 JSON_NAME = "checkpoint.json"
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import TokenSourceError
-from tl_capacity.tokens import PADDING, as_batches
+from tl_capacity.text.streams import PADDING, as_batches
 
 HELDOUT_EVERY = 16
 """Where no held-out text is given, every so many-th document is held out until there is enough."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.scratch import Scratch
+from tl_capacity.runtime.scratch import Scratch
 
 CHUNK_TOKENS = 128
 """Two buffers of [chunk, vocabulary] live at once: 51 MB in float32 at a vocabulary of 50,304."""

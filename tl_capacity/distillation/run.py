@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity import storage
 from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.storage import files as storage
 
 SCHEMA = 1
 JSON_NAME = "distillation.json"
@@ -138,7 +138,7 @@ class DistillationRun:
 
     def _repr_html_(self) -> str:
         from tl_capacity.distillation.observed import floor_cells, observed_floors
-        from tl_capacity.floors import html_table
+        from tl_capacity.predict.floors import html_table
 
         return html_table(*floor_cells(observed_floors(self)))
 

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from tl_capacity.attach import TapPoint
 from tl_capacity.distillation.losses import Head, Output
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError
+from tl_capacity.measure.session import TapPoint
 from tl_capacity.plugins import plugins
 
 STARTS = ("random", "truncated", "teacher")

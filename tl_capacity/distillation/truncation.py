@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.processes import is_first
-from tl_capacity.progress import token_progress
+from tl_capacity.runtime.processes import is_first
+from tl_capacity.runtime.progress import token_progress
 
 ROWS_AT_ONCE = 4
 

@@ -14,12 +14,19 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_capacity.attach import TapPoint, activation_at, check_dictionary, embedding_of, evaluating, special_token_ids
-from tl_capacity.checks import checked
-from tl_capacity.encoding import Encoder
+from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
-from tl_capacity.progress import token_progress
+from tl_capacity.measure.session import (
+    TapPoint,
+    activation_at,
+    check_dictionary,
+    embedding_of,
+    evaluating,
+    special_token_ids,
+)
+from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.progress import token_progress
 
 POOLINGS = ("mean", "last", "token")
 TOKENS_PER_TEXT = 8

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from tl_capacity.summary import Estimate
+from tl_capacity.results.summary import Estimate
 
 
 def add_series(

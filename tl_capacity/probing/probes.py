@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
-from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError
 from tl_capacity.probing.activations import Activations
 from tl_capacity.probing.concepts import LabelledTexts
-from tl_capacity.summary import MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.summary import MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.runtime.checks import checked
 
 PENALTIES = tuple(10.0**power for power in range(-4, 2))
 """C of scikit-learn's logistic regression, the inverse of the penalty; of the best, the strongest penalty is taken."""

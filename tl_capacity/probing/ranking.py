@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.probing.ridge import Latents, Readout
-from tl_capacity.processes import Processes
-from tl_capacity.summary import DOCUMENT_GROUPS, Estimate, document_resamples, estimate_around
+from tl_capacity.results.summary import DOCUMENT_GROUPS, Estimate, document_resamples, estimate_around
+from tl_capacity.runtime.processes import Processes
 
 BINS = 256
 FINE = 2.0

@@ -24,25 +24,25 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_capacity.attach import Batch, TapPoint, activation_at, dictionary_digest, evaluating, special_token_ids
-from tl_capacity.checkpoints import Checkpoint
-from tl_capacity.checks import checked
-from tl_capacity.encoding import Encoder
+from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, TokenSourceError
-from tl_capacity.floors import html_table, kept_features, table
 from tl_capacity.interfaces import SparseAutoencoder
-from tl_capacity.measurement import HookMeasurement
-from tl_capacity.palette import BLUE, GREEN, PURPLE, VERMILION
+from tl_capacity.measure.session import Batch, TapPoint, activation_at, dictionary_digest, evaluating, special_token_ids
+from tl_capacity.measure.statistics import document_groups
+from tl_capacity.measurement.measurement import HookMeasurement
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import html_table, kept_features, table
 from tl_capacity.probing.figures import add_series
 from tl_capacity.probing.ranking import Ranking, Scores
 from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
-from tl_capacity.processes import ALONE, Processes
-from tl_capacity.progress import token_progress
-from tl_capacity.statistics import document_groups
-from tl_capacity.summary import DOCUMENT_GROUPS, MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.summary import DOCUMENT_GROUPS, MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.processes import ALONE, Processes
+from tl_capacity.runtime.progress import token_progress
+from tl_capacity.show.palette import BLUE, GREEN, PURPLE, VERMILION
+from tl_capacity.storage.checkpoints import Checkpoint
+from tl_capacity.text.streams import PADDING, TokenBatch, as_batches
 from tl_capacity.theory import budget
-from tl_capacity.tokens import PADDING, TokenBatch, as_batches
 
 SCHEMA = 1
 FIT, VALIDATION, HELD_OUT = "fit", "validation", "held-out"

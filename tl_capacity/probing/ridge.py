@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from tl_capacity.encoding import Entries
+from tl_capacity.dictionaries.encoding import Entries
 from tl_capacity.errors import CapacityError
-from tl_capacity.processes import Processes
+from tl_capacity.runtime.processes import Processes
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties to choose from, in units of the activations' mean variance per dimension."""

@@ -13,15 +13,15 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-from tl_capacity.checks import checked
 from tl_capacity.errors import CapacityError
-from tl_capacity.floors import features_per_dimension
-from tl_capacity.measurement import HookMeasurement
+from tl_capacity.measurement.measurement import HookMeasurement
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import features_per_dimension
 from tl_capacity.probing.activations import Activations
 from tl_capacity.probing.concepts import LabelledTexts
 from tl_capacity.probing.probes import Probe, fit_probes
 from tl_capacity.probing.probes import difference as difference_of
+from tl_capacity.runtime.checks import checked
 
 FEATURES = (1, 2, 4, 8, 16)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tl_capacity.lazy import lazily
+from tl_capacity.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from tl_capacity.report.page import find_snippets as find_snippets

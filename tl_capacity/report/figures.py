@@ -15,16 +15,16 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from tl_capacity.decompose import PAPER, Candidate, Decomposition, Fit
+from tl_capacity.distillation.decomposition import PAPER, Candidate, Decomposition, Fit
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors, power_law
 from tl_capacity.distillation.run import DistillationRun, StudentCurve
 from tl_capacity.errors import CapacityError
-from tl_capacity.floors import FloorPrediction, kept_features
-from tl_capacity.measurement import HookMeasurement, Measurement
-from tl_capacity.palette import COLOURS
+from tl_capacity.measurement.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import FloorPrediction, kept_features
 from tl_capacity.probing.figures import add_series, error_bars
-from tl_capacity.summary import THRESHOLDS, Estimate, Resample
+from tl_capacity.results.summary import THRESHOLDS, Estimate, Resample
+from tl_capacity.show.palette import COLOURS
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")

@@ -11,18 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tl_capacity import __version__, storage
-from tl_capacity.decompose import OBSERVED, decompose
+from tl_capacity import __version__
+from tl_capacity.distillation.decomposition import OBSERVED, decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.errors import CapacityError
-from tl_capacity.floors import hook_floors
-from tl_capacity.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.measurement import HookMeasurement, Measurement
 from tl_capacity.plan import ladder
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import hook_floors
 from tl_capacity.report import figures, sections
 from tl_capacity.report.results import Results
 from tl_capacity.report.sections import ReportSettings, Snippets, Story
 from tl_capacity.report.snippets import edges, stream_of, top_snippets
+from tl_capacity.storage import files as storage
 
 CONTROLS = dict.fromkeys(c for c in range(32) if c not in (9, 10))
 """Characters that HTML has no place for."""
@@ -171,7 +172,7 @@ def find_snippets(
         CapacityError: where a model or a source that was named cannot be used; if it is only what the measurement
             names, that becomes the reason.
     """
-    from tl_capacity.loading import load_model
+    from tl_capacity.models.loading import load_model
 
     measurement = results.measurement
     _main_hook(measurement, settings)  # before a model is loaded, in case it is refused

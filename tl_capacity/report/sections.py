@@ -16,13 +16,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tl_capacity.decompose import PAPER, Decomposition
+from tl_capacity.distillation.decomposition import PAPER, Decomposition
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.errors import CapacityError
-from tl_capacity.floors import FloorPrediction, error_warnings
 from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.measurement import HookMeasurement, Measurement
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import FloorPrediction, error_warnings
+from tl_capacity.predict.suite import suites
 from tl_capacity.report import figures
 from tl_capacity.report.results import (
     READOUTS,
@@ -34,8 +35,7 @@ from tl_capacity.report.results import (
     recoverability_rows,
 )
 from tl_capacity.report.snippets import Edge, ShownFeature, Snippet, shown_features
-from tl_capacity.suite import suites
-from tl_capacity.summary import DOCUMENT_GROUPS, REPLICATES, Estimate, significant
+from tl_capacity.results.summary import DOCUMENT_GROUPS, REPLICATES, Estimate, significant
 
 CANDIDATES = 8
 """Of a decomposition that are shown before a click whatever they are."""

@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import HookPointError, MeasurementError
-from tl_capacity.floors import kept_features, sparsity
 from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.measurement import HookMeasurement, Measurement
-from tl_capacity.summary import Estimate, Resample
-from tl_capacity.tokens import PADDING, TokenBatch, TokenStream
+from tl_capacity.measurement.measurement import HookMeasurement, Measurement
+from tl_capacity.predict.floors import kept_features, sparsity
+from tl_capacity.results.summary import Estimate, Resample
+from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tl_capacity.loading import LoadedModel
+    from tl_capacity.models.loading import LoadedModel
 
 SHOWN = 8
 """Features on each side of a budget."""
@@ -162,9 +162,9 @@ def top_snippets(
     """
     import torch
 
-    from tl_capacity.attach import TapPoint
-    from tl_capacity.measuring import measured_dictionary, tapped_model
-    from tl_capacity.progress import token_progress
+    from tl_capacity.measure.job import measured_dictionary, tapped_model
+    from tl_capacity.measure.session import TapPoint
+    from tl_capacity.runtime.progress import token_progress
 
     wanted = {place: list(latents) for place, latents in shown.items() if latents}
     dictionaries = {
@@ -221,7 +221,7 @@ class _Heaps:
     def __init__(self, sae: Any, latents: Sequence[int]) -> None:
         import torch
 
-        from tl_capacity.encoding import Encoder
+        from tl_capacity.dictionaries.encoding import Encoder
 
         self.sae, self.encoder = sae, Encoder(sae)
         self.latents = sorted(set(latents))

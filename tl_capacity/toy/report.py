@@ -12,8 +12,8 @@ import numpy as np
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
-from tl_capacity.palette import COLOURS
-from tl_capacity.storage import make_folder, write_bytes, write_json
+from tl_capacity.show.palette import COLOURS
+from tl_capacity.storage.files import make_folder, write_bytes, write_json
 from tl_capacity.toy.judging import BANDS, accuracy, at_every_sparsity, cells, packing_law, predictions, strata
 from tl_capacity.toy.measures import containment
 from tl_capacity.toy.predictors import Predictor, predictors

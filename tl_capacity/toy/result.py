@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
-from tl_capacity.storage import digest, make_folder, read_record, write_bytes, write_record
+from tl_capacity.storage.files import digest, make_folder, read_record, write_bytes, write_record
 from tl_capacity.toy import measures
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import Family, Stream, SweepSettings
@@ -206,7 +206,7 @@ def run(
     Raises:
         CapacityError: as `train`.
     """
-    from tl_capacity.attach import library_versions
+    from tl_capacity.measure.session import library_versions
 
     stacks, seconds = train(settings, checkpoint, advance)
     started = time.monotonic()

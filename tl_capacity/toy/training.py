@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_capacity.checkpoints import Checkpoint
+from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import Family, Stream, SweepSettings
 

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from tl_capacity import CapacityError, Measurement
 from tl_capacity.recipe import option, run_file
-from tl_capacity.storage import write_json
+from tl_capacity.storage.files import write_json
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""The one file in which a long job keeps its state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.storage import checkpoints
+from tl_capacity.storage.checkpoints import Checkpoint, digest, remove_checkpoint
+
+SETTINGS = {"models": ["a", "b"], "seed": 1}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "out.checkpoint.safetensors"
+
+
+def test_goes_on_from_what_was_saved(path: Path) -> None:
+    tensors = {
+        "one w8/all": torch.arange(6, dtype=torch.int32).view(2, 3).T,
+        "one/all": torch.tensor([True, False]),
+        "two/all": torch.zeros(0),
+    }
+    Checkpoint(path, SETTINGS).save(tensors, {"done": 3, "exact": 0.1 + 0.2})
+    found = Checkpoint(path, {"models": ("a", "b"), "seed": 1})
+    assert found.about == {"done": 3, "exact": 0.1 + 0.2}
+    assert found.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert torch.equal(found.tensors[name], tensor)
+    assert found.part("one").keys() == {"all"}
+    assert torch.equal(found.part("one")["all"], tensors["one/all"])
+    assert found.part("none") == {}
+    remove_checkpoint(path)
+    assert not list(path.parent.iterdir())
+
+
+def test_keeps_nothing_without_a_path() -> None:
+    nothing = Checkpoint(None, SETTINGS)
+    nothing.save({"a": torch.zeros(1)}, {})
+    assert not nothing.due
+    assert (nothing.tensors, nothing.about) == ({}, {})
+
+
+def test_other_settings_are_named(path: Path) -> None:
+    Checkpoint(path, SETTINGS).save({}, {})
+    with pytest.raises(CapacityError, match=r"belongs to other settings \(seed = 1\): use those"):
+        Checkpoint(path, {**SETTINGS, "seed": 2})
+
+
+def test_saving_takes_a_tenth_of_the_time_at_most(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    checkpoint = Checkpoint(path, SETTINGS)
+    assert not checkpoint.due
+    now += checkpoints.SECONDS
+    assert checkpoint.due
+
+    def slow(*_: object, **__: object) -> None:
+        nonlocal now
+        now += 50
+
+    monkeypatch.setattr(checkpoints, "write_bytes", slow)
+    checkpoint.save({}, {})
+    now += 499
+    assert not checkpoint.due
+    now += 1
+    assert checkpoint.due
+
+
+def test_the_hash_is_of_the_content() -> None:
+    """Not of the order in which tensors are written."""
+    tensors = {"a": torch.arange(3.0), "b": torch.tensor(5)}
+    assert digest(tensors, "x") == digest(dict(reversed(tensors.items())), "x")
+    assert digest(tensors, "x") != digest(tensors, "y")
+    assert digest(tensors, "x") != digest({**tensors, "a": torch.arange(3.0).view(1, 3)}, "x")
+    assert len({digest({"a": torch.from_numpy(np.eye(3)[i])}, "x") for i in range(3)}) == 3

@@ -1,0 +1,114 @@
+"""Bases as features, by name: `neurons:HOOK` and `pca:HOOK`, optionally `,k=24`, made for one model and fitted to its
+own activations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_capacity.dictionaries.formats import LargestOfABasis, NeuronBasis, PCABasis
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.measure.session import TapPoint, activation_at, evaluating, special_token_ids
+from tl_capacity.measurement.measurement import BASES
+from tl_capacity.runtime.processes import is_first
+from tl_capacity.runtime.progress import token_progress
+from tl_capacity.text.streams import PADDING, TokenStream
+
+PCA_TOKENS = 50_000
+"""Tokens to which principal components are fitted, some hundred for each dimension of a small model."""
+
+
+@dataclass(frozen=True)
+class BasisSpec:
+    """What `neurons:blocks.3.mlp.hook_post,k=24` says.
+
+    Attributes:
+        kind: one of `BASES`.
+        hook: the hook point.
+        k: coordinates kept per token; None for all.
+    """
+
+    kind: str
+    hook: str
+    k: int | None = None
+
+    @classmethod
+    def parse(cls, spec: str) -> BasisSpec | None:
+        """The basis that `spec` names, or None where it names something else.
+
+        Raises:
+            DictionaryError: where it names one badly.
+        """
+        kind, colon, rest = spec.partition(":")
+        if kind not in BASES or not colon:
+            return None
+        found = re.fullmatch(r"([\w.]+)(?:,k=(\d+))?", rest)
+        if found is None:
+            raise DictionaryError(
+                f"{spec!r} names no basis: write {kind}:HOOK, or {kind}:HOOK,k=24 to keep the 24 largest of each token"
+            )
+        return cls(kind, found[1], int(found[2]) if found[2] else None)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.hook}" + (f",k={self.k}" if self.k is not None else "")
+
+    def fit(
+        self, model: Any, stream: TokenStream, tokens: int = PCA_TOKENS, *, progress: bool = True
+    ) -> LargestOfABasis:
+        """The basis, for a model with TransformerLens hooks or a Hugging Face model of a registered family.
+
+        Principal components are those of the first `tokens` counted tokens of the stream; neurons need one batch, to
+        see how many there are.
+
+        Raises:
+            HookPointError: where the model has no such hook point, or does not run it.
+            CapacityError: where the stream has no tokens, or the activations are not finite.
+        """
+        seen = activations(model, self.hook, stream)
+        first = next(seen, None)
+        if first is None:
+            raise CapacityError(
+                f"{stream.name()} has no token to count, so no basis can be made: choose another --source"
+            )
+        if self.kind == "neurons":
+            return NeuronBasis(first.shape[1], self.hook, self.k)
+        # About the first batch's mean, because Σxxᵀ − n·μμᵀ loses digits where the mean is much larger than the spread.
+        origin = first.double().mean(0)
+        count, total, products = 0, torch.zeros_like(origin), torch.zeros(len(origin), len(origin), dtype=torch.float64)
+        with token_progress(tokens, progress and is_first(), f"fitting {self}") as advance:
+            for x in chain([first], seen):
+                centred = x.double() - origin
+                count, total, products = count + len(x), total + centred.sum(0), products + centred.T @ centred
+                advance(count)
+                if count >= tokens:
+                    break
+        if not bool(torch.isfinite(products).all()):
+            raise CapacityError(f"{self.hook} has NaN or infinite activations: check the model's dtype and weights")
+        shift = total / count
+        return PCABasis(origin + shift, products / count - torch.outer(shift, shift), self.hook, self.k)
+
+
+def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Tensor, "token d"]]:
+    """Activations at one hook point, batch by batch, of tokens that are neither special nor padding; heads are joined.
+
+    Raises:
+        HookPointError: where the model has no such hook point, or does not run it.
+    """
+    special, point = torch.tensor(special_token_ids(model, stream.tokenizer)), TapPoint.of(model, hook)
+    for batch in stream:
+        ids = torch.from_numpy(batch.tokens.astype("int64"))
+        counted = (ids != PADDING) & ~torch.isin(ids, special)
+        with evaluating(model):
+            seen = activation_at(model, point, ids.clamp(min=0))
+        if seen is None:
+            raise HookPointError(f"{hook} did not fire: the model does not run it, choose another hook point")
+        if bool(counted.any()):
+            yield seen.flatten(2)[counted.to(seen.device)].float().cpu()

@@ -1,0 +1,279 @@
+"""Encoding: which latents are active on a chunk of activations, and their values, with as little as possible made that
+is mostly zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.runtime.scratch import Scratch
+
+Entries = tuple[Tensor, Tensor, Tensor]
+"""`(token, feature, value)` of each active latent; those of one feature are in the order of the tokens."""
+Products = Iterator[tuple[slice, Tensor]]
+"""The features of each block, and their products with the inputs, x·W_enc [token, feature], without the bias; the next
+block overwrites it.
+"""
+Find = Callable[[Any, Products], Iterator[Entries]]
+"""From an SAE and its products to the active latents, those of some features after those of others."""
+
+CHUNK_TOKENS = 2048
+"""Tokens that are encoded at once, where memory allows: with fewer a matrix product is slower, with 256 by a quarter.
+"""
+DENSE_LATENTS = 768 * 24_576
+"""Latents that are dense at once, at most: 75 MB in float32."""
+FEATURE_BLOCK = 1024
+"""Features whose products are made at once where each latent is judged by itself; at 2,048 tokens 8 MB. More take
+memory and save no time.
+"""
+ROW_BLOCK = 24_576
+"""The same where the latents of a token are compared with each other."""
+FEWEST_TOKENS = 64
+"""Tokens that an SAE's own `encode`, which makes all latents at once, is given, whatever their number."""
+
+CHECKED_TOKENS = 16
+"""Tokens on which an encoder's short cut is compared with the SAE's own `encode` before it is used."""
+
+LANES = 32
+"""Features of one token of which, for the largest k, the largest is looked at first."""
+FEW = 1 / 3
+"""Share of such groups that k may be; where it is more, all latents are sorted."""
+SORTED_AT_ONCE = 256 * 24_576
+"""Latents whose largest are found together: what is gathered of them is small beside the block, and is still near when
+it is needed.
+"""
+
+
+class Encoder:
+    """The active latents of one SAE, a chunk of tokens at a time.
+
+    SAELens' `encode` makes a new block of latents at each step: product, bias, activation, mask. For the architectures
+    in `ACTIVATIONS` the products go into one block that is kept, some thousands of features after the others, and what
+    is active is found there. Any other SAE, one with hooks on its latents, and one whose `encode` gave something else
+    on the first tokens is asked for its own `encode`.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, scratch: Scratch | None = None) -> None:
+        self.sae: Any = sae
+        self.d_sae = int(sae.W_dec.shape[0])
+        self._activation = ACTIVATIONS.get(type(sae).__name__)
+        self._checked = False
+        self.scratch = scratch or Scratch()
+        self.hold(DENSE_LATENTS if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
+
+    def hold(self, latents: int) -> None:
+        """Let so many latents be dense at once, by which `chunk`, the tokens to encode at once, is chosen; at least
+        those of one token.
+        """
+        self.dense_latents = latents
+        self._block = self.d_sae if self._activation is None else min(self.d_sae, self._activation.features_at_once)
+        self.chunk = min(CHUNK_TOKENS, max(1, latents // self._block))
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor) -> Entries:
+        """The active latents of at most `chunk` tokens [token, d_in]."""
+        return joined(list(self.parts(inputs)))
+
+    def parts(self, inputs: Tensor) -> Iterator[Entries]:
+        """The same, some features or tokens after others, so that all need never be in memory; to be gone through under
+        `torch.no_grad`.
+        """
+        if not self._checked and len(inputs):
+            self._checked = True
+            if self._activation is not None and not self._agrees(self._activation.find, inputs[:CHECKED_TOKENS]):
+                self._activation = None
+        if self._activation is None or _has_hooks(self.sae):
+            at_once = max(1, self.dense_latents // self.d_sae)
+            for start in range(0, max(1, len(inputs)), at_once):
+                tokens, features, values = active_entries(self.sae.encode(inputs[start : start + at_once]))
+                yield tokens + start, features, values
+        else:
+            yield from self._activation.find(self.sae, self._products(inputs))
+
+    def _products(self, inputs: Tensor) -> Products:
+        x, weight = self.sae.process_sae_in(inputs), self.sae.W_enc
+        memory = self.scratch.take(max(self.chunk, len(x)) * self._block, weight)
+        for start in range(0, self.d_sae, self._block):
+            features = slice(start, min(start + self._block, self.d_sae))
+            width = features.stop - start
+            yield features, torch.mm(x, weight[:, features], out=memory[: len(x) * width].view(len(x), width))
+
+    def _agrees(self, find: Find, inputs: Tensor) -> bool:
+        own = _encoded(self.sae, inputs)
+        if own.is_sparse or own.dtype != self.sae.W_enc.dtype or not bool(own.isfinite().all()):
+            return False
+        tokens, features, values = joined(list(find(self.sae, self._products(inputs))))
+        mine = torch.zeros_like(own)
+        mine[tokens, features] = values
+        # Two orders of summation may decide otherwise about a latent on the edge, so a few may differ.
+        different = ~torch.isclose(mine, own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
+        return int(different.sum()) <= 1e-3 * len(values)
+
+
+def _relu(sae: Any, products: Products) -> Iterator[Entries]:
+    return _above(-sae.b_enc, sae.b_enc, products)
+
+
+def _jumprelu(sae: Any, products: Products) -> Iterator[Entries]:
+    return _above(sae.threshold.clamp(min=0) - sae.b_enc, sae.b_enc, products)
+
+
+def _topk(sae: Any, products: Products) -> Iterator[Entries]:
+    scale = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
+    values = features = None
+    for some, block in products:
+        block.add_(sae.b_enc[some])
+        if scale is not None:
+            block.mul_(scale[some])
+        found, place = _largest(block, min(sae.cfg.k, block.shape[1]))
+        place = place + some.start
+        if values is None or features is None:
+            values, features = found, place
+            continue
+        found, place = torch.cat([values, found], 1), torch.cat([features, place], 1)
+        values, kept = found.topk(min(sae.cfg.k, found.shape[1]), dim=-1, sorted=False)
+        features = place.gather(1, kept)
+    assert values is not None  # an SAE has latents
+    assert features is not None
+    token, place = torch.nonzero(~(values <= 0), as_tuple=True)
+    yield token, features[token, place], values[token, place]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How one architecture's active latents are found.
+
+    Attributes:
+        find: finds them.
+        features_at_once: how many features' products it is given at once.
+    """
+
+    find: Find
+    features_at_once: int
+
+
+ACTIVATIONS = {
+    "StandardSAE": Activation(_relu, FEATURE_BLOCK),
+    "JumpReLUSAE": Activation(_jumprelu, FEATURE_BLOCK),
+    "TopKSAE": Activation(_topk, ROW_BLOCK),
+}
+"""By SAELens' class."""
+
+
+def joined(parts: Sequence[Entries]) -> Entries:
+    """The entries of several parts; one at least."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens, features, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return tokens, features, values
+
+
+def _largest(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest latents of each token [token, k], unordered, and their features.
+
+    On the CPU `torch.topk` is slow where k is a small share: as many groups as k have a latent that is not below the
+    k-th largest of the groups' largest ones, so what is below it need not be sorted.
+    """
+    width = latents.shape[1]
+    if latents.device.type != "cpu" or not len(latents) or width % LANES or k > FEW * (width // LANES):
+        return latents.topk(k, dim=-1, sorted=False)
+    parts = [_largest_by_group(rows, k) for rows in torch.split(latents, max(1, SORTED_AT_ONCE // width))]
+    return torch.cat([values for values, _ in parts]), torch.cat([features for _, features in parts])
+
+
+def _largest_by_group(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    groups = latents.view(-1, LANES)
+    largest = groups.amax(-1).view(len(latents), -1)
+    least = largest.topk(k, dim=-1, sorted=False).values.amin(-1)
+    some = torch.nonzero(torch.lt(largest, least[:, None]).logical_not_().view(-1)).view(-1)
+    token = torch.div(some, largest.shape[1], rounding_mode="floor")
+    found = groups.index_select(0, some)
+    candidates = torch.nonzero(torch.lt(found, least[token, None]).logical_not_().view(-1)).view(-1)
+    group = candidates // LANES
+    tokens, features, values = _at(
+        some[group] * LANES + candidates % LANES, found.view(-1)[candidates], latents.shape[1]
+    )
+    # A row for each token, as long as the longest needs.
+    counts = torch.bincount(tokens, minlength=len(latents))
+    starts = counts.cumsum(0) - counts
+    rows = latents.new_full((len(latents), int(counts.max())), -torch.inf)
+    rows[tokens, torch.arange(len(tokens)) - starts[tokens]] = values
+    values, place = rows.topk(k, dim=-1, sorted=False)
+    return values, features[starts[:, None] + place]
+
+
+def _above(threshold: Tensor, bias: Tensor, products: Products) -> Iterator[Entries]:
+    """The latents whose product is not at or below its threshold; so NaN counts as active and is reported, rather than
+    passing for zero.
+    """
+    for some, block in products:
+        tokens, features, values = _entries(block, torch.le(block, threshold[some]).logical_not_())
+        yield tokens, features + some.start, values + bias[some][features]
+
+
+def _encoded(sae: Any, inputs: Tensor) -> Tensor:
+    """A few tokens' latents from the SAE's own `encode`, one token after the other: for a product of several with all
+    features MKL keeps tens of MB.
+    """
+    return torch.cat([sae.encode(token) for token in torch.split(inputs, 1)])
+
+
+@torch.no_grad()
+def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
+    """Whether `decode` adds up decoder vectors, seen on a few tokens [token, d_in], so that no architecture need be
+    known; None without an active latent.
+    """
+    few = inputs[:CHECKED_TOKENS]
+    latents = _encoded(sae, few).to_dense()
+    if not bool(latents.any()):
+        return None
+    decoder, bias = sae.W_dec.detach().flatten(1), getattr(sae, "b_dec", None)
+    written, summed = sae.decode(latents).flatten(1), latents.to(decoder) @ decoder
+    summed = summed if bias is None else summed + bias.detach().flatten()
+    return written.shape == summed.shape and torch.allclose(
+        summed, written, rtol=1e-3, atol=1e-4 * float(written.abs().max())
+    )
+
+
+def active_entries(latents: Tensor) -> Entries:
+    """The non-zero latents of [token, feature]; negative ones are active too."""
+    latents = latents.to_dense().contiguous()
+    return _entries(latents, latents != 0)
+
+
+def _entries(latents: Tensor, active: Tensor) -> Entries:
+    """The entries of contiguous [token, feature] where `active` is set."""
+    place = _places(active)
+    return _at(place, latents.view(-1)[place], latents.shape[-1])
+
+
+def _at(place: Tensor, values: Tensor, width: int) -> Entries:
+    """Entries by their flat place in [token, feature]."""
+    tokens = torch.div(place, width, rounding_mode="floor")
+    return tokens, place - tokens * width, values
+
+
+def _places(active: Tensor) -> Tensor:
+    """The flat places of contiguous flags that are set.
+
+    `torch.nonzero` on the CPU costs per element whether zero or not, and few are set. So eight at a time are tested
+    first, as one int64.
+    """
+    flags = active.view(-1)
+    if flags.device.type != "cpu" or len(flags) % 8:
+        return torch.nonzero(flags).view(-1)
+    octets = torch.nonzero(flags.view(torch.int64)).view(-1)
+    inside = torch.nonzero(flags.view(torch.int64).index_select(0, octets).view(torch.bool)).view(-1)
+    return octets[inside // 8] * 8 + inside % 8
+
+
+def _has_hooks(sae: Any) -> bool:
+    return any(
+        getattr(sae, name)._forward_hooks for name in ("hook_sae_acts_pre", "hook_sae_acts_post") if hasattr(sae, name)
+    )

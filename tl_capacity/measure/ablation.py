@@ -1,0 +1,129 @@
+"""Ablation: the exact KL to the clean output when a latent is set to zero, against which importances in nats can be
+checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from tl_capacity.dictionaries.encoding import decoder_vectors_add_up
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.measure.session import TapPoint, check_dictionary, target_hook
+from tl_capacity.runtime.progress import token_progress
+
+
+@torch.no_grad()
+def ablation_kl(
+    model: Any,
+    hook: str,
+    sae: Any,
+    tokens: Int64[Tensor, "row position"],
+    latents: Sequence[int],
+    *,
+    counted: Bool[Tensor, "row position"] | None = None,
+    rows_at_once: int = 8,
+    progress: bool = False,
+) -> Float64[Tensor, " latent"]:
+    """KL(clean ‖ ablated) of the next-token distribution, in nats per counted token, with one latent at a time set to
+    zero wherever it fires.
+
+    The SAE's error is left in place: what is taken from the activation is zᵢ·w_dec,i. Rows in which a latent does not
+    fire cost nothing.
+
+    Args:
+        model: a model with TransformerLens hooks, or a Hugging Face model of a registered family.
+        hook: the hook point.
+        sae: an SAE whose `decode` adds up decoder vectors.
+        tokens: token ids without padding.
+        latents: which latents to ablate.
+        counted: the tokens at which latents are ablated and by whose number the KL is divided; all by default.
+        rows_at_once: rows in one forward pass.
+        progress: show the remaining time.
+
+    Raises:
+        DictionaryError: where the SAE cannot be ablated latent by latent.
+        HookPointError: where there is no such hook point, or the model does not run it.
+        CapacityError: where a latent does not exist, or nothing is counted.
+    """
+    check_dictionary(sae, hook)
+    if target_hook(sae, hook) is not None:
+        raise DictionaryError(
+            f"the SAE at {hook} writes to another hook point, so its latents cannot be ablated there: pass an SAE of"
+            " one hook point"
+        )
+    n_latents = int(sae.W_dec.shape[0])
+    wrong = [latent for latent in latents if not 0 <= latent < n_latents]
+    counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
+    if wrong or not counted.any():
+        raise CapacityError(
+            f"latents {wrong} of {n_latents} do not exist"
+            if wrong
+            else "no token is counted, so no latent can be ablated: pass tokens to count"
+        )
+    point, chosen = TapPoint.of(model, hook), torch.tensor(list(latents), dtype=torch.int64)
+    total, linear = torch.zeros(len(chosen), dtype=torch.float64), None
+    decoder = sae.W_dec.detach().flatten(1)
+    seen: list[Tensor] = []
+    with token_progress(len(tokens), progress, "ablating", "rows") as advance:
+        for rows in torch.split(torch.arange(len(tokens)), rows_at_once):
+            seen.clear()
+            with _edited(point, seen.append):
+                clean = _log_probabilities(model, tokens[rows])
+            if not seen:
+                raise HookPointError(f"{hook} did not fire: the model does not run it, ablate at another hook point")
+            inputs = (
+                seen[0].flatten(0, 1)
+                if getattr(sae, "hook_z_reshaping_mode", False)
+                else seen[0].flatten(0, 1).flatten(1)
+            )
+            linear = decoder_vectors_add_up(sae, inputs) if linear is None else linear
+            if linear is False:
+                raise DictionaryError(
+                    "the SAE does not write the sum of its decoder vectors, so one latent cannot be taken out of it:"
+                    " choose another SAE"
+                )
+            encoded = sae.encode(inputs).to_dense()
+            # zᵢ [row, position, latent] of the chosen latents at counted tokens, zero elsewhere.
+            strength = (
+                encoded[:, chosen.to(encoded.device)].unflatten(0, tuple(tokens[rows].shape)).cpu()
+                * counted[rows, :, None]
+            )
+            fires = (strength != 0).any(1).nonzero()  # [pair, (row, latent)]
+            for pairs in torch.split(fires, rows_at_once) if len(fires) else ():
+                row, latent = pairs.unbind(1)
+                change = (
+                    -strength[row, :, latent, None].to(decoder) * decoder[chosen[latent].to(decoder.device)][:, None]
+                )
+                with _edited(point, partial(_changed, change)):
+                    ablated = _log_probabilities(model, tokens[rows][row])
+                total.index_add_(0, latent, (clean[row].exp() * (clean[row] - ablated)).sum((1, 2)).double().cpu())
+            advance(int(rows[-1]) + 1)
+    return total / int(counted.sum())
+
+
+def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
+    """[row, position, vocabulary]; the last position predicts a token that nobody sees, and is counted all the same."""
+    output: Any = model(tokens.to(next(model.parameters()).device))
+    logits: Tensor = getattr(output, "logits", output)
+    return logits.float().log_softmax(-1)
+
+
+def _changed(change: Tensor, activation: Tensor) -> Tensor:
+    return activation + change.view_as(activation).to(activation)
+
+
+@contextmanager
+def _edited(point: TapPoint, edit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """See the activation at a tap point, and replace it where `edit` gives another, while the block runs."""
+    remove = point.edit(edit)
+    try:
+        yield
+    finally:
+        remove()

@@ -1,0 +1,64 @@
+"""OpenDocuments: which features each document has shown that is still being read, from batch to batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tl_capacity.measure.statistics import FeatureStatistics
+
+
+class OpenDocuments:
+    """A row of flags [feature] for each open document.
+
+    The rows stay in one place: memory that came and went with every batch would leave the heap in pieces too small for
+    the model's activations.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self._seen = torch.zeros(0, features, dtype=torch.bool, device=device)
+        self._row: dict[int, int] = {}
+
+    def open(self, documents: Sequence[int]) -> None:
+        """Give an empty row to each document that has none."""
+        new = [document for document in dict.fromkeys(documents) if document not in self._row]
+        free = sorted(set(range(len(self._seen))) - set(self._row.values()))
+        if len(new) > len(free):
+            more = max(len(new) - len(free), len(self._seen))
+            free += range(len(self._seen), len(self._seen) + more)
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(more, self._seen.shape[1])])
+        for document, row in zip(new, free, strict=False):
+            self._row[document] = row
+            self._seen[row] = False
+
+    def rows(self, documents: Sequence[int]) -> Tensor:
+        """int64 [document]: the row of each; that of a document which is not open means nothing."""
+        return torch.tensor(
+            [self._row.get(document, 0) for document in documents], dtype=torch.int64, device=self._seen.device
+        )
+
+    def mark(self, rows: Tensor, features: Tensor) -> None:
+        """Note that these documents, by their rows [entry], have shown these features [entry]."""
+        self._seen.view(-1)[rows * self._seen.shape[1] + features] = True
+
+    def end(self, statistics: FeatureStatistics, but: Collection[int] = ()) -> None:
+        """Add the documents that have ended, which are all `but` these, to the document counts."""
+        ended = {document: row for document, row in self._row.items() if document not in but}
+        self._row = {document: row for document, row in self._row.items() if document in but}
+        statistics.update_documents(np.array(list(ended), dtype=np.int64), self._seen[list(ended.values())])
+
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The open documents' numbers [document] and flags [document, feature]."""
+        return np.array(list(self._row), dtype=np.int64), self._seen[list(self._row.values())].cpu().numpy()
+
+    @classmethod
+    def from_arrays(cls, documents: NDArray[np.int64], seen: NDArray[np.bool_], device: torch.device) -> OpenDocuments:
+        """The inverse of `arrays`."""
+        restored = cls(seen.shape[1], device)
+        restored._seen = torch.from_numpy(seen.copy()).to(device)
+        restored._row = {document: row for row, document in enumerate(documents.tolist())}
+        return restored

@@ -1,0 +1,441 @@
+"""`measure`: from names to a measurement on disk, with checkpoints, as `tl-capacity measure` runs it.
+
+Residual-stream hooks are tapped on the Hugging Face model itself, whose attention is fused; other hooks need
+TransformerLens' bridge.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_capacity.dictionaries.bases import BasisSpec
+from tl_capacity.dictionaries.encoding import CHECKED_TOKENS
+from tl_capacity.dictionaries.formats import LargestOfABasis
+from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
+from tl_capacity.measure.session import (
+    CapacityHooks,
+    add_capacity_hooks,
+    dictionary_digest,
+    special_token_ids,
+    target_hook,
+)
+from tl_capacity.measurement.measurement import (
+    JSON_NAME,
+    HookMeasurement,
+    Measurement,
+    Provenance,
+    advice_on_fit,
+    read_folder,
+    write_folder,
+)
+from tl_capacity.plugins import plugins
+from tl_capacity.runtime.logs import figures, log
+from tl_capacity.runtime.progress import peak_memory
+from tl_capacity.storage.files import last_whole
+from tl_capacity.text.streams import TokenStream
+
+if TYPE_CHECKING:
+    from tl_capacity.models.loading import LoadedModel
+
+FVU_TOKENS_BEFORE_REFUSAL = 2_000
+
+SUMS_AT_ONCE = 4.5
+"""The sums, and while they are saved the snapshot, its counts as floats, and its bytes twice: as safetensors gathers
+them, and joined.
+"""
+LATENT_BYTES = 6
+"""Of a latent that is encoded: its value, and what finds those that are active."""
+OWN_ENCODE_BYTES = 16
+"""Of a latent in an SAE's own `encode`, which makes a new block at each of its steps."""
+VARIATION = 100_000_000
+"""By which what a process holds before it begins differs from one time to the next; who allows what a refusal asks for
+must not be refused again.
+"""
+RESERVE = 300_000_000
+"""For the activations of a small model, and for libraries that are first needed on the way."""
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What to measure and how.
+
+    Attributes:
+        model: a registered name, a `save_pretrained` folder or a hub id.
+        saes: SAE folders or `release/sae_id`, each optionally as `HOOK=…`, or bases such as `pca:HOOK`; none for all
+            SAEs that come with a registered model.
+        tokens: tokens to count.
+        source: token source; None for the corpus that comes with a registered model.
+        out: folder of the measurement.
+        resume: go on from the checkpoint in `out`.
+        context, batch_rows: shape of a batch; context None for the SAE's own, or 512, within the model's.
+        shard: `(index, of)`.
+        max_fvu: refuse SAEs that leave more of the variance unexplained.
+        checkpoint_seconds: save a checkpoint once this long has passed since the last one.
+        max_memory: bytes that the process may hold; fewer latents are dense at once to stay below.
+    """
+
+    model: str
+    out: Path
+    saes: tuple[str, ...] = ()
+    tokens: int = 1_000_000
+    source: str | None = None
+    resume: bool = False
+    importance: tuple[str, ...] = ("second_moment",)
+    context: int | None = None
+    batch_rows: int = 8
+    prepend_bos: bool = True
+    alive_threshold: float = 1e-5
+    fvu_every: int = 8
+    skip_first_positions: int = 0
+    shard: tuple[int, int] = (0, 1)
+    device: str = "cpu"
+    dtype: str = "float32"
+    max_fvu: float = 1.0
+    checkpoint_seconds: float = 30.0
+    max_memory: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            CapacityError: no tokens, or a largest FVU that refuses nothing.
+        """
+        if self.tokens < 1:
+            raise CapacityError(f"--tokens {self.tokens} counts nothing: ask for at least 1")
+        if isnan(self.max_fvu):
+            raise CapacityError("--max-fvu nan refuses nothing: give a number, or inf to measure whatever the fit")
+
+
+def measure(settings: MeasureSettings) -> Measurement:
+    """Measure in this process and save; the folder always holds the last whole checkpoint.
+
+    Raises:
+        CapacityError: on anything that the user can mend; what was saved before stays.
+    """
+    earlier = _earlier(settings)
+    with _attached(settings) as (capacity, stream):
+        if earlier is not None:
+            _check_settings(earlier[0], capacity, stream)
+            if earlier[0].complete:
+                return _as_it_is(earlier[0], settings)
+            capacity.resume(*earlier)
+        if settings.max_memory is not None:
+            fit_memory(capacity, settings.max_memory)
+        checkpoints = _Checkpoints(settings)
+        capacity.run(stream, settings.tokens, progress=settings.progress, after_batch=checkpoints.after_batch)
+        _refuse_bad_fit(capacity, settings.max_fvu)
+        _refuse_bad_importance(capacity)
+        measurement = capacity.measurement()
+    measurement.save(settings.out)
+    if settings.max_memory is not None and peak_memory() > settings.max_memory:
+        log.warning(
+            f"the peak was {peak_memory() / 1e9:.2f} GB, more than --max-memory: the model itself takes more than was"
+            " left for it"
+        )
+    return measurement
+
+
+@contextmanager
+def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenStream]]:
+    """The model with its hook points tapped, and the text."""
+    from tl_capacity.models.loading import load_model
+
+    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    named = dictionaries(settings, loaded)
+    source = settings.source or loaded.corpus
+    if source is None:
+        raise CapacityError(
+            f"no text to measure {settings.model!r} on: name a file, a `datasets` id or `embedded` with --source"
+        )
+    stream = TokenStream(
+        source,
+        loaded.tokenizer,
+        row_length(settings, loaded.model, [sae for _, _, sae in named]),
+        settings.batch_rows,
+        settings.prepend_bos,
+        settings.shard,
+    )
+    model = tapped_model(loaded, [sae for _, _, sae in named], [hook for hook, _, _ in named])
+    saes: dict[str, list[Any]] = {}
+    for hook, _, sae in named:
+        saes.setdefault(hook, []).append(sae)
+    with add_capacity_hooks(
+        model,
+        saes,
+        importance=settings.importance,
+        alive_threshold=settings.alive_threshold,
+        fvu_every=settings.fvu_every,
+        mask_token_ids=special_token_ids(loaded.model, loaded.tokenizer),
+        skip_first_positions=settings.skip_first_positions,
+    ) as capacity:
+        capacity.model_name, capacity.revision = loaded.name, loaded.revision
+        names = {id(sae): name for _, name, sae in named}
+        for tap in capacity.taps:
+            tap.name = names[id(tap.sae)]
+        yield capacity, stream
+
+
+def sums_of(capacity: CapacityHooks) -> int:
+    """Bytes of the sums of all taps."""
+    return sum(tensor.nbytes for tap in capacity.taps for tensor in tap.statistics.tensors().values())
+
+
+def fit_memory(capacity: CapacityHooks, limit: int) -> None:
+    """Choose how many latents are dense at once so that this process stays below `limit` bytes: beside what it holds,
+    the sums while they are saved, and a reserve for the model's own activations.
+
+    Raises:
+        CapacityError: where not one token would fit.
+    """
+    import psutil
+
+    fixed = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
+    widest = max(tap.d_sae for tap in capacity.taps)  # taps encode one after the other, into the same memory
+    # The first tokens are also encoded by the SAE itself, to compare.
+    spare = limit - fixed - CHECKED_TOKENS * OWN_ENCODE_BYTES * widest
+    if spare < LATENT_BYTES * widest:
+        needed = (limit - spare + LATENT_BYTES * widest + VARIATION) / 1e9
+        raise CapacityError(
+            f"--max-memory {limit / 1e9:.2f} GB is too little: these SAEs need {needed:.2f} GB, so allow that or"
+            " measure fewer at once"
+        )
+    for tap in capacity.taps:
+        tap.encoder.hold(min(tap.encoder.dense_latents, spare // LATENT_BYTES))
+
+
+class _Checkpoints:
+    """Saves a checkpoint now and then, and stops a run early whose SAEs do not fit the model or whose estimators do not
+    work.
+    """
+
+    def __init__(self, settings: MeasureSettings) -> None:
+        self.settings, self.last, self.fit_checked = settings, time.monotonic(), False
+
+    def after_batch(self, capacity: CapacityHooks) -> None:
+        if not self.fit_checked and all(
+            int(t.statistics.fvu_tokens.sum()) >= FVU_TOKENS_BEFORE_REFUSAL for t in capacity.taps
+        ):
+            _refuse_bad_fit(capacity, self.settings.max_fvu)
+            _refuse_bad_importance(capacity)
+            self.fit_checked = True
+        if time.monotonic() - self.last >= self.settings.checkpoint_seconds:
+            measurement, extra = capacity.checkpoint()
+            write_folder(self.settings.out, measurement.to_json(), measurement.arrays() | extra, keep_previous=True)
+            log.info("checkpoint saved", extra=figures(folder=str(self.settings.out), tokens=capacity.n_tokens))
+            self.last = time.monotonic()
+
+
+def _refuse_bad_fit(capacity: CapacityHooks, max_fvu: float) -> None:
+    for tap in capacity.taps:
+        if int(tap.statistics.tokens.sum()) == 0:
+            continue
+        fvu = tap.statistics.compute(capacity.alive_threshold).fvu
+        if fvu is not None and fvu.value > max_fvu:
+            basis = isinstance(tap.sae, LargestOfABasis)
+            raise CapacityError(
+                f"the {'basis' if basis else 'SAE'} {tap.name} leaves FVU = {fvu.value:.3g} of the variance at"
+                f" {tap.hook} unexplained, more than {max_fvu:g}: {advice_on_fit(basis)} (--max-fvu inf measures all"
+                " the same)"
+            )
+
+
+def _refuse_bad_importance(capacity: CapacityHooks) -> None:
+    for tap in capacity.taps:
+        summary = tap.statistics.compute(capacity.alive_threshold)
+        for estimator in tap.estimators:
+            summary.importance(estimator.compute, estimator.name)  # raises on what no importance can be
+
+
+def _earlier(settings: MeasureSettings) -> tuple[Measurement, dict[str, Any]] | None:
+    """The measurement in the output folder and its resumable state, if there is one."""
+    if not (settings.out / JSON_NAME).exists():
+        return None
+    if not settings.resume:
+        raise MeasurementError(
+            f"{settings.out} already holds a measurement: go on with --resume, or choose another --out"
+        )
+    return last_whole(settings.out / JSON_NAME, _resumable)
+
+
+def _resumable(path: Path) -> tuple[Measurement, dict[str, Any]]:
+    """A measurement, and the arrays that its handle can be resumed from."""
+    measurement = Measurement.read(path)
+    return measurement, {k: v for k, v in read_folder(path.parent, path.name)[1].items() if k.startswith("resume/")}
+
+
+def finished(settings: MeasureSettings) -> Measurement | None:
+    """The measurement in the output folder, if there is one.
+
+    Raises:
+        MeasurementError: where it is a checkpoint, or of something else.
+    """
+    earlier = _earlier(settings)
+    if earlier is None:
+        return None
+    if not earlier[0].complete:
+        raise MeasurementError(
+            f"{settings.out} holds the checkpoint of one process: go on with it in one process, or choose another --out"
+        )
+    with _attached(settings) as (capacity, stream):
+        _check_settings(earlier[0], capacity, stream)
+    return _as_it_is(earlier[0], settings)
+
+
+def _as_it_is(finished: Measurement, settings: MeasureSettings) -> Measurement:
+    """A measurement that has ended, of what is asked for; says so where it has fewer tokens."""
+    counted = max(hook.summary.n_tokens for hook in finished)
+    if counted < settings.tokens:
+        log.warning(
+            f"{settings.out} has ended with {counted:,} tokens, and {settings.tokens:,} are asked for: its text had no"
+            " more, or fewer were asked for then; choose another --out to count again"
+        )
+    return finished
+
+
+def _check_settings(earlier: Measurement, capacity: CapacityHooks, stream: TokenStream) -> None:
+    """Whether a measurement or its checkpoint is of what is asked for now."""
+    what = "measurement" if earlier.complete else "checkpoint"
+    now = capacity.planned_provenance(stream)
+    for name in ("model", "revision", "dtype", "source", "shards", "shard_count", "settings"):
+        was, is_ = getattr(earlier.provenance, name), getattr(now, name)
+        if was != is_:
+            raise MeasurementError(
+                f"the {what} was made with {name} {was!r}, and this run has {is_!r}: resume with the same, or choose"
+                " another --out"
+            )
+    thresholds = {hook.summary.alive_threshold for hook in earlier}
+    if thresholds != {capacity.alive_threshold}:
+        raise MeasurementError(
+            f"the {what} was made with an alive threshold of {', '.join(f'{t:g}' for t in thresholds)}, and this run"
+            f" has {capacity.alive_threshold:g}: resume with the same, or choose another --out"
+        )
+    capacity.check_same(earlier)
+
+
+def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[tuple[str, str, Any]]:
+    """`(hook, name, SAE)` of every SAE or basis asked for, or of all SAEs that come with the model."""
+    named = loaded.named
+    specs = list(settings.saes) or [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
+    if not specs:
+        raise CapacityError(
+            f"no SAE was given for {settings.model!r}: pass --sae with a SAELens folder or release/sae_id"
+        )
+    wanted = [BasisSpec.parse(spec) or _dictionary(spec, loaded, settings.device) for spec in specs]
+    bases = [basis for basis in wanted if isinstance(basis, BasisSpec)]
+    saes = [loaded_sae for loaded_sae in wanted if not isinstance(loaded_sae, BasisSpec)]
+    fitted: dict[BasisSpec, Any] = {}
+    if bases:
+        model = tapped_model(
+            loaded, [sae for _, _, sae in saes], [hook for hook, _, _ in saes], [basis.hook for basis in bases]
+        )
+        source = loaded.source(settings.source or "")
+        # From the whole source, so that every shard is measured in the same basis.
+        stream = TokenStream(
+            source, loaded.tokenizer, row_length(settings, loaded.model, []), settings.batch_rows, settings.prepend_bos
+        )
+        fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(settings.device) for basis in bases}
+    return [(one.hook, str(one), fitted[one]) if isinstance(one, BasisSpec) else one for one in wanted]
+
+
+def spec_of(measured: HookMeasurement, model: str) -> str:
+    """What `--sae` takes for the SAE or basis that was measured of a model of that name."""
+    registered = any(m.name == model for m in plugins().models)
+    own = measured.sae.removeprefix(f"{model}/") if registered else measured.sae
+    return own if BasisSpec.parse(own) else f"{measured.hook}={own}"
+
+
+def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenance: Provenance) -> Any:
+    """The SAE or basis that was measured, found by its name and checked by its weights.
+
+    Raises:
+        DictionaryError: where it cannot be found, or has other weights by now.
+    """
+    context, device = provenance.settings.get("context"), str(next(loaded.model.parameters()).device)
+    settings = MeasureSettings(
+        provenance.model,
+        Path(),
+        (spec_of(measured, loaded.name),),
+        source=provenance.source,
+        context=context,
+        device=device,
+    )
+    [(_, _, sae)] = dictionaries(settings, loaded)
+    if dictionary_digest(sae) != measured.sae_digest:
+        raise DictionaryError(
+            f"the SAE {measured.sae!r} at {measured.hook} has other weights than the one that was measured: measure"
+            " again"
+        )
+    return sae
+
+
+def _dictionary(spec: str, loaded: LoadedModel, device: str) -> tuple[str, str, Any]:
+    """`(hook, name, SAE)` of one SAE that is loaded by name."""
+    from tl_capacity.models.loading import load_sae
+
+    named = loaded.named
+    hook, equals, rest = spec.partition("=")
+    if not equals or not re.fullmatch(r"[\w.]+", hook) or Path(spec).exists():
+        hook, rest = "", spec
+    if named and rest in named.saes:
+        name, sae = load_sae(str(named.saes[rest]), device)
+        name = f"{named.name}/{rest}"
+    else:
+        name, sae = load_sae(rest, device)
+        if named and hook in named.saes and str(named.saes[hook]) == rest:
+            name = f"{named.name}/{hook}"
+    hook = hook or getattr(sae.cfg.metadata, "hook_name", None) or ""
+    if not hook:
+        raise CapacityError(f"the SAE {rest} does not name its hook point: pass it as --sae HOOK={rest}")
+    if not (named and name.startswith(f"{named.name}/")):
+        _warn_of_another_model(name, getattr(sae.cfg.metadata, "model_name", None), loaded)
+    return hook, name, sae
+
+
+def _warn_of_another_model(sae: str, trained_on: Any, loaded: LoadedModel) -> None:
+    """Say so where an SAE's metadata names a model that this one does not seem to be; names alone decide nothing, as
+    folders have any.
+    """
+    theirs = str(trained_on or "").rpartition("/")[2].lower()
+    ours = [
+        Path(name).name.lower()
+        for name in (loaded.name, str(getattr(loaded.model.config, "_name_or_path", "") or ""))
+        if name
+    ]
+    if theirs and not any(theirs in name or name in theirs for name in ours):
+        log.warning(
+            f"the SAE {sae} was trained on {trained_on!r}, by its own account, and is measured on {loaded.name!r}: if"
+            " that is another model, use its own SAE"
+        )
+
+
+def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:
+    """Positions in a row: as asked for, else the shortest context of the SAEs' own, else 512; never more than the model
+    has.
+    """
+    limit = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+    if settings.context is not None:
+        if settings.context > limit:
+            raise CapacityError(
+                f"--context {settings.context} is longer than the model's {limit} positions: choose at most that"
+            )
+        return settings.context
+    own = [getattr(sae.cfg.metadata, "context_size", None) for sae in saes]
+    return min([limit, *(int(c) for c in own if c)] if any(own) else [limit, 512])
+
+
+def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:
+    """The Hugging Face model where its family can tap every hook that is read or written, else a bridge around it."""
+    family = plugins().family_of(loaded.model.config.model_type)
+    outputs = [target_hook(sae, hook) for sae, hook in zip(saes, hooks, strict=True)]
+    wanted = [*hooks, *more_hooks, *(o for o in outputs if o)]
+    if family is not None and all(family.residual(hook) for hook in wanted):
+        return loaded.model
+    return loaded.bridge

@@ -1,0 +1,188 @@
+"""FeatureStatistics: the sums of one SAE's latents, updated chunk by chunk on the device where they are made, and
+merged by addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tl_capacity.results.summary import DOCUMENT_GROUPS, MASK_REASONS, SUMS, FeatureSummary, merge_sums
+
+ENTRIES_AT_ONCE = 2**14
+"""Active latents whose decoder vectors are gathered at once."""
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """The active latents of some counted tokens, sparse: one entry per (token, feature) with z ≠ 0; those of one
+    feature are in the order of the tokens.
+
+    Attributes:
+        features: the feature.
+        tokens: the token's place in `activations`.
+        groups: the document group of the token.
+        values: the latent z.
+        activations: what the SAE encoded.
+        documents: the number of the document each token belongs to.
+        token_groups: the document group of each token.
+        rows: the row of each token in the forward pass.
+        positions: its position in that row.
+        counted: on the CPU, the token mask of the forward pass, of which this batch may be a part; false at padding,
+            special tokens and skipped positions.
+        sae: the dictionary.
+        gradients: for each loss that an estimator asked for, its gradient ∂L/∂x at the hook point; L is in nats, summed
+            over positions.
+    """
+
+    features: Int64[Tensor, " entry"]
+    tokens: Int64[Tensor, " entry"]
+    groups: Int64[Tensor, " entry"]
+    values: Float64[Tensor, " entry"]
+    activations: Float[Tensor, "token ..."]
+    documents: Int64[Tensor, " token"]
+    token_groups: Int64[Tensor, " token"]
+    rows: Int64[Tensor, " token"]
+    positions: Int64[Tensor, " token"]
+    counted: Bool[Tensor, "row position"]
+    sae: Any
+    gradients: Mapping[str, Float[Tensor, "token width"]] = field(default_factory=dict)
+
+    def latent_gradients(self, loss: str) -> Float64[Tensor, " entry"]:
+        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩, the error of the reconstruction held fixed (Marks et al. 2024,
+        arXiv:2403.19647).
+        """
+        decoder, gradient = self.sae.W_dec.detach().flatten(1), self.gradients[loss]
+        pieces = zip(
+            torch.split(self.features, ENTRIES_AT_ONCE), torch.split(self.tokens, ENTRIES_AT_ONCE), strict=True
+        )
+        along = [
+            (decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces
+        ]
+        return torch.cat(along).to(self.values)
+
+    def dense(self) -> Tensor:
+        """Latents [token, feature] in float64; costs what the sparse form avoids."""
+        latents = torch.zeros(len(self.activations), self.sae.cfg.d_sae, dtype=torch.float64, device=self.values.device)
+        latents[self.tokens, self.features] = self.values
+        return latents
+
+
+def document_groups(documents: NDArray[np.int64], groups: int = DOCUMENT_GROUPS) -> NDArray[np.int64]:
+    """The group of each document number: a hash (splitmix64), so that neighbours and shards spread evenly whatever the
+    order.
+    """
+    x = documents.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) % np.uint64(groups)).astype(np.int64)
+
+
+@dataclass
+class FeatureStatistics:
+    """Sums over counted tokens, per document group, and what they say.
+
+    Counts are int64 and moments float64: float32 counts stop at 2²⁴. What each sum is and its axes:
+    `tl_capacity.results.summary.SUMS`; `state` holds what importance estimators accumulated, `estimator/key` →
+    [group, ...].
+    """
+
+    counts: Int64[Tensor, "group feature"]
+    sums: Float64[Tensor, "group feature"]
+    squares: Float64[Tensor, "group feature"]
+    tokens: Int64[Tensor, " group"]
+    documents: Int64[Tensor, " group"]
+    incidence: Int64[Tensor, " feature"]
+    masked: Int64[Tensor, " reason"]
+    counted_norm: Float64[Tensor, " 1"]
+    masked_norm: Float64[Tensor, " 1"]
+    fvu_tokens: Int64[Tensor, " group"]
+    residual: Float64[Tensor, " group"]
+    energy: Float64[Tensor, " group"]
+    mean_sum: Float64[Tensor, "group width"]
+    decoder_norm: Float64[Tensor, " feature"]
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(
+        cls, features: int, width: int, decoder_norm: Tensor, device: torch.device, groups: int = DOCUMENT_GROUPS
+    ) -> FeatureStatistics:
+        """Zeros for `features` latents whose reconstruction has `width` dimensions."""
+
+        sizes = {"group": groups, "feature": features, "reason": len(MASK_REASONS), "one": 1, "width": width}
+        zeros = {
+            name: torch.zeros([sizes[axis] for axis in axes], dtype=getattr(torch, dtype), device=device)
+            for name, (dtype, axes) in SUMS.items()
+        }
+        return cls.from_tensors({**zeros, "decoder_norm": decoder_norm.to(device=device, dtype=torch.float64)})
+
+    def update_tokens(self, groups: Int64[Tensor, " token"]) -> None:
+        """Add counted tokens, each with its document group."""
+        self.tokens.index_add_(0, groups, torch.ones_like(groups))
+
+    def update_latents(
+        self, features: Int64[Tensor, " entry"], values: Float64[Tensor, " entry"], groups: Int64[Tensor, " entry"]
+    ) -> None:
+        """Add active latents z of counted tokens, each with its feature and document group."""
+        place = groups * self.counts.shape[1] + features
+        self.counts.view(-1).index_add_(0, place, torch.ones_like(place))
+        self.sums.view(-1).index_add_(0, place, values)
+        self.squares.view(-1).index_add_(0, place, values.square())
+
+    def update_documents(self, documents: NDArray[np.int64], seen: Bool[Tensor, "document feature"]) -> None:
+        """Add documents that have ended, each with the features that were active in it."""
+        if len(documents):
+            groups = torch.from_numpy(document_groups(documents)).to(self.documents.device)
+            self.documents.index_add_(0, groups, torch.ones_like(groups))
+            self.incidence += seen.sum(0)
+
+    def update_reconstruction(
+        self,
+        target: Float[Tensor, "token width"],
+        reconstruction: Float[Tensor, "token width"],
+        groups: Int64[Tensor, " token"],
+    ) -> None:
+        """Add the squared error of reconstructed tokens, each with its document group."""
+        target = target.double()
+        self.fvu_tokens.index_add_(0, groups, torch.ones_like(groups))
+        self.residual.index_add_(0, groups, (target - reconstruction.double()).square().sum(-1))
+        self.energy.index_add_(0, groups, target.square().sum(-1))
+        self.mean_sum.index_add_(0, groups, target)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, estimators' states as `state/estimator/key`."""
+        own = {name: getattr(self, name) for name in SUMS}
+        return own | {f"state/{key}": value for key, value in self.state.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> FeatureStatistics:
+        """The inverse of `tensors`."""
+        state = {key.removeprefix("state/"): value for key, value in tensors.items() if key.startswith("state/")}
+        return cls(**{name: tensors[name] for name in SUMS}, state=state)
+
+    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+        """The statistics of both shards' documents together; the documents must be disjoint.
+
+        Raises:
+            MeasurementError: where the shards measured other features or accumulated other estimators.
+        """
+        return FeatureStatistics.from_tensors(merge_sums(self.tensors(), other.tensors()))
+
+    def clone(self) -> FeatureStatistics:
+        """A copy that later updates leave alone."""
+        return FeatureStatistics.from_tensors({name: value.clone() for name, value in self.tensors().items()})
+
+    def compute(self, alive_threshold: float = 1e-5) -> FeatureSummary:
+        """What the sums say.
+
+        Raises:
+            CapacityError: where no token was counted.
+        """
+        return FeatureSummary({name: value.cpu().numpy() for name, value in self.tensors().items()}, alive_threshold)

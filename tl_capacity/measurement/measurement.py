@@ -1,0 +1,444 @@
+"""Measurement: what was measured, on what and how, one `HookMeasurement` per SAE; on disk a JSON and a safetensors file
+that names its hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.interfaces import ImportanceEstimator
+from tl_capacity.plugins import plugins
+from tl_capacity.results.summary import FeatureSummary, check_sums, merge_sums
+from tl_capacity.runtime.checks import checked
+from tl_capacity.storage import files as storage
+
+if TYPE_CHECKING:
+    from tl_capacity.predict.floors import Budget, FloorPrediction
+
+SCHEMA = 1
+JSON_NAME = "measurement.json"
+BASES = ("neurons", "pca")
+"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model
+holds.
+"""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a measurement was made of; two shards merge only where `key` agrees.
+
+    Attributes:
+        model: name, folder or hub id of the model.
+        revision: its revision or a hash of its weights, where known.
+        dtype: of the forward pass.
+        source: the token source as given.
+        shards, shard_count: it has the documents whose number modulo `shard_count` is one of `shards`.
+        cursor: rows of the stream that were consumed.
+        tokens_digest: a running hash of those rows; two measurements with the same one saw the same tokens.
+        seed: of anything random in the stream; 0 where nothing is.
+        settings: context, BOS, masked ids and positions, the share of documents on which the FVU was checked.
+        versions: of the libraries.
+        seconds: what it cost, in wall-clock seconds.
+    """
+
+    model: str = "unnamed model"
+    revision: str | None = None
+    dtype: str = "float32"
+    source: str = "activations seen in a session"
+    shards: tuple[int, ...] = (0,)
+    shard_count: int = 1
+    cursor: int = 0
+    tokens_digest: str = ""
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class HookMeasurement:
+    """One SAE at one hook point.
+
+    Attributes:
+        hook: the hook point's name.
+        sae: the SAE's name or folder.
+        sae_digest: SHA-256 of its weights.
+        architecture: SAELens' name for its kind.
+        width: the hook point's width d.
+        summary: the figures, with intervals.
+        estimators: importance estimators that accumulated a state of their own.
+    """
+
+    hook: str
+    sae: str
+    sae_digest: str
+    architecture: str
+    width: int
+    summary: FeatureSummary
+    estimators: tuple[str, ...] = ()
+
+    @property
+    def is_basis(self) -> bool:
+        """Whether the features are the vectors of a basis instead of an SAE's."""
+        return self.architecture.split(",")[0] in BASES
+
+    def importance(self, name: str = "second_moment") -> NDArray[np.float64]:
+        """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit.
+
+        Raises:
+            CapacityError: where no such estimator is registered, or it had to be named when measuring and was not.
+        """
+        return self.summary.importance(self.estimator(name).compute, name)
+
+    def ranked(self, importance: str = "second_moment") -> NDArray[np.int64]:
+        """Numbers of the alive features in the SAE, the most important first; of equals the one with the smaller
+        number.
+        """
+        order = np.argsort(-self.importance(importance), kind="stable")
+        return np.asarray(np.flatnonzero(self.summary.alive)[order], dtype=np.int64)
+
+    def estimator(self, name: str) -> Any:
+        """The registered estimator, checked to have accumulated what it needs."""
+        estimator = plugins().importance_estimators[name]
+        accumulates = type(estimator).start is not ImportanceEstimator.start
+        if accumulates and name not in self.estimators:
+            raise MeasurementError(
+                f"{self.hook} was measured without the importance estimator {name!r}: measure again with --importance"
+                f" {name}"
+            )
+        return estimator
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a run over text found at each tapped hook point. Immutable; `save` and `load` keep it,
+    `merge` joins shards.
+    """
+
+    hooks: tuple[HookMeasurement, ...]
+    provenance: Provenance = field(default_factory=Provenance)
+    complete: bool = True
+
+    def __repr__(self) -> str:
+        tokens = self.hooks[0].summary.n_tokens if self.hooks else 0
+        return (
+            f"Measurement({self.provenance.model} at {', '.join(h.hook for h in self.hooks)}; {tokens:,} tokens of"
+            f" {self.provenance.source})"
+        )
+
+    def __iter__(self) -> Iterator[HookMeasurement]:
+        return iter(self.hooks)
+
+    def __getitem__(self, hook: str) -> HookMeasurement:
+        """What was measured at a hook point.
+
+        Raises:
+            CapacityError: where nothing was measured there, or several SAEs were: iterate to see each.
+        """
+        found = [h for h in self.hooks if h.hook == hook]
+        if not found:
+            raise CapacityError(f"{hook!r} was not measured: choose one of {', '.join(h.hook for h in self.hooks)}")
+        if len(found) > 1:
+            raise CapacityError(
+                f"{len(found)} SAEs were measured at {hook!r} ({', '.join(h.sae for h in found)}): iterate over the"
+                " measurement and choose one"
+            )
+        return found[0]
+
+    @checked
+    def budget(
+        self,
+        widths: Iterable[int] = (),
+        importance: str = "second_moment",
+        law: str = "compressed_sensing",
+        max_fvu: float | None = 1.0,
+    ) -> Budget:
+        """The per-layer table, with predicted floors for `widths`.
+
+        Raises:
+            CapacityError: where an SAE explains less than the mean does (FVU > `max_fvu`), so that its features are not
+                the model's.
+        """
+        from tl_capacity.predict.floors import Budget
+
+        return Budget.of(self, tuple(widths), importance, law, max_fvu)
+
+    @checked
+    def floors(
+        self,
+        widths: Iterable[int],
+        importance: str = "second_moment",
+        law: str = "compressed_sensing",
+        max_fvu: float | None = 1.0,
+    ) -> list[FloorPrediction]:
+        """Predicted floors of every hook and width; arguments as in `budget`."""
+        return list(self.budget(widths, importance, law, max_fvu).floors)
+
+    def to_frame(self) -> Any:
+        """The per-layer table as a pandas DataFrame."""
+        return self.budget(max_fvu=None).to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.budget(max_fvu=None)._repr_html_()
+
+    @checked
+    def plot_importance(
+        self,
+        widths: Sequence[int] = (),
+        importance: str = "second_moment",
+        law: str = "compressed_sensing",
+        hook: str | None = None,
+    ) -> Any:
+        """A plotly figure of the sorted importances, with the budget of each student width drawn in; see
+        `report.figures.importance_figure`.
+        """
+        from tl_capacity.report.figures import importance_figure
+
+        return importance_figure(self, widths, importance, law, hook)
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting the figures."""
+        from tl_capacity.predict.floors import measurement_warnings
+
+        return measurement_warnings(self)
+
+    @checked
+    def save(self, folder: str | Path) -> Path:
+        """Write the measurement to `folder`; kept whole if the process dies or the disk fills while writing.
+
+        Raises:
+            CapacityError: where the folder cannot be written.
+        """
+        return write_folder(Path(folder), self.to_json(), self.arrays())
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The sums of every hook, as they lie on disk: `place of the hook/name of the sum`."""
+        return {f"{i}/{name}": array for i, h in enumerate(self.hooks) for name, array in h.summary.arrays.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the arrays."""
+        return {
+            "complete": self.complete,
+            "provenance": asdict(self.provenance),
+            "hooks": [
+                {
+                    "hook": h.hook,
+                    "sae": h.sae,
+                    "sae_digest": h.sae_digest,
+                    "architecture": h.architecture,
+                    "width": h.width,
+                    "alive_threshold": h.summary.alive_threshold,
+                    "estimators": list(h.estimators),
+                    "figures": figures(h.summary),
+                }
+                for h in self.hooks
+            ],
+        }
+
+    @classmethod
+    @checked
+    def load(cls, folder: str | Path) -> Measurement:
+        """Read a measurement and check all that it relies on.
+
+        Raises:
+            MeasurementError: where it is missing, truncated, altered, or of a newer schema.
+        """
+        return cls.read(Path(folder) / JSON_NAME)
+
+    @classmethod
+    def read(cls, path: Path) -> Measurement:
+        """As `load`, from the JSON file of the measurement."""
+        content, arrays = read_folder(path.parent, path.name)
+        try:
+            hooks = []
+            for i, saved in enumerate(content["hooks"]):
+                own = {key.removeprefix(f"{i}/"): value for key, value in arrays.items() if key.startswith(f"{i}/")}
+                check_sums(own, str(path.parent))
+                hooks.append(
+                    HookMeasurement(
+                        **{name: _typed(saved, name, str) for name in ("hook", "sae", "sae_digest", "architecture")},
+                        width=_typed(saved, "width", int),
+                        summary=FeatureSummary(own, float(_typed(saved, "alive_threshold", (int, float)))),
+                        estimators=tuple(map(str, _typed(saved, "estimators", list))),
+                    )
+                )
+            if not hooks or f"{len(hooks)}/counts" in arrays:
+                raise IndexError(f"the list of hooks, of which it names {len(hooks)}")
+            return cls(tuple(hooks), _provenance(content["provenance"]), _typed(content, "complete", bool))
+        except MeasurementError:
+            raise
+        except (CapacityError, KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as problem:
+            raise MeasurementError(
+                f"{path} lacks or garbles {problem}: the measurement was altered, measure again"
+            ) from problem
+
+    @classmethod
+    @checked
+    def merge(cls, parts: Sequence[Measurement]) -> Measurement:
+        """Join shards of one measurement: counts exactly, moments to rounding.
+
+        Raises:
+            MeasurementError: where the shards measured other models, SAEs, sources or settings, or the same documents
+                twice.
+        """
+        if not parts:
+            raise MeasurementError("there is nothing to merge: pass at least one measurement")
+        first, shards = parts[0], sorted(shard for p in parts for shard in p.provenance.shards)
+        for part in parts[1:]:
+            for name in ("model", "revision", "dtype", "source", "shard_count", "seed", "settings"):
+                mine, theirs = getattr(first.provenance, name), getattr(part.provenance, name)
+                if mine != theirs:
+                    raise MeasurementError(
+                        f"the shards do not fit together: {name} is {mine!r} in one and {theirs!r} in another; merge"
+                        " shards of one measurement"
+                    )
+            if _tapped(first) != _tapped(part):
+                raise MeasurementError(
+                    "the shards do not fit together: they have other hook points, SAE weights, estimators or"
+                    " thresholds; merge shards of one measurement"
+                )
+        if len(set(shards)) < len(shards):
+            twice = sorted({shard for shard in shards if shards.count(shard) > 1})
+            raise MeasurementError(
+                f"shard {', '.join(map(str, twice))} of {first.provenance.shard_count} is given twice: merge each shard"
+                " once"
+            )
+        hooks = []
+        for together in zip(*(p.hooks for p in parts), strict=True):
+            arrays = dict(together[0].summary.arrays)
+            for other in together[1:]:
+                arrays = merge_sums(arrays, other.summary.arrays)
+            hooks.append(replace(together[0], summary=replace(together[0].summary, arrays=arrays)))
+        whole = len(shards) == first.provenance.shard_count
+        joined = replace(
+            first.provenance,
+            shards=(0,) if whole else tuple(shards),
+            shard_count=1 if whole else first.provenance.shard_count,
+            cursor=sum(p.provenance.cursor for p in parts),
+            tokens_digest="" if len(parts) > 1 else first.provenance.tokens_digest,
+            seconds=sum(p.provenance.seconds for p in parts),
+        )
+        return cls(tuple(hooks), joined, all(p.complete for p in parts))
+
+
+def advice_on_fit(basis: bool) -> str:
+    """What to ask oneself where a dictionary leaves too much of the variance unexplained."""
+    return "keep more coordinates of each token?" if basis else "wrong hook or wrong model?"
+
+
+def _tapped(measurement: Measurement) -> list[tuple[Any, ...]]:
+    return [(h.hook, h.sae_digest, h.estimators, h.summary.alive_threshold) for h in measurement.hooks]
+
+
+def _typed(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of a saved mapping, if it is there and of its type."""
+    if not isinstance(saved[name], kind) or (name == "width" and saved[name] < 1):
+        raise TypeError(f"{name} = {saved[name]!r}")
+    return saved[name]
+
+
+def _provenance(saved: Mapping[str, Any]) -> Provenance:
+    """The provenance that `asdict` wrote."""
+    kinds: dict[str, Any] = {"revision": (str, type(None)), "shards": list, "seconds": (int, float)}
+    content = {
+        name: _typed(saved, name, kinds.get(name, type(default))) for name, default in vars(Provenance()).items()
+    }
+    shards, count = content["shards"], content["shard_count"]
+    if not shards or not all(isinstance(shard, int) and 0 <= shard < count for shard in shards):
+        raise ValueError(f"shards = {shards} of {count}")
+    return Provenance(**{**content, "shards": tuple(shards), "seconds": float(content["seconds"])})
+
+
+def figures(summary: FeatureSummary) -> dict[str, Any]:
+    """The headline figures in JSON, so that a measurement can be read without this package."""
+    return {
+        "tokens": summary.n_tokens,
+        "documents": summary.n_documents,
+        "masked": summary.masked,
+        "masked_norm_share": summary.masked_norm_share,
+        "n_alive": summary.n_alive.to_json(),
+        "alive_at": {f"{t:g}": e.to_json() for t, e in summary.alive_at.items()},
+        "features_chao2": summary.features_chao2.to_json(),
+        "l0": summary.l0.to_json(),
+        "alpha": summary.alpha.to_json(),
+        "capacity": summary.capacity.to_json(),
+        "critical_width": summary.critical_width.to_json(),
+        "heterogeneous_critical_width": summary.heterogeneous_critical_width.to_json(),
+        "dense_latents": int(summary.dense_latents.value),
+        "fvu": None if summary.fvu is None else summary.fvu.to_json(),
+        "explained_variance": None if summary.explained_variance is None else summary.explained_variance.to_json(),
+    }
+
+
+def write_folder(
+    folder: Path, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], keep_previous: bool = False
+) -> Path:
+    """Write JSON and arrays so that the JSON, renamed into place last, always names arrays that are whole; with
+    `keep_previous`, beside what was there.
+    """
+    from safetensors.numpy import save
+
+    storage.make_folder(folder)
+    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    sha = storage.digest(data)
+    tensors_name = f"statistics-{sha[:16]}.safetensors"
+    storage.write_bytes(folder / tensors_name, data)
+    record = {"schema": SCHEMA, "statistics": tensors_name, "statistics_sha256": sha, **content}
+    storage.write_record(folder / JSON_NAME, record, keep_previous)
+    storage.remove_stale(folder / JSON_NAME, "statistics", "statistics-*.safetensors", keep_previous)
+    return folder
+
+
+def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The JSON and the arrays of a measurement folder, checked.
+
+    Raises:
+        MeasurementError: where something is missing, truncated, altered, or of a newer schema.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    path = folder / name
+    if not path.is_file():
+        raise MeasurementError(
+            f"{folder} is no measurement: it has no {JSON_NAME}; pass a folder that `tl-capacity measure --out` wrote"
+        )
+    try:
+        content = storage.read_record(path, SCHEMA)
+    except MeasurementError:
+        raise
+    except (ValueError, OSError, RecursionError) as problem:
+        raise MeasurementError(f"{path} is truncated, altered or no JSON ({problem}): measure again") from problem
+    if not isinstance(content.get("schema"), int):
+        raise MeasurementError(
+            f"{path} has no schema version: it was not written by this tool or was altered, measure again"
+        )
+    tensors_name, sha = content.get("statistics"), content.get("statistics_sha256")
+    if not isinstance(tensors_name, str) or Path(tensors_name).name != tensors_name:
+        raise MeasurementError(f"{path} names no statistics file: it was altered, measure again")
+    try:
+        data = (folder / tensors_name).read_bytes()
+    except (OSError, ValueError) as problem:
+        raise MeasurementError(
+            f"{folder / tensors_name} cannot be read ({problem}): copy the whole measurement folder, or measure again"
+        ) from problem
+    if storage.digest(data) != sha:
+        raise MeasurementError(
+            f"{folder / tensors_name} is truncated or altered (its SHA-256 is not the recorded one): copy it again, or"
+            " measure again"
+        )
+    try:
+        return content, load(data)
+    except SafetensorError as problem:
+        raise MeasurementError(
+            f"{folder / tensors_name} is no safetensors file ({problem}): measure again"
+        ) from problem

@@ -1,0 +1,1 @@
+"""How a result looks in a terminal, a notebook and a figure."""

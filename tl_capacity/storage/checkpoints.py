@@ -1,0 +1,115 @@
+"""The state of something that takes long, in one file beside its result: replaced as it goes on, and deleted when the
+result is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.storage.files import last_whole, previous, write_bytes
+
+SECONDS = 30.0
+"""Between two checkpoints."""
+SHARE = 0.1
+"""Of the time, at most so much goes into saving: where a state is large, it is saved less often."""
+
+
+class Checkpoint:
+    """Tensors and a JSON object, with the settings that they are of and a SHA-256 of everything; the one before is kept
+    as well.
+
+    Attributes:
+        tensors, about: the state; empty where there is none to go on from.
+
+    Raises:
+        CapacityError: where the file and the one before it are damaged, or they belong to other settings.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        """
+        Args:
+            path: the file; None keeps nothing.
+            settings: everything that decides the result.
+        """
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.tensors: dict[str, Tensor] = {}
+        self.about: dict[str, Any] = {}
+        self._next = time.monotonic() + SECONDS
+        earlier = None if path is None else last_whole(path, self._read)
+        if earlier is not None:
+            self.tensors, self.about = earlier
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors named `name/…`, by the rest of their names."""
+        return {
+            key.rpartition("/")[2]: tensor for key, tensor in self.tensors.items() if key.rpartition("/")[0] == name
+        }
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return self.path is not None and time.monotonic() >= self._next
+
+    def save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Replace the state on disk.
+
+        Raises:
+            CapacityError: where it cannot be written; the state before stays.
+        """
+        from safetensors.torch import save
+
+        if self.path is None:
+            return
+        started = time.monotonic()
+        texts = {"settings": json.dumps(self.settings), "about": json.dumps(about)}
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_bytes(self.path, save(held, {**texts, "sha256": digest(held, *texts.values())}), keep_previous=True)
+        ended = time.monotonic()
+        self._next = ended + max(SECONDS, (ended - started) / SHARE)
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                texts = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            settings, about = json.loads(texts["settings"]), json.loads(texts["about"])
+            if texts["sha256"] != digest(tensors, texts["settings"], texts["about"]):
+                raise ValueError("the SHA-256 of its content is not the recorded one")
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as problem:
+            raise CapacityError(f"{path} is no whole checkpoint ({problem}): delete it to begin anew") from problem
+        if settings != self.settings:
+            changed = ", ".join(
+                f"{name} = {value}" for name, value in settings.items() if value != self.settings.get(name)
+            )
+            raise CapacityError(
+                f"{path} belongs to other settings ({changed}): use those to go on from it, or delete it to begin anew"
+            )
+        return tensors, about
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint and the one before, now that the result is there."""
+    for old in (path, previous(path)):
+        old.unlink(missing_ok=True)
+
+
+def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """SHA-256 of a state, whatever the order of its tensors; safetensors keeps none."""
+    total = hashlib.sha256("\n".join(texts).encode())
+    for name in sorted(tensors):
+        values = tensors[name].contiguous()
+        total.update(
+            f"{name}{tuple(values.shape)}{values.dtype}".encode() + values.flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return total.hexdigest()

@@ -1,0 +1,169 @@
+"""Files: written beside their final name and renamed, so that a reader finds the old file or the new one and never half
+of one; checkpoints also keep the one before, for the day on which the last is damaged.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.runtime.logs import log
+
+Content = TypeVar("Content")
+SEAL = "sha256_of_the_rest"
+
+
+def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
+    """Write `data` to `path` atomically and durably; with `keep_previous`, what was there stays under its name of
+    `previous`.
+
+    Raises:
+        CapacityError: where the disk is full or the folder cannot be written; whatever was at `path` stays.
+    """
+    if keep_previous and path.exists():
+        write_bytes(previous(path), path.read_bytes())
+    temporary = path.with_name(f".{path.name}{_unfinished()}")
+    _remove_unfinished(path.parent, glob.escape(path.name))
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as problem:
+        _discard(temporary)
+        raise CapacityError(
+            f"{path} cannot be written ({problem.strerror}): free space or choose another folder; what was there before"
+            " is whole"
+        ) from problem
+
+
+def write_json(path: Path, content: Any, keep_previous: bool = False) -> None:
+    """Write `content` as indented JSON, atomically; NaN is refused."""
+    write_bytes(
+        path,
+        (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", "replace"),
+        keep_previous,
+    )
+
+
+def write_record(path: Path, content: Mapping[str, Any], keep_previous: bool = False) -> None:
+    """Write a JSON object with the SHA-256 of all else in it, so that `read_record` sees a single bit that changed."""
+    # As a reader will see it: keys are strings, tuples are lists, and what UTF-8 cannot hold was replaced.
+    written = json.loads(json.dumps(content, allow_nan=False, ensure_ascii=False).encode("utf-8", "replace"))
+    write_json(path, {**written, SEAL: _seal(written)}, keep_previous)
+
+
+def read_record(path: Path, schema: int) -> dict[str, Any]:
+    """What `write_record` wrote, without the hash; a file without one, as written by hand, is taken as it is.
+
+    Raises:
+        MeasurementError: where its `schema` is newer than the one given.
+        ValueError, OSError, RecursionError: where the file cannot be read, is no JSON object, or was altered.
+    """
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    json.dumps(content, allow_nan=False)  # Python reads NaN and infinity, which are no JSON and were never written
+    if isinstance(content.get("schema"), int) and content["schema"] > schema:
+        raise MeasurementError(
+            f"{path} has schema {content['schema']}, and this version reads up to {schema}: upgrade tl-capacity"
+        )
+    seal = content.pop(SEAL, None)
+    if seal is not None and seal != _seal(content):
+        raise ValueError("the SHA-256 of its content is not the recorded one")
+    return content
+
+
+def remove_stale(record: Path, names: str, pattern: str, keep_previous: bool) -> None:
+    """Delete the files beside a record that match `pattern` and are not the one that it names in its field `names`, nor
+    the one that the record before it does; without `keep_previous`, that record too.
+    """
+    if not keep_previous:
+        _discard(previous(record))
+    named = [_field(path, names) for path in (record, previous(record)) if path.exists()]
+    for path in record.parent.glob(pattern):
+        if path.name not in named:
+            _discard(path)
+    _remove_unfinished(record.parent, pattern)
+
+
+def _remove_unfinished(folder: Path, pattern: str) -> None:
+    """Delete what another process left that was killed while it wrote; each file has one writer, which writes over its
+    own.
+    """
+    for path in folder.glob(f".{pattern}.*.writing"):
+        if not path.name.endswith(_unfinished()):
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Delete a file that is no longer of use; where it cannot be, as in a folder that is read-only, it does no harm."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def _unfinished() -> str:
+    return f".{os.getpid()}.writing"
+
+
+def _field(record: Path, name: str) -> Any:
+    try:
+        return json.loads(record.read_bytes())[name]
+    except (ValueError, LookupError, TypeError):
+        return None  # the record before the last may have been damaged since it was read
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True).encode())
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def last_whole(path: Path, read: Callable[[Path], Content]) -> Content | None:
+    """What `read` makes of the checkpoint at `path`; where that is damaged, of the one before it, which then takes its
+    place. None where there is neither.
+
+    Raises:
+        CapacityError: what `read` raises, where both are damaged.
+    """
+    before = previous(path)
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except CapacityError as problem:
+        try:
+            content = read(before)
+        except (CapacityError, OSError):
+            raise problem from None
+        os.replace(before, path)
+        log.warning(f"the last checkpoint is left out, and the one before it gone on from: {problem}")
+        return content
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of `data`, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        CapacityError: where a file is in the way or the parent cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise CapacityError(f"the folder {path} cannot be made ({problem.strerror}): choose another --out") from problem

@@ -1,0 +1,1 @@
+"""Text as rows of tokens, and which of these tokens count."""
