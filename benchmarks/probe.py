@@ -40,8 +40,8 @@ def measuring(teacher: Any, sae: Any, stream: list[torch.Tensor]) -> Callable[[]
 
 def forward(student: Any, stream: list[torch.Tensor]) -> Callable[[], object]:
     """The student's forward pass, cut after the hook point."""
-    from tl_capacity.measure.session import Batch
     from tl_capacity.probing.recover import Reader
+    from tl_capacity.text.counting import Batch
     from tl_capacity.text.streams import as_batches
 
     reader, none = Reader.of(student, HOOK, "the student"), torch.zeros(0, dtype=torch.int64).numpy()

@@ -25,8 +25,8 @@ from tl_capacity import Measurement
 from tl_capacity.distillation.decomposition import decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.report.figures import series_figure
 from tl_capacity.report.results import RECOVERED, recoverability_rows
+from tl_capacity.show.figures import series_figure
 
 RESULTS = Path(__file__).parent / "results"
 

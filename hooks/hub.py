@@ -45,7 +45,7 @@ class HubDataset(TokenSource):
         )
 
     def documents(self, spec: str) -> Iterator[str]:
-        from tl_capacity.models.loading import load_dataset_rows
+        from tl_capacity.text.datasets import load_dataset_rows
 
         for number, row in enumerate(load_dataset_rows(spec), 1):
             yield text_of(row, f"row {number} of {spec}")

@@ -16,13 +16,16 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import CapacityError, TokenSourceError
 from tl_capacity.measure.ablation import ablation_kl
-from tl_capacity.measure.session import add_capacity_hooks, library_versions, special_token_ids
-from tl_capacity.models.loading import load_model, load_sae
-from tl_capacity.predict.floors import table
+from tl_capacity.measure.session import add_capacity_hooks
+from tl_capacity.models.loading import load_model
 from tl_capacity.recipe import option, run_file, settings_of
+from tl_capacity.runtime.versions import library_versions
+from tl_capacity.show.tables import table
 from tl_capacity.storage.files import make_folder, write_json
+from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import PADDING, TokenStream
 
 RESAMPLES = 1000

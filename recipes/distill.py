@@ -121,7 +121,7 @@ def show(run: DistillationRun) -> None:
     from rich.console import Console
 
     from tl_capacity.distillation.observed import floor_cells, observed_floors
-    from tl_capacity.predict.floors import table
+    from tl_capacity.show.tables import table
 
     tokens = run.students[0].tokens[-1]
     repeated = f", {tokens / run.distinct_tokens:.1f} times over" if tokens > run.distinct_tokens else ""

@@ -29,10 +29,11 @@ from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.measure.session import library_versions
-from tl_capacity.models.loading import loading_errors, new_folder, reason_of, written
 from tl_capacity.recipe import option, run_file
+from tl_capacity.runtime.hub import loading_errors, reason_of
+from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage import files as storage
+from tl_capacity.storage.folders import new_folder, written
 
 BOS = 0  # <|endoftext|>, as in Pythia; the id is valid although it is falsy
 

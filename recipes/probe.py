@@ -20,25 +20,29 @@ from typing import Any
 
 import torch
 
+from tl_capacity.dictionaries.adapter import dictionary_digest
+from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.measure.job import measured_dictionary, tapped_model
-from tl_capacity.measure.session import TapPoint, dictionary_digest, library_versions
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
-from tl_capacity.models.loading import LoadedModel, load_model, load_sae
-from tl_capacity.predict.floors import table
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.probing.activations import Activations, bag_of_embeddings, collect, randomly_initialised
 from tl_capacity.probing.concepts import LabelledTexts, load_concepts
-from tl_capacity.probing.figures import add_series
 from tl_capacity.probing.probes import Probe, fit_probes, on_principal_components
 from tl_capacity.probing.sparse import SparseProbe, falls_at, sparse_probes
 from tl_capacity.recipe import already_there, option, run_file, settings_of
-from tl_capacity.results.summary import MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.processes import ALONE, Processes
 from tl_capacity.runtime.progress import token_progress
+from tl_capacity.runtime.versions import library_versions
+from tl_capacity.show.figures import add_series
 from tl_capacity.show.palette import BLUE, GREEN, VERMILION
+from tl_capacity.show.tables import table
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
 from tl_capacity.storage.files import digest, make_folder, write_bytes, write_json
 

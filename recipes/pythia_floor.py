@@ -18,9 +18,9 @@ from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.models.loading import LoadedModel, load_config, load_model, read_kept
+from tl_capacity.models.loading import LoadedModel, load_config, load_model
 from tl_capacity.recipe import option, run_file
-from tl_capacity.storage.files import make_folder, write_json
+from tl_capacity.storage.files import make_folder, read_kept, write_json
 
 IMPORTANCES = ("second_moment", "gradient", "fisher")
 """Measured in any case: the paper's, and two in nats per token, whose C must be 1."""

@@ -23,15 +23,17 @@ from tl_capacity.distillation.students import new_student
 from tl_capacity.distillation.train import fingerprint
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure.job import measured_dictionary, tapped_model
-from tl_capacity.measure.session import library_versions, special_token_ids
-from tl_capacity.measurement.measurement import JSON_NAME as MEASUREMENT_JSON
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
+from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.probing.recover import Recovery, recover_features, recovery_figure
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.processes import Processes
+from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
 from tl_capacity.storage.files import digest, make_folder, write_bytes, write_json
+from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import TokenStream
 
 JSON_NAME, ABOUT_NAME = "recoverability.json", "settings.json"

@@ -108,7 +108,7 @@ def main(config: ToySweepConfig) -> None:
     from rich.console import Console
 
     from tl_capacity import toy
-    from tl_capacity.predict.floors import table
+    from tl_capacity.show.tables import table
     from tl_capacity.toy.report import TRAINED, claims, pivot, write_report
 
     result = _sweep(config.settings(), config.out)

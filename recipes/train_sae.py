@@ -18,19 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
-from tl_capacity.models.loading import (
-    LoadedModel,
-    load_model,
-    loading_errors,
-    new_folder,
-    read_kept,
-    reason_of,
-    written,
-)
+from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.plugins import plugins
 from tl_capacity.recipe import option, run_file, settings_of
+from tl_capacity.runtime.hub import loading_errors, reason_of
 from tl_capacity.runtime.logs import log
-from tl_capacity.storage.files import make_folder, write_json
+from tl_capacity.storage.files import make_folder, read_kept, write_json
+from tl_capacity.storage.folders import new_folder, written
 from tl_capacity.text.streams import PADDING, TokenStream
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "gated", "jumprelu")
@@ -90,7 +84,9 @@ def main(config: TrainSAEConfig) -> None:
     _check(config)
     import torch
 
-    from tl_capacity.measure.session import check_token_ids, library_versions, special_token_ids
+    from tl_capacity.models.forward import check_token_ids
+    from tl_capacity.runtime.versions import library_versions
+    from tl_capacity.text.counting import special_token_ids
 
     loaded = load_model(config.model, device=config.device)
     source = loaded.source(config.source)
@@ -195,7 +191,7 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
     """
     from sae_lens.load_model import HookedProxyLM
 
-    from tl_capacity.measure.session import TapPoint
+    from tl_capacity.models.hook_points import TapPoint
 
     model = loaded.model
     model.config.use_cache = False

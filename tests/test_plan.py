@@ -24,7 +24,7 @@ from tl_capacity.models.loading import load_config, load_model
 from tl_capacity.plan import ladder, plan, teacher_config
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors
-from tl_capacity.results.summary import document_resamples
+from tl_capacity.results.estimate import document_resamples
 
 LAW = plugins().capacity_laws["compressed_sensing"]
 ZIPF = of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))

@@ -22,7 +22,7 @@ import tl_capacity
 from tl_capacity import hookimpl, plugins
 from tl_capacity.errors import PluginError
 from tl_capacity.interfaces import FeatureSums, ImportanceEstimator
-from tl_capacity.results.summary import merge_sums
+from tl_capacity.results.sums import merge_sums
 from tl_capacity.text.streams import TokenBatch
 
 CORE = Path(tl_capacity.__file__).parent

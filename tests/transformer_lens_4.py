@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 import tl_capacity as tlc
-from tl_capacity.dictionaries.formats import Dictionary, NeuronBasis
+from tl_capacity.dictionaries.bases import NeuronBasis
+from tl_capacity.dictionaries.dictionary import Dictionary
+from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import DictionaryError
 from tl_capacity.measure.ablation import ablation_kl
 from tl_capacity.measure.job import MeasureSettings, measure
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.models.loading import load_model, load_sae
+from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins
 from tl_capacity.text.streams import TokenStream, documents
 

@@ -161,7 +161,7 @@ def measure(
     console = _console()
     from tl_capacity.measure.distributed import measure_together
     from tl_capacity.measure.job import MeasureSettings
-    from tl_capacity.predict.floors import error_warnings
+    from tl_capacity.predict.caveats import error_warnings
     from tl_capacity.runtime.processes import is_first
 
     measurement = measure_together(
@@ -225,7 +225,7 @@ def budget(
 
     found = Measurement.load(folder).budget(_widths(widths), importance, law, max_fvu)
     if as_json:
-        from tl_capacity.results.summary import Estimate
+        from tl_capacity.results.estimate import Estimate
 
         _print_json(
             [{k: v.to_json() if isinstance(v, Estimate) else v for k, v in row.items()} for row in found.rows()]
@@ -246,7 +246,8 @@ def floor(
 ) -> None:
     """Predict the loss floor of students of some widths."""
     from tl_capacity.measurement.measurement import Measurement
-    from tl_capacity.predict import floors
+    from tl_capacity.predict import caveats, curve, floors
+    from tl_capacity.show import tables
 
     notes: list[str] = []
     if path.is_dir():
@@ -256,9 +257,9 @@ def floor(
         ]
         if hook is not None:
             measurement[hook]  # names the hooks that were measured where this is none of them
-        notes = measurement.warnings + floors.error_warnings(measurement, _widths(widths), law)
+        notes = measurement.warnings + caveats.error_warnings(measurement, _widths(widths), law)
     else:
-        predictions = floors.Curve.load(path).floors(_widths(widths), law)
+        predictions = curve.Curve.load(path).floors(_widths(widths), law)
     if not predictions:
         raise CapacityError("no width was given: pass --widths 128,256,512")
     if as_json:
@@ -266,7 +267,7 @@ def floor(
         return
     console = _console()
     console.print(
-        floors.table(
+        tables.table(
             f"Predicted floors: importance {predictions[0].importance}, law {law}", *floors.floor_cells(predictions)
         )
     )
@@ -348,7 +349,7 @@ def doctor(
 
     from tl_capacity.doctor import STOP, examine, examine_folder
     from tl_capacity.measure.job import MeasureSettings
-    from tl_capacity.predict import floors
+    from tl_capacity.show import tables
 
     if folder is not None:
         findings = examine_folder(folder, tokens, device)
@@ -373,7 +374,7 @@ def doctor(
         _print_json([asdict(finding) for finding in findings])
     else:
         _console().print(
-            floors.table(
+            tables.table(
                 "Doctor", ["", "check", "what was found"], [[f.level, f.check, f.says] for f in findings], right=False
             )
         )
@@ -489,7 +490,8 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="Folder of the joined measurement.")],
 ) -> None:
     """Join measurements of shards into one: counts exactly, moments to rounding."""
-    from tl_capacity.measurement.measurement import JSON_NAME, Measurement
+    from tl_capacity.measurement.folder import JSON_NAME
+    from tl_capacity.measurement.measurement import Measurement
 
     if (out / JSON_NAME).exists():
         raise CapacityError(f"{out} already holds a measurement: choose another --out")
@@ -502,7 +504,7 @@ def merge(
 def plugins(as_json: AsJson = False) -> None:
     """List what plugins contribute and where it comes from."""
     from tl_capacity.plugins import plugins as find
-    from tl_capacity.predict import floors
+    from tl_capacity.show import tables
 
     found = find()
     rows = [
@@ -519,7 +521,7 @@ def plugins(as_json: AsJson = False) -> None:
         )
         return
     console = _console()
-    console.print(floors.table("Plugins", ["kind", "name", "from", "what it is"], rows, right=False))
+    console.print(tables.table("Plugins", ["kind", "name", "from", "what it is"], rows, right=False))
     for origin, problem in found.failures.items():
         console.print(f"failed: {origin}: {problem}", style="red", markup=False)
 
@@ -530,7 +532,7 @@ def hooks(
     matching: Annotated[str, typer.Option("--matching", help="Only names that contain this.")] = "",
 ) -> None:
     """List the hook points of a model."""
-    from tl_capacity.measure.session import hook_names
+    from tl_capacity.models.hook_points import hook_names
     from tl_capacity.models.loading import load_model
 
     for name in hook_names(load_model(model).bridge):
@@ -546,12 +548,12 @@ def run(
     """Run a recipe; without a name, list them. `tl-capacity run NAME --help` shows its options."""
     from tl_capacity import recipe
     from tl_capacity.plugins import plugins as find
-    from tl_capacity.predict import floors
+    from tl_capacity.show import tables
 
     recipes = find().recipes
     if name is None or name in ("--help", "-h"):
         _console().print(
-            floors.table(
+            tables.table(
                 "Recipes",
                 ["name", "from", "what it does"],
                 [[r.name, recipes.origins[r.name], r.summary] for r in recipes],

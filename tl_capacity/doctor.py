@@ -21,30 +21,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_capacity.dictionaries.adapter import check_dictionary, dictionary_digest, target_hook
 from tl_capacity.errors import CapacityError
-from tl_capacity.measure.job import (
-    SUMS_AT_ONCE,
-    MeasureSettings,
-    dictionaries,
-    row_length,
-    spec_of,
-    sums_of,
-    tapped_model,
-)
-from tl_capacity.measure.session import (
-    Batch,
-    CapacityHooks,
-    TapPoint,
-    add_capacity_hooks,
-    check_dictionary,
-    check_token_ids,
-    dictionary_digest,
-    special_token_ids,
-    target_hook,
-)
+from tl_capacity.measure.job import MeasureSettings, dictionaries, row_length, spec_of, tapped_model
+from tl_capacity.measure.memory import SUMS_AT_ONCE, sums_of
+from tl_capacity.measure.session import CapacityHooks, add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.forward import check_token_ids
+from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.runtime.progress import peak_memory
+from tl_capacity.text.counting import Batch, special_token_ids
 from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 SAMPLE_TOKENS = 1_000

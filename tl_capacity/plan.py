@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import features_per_dimension, hook_floors, html_table, resampled, table
-from tl_capacity.results.summary import Estimate, significant
+from tl_capacity.predict.floors import hook_floors, resampled
+from tl_capacity.predict.laws import features_per_dimension
+from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
+from tl_capacity.show.tables import html_table, table
 
 SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 """Widths that are looked at where none are given, as shares of the teacher's: two to each octave."""

@@ -18,12 +18,13 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 import tl_capacity as tlc
-from tl_capacity.dictionaries.bases import BasisSpec, activations
-from tl_capacity.dictionaries.formats import Dictionary, NeuronBasis, PCABasis, read_sae_lens, sparsify_hooks
+from tl_capacity.dictionaries.adapter import check_dictionary, dictionary_digest, target_hook
+from tl_capacity.dictionaries.bases import BasisSpec, NeuronBasis, PCABasis, activations
+from tl_capacity.dictionaries.dictionary import Dictionary
+from tl_capacity.dictionaries.formats import read_sae_lens, sparsify_hooks
+from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
-from tl_capacity.measure.session import check_dictionary, dictionary_digest, target_hook
-from tl_capacity.models.loading import load_sae
 from tl_capacity.text.streams import TokenStream
 
 MakeSAE = Callable[..., Any]

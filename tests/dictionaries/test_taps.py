@@ -16,8 +16,7 @@ from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
 import tl_capacity as tlc
-from tl_capacity.dictionaries.bases import BasisSpec
-from tl_capacity.dictionaries.formats import NeuronBasis
+from tl_capacity.dictionaries.bases import BasisSpec, NeuronBasis
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.measure.job import MeasureSettings, measure
 from tl_capacity.measurement.measurement import Measurement

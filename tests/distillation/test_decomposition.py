@@ -34,8 +34,8 @@ from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measure.session import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import Curve
-from tl_capacity.results.summary import Estimate
+from tl_capacity.predict.curve import Curve
+from tl_capacity.results.estimate import Estimate
 
 WIDTHS = (16, 24, 32, 48, 64, 96, 128)
 PREDICTED = {16: 9.0, 24: 6.5, 32: 4.6, 48: 2.2, 64: 1.0, 96: 0.1, 128: 0.0}

@@ -77,8 +77,9 @@ write, one of the runs fails at it.
 def checkpoint(setup: Path, tmp_path: Path) -> Path:
     """What a run leaves that reads its text as far as its first batches: a checkpoint."""
     from tl_capacity import TokenStream, add_capacity_hooks
-    from tl_capacity.measurement.measurement import write_folder
-    from tl_capacity.models.loading import load_model, load_sae
+    from tl_capacity.dictionaries.loading import load_sae
+    from tl_capacity.measurement.folder import write_folder
+    from tl_capacity.models.loading import load_model
 
     loaded, (name, sae) = load_model(str(setup / "model")), load_sae(str(setup / "sae"))
     with add_capacity_hooks(loaded.model, sae, mask_token_ids=[0, 1]) as capacity:

@@ -20,16 +20,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tl_capacity import CapacityError, Measurement
+from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.distillation import checkpoint
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import PluginError
 from tl_capacity.measure.job import MeasureSettings, measure
-from tl_capacity.models.loading import load_folder, load_sae, read_kept
-from tl_capacity.predict.floors import Curve
+from tl_capacity.models.loading import load_folder
+from tl_capacity.predict.curve import Curve
 from tl_capacity.probing.concepts import load_concepts
 from tl_capacity.report.results import Results, concept_titles, probe_rows, recoverability_rows
 from tl_capacity.storage.checkpoints import Checkpoint
-from tl_capacity.storage.files import SEAL, previous
+from tl_capacity.storage.files import SEAL, previous, read_kept
 from tl_capacity.text.streams import documents
 from tl_capacity.toy.result import SweepResult
 from tl_capacity.toy.sweep import SweepSettings

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_capacity.measure.documents import OpenDocuments
-from tl_capacity.measure.statistics import FeatureStatistics, document_groups
+from tl_capacity.measure.statistics import FeatureStatistics
+from tl_capacity.text.documents import document_groups
 
 brisk = settings(max_examples=60, deadline=None)
 FEATURES = 7

@@ -23,8 +23,8 @@ from sae_lens.training.activations_store import ActivationsStore
 import tl_capacity as tlc
 from tl_capacity.dictionaries import encoding
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
-from tl_capacity.measure.statistics import document_groups
 from tl_capacity.results import summary as summaries
+from tl_capacity.text.documents import document_groups
 from tl_capacity.text.streams import PADDING, TokenBatch
 
 MakeSAE = Callable[..., Any]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from tl_capacity.dictionaries.encoding import active_entries
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.measure.statistics import FeatureStatistics, LatentBatch, document_groups
-from tl_capacity.results.summary import DOCUMENT_GROUPS, SUMS
+from tl_capacity.measure.statistics import FeatureStatistics, LatentBatch
+from tl_capacity.results.sums import SUMS
+from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
 
 COUNTS = [name for name, (dtype, _) in SUMS.items() if dtype == "int64"]
 MOMENTS = [name for name, (dtype, _) in SUMS.items() if dtype == "float64" and name != "decoder_norm"]

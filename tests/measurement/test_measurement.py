@@ -25,7 +25,8 @@ import tl_capacity as tlc
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.interfaces import FeatureSums, ImportanceEstimator
 from tl_capacity.measure.statistics import LatentBatch
-from tl_capacity.measurement.measurement import JSON_NAME, SCHEMA, Measurement, read_folder, write_folder
+from tl_capacity.measurement.folder import JSON_NAME, SCHEMA, read_folder, write_folder
+from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.storage import files as storage
 from tl_capacity.text.streams import TokenStream
 

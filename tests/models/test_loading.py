@@ -23,11 +23,13 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
 from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import NamedModel
-from tl_capacity.models.loading import LoadedModel, load_dataset_rows, load_model, load_sae
+from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
+from tl_capacity.text.datasets import load_dataset_rows
 from tl_capacity.text.streams import documents
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

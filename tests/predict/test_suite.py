@@ -15,7 +15,7 @@ from rich.console import Console
 
 import tl_capacity as tlc
 from tl_capacity import theory
-from tl_capacity.dictionaries.formats import NeuronBasis
+from tl_capacity.dictionaries.bases import NeuronBasis
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors

@@ -28,7 +28,7 @@ from tl_capacity import recipe
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, MeasurementError, TokenSourceError
 from tl_capacity.measure.session import add_capacity_hooks
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.probing.ranking import BINS, Ranking, Scores, auroc_of, average_precision_of, bins_of_
 from tl_capacity.probing.recover import (
     FIT,
@@ -42,7 +42,8 @@ from tl_capacity.probing.recover import (
     split,
 )
 from tl_capacity.probing.ridge import RIDGES, Latents, Moments, Readout, choose_ridge, fit, principal_axes, solve
-from tl_capacity.results.summary import document_resamples
+from tl_capacity.results.estimate import document_resamples
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.text.streams import PADDING, TokenStream
 
 HOOK = "blocks.0.hook_resid_post"

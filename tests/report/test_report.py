@@ -25,20 +25,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tl_capacity import theory
+from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.run import DistillationRun, StudentCurve
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.measure.job import MeasureSettings, measure
-from tl_capacity.measure.session import TapPoint
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
-from tl_capacity.models.loading import load_model, load_sae
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins
 from tl_capacity.report import ReportSettings, Results, find_snippets, report_page, write_report
 from tl_capacity.report import figures as drawn
 from tl_capacity.report.page import report_widths, shown_latents
 from tl_capacity.report.results import probe_rows, recoverability_rows
 from tl_capacity.report.snippets import edges, shown_features, stream_of, token_texts, top_snippets
-from tl_capacity.results.summary import DOCUMENT_GROUPS, MASK_REASONS, Estimate, FeatureSummary
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.summary import FeatureSummary
+from tl_capacity.text.counting import MASK_REASONS
+from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 EVIL = "</script><script>document.title='taken'</script>"
 WIDTHS = (4, 8, 12, 16, 24)

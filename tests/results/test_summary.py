@@ -14,18 +14,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.measure.statistics import document_groups
 from tl_capacity.results import summary as summaries
-from tl_capacity.results.summary import (
-    DOCUMENT_GROUPS,
-    MASK_REASONS,
-    SUMS,
-    THRESHOLDS,
-    Estimate,
-    FeatureSummary,
-    check_sums,
-    merge_sums,
-)
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.summary import THRESHOLDS, FeatureSummary
+from tl_capacity.results.sums import SUMS, check_sums, merge_sums
+from tl_capacity.text.counting import MASK_REASONS
+from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
 
 Counts = NDArray[np.int64]
 

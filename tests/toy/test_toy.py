@@ -494,8 +494,9 @@ class TestSweep:
         """SIGKILL after a checkpoint; the same call goes on to the same last bit."""
         checkpoint, longer = tmp_path / "state.safetensors", replace(TINY, steps=1200)
         code = (
-            "from pathlib import Path; from tl_capacity.storage import checkpoints; from tl_capacity.toy import training,"
-            f" SweepSettings; checkpoints.SECONDS = 0.0\ntraining.train(SweepSettings.from_json({longer.to_json()!r}),"
+            "from pathlib import Path; from tl_capacity.storage import checkpoints;"
+            " from tl_capacity.toy import training, SweepSettings;"
+            f" checkpoints.SECONDS = 0.0\ntraining.train(SweepSettings.from_json({longer.to_json()!r}),"
             f" Path({str(checkpoint)!r}))"
         )
         process = subprocess.Popen([sys.executable, "-c", code])

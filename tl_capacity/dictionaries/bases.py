@@ -11,15 +11,16 @@ from itertools import chain
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
 
-from tl_capacity.dictionaries.formats import LargestOfABasis, NeuronBasis, PCABasis
+from tl_capacity.dictionaries.dictionary import DictionaryConfig, Metadata
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
-from tl_capacity.measure.session import TapPoint, activation_at, evaluating, special_token_ids
-from tl_capacity.measurement.measurement import BASES
+from tl_capacity.models.forward import activation_at, evaluating
+from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.processes import is_first
 from tl_capacity.runtime.progress import token_progress
+from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import PADDING, TokenStream
 
 PCA_TOKENS = 50_000
@@ -112,3 +113,98 @@ def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Te
             raise HookPointError(f"{hook} did not fire: the model does not run it, choose another hook point")
         if bool(counted.any()):
             yield seen.flatten(2)[counted.to(seen.device)].float().cpu()
+
+
+class LargestOfABasis(nn.Module):
+    """An orthonormal basis as a dictionary: latents are coordinates, and negative ones are active too.
+
+    Coordinates are seldom zero, and a basis whose every feature is active on every token has no sparsity. With `k`,
+    only the k largest in size of each token are kept, as in an AbsTopK SAE, and the FVU says what that costs.
+
+    Args:
+        kind: what the features are.
+        basis: [feature, d], rows of norm 1.
+        mean: [d], the origin of the coordinates.
+        hook: the hook point.
+        k: coordinates kept per token; None for all.
+
+    Raises:
+        DictionaryError: where k is no number of features.
+    """
+
+    W_dec: Tensor
+    b_dec: Tensor
+
+    def __init__(
+        self, kind: str, basis: Float[Tensor, "feature d"], mean: Float[Tensor, " d"], hook: str, k: int | None = None
+    ) -> None:
+        super().__init__()
+        if k is not None and not 1 <= k <= len(basis):
+            raise DictionaryError(
+                f"k = {k} must lie between 1 and the {len(basis):,} features of the {kind} basis at {hook}"
+            )
+        self.register_buffer("W_dec", basis)
+        self.register_buffer("b_dec", mean)
+        self.cfg, self.k = (
+            DictionaryConfig(basis.shape[1], len(basis), kind if k is None else f"{kind}, {k} largest", Metadata(hook)),
+            k,
+        )
+
+    def encode(self, x: Float[Tensor, "token d"]) -> Float[Tensor, "token feature"]:
+        """Coordinates of activations, but for the `k` largest in size zero."""
+        return self._largest(self._coordinates(x.to(self.W_dec) - self.b_dec))
+
+    def decode(self, feature_acts: Float[Tensor, "token feature"]) -> Float[Tensor, "token d"]:
+        """The activations that have these coordinates."""
+        return feature_acts @ self.W_dec + self.b_dec
+
+    def _coordinates(self, centred: Tensor) -> Tensor:
+        return centred @ self.W_dec.T
+
+    def _largest(self, coordinates: Tensor) -> Tensor:
+        if self.k is None:
+            return coordinates
+        places = coordinates.abs().topk(self.k, dim=-1, sorted=False).indices
+        return torch.zeros_like(coordinates).scatter_(-1, places, coordinates.gather(-1, places))
+
+
+class NeuronBasis(LargestOfABasis):
+    """No dictionary at all: each of `width` dimensions of a hook point, such as the neurons at
+    `blocks.3.mlp.hook_post`, is a feature.
+
+    Neurons behind a ReLU are sparse by themselves; behind a GELU none is ever zero, so give k. Its W_dec is the
+    identity, width² numbers.
+    """
+
+    def __init__(self, width: int, hook: str, k: int | None = None) -> None:
+        super().__init__("neurons", torch.eye(width), torch.zeros(width), hook, k)
+
+    def _coordinates(self, centred: Tensor) -> Tensor:
+        return centred
+
+
+class PCABasis(LargestOfABasis):
+    """Principal components of a hook point's activations, by falling variance: the best basis that knows nothing of
+    sparsity.
+
+    Args:
+        mean: [d] of the activations.
+        covariance: [d, d] of the activations.
+        hook: the hook point.
+        k: components kept per token, the largest in size; None for all.
+    """
+
+    def __init__(
+        self, mean: Float64[Tensor, " d"], covariance: Float64[Tensor, "d d"], hook: str, k: int | None = None
+    ) -> None:
+        components = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)  # eigh sorts by rising variance
+        # An eigenvector's sign is arbitrary; its largest entry is made positive, so that the same activations always
+        # give the same basis.
+        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+        super().__init__("pca", (components * largest.sign()).float().contiguous(), mean.float(), hook, k)
+
+
+BASES = ("neurons", "pca")
+"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model
+holds.
+"""

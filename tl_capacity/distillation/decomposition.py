@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import Curve, hook_floors, html_table, plain, table
-from tl_capacity.results.summary import Estimate
+from tl_capacity.predict.curve import Curve
+from tl_capacity.predict.floors import hook_floors
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.show.tables import html_table, plain, table
 
 MIN_WIDTHS = 5
 """Fewer widths than this cannot tell a law with two or three free numbers from another."""
@@ -224,7 +227,7 @@ class Decomposition:
 
     def plot(self) -> Any:
         """A plotly figure of the observed floors with what explains them; see `report.figures.observed_figure`."""
-        from tl_capacity.report.figures import observed_figure
+        from tl_capacity.distillation.figures import observed_figure
 
         return observed_figure(self.observed, self)
 

@@ -112,7 +112,7 @@ class DistillationRun:
 
     def plot(self) -> Any:
         """A plotly figure of the held-out curves with their asymptotes; see `report.figures.curves_figure`."""
-        from tl_capacity.report.figures import curves_figure
+        from tl_capacity.distillation.figures import curves_figure
 
         return curves_figure(self)
 
@@ -120,8 +120,8 @@ class DistillationRun:
         """A plotly figure of the observed floors against the student's width; `decompose(measurement, run).plot()`
         shows the predicted ones too.
         """
+        from tl_capacity.distillation.figures import observed_figure
         from tl_capacity.distillation.observed import observed_floors
-        from tl_capacity.report.figures import observed_figure
 
         return observed_figure(observed_floors(self))
 
@@ -138,7 +138,7 @@ class DistillationRun:
 
     def _repr_html_(self) -> str:
         from tl_capacity.distillation.observed import floor_cells, observed_floors
-        from tl_capacity.predict.floors import html_table
+        from tl_capacity.show.tables import html_table
 
         return html_table(*floor_cells(observed_floors(self)))
 

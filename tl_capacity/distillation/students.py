@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tl_capacity.distillation.losses import Head, Output
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError
-from tl_capacity.measure.session import TapPoint
+from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.plugins import plugins
 
 STARTS = ("random", "truncated", "teacher")

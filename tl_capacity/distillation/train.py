@@ -36,12 +36,14 @@ from tl_capacity.distillation.losses import (
 from tl_capacity.distillation.run import JSON_NAME, DistillationRun, StudentCurve
 from tl_capacity.distillation.students import check_output, check_teacher, new_student, output_of, parameters_of
 from tl_capacity.errors import CapacityError, HookPointError
-from tl_capacity.measure.session import check_token_ids, library_versions
-from tl_capacity.models.loading import LoadedModel, new_folder, written
+from tl_capacity.models.forward import check_token_ids
+from tl_capacity.models.loading import LoadedModel
 from tl_capacity.plugins import plugins
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.scratch import Scratch
+from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.files import make_folder
+from tl_capacity.storage.folders import new_folder, written
 from tl_capacity.text.streams import PADDING, source_of
 
 SCHEDULES = ("cosine", "wsd")

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
+from tl_capacity.dictionaries.adapter import check_dictionary, target_hook
 from tl_capacity.dictionaries.encoding import decoder_vectors_add_up
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
-from tl_capacity.measure.session import TapPoint, check_dictionary, target_hook
+from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.progress import token_progress
 
 

@@ -15,51 +15,27 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_capacity.dictionaries.bases import BasisSpec
-from tl_capacity.dictionaries.encoding import CHECKED_TOKENS
-from tl_capacity.dictionaries.formats import LargestOfABasis
+from tl_capacity.dictionaries.adapter import dictionary_digest, target_hook
+from tl_capacity.dictionaries.bases import BasisSpec, LargestOfABasis
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
-from tl_capacity.measure.session import (
-    CapacityHooks,
-    add_capacity_hooks,
-    dictionary_digest,
-    special_token_ids,
-    target_hook,
-)
-from tl_capacity.measurement.measurement import (
-    JSON_NAME,
-    HookMeasurement,
-    Measurement,
-    Provenance,
-    advice_on_fit,
-    read_folder,
-    write_folder,
-)
+from tl_capacity.measure.memory import fit_memory
+from tl_capacity.measure.session import CapacityHooks, add_capacity_hooks
+from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.caveats import advice_on_fit
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.logs import figures, log
 from tl_capacity.runtime.progress import peak_memory
 from tl_capacity.storage.files import last_whole
+from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import TokenStream
 
 if TYPE_CHECKING:
     from tl_capacity.models.loading import LoadedModel
 
 FVU_TOKENS_BEFORE_REFUSAL = 2_000
-
-SUMS_AT_ONCE = 4.5
-"""The sums, and while they are saved the snapshot, its counts as floats, and its bytes twice: as safetensors gathers
-them, and joined.
-"""
-LATENT_BYTES = 6
-"""Of a latent that is encoded: its value, and what finds those that are active."""
-OWN_ENCODE_BYTES = 16
-"""Of a latent in an SAE's own `encode`, which makes a new block at each of its steps."""
-VARIATION = 100_000_000
-"""By which what a process holds before it begins differs from one time to the next; who allows what a refusal asks for
-must not be refused again.
-"""
-RESERVE = 300_000_000
-"""For the activations of a small model, and for libraries that are first needed on the way."""
 
 
 @dataclass(frozen=True)
@@ -181,34 +157,6 @@ def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenS
         for tap in capacity.taps:
             tap.name = names[id(tap.sae)]
         yield capacity, stream
-
-
-def sums_of(capacity: CapacityHooks) -> int:
-    """Bytes of the sums of all taps."""
-    return sum(tensor.nbytes for tap in capacity.taps for tensor in tap.statistics.tensors().values())
-
-
-def fit_memory(capacity: CapacityHooks, limit: int) -> None:
-    """Choose how many latents are dense at once so that this process stays below `limit` bytes: beside what it holds,
-    the sums while they are saved, and a reserve for the model's own activations.
-
-    Raises:
-        CapacityError: where not one token would fit.
-    """
-    import psutil
-
-    fixed = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
-    widest = max(tap.d_sae for tap in capacity.taps)  # taps encode one after the other, into the same memory
-    # The first tokens are also encoded by the SAE itself, to compare.
-    spare = limit - fixed - CHECKED_TOKENS * OWN_ENCODE_BYTES * widest
-    if spare < LATENT_BYTES * widest:
-        needed = (limit - spare + LATENT_BYTES * widest + VARIATION) / 1e9
-        raise CapacityError(
-            f"--max-memory {limit / 1e9:.2f} GB is too little: these SAEs need {needed:.2f} GB, so allow that or"
-            " measure fewer at once"
-        )
-    for tap in capacity.taps:
-        tap.encoder.hold(min(tap.encoder.dense_latents, spare // LATENT_BYTES))
 
 
 class _Checkpoints:
@@ -378,7 +326,7 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
 
 def _dictionary(spec: str, loaded: LoadedModel, device: str) -> tuple[str, str, Any]:
     """`(hook, name, SAE)` of one SAE that is loaded by name."""
-    from tl_capacity.models.loading import load_sae
+    from tl_capacity.dictionaries.loading import load_sae
 
     named = loaded.named
     hook, equals, rest = spec.partition("=")

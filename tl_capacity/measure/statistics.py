@@ -14,7 +14,10 @@ from jaxtyping import Bool, Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_capacity.results.summary import DOCUMENT_GROUPS, MASK_REASONS, SUMS, FeatureSummary, merge_sums
+from tl_capacity.results.summary import FeatureSummary
+from tl_capacity.results.sums import SUMS, merge_sums
+from tl_capacity.text.counting import MASK_REASONS
+from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
 
 ENTRIES_AT_ONCE = 2**14
 """Active latents whose decoder vectors are gathered at once."""
@@ -73,16 +76,6 @@ class LatentBatch:
         latents = torch.zeros(len(self.activations), self.sae.cfg.d_sae, dtype=torch.float64, device=self.values.device)
         latents[self.tokens, self.features] = self.values
         return latents
-
-
-def document_groups(documents: NDArray[np.int64], groups: int = DOCUMENT_GROUPS) -> NDArray[np.int64]:
-    """The group of each document number: a hash (splitmix64), so that neighbours and shards spread evenly whatever the
-    order.
-    """
-    x = documents.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) % np.uint64(groups)).astype(np.int64)
 
 
 @dataclass

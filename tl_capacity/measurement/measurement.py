@@ -4,117 +4,25 @@ that names its hash.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.interfaces import ImportanceEstimator
-from tl_capacity.plugins import plugins
-from tl_capacity.results.summary import FeatureSummary, check_sums, merge_sums
+from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
+from tl_capacity.measurement.provenance import Provenance, provenance_from_json, typed_field
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.summary import FeatureSummary
+from tl_capacity.results.sums import check_sums, merge_sums
 from tl_capacity.runtime.checks import checked
-from tl_capacity.storage import files as storage
 
 if TYPE_CHECKING:
-    from tl_capacity.predict.floors import Budget, FloorPrediction
-
-SCHEMA = 1
-JSON_NAME = "measurement.json"
-BASES = ("neurons", "pca")
-"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model
-holds.
-"""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a measurement was made of; two shards merge only where `key` agrees.
-
-    Attributes:
-        model: name, folder or hub id of the model.
-        revision: its revision or a hash of its weights, where known.
-        dtype: of the forward pass.
-        source: the token source as given.
-        shards, shard_count: it has the documents whose number modulo `shard_count` is one of `shards`.
-        cursor: rows of the stream that were consumed.
-        tokens_digest: a running hash of those rows; two measurements with the same one saw the same tokens.
-        seed: of anything random in the stream; 0 where nothing is.
-        settings: context, BOS, masked ids and positions, the share of documents on which the FVU was checked.
-        versions: of the libraries.
-        seconds: what it cost, in wall-clock seconds.
-    """
-
-    model: str = "unnamed model"
-    revision: str | None = None
-    dtype: str = "float32"
-    source: str = "activations seen in a session"
-    shards: tuple[int, ...] = (0,)
-    shard_count: int = 1
-    cursor: int = 0
-    tokens_digest: str = ""
-    seed: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class HookMeasurement:
-    """One SAE at one hook point.
-
-    Attributes:
-        hook: the hook point's name.
-        sae: the SAE's name or folder.
-        sae_digest: SHA-256 of its weights.
-        architecture: SAELens' name for its kind.
-        width: the hook point's width d.
-        summary: the figures, with intervals.
-        estimators: importance estimators that accumulated a state of their own.
-    """
-
-    hook: str
-    sae: str
-    sae_digest: str
-    architecture: str
-    width: int
-    summary: FeatureSummary
-    estimators: tuple[str, ...] = ()
-
-    @property
-    def is_basis(self) -> bool:
-        """Whether the features are the vectors of a basis instead of an SAE's."""
-        return self.architecture.split(",")[0] in BASES
-
-    def importance(self, name: str = "second_moment") -> NDArray[np.float64]:
-        """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit.
-
-        Raises:
-            CapacityError: where no such estimator is registered, or it had to be named when measuring and was not.
-        """
-        return self.summary.importance(self.estimator(name).compute, name)
-
-    def ranked(self, importance: str = "second_moment") -> NDArray[np.int64]:
-        """Numbers of the alive features in the SAE, the most important first; of equals the one with the smaller
-        number.
-        """
-        order = np.argsort(-self.importance(importance), kind="stable")
-        return np.asarray(np.flatnonzero(self.summary.alive)[order], dtype=np.int64)
-
-    def estimator(self, name: str) -> Any:
-        """The registered estimator, checked to have accumulated what it needs."""
-        estimator = plugins().importance_estimators[name]
-        accumulates = type(estimator).start is not ImportanceEstimator.start
-        if accumulates and name not in self.estimators:
-            raise MeasurementError(
-                f"{self.hook} was measured without the importance estimator {name!r}: measure again with --importance"
-                f" {name}"
-            )
-        return estimator
+    from tl_capacity.predict.budget import Budget
+    from tl_capacity.predict.floors import FloorPrediction
 
 
 @dataclass(frozen=True)
@@ -167,7 +75,7 @@ class Measurement:
             CapacityError: where an SAE explains less than the mean does (FVU > `max_fvu`), so that its features are not
                 the model's.
         """
-        from tl_capacity.predict.floors import Budget
+        from tl_capacity.predict.budget import Budget
 
         return Budget.of(self, tuple(widths), importance, law, max_fvu)
 
@@ -200,14 +108,14 @@ class Measurement:
         """A plotly figure of the sorted importances, with the budget of each student width drawn in; see
         `report.figures.importance_figure`.
         """
-        from tl_capacity.report.figures import importance_figure
+        from tl_capacity.measurement.figures import importance_figure
 
         return importance_figure(self, widths, importance, law, hook)
 
     @cached_property
     def warnings(self) -> list[str]:
         """What a reader must know before trusting the figures."""
-        from tl_capacity.predict.floors import measurement_warnings
+        from tl_capacity.predict.caveats import measurement_warnings
 
         return measurement_warnings(self)
 
@@ -265,15 +173,20 @@ class Measurement:
                 check_sums(own, str(path.parent))
                 hooks.append(
                     HookMeasurement(
-                        **{name: _typed(saved, name, str) for name in ("hook", "sae", "sae_digest", "architecture")},
-                        width=_typed(saved, "width", int),
-                        summary=FeatureSummary(own, float(_typed(saved, "alive_threshold", (int, float)))),
-                        estimators=tuple(map(str, _typed(saved, "estimators", list))),
+                        **{
+                            name: typed_field(saved, name, str)
+                            for name in ("hook", "sae", "sae_digest", "architecture")
+                        },
+                        width=typed_field(saved, "width", int),
+                        summary=FeatureSummary(own, float(typed_field(saved, "alive_threshold", (int, float)))),
+                        estimators=tuple(map(str, typed_field(saved, "estimators", list))),
                     )
                 )
             if not hooks or f"{len(hooks)}/counts" in arrays:
                 raise IndexError(f"the list of hooks, of which it names {len(hooks)}")
-            return cls(tuple(hooks), _provenance(content["provenance"]), _typed(content, "complete", bool))
+            return cls(
+                tuple(hooks), provenance_from_json(content["provenance"]), typed_field(content, "complete", bool)
+            )
         except MeasurementError:
             raise
         except (CapacityError, KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as problem:
@@ -330,32 +243,8 @@ class Measurement:
         return cls(tuple(hooks), joined, all(p.complete for p in parts))
 
 
-def advice_on_fit(basis: bool) -> str:
-    """What to ask oneself where a dictionary leaves too much of the variance unexplained."""
-    return "keep more coordinates of each token?" if basis else "wrong hook or wrong model?"
-
-
 def _tapped(measurement: Measurement) -> list[tuple[Any, ...]]:
     return [(h.hook, h.sae_digest, h.estimators, h.summary.alive_threshold) for h in measurement.hooks]
-
-
-def _typed(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    """A field of a saved mapping, if it is there and of its type."""
-    if not isinstance(saved[name], kind) or (name == "width" and saved[name] < 1):
-        raise TypeError(f"{name} = {saved[name]!r}")
-    return saved[name]
-
-
-def _provenance(saved: Mapping[str, Any]) -> Provenance:
-    """The provenance that `asdict` wrote."""
-    kinds: dict[str, Any] = {"revision": (str, type(None)), "shards": list, "seconds": (int, float)}
-    content = {
-        name: _typed(saved, name, kinds.get(name, type(default))) for name, default in vars(Provenance()).items()
-    }
-    shards, count = content["shards"], content["shard_count"]
-    if not shards or not all(isinstance(shard, int) and 0 <= shard < count for shard in shards):
-        raise ValueError(f"shards = {shards} of {count}")
-    return Provenance(**{**content, "shards": tuple(shards), "seconds": float(content["seconds"])})
 
 
 def figures(summary: FeatureSummary) -> dict[str, Any]:
@@ -377,68 +266,3 @@ def figures(summary: FeatureSummary) -> dict[str, Any]:
         "fvu": None if summary.fvu is None else summary.fvu.to_json(),
         "explained_variance": None if summary.explained_variance is None else summary.explained_variance.to_json(),
     }
-
-
-def write_folder(
-    folder: Path, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], keep_previous: bool = False
-) -> Path:
-    """Write JSON and arrays so that the JSON, renamed into place last, always names arrays that are whole; with
-    `keep_previous`, beside what was there.
-    """
-    from safetensors.numpy import save
-
-    storage.make_folder(folder)
-    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    sha = storage.digest(data)
-    tensors_name = f"statistics-{sha[:16]}.safetensors"
-    storage.write_bytes(folder / tensors_name, data)
-    record = {"schema": SCHEMA, "statistics": tensors_name, "statistics_sha256": sha, **content}
-    storage.write_record(folder / JSON_NAME, record, keep_previous)
-    storage.remove_stale(folder / JSON_NAME, "statistics", "statistics-*.safetensors", keep_previous)
-    return folder
-
-
-def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The JSON and the arrays of a measurement folder, checked.
-
-    Raises:
-        MeasurementError: where something is missing, truncated, altered, or of a newer schema.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    path = folder / name
-    if not path.is_file():
-        raise MeasurementError(
-            f"{folder} is no measurement: it has no {JSON_NAME}; pass a folder that `tl-capacity measure --out` wrote"
-        )
-    try:
-        content = storage.read_record(path, SCHEMA)
-    except MeasurementError:
-        raise
-    except (ValueError, OSError, RecursionError) as problem:
-        raise MeasurementError(f"{path} is truncated, altered or no JSON ({problem}): measure again") from problem
-    if not isinstance(content.get("schema"), int):
-        raise MeasurementError(
-            f"{path} has no schema version: it was not written by this tool or was altered, measure again"
-        )
-    tensors_name, sha = content.get("statistics"), content.get("statistics_sha256")
-    if not isinstance(tensors_name, str) or Path(tensors_name).name != tensors_name:
-        raise MeasurementError(f"{path} names no statistics file: it was altered, measure again")
-    try:
-        data = (folder / tensors_name).read_bytes()
-    except (OSError, ValueError) as problem:
-        raise MeasurementError(
-            f"{folder / tensors_name} cannot be read ({problem}): copy the whole measurement folder, or measure again"
-        ) from problem
-    if storage.digest(data) != sha:
-        raise MeasurementError(
-            f"{folder / tensors_name} is truncated or altered (its SHA-256 is not the recorded one): copy it again, or"
-            " measure again"
-        )
-    try:
-        return content, load(data)
-    except SafetensorError as problem:
-        raise MeasurementError(
-            f"{folder / tensors_name} is no safetensors file ({problem}): measure again"
-        ) from problem

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from tl_capacity.measurement.measurement import HookMeasurement
+    from tl_capacity.results.hook import HookMeasurement
 
 EQUAL_L0 = 1.05
 """SAEs whose L0s lie within this factor of each other say nothing of how d* depends on L0."""

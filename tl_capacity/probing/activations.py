@@ -14,19 +14,15 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tl_capacity.dictionaries.adapter import check_dictionary
 from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
-from tl_capacity.measure.session import (
-    TapPoint,
-    activation_at,
-    check_dictionary,
-    embedding_of,
-    evaluating,
-    special_token_ids,
-)
+from tl_capacity.models.forward import activation_at, embedding_of, evaluating
+from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.progress import token_progress
+from tl_capacity.text.counting import special_token_ids
 
 POOLINGS = ("mean", "last", "token")
 TOKENS_PER_TEXT = 8

@@ -164,7 +164,7 @@ def _rows(spec: str) -> list[LabelledText]:
         return [_labelled(row, f"line {number} of {spec}") for number, row in enumerate(_json_lines(spec), 1)]
     if "/" not in spec and not Path(spec).exists():
         plugins().concepts[spec]  # no data set's id is a bare word, so that this raises and names the nearest concept
-    from tl_capacity.models.loading import load_dataset_rows
+    from tl_capacity.text.datasets import load_dataset_rows
 
     return [_labelled(row, f"row {number} of {spec}") for number, row in enumerate(load_dataset_rows(spec), 1)]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tl_capacity.errors import CapacityError
 from tl_capacity.probing.activations import Activations
 from tl_capacity.probing.concepts import LabelledTexts
-from tl_capacity.results.summary import MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
 from tl_capacity.runtime.checks import checked
 
 PENALTIES = tuple(10.0**power for power in range(-4, 2))

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.probing.ridge import Latents, Readout
-from tl_capacity.results.summary import DOCUMENT_GROUPS, Estimate, document_resamples, estimate_around
+from tl_capacity.results.estimate import Estimate, document_resamples, estimate_around
 from tl_capacity.runtime.processes import Processes
+from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 BINS = 256
 FINE = 2.0

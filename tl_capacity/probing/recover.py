@@ -24,23 +24,27 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tl_capacity.dictionaries.adapter import dictionary_digest
 from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, TokenSourceError
 from tl_capacity.interfaces import SparseAutoencoder
-from tl_capacity.measure.session import Batch, TapPoint, activation_at, dictionary_digest, evaluating, special_token_ids
-from tl_capacity.measure.statistics import document_groups
-from tl_capacity.measurement.measurement import HookMeasurement
+from tl_capacity.models.forward import activation_at, evaluating
+from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import html_table, kept_features, table
-from tl_capacity.probing.figures import add_series
+from tl_capacity.predict.laws import kept_features
 from tl_capacity.probing.ranking import Ranking, Scores
 from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
-from tl_capacity.results.summary import DOCUMENT_GROUPS, MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.processes import ALONE, Processes
 from tl_capacity.runtime.progress import token_progress
+from tl_capacity.show.figures import add_series
 from tl_capacity.show.palette import BLUE, GREEN, PURPLE, VERMILION
+from tl_capacity.show.tables import html_table, table
 from tl_capacity.storage.checkpoints import Checkpoint
+from tl_capacity.text.counting import Batch, special_token_ids
+from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
 from tl_capacity.text.streams import PADDING, TokenBatch, as_batches
 from tl_capacity.theory import budget
 

@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.measurement.measurement import HookMeasurement
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import features_per_dimension
+from tl_capacity.predict.laws import features_per_dimension
 from tl_capacity.probing.activations import Activations
 from tl_capacity.probing.concepts import LabelledTexts
 from tl_capacity.probing.probes import Probe, fit_probes
 from tl_capacity.probing.probes import difference as difference_of
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 
 FEATURES = (1, 2, 4, 8, 16)

@@ -15,14 +15,16 @@ from tl_capacity import __version__
 from tl_capacity.distillation.decomposition import OBSERVED, decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.errors import CapacityError
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plan import ladder
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors
-from tl_capacity.report import figures, sections
+from tl_capacity.report import sections
 from tl_capacity.report.results import Results
 from tl_capacity.report.sections import ReportSettings, Snippets, Story
 from tl_capacity.report.snippets import edges, stream_of, top_snippets
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.naming import middle
 from tl_capacity.storage import files as storage
 
 CONTROLS = dict.fromkeys(c for c in range(32) if c not in (9, 10))
@@ -130,7 +132,7 @@ def _main_hook(measurement: Measurement, settings: ReportSettings) -> HookMeasur
     if settings.observed not in OBSERVED:
         raise CapacityError(f"{settings.observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
     if settings.hook is None:
-        return figures.middle(measurement)
+        return middle(measurement)
     named = [hook for hook in measurement if hook.hook == settings.hook]
     return named[0] if named else measurement[settings.hook]
 

@@ -13,9 +13,9 @@ from typing import Any
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import MeasurementError
-from tl_capacity.measurement.measurement import JSON_NAME as MEASUREMENT_JSON
+from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.results.summary import Estimate
+from tl_capacity.results.estimate import Estimate
 
 PROBES_JSON, RECOVERABILITY_JSON = "probes.json", "recoverability.json"
 FILES = (MEASUREMENT_JSON, DISTILLATION_JSON, PROBES_JSON, RECOVERABILITY_JSON)

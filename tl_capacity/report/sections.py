@@ -20,9 +20,10 @@ from tl_capacity.distillation.decomposition import PAPER, Decomposition
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
+from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import FloorPrediction, error_warnings
+from tl_capacity.predict.caveats import error_warnings
+from tl_capacity.predict.floors import FloorPrediction
 from tl_capacity.predict.suite import suites
 from tl_capacity.report import figures
 from tl_capacity.report.results import (
@@ -35,7 +36,11 @@ from tl_capacity.report.results import (
     recoverability_rows,
 )
 from tl_capacity.report.snippets import Edge, ShownFeature, Snippet, shown_features
-from tl_capacity.results.summary import DOCUMENT_GROUPS, REPLICATES, Estimate, significant
+from tl_capacity.results.estimate import REPLICATES, Estimate, significant
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.naming import hook_label, short_hook
+from tl_capacity.show.figures import legend, power_of_ten
+from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 CANDIDATES = 8
 """Of a decomposition that are shown before a click whatever they are."""
@@ -140,7 +145,7 @@ class Story:
         return _quoted(self.results.run_folder)
 
     def name(self, hook: HookMeasurement) -> str:
-        return figures.name(self.measurement, hook)
+        return hook_label(self.measurement, hook)
 
 
 def verdict(story: Story) -> list[str]:
@@ -250,7 +255,7 @@ def _layers(story: Story, empty: Section) -> Section:
         " keep them all; d*_het = Σ p ln(1/p) lets each feature have its own rate. FVU is the variance that the SAE"
         " leaves unexplained: what it misses is in no feature and in no floor."
     ]
-    s, name = story.main.summary, figures.short_hook(story.measurement, story.main.hook)
+    s, name = story.main.summary, short_hook(story.measurement, story.main.hook)
     named = "" if name == story.main.hook else f"; {name} is {story.main.hook}"
     title = (
         f"{s.n_tokens:,} tokens of {s.n_documents:,} documents, with 95% intervals over documents{named}. A click on a"
@@ -277,7 +282,7 @@ def _firing_rates(story: Story, empty: Section) -> Section:
         never = Estimate(*(None if n is None else s.d_sae - n for n in (fired.value, fired.high, fired.low)))  # type: ignore[arg-type]
         counts = [*s.alive_at.values(), s.features_chao2, never, s.dense_latents]
         rows.append([_words(story.name(hook)), *(_estimate(count, ",.0f") for count in counts)])
-    thresholds = [f"F at p > {figures.power_of_ten(t)}" for t in story.main.summary.alive_at]
+    thresholds = [f"F at p > {power_of_ten(t)}" for t in story.main.summary.alive_at]
     header = ["hook point", *thresholds, "can fire (Chao2)", "never fired", "dense, p > 1/e"]
     text = [
         "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million to"
@@ -327,7 +332,7 @@ def _suite(story: Story, empty: Section) -> Section:
         text.append("The exponent is of these SAEs alone, which are too few for an interval.")
     rows = [
         [
-            _words(hook.sae, figures.short_hook(story.measurement, hook.hook)),
+            _words(hook.sae, short_hook(story.measurement, hook.hook)),
             _number(hook.summary.d_sae),
             _estimate(hook.summary.l0, ",.2f"),
             _estimate(hook.summary.n_alive, ",.0f"),
@@ -524,7 +529,7 @@ def _short(story: Story, text: str) -> str:
     is the theorem's own.
     """
     for hook in sorted(story.measurement, key=lambda h: -len(h.hook)):
-        text = text.replace(f" at {hook.hook}", f" at {figures.short_hook(story.measurement, hook.hook)}")
+        text = text.replace(f" at {hook.hook}", f" at {short_hook(story.measurement, hook.hook)}")
     return text.replace(f", {PAPER}", "")
 
 
@@ -619,7 +624,7 @@ def _probes(story: Story, empty: Section) -> Section:
         text.append(f"Of {len(concepts)} concepts the first {PROBE_FIGURES} are drawn; the table has all.")
     header = ["concept", "read", "width d_S", "accuracy", "AUROC", "commoner class", "selectivity"]
     table = PageTable("All probes", header, cells, folded=len(cells) > 12)
-    return replace(empty, text=text, figures=drawn, legend=figures.legend(kinds), tables=[table])
+    return replace(empty, text=text, figures=drawn, legend=legend(kinds), tables=[table])
 
 
 def _recoverability(story: Story, empty: Section) -> Section:
@@ -655,7 +660,7 @@ def _recoverability(story: Story, empty: Section) -> Section:
         [
             _words(
                 row.student,
-                figures.short_hook(story.measurement, row.hook) + (f", τ = {row.tau:g}" if len(taus) > 1 else ""),
+                short_hook(story.measurement, row.hook) + (f", τ = {row.tau:g}" if len(taus) > 1 else ""),
             ),
             _number(row.width),
             *(_estimate(row.counts[key], ",.0f") if key in row.counts else Cell("") for key in RECOVERED),
@@ -706,7 +711,7 @@ def _thresholds(story: Story, rows: Sequence[RecoveryRow]) -> list[tuple[str, go
             f"random weights, width {mine[-1].width:,}": _readout(mine[-1], "random"),
         }
         caption = (
-            f"Kept features at {figures.short_hook(story.measurement, hook)} against τ, of each width's first seed; the"
+            f"Kept features at {short_hook(story.measurement, hook)} against τ, of each width's first seed; the"
             " vertical line is the τ of the table. These counts have no intervals."
         )
         found.append(
@@ -746,7 +751,7 @@ def _kept_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
     ]
     cells = [
         [
-            _words(row.student, figures.short_hook(story.measurement, row.hook)),
+            _words(row.student, short_hook(story.measurement, row.hook)),
             _number(row.width),
             share(row, "kept_of_predicted", "kept_of_all"),
             share(row, "ordered", "ordered_by_chance"),

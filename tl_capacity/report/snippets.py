@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from tl_capacity.errors import HookPointError, MeasurementError
 from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.measurement.measurement import HookMeasurement, Measurement
-from tl_capacity.predict.floors import kept_features, sparsity
-from tl_capacity.results.summary import Estimate, Resample
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.predict.floors import sparsity
+from tl_capacity.predict.laws import kept_features
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.summary import Resample
 from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 if TYPE_CHECKING:
@@ -163,7 +166,7 @@ def top_snippets(
     import torch
 
     from tl_capacity.measure.job import measured_dictionary, tapped_model
-    from tl_capacity.measure.session import TapPoint
+    from tl_capacity.models.hook_points import TapPoint
     from tl_capacity.runtime.progress import token_progress
 
     wanted = {place: list(latents) for place, latents in shown.items() if latents}

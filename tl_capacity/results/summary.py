@@ -11,166 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp, floor, isfinite, log, log10, sqrt
-from typing import Any, TypeVar
+from math import exp, log, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity import theory
-from tl_capacity.errors import CapacityError, MeasurementError, plugin_code
+from tl_capacity.errors import CapacityError, plugin_code
 from tl_capacity.interfaces import FeatureSums
+from tl_capacity.results.estimate import Estimate, document_resamples, estimate_around
+from tl_capacity.text.counting import MASK_REASONS
 
-DOCUMENT_GROUPS = 64
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4)
 """Firing rates above which F is reported; the paper's alive threshold is 1e-5."""
-REPLICATES = 200
-MASK_REASONS = ("padding", "special", "position")
-MIN_GROUPS_FOR_INTERVAL = 8
-
-SUMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "counts": ("int64", ("group", "feature")),  # tokens on which the feature is active (z ≠ 0)
-    "sums": ("float64", ("group", "feature")),  # Σ z
-    "squares": ("float64", ("group", "feature")),  # Σ z²
-    "tokens": ("int64", ("group",)),  # counted tokens
-    "documents": ("int64", ("group",)),  # documents with a counted token
-    "incidence": ("int64", ("feature",)),  # documents in which the feature is active
-    "masked": ("int64", ("reason",)),  # tokens left out, by MASK_REASONS
-    "counted_norm": ("float64", ("one",)),  # Σ‖x‖² over counted tokens
-    "masked_norm": ("float64", ("one",)),  # Σ‖x‖² over masked tokens other than padding
-    "fvu_tokens": ("int64", ("group",)),  # tokens on which the reconstruction was checked
-    "residual": ("float64", ("group",)),  # Σ‖x − x̂‖² over those
-    "energy": ("float64", ("group",)),  # Σ‖x‖² over those
-    "mean_sum": ("float64", ("group", "width")),  # Σ x over those
-    "decoder_norm": ("float64", ("feature",)),  # ‖w_dec,i‖, a property of the SAE and no sum
-}
-"""Every sum by name: its type and axes. Estimators' own sums, named `state/estimator/key`, come beside these."""
-
-Sums = TypeVar("Sums", bound=Any)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95% interval over documents; `low` and `high` are None where there are too few documents to
-    say.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def to_json(self) -> dict[str, float | None]:
-        """The three numbers, null where undefined."""
-        return {name: value if value is not None and isfinite(value) else None for name, value in vars(self).items()}
-
-    def show(self, digits: str = ",.1f") -> str:
-        """`value [low, high]`, or the value alone where no interval can be given."""
-        if not isfinite(self.value):
-            return "undefined"
-        interval = "" if self.low is None or self.high is None else f" [{self.low:{digits}}, {self.high:{digits}}]"
-        return f"{self.value:{digits}}{interval}"
-
-    def within(self, least: float, most: float = float("inf")) -> Estimate:
-        """The same with an interval that does not leave [least, most], as a shifted one of a count or a share may."""
-        low, high = (None if end is None else min(max(end, least), most) for end in (self.low, self.high))
-        return Estimate(self.value, low, high)
-
-
-def significant(value: float, digits: int = 4) -> str:
-    """The format in which a number has so many significant digits, and the ends of its interval as many decimals: no
-    powers of ten but for tiny ones.
-    """
-    if not isfinite(value) or abs(value) < 1e-4:
-        return f".{digits}g"
-    return f",.{max(0, digits - 1 - floor(log10(abs(value))))}f"
-
-
-def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """How often each replicate of the document bootstrap takes each document group [replicate, group]; None where too
-    few groups have a token.
-    """
-    occupied = np.flatnonzero(tokens)
-    if len(occupied) < MIN_GROUPS_FOR_INTERVAL:
-        return None
-    weights = np.zeros((REPLICATES, len(tokens)))
-    weights[:, occupied] = np.random.default_rng(0).multinomial(
-        len(occupied), np.full(len(occupied), 1 / len(occupied)), size=REPLICATES
-    )
-    return weights
-
-
-def estimate_around(value: float, replicates: NDArray[np.float64]) -> Estimate:
-    """An estimate with the 95% percentile interval of its replicates [replicate].
-
-    The replicates are shifted so that their mean lies on the estimate: a resample repeats some documents and leaves
-    others out, so rare features vanish from it and counts of features come out low.
-    """
-    defined = replicates[
-        np.isfinite(replicates)
-    ]  # a resample may miss every document on which the statistic is defined
-    if len(defined) < 0.9 * len(replicates) or not isfinite(value):
-        return Estimate(float(value))
-    low, high = np.percentile(defined, [2.5, 97.5]) - defined.mean()
-    return Estimate(float(value), float(value + min(low, 0)), float(value + max(high, 0)))
-
-
-def merge_sums(mine: Mapping[str, Sums], theirs: Mapping[str, Sums]) -> dict[str, Sums]:
-    """The sums (arrays or tensors) of two disjoint sets of documents together.
-
-    Raises:
-        MeasurementError: where they are not of the same SAE and estimators.
-    """
-    if mine.keys() != theirs.keys():
-        odd = ", ".join(sorted(mine.keys() ^ theirs.keys()))
-        raise MeasurementError(
-            f"the shards accumulated different statistics ({odd}): measure both with the same importance estimators"
-        )
-    for name, value in mine.items():
-        if value.shape != theirs[name].shape:
-            raise MeasurementError(
-                f"{name} has shape {tuple(value.shape)} in one shard and {tuple(theirs[name].shape)} in the other: not"
-                " the same SAE"
-            )
-    if not bool((mine["decoder_norm"] == theirs["decoder_norm"]).all()):
-        raise MeasurementError("the shards' decoder norms differ: they were measured with different SAE weights")
-    return {name: value if name == "decoder_norm" else value + theirs[name] for name, value in mine.items()}
-
-
-def check_sums(arrays: Mapping[str, NDArray[Any]], where: str) -> None:
-    """Whether `arrays` are whole sums of one SAE.
-
-    Raises:
-        MeasurementError: where one is missing, or its type or shape does not fit the others.
-    """
-    sizes: dict[str, int] = {"one": 1, "reason": len(MASK_REASONS)}
-    for name, (dtype, axes) in SUMS.items():
-        array = arrays.get(name)
-        if array is None:
-            raise MeasurementError(f"{where} lacks the statistics {name!r}: the measurement was altered, measure again")
-        fits = array.ndim == len(axes) and all(
-            sizes.setdefault(axis, size) == size for axis, size in zip(axes, array.shape, strict=True)
-        )
-        if not fits or str(array.dtype) != dtype:
-            found = f"{array.dtype}{list(array.shape)}"
-            raise MeasurementError(
-                f"{name!r} in {where} is {found}, not {dtype}{list(axes)}: the measurement was altered, measure again"
-            )
-        if not np.isfinite(array).all() or (dtype == "int64" and (array < 0).any()):
-            raise MeasurementError(
-                f"{name!r} in {where} has negative counts or non-finite sums: the measurement was altered, measure"
-                " again"
-            )
-    for name, array in arrays.items():
-        if name.startswith("state/") and (array.shape[:1] != arrays["tokens"].shape or not np.isfinite(array).all()):
-            raise MeasurementError(
-                f"{name!r} in {where} has shape {list(array.shape)} or non-finite sums: the measurement was altered,"
-                " measure again"
-            )
-    if (arrays["counts"] > arrays["tokens"][:, None]).any() or (arrays["incidence"] > arrays["documents"].sum()).any():
-        raise MeasurementError(
-            f"{where} counts latents on more tokens or documents than it has: the measurement was altered, measure"
-            " again"
-        )
 
 
 @dataclass(frozen=True)

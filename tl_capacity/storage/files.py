@@ -167,3 +167,19 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise CapacityError(f"the folder {path} cannot be made ({problem.strerror}): choose another --out") from problem
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """The JSON object that a recipe keeps beside its results.
+
+    Raises:
+        CapacityError: where it is damaged.
+    """
+    try:
+        return read_record(path, 1)
+    except CapacityError:
+        raise
+    except (ValueError, OSError, RecursionError) as problem:
+        raise CapacityError(
+            f"{path} is truncated or was altered ({problem}): delete the folder that it is in, or choose another --out"
+        ) from problem

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tl_capacity import theory
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import features_per_dimension
+from tl_capacity.predict.laws import features_per_dimension
 
 TRANSITION = 0.15
 """Half-width of the smooth band, as a share of the budget: the middle of the 10 to 20% over which the paper sees the

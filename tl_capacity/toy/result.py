@@ -206,7 +206,7 @@ def run(
     Raises:
         CapacityError: as `train`.
     """
-    from tl_capacity.measure.session import library_versions
+    from tl_capacity.runtime.versions import library_versions
 
     stacks, seconds = train(settings, checkpoint, advance)
     started = time.monotonic()

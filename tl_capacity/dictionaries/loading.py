@@ -1,0 +1,153 @@
+"""SAEs by name: a folder of any trainer, a release of SAELens' directory, a repository of the hub."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from tl_capacity.errors import DictionaryError
+from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.hub import check_device, hub_or_cache, loading_errors, reason_of
+
+NEAR = 0.75
+"""How alike two names are, as difflib has it, before one is offered for the other."""
+
+
+TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures of SAELens that only its training classes have."""
+
+
+@checked
+def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
+    """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, else `RELEASE/SAE_ID`
+    of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub.
+
+    Returns:
+        the SAE's name for the record, and the SAE.
+
+    Raises:
+        DictionaryError: where there is no such SAE, or its files are damaged.
+    """
+    check_device(device)
+    if not spec.strip():
+        raise DictionaryError("no SAE is named: pass a folder, RELEASE/SAE_ID or OWNER/REPOSITORY/SAE_ID")
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return spec, _load_sae_folder(folder, device)
+
+    if not _sae_lens_works():
+        raise DictionaryError(
+            f"{spec!r} is no folder, and SAELens, which knows SAEs by name, is not installed for this TransformerLens:"
+            " pass a folder"
+        )
+    from sae_lens import SAE
+
+    release, sae_id = _release_and_id(spec)
+    try:
+        with hub_or_cache():
+            return spec, _described(SAE.from_pretrained(release, sae_id, device=device))
+    except loading_errors() as problem:
+        raise DictionaryError(
+            f"the SAE {sae_id!r} of {release!r} cannot be loaded ({reason_of(problem)}): check the name and the"
+            " network, or pass a folder that SAELens saved"
+        ) from problem
+
+
+def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
+    """The dictionary in a folder, by whichever trainer's files lie in it."""
+    from tl_capacity.dictionaries import formats as dictionaries
+
+    formats: dict[tuple[str, str], tuple[str, Callable[[Path], Any]]] = {
+        ("cfg.json", dictionaries.SPARSIFY_WEIGHTS): ("sparsify", dictionaries.read_sparsify),
+        ("config.json", dictionaries.DICTIONARY_LEARNING_WEIGHTS): (
+            "dictionary_learning",
+            dictionaries.read_dictionary_learning,
+        ),
+        ("cfg.json", dictionaries.SAE_LENS_WEIGHTS): ("SAELens", _read_sae_lens),
+    }
+    for names, (trainer, read) in formats.items():
+        if all((folder / name).is_file() for name in names):
+            try:
+                sae: SparseAutoencoder = read(folder).to(device)
+                return sae
+            except DictionaryError:
+                raise
+            except loading_errors() as problem:
+                raise DictionaryError(
+                    f"the SAE in {folder} cannot be loaded ({reason_of(problem)}): save it again with {trainer}"
+                ) from problem
+    if not (folder / "cfg.json").is_file():
+        raise DictionaryError(
+            f"{folder} holds no cfg.json: pass a folder that SAELens saved, with cfg.json and"
+            f" {dictionaries.SAE_LENS_WEIGHTS} in it"
+        )
+    raise DictionaryError(f"{folder} holds no {dictionaries.SAE_LENS_WEIGHTS}: pass a folder that SAELens saved")
+
+
+def _read_sae_lens(folder: Path) -> Any:
+    from tl_capacity.dictionaries import formats as dictionaries
+
+    architecture = dictionaries.read_json(folder / "cfg.json").get("architecture")
+    if architecture in TRAINING_ONLY:
+        raise DictionaryError(
+            f"the SAE in {folder} is a training-time {architecture}, whose latents depend on the whole batch: save it"
+            " with save_inference_model, which makes it JumpReLU"
+        )
+    if not _sae_lens_works():
+        return dictionaries.read_sae_lens(folder)
+    from sae_lens import SAE
+
+    return _described(SAE.load_from_disk(folder, dtype="float32"))
+
+
+def _described(sae: Any) -> Any:
+    """An SAE of SAELens' as it is, where its configuration can be relied on."""
+    from tl_capacity.dictionaries.formats import check_described
+
+    check_described(vars(sae.cfg), vars(sae.cfg.metadata))
+    return sae
+
+
+def _sae_lens_works() -> bool:
+    """Whether SAELens can be imported: beside TransformerLens 4 it cannot, whether it is installed or not."""
+    try:
+        importlib.import_module("sae_lens")
+    except ImportError:
+        return False
+    return True
+
+
+def _release_and_id(spec: str) -> tuple[str, str]:
+    """The release and the SAE id that `spec` names, checked against SAELens' directory of releases."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    directory = get_pretrained_saes_directory()
+    release, _, sae_id = spec.partition("/")
+    if release in directory:
+        ids = directory[release].saes_map
+        if sae_id in ids:
+            return release, sae_id
+        near = get_close_matches(sae_id, ids, n=3, cutoff=0.0)
+        raise DictionaryError(
+            f"the release {release!r} has no SAE {sae_id!r}: the nearest of its {len(ids)} are {', '.join(near)}"
+        )
+    if spec.count("/") >= 2 and not spec.startswith((".", "/", "~")):
+        owner, repository, sae_id = spec.split("/", 2)
+        return f"{owner}/{repository}", sae_id
+    near = get_close_matches(release, directory, n=3, cutoff=NEAR)
+    if not sae_id or spec.startswith((".", "/", "~")):
+        meant = f", or RELEASE/SAE_ID of one of the nearest releases, {', '.join(near)}" if near else ""
+        raise DictionaryError(f"there is no folder {spec!r}: pass one that SAELens saved{meant}")
+    use = (
+        f"use one of the nearest releases, {', '.join(near)}"
+        if near
+        else "look the name up in SAELens' directory of releases"
+    )
+    raise DictionaryError(
+        f"{spec!r} is neither a folder nor RELEASE/SAE_ID of a release that SAELens knows: pass a folder that SAELens"
+        f" saved, or {use}"
+    )

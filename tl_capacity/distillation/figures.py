@@ -1,0 +1,172 @@
+"""Figures of students: observed beside predicted floors, and the curves that they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from tl_capacity.distillation.decomposition import PAPER, Candidate, Decomposition, Fit
+from tl_capacity.distillation.observed import ObservedFloor, observed_floors, power_law
+from tl_capacity.distillation.run import DistillationRun, StudentCurve
+from tl_capacity.errors import CapacityError
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.naming import LAYER
+from tl_capacity.show.figures import (
+    DASHES,
+    GREY,
+    _round_numbers,
+    colour_of,
+    decimated,
+    error_bars,
+    legend_entry,
+    line_of,
+    marker_of,
+    new_figure,
+    shown,
+    width_axis,
+)
+from tl_capacity.show.palette import COLOURS
+
+
+def observed_figure(
+    floors: Sequence[ObservedFloor], found: Decomposition | None = None, which: str = "fit"
+) -> go.Figure:
+    """Observed floors against width, with their 95% intervals; of a decomposition also the prediction asked for and the
+    best candidates.
+
+    Args:
+        which: "fit" for L∞ or "last_tenth"; a decomposition has its own.
+
+    Raises:
+        CapacityError: where there is no student but the control.
+    """
+    students = sorted((f for f in floors if f.start != "teacher"), key=lambda f: f.width)
+    if not students:
+        raise CapacityError("the distillation has no students but the control: distil some widths")
+    figure, which = new_figure(), found.which if found is not None else which
+    values = [
+        (
+            Estimate(f.value, f.low, f.high)
+            if which == "fit"
+            else Estimate(f.last_tenth, f.last_tenth_low, f.last_tenth_high)
+        )
+        for f in students
+    ]
+    figure.add_scatter(
+        x=[f.width for f in students],
+        y=[v.value for v in values],
+        error_y=error_bars(values, COLOURS[0]),
+        text=[shown(f.name) for f in students],
+        hovertemplate="%{text}: %{y:.4f} nats per token",
+        mode="markers",
+        marker=marker_of(0, 9),
+        cliponaxis=False,  # a floor of zero lies on the axis
+        **legend_entry("observed, L∞ of the fit" if which == "fit" else "observed, mean of the last tenth"),
+    )
+    controls = [f for f in floors if f.start == "teacher"]
+    if controls:
+        marker = {"color": GREY, "symbol": "circle-open", "size": 9}
+        of = [f.last_tenth for f in controls]
+        figure.add_scatter(
+            x=[f.width for f in controls],
+            y=of,
+            mode="markers",
+            marker=marker,
+            **legend_entry("control from the teacher's weights"),
+        )
+    for place, (fit, role) in enumerate(_drawn_fits(found), 1):
+        widths = sorted(fit.fitted)
+        label = f"{role}: {short_candidate(fit.candidate)}"
+        known = {"line": line_of(place), "marker": marker_of(place, 5), **legend_entry(label)}
+        figure.add_scatter(
+            x=widths, y=[fit.fitted[w] for w in widths], mode="lines+markers", **known
+        )  # of a single width there is no line
+    figure.update_yaxes(title="loss floor (nats per token)", rangemode="tozero")
+    width_axis(figure, [f.width for f in floors])
+    return figure
+
+
+def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None = None) -> go.Figure:
+    """Held-out KL of every student against the tokens it was trained on, a colour for each width, with the fit L∞ +
+    a·t^−b and its asymptote L∞.
+
+    Raises:
+        CapacityError: where no student was evaluated after the start.
+    """
+    figure = new_figure()
+    evaluated = [student for student in run if len(student.tokens) > 1]
+    if not evaluated:
+        raise CapacityError("no student was evaluated after its start: train longer")
+    known = {f.name: f for f in (observed_floors(run) if floors is None else floors)}
+    for place, ((control, width), alike) in enumerate(
+        groupby(sorted(evaluated, key=lambda s: (*_width_of(s), s.seed)), key=_width_of)
+    ):
+        students = list(alike)
+        colour, group = GREY if control else colour_of(place), f"width {width:,}{' (control)' if control else ''}"
+        label = f"{group}, {len(students)} seeds" if len(students) > 1 else group
+        for student in students:
+            tokens, losses = student.curve()
+            kept = decimated(len(tokens)) - 1
+            figure.add_scatter(
+                x=tokens[kept],
+                y=losses[kept],
+                mode="lines+markers",
+                line={"color": colour, "dash": DASHES[place // len(COLOURS) % len(DASHES)], "width": 2},
+                marker={**marker_of(place, 5), "color": colour},
+                hovertemplate=f"{shown(student.name)}: %{{y:.4f}}<extra></extra>",
+                legendgroup=group,
+                showlegend=student is students[0],
+                **legend_entry(label),
+            )
+            floor = known.get(student.name)
+            if floor is None or floor.low is None:
+                continue
+            share = np.geomspace(max(tokens[0] / tokens[-1], 0.1), 1, 40)
+            dotted = {"color": colour, "width": 1, "dash": "dot"}
+            fitted = power_law(share, floor.value, floor.a, floor.b)
+            shared: dict[str, Any] = {"mode": "lines", "legendgroup": group, "showlegend": False}
+            figure.add_scatter(
+                x=share * tokens[-1], y=fitted, line=dotted, hovertemplate="fit %{y:.4f}<extra></extra>", **shared
+            )
+            asymptote = f"L∞ = {Estimate(floor.value, floor.low, floor.high).show('.4f')}<extra></extra>"
+            figure.add_scatter(
+                x=[tokens[0], tokens[-1]],
+                y=[floor.value] * 2,
+                line={**dotted, "dash": "dash"},
+                opacity=0.7,
+                hovertemplate=asymptote,
+                **shared,
+            )
+    ticks = _round_numbers(min(s.tokens[1] for s in evaluated), max(s.tokens[-1] for s in evaluated))
+    figure.update_xaxes(type="log", title="predicted tokens trained on", tickvals=ticks, tickformat="~s")
+    figure.update_yaxes(title="held-out KL (nats per token)", rangemode="tozero")
+    return figure
+
+
+def short_candidate(candidate: Candidate) -> str:
+    """A candidate's name with its hook point's short one, and without the law where it is the theorem's own."""
+    layer = LAYER.fullmatch(candidate.hook)
+    short = f"layer {layer[1]}" if layer is not None else candidate.hook
+    return candidate.name.replace(f", {PAPER}", "").replace(f" at {candidate.hook}", f" at {short}")
+
+
+def _drawn_fits(found: Decomposition | None) -> list[tuple[Fit, str]]:
+    """The fits worth a line, each with its role; a fit that has two is drawn once."""
+    if found is None:
+        return []
+    roles = [(found.chosen, "asked for")]
+    if found.winner is not None and found.winner is not found.chosen:
+        roles.append((found.winner, "best"))
+    rival = next(f for f in found.fits if f.candidate.kind == "rival")
+    if rival is not found.winner:
+        roles.append((rival, "best rival"))
+    return roles
+
+
+def _width_of(student: StudentCurve) -> tuple[bool, int]:
+    """What students of one colour share: whether they are the control, and their width."""
+    return student.start == "teacher", student.width

@@ -1,0 +1,83 @@
+"""A measurement on disk: a JSON file, and beside it a safetensors file that it names by its hash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_capacity.errors import MeasurementError
+from tl_capacity.storage import files as storage
+
+SCHEMA = 1
+
+
+JSON_NAME = "measurement.json"
+
+
+def write_folder(
+    folder: Path, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], keep_previous: bool = False
+) -> Path:
+    """Write JSON and arrays so that the JSON, renamed into place last, always names arrays that are whole; with
+    `keep_previous`, beside what was there.
+    """
+    from safetensors.numpy import save
+
+    storage.make_folder(folder)
+    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    sha = storage.digest(data)
+    tensors_name = f"statistics-{sha[:16]}.safetensors"
+    storage.write_bytes(folder / tensors_name, data)
+    record = {"schema": SCHEMA, "statistics": tensors_name, "statistics_sha256": sha, **content}
+    storage.write_record(folder / JSON_NAME, record, keep_previous)
+    storage.remove_stale(folder / JSON_NAME, "statistics", "statistics-*.safetensors", keep_previous)
+    return folder
+
+
+def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The JSON and the arrays of a measurement folder, checked.
+
+    Raises:
+        MeasurementError: where something is missing, truncated, altered, or of a newer schema.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    path = folder / name
+    if not path.is_file():
+        raise MeasurementError(
+            f"{folder} is no measurement: it has no {JSON_NAME}; pass a folder that `tl-capacity measure --out` wrote"
+        )
+    try:
+        content = storage.read_record(path, SCHEMA)
+    except MeasurementError:
+        raise
+    except (ValueError, OSError, RecursionError) as problem:
+        raise MeasurementError(f"{path} is truncated, altered or no JSON ({problem}): measure again") from problem
+    if not isinstance(content.get("schema"), int):
+        raise MeasurementError(
+            f"{path} has no schema version: it was not written by this tool or was altered, measure again"
+        )
+    tensors_name, sha = content.get("statistics"), content.get("statistics_sha256")
+    if not isinstance(tensors_name, str) or Path(tensors_name).name != tensors_name:
+        raise MeasurementError(f"{path} names no statistics file: it was altered, measure again")
+    try:
+        data = (folder / tensors_name).read_bytes()
+    except (OSError, ValueError) as problem:
+        raise MeasurementError(
+            f"{folder / tensors_name} cannot be read ({problem}): copy the whole measurement folder, or measure again"
+        ) from problem
+    if storage.digest(data) != sha:
+        raise MeasurementError(
+            f"{folder / tensors_name} is truncated or altered (its SHA-256 is not the recorded one): copy it again, or"
+            " measure again"
+        )
+    try:
+        return content, load(data)
+    except SafetensorError as problem:
+        raise MeasurementError(
+            f"{folder / tensors_name} is no safetensors file ({problem}): measure again"
+        ) from problem

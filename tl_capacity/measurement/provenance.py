@@ -1,0 +1,58 @@
+"""Provenance: the model, text, settings and versions that a measurement was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a measurement was made of; two shards merge only where `key` agrees.
+
+    Attributes:
+        model: name, folder or hub id of the model.
+        revision: its revision or a hash of its weights, where known.
+        dtype: of the forward pass.
+        source: the token source as given.
+        shards, shard_count: it has the documents whose number modulo `shard_count` is one of `shards`.
+        cursor: rows of the stream that were consumed.
+        tokens_digest: a running hash of those rows; two measurements with the same one saw the same tokens.
+        seed: of anything random in the stream; 0 where nothing is.
+        settings: context, BOS, masked ids and positions, the share of documents on which the FVU was checked.
+        versions: of the libraries.
+        seconds: what it cost, in wall-clock seconds.
+    """
+
+    model: str = "unnamed model"
+    revision: str | None = None
+    dtype: str = "float32"
+    source: str = "activations seen in a session"
+    shards: tuple[int, ...] = (0,)
+    shard_count: int = 1
+    cursor: int = 0
+    tokens_digest: str = ""
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def typed_field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of a saved mapping, if it is there and of its type."""
+    if not isinstance(saved[name], kind) or (name == "width" and saved[name] < 1):
+        raise TypeError(f"{name} = {saved[name]!r}")
+    return saved[name]
+
+
+def provenance_from_json(saved: Mapping[str, Any]) -> Provenance:
+    """The provenance that `asdict` wrote."""
+    kinds: dict[str, Any] = {"revision": (str, type(None)), "shards": list, "seconds": (int, float)}
+    content = {
+        name: typed_field(saved, name, kinds.get(name, type(default))) for name, default in vars(Provenance()).items()
+    }
+    shards, count = content["shards"], content["shard_count"]
+    if not shards or not all(isinstance(shard, int) and 0 <= shard < count for shard in shards):
+        raise ValueError(f"shards = {shards} of {count}")
+    return Provenance(**{**content, "shards": tuple(shards), "seconds": float(content["seconds"])})

@@ -1,0 +1,101 @@
+"""Running a model: in evaluation mode, up to a hook point, on tokens that it knows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.models.hook_points import TapPoint
+
+
+def forward_options(model: Any) -> dict[str, Any]:
+    """What a forward pass is called with: a cache of keys and values that nobody reads costs memory; TransformerLens
+    keeps none by default.
+    """
+    return (
+        {"use_cache": False}
+        if not hasattr(model, "hook_dict") and "use_cache" in inspect.signature(model.forward).parameters
+        else {}
+    )
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass whose rest nobody looks at."""
+
+
+@torch.no_grad()
+def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position"]) -> Tensor | None:
+    """Run a model up to a hook point and return what it carries [row, position, ...]; None where the hook point does
+    not fire.
+
+    Raises:
+        CapacityError: where a token is not in the model's vocabulary.
+    """
+    check_token_ids(model, tokens.numpy(force=True))
+    seen: list[Tensor] = []
+
+    def keep(activation: Tensor) -> None:
+        seen.append(activation.detach())
+        raise _ReachedError
+
+    remove = point.watch(keep)
+    try:
+        model(tokens.to(next(model.parameters()).device), **forward_options(model))
+    except _ReachedError:
+        pass
+    finally:
+        remove()
+    return seen[0] if seen else None
+
+
+def embedding_of(model: Any) -> nn.Module:
+    """The module that turns token ids into vectors.
+
+    Raises:
+        HookPointError: where the model has none.
+    """
+    embedding = (
+        model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else getattr(model, "embed", None)
+    )
+    if not isinstance(embedding, nn.Module):
+        raise HookPointError(
+            f"{type(model).__name__} has no embedding at which its tokens can be seen: pass a TransformerLens or"
+            " Hugging Face model"
+        )
+    return embedding
+
+
+def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the model") -> None:
+    """Whether a model has a vector for each token.
+
+    Raises:
+        CapacityError: where it has not.
+    """
+    vocabulary = int(next(embedding_of(model).parameters()).shape[0])
+    strange = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(strange):
+        raise CapacityError(
+            f"the text has token id {strange[0]}, but {who}'s vocabulary has {vocabulary:,}: tokenise it with {who}'s"
+            " own tokenizer"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each module back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,174 @@
+"""Hook points: found in a model by name, watched, and edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tl_capacity.errors import HookPointError
+from tl_capacity.plugins import plugins
+
+Callback = TypeVar("Callback", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class TapPoint:
+    """A place in a model where activations can be watched.
+
+    Attributes:
+        name: the hook point's name, as asked for.
+        find: finds the module again; another one than `module` means that the hook point was replaced.
+        module: the module to watch.
+        side: "output", or "input" for a module that is watched before it runs.
+        width: dimensions per token, where the model's configuration tells.
+    """
+
+    name: str
+    find: Callable[[], Any]
+    module: nn.Module
+    side: str = "output"
+    width: int | None = None
+
+    @classmethod
+    def of(cls, model: Any, name: str) -> TapPoint:
+        """The tap point of a hook name.
+
+        Raises:
+            HookPointError: where the model has no such hook point.
+        """
+        if not isinstance(model, nn.Module):
+            raise HookPointError(f"{type(model).__name__} is no model: pass a TransformerLens or Hugging Face model")
+        if hasattr(model, "hook_dict"):
+            return cls._of_hooked(model, name)
+        return cls._of_hugging_face(model, name)
+
+    @classmethod
+    def _of_hooked(cls, model: Any, name: str) -> TapPoint:
+        from transformer_lens.hook_points import HookPoint
+
+        def find() -> Any:
+            found: nn.Module | None = model.hook_dict.get(name)
+            return found if found is not None else _walk(model, name)
+
+        # A bridge ignores names it does not know, and an SAE bridge lacks the aliases: so the name is resolved here,
+        # once.
+        module = find()
+        if not isinstance(module, HookPoint):
+            known = hook_names(model)
+            raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, known)}")
+        return cls(name, find, module, width=_hook_width(model, name))
+
+    @classmethod
+    def _of_hugging_face(cls, model: Any, name: str) -> TapPoint:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        family = plugins().family_of(kind)
+        if family is None:
+            raise HookPointError(
+                f"no model family covers {kind!r}: register one (docs/families.md), or wrap the model in a"
+                " TransformerBridge"
+            )
+        place = family.residual(name)
+        if place is None:
+            raise HookPointError(
+                f"{name!r} is no residual-stream hook, the only kind a Hugging Face model offers: wrap the model in a"
+                " TransformerBridge"
+            )
+        module = _walk(model, place[0])
+        if not isinstance(module, nn.Module):
+            raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, hook_names(model))}")
+        return cls(name, lambda: _walk(model, place[0]), module, place[1], int(model.config.hidden_size))
+
+    def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Callable[[], None]:
+        """Call `callback` with each activation; returns what takes the hook away again, and nothing else.
+
+        A bridge shows some hooks a view of their own (`hook_z`, cut into heads) and goes on with the activation itself,
+        so that the view has no gradient. With `differentiable`, what was seen is handed back unchanged, and the model
+        goes on with that.
+        """
+
+        def see(activation: Tensor) -> Tensor | None:
+            callback(activation)
+            return activation if differentiable else None
+
+        # A compiled graph would trace through the bookkeeping; a graph break here costs less.
+        return self.edit(untraced(see))
+
+    def edit(self, change: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+        """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again,
+        and nothing else.
+        """
+        if hasattr(self.module, "fwd_hooks"):
+            point: Any = self.module
+            # Permanent, because `reset_hooks` and the end of `run_with_hooks` drop every other kind.
+            point.add_hook(lambda activation, hook: change(activation), is_permanent=True)
+            handle = point.fwd_hooks[-1]
+
+            def remove() -> None:
+                handle.hook.remove()
+                point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+
+            return remove
+
+        def before(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            first = next(iter(kwargs)) if not args else None
+            changed = change(args[0] if first is None else kwargs[first])
+            if changed is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if first is None else (args, {**kwargs, first: changed})
+
+        def after(_: nn.Module, args: Any, out: Any) -> Any:
+            changed = change(out[0] if isinstance(out, tuple) else out)
+            return (changed, *out[1:]) if changed is not None and isinstance(out, tuple) else changed
+
+        if self.side == "input":
+            return self.module.register_forward_pre_hook(before, with_kwargs=True).remove
+        return self.module.register_forward_hook(after).remove
+
+
+def hook_names(model: Any) -> list[str]:
+    """The hook points of a model that can be tapped."""
+    if hasattr(model, "hook_dict"):
+        return list(model.hook_dict)
+    layers = int(getattr(model.config, "num_hidden_layers", 0))
+    return [f"blocks.{layer}.{side}" for layer in range(layers) for side in ("hook_resid_pre", "hook_resid_post")]
+
+
+def _hook_width(model: Any, name: str) -> int | None:
+    config, last = model.cfg, name.rsplit(".", 1)[-1]
+    if last in (
+        "hook_resid_pre",
+        "hook_resid_mid",
+        "hook_resid_post",
+        "hook_mlp_out",
+        "hook_attn_out",
+        "hook_embed",
+    ) or (name.count(".") == 2 and last in ("hook_in", "hook_out")):
+        return int(config.d_model)
+    return int(config.n_heads * config.d_head) if last == "hook_z" else None
+
+
+def untraced(function: Callback) -> Callback:
+    untraced: Callback = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return untraced
+
+
+def _walk(root: Any, path: str) -> Any:
+    for part in path.split("."):
+        root = (
+            root[int(part)]
+            if part.isdigit() and isinstance(root, nn.ModuleList) and int(part) < len(root)
+            else getattr(root, part, None)
+        )
+    return root
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"it has {len(known)}, see `tl-capacity hooks --model …`"

@@ -1,0 +1,95 @@
+"""What a reader must know before trusting the figures of a measurement, a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import hook_floors
+from tl_capacity.results.estimate import significant
+from tl_capacity.results.naming import told_apart
+
+if TYPE_CHECKING:
+    from tl_capacity.measurement.measurement import Measurement
+    from tl_capacity.results.hook import HookMeasurement
+
+
+def measurement_warnings(measurement: Measurement) -> list[str]:
+    """What a reader must know before trusting the figures of a measurement."""
+    found, name = [], told_apart(measurement)
+    if not measurement.complete:
+        found.append("this measurement is a checkpoint of a run that has not ended; resume it with --resume")
+    for hook in measurement:
+        s, where = hook.summary, name(hook)
+        if s.fvu is None:
+            unknown = "what the basis leaves out is not known" if hook.is_basis else "a wrong SAE would not be noticed"
+            found.append(f"{where}: the reconstruction was not checked on any document, so {unknown}")
+        elif s.fvu.value > 1:
+            found.append(
+                f"{where}: FVU = {s.fvu.value:.3g}, worse than predicting the mean: {advice_on_fit(hook.is_basis)}"
+            )
+        elif s.fvu.value > 0.5:
+            found.append(
+                f"{where}: FVU = {s.fvu.value:.2f}: the {_kind(hook)} misses half of the variance, and its features"
+                " with it"
+            )
+        if s.n_tokens * s.alive_threshold < 100 and s.alive_threshold > 0:
+            fired = max(1, int(s.n_tokens * s.alive_threshold) + 1)
+            found.append(
+                f"{where}: at {s.n_tokens:,} tokens, alive at rate > {s.alive_threshold:g} means fired on at least"
+                f" {fired} of them; about {int(100 / s.alive_threshold):,} tokens give 10% error at the threshold"
+            )
+        if hook.is_basis:
+            found.append(
+                f"{where}: a basis has {s.d_sae:,} features because the hook point has {hook.width:,} dimensions, so F"
+                " says nothing of the model"
+            )
+        elif s.n_alive.value > 0.95 * s.d_sae:
+            found.append(
+                f"{where}: {s.n_alive.value:,.0f} of the SAE's {s.d_sae:,} latents are alive: the dictionary bounds F,"
+                " and a wider SAE may find more"
+            )
+        if s.n_alive.low is None:
+            found.append(f"{where}: too few documents for intervals over them: {s.n_documents}")
+        if s.dense_latents.value:
+            found.append(
+                f"{where}: latents that fire on more than 1/e of the tokens, outside the sparse regime of g(α):"
+                f" {s.dense_latents.value:,.0f}"
+            )
+    return found
+
+
+def error_warnings(measurement: Measurement, widths: Sequence[int], law: str = "compressed_sensing") -> list[str]:
+    """Widths whose predicted floor lies below the SAE's own reconstruction error, so that the prediction is of what the
+    SAE does not even see.
+
+    Compared in the same unit: the decoder-weighted floor and E‖x − x̂‖², both squared activations per token.
+    """
+    found, name = [], told_apart(measurement)
+    for hook in measurement:
+        error = hook.summary.reconstruction_error
+        if error is None:
+            continue
+        below = [
+            f
+            for f in hook_floors(hook, widths, "decoder_weighted", plugins().capacity_laws[law])
+            if f.predicted_floor.value < error.value
+        ]
+        if below:
+            listed = ", ".join(f"{f.width:,}" for f in below)
+            found.append(
+                f"{name(hook)}: at width {listed} the decoder-weighted floor is below the {_kind(hook)}'s own error of "
+                f"{error.show(significant(error.value, 3))} activation² per token: "
+                f"what the {_kind(hook)} misses is larger than what the student is predicted to lose"
+            )
+    return found
+
+
+def _kind(hook: HookMeasurement) -> str:
+    return "basis" if hook.is_basis else "SAE"
+
+
+def advice_on_fit(basis: bool) -> str:
+    """What to ask oneself where a dictionary leaves too much of the variance unexplained."""
+    return "keep more coordinates of each token?" if basis else "wrong hook or wrong model?"

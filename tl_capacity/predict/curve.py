@@ -1,0 +1,62 @@
+"""Curve: a published importance curve, from which floors are predicted without intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_capacity import theory
+from tl_capacity.errors import MeasurementError
+from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import FloorPrediction, _checked, _floor_figures, _predictions
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.runtime.checks import checked
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A bare importance curve, as published: sorted importances of the alive features, and their sparsity."""
+
+    name: str
+    importance: NDArray[np.float64]
+    alpha: float
+
+    @classmethod
+    @checked
+    def load(cls, path: str | Path) -> Curve:
+        """Read `{"sorted_importance": […], "alpha": …}`; where it also gives `F_alive`, the two must agree.
+
+        Raises:
+            MeasurementError: where the file is no such curve.
+        """
+        try:
+            content = json.loads(Path(path).read_bytes())
+            importance, alpha = np.asarray(content["sorted_importance"], dtype=np.float64), float(content["alpha"])
+            theory.refined_floor(importance, 0, alpha)  # raises where these are no importances or no sparsity
+        except OSError as problem:
+            raise MeasurementError(
+                f"{path} cannot be read ({problem.strerror}): pass a measurement folder or a curve's JSON file"
+            ) from problem
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
+            raise MeasurementError(
+                f"{path} is no importance curve ({problem}): it needs `sorted_importance`, a list of numbers, and"
+                " `alpha`"
+            ) from problem
+        if content.get("F_alive", len(importance)) != len(importance):
+            raise MeasurementError(
+                f"{path} says F_alive = {content['F_alive']} but lists {len(importance)} importances: it is truncated"
+                " or altered"
+            )
+        layer = content.get("layer")
+        return cls(f"layer {layer}" if layer is not None else Path(path).stem, importance, alpha)
+
+    def floors(self, widths: Sequence[int], law: str = "compressed_sensing") -> list[FloorPrediction]:
+        """Predicted floors, without intervals: a bare curve does not say how uncertain it is."""
+        chosen = plugins().capacity_laws[law]
+        figures = map(Estimate, _floor_figures(self.importance, self.alpha, _checked(widths), chosen))
+        return _predictions(self.name, widths, list(figures), "as published", "", chosen)

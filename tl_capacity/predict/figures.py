@@ -1,0 +1,117 @@
+"""Figures of predictions: floors against the student's width, and d* over the SAEs of a hook point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.predict.floors import FloorPrediction
+from tl_capacity.show.figures import (
+    GREY,
+    colour_of,
+    error_bars,
+    legend_entry,
+    line_of,
+    marker_of,
+    new_figure,
+    shown,
+    value_axis,
+    width_axis,
+)
+
+
+def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float] | None = None) -> go.Figure:
+    """Predicted floor against the student's width, with 95% intervals over documents; widths that lose nothing are left
+    out.
+
+    Args:
+        errors: E‖x − x̂‖² of the SAE at each hook point, drawn as lines; only for floors in the same unit, activation²
+            per token.
+
+    Raises:
+        CapacityError: where there is no floor to draw.
+    """
+    if not floors:
+        raise CapacityError(
+            "there are no predicted floors to draw: ask for widths, as in measurement.budget(widths=[128, 256])"
+        )
+    figure = new_figure()
+    for place, hook in enumerate(dict.fromkeys(f.hook for f in floors)):
+        mine = [f for f in floors if f.hook == hook and f.predicted_floor.value > 0]
+        figure.add_scatter(
+            x=[f.width for f in mine],
+            y=[f.predicted_floor.value for f in mine],
+            error_y=error_bars([f.predicted_floor for f in mine], colour_of(place)),
+            customdata=[[f.features_kept.value, f.features_lost.value, 100 * f.share.value] for f in mine],
+            hovertemplate=(
+                "width %{x}: floor %{y:.4g}, %{customdata[2]:.3g}% of all importance<br>keeps %{customdata[0]:,}, loses"
+                " %{customdata[1]:,}"
+            ),
+            mode="lines+markers",
+            line=line_of(place),
+            marker=marker_of(place),
+            **legend_entry(hook),
+        )
+        if errors and hook in errors:
+            figure.add_hline(y=errors[hook], line={"color": colour_of(place), "width": 1, "dash": "dot"})
+    if errors:
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            mode="lines",
+            line={"color": GREY, "width": 1, "dash": "dot"},
+            **legend_entry("the SAE's own error E‖x − x̂‖²"),
+        )
+    unit = f" ({floors[0].unit} per token)" if floors[0].unit else ""
+    value_axis(figure, f"predicted floor{unit}")
+    width_axis(figure, [f.width for f in floors])
+    return figure
+
+
+def suite_figure(measurement: Measurement) -> go.Figure:
+    """Critical width against L0, one point for each SAE, and the line d* = L0 · ln(F/L0) at the median F on which they
+    would lie if only L0 differed.
+
+    Raises:
+        CapacityError: where no SAE has a sparsity.
+    """
+    figure = new_figure()
+    sparse = [h for h in measurement if 0 < h.summary.alpha.value < 1]
+    if not sparse:
+        raise CapacityError("no SAE has enough alive features for a sparsity: count more tokens")
+    for place, hook in enumerate(dict.fromkeys(h.hook for h in sparse)):
+        mine = sorted((h for h in sparse if h.hook == hook), key=lambda h: h.summary.l0.value)
+        stars, l0s = [h.summary.critical_width for h in mine], [h.summary.l0 for h in mine]
+        figure.add_scatter(
+            x=[e.value for e in l0s],
+            y=[e.value for e in stars],
+            error_x=error_bars(l0s, colour_of(place)),
+            error_y=error_bars(stars, colour_of(place)),
+            text=[shown(h.sae) for h in mine],
+            hovertemplate="%{text}<br>L0 %{x:.2f}, d* %{y:.1f}",
+            mode="markers",
+            marker=marker_of(place, 9),
+            **legend_entry(hook),
+        )
+    n_alive = float(np.median([h.summary.n_alive.value for h in sparse]))
+    low, high = (f([h.summary.l0.value for h in sparse]) for f in (min, max))
+    l0 = np.geomspace(low / 2, min(high * 2, n_alive), 60)
+    theory = {"color": GREY, "dash": "dot", "width": 1.5}
+    figure.add_scatter(
+        x=l0,
+        y=l0 * np.log(n_alive / l0),
+        mode="lines",
+        line=theory,
+        hoverinfo="skip",
+        **legend_entry(f"L0 · ln(F/L0) at F = {n_alive:,.0f}"),
+    )
+    for width in sorted({h.width for h in sparse}):
+        label = {"text": f"width of the hook point {width:,}", "font": {"size": 10}}
+        figure.add_hline(y=width, line={"color": GREY, "width": 1}, annotation=label, annotation_position="top left")
+    figure.update_xaxes(title="L0 (active features per token)", rangemode="tozero")
+    figure.update_yaxes(title="critical width d* (dimensions)", rangemode="tozero")
+    return figure

@@ -1,0 +1,79 @@
+"""Estimate: a number with its 95% interval over documents, and every bootstrap that such intervals come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor, isfinite, log10
+
+import numpy as np
+from numpy.typing import NDArray
+
+REPLICATES = 200
+
+
+MIN_GROUPS_FOR_INTERVAL = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval over documents; `low` and `high` are None where there are too few documents to
+    say.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        """The three numbers, null where undefined."""
+        return {name: value if value is not None and isfinite(value) else None for name, value in vars(self).items()}
+
+    def show(self, digits: str = ",.1f") -> str:
+        """`value [low, high]`, or the value alone where no interval can be given."""
+        if not isfinite(self.value):
+            return "undefined"
+        interval = "" if self.low is None or self.high is None else f" [{self.low:{digits}}, {self.high:{digits}}]"
+        return f"{self.value:{digits}}{interval}"
+
+    def within(self, least: float, most: float = float("inf")) -> Estimate:
+        """The same with an interval that does not leave [least, most], as a shifted one of a count or a share may."""
+        low, high = (None if end is None else min(max(end, least), most) for end in (self.low, self.high))
+        return Estimate(self.value, low, high)
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """The format in which a number has so many significant digits, and the ends of its interval as many decimals: no
+    powers of ten but for tiny ones.
+    """
+    if not isfinite(value) or abs(value) < 1e-4:
+        return f".{digits}g"
+    return f",.{max(0, digits - 1 - floor(log10(abs(value))))}f"
+
+
+def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """How often each replicate of the document bootstrap takes each document group [replicate, group]; None where too
+    few groups have a token.
+    """
+    occupied = np.flatnonzero(tokens)
+    if len(occupied) < MIN_GROUPS_FOR_INTERVAL:
+        return None
+    weights = np.zeros((REPLICATES, len(tokens)))
+    weights[:, occupied] = np.random.default_rng(0).multinomial(
+        len(occupied), np.full(len(occupied), 1 / len(occupied)), size=REPLICATES
+    )
+    return weights
+
+
+def estimate_around(value: float, replicates: NDArray[np.float64]) -> Estimate:
+    """An estimate with the 95% percentile interval of its replicates [replicate].
+
+    The replicates are shifted so that their mean lies on the estimate: a resample repeats some documents and leaves
+    others out, so rare features vanish from it and counts of features come out low.
+    """
+    defined = replicates[
+        np.isfinite(replicates)
+    ]  # a resample may miss every document on which the statistic is defined
+    if len(defined) < 0.9 * len(replicates) or not isfinite(value):
+        return Estimate(float(value))
+    low, high = np.percentile(defined, [2.5, 97.5]) - defined.mean()
+    return Estimate(float(value), float(value + min(low, 0)), float(value + max(high, 0)))

@@ -1,0 +1,90 @@
+"""The hub, asked once whether it is there, and what libraries raise when something cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tl_capacity.errors import CapacityError
+
+PROBE_SECONDS = 5.0
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise CapacityError(
+            f"the device {device!r} cannot be used ({reason_of(problem)}): pass cpu, or a device that torch reports"
+        ) from problem
+
+
+@contextmanager
+def hub_or_cache(needed: bool = True) -> Iterator[None]:
+    """Ask the hub once whether it is there; if not, use its cache alone until the block ends.
+
+    Without a network its clients retry five times for each file, half a minute in all, before they look into the cache.
+    """
+    from huggingface_hub import constants
+
+    if not needed or constants.is_offline_mode() or _hub_answers():
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # the HTTP client's own classes; whatever it is, no answer came
+        return False
+    return True
+
+
+def loading_errors() -> tuple[type[Exception], ...]:
+    """What transformers, SAELens and safetensors raise on missing, damaged or unfitting files."""
+    from pickle import UnpicklingError
+    from struct import error as StructError
+
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (
+        StrictDataclassError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        ImportError,
+        EOFError,
+        SafetensorError,
+        StructError,  # of a few bytes where a pickle begins
+        UnpicklingError,
+    )
+
+
+def reason_of(problem: BaseException) -> str:
+    """Why something failed, in a few words to stand inside a sentence."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause: BaseException | None = problem
+    while cause is not None:
+        if isinstance(cause, (LocalEntryNotFoundError, ConnectionError)):
+            return "no hub can be reached and the local cache does not have it"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(problem, KeyError):
+        return f"{problem} is missing"
+    line = " ".join((str(problem).strip() or type(problem).__name__).splitlines()[0].split()).rstrip(".:")
+    return line if len(line) <= 200 else f"{line[:199]}…"

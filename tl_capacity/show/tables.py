@@ -1,0 +1,41 @@
+"""Tables: as rich shows them in a terminal, and as HTML for a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], right: bool = True) -> Table:
+    """A rich table, with all columns but the first to the right where they hold figures."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(title), title_justify="left", header_style="bold")
+    for i, name in enumerate(header):
+        shown.add_column(Text(name), justify="right" if right and i else "left", overflow="fold")
+    for row in body:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown
+
+
+def html_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table for a notebook, every cell escaped."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return (
+        f"<table><thead>{line('th', header)}</thead><tbody>{''.join(line('td', row) for row in body)}</tbody></table>"
+    )
+
+
+def plain(text: str) -> str:
+    """Text for a terminal, in which no bracket is markup."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text)

@@ -1,0 +1,18 @@
+"""Document groups: each document belongs to one of 64, so that sums over documents merge and can be resampled."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+DOCUMENT_GROUPS = 64
+
+
+def document_groups(documents: NDArray[np.int64], groups: int = DOCUMENT_GROUPS) -> NDArray[np.int64]:
+    """The group of each document number: a hash (splitmix64), so that neighbours and shards spread evenly whatever the
+    order.
+    """
+    x = documents.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) % np.uint64(groups)).astype(np.int64)
