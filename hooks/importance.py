@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tl_capacity.measure.statistics import LatentBatch
+    from tl_capacity.interfaces import LatentBatch
 
 
 class SecondMoment(ImportanceEstimator):

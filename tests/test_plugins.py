@@ -79,7 +79,7 @@ def test_built_ins_come_through_entry_points() -> None:
 
 
 def test_the_core_imports_no_plugin() -> None:
-    for path in CORE.glob("*.py"):
+    for path in CORE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
                 [a.name for a in node.names]
@@ -89,7 +89,7 @@ def test_the_core_imports_no_plugin() -> None:
                 else []
             )
             assert not any(f"{name}.".startswith(("tl_capacity.hooks.", "tl_capacity.recipes.")) for name in names), (
-                path.name
+                path.relative_to(CORE)
             )
 
 

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool, Float, Float64, Int64
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from tl_capacity.measure.statistics import LatentBatch
 else:
-    Tensor = LatentBatch = Any
+    Tensor = Any
 
 
 @runtime_checkable
@@ -61,6 +60,69 @@ class FeatureSums:
     squares: NDArray[np.float64]
     decoder_norm: NDArray[np.float64]
     state: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+ENTRIES_AT_ONCE = 2**14
+"""Active latents whose decoder vectors are gathered at once."""
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """The active latents of some counted tokens, sparse: one entry per (token, feature) with z ≠ 0; those of one
+    feature are in the order of the tokens.
+
+    Attributes:
+        features: the feature.
+        tokens: the token's place in `activations`.
+        groups: the document group of the token.
+        values: the latent z.
+        activations: what the SAE encoded.
+        documents: the number of the document each token belongs to.
+        token_groups: the document group of each token.
+        rows: the row of each token in the forward pass.
+        positions: its position in that row.
+        counted: on the CPU, the token mask of the forward pass, of which this batch may be a part; false at padding,
+            special tokens and skipped positions.
+        sae: the dictionary.
+        gradients: for each loss that an estimator asked for, its gradient ∂L/∂x at the hook point; L is in nats, summed
+            over positions.
+    """
+
+    features: Int64[Tensor, " entry"]
+    tokens: Int64[Tensor, " entry"]
+    groups: Int64[Tensor, " entry"]
+    values: Float64[Tensor, " entry"]
+    activations: Float[Tensor, "token ..."]
+    documents: Int64[Tensor, " token"]
+    token_groups: Int64[Tensor, " token"]
+    rows: Int64[Tensor, " token"]
+    positions: Int64[Tensor, " token"]
+    counted: Bool[Tensor, "row position"]
+    sae: Any
+    gradients: Mapping[str, Float[Tensor, "token width"]] = field(default_factory=dict)
+
+    def latent_gradients(self, loss: str) -> Float64[Tensor, " entry"]:
+        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩, the error of the reconstruction held fixed (Marks et al. 2024,
+        arXiv:2403.19647).
+        """
+        import torch
+
+        decoder, gradient = self.sae.W_dec.detach().flatten(1), self.gradients[loss]
+        pieces = zip(
+            torch.split(self.features, ENTRIES_AT_ONCE), torch.split(self.tokens, ENTRIES_AT_ONCE), strict=True
+        )
+        along = [
+            (decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces
+        ]
+        return torch.cat(along).to(self.values)
+
+    def dense(self) -> Tensor:
+        """Latents [token, feature] in float64; costs what the sparse form avoids."""
+        import torch
+
+        latents = torch.zeros(len(self.activations), self.sae.cfg.d_sae, dtype=torch.float64, device=self.values.device)
+        latents[self.tokens, self.features] = self.values
+        return latents
 
 
 @dataclass(frozen=True)

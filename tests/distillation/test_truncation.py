@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_families import TOKENS, teacher
+from tiny_families import TOKENS, teacher
 from torch import nn
 from torch.nn import functional as F
 

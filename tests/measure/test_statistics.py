@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tl_capacity.dictionaries.encoding import active_entries
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.measure.statistics import FeatureStatistics, LatentBatch
+from tl_capacity.interfaces import LatentBatch
+from tl_capacity.measure.statistics import FeatureStatistics
 from tl_capacity.results.sums import SUMS
 from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
 

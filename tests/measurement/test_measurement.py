@@ -23,8 +23,7 @@ from safetensors.numpy import save as save_arrays
 
 import tl_capacity as tlc
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
-from tl_capacity.interfaces import FeatureSums, ImportanceEstimator
-from tl_capacity.measure.statistics import LatentBatch
+from tl_capacity.interfaces import FeatureSums, ImportanceEstimator, LatentBatch
 from tl_capacity.measurement.folder import JSON_NAME, SCHEMA, read_folder, write_folder
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.storage import files as storage

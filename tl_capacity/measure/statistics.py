@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,64 +17,6 @@ from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.results.sums import SUMS, merge_sums
 from tl_capacity.text.counting import MASK_REASONS
 from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
-
-ENTRIES_AT_ONCE = 2**14
-"""Active latents whose decoder vectors are gathered at once."""
-
-
-@dataclass(frozen=True)
-class LatentBatch:
-    """The active latents of some counted tokens, sparse: one entry per (token, feature) with z ≠ 0; those of one
-    feature are in the order of the tokens.
-
-    Attributes:
-        features: the feature.
-        tokens: the token's place in `activations`.
-        groups: the document group of the token.
-        values: the latent z.
-        activations: what the SAE encoded.
-        documents: the number of the document each token belongs to.
-        token_groups: the document group of each token.
-        rows: the row of each token in the forward pass.
-        positions: its position in that row.
-        counted: on the CPU, the token mask of the forward pass, of which this batch may be a part; false at padding,
-            special tokens and skipped positions.
-        sae: the dictionary.
-        gradients: for each loss that an estimator asked for, its gradient ∂L/∂x at the hook point; L is in nats, summed
-            over positions.
-    """
-
-    features: Int64[Tensor, " entry"]
-    tokens: Int64[Tensor, " entry"]
-    groups: Int64[Tensor, " entry"]
-    values: Float64[Tensor, " entry"]
-    activations: Float[Tensor, "token ..."]
-    documents: Int64[Tensor, " token"]
-    token_groups: Int64[Tensor, " token"]
-    rows: Int64[Tensor, " token"]
-    positions: Int64[Tensor, " token"]
-    counted: Bool[Tensor, "row position"]
-    sae: Any
-    gradients: Mapping[str, Float[Tensor, "token width"]] = field(default_factory=dict)
-
-    def latent_gradients(self, loss: str) -> Float64[Tensor, " entry"]:
-        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩, the error of the reconstruction held fixed (Marks et al. 2024,
-        arXiv:2403.19647).
-        """
-        decoder, gradient = self.sae.W_dec.detach().flatten(1), self.gradients[loss]
-        pieces = zip(
-            torch.split(self.features, ENTRIES_AT_ONCE), torch.split(self.tokens, ENTRIES_AT_ONCE), strict=True
-        )
-        along = [
-            (decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces
-        ]
-        return torch.cat(along).to(self.values)
-
-    def dense(self) -> Tensor:
-        """Latents [token, feature] in float64; costs what the sparse form avoids."""
-        latents = torch.zeros(len(self.activations), self.sae.cfg.d_sae, dtype=torch.float64, device=self.values.device)
-        latents[self.tokens, self.features] = self.values
-        return latents
 
 
 @dataclass

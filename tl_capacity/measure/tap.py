@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tl_capacity.dictionaries.adapter import _decoder_norms, check_dictionary, dictionary_name, target_hook
 from tl_capacity.dictionaries.encoding import Encoder, Entries, decoder_vectors_add_up, joined
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, plugin_code
-from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
+from tl_capacity.interfaces import ImportanceEstimator, LatentBatch, SparseAutoencoder
 from tl_capacity.measure.documents import OpenDocuments
-from tl_capacity.measure.statistics import FeatureStatistics, LatentBatch
+from tl_capacity.measure.statistics import FeatureStatistics
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import Batch

@@ -77,7 +77,7 @@ class Measurement:
         """
         from tl_capacity.predict.budget import Budget
 
-        return Budget.of(self, tuple(widths), importance, law, max_fvu)
+        return Budget.predict(self.hooks, tuple(widths), importance, law, max_fvu, self.warnings)
 
     @checked
     def floors(
@@ -117,7 +117,7 @@ class Measurement:
         """What a reader must know before trusting the figures."""
         from tl_capacity.predict.caveats import measurement_warnings
 
-        return measurement_warnings(self)
+        return measurement_warnings(self.hooks, self.complete)
 
     @checked
     def save(self, folder: str | Path) -> Path:

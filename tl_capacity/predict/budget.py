@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw
@@ -15,14 +15,10 @@ from tl_capacity.predict.floors import FloorPrediction, floor_cells, hook_floors
 from tl_capacity.predict.laws import features_per_dimension
 from tl_capacity.predict.suite import suites
 from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import told_apart
 from tl_capacity.results.summary import Resample
 from tl_capacity.show.tables import html_table, plain, table
-
-if TYPE_CHECKING:
-    from tl_capacity.measurement.measurement import Measurement
-    from tl_capacity.results.hook import HookMeasurement
-
 
 HOOKS_IN_A_TABLE = 3
 """Columns that fit a terminal; more hook points follow in further tables."""
@@ -32,18 +28,31 @@ HOOKS_IN_A_TABLE = 3
 class Budget:
     """The per-layer table of a measurement and the floors of some student widths; shows itself in a terminal and in a
     notebook.
+
+    Attributes:
+        hooks: what was measured, a row of the table each.
+        floors: the predicted floors of every hook point and width.
+        law: the capacity law that both rest on.
+        warnings: what a reader must know of the measurement itself.
     """
 
-    measurement: Measurement
+    hooks: tuple[HookMeasurement, ...]
     floors: tuple[FloorPrediction, ...]
     law: str
+    warnings: Sequence[str] = ()
 
     @classmethod
-    def of(
-        cls, measurement: Measurement, widths: tuple[int, ...], importance: str, law: str, max_fvu: float | None
+    def predict(
+        cls,
+        hooks: tuple[HookMeasurement, ...],
+        widths: tuple[int, ...],
+        importance: str,
+        law: str,
+        max_fvu: float | None,
+        warnings: Sequence[str] = (),
     ) -> Budget:
-        """See `Measurement.budget`."""
-        for hook in measurement:
+        """The budget of some hook points; see `Measurement.budget`."""
+        for hook in hooks:
             fvu = hook.summary.fvu
             if max_fvu is not None and fvu is not None and fvu.value > max_fvu:
                 raise CapacityError(
@@ -52,17 +61,17 @@ class Budget:
                     " budget all the same)"
                 )
         chosen = plugins().capacity_laws[law]
-        name = told_apart(measurement)
+        name = told_apart(hooks)
         floors = tuple(
-            replace(f, hook=name(hook)) for hook in measurement for f in hook_floors(hook, widths, importance, chosen)
+            replace(f, hook=name(hook)) for hook in hooks for f in hook_floors(hook, widths, importance, chosen)
         )
-        return cls(measurement, floors, law)
+        return cls(hooks, floors, law, warnings)
 
     def rows(self) -> list[dict[str, Any]]:
         """One object per hook point: every figure an `Estimate` or a number."""
         law = plugins().capacity_laws[self.law]
         rows = []
-        for hook in self.measurement:
+        for hook in self.hooks:
             s = hook.summary
             rows.append(
                 {
@@ -112,9 +121,9 @@ class Budget:
 
         return floors_figure(self.floors)
 
-    def cells(self, hooks: slice = slice(None)) -> tuple[list[str], list[list[str]]]:
+    def cells(self, columns: slice = slice(None)) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the per-layer table as text: a column for each hook point, a row for each figure."""
-        rows, names = self.rows()[hooks], list(map(told_apart(self.measurement), self.measurement))[hooks]
+        rows, names = self.rows()[columns], list(map(told_apart(self.hooks), self.hooks))[columns]
         lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
             ("tokens (documents)", lambda r: f"{r['tokens']:,} ({r['documents']:,})"),
             ("F alive", lambda r: r["F"].show(",.0f")),
@@ -138,12 +147,12 @@ class Budget:
         ]
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        for first_hook in range(0, len(self.measurement.hooks), HOOKS_IN_A_TABLE):
+        for first_hook in range(0, len(self.hooks), HOOKS_IN_A_TABLE):
             yield table(
                 "Feature capacity [95% interval over documents]",
                 *self.cells(slice(first_hook, first_hook + HOOKS_IN_A_TABLE)),
             )
-        for suite in suites(self.measurement):
+        for suite in suites(self.hooks):
             yield table(f"d* over the dictionaries at {suite.hook}", *suite.cells())
         if self.floors:
             first = self.floors[0]
@@ -152,7 +161,7 @@ class Budget:
             yield f"[yellow]note:[/yellow] {plain(warning)}"
 
     def _repr_html_(self) -> str:
-        parts = [html_table(*self.cells()), *(html_table(*suite.cells()) for suite in suites(self.measurement))]
+        parts = [html_table(*self.cells()), *(html_table(*suite.cells()) for suite in suites(self.hooks))]
         if self.floors:
             parts.append(html_table(*floor_cells(self.floors)))
         parts += [f"<p>note: {escape(w)}</p>" for w in self.notes()]
@@ -162,13 +171,13 @@ class Budget:
         """What a reader must know before trusting these figures."""
         caveat = plugins().capacity_laws[self.law].caveat
         return (
-            [suite.statement() for suite in suites(self.measurement)]
-            + self.measurement.warnings
+            [suite.statement() for suite in suites(self.hooks)]
+            + list(self.warnings)
             + ([f"{self.law}: {caveat}"] if caveat else [])
         )
 
     def __repr__(self) -> str:
-        return f"Budget({', '.join(h.hook for h in self.measurement)}; law {self.law}, {len(self.floors)} floors)"
+        return f"Budget({', '.join(h.hook for h in self.hooks)}; law {self.law}, {len(self.floors)} floors)"
 
 
 def _budget(hook: HookMeasurement, law: CapacityLaw) -> Estimate:

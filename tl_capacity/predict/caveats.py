@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tl_capacity.plugins import plugins
@@ -11,16 +11,15 @@ from tl_capacity.results.estimate import significant
 from tl_capacity.results.naming import told_apart
 
 if TYPE_CHECKING:
-    from tl_capacity.measurement.measurement import Measurement
     from tl_capacity.results.hook import HookMeasurement
 
 
-def measurement_warnings(measurement: Measurement) -> list[str]:
+def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True) -> list[str]:
     """What a reader must know before trusting the figures of a measurement."""
-    found, name = [], told_apart(measurement)
-    if not measurement.complete:
+    found, name = [], told_apart(hooks)
+    if not complete:
         found.append("this measurement is a checkpoint of a run that has not ended; resume it with --resume")
-    for hook in measurement:
+    for hook in hooks:
         s, where = hook.summary, name(hook)
         if s.fvu is None:
             unknown = "what the basis leaves out is not known" if hook.is_basis else "a wrong SAE would not be noticed"
@@ -60,14 +59,17 @@ def measurement_warnings(measurement: Measurement) -> list[str]:
     return found
 
 
-def error_warnings(measurement: Measurement, widths: Sequence[int], law: str = "compressed_sensing") -> list[str]:
+def error_warnings(
+    hooks: Iterable[HookMeasurement], widths: Sequence[int], law: str = "compressed_sensing"
+) -> list[str]:
     """Widths whose predicted floor lies below the SAE's own reconstruction error, so that the prediction is of what the
     SAE does not even see.
 
     Compared in the same unit: the decoder-weighted floor and E‖x − x̂‖², both squared activations per token.
     """
-    found, name = [], told_apart(measurement)
-    for hook in measurement:
+    measured = tuple(hooks)
+    found, name = [], told_apart(measured)
+    for hook in measured:
         error = hook.summary.reconstruction_error
         if error is None:
             continue

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.predict.floors import FloorPrediction
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.show.figures import (
     GREY,
     colour_of,
@@ -72,7 +72,7 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
     return figure
 
 
-def suite_figure(measurement: Measurement) -> go.Figure:
+def suite_figure(hooks: Iterable[HookMeasurement]) -> go.Figure:
     """Critical width against L0, one point for each SAE, and the line d* = L0 · ln(F/L0) at the median F on which they
     would lie if only L0 differed.
 
@@ -80,7 +80,7 @@ def suite_figure(measurement: Measurement) -> go.Figure:
         CapacityError: where no SAE has a sparsity.
     """
     figure = new_figure()
-    sparse = [h for h in measurement if 0 < h.summary.alpha.value < 1]
+    sparse = [h for h in hooks if 0 < h.summary.alpha.value < 1]
     if not sparse:
         raise CapacityError("no SAE has enough alive features for a sparsity: count more tokens")
     for place, hook in enumerate(dict.fromkeys(h.hook for h in sparse)):

@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
-from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.predict.suite import suites
 from tl_capacity.results.hook import HookMeasurement
 
 LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-def middle(measurement: Measurement) -> HookMeasurement:
+def middle(hooks: Iterable[HookMeasurement]) -> HookMeasurement:
     """The hook point in the middle of those measured, from which predictions are made where none is asked for."""
-    return measurement.hooks[len(measurement.hooks) // 2]
+    measured = tuple(hooks)
+    return measured[len(measured) // 2]
 
 
-def short_hook(measurement: Measurement, hook: str) -> str:
+def short_hook(hooks: Iterable[HookMeasurement], hook: str) -> str:
     """`layer N` where all hook points are the same but for their layer, else the hook point's name."""
-    found = [LAYER.fullmatch(h.hook) for h in measurement]
-    kinds = {match[2] if match is not None else None for match in found}
+    matches = [LAYER.fullmatch(h.hook) for h in hooks]
+    kinds = {match[2] if match is not None else None for match in matches}
     layer = LAYER.fullmatch(hook)
     return f"layer {layer[1]}" if layer is not None and kinds == {layer[2]} else hook
 
 
-def hook_label(measurement: Measurement, hook: HookMeasurement) -> str:
+def hook_label(hooks: Iterable[HookMeasurement], hook: HookMeasurement) -> str:
     """The hook point's short name; where several SAEs were measured there with the SAE's, or that alone where it names
     the hook point.
     """
-    short = short_hook(measurement, hook.hook)
-    if sum(h.hook == hook.hook for h in measurement) == 1:
+    measured = tuple(hooks)
+    short = short_hook(measured, hook.hook)
+    if sum(h.hook == hook.hook for h in measured) == 1:
         return short
     return hook.sae if hook.hook in hook.sae else f"{short} · {hook.sae}"
 
 
-def told_apart(measurement: Measurement) -> Callable[[HookMeasurement], str]:
+def told_apart(hooks: Iterable[HookMeasurement]) -> Callable[[HookMeasurement], str]:
     """Names a hook point, and the SAE as well where several were measured there."""
-    several = {suite.hook for suite in suites(measurement)}
+    saes_at = Counter(h.hook for h in hooks)
 
     def name(hook: HookMeasurement) -> str:
-        if hook.hook not in several:
+        if saes_at[hook.hook] == 1:
             return hook.hook
         return hook.sae if hook.hook in hook.sae else f"{hook.hook}, {hook.sae}"
 
