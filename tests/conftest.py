@@ -25,6 +25,7 @@ import pytest
 import sae_lens
 import torch
 from commands import HOOK, Cli
+from hypothesis import HealthCheck, settings
 from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
@@ -47,6 +48,15 @@ D_MODEL, LAYERS, VOCAB, CONTEXT = 32, 3, 100, 32
 HEADS = 4
 
 torch.set_num_threads(1)
+
+# The suite tries the same examples each time, so that a change fails by its own fault. `make fuzz` tries others.
+settings.register_profile(
+    "ci", derandomize=True, database=None, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
