@@ -1,5 +1,6 @@
 # make demo: measure the embedded teacher, and the whole experiment at its shortest.  make test: the test suite.
 # make check: all that CI checks beside the tests.  make site: the documentation as HTML.  make tl4: the tests on TransformerLens 4, in an environment of their own.
+# make fix: what ruff can mend.  make fuzz: random tests with new examples.  make coverage: which lines the tests miss.  make constraints: constraints.txt anew.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -10,7 +11,7 @@ WIDTHS := 16,24,32,48,64,96,128
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow tl4 check site benchmarks help-pages clean
+.PHONY: demo test slow fuzz coverage tl4 check fix site benchmarks help-pages constraints clean
 
 demo: .venv/.package
 	rm -rf runs/demo runs/demo-floors
@@ -23,6 +24,12 @@ test: .venv/.test
 slow: .venv/.test
 	$(PYTEST) -m slow
 
+fuzz: .venv/.test
+	$(PYTEST) -m hypothesis --hypothesis-profile fuzz
+
+coverage: .venv/.test
+	$(PYTEST) --cov --cov-report term-missing
+
 tl4: .venv-tl4/.package
 	.venv-tl4/bin/python tests/transformer_lens_4.py
 
@@ -33,6 +40,10 @@ check: .venv/.dev site
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python docs/write_help.py --check
+
+fix: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 site: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
@@ -47,6 +58,12 @@ benchmarks: .venv/.test
 
 help-pages: .venv/.package
 	$(BIN)/python docs/write_help.py
+
+# A version that stands stays, so a package rises when its line is deleted first. torch's line stays: without it pip takes the newest build for GPUs.
+constraints: .venv/.dev
+	$(BIN)/pip-compile --quiet --output-file constraints.txt pyproject.toml
+	sed --in-place --expression '/^#/d; /^$$/d; s/^\(torch==[^+]*\)+.*/\1/; s/^pymdown-extensions==.*/& ; python_full_version >= "3.11.5"/' constraints.txt
+	sed --in-place '1i # What the project was tested with; `pip install --constraint constraints.txt` takes exactly these. Written by `make constraints`.' constraints.txt
 
 # torch comes first: asked for exactly, pip finds the CPU build where one is offered.
 .venv/.package: pyproject.toml constraints.txt
@@ -79,4 +96,4 @@ help-pages: .venv/.package
 	touch $@
 
 clean:
-	rm -rf .venv .venv-tl4 runs build dist site *.egg-info
+	rm -rf .venv .venv-tl4 runs build dist site .coverage* *.egg-info
