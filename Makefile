@@ -11,7 +11,9 @@ WIDTHS := 16,24,32,48,64,96,128
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow fuzz coverage tl4 check fix site benchmarks help-pages constraints clean
+.PHONY: dev demo test slow fuzz coverage tl4 check fix site benchmarks help-pages constraints clean
+
+dev: .venv/.dev .venv/.docs
 
 demo: .venv/.package
 	rm -rf runs/demo runs/demo-floors
