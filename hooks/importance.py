@@ -28,6 +28,7 @@ class SecondMoment(ImportanceEstimator):
     name = "second_moment"
     unit = "latent²"
     summary = "E[z²], the paper's importance"
+    is_default = True
 
     def compute(self, sums: FeatureSums) -> NDArray[np.float64]:
         return sums.squares / sums.tokens
@@ -41,6 +42,7 @@ class DecoderWeighted(ImportanceEstimator):
     name = "decoder_weighted"
     unit = "activation²"
     summary = "E[z²]·‖w_dec‖², invariant to rescaling a latent"
+    compares_with_reconstruction_error = True
 
     def compute(self, sums: FeatureSums) -> NDArray[np.float64]:
         return sums.squares / sums.tokens * sums.decoder_norm**2

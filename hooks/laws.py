@@ -17,6 +17,7 @@ class CompressedSensing(CapacityLaw):
 
     name = "compressed_sensing"
     summary = "g(α) of the minimum-width theorem"
+    is_default = True
 
     def features_per_dimension(self, alpha: float, importance: NDArray[np.float64]) -> float:
         return theory.capacity(alpha)

@@ -48,7 +48,7 @@ def having(*languages: str) -> list[Any]:
 @pytest.fixture
 def own_plugins() -> Iterator[None]:
     """Whatever a page registers is taken out again."""
-    manager = plugins._manager()[0]
+    manager = plugins.plugin_manager()
     before = {name for name, _ in manager.list_name_plugin()}
     yield
     for name, _ in manager.list_name_plugin():

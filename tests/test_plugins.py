@@ -101,6 +101,44 @@ def test_a_name_clash_names_both_plugins(registered: Callable[[object], str]) ->
         plugins.plugins()
 
 
+def test_the_default_is_what_the_built_in_plugins_say() -> None:
+    found = plugins.plugins()
+    assert found.importance_estimators.default.name == "second_moment"
+    assert found.capacity_laws.named(None) is found.capacity_laws["compressed_sensing"]
+    assert found.capacity_laws.named("equilibrium") is found.capacity_laws["equilibrium"]
+
+
+def test_two_defaults_name_both_plugins(registered: Callable[[object], str]) -> None:
+    other = Largest()
+    other.is_default = True
+    registered(estimator_plugin(other))
+    with pytest.raises(
+        PluginError,
+        match="'importance' and 'test-0' both register a default importance estimator: set `is_default = False` in one",
+    ):
+        plugins.plugins()
+
+
+def test_no_default_is_one_sentence() -> None:
+    registry = plugins.Registry[Any]("capacity law")
+    with pytest.raises(PluginError, match=r"^no capacity law is the default: name one of \(none\), or register one"):
+        registry.named(None)
+    registry.add(plugins.plugins().capacity_laws["equilibrium"], "mine")
+    with pytest.raises(PluginError, match="name one of equilibrium, or register one with `is_default = True`"):
+        _ = registry.default
+
+
+def test_what_the_plugin_manager_registers_is_seen_at_once() -> None:
+    manager, before = plugins.plugin_manager(), plugins.plugins()
+    name = manager.register(estimator_plugin(Largest()), "by-the-manager")
+    try:
+        assert "cubed" not in before.importance_estimators
+        assert "cubed" in plugins.plugins().importance_estimators
+    finally:
+        manager.unregister(name=name)
+    assert "cubed" not in plugins.plugins().importance_estimators
+
+
 def test_two_plugins_of_one_name_are_named() -> None:
     class Other:
         """Has a name that is taken."""
@@ -112,7 +150,7 @@ def test_two_plugins_of_one_name_are_named() -> None:
         ),
     ):
         plugins.register_plugin(Other(), "laws")
-    laws = plugins._manager()[0].get_plugin("laws")
+    laws = plugins.plugin_manager().get_plugin("laws")
     with pytest.raises(PluginError, match="as 'more-laws', because it is registered as 'laws' already"):
         plugins.register_plugin(laws, "more-laws")
     assert "compressed_sensing" in plugins.plugins().capacity_laws
@@ -191,8 +229,8 @@ def test_a_plugin_file_that_raises_is_reported(tmp_path: Path) -> None:
         plugins.load_plugin_file(path)
         assert "needs something" in plugins.plugins().failures[str(path)]
     finally:
-        plugins._manager()[1].pop(str(path))
-        plugins.plugins.cache_clear()
+        plugins.unregister_plugin(str(path))
+    assert str(path) not in plugins.plugins().failures
 
 
 def test_a_plugin_file_adds_a_law(tmp_path: Path) -> None:
@@ -242,12 +280,10 @@ def plugin_file(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
         return files[-1]
 
     yield write
-    manager, failures = plugins._manager()
+    manager = plugins.plugin_manager()
     for path in files:
-        failures.pop(str(path), None)
-        if manager.has_plugin(str(path)):
+        if manager.has_plugin(str(path)) or str(path) in manager.failures:
             manager.unregister(name=str(path))
-    plugins.plugins.cache_clear()
 
 
 def test_an_estimator_from_a_file_beside_a_file_that_fails(

@@ -165,6 +165,12 @@ class ImportanceEstimator:
     """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.measure.backward`), or
     `PathGradient`s.
     """
+    is_default: bool = False
+    """Whether this estimator is meant where none is named; of all plugins' estimators, one says so."""
+    compares_with_reconstruction_error: bool = False
+    """Whether importances add up in the unit of the dictionary's error E‖x − x̂‖², so that floor and error can be
+    compared; then `compute` needs no state.
+    """
 
     def start(self, sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:
         """The empty state: tensors [group, ...] of zeros."""
@@ -185,6 +191,8 @@ class CapacityLaw:
     summary: str = ""
     caveat: str = ""
     """Where the law must not be trusted; printed beside every figure that rests on it."""
+    is_default: bool = False
+    """Whether this law is meant where none is named; of all plugins' laws, one says so."""
 
     def features_per_dimension(self, alpha: float, importance: NDArray[np.float64]) -> float:
         """ĝ for sparsity `alpha` and the alive features' importances [feature]."""

@@ -55,7 +55,37 @@ class Registry(Generic[Item]):
                 f"plugins {self.origins[name]!r} and {origin!r} both register a {self.kind} named {name!r}: rename or"
                 " uninstall one"
             )
+        if getattr(item, "is_default", False):
+            for other in self.items.values():
+                if getattr(other, "is_default", False):
+                    raise PluginError(
+                        f"plugins {self.origins[str(getattr(other, 'name', ''))]!r} and {origin!r} both register a"
+                        f" default {self.kind}: set `is_default = False` in one"
+                    )
         self.items[name], self.origins[name] = item, origin
+
+    @property
+    def default(self) -> Item:
+        """The object that is meant where none is named: the one whose `is_default` is true.
+
+        Raises:
+            PluginError: where no plugin registered one.
+        """
+        for item in self.items.values():
+            if getattr(item, "is_default", False):
+                return item
+        raise PluginError(
+            f"no {self.kind} is the default: name one of {', '.join(sorted(self.items)) or '(none)'}, or register one"
+            " with `is_default = True`"
+        )
+
+    def named(self, name: str | None) -> Item:
+        """The object of that name, or the default where none is named.
+
+        Raises:
+            PluginError: where there is none.
+        """
+        return self.default if name is None else self[name]
 
     def __getitem__(self, name: str) -> Item:
         if name not in self.items:
@@ -97,11 +127,66 @@ class Plugins:
         return {name: value for name, value in vars(self).items() if isinstance(value, Registry)}
 
 
+class PluginManager(pluggy.PluginManager):
+    """pluggy's manager of this package's hooks; what it registers or unregisters shows in the next `plugins()`.
+
+    Attributes:
+        failures: why each plugin failed that could not be imported, by the plugin's name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("tl_capacity")
+        self.add_hookspecs(hookspecs)
+        self.failures: dict[str, str] = {}
+
+    def register(self, plugin: object, name: str | None = None) -> str:
+        """Add a plugin (a module or an object with `@hookimpl` methods) and return the name it is known by.
+
+        Raises:
+            PluginError: where it or another plugin of that name is registered already, or it implements a hook with
+                other arguments than the hook's.
+        """
+        plugins.cache_clear()
+        try:
+            registered = super().register(plugin, name=name)
+        except pluggy.PluginValidationError as problem:
+            if self.is_registered(plugin):  # pluggy before 1.7 leaves it half registered
+                super().unregister(plugin)
+            raise PluginError(f"{' '.join(str(problem).split())}: a hook takes one argument, `register`") from problem
+        except ValueError as problem:
+            known = self.get_name(plugin)
+            taken = (
+                f"it is registered as {known!r} already" if known else f"{self.get_plugin(str(name))!r} has that name"
+            )
+            raise PluginError(
+                f"the plugin {plugin!r} cannot be registered as {name!r}, because {taken}: choose another name, or"
+                " unregister that first"
+            ) from problem
+        if registered is None:
+            raise PluginError(f"a plugin named {name!r} is blocked: choose another name")
+        return registered
+
+    def unregister(self, plugin: object | None = None, name: str | None = None) -> Any:
+        """Take a plugin out again and return it; of one that could not be imported, its failure is forgotten."""
+        plugins.cache_clear()
+        if name is not None and name in self.failures:
+            return self.failures.pop(name)
+        return super().unregister(plugin, name)
+
+    def fail(self, name: str, problem: BaseException) -> None:
+        """Record why a plugin could not be imported; the rest works without it."""
+        plugins.cache_clear()
+        self.failures[name] = f"{type(problem).__name__}: {problem}"
+
+
 @lru_cache(maxsize=1)
-def _manager() -> tuple[pluggy.PluginManager, dict[str, str]]:
-    manager = pluggy.PluginManager("tl_capacity")
-    manager.add_hookspecs(hookspecs)
-    failures: dict[str, str] = {}
+def plugin_manager() -> PluginManager:
+    """The manager of this process, with every plugin that an installed package's entry points name.
+
+    Raises:
+        PluginError: where two packages have a plugin of one name.
+    """
+    manager = PluginManager()
     packages: dict[str, str] = {}
     for entry in sorted(
         entry_points(group="tl_capacity"), key=lambda e: (not e.value.startswith("tl_capacity."), e.name, _package(e))
@@ -114,10 +199,10 @@ def _manager() -> tuple[pluggy.PluginManager, dict[str, str]]:
             )
         packages[entry.name] = package
         try:
-            _register(manager, entry.load(), entry.name)
+            manager.register(entry.load(), entry.name)
         except (Exception, SystemExit) as problem:  # somebody's plugin must not take the tool down
-            failures[entry.name] = f"{type(problem).__name__}: {problem}"
-    return manager, failures
+            manager.fail(entry.name, problem)
+    return manager
 
 
 @lru_cache(maxsize=1)
@@ -127,7 +212,7 @@ def plugins() -> Plugins:
     Raises:
         PluginError: where two plugins register the same name, or one implements a hook that does not exist.
     """
-    manager, failures = _manager()
+    manager = plugin_manager()
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as problem:
@@ -138,11 +223,11 @@ def plugins() -> Plugins:
         )
         hint = f"did you mean {near[0]}?" if near else "see `tl_capacity.hookspecs` for the hooks there are"
         raise PluginError(f"{str(problem).rstrip('.')}: {hint}") from problem
-    found = Plugins(failures=dict(failures))
-    for name, registry in found.registries().items():
+    contributed = Plugins(failures=dict(manager.failures))
+    for name, registry in contributed.registries().items():
         # In the order of registration, but `tryfirst` and `trylast` are heeded: sources are asked in this order.
         for implementation in sorted(
-            getattr(manager.hook, f"register_{name}").get_hookimpls(), key=lambda found: found.trylast - found.tryfirst
+            getattr(manager.hook, f"register_{name}").get_hookimpls(), key=lambda hook: hook.trylast - hook.tryfirst
         ):
             origin = implementation.plugin_name
             try:
@@ -150,33 +235,12 @@ def plugins() -> Plugins:
             except PluginError:
                 raise
             except (Exception, SystemExit) as problem:
-                found.failures[origin] = f"{type(problem).__name__} in register_{name}: {problem}"
-    return found
+                contributed.failures[origin] = f"{type(problem).__name__} in register_{name}: {problem}"
+    return contributed
 
 
 def _package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else entry.value
-
-
-def _register(manager: pluggy.PluginManager, plugin: object, name: str | None) -> str:
-    try:
-        registered = manager.register(plugin, name=name)
-    except pluggy.PluginValidationError as problem:
-        if manager.is_registered(plugin):  # pluggy before 1.7 leaves it half registered
-            manager.unregister(plugin)
-        raise PluginError(f"{' '.join(str(problem).split())}: a hook takes one argument, `register`") from problem
-    except ValueError as problem:
-        known = manager.get_name(plugin)
-        taken = (
-            f"it is registered as {known!r} already" if known else f"{manager.get_plugin(str(name))!r} has that name"
-        )
-        raise PluginError(
-            f"the plugin {plugin!r} cannot be registered as {name!r}, because {taken}: choose another name, or"
-            " unregister that first"
-        ) from problem
-    if registered is None:
-        raise PluginError(f"a plugin named {name!r} is blocked: choose another name")
-    return registered
 
 
 def _adder(registry: Registry[Any], origin: str) -> Callable[[Any], None]:
@@ -190,15 +254,12 @@ def register_plugin(plugin: object, name: str | None = None) -> str:
         PluginError: where it or another plugin of that name is registered already, or it implements a hook with other
             arguments than the hook's.
     """
-    registered = _register(_manager()[0], plugin, name)
-    plugins.cache_clear()
-    return registered
+    return plugin_manager().register(plugin, name)
 
 
 def unregister_plugin(name: str) -> None:
     """Take a plugin out again."""
-    _manager()[0].unregister(name=name)
-    plugins.cache_clear()
+    plugin_manager().unregister(name=name)
 
 
 def load_plugin_file(path: Path) -> str:
@@ -217,8 +278,7 @@ def load_plugin_file(path: Path) -> str:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as problem:
         del sys.modules[name]
-        _manager()[1][str(path)] = f"{type(problem).__name__}: {problem}"
-        plugins.cache_clear()
+        plugin_manager().fail(str(path), problem)
         return str(path)
     return register_plugin(module, name=str(path))
 
@@ -238,7 +298,7 @@ def register_importance_estimator(estimator: Estimator) -> Estimator:
         def register_importance_estimators(self, register: Callable[[ImportanceEstimator], None]) -> None:
             register(instance)
 
-    if _manager()[0].get_plugin(origin) is not None:
+    if plugin_manager().get_plugin(origin) is not None:
         unregister_plugin(origin)
     register_plugin(AdHoc(), name=origin)
     try:

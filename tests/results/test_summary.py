@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.results import summary as summaries
+from tl_capacity.results import estimate as estimates
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.summary import THRESHOLDS, FeatureSummary
 from tl_capacity.results.sums import SUMS, check_sums, merge_sums
@@ -45,7 +45,7 @@ def rates_summary(rates: list[float], tokens: int = 10**6, threshold: float = 1e
 
 @pytest.fixture
 def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summaries, "REPLICATES", 20)
+    monkeypatch.setattr(estimates, "REPLICATES", 20)
 
 
 class TestClosedForms:

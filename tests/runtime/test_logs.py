@@ -80,8 +80,7 @@ def test_a_plugin_file_that_fails_is_a_line_too(cli: Cli, tmp_path: Path, how: l
     try:
         code, _, err = cli(*how, "--plugin", failing, "plugins", "--json")
     finally:
-        plugins._manager()[1].pop(str(failing), None)
-        plugins.plugins.cache_clear()
+        plugins.unregister_plugin(str(failing))
     assert code == 0
     lines = [json.loads(line) for line in err.splitlines()]
     assert lines[0]["level"] == "error"

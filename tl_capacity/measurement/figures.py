@@ -35,8 +35,8 @@ from tl_capacity.show.figures import (
 def importance_figure(
     measurement: Measurement,
     widths: Sequence[int] = (),
-    importance: str = "second_moment",
-    law: str = "compressed_sensing",
+    importance: str | None = None,
+    law: str | None = None,
     hook: str | None = None,
 ) -> go.Figure:
     """Importance of the alive features, most important first, with 95% bands over documents; where each student width's
@@ -49,7 +49,7 @@ def importance_figure(
     Raises:
         CapacityError: where no hook point has an alive feature, or the importance was not measured.
     """
-    chosen, figure = plugins().capacity_laws[law], new_figure()
+    chosen, figure = plugins().capacity_laws.named(law), new_figure()
     lined = measurement[hook] if hook is not None else middle(measurement)
     for place, each in enumerate(measurement):
         values = np.sort(each.importance(importance))[::-1]
@@ -118,16 +118,17 @@ def firing_rate_figure(measurement: Measurement) -> go.Figure:
     return figure
 
 
-def _curve_interval(hook: HookMeasurement, importance: str, ranks: NDArray[np.int64]) -> list[Estimate]:
+def _curve_interval(hook: HookMeasurement, importance: str | None, ranks: NDArray[np.int64]) -> list[Estimate]:
     """The sorted importances at some ranks, with intervals."""
     estimator, s = hook.estimator(importance), hook.summary
 
     def at_ranks(sums: Resample) -> list[float]:
-        values = np.sort(sums.importance(estimator.compute, importance)[sums.rates > s.alive_threshold])[::-1]
+        values = np.sort(sums.importance(estimator.compute, estimator.name)[sums.rates > s.alive_threshold])[::-1]
         return list(np.concatenate([values, np.full(max(0, ranks[-1] - len(values)), np.nan)])[ranks - 1])
 
     return s.estimates(at_ranks)
 
 
-def unit_of(importance: str) -> str:
-    return str(plugins().importance_estimators[importance].unit)
+def unit_of(importance: str | None) -> str:
+    """The unit of an importance estimator, the default one where none is named."""
+    return str(plugins().importance_estimators.named(importance).unit)

@@ -65,8 +65,8 @@ class Measurement:
     def budget(
         self,
         widths: Iterable[int] = (),
-        importance: str = "second_moment",
-        law: str = "compressed_sensing",
+        importance: str | None = None,
+        law: str | None = None,
         max_fvu: float | None = 1.0,
     ) -> Budget:
         """The per-layer table, with predicted floors for `widths`.
@@ -83,8 +83,8 @@ class Measurement:
     def floors(
         self,
         widths: Iterable[int],
-        importance: str = "second_moment",
-        law: str = "compressed_sensing",
+        importance: str | None = None,
+        law: str | None = None,
         max_fvu: float | None = 1.0,
     ) -> list[FloorPrediction]:
         """Predicted floors of every hook and width; arguments as in `budget`."""
@@ -101,8 +101,8 @@ class Measurement:
     def plot_importance(
         self,
         widths: Sequence[int] = (),
-        importance: str = "second_moment",
-        law: str = "compressed_sensing",
+        importance: str | None = None,
+        law: str | None = None,
         hook: str | None = None,
     ) -> Any:
         """A plotly figure of the sorted importances, with the budget of each student width drawn in; see

@@ -46,8 +46,8 @@ class Budget:
         cls,
         hooks: tuple[HookMeasurement, ...],
         widths: tuple[int, ...],
-        importance: str,
-        law: str,
+        importance: str | None,
+        law: str | None,
         max_fvu: float | None,
         warnings: Sequence[str] = (),
     ) -> Budget:
@@ -60,12 +60,12 @@ class Budget:
                     f" than {max_fvu:g}: {advice_on_fit(hook.is_basis)} (max_fvu=None, or --max-fvu inf, reports the"
                     " budget all the same)"
                 )
-        chosen = plugins().capacity_laws[law]
+        chosen = plugins().capacity_laws.named(law)
         name = told_apart(hooks)
         floors = tuple(
             replace(f, hook=name(hook)) for hook in hooks for f in hook_floors(hook, widths, importance, chosen)
         )
-        return cls(hooks, floors, law, warnings)
+        return cls(hooks, floors, chosen.name, warnings)
 
     def rows(self) -> list[dict[str, Any]]:
         """One object per hook point: every figure an `Estimate` or a number."""
@@ -131,7 +131,7 @@ class Budget:
             ("α = 1 − L0/F", lambda r: r["alpha"].show(".4f")),
             ("g(α) per dimension", lambda r: r["g"].show(",.2f")),
             (
-                "budget d·g(α)" if self.law == "compressed_sensing" else f"budget, {self.law}",
+                "budget d·g(α)" if plugins().capacity_laws[self.law].is_default else f"budget, {self.law}",
                 lambda r: r["budget"].show(",.0f"),
             ),
             ("d* = F/g(α)", lambda r: r["d*"].show(",.1f")),
@@ -181,7 +181,7 @@ class Budget:
 
 
 def _budget(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
-    """d·ĝ(α) of a hook point; importances are taken from the paper's estimator, for laws that depend on them."""
+    """d·ĝ(α) of a hook point; importances are taken from the default estimator, for laws that depend on them."""
     s, values = hook.summary, hook.importance()
 
     def budget_of(sums: Resample) -> list[float]:

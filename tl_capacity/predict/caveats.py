@@ -59,30 +59,29 @@ def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True
     return found
 
 
-def error_warnings(
-    hooks: Iterable[HookMeasurement], widths: Sequence[int], law: str = "compressed_sensing"
-) -> list[str]:
+def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law: str | None = None) -> list[str]:
     """Widths whose predicted floor lies below the SAE's own reconstruction error, so that the prediction is of what the
     SAE does not even see.
 
-    Compared in the same unit: the decoder-weighted floor and E‖x − x̂‖², both squared activations per token.
+    Compared in the same unit: E‖x − x̂‖² and the floor by the estimator that says its importances compare with it, both
+    squared activations per token.
     """
-    measured = tuple(hooks)
+    measured, registered = tuple(hooks), plugins()
+    estimator = next((e for e in registered.importance_estimators if e.compares_with_reconstruction_error), None)
+    if estimator is None:
+        return []
     found, name = [], told_apart(measured)
+    importance, chosen = estimator.name.replace("_", "-"), registered.capacity_laws.named(law)
     for hook in measured:
         error = hook.summary.reconstruction_error
         if error is None:
             continue
-        below = [
-            f
-            for f in hook_floors(hook, widths, "decoder_weighted", plugins().capacity_laws[law])
-            if f.predicted_floor.value < error.value
-        ]
+        below = [f for f in hook_floors(hook, widths, estimator.name, chosen) if f.predicted_floor.value < error.value]
         if below:
             listed = ", ".join(f"{f.width:,}" for f in below)
             found.append(
-                f"{name(hook)}: at width {listed} the decoder-weighted floor is below the {_kind(hook)}'s own error of "
-                f"{error.show(significant(error.value, 3))} activation² per token: "
+                f"{name(hook)}: at width {listed} the {importance} floor is below the {_kind(hook)}'s own error of "
+                f"{error.show(significant(error.value, 3))} {estimator.unit} per token: "
                 f"what the {_kind(hook)} misses is larger than what the student is predicted to lose"
             )
     return found

@@ -55,8 +55,10 @@ class Curve:
         layer = content.get("layer")
         return cls(f"layer {layer}" if layer is not None else Path(path).stem, importance, alpha)
 
-    def floors(self, widths: Sequence[int], law: str = "compressed_sensing") -> list[FloorPrediction]:
-        """Predicted floors, without intervals: a bare curve does not say how uncertain it is."""
-        chosen = plugins().capacity_laws[law]
+    def floors(self, widths: Sequence[int], law: str | None = None) -> list[FloorPrediction]:
+        """Predicted floors, without intervals: a bare curve does not say how uncertain it is; `law` None is the
+        default one.
+        """
+        chosen = plugins().capacity_laws.named(law)
         figures = map(Estimate, _floor_figures(self.importance, self.alpha, _checked(widths), chosen))
         return _predictions(self.name, widths, list(figures), "as published", "", chosen)

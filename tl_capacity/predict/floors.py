@@ -94,13 +94,14 @@ def floor_cells(floors: Sequence[FloorPrediction]) -> tuple[list[str], list[list
 
 
 def hook_floors(
-    hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw
+    hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: CapacityLaw
 ) -> list[FloorPrediction]:
     """Predicted floors of one hook point, every figure with its document-bootstrap interval."""
     if not _checked(widths):
         return []
     estimates = resampled(hook, importance, lambda values, alpha: _floor_figures(values, alpha, widths, law))
-    return _predictions(hook.hook, widths, estimates, importance, str(hook.estimator(importance).unit), law)
+    estimator = hook.estimator(importance)
+    return _predictions(hook.hook, widths, estimates, estimator.name, str(estimator.unit), law)
 
 
 def sparsity(hook: HookMeasurement) -> float:
@@ -119,7 +120,7 @@ def sparsity(hook: HookMeasurement) -> float:
 
 
 def resampled(
-    hook: HookMeasurement, importance: str, statistic: Callable[[NDArray[np.float64], float], Sequence[float]]
+    hook: HookMeasurement, importance: str | None, statistic: Callable[[NDArray[np.float64], float], Sequence[float]]
 ) -> list[Estimate]:
     """Figures that follow from the alive features' importances [feature] and their sparsity, with intervals over
     documents.
@@ -134,7 +135,7 @@ def resampled(
         alpha = s.sparsity_of(sums)
         if not 0 < alpha < 1:
             return [float("nan")] * size
-        return statistic(sums.importance(estimator.compute, importance)[sums.rates > s.alive_threshold], alpha)
+        return statistic(sums.importance(estimator.compute, estimator.name)[sums.rates > s.alive_threshold], alpha)
 
     return s.estimates(of)
 

@@ -42,28 +42,30 @@ class HookMeasurement:
         """Whether the features are the vectors of a basis instead of an SAE's."""
         return self.architecture.split(",")[0] in BASES
 
-    def importance(self, name: str = "second_moment") -> NDArray[np.float64]:
-        """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit.
+    def importance(self, name: str | None = None) -> NDArray[np.float64]:
+        """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit; by the default
+        estimator where none is named.
 
         Raises:
             CapacityError: where no such estimator is registered, or it had to be named when measuring and was not.
         """
-        return self.summary.importance(self.estimator(name).compute, name)
+        estimator = self.estimator(name)
+        return self.summary.importance(estimator.compute, estimator.name)
 
-    def ranked(self, importance: str = "second_moment") -> NDArray[np.int64]:
+    def ranked(self, importance: str | None = None) -> NDArray[np.int64]:
         """Numbers of the alive features in the SAE, the most important first; of equals the one with the smaller
         number.
         """
         order = np.argsort(-self.importance(importance), kind="stable")
         return np.asarray(np.flatnonzero(self.summary.alive)[order], dtype=np.int64)
 
-    def estimator(self, name: str) -> Any:
-        """The registered estimator, checked to have accumulated what it needs."""
-        estimator = plugins().importance_estimators[name]
+    def estimator(self, name: str | None = None) -> Any:
+        """The registered estimator of that name, or the default one, checked to have accumulated what it needs."""
+        estimator = plugins().importance_estimators.named(name)
         accumulates = type(estimator).start is not ImportanceEstimator.start
-        if accumulates and name not in self.estimators:
+        if accumulates and estimator.name not in self.estimators:
             raise MeasurementError(
-                f"{self.hook} was measured without the importance estimator {name!r}: measure again with --importance"
-                f" {name}"
+                f"{self.hook} was measured without the importance estimator {estimator.name!r}: measure again with"
+                f" --importance {estimator.name}"
             )
         return estimator
