@@ -206,6 +206,7 @@ class Muon(torch.optim.Optimizer):
             for shape, matrices in shapes.items():
                 directions = []
                 for matrix in matrices:
+                    assert matrix.grad is not None
                     average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
                     average.lerp_(matrix.grad, 1 - group["momentum"])
                     directions.append(matrix.grad.lerp(average, group["momentum"]))  # Nesterov
@@ -216,7 +217,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
     """The nearest semi-orthogonal matrices, roughly: singular values between 0.7 and 1.2."""
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    wide: torch.Tensor = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = wide @ wide.mT
@@ -399,7 +400,7 @@ def sample(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens
         for _ in range(tokens):
             top = model(ids, use_cache=False).logits[0, -1].topk(40)
             ids = torch.cat([ids, top.indices[torch.multinomial((top.values / 0.8).softmax(0), 1)][None]], dim=1)
-        yield {"prompt": prompt, "text": tokenizer.decode(ids[0, 1:])}
+        yield {"prompt": prompt, "text": str(tokenizer.decode(ids[0, 1:]))}
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def _hook_width(model: Any, name: str) -> int | None:
 
 
 def untraced(function: Callback) -> Callback:
-    untraced: Callback = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    untraced: Callback = torch.compiler.disable(function)
     return untraced
 
 
