@@ -38,8 +38,8 @@ tl4: .venv-tl4/.package
 check: .venv/.dev site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	.ci/types
+	.ci/imports
 	$(BIN)/codespell
 	$(BIN)/python docs/write_help.py --check
 

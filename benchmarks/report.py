@@ -48,8 +48,9 @@ def saes(folder: Path) -> tuple[str, ...]:
     import torch
     from sae_lens import TopKSAE, TopKSAEConfig
 
-    found = []
-    for place, hook in enumerate(load_model("embedded").named.saes):
+    teacher, found = load_model("embedded").named, []
+    assert teacher is not None
+    for place, hook in enumerate(teacher.saes):
         sae = TopKSAE(TopKSAEConfig(d_in=128, d_sae=LATENTS, k=ACTIVE))
         decoder = torch.randn(LATENTS, 128, generator=torch.Generator().manual_seed(place))
         sae.W_dec.data = decoder / decoder.norm(dim=1, keepdim=True)

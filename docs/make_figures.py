@@ -15,11 +15,19 @@ from plotly.subplots import make_subplots
 from tl_capacity.hooks.embedded import FOLDER
 
 from tl_capacity import Measurement
+from tl_capacity.results.estimate import Estimate
 from tl_capacity.show.palette import COLOURS
 
 FIGURES = Path(__file__).parent / "figures"
 DASHES = ("solid", "dash", "dot")
 WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def margin(estimate: Estimate) -> tuple[float, float]:
+    """How far an interval reaches below its estimate, and above."""
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.value - estimate.low, estimate.high - estimate.value
 
 
 def floors(measurement: Measurement) -> go.Figure:
@@ -43,15 +51,15 @@ def floors(measurement: Measurement) -> go.Figure:
         )
         predictions = measurement.budget(WIDTHS, importance="decoder_weighted").floors
         mine = [p for p in predictions if p.hook == hook.hook and p.features_lost.value > 0]
-        total = curve.sum()
+        margins, total = [margin(p.predicted_floor) for p in mine], curve.sum()
         figure.add_scatter(
             x=[p.width for p in mine],
             y=[p.share.value for p in mine],
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": [(p.predicted_floor.high - p.predicted_floor.value) / total for p in mine],
-                "arrayminus": [(p.predicted_floor.value - p.predicted_floor.low) / total for p in mine],
+                "array": [above / total for _, above in margins],
+                "arrayminus": [below / total for below, _ in margins],
             },
             mode="lines+markers",
             line=line,
