@@ -11,14 +11,15 @@ from tl_capacity.interfaces import ModelFamily
 
 def student(config: Any, width: int) -> dict[str, Any] | None:
     """What a student of some width has otherwise than its teacher; see `scaling`."""
-    size = head_size(width, config.hidden_size // config.num_attention_heads, multiple=2)
+    teacher_size = config.hidden_size // config.num_attention_heads
+    size = head_size(width, teacher_size, multiple=2)
     if size is None:
         return None
     return {
         "hidden_size": width,
         "num_attention_heads": width // size,
         "intermediate_size": scaled(config.intermediate_size, width, config.hidden_size),
-        "rope_parameters": partly_rotated(config.rope_parameters, size),
+        "rope_parameters": partly_rotated(config.rope_parameters, size, teacher_size),
         "initializer_range": initial_weights(config, width),
     }
 

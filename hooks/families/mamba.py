@@ -15,7 +15,7 @@ def student(config: Any, width: int) -> dict[str, Any]:
     """What a student of some width has otherwise than its teacher; see `scaling`."""
     return {
         "hidden_size": width,
-        "intermediate_size": int(config.expand * width),
+        "intermediate_size": scaled(config.intermediate_size, width, config.hidden_size),
         "time_step_rank": scaled(config.time_step_rank, width, config.hidden_size),
         "initializer_range": initial_weights(config, width),
     }

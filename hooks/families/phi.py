@@ -16,9 +16,8 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
     changes = decoder(config, width)
     if changes is None:
         return None
-    return changes | {
-        "rope_parameters": partly_rotated(config.rope_parameters, width // changes["num_attention_heads"])
-    }
+    size, teacher_size = width // changes["num_attention_heads"], config.hidden_size // config.num_attention_heads
+    return changes | {"rope_parameters": partly_rotated(config.rope_parameters, size, teacher_size)}
 
 
 FAMILIES = (

@@ -13,8 +13,11 @@ narrower than one head has one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import sqrt
+from math import inf, nextafter, sqrt
 from typing import Any
+
+HEADS_DIVIDE_WIDTH = ("llama", "gemma2", "gemma3_text")
+"""Model types of which transformers refuses a width that is no multiple of the number of heads."""
 
 
 def scaled(size: int, width: int, teacher_width: int) -> int:
@@ -40,8 +43,8 @@ def head_size(width: int, teacher_size: int, multiple: int = 1) -> int | None:
 
 def key_value_heads(heads: int, teacher_heads: int, teacher_key_value_heads: int) -> int:
     """The divisor of `heads` that is nearest to the teacher's share of key/value heads; the larger of two."""
-    wanted = heads * teacher_key_value_heads / teacher_heads
-    return min((n for n in range(heads, 0, -1) if heads % n == 0), key=lambda n: abs(n - wanted))
+    wanted = heads * teacher_key_value_heads  # times teacher_heads, so that all stay whole numbers
+    return min((n for n in range(heads, 0, -1) if heads % n == 0), key=lambda n: abs(n * teacher_heads - wanted))
 
 
 def even(size: float) -> int:
@@ -49,10 +52,21 @@ def even(size: float) -> int:
     return max(2, 2 * round(size / 2))
 
 
-def partly_rotated(rope_parameters: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The rotary parameters of heads of some size, of which the same share is rotated as in the teacher."""
-    rotary = min(size, even(size * rope_parameters["partial_rotary_factor"]))
-    return {**rope_parameters, "partial_rotary_factor": rotary / size}
+def share_of(part: int, whole: int) -> float:
+    """The share that gives `part` again when `whole` is multiplied by it and the product is truncated.
+
+    Transformers keeps some sizes as shares and computes `int(whole * share)`. The nearest float to 28 / 110 gives 27;
+    the next one gives 28.
+    """
+    share = part / whole
+    return share if int(whole * share) == part else nextafter(share, inf)
+
+
+def partly_rotated(rope_parameters: Mapping[str, Any], size: int, teacher_size: int) -> dict[str, Any]:
+    """The rotary parameters of heads of some size, of which the same share is rotated as in the teacher's heads."""
+    teacher_rotary = int(teacher_size * rope_parameters["partial_rotary_factor"])  # as transformers computes it
+    rotary = min(size, even(size * teacher_rotary / teacher_size))
+    return {**rope_parameters, "partial_rotary_factor": share_of(rotary, size)}
 
 
 def initial_weights(config: Any, width: int, name: str = "initializer_range") -> float:
@@ -65,7 +79,8 @@ def decoder(config: Any, width: int) -> dict[str, Any] | None:
     fits.
 
     Where the head size is free of the width (`head_dim`, as in Qwen 3 and Gemma 2), it stays the teacher's, as long as
-    one such head is not more than the student's share of the attention's width.
+    one such head is not more than the student's share of the attention's width. Llama and Gemma still need a width that
+    is a multiple of the number of heads.
     """
     teacher_width, teacher_heads = int(config.hidden_size), int(config.num_attention_heads)
     teacher_size = int(getattr(config, "head_dim", None) or teacher_width // teacher_heads)
@@ -76,7 +91,7 @@ def decoder(config: Any, width: int) -> dict[str, Any] | None:
     else:
         size = min(teacher_size, even(teacher_size * teacher_heads * width / teacher_width))
         heads = max(1, round(teacher_heads * teacher_size * width / (teacher_width * size)))
-    if size is None:
+    if size is None or (width % heads and config.model_type in HEADS_DIVIDE_WIDTH):
         return None
     changes = {
         "hidden_size": width,

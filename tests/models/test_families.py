@@ -4,13 +4,21 @@ be.
 
 from __future__ import annotations
 
+import copy
+import importlib
+from fractions import Fraction
+from math import floor
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import CONFIGS, TOKENS, teacher
-from tl_capacity.hooks.families.scaling import head_size, key_value_heads
+from tl_capacity.hooks.families import gpt_neox
+from tl_capacity.hooks.families.scaling import head_size, key_value_heads, share_of
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -19,6 +27,7 @@ from transformers import (
 
 from tl_capacity.distillation import students
 from tl_capacity.errors import CapacityError
+from tl_capacity.plugins import plugins
 
 
 @pytest.mark.parametrize("width", [8, 24, 32, 40])
@@ -176,8 +185,6 @@ def test_key_value_heads_divide_the_heads(heads: int, groups: int, sharing: int)
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 300), st.sampled_from([16, 32, 64, 80, 128]), st.sampled_from([0.25, 0.4, 0.5, 1.0]))
 def test_rotary_dimensions_are_even_and_fit(width: int, teacher_size: int, share: float) -> None:
-    from tl_capacity.hooks.families import gpt_neox
-
     config = GPTNeoXConfig(
         hidden_size=4 * teacher_size, num_attention_heads=4, intermediate_size=16 * teacher_size, rotary_pct=share
     )
@@ -187,3 +194,116 @@ def test_rotary_dimensions_are_even_and_fit(width: int, teacher_size: int, share
         rotary = int(size * changes["rope_parameters"]["partial_rotary_factor"])  # as transformers computes it
         assert rotary % 2 == 0
         assert 2 <= rotary <= size
+
+
+def test_a_share_gives_its_integer_again() -> None:
+    """28 of 110 is one that truncation makes one too few: int(110 * (28 / 110)) is 27."""
+    assert int(110 * (28 / 110)) == 27
+    for whole in (*range(1, 257), 320, 512, 1000, 1024, 2048):
+        assert all(int(whole * share_of(part, whole)) == part for part in range(1, whole + 1))
+        assert share_of(whole, whole) == 1
+
+
+FREE_HEADS = ("qwen3", "gemma2", "gemma3")
+ROTARY = {  # where transformers computes the rotary dimensions: the angles' frequencies, two dimensions to each
+    "gpt-neox": "gpt_neox.modeling_gpt_neox.GPTNeoXRotaryEmbedding",
+    "phi": "phi.modeling_phi.PhiRotaryEmbedding",
+    "llama": "llama.modeling_llama.LlamaRotaryEmbedding",
+    "mistral": "mistral.modeling_mistral.MistralRotaryEmbedding",
+    "olmo2": "olmo2.modeling_olmo2.Olmo2RotaryEmbedding",
+    "qwen2": "qwen2.modeling_qwen2.Qwen2RotaryEmbedding",
+    "qwen3": "qwen3.modeling_qwen3.Qwen3RotaryEmbedding",
+    "gemma2": "gemma2.modeling_gemma2.Gemma2RotaryEmbedding",
+}
+ROTATED_SHARE = {"gpt-neox": Fraction(1, 4), "phi": Fraction(1, 2)}
+WIDTH, HEAD, FREE_HEAD = 1024, 128, 256
+
+
+def wide_config(family: str) -> Any:
+    """The configuration of a tiny family at the size of a real teacher: 1,024 wide, heads of 128, or 256 if free."""
+    config = CONFIGS[family]()
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": WIDTH // HEAD, "num_key_value_heads": 4}
+    sizes |= {"n_embd": WIDTH, "n_head": WIDTH // HEAD, "head_dim": FREE_HEAD if family in FREE_HEADS else HEAD}
+    sizes |= {"intermediate_size": 3072, "ffn_dim": 3072, "word_embed_proj_dim": 512, "time_step_rank": 64}
+    values = config.to_dict()
+    return type(config)(**(values | {name: size for name, size in sizes.items() if name in values}))
+
+
+def nearest(value: Fraction, least: int = 1, step: int = 1) -> set[int]:
+    """The multiples of `step` nearest to a fraction, both where it lies halfway; `least` if that is larger."""
+    below = floor(value / step) * step
+    distance = min(value - below, below + step - value)
+    return {max(least, n) for n in (below, below + step) if abs(n - value) == distance}
+
+
+def check_sizes(family: str, student: Any, teacher: Any, rotary: Any) -> None:
+    """Every size is the whole number that the rule means, by exact fractions, and as transformers computes it."""
+    width = student.hidden_size
+    for name in ("intermediate_size", "n_inner", "ffn_dim", "word_embed_proj_dim", "time_step_rank"):
+        if getattr(teacher, name, None):
+            assert getattr(student, name) in nearest(Fraction(getattr(teacher, name) * width, WIDTH))
+    if family == "mamba":
+        return
+    heads = student.num_attention_heads
+    size = getattr(student, "head_dim", None) or width // heads
+    if family in FREE_HEADS:  # the attention is twice as wide as the stream
+        assert size in ({FREE_HEAD} if 2 * width >= FREE_HEAD else nearest(Fraction(2 * width), 2, step=2))
+        assert heads in nearest(Fraction(2 * width, size))
+    else:
+        assert heads * size == width
+        assert size == width if width <= HEAD else HEAD <= 2 * size <= 2 * HEAD
+    assert heads % (getattr(student, "num_key_value_heads", None) or heads) == 0
+    student.validate_architecture()
+    if rotary is not None:
+        frequencies, _ = rotary.compute_default_rope_parameters(student)
+        share = ROTATED_SHARE.get(family, Fraction(1))
+        assert 2 * len(frequencies) in nearest(size * share, 2, step=2)
+        assert int(size * student.rope_parameters.get("partial_rotary_factor", 1.0)) == 2 * len(frequencies)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sizes_at_every_width(family: str, unchecked: None) -> None:
+    """Widths from 1 to 2,048. Most are changed in a copy of the teacher's configuration, for speed; the narrowest and
+    every 64th are built as a student's are.
+    """
+    of = wide_config(family)
+    rule = plugins().family_of(of.model_type).student
+    module, _, name = ROTARY.get(family, "").rpartition(".")
+    rotary = getattr(importlib.import_module(f"transformers.models.{module}"), name) if name else None
+    built = 0
+    for width in range(1, 2049):
+        if (changes := rule(of, width)) is None:
+            assert width % HEAD, "multiples of the teacher's head size can always be built"
+            continue
+        quick = copy.copy(of)
+        for field, value in changes.items():
+            setattr(quick, field, value)
+        check_sizes(family, quick, of, rotary)
+        if width <= 32 or width % 64 == 0:
+            student = students.student_config(of, width)
+            check_sizes(family, student, of, rotary)
+            assert {field: getattr(student, field) for field in changes} == changes
+        built += 1
+    assert built > 250
+
+
+@pytest.mark.parametrize("width", [2, 6, 50, 110, 122])
+@pytest.mark.parametrize("family", ["gpt-neox", "phi"])
+def test_students_whose_heads_rotate_in_part_run(family: str, width: int) -> None:
+    """Of one head; 110 should rotate 28 dimensions, and rotated 27."""
+    config = wide_config(family)
+    config.num_hidden_layers = 1
+    small = students.student_config(config, width)
+    assert small.num_attention_heads == 1
+    logits = AutoModelForCausalLM.from_config(small).eval()(TOKENS).logits
+    assert logits.shape == (2, 9, 50)
+    assert torch.isfinite(logits).all()
+
+
+def test_gemma_and_llama_need_heads_that_divide_the_width() -> None:
+    """Transformers refuses others of Gemma and Llama, but not of Qwen."""
+    of = wide_config("gemma2")
+    with pytest.raises(CapacityError, match="has no student of width 193: the nearest that it has are 192 and 194"):
+        students.student_config(of, 193)
+    assert students.student_config(of, 194).num_attention_heads == 2
+    assert students.student_config(wide_config("qwen3"), 193).num_attention_heads == 2
