@@ -40,7 +40,7 @@ def measuring(teacher: Any, sae: Any, stream: list[torch.Tensor]) -> Callable[[]
 
 def forward(student: Any, stream: list[torch.Tensor]) -> Callable[[], object]:
     """The student's forward pass, cut after the hook point."""
-    from tl_capacity.probing.recover import Reader
+    from tl_capacity.probing.passes import Reader
     from tl_capacity.text.counting import Batch
     from tl_capacity.text.streams import as_batches
 

@@ -26,7 +26,9 @@ from tl_capacity.measure.job import measured_dictionary, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, load_model
-from tl_capacity.probing.recover import Recovery, recover_features, recovery_figure
+from tl_capacity.probing.figures import recovery_figure
+from tl_capacity.probing.recover import recover_features
+from tl_capacity.probing.recovery import Recovery
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.processes import Processes

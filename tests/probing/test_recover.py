@@ -29,19 +29,12 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, MeasurementError, TokenSourceError
 from tl_capacity.measure.session import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.probing.figures import recovery_figure
 from tl_capacity.probing.ranking import BINS, Ranking, Scores, auroc_of, average_precision_of, bins_of_
-from tl_capacity.probing.recover import (
-    FIT,
-    HELD_OUT,
-    VALIDATION,
-    Recovery,
-    most_important,
-    parts_of,
-    recover_features,
-    recovery_figure,
-    split,
-)
+from tl_capacity.probing.recover import recover_features
+from tl_capacity.probing.recovery import Recovery, most_important
 from tl_capacity.probing.ridge import RIDGES, Latents, Moments, Readout, choose_ridge, fit, principal_axes, solve
+from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, parts_of, split
 from tl_capacity.results.estimate import document_resamples
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.text.streams import PADDING, TokenStream

@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from tl_capacity.probing.activations import collect as collect
     from tl_capacity.probing.concepts import LabelledTexts as LabelledTexts
     from tl_capacity.probing.concepts import load_concepts as load_concepts
+    from tl_capacity.probing.figures import recovery_figure as recovery_figure
     from tl_capacity.probing.probes import Probe as Probe
     from tl_capacity.probing.probes import fit_probes as fit_probes
     from tl_capacity.probing.probes import probes_frame as probes_frame
-    from tl_capacity.probing.recover import Recovery as Recovery
     from tl_capacity.probing.recover import recover_features as recover_features
-    from tl_capacity.probing.recover import recovery_figure as recovery_figure
+    from tl_capacity.probing.recovery import Recovery as Recovery
 
 _HOMES = {
     "Activations": "activations",
     "LabelledTexts": "concepts",
     "Probe": "probes",
-    "Recovery": "recover",
+    "Recovery": "recovery",
     "collect": "activations",
     "fit_probes": "probes",
     "load_concepts": "concepts",
     "probes_frame": "probes",
     "recover_features": "recover",
-    "recovery_figure": "recover",
+    "recovery_figure": "figures",
 }
 
 __all__ = list(_HOMES)

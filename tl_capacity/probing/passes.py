@@ -1,0 +1,223 @@
+"""The two passes over the text: one fits the readouts, the other judges them on held-out documents."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tl_capacity.dictionaries.encoding import Encoder
+from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
+from tl_capacity.models.forward import activation_at
+from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.probing.ranking import Ranking
+from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
+from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, split
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.processes import Processes
+from tl_capacity.runtime.progress import token_progress
+from tl_capacity.storage.checkpoints import Checkpoint
+from tl_capacity.text.counting import Batch
+from tl_capacity.text.streams import PADDING, TokenBatch
+
+TEACHER, RANDOM = "teacher", "with random weights"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that is run up to one hook point."""
+
+    who: str
+    model: Any
+    point: TapPoint
+
+    @classmethod
+    def of(cls, model: Any, hook: str, who: str) -> Reader:
+        """A reader of some model.
+
+        Raises:
+            HookPointError: where the model has no such hook point.
+        """
+        try:
+            return cls(who, model, TapPoint.of(model, hook))
+        except HookPointError as problem:
+            raise HookPointError(f"{who} cannot be read at {hook}: {problem}") from problem
+
+    def __call__(self, batch: Batch, tokens: TokenBatch, filler: int) -> Float[Tensor, "token ..."]:
+        """Activations of the counted tokens.
+
+        Raises:
+            HookPointError: where the hook point does not fire, or gives no vector per token.
+            CapacityError: where an activation is NaN or infinite.
+        """
+        ids = torch.from_numpy(np.where(tokens.tokens == PADDING, filler, tokens.tokens))
+        seen = activation_at(self.model, self.point, ids)
+        if seen is None or seen.shape[:2] != batch.counted.shape:
+            what = (
+                "did not fire"
+                if seen is None
+                else f"has shape {tuple(seen.shape)} for tokens of shape {tuple(batch.counted.shape)}"
+            )
+            raise HookPointError(
+                f"{self.point.name} of {self.who} {what}: choose a hook point with one vector per token"
+            )
+        found = seen.flatten(0, 1)[batch.counted.flatten().to(seen.device)]
+        if not bool(torch.isfinite(found.sum(dtype=torch.float32))):
+            raise CapacityError(
+                f"{self.who} has NaN or infinite activations at {self.point.name} in batch {batch.number}: check its"
+                " dtype and weights"
+            )
+        return found
+
+
+class Passes:
+    """The two passes over the stream: one fits readouts, the other judges them."""
+
+    def __init__(
+        self,
+        readers: Mapping[str, Reader],
+        sae: Any,
+        measured: HookMeasurement,
+        stream: Any,
+        mask_ids: NDArray[np.int64],
+        max_tokens: int | None,
+        progress: bool,
+        processes: Processes,
+    ) -> None:
+        self.processes = processes
+        self.readers, self.sae, self.stream, self.mask_ids, self.max_tokens = readers, sae, stream, mask_ids, max_tokens
+        self.progress = progress and processes.first
+        self.encoder = Encoder(sae)
+        device = sae.W_dec.device
+        # MPS has no float64, so there the sums live on the CPU.
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        alive = np.flatnonzero(measured.summary.alive)
+        self.n_features = len(alive)
+        self.place = torch.full((measured.summary.d_sae,), -1, dtype=torch.int64, device=self.device)
+        self.place[torch.from_numpy(alive).to(self.device)] = torch.arange(len(alive), device=self.device)
+        self.tokens = dict.fromkeys((FIT, VALIDATION, HELD_OUT), 0)
+        self.widths: dict[str, int] = {}
+
+    def fit(self, students: Sequence[str], checkpoint: Checkpoint) -> tuple[dict[str, Readout], dict[str, str]]:
+        """The readout of every model and of the teacher's principal components, and whose activations each reads."""
+        moments: dict[tuple[str, str], Moments] = {}
+        for part, name in product((FIT, VALIDATION), self.readers):
+            if kept := checkpoint.part(f"{part}/{name}"):
+                moments[part, name] = Moments.of_tensors(kept, self.device)
+        for part, activations, latents, _ in self._batches(
+            (FIT, VALIDATION),
+            "fitting readouts",
+            checkpoint,
+            lambda: {"/".join(key): own.to_tensors() for key, own in moments.items()},
+        ):
+            for name, x in activations.items():
+                if (part, name) not in moments:
+                    moments[part, name] = Moments.zeros(x.shape[1], self.n_features, self.device)
+                moments[part, name].update(x, latents)
+        # A process that had no batch does not know how wide the models are.
+        self.widths = dict(
+            ChainMap(*self.processes.gather({name: len(found.x) for (_, name), found in moments.items()}))
+        )
+        for part, name in product((FIT, VALIDATION), self.readers):
+            own = moments.get((part, name)) or Moments.zeros(self.widths[name], self.n_features, self.device)
+            moments[part, name] = own.over_all(self.processes)
+        readouts, sources = {}, {name: name for name in self.readers}
+        for width in {self.widths[name] for name in students}:
+            training, validation = moments[FIT, TEACHER], moments[VALIDATION, TEACHER]
+            readouts[components_of(width)] = fit(training, validation, principal_axes(training, width))
+            sources[components_of(width)] = TEACHER
+        for name in self.readers:
+            readouts[name] = fit(moments.pop((FIT, name)), moments.pop((VALIDATION, name)))
+        return readouts, sources
+
+    def judge(
+        self, readouts: Mapping[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint
+    ) -> dict[str, Ranking]:
+        """Every readout's scores on the held-out documents."""
+        rankings = {name: Ranking(readout) for name, readout in readouts.items()}
+        for name, ranking in rankings.items():
+            if kept := checkpoint.part(name):
+                ranking.go_on_from(kept)
+        for _, activations, latents, groups in self._batches(
+            (HELD_OUT,),
+            "judging readouts",
+            checkpoint,
+            lambda: {name: ranking.to_tensors() for name, ranking in rankings.items()},
+        ):
+            for name, ranking in rankings.items():
+                ranking.update(activations[sources[name]], latents, groups)
+        return {name: ranking.over_all(self.processes) for name, ranking in rankings.items()}
+
+    def _batches(
+        self,
+        parts: Sequence[str],
+        label: str,
+        checkpoint: Checkpoint,
+        sums: Callable[[], Mapping[str, Mapping[str, Tensor]]],
+    ) -> Iterator[tuple[str, dict[str, Tensor], Latents, Tensor]]:
+        """The part, every model's activations, the latents and the document groups of each batch of the documents of
+        some parts.
+
+        Args:
+            checkpoint: batches that went into it are left out.
+            sums: what was made of the batches so far, by name, to be kept in it.
+        """
+        filler = int(self.mask_ids[0]) if len(self.mask_ids) else 0
+        done = int(checkpoint.about.get("batches", 0))
+        self.tokens |= checkpoint.about.get("tokens", {})
+        checkpoint.tensors.clear()  # they live on in the sums
+
+        def save(batches: int) -> None:
+            tensors = {f"{name}/{key}": tensor for name, own in sums().items() for key, tensor in own.items()}
+            checkpoint.save(tensors, {"batches": batches, "tokens": {part: self.tokens[part] for part in parts}})
+
+        number = 0
+        with token_progress(None, self.progress, label) as advance:
+            for number, (part, tokens) in enumerate(split(self.stream, parts, self.max_tokens), start=1):
+                if number <= done or number % self.processes.count != self.processes.index:
+                    continue
+                batch = Batch(tokens, self.mask_ids, 0, number)
+                if not batch.n_counted:
+                    continue
+                activations = {name: reader(batch, tokens, filler) for name, reader in self.readers.items()}
+                latents = self._latents(activations[TEACHER], number)
+                self.tokens[part] += batch.n_counted
+                groups = batch.groups[batch.row_of_token].to(self.device)
+                yield part, {name: x.flatten(1).to(self.device) for name, x in activations.items()}, latents, groups
+                advance(sum(self.tokens[p] for p in parts))
+                if checkpoint.due:
+                    save(number)
+        if number > done:
+            save(number)
+        self.tokens |= {p: int(self.processes.sum(torch.tensor(self.tokens[p]))) for p in parts}
+        if missing := [p for p in parts if not self.tokens[p]]:
+            raise TokenSourceError(
+                f"no document is left for {missing[0]}: of every ten, 6 fit, 1 chooses the ridge and 3 judge, so give"
+                " more documents"
+            )
+
+    def _latents(self, x: Float[Tensor, "token ..."], number: int) -> Latents:
+        inputs = x if getattr(self.sae, "hook_z_reshaping_mode", False) else x.flatten(1)
+        found = []
+        for start in range(0, len(inputs), self.encoder.chunk):
+            tokens, latents, values = (
+                t.to(self.device) for t in self.encoder(inputs[start : start + self.encoder.chunk])
+            )
+            found.append((tokens + start, latents, values))
+        tokens, latents, values = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        if not bool(torch.isfinite(values.sum())):
+            raise CapacityError(f"the SAE gives NaN or infinite latents in batch {number}: check its weights")
+        return Latents.of((tokens, latents, values), self.place, self.n_features, len(inputs))
+
+
+def components_of(width: int) -> str:
+    """The name of the readout of as many principal components of the teacher."""
+    return f"teacher's {width} principal components"

@@ -1,0 +1,331 @@
+"""Recovery: which features of the teacher's SAE readouts find in its students, beside what the theory predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_capacity.plugins import plugins
+from tl_capacity.predict.laws import kept_features
+from tl_capacity.probing.ranking import Scores
+from tl_capacity.probing.splitting import HELD_OUT
+from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.show.tables import html_table, table
+from tl_capacity.text.documents import DOCUMENT_GROUPS
+from tl_capacity.theory import budget
+
+SCHEMA = 1
+MIN_FIRINGS = 10
+"""Held-out tokens on which a feature must fire, and be silent, to be judged: with fewer, AUROC ≥ 0.95 comes about by
+chance.
+"""
+TAU = 0.95
+TAUS = tuple(round(0.80 + 0.01 * i, 2) for i in range(20))
+COUNTS = {"student": "kept", "random": "kept_random", "pca": "kept_pca", "teacher": "kept_teacher"}
+"""What is read out at each width, and the name of its number of kept features in JSON."""
+
+
+@dataclass(frozen=True)
+class StudentRecovery:
+    """What was read out of one student, and of what it is compared with.
+
+    Attributes:
+        name: as it was passed.
+        width: of its activations.
+        student: readout of the student.
+        random: of the same student with random weights; None where none was given.
+        pca: of the teacher's leading principal components, as many as the student is wide.
+    """
+
+    name: str
+    width: int
+    student: Scores
+    random: Scores | None
+    pca: Scores
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Which features of one SAE linear readouts find, in the teacher and in its students; shows itself in a terminal
+    and a notebook.
+
+    Attributes:
+        measured: the measurement that says which features are alive and how important they are.
+        importance: the importance estimator that the prediction rests on.
+        teacher: readout of the teacher's own stream: the ceiling.
+        students: in the order of their widths.
+        tokens: counted tokens by what they were used for.
+        tau: AUROC from which a feature counts as kept.
+        seconds: what it cost, in wall-clock seconds.
+    """
+
+    measured: HookMeasurement
+    importance: str
+    teacher: Scores
+    students: tuple[StudentRecovery, ...]
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    tau: float = TAU
+    seconds: float = 0.0
+
+    @property
+    def hook(self) -> str:
+        """Where activations were read."""
+        return self.measured.hook
+
+    @cached_property
+    def features(self) -> NDArray[np.int64]:
+        """Number of each alive latent in the SAE [feature]; the order of every other array here."""
+        return np.flatnonzero(self.measured.summary.alive)
+
+    @cached_property
+    def importances(self) -> NDArray[np.float64]:
+        """Importance [feature]."""
+        return self.measured.importance(self.importance)
+
+    @cached_property
+    def judged(self) -> NDArray[np.bool_]:
+        """Whether each feature fires, and is silent, on enough held-out tokens to be judged [feature]."""
+        firings = self.teacher.firings.sum(0)
+        return np.asarray((firings >= MIN_FIRINGS) & (self.teacher.tokens - firings >= MIN_FIRINGS))
+
+    def kept(self, scores: Scores, tau: float | None = None) -> NDArray[np.bool_]:
+        """Whether each feature is judged, and found by a readout [feature]."""
+        return scores.kept(self.tau if tau is None else tau) & self.judged
+
+    def count(self, scores: Scores, tau: float | None = None) -> Estimate:
+        """How many features a readout finds, with a 95% interval over documents."""
+        return scores.count(self.tau if tau is None else tau, self.judged)
+
+    def predicted(self, width: int, law: str = "compressed_sensing") -> NDArray[np.bool_]:
+        """Whether each feature is among the F_S most important ones, which the theory lets a student of that width keep
+        [feature].
+        """
+        kept = kept_features(self.importances, self.measured.summary.alpha.value, width, plugins().capacity_laws[law])
+        return most_important(self.importances, kept)
+
+    def overlap(self, student: StudentRecovery) -> dict[str, Any]:
+        """How the kept set compares with the predicted one, among judged features, and with what chance would give.
+
+        Returns:
+            `predicted`: judged features among the F_S most important; `kept_of_predicted`: the share of them that is
+            kept; `kept_of_all`: the share of all judged features that is kept, which it would be by chance; `ordered`:
+            of the k kept, the share that is among the k most important; `ordered_by_chance`: k over the judged. None
+            where there is nothing to take a share of.
+        """
+        kept, judged = self.kept(student.student)[self.judged], int(self.judged.sum())
+        predicted = self.predicted(student.width)[self.judged]
+        ordered = most_important(self.importances[self.judged], int(kept.sum()))
+
+        def share(of: NDArray[np.bool_]) -> float | None:
+            return float(kept[of].mean()) if of.any() else None
+
+        return {
+            "predicted": int(predicted.sum()),
+            "kept_of_predicted": share(predicted),
+            "kept_of_all": share(np.ones(judged, dtype=bool)),
+            "ordered": share(ordered),
+            "ordered_by_chance": float(kept.mean()) if judged and kept.any() else None,
+        }
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object per student."""
+        alpha = self.measured.summary.alpha.value
+        found = []
+        for student in self.students:
+            readouts = _readouts(self, student)
+            counts = {name: self.count(scores) for name, scores in readouts.items()}
+            found.append(
+                {
+                    "schema": SCHEMA,
+                    "student": student.name,
+                    "width": student.width,
+                    "hook": self.hook,
+                    "tau": self.tau,
+                    **{key: int(counts[name].value) if name in counts else None for name, key in COUNTS.items()},
+                    "budget": budget(student.width, alpha),
+                    "equilibrium": (
+                        student.width
+                        * plugins().capacity_laws["equilibrium"].features_per_dimension(alpha, self.importances)
+                    ),
+                    "predicted": int(self.predicted(student.width).sum()),
+                    "n_features": len(self.features),
+                    "n_judged": int(self.judged.sum()),
+                    "intervals": {
+                        name: None if e.low is None or e.high is None else [e.low, e.high] for name, e in counts.items()
+                    },
+                    "overlap": self.overlap(student),
+                    "by_tau": {
+                        f"{tau:.2f}": {name: int(self.kept(scores, tau).sum()) for name, scores in readouts.items()}
+                        for tau in TAUS
+                    },
+                    "readouts": {name: self._typical(scores) for name, scores in readouts.items()},
+                    "tokens": dict(self.tokens),
+                }
+            )
+        return found
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every figure of every feature, as it lies on disk: `teacher/auroc`, `STUDENT/pca/r2` and so on [feature]."""
+        readouts = {"teacher": self.teacher}
+        for student in self.students:
+            readouts |= {
+                f"{student.name}/{name}": scores
+                for name, scores in _readouts(self, student).items()
+                if name != "teacher"
+            }
+        figures = ("auroc", "auroc_error", "average_precision", "average_precision_error", "r2")
+        of_readouts = {
+            f"{name}/{figure}": getattr(scores, figure) for name, scores in readouts.items() for figure in figures
+        }
+        firings = self.teacher.firings.sum(0).astype(np.int64)
+        return {
+            "features": self.features,
+            "importance": self.importances,
+            "firings": firings,
+            "judged": self.judged,
+            **of_readouts,
+        }
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of a table: a row for each student."""
+        header = [
+            "student",
+            "kept",
+            "random weights",
+            "PCA",
+            "teacher",
+            "d·g(α)",
+            "equilibrium",
+            "of predicted (of all)",
+            "median AP",
+            "median R²",
+        ]
+        rows = []
+        for student, row in zip(self.students, self.to_json(), strict=True):
+            readouts, overlap = _readouts(self, student), row["overlap"]
+            counts = [
+                self.count(readouts[name]).show(",.0f") if name in readouts else "–"
+                for name in ("student", "random", "pca", "teacher")
+            ]
+            shares = [
+                "–" if overlap[name] is None else f"{overlap[name]:.0%}"
+                for name in ("kept_of_predicted", "kept_of_all")
+            ]
+            typical = []
+            for name in ("average_precision", "r2"):
+                own, *others = (
+                    _shown(row["readouts"][readout][name])
+                    for readout in ("student", "random", "teacher")
+                    if readout in readouts
+                )
+                typical.append(f"{own} ({' – '.join(others)})")
+            budgets = [f"{row[name]:,.0f}" for name in ("budget", "equilibrium")]
+            rows.append(
+                [f"{student.name} (d={student.width})", *counts, *budgets, f"{shares[0]} ({shares[1]})", *typical]
+            )
+        return header, rows
+
+    def title(self) -> str:
+        """What the table shows."""
+        return (
+            f"Features with AUROC ≥ {self.tau:g} at {self.hook}, of {int(self.judged.sum()):,} judged and"
+            f" {len(self.features):,} alive, on {self.tokens[HELD_OUT]:,} held-out tokens [95% interval over"
+            " documents]; AP and R² of the student (of random weights – of the teacher)"
+        )
+
+    def notes(self) -> list[str]:
+        """What a reader must know before trusting these figures."""
+        groups = int((self.teacher.firings.sum(1) > 0).sum())
+        if groups >= MIN_GROUPS_FOR_INTERVAL:
+            return []
+        return [
+            f"features fire in {groups} of {DOCUMENT_GROUPS} groups of held-out documents, too few for intervals: read"
+            " more documents"
+        ]
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a row for each student: counts with their intervals, budgets, overlap and medians."""
+        import pandas
+
+        flat = []
+        for row in self.to_json():
+            names = (
+                "student",
+                "width",
+                "hook",
+                "tau",
+                *COUNTS.values(),
+                "budget",
+                "equilibrium",
+                "predicted",
+                "n_features",
+                "n_judged",
+            )
+            cells = {name: row[name] for name in names}
+            for readout, key in COUNTS.items():
+                cells |= dict(
+                    zip((f"{key} low", f"{key} high"), row["intervals"].get(readout) or (None, None), strict=True)
+                )
+            cells |= {f"overlap {name}": value for name, value in row["overlap"].items()}
+            cells |= {
+                f"{name} {readout}": value
+                for readout, values in row["readouts"].items()
+                for name, value in values.items()
+            }
+            flat.append(cells)
+        return pandas.DataFrame(flat)
+
+    def plot(self) -> Any:
+        """A plotly figure of the features kept against the student's width; see `recovery_figure`."""
+        from tl_capacity.probing.figures import recovery_figure
+
+        return recovery_figure([self])
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield table(self.title(), *self.cells())
+        for note in self.notes():
+            yield f"[yellow]note:[/yellow] {note}"
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
+        return f"<p>{escape(self.title())}</p>{html_table(*self.cells())}{notes}"
+
+    def __repr__(self) -> str:
+        return f"Recovery({self.hook}; {len(self.features):,} features in {', '.join(s.name for s in self.students)})"
+
+    def _typical(self, scores: Scores) -> dict[str, float | None]:
+        """Medians over judged features, and the largest error of an AUROC that binning may have caused."""
+        found = {
+            name: np.median(getattr(scores, name)[self.judged]) if self.judged.any() else None
+            for name in ("auroc", "average_precision", "r2")
+        }
+        worst = scores.auroc_error[self.judged].max() if self.judged.any() else None
+        return {
+            **{name: None if v is None else float(v) for name, v in found.items()},
+            "largest_auroc_error": worst,
+            "ridge": scores.ridge,
+        }
+
+
+def most_important(importances: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Whether each feature is among the `count` most important ones [feature]."""
+    chosen = np.zeros(len(importances), dtype=bool)
+    chosen[np.argsort(-importances, kind="stable")[:count]] = True
+    return chosen
+
+
+def _readouts(recovery: Recovery, student: StudentRecovery) -> dict[str, Scores]:
+    """What is compared at one width."""
+    found = {"student": student.student, "random": student.random, "pca": student.pca, "teacher": recovery.teacher}
+    return {name: scores for name, scores in found.items() if scores is not None}
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"  # what rounds to zero has no sign

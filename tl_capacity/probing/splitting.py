@@ -1,0 +1,57 @@
+"""Which documents fit readouts, which choose their ridge penalty, and which judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_capacity.text.documents import document_groups
+from tl_capacity.text.streams import PADDING, TokenBatch, as_batches
+
+FIT, VALIDATION, HELD_OUT = "fit", "validation", "held-out"
+TENTHS = (HELD_OUT,) * 3 + (VALIDATION,) + (FIT,) * 6
+"""What each tenth of the documents is for."""
+SPLIT_SALT = 2**41
+"""Added to a document's number, so that the split is independent of the groups that the bootstrap resamples."""
+
+
+def split(stream: Any, parts: Sequence[str], max_tokens: int | None = None) -> Iterator[tuple[str, TokenBatch]]:
+    """Batches of the documents that belong to some parts, each of one part and with as many rows
+    as the stream's own.
+    """
+    waiting: dict[str, list[tuple[NDArray[np.int64], int]]] = {part: [] for part in parts}
+    seen, rows = 0, 1
+    for batch in as_batches(stream):
+        rows = max(rows, len(batch.tokens))
+        for row, document, part in zip(batch.tokens, batch.documents.tolist(), parts_of(batch.documents), strict=True):
+            if part in waiting:
+                waiting[part].append((row, document))
+        for part, some in waiting.items():
+            while len(some) >= rows:
+                yield part, _stacked(some[:rows])
+                del some[:rows]
+        seen += int((batch.tokens != PADDING).sum())
+        if max_tokens is not None and seen >= max_tokens:
+            break
+    for part, some in waiting.items():
+        if some:
+            yield part, _stacked(some)
+
+
+def parts_of(documents: NDArray[np.int64]) -> list[str]:
+    """What each document is for, by a hash of its number."""
+    return [TENTHS[tenth] for tenth in document_groups(documents + SPLIT_SALT, len(TENTHS)).tolist()]
+
+
+def _stacked(rows: Sequence[tuple[NDArray[np.int64], int]]) -> TokenBatch:
+    """Rows of any lengths as one batch."""
+    tokens = np.full((len(rows), max(len(row) for row, _ in rows)), PADDING, dtype=np.int64)
+    for place, (row, _) in zip(tokens, rows, strict=True):
+        place[: len(row)] = row
+    return TokenBatch(
+        tokens[:, : max(1, int((tokens != PADDING).sum(1).max()))],
+        np.array([document for _, document in rows], dtype=np.int64),
+    )
