@@ -36,12 +36,14 @@ from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins
 from tl_capacity.report import ReportSettings, Results, find_snippets, report_page, write_report
 from tl_capacity.report import figures as drawn
-from tl_capacity.report.page import report_widths, shown_latents
 from tl_capacity.report.results import probe_rows, recoverability_rows
 from tl_capacity.report.snippets import edges, shown_features, stream_of, token_texts, top_snippets
+from tl_capacity.report.story import report_widths, shown_latents
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
+from tl_capacity.show import figures as kit
+from tl_capacity.show.palette import COLOURS
 from tl_capacity.text.counting import MASK_REASONS
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
@@ -385,7 +387,7 @@ def test_every_axis_has_a_title_and_every_colour_is_of_the_palette(full: Results
         assert figure.layout.yaxis.title.text, name
         for trace in figure.data:
             colour = trace.line.color or trace.marker.color
-            assert colour is None or colour in (*drawn.COLOURS, drawn.GREY), name
+            assert colour is None or colour in (*COLOURS, kit.GREY), name
 
 
 def test_the_importance_curve_is_the_sorted_importance(measurement: Measurement) -> None:
@@ -493,7 +495,7 @@ def test_the_suite_lies_on_its_formula(measurement: Measurement) -> None:
 @given(st.integers(1, 100_000), st.integers(2, 300))
 @settings(max_examples=50, deadline=None)
 def test_thinning_keeps_both_ends(n: int, points: int) -> None:
-    ranks = drawn.decimated(n, points)
+    ranks = kit.decimated(n, points)
     assert (ranks[0], ranks[-1]) == (1, n)
     assert len(ranks) <= max(points, 1)
     assert (np.diff(ranks) > 0).all()
@@ -502,14 +504,14 @@ def test_thinning_keeps_both_ends(n: int, points: int) -> None:
 @given(st.text(max_size=300), st.integers(5, 60))
 @settings(max_examples=50, deadline=None)
 def test_long_names_keep_their_ends(name: str, longest: int) -> None:
-    short = drawn.shortened(name, longest)
+    short = kit.shortened(name, longest)
     assert len(short) <= max(longest, len(name) if len(name) <= longest else longest)
     assert name == short or (name.startswith(short.split("…")[0]) and name.endswith(short.rsplit("…", 1)[-1]))
 
 
 @pytest.mark.parametrize(("value", "text"), [(1e-5, "10⁻⁵"), (100.0, "10²"), (0.0, "0"), (1.0, "1"), (3e-4, "0.0003")])
 def test_powers_of_ten(value: float, text: str) -> None:
-    assert drawn.power_of_ten(value) == text
+    assert kit.power_of_ten(value) == text
 
 
 # Features and their text

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from tl_capacity.report.page import report_page as report_page
     from tl_capacity.report.page import write_report as write_report
     from tl_capacity.report.results import Results as Results
-    from tl_capacity.report.sections import ReportSettings as ReportSettings
+    from tl_capacity.report.story import ReportSettings as ReportSettings
 
 _HOMES = {
-    "ReportSettings": "sections",
+    "ReportSettings": "story",
     "Results": "results",
     "find_snippets": "page",
     "report_page": "page",

@@ -6,25 +6,19 @@ Text from models, files and tokenizers reaches it escaped and never as HTML.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tl_capacity import __version__
-from tl_capacity.distillation.decomposition import OBSERVED, decompose
-from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.errors import CapacityError
-from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.plan import ladder
-from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import hook_floors
-from tl_capacity.report import sections
+from tl_capacity.report.parts import sentence
 from tl_capacity.report.results import Results
-from tl_capacity.report.sections import ReportSettings, Snippets, Story
-from tl_capacity.report.snippets import edges, stream_of, top_snippets
-from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.results.naming import middle
+from tl_capacity.report.sections import all_sections
+from tl_capacity.report.sections.features import features, features_missing
+from tl_capacity.report.sections.method import method
+from tl_capacity.report.sections.verdict import intervals_apart, notes, tiles, verdict
+from tl_capacity.report.snippets import Snippets, stream_of, top_snippets
+from tl_capacity.report.story import ReportSettings, main_hook, report_widths, shown_latents, story_of
 from tl_capacity.storage import files as storage
 
 CONTROLS = dict.fromkeys(c for c in range(32) if c not in (9, 10))
@@ -64,22 +58,22 @@ def report_page(
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
-    story = _story(results, settings or ReportSettings(), snippets or {}, snippets_note)
-    told = sections.all_sections(story)
-    drawn = {key: json.loads(figure.to_json()) for section in told for key, figure, _ in section.figures}
+    story = story_of(results, settings or ReportSettings(), snippets or {}, snippets_note)
+    sections = all_sections(story)
+    drawn = {key: json.loads(figure.to_json()) for section in sections for key, figure, _ in section.figures}
     loader = PackageLoader("tl_capacity.report", ".")
     environment = Environment(loader=loader, autoescape=True, finalize=_clean, trim_blocks=True, lstrip_blocks=True)
     page: str = environment.get_template("template.html").render(
         version=__version__,
         model=story.measurement.provenance.model,
-        verdict=[sections.intervals_apart(sentence) for sentence in sections.verdict(story)],
-        tiles=sections.tiles(story),
-        notes=sections.notes(story),
-        sections=told,
-        features=sections.features(story),
-        features_missing=sections.features_missing(story),
+        verdict=[intervals_apart(said) for said in verdict(story)],
+        tiles=tiles(story),
+        notes=notes(story),
+        sections=sections,
+        features=features(story),
+        features_missing=features_missing(story),
         snippets_note=snippets_note,
-        method=sections.method(story),
+        method=method(story),
         figures=drawn,
         plotly=get_plotlyjs(),
     )
@@ -91,68 +85,6 @@ def _clean(value: Any) -> Any:
     as it is.
     """
     return value.encode("utf-8", "replace").decode().translate(CONTROLS) if type(value) is str else value
-
-
-def _story(results: Results, settings: ReportSettings, snippets: Snippets, snippets_note: str) -> Story:
-    measurement, law = results.measurement, plugins().capacity_laws[settings.law]
-    main, widths = _main_hook(measurement, settings), report_widths(results, settings)
-    sparse = {place: hook for place, hook in enumerate(measurement) if 0 < hook.summary.alpha.value < 1}
-    floors = {place: hook_floors(hook, widths, settings.importance, law) for place, hook in sparse.items()}
-    around = {place: edges(hook, widths, settings.importance, law) for place, hook in sparse.items()}
-    story = Story(results, settings, widths, law, main, floors, around, snippets=snippets, snippets_note=snippets_note)
-    if results.run is None:
-        return story
-    hook_name = main.hook if sum(h.hook == main.hook for h in measurement) == 1 else None
-    try:
-        found = decompose(
-            measurement,
-            results.run,
-            hook=hook_name,
-            importance=settings.importance,
-            law=settings.law,
-            observed=settings.observed,
-            max_fvu=None,
-        )
-    except CapacityError as problem:
-        evaluated = all(len(student.tokens) > 1 for student in results.run)
-        return replace(story, observed=observed_floors(results.run) if evaluated else (), undecomposed=str(problem))
-    return replace(story, observed=found.observed, decomposition=found)
-
-
-def _main_hook(measurement: Measurement, settings: ReportSettings) -> HookMeasurement:
-    """The hook point that the verdict is about: the first SAE of the one asked for, else the middle one.
-
-    Raises:
-        CapacityError: where the settings do not fit the measurement.
-    """
-    for hook in measurement:
-        hook.estimator(settings.importance)
-    if any(width < 1 for width in settings.widths):
-        raise CapacityError(f"widths {settings.widths} are no student widths: pass whole numbers of at least 1")
-    if settings.observed not in OBSERVED:
-        raise CapacityError(f"{settings.observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
-    if settings.hook is None:
-        return middle(measurement)
-    named = [hook for hook in measurement if hook.hook == settings.hook]
-    return named[0] if named else measurement[settings.hook]
-
-
-def report_widths(results: Results, settings: ReportSettings) -> tuple[int, ...]:
-    """The student widths that the page shows."""
-    given = settings.widths or (results.run.widths if results.run is not None else ())
-    return tuple(sorted(set(given))) or ladder(max(h.width for h in results.measurement))
-
-
-def shown_latents(measurement: Measurement, settings: ReportSettings, widths: Sequence[int]) -> dict[int, list[int]]:
-    """The latents that the page shows, by the place of their hook point in the measurement; none where a hook point has
-    no sparsity.
-    """
-    law, found = plugins().capacity_laws[settings.law], {}
-    for place, hook in enumerate(measurement):
-        if 0 < hook.summary.alpha.value < 1:
-            around = edges(hook, widths, settings.importance, law)
-            found[place] = sorted({latent for edge in around for latent in (*edge.kept, *edge.lost)})
-    return found
 
 
 def find_snippets(
@@ -177,7 +109,7 @@ def find_snippets(
     from tl_capacity.models.loading import load_model
 
     measurement = results.measurement
-    _main_hook(measurement, settings)  # before a model is loaded, in case it is refused
+    main_hook(measurement, settings)  # before a model is loaded, in case it is refused
     if tokens < 1:
         raise CapacityError(f"{tokens} tokens show no feature: read at least 1, or pass --no-snippets")
     shown = shown_latents(measurement, settings, report_widths(results, settings))
@@ -191,4 +123,4 @@ def find_snippets(
             f"no text is shown, as it could not be read again ({problem}); name the model with --model, the text with"
             " --source"
         )
-        return {}, sections.sentence(reason)
+        return {}, sentence(reason)

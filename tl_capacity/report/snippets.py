@@ -84,6 +84,10 @@ class Snippet:
     pieces: tuple[tuple[str, float], ...]
 
 
+Snippets = Mapping[tuple[int, int], Sequence[Snippet]]
+"""By the place of a hook point in the measurement, and latent."""
+
+
 def edges(
     hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw, shown: int = SHOWN
 ) -> list[Edge]:

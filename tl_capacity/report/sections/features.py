@@ -1,0 +1,67 @@
+"""Which features go first: what the page's script needs for its lists of features, every number as text."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from tl_capacity.report.parts import percent
+from tl_capacity.report.snippets import ShownFeature, Snippet, shown_features
+from tl_capacity.report.story import Story, latents_around
+from tl_capacity.results.estimate import significant
+
+
+def features(story: Story) -> dict[str, Any]:
+    """For each hook point the features on both sides of each width's budget, and what is known of them."""
+    hooks = []
+    for place, around in story.edges.items():
+        hook = story.measurement.hooks[place]
+        known = shown_features(hook, latents_around(around), story.settings.importance)
+        hooks.append(
+            {
+                "name": story.name(hook),
+                "main": hook is story.main,
+                "edges": [
+                    {
+                        "width": e.width,
+                        "n_kept": f"{e.n_kept:,}",
+                        "n_lost": f"{e.n_lost:,}",
+                        "kept": list(e.kept),
+                        "lost": list(e.lost),
+                    }
+                    for e in around
+                ],
+                "features": {str(latent): _shown_feature(story, place, feature) for latent, feature in known.items()},
+            }
+        )
+    return {"unit": story.unit, "hooks": hooks, "snippets": bool(story.snippets)}
+
+
+def _shown_feature(story: Story, place: int, feature: ShownFeature) -> dict[str, Any]:
+    return {
+        "rank": feature.rank.show(",.0f"),
+        "importance": feature.importance.show(significant(feature.importance.value, 3)),
+        "rate": percent(feature.rate),
+        "snippets": [
+            {
+                "strength": f"{snippet.strength:.3g}",
+                "document": snippet.document,
+                "pieces": _joined(snippet),
+            }
+            for snippet in story.snippets.get((place, feature.latent), ())
+        ],
+    }
+
+
+def _joined(snippet: Snippet) -> list[tuple[str, float]]:
+    """The pieces with neighbours of equal share joined: most of the text is not active, so the page gets smaller."""
+    rounded = [(text, round(share, 2)) for text, share in snippet.pieces]
+    return [
+        ("".join(text for text, _ in run).replace("\n", "⏎"), share)
+        for share, run in groupby(rounded, key=lambda piece: piece[1])
+    ]
+
+
+def features_missing(story: Story) -> str:
+    """Why there are no lists of features; nothing where there are some."""
+    return "" if story.edges else "No hook point has enough alive features to rank: count more tokens."

@@ -1,0 +1,140 @@
+"""The sections on what was measured: each layer's features, importance, firing rates, and SAEs of one hook point."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+from tl_capacity.predict.suite import suites
+from tl_capacity.report import figures
+from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, sentence, text_cell
+from tl_capacity.report.story import Story, lone_hook
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.naming import short_hook
+from tl_capacity.show.figures import power_of_ten
+
+
+def layers(story: Story, empty: Section) -> Section:
+    """The headline figures of each hook point."""
+    rows = []
+    for row, hook in zip(
+        story.measurement.budget(max_fvu=None, law=story.law.name).rows(), story.measurement, strict=True
+    ):
+        rows.append(
+            [
+                text_cell(story.name(hook), f"d = {hook.width:,}"),
+                estimate_cell(row["F"], ",.0f"),
+                estimate_cell(row["L0"], ",.2f"),
+                estimate_cell(row["alpha"], ".4f"),
+                estimate_cell(row["g"], ",.2f"),
+                estimate_cell(row["budget"], ",.0f"),
+                estimate_cell(row["d*"], ",.1f"),
+                estimate_cell(row["d*_het"], ",.1f"),
+                Cell("not checked", order=-1) if row["FVU"] is None else estimate_cell(row["FVU"], ".3f"),
+            ]
+        )
+    header = ["hook point", "F alive", "L0", "α = 1 − L0/F", "g(α)", "budget d·ĝ", "d* = F/g(α)", "d*_het", "FVU"]
+    text = [
+        "F counts the features whose firing rate exceeds the alive threshold, L0 is the mean number that are active on"
+        " a token. One dimension holds g(α) = 1/((1−α) ln(1/(1−α))) features, so d* is the narrowest student that can"
+        " keep them all; d*_het = Σ p ln(1/p) lets each feature have its own rate. FVU is the variance that the SAE"
+        " leaves unexplained: what it misses is in no feature and in no floor."
+    ]
+    s, name = story.main.summary, short_hook(story.measurement, story.main.hook)
+    named = "" if name == story.main.hook else f"; {name} is {story.main.hook}"
+    title = (
+        f"{s.n_tokens:,} tokens of {s.n_documents:,} documents, with 95% intervals over documents{named}. A click on a"
+        " heading sorts."
+    )
+    return replace(empty, text=text, tables=[PageTable(title, header, rows)])
+
+
+def importance(story: Story, empty: Section) -> Section:
+    """The features in order of importance, and where the budget of each width ends."""
+    hook = lone_hook(story.measurement, story.main)
+    figure = figures.importance_figure(story.measurement, story.widths, story.settings.importance, story.law.name, hook)
+    caption = (
+        "Bands are 95% intervals over documents. Markers show where the budget of each student width ends: what is to"
+        f" the right is lost. Dotted lines, some labelled with the width, are those of {story.name(story.main)}."
+    )
+    return replace(empty, figures=[("importance", figure, caption)])
+
+
+def firing_rates(story: Story, empty: Section) -> Section:
+    """How often latents fire, and how many features there are at several thresholds."""
+    rows = []
+    for hook in story.measurement:
+        s = hook.summary
+        fired = s.alive_at[0.0]
+        never = Estimate(*(None if n is None else s.d_sae - n for n in (fired.value, fired.high, fired.low)))  # type: ignore[arg-type]
+        counts = [*s.alive_at.values(), s.features_chao2, never, s.dense_latents]
+        rows.append([text_cell(story.name(hook)), *(estimate_cell(count, ",.0f") for count in counts)])
+    thresholds = [f"F at p > {power_of_ten(t)}" for t in story.main.summary.alive_at]
+    header = ["hook point", *thresholds, "can fire (Chao2)", "never fired", "dense, p > 1/e"]
+    text = [
+        "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million to"
+        " place a feature to within 10%. Chao2 estimates from features that only one or two documents showed how many"
+        " can fire at all."
+    ]
+    caption = (
+        "The thick line is the alive threshold of this report, thin dotted ones are others; above 1/e a latent is too"
+        " dense for g(α). The histogram is of the text that was read; the table has intervals."
+    )
+    table = PageTable("Features at several thresholds, with 95% intervals", header, rows)
+    section = replace(empty, text=text, tables=[table])
+    if not any(hook.summary.alive_at[0.0].value for hook in story.measurement):
+        return replace(
+            section,
+            missing=(
+                "No latent fired on the text that was read, so there is no rate to draw: count more tokens, or check"
+                " the hook point."
+            ),
+        )
+    return replace(section, figures=[("firing-rates", figures.firing_rate_figure(story.measurement), caption)])
+
+
+def suite(story: Story, empty: Section) -> Section:
+    """The critical width against L0, over the SAEs of one hook point."""
+    compared = suites(story.measurement)
+    text = [
+        "d* = F/g(α) is the same number as L0 · ln(F/L0): it rests on the dictionary's L0, which whoever trained the"
+        " SAE chose. One d* is a statement about the model and that SAE together; over several SAEs of one hook point"
+        " it shows how much is the model's."
+    ]
+    if not compared:
+        return replace(
+            empty,
+            text=text,
+            missing=(
+                "Each hook point was measured with one SAE, so it is not known how far d* rests on that choice: measure"
+                " several at one hook point."
+            ),
+            command=(
+                f"tl-capacity measure --model {shlex.quote(story.measurement.provenance.model)} --sae SAE --sae"
+                " SAE_OF_ANOTHER_L0 --out runs/suite"
+            ),
+        )
+    text += [sentence(each.statement()) for each in compared]
+    if any(each.exponent is not None for each in compared):
+        text.append("The exponent is of these SAEs alone, which are too few for an interval.")
+    rows = [
+        [
+            text_cell(hook.sae, short_hook(story.measurement, hook.hook)),
+            number_cell(hook.summary.d_sae),
+            estimate_cell(hook.summary.l0, ",.2f"),
+            estimate_cell(hook.summary.n_alive, ",.0f"),
+            estimate_cell(hook.summary.critical_width, ",.1f"),
+            estimate_cell(hook.summary.heterogeneous_critical_width, ",.1f"),
+            Cell("not checked", order=-1) if hook.summary.fvu is None else estimate_cell(hook.summary.fvu, ".3f"),
+        ]
+        for each in compared
+        for hook in each.saes
+    ]
+    caption = "Error bars are 95% intervals over documents, often smaller than the markers."
+    header = ["SAE", "latents", "L0", "F alive", "d*", "d*_het", "FVU"]
+    return replace(
+        empty,
+        text=text,
+        figures=[("suite", figures.suite_figure(story.measurement), caption)],
+        tables=[PageTable("SAEs of one hook point", header, rows)],
+    )

@@ -1,0 +1,204 @@
+"""The section on recoverability: which features the students kept, beside the budgets of the theorem."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+
+import plotly.graph_objects as go
+
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.report import figures
+from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
+from tl_capacity.report.results import READOUTS, RECOVERED, RecoveryRow, recoverability_rows
+from tl_capacity.report.story import Story
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.naming import short_hook
+
+BUDGETS = {"budget": "compressed_sensing", "equilibrium": "equilibrium"}
+"""The budgets of a recoverability row, and the laws that they are by."""
+
+
+def recoverability(story: Story, empty: Section) -> Section:
+    """The kept features of each student, beside its budgets, its teacher and random weights.
+
+    Raises:
+        CapacityError: where the rows of recoverability cannot be read.
+    """
+    if story.results.recoverability is None:
+        return _not_recovered(story, empty)
+    rows = _with_budget_intervals(story.measurement, recoverability_rows(story.results.recoverability))
+    text = [
+        "A feature counts as kept where a linear readout of the student's activations tells, on held-out documents, at"
+        " an AUROC of at least τ where it fires. The teacher's own activations are the ceiling, a student with random"
+        " weights the floor. The theorem speaks of the budget. Features that fire too seldom in the held-out text are"
+        " not judged."
+    ]
+    caption = (
+        "Dotted: what the student is compared with. Error bars are 95% intervals over documents; seeds of one width are"
+        " open markers around their mean."
+    )
+    drawn = [("recoverability", _kept_figure(rows), caption), *_threshold_figures(story, rows)]
+    tables = [_counts_table(story, rows)]
+    if any(row.overlap or any(row.medians.values()) for row in rows):
+        text.append(
+            "If the theorem's order held, more of the predicted features would be kept than of all, which is what"
+            " chance would give. Average precision and R² lie between the floor and the ceiling; AUROC is lenient with"
+            " rare features, and they are not. Shares, medians and counts at other τ are of these documents alone and"
+            " have no intervals."
+        )
+        tables.append(_shares_table(story, rows))
+    return replace(empty, text=text, figures=drawn, tables=tables)
+
+
+def _not_recovered(story: Story, empty: Section) -> Section:
+    """The section without recoverability, with the command that measures it."""
+    return replace(
+        empty,
+        missing=(
+            "Recoverability was not measured, so it is not known whether the features that the students kept are the"
+            " ones that the theorem names."
+        ),
+        command=(
+            f"tl-capacity run recover {story.folder} {story.students} --hook {shlex.quote(story.main.hook)} --out"
+            f" runs/recover\ntl-capacity report {story.folder} {story.students} runs/recover"
+        ),
+    )
+
+
+def _kept_figure(rows: Sequence[RecoveryRow]) -> go.Figure:
+    series = [
+        {
+            "series": f"{label}{difference}",
+            "width": row.width,
+            "value": row.counts[key].value,
+            "low": row.counts[key].low,
+            "high": row.counts[key].high,
+            "baseline": key != "kept",
+        }
+        for row, difference in zip(rows, _differences(rows), strict=True)
+        for key, label in RECOVERED.items()
+        if key in row.counts
+    ]
+    return figures.series_figure(series, "features")
+
+
+def _threshold_figures(story: Story, rows: Sequence[RecoveryRow]) -> list[tuple[str, go.Figure, str]]:
+    """For each hook point the kept features against τ: of each width's first seed, of the teacher, and of random
+    weights of the largest width.
+    """
+    drawn = []
+    for place, hook in enumerate(dict.fromkeys(row.hook for row in rows if row.by_tau)):
+        here = sorted((row for row in rows if row.hook == hook and row.by_tau), key=lambda row: row.width)
+        first_seeds = {row.width: row for row in reversed(here)}
+        kept = {f"width {width:,}": _readout(first_seeds[width], "student") for width in sorted(first_seeds)}
+        limits = {
+            "the teacher": _readout(here[-1], "teacher"),
+            f"random weights, width {here[-1].width:,}": _readout(here[-1], "random"),
+        }
+        caption = (
+            f"Kept features at {short_hook(story.measurement, hook)} against τ, of each width's first seed; the"
+            " vertical line is the τ of the table. These counts have no intervals."
+        )
+        figure = figures.thresholds_figure(kept, limits, sorted({row.tau for row in here}))
+        drawn.append((f"thresholds-{place}", figure, caption))
+    return drawn
+
+
+def _readout(row: RecoveryRow, readout: str) -> dict[float, float]:
+    """How many features a readout finds at each τ that it was counted at."""
+    return {tau: counts[readout] for tau, counts in sorted(row.by_tau.items()) if readout in counts}
+
+
+def _counts_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
+    """How many features each readout finds, and the budgets."""
+    taus = sorted({row.tau for row in rows})
+    title = "Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else "")
+    cells = [
+        [
+            text_cell(
+                row.student,
+                short_hook(story.measurement, row.hook) + (f", τ = {row.tau:g}" if len(taus) > 1 else ""),
+            ),
+            number_cell(row.width),
+            *(estimate_cell(row.counts[key], ",.0f") if key in row.counts else Cell("") for key in RECOVERED),
+            Cell(f"{row.n_features:,}", f"{row.n_judged:,} judged", row.n_features),
+        ]
+        for row in rows
+    ]
+    return PageTable(title, ["student", "width d_S", *RECOVERED.values(), "features"], cells)
+
+
+def _shares_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
+    """Kept features beside the predicted ones, and medians of what readouts reach, between floor and ceiling."""
+    header = [
+        "student",
+        "width d_S",
+        "of the F_S predicted, kept",
+        "of the k kept, among the k most important",
+        "average precision, median",
+        "R², median",
+    ]
+    cells = [
+        [
+            text_cell(row.student, short_hook(story.measurement, row.hook)),
+            number_cell(row.width),
+            _overlap_cell(row, "kept_of_predicted", "kept_of_all"),
+            _overlap_cell(row, "ordered", "ordered_by_chance"),
+            _median_cell(row, "average_precision"),
+            _median_cell(row, "r2"),
+        ]
+        for row in rows
+    ]
+    return PageTable("Kept and predicted features, and how well readouts tell judged ones", header, cells)
+
+
+def _overlap_cell(row: RecoveryRow, name: str, chance: str) -> Cell:
+    """A share with what chance would give beneath it."""
+    if name not in row.overlap:
+        return Cell("")
+    by_chance = f"{row.overlap[chance]:.0%} by chance" if chance in row.overlap else ""
+    return Cell(f"{row.overlap[name]:.0%}", by_chance, row.overlap[name])
+
+
+def _median_cell(row: RecoveryRow, score: str) -> Cell:
+    """The student's median of a score, with the floor and the ceiling beneath it."""
+    medians = row.medians.get(score, {})
+    if "student" not in medians:
+        return Cell("")
+    around = [f"{READOUTS[readout]} {medians[readout]:.2f}" for readout in ("random", "teacher") if readout in medians]
+    return Cell(f"{medians['student']:.2f}", ", ".join(around), medians["student"])
+
+
+def _with_budget_intervals(measurement: Measurement, rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
+    """The rows with budgets as uncertain as the measured ones of their hook points, where those were measured with one
+    SAE.
+    """
+    alone = [h.hook for h in measurement if sum(other.hook == h.hook for other in measurement) == 1]
+    with_intervals = list(rows)
+    for key, law in BUDGETS.items():
+        measured = {
+            row["hook"]: row["budget"]
+            for row in measurement.budget(max_fvu=None, law=law).rows()
+            if row["hook"] in alone
+        }
+        for place, row in enumerate(with_intervals):
+            if row.hook in measured and key in row.counts:
+                scaled = _scaled_like(row.counts[key], measured[row.hook])
+                with_intervals[place] = replace(row, counts={**row.counts, key: scaled})
+    return with_intervals
+
+
+def _scaled_like(budget: Estimate, measured: Estimate) -> Estimate:
+    """A budget as uncertain, in proportion, as the measured one; as it is where that has no interval."""
+    if measured.low is None or measured.high is None:
+        return budget
+    ends = (budget.value * end / measured.value for end in (measured.low, measured.high))
+    return Estimate(budget.value, *ends)
+
+
+def _differences(rows: Sequence[RecoveryRow]) -> list[str]:
+    """What tells the series of recoverability rows apart: hook point and τ, where there are several."""
+    hooks, taus = len({row.hook for row in rows}) > 1, len({row.tau for row in rows}) > 1
+    return [(f" at {row.hook}" if hooks else "") + (f", τ = {row.tau:g}" if taus else "") for row in rows]

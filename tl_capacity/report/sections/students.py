@@ -1,0 +1,114 @@
+"""What the distilled students showed: their training curves, observed floors, and which candidate explains these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from tl_capacity.distillation.decomposition import PAPER, Decomposition, Fit
+from tl_capacity.distillation.observed import ObservedFloor
+from tl_capacity.report import figures
+from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
+from tl_capacity.report.story import Story
+from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.results.naming import short_hook
+
+CANDIDATES = 8
+"""Of a decomposition that are shown before a click whatever they are."""
+
+
+def observed_table(story: Story) -> PageTable:
+    """The observed floor of each student, beside the predicted one of its width."""
+    header = [
+        "student",
+        "width d_S",
+        "seed",
+        "L∞ of the fit, nats per token",
+        "mean of the last tenth",
+        "still falling by",
+        f"predicted, {story.unit} per token",
+    ]
+    predicted = {} if story.decomposition is None else story.decomposition.predicted
+    return PageTable("Observed floors", header, [_observed_row(floor, predicted) for floor in story.observed])
+
+
+def _observed_row(floor: ObservedFloor, predicted: Mapping[int, Estimate]) -> list[Cell]:
+    control = floor.start == "teacher"
+    if floor.low is None:
+        fit, falling = Cell("not fitted", order=floor.value), Cell("")
+    else:
+        fit = estimate_cell(Estimate(floor.value, floor.low, floor.high), ".4f")
+        falling = estimate_cell(Estimate(floor.falling, floor.falling_low, floor.falling_high), ".4f")
+    return [
+        text_cell(floor.name, "began with the teacher's weights" if control else ""),
+        number_cell(floor.width),
+        number_cell(floor.seed),
+        fit,
+        estimate_cell(Estimate(floor.last_tenth, floor.last_tenth_low, floor.last_tenth_high), ".4f"),
+        falling,
+        estimate_cell(predicted[floor.width]) if floor.width in predicted and not control else Cell(""),
+    ]
+
+
+def candidate_tables(story: Story, decomposition: Decomposition) -> list[PageTable]:
+    """The best candidates with those that they are to be compared with, and folded all of them."""
+    header = ["place", "candidate", "error, nats per token", "R²", "C", "B, nats per token", "exponent"]
+    rows = {
+        place: [number_cell(place), *_candidate_row(story, fit, fit is decomposition.chosen)]
+        for place, fit in enumerate(decomposition.fits, 1)
+    }
+    first = [rows[place] for place, _ in decomposition.shown(CANDIDATES)]
+    title = (
+        "What explains the observed floors: observed = C · candidate + B, the smallest error at a width that was left"
+        " out first"
+    )
+    tables = [PageTable(title, header, first)]
+    if len(first) < len(rows):
+        tables.append(PageTable(f"All {len(rows)} candidates", header, list(rows.values()), folded=True))
+    return tables
+
+
+def _candidate_row(story: Story, fit: Fit, chosen: bool) -> list[Cell]:
+    if fit.c is None:
+        c = Cell("")
+    elif fit.candidate.as_is:
+        c = Cell("1", "fixed", 1.0)
+    else:
+        c = estimate_cell(fit.c, significant(fit.c.value, 3))
+    return [
+        text_cell(short(story, fit.candidate.name), f"{fit.candidate.kind}{', asked for' if chosen else ''}"),
+        Cell("too few widths", order=float("inf")) if fit.error is None else Cell(f"{fit.error:.4f}", order=fit.error),
+        Cell("too few widths", order=float("-inf")) if fit.r2 is None else Cell(f"{fit.r2:.4f}", order=fit.r2),
+        c,
+        estimate_cell(fit.b, significant(fit.b.value, 3)),
+        Cell("") if fit.exponent is None else estimate_cell(fit.exponent, ".2f"),
+    ]
+
+
+def short(story: Story, text: str) -> str:
+    """A sentence of a decomposition with short names of hook points, and without the law where it is the theorem's
+    own.
+    """
+    for hook in sorted(story.measurement, key=lambda h: -len(h.hook)):
+        text = text.replace(f" at {hook.hook}", f" at {short_hook(story.measurement, hook.hook)}")
+    return text.replace(f", {PAPER}", "")
+
+
+def curves(story: Story, empty: Section) -> Section:
+    """Held-out loss against tokens, with the fits."""
+    run = story.results.run
+    if run is None:
+        command = f"tl-capacity report {story.folder} {story.students}"
+        return replace(
+            empty,
+            missing="There are no training curves, as no distillation was given: once there is one, name its folder.",
+            command=command,
+        )
+    text = [
+        f"{run.teacher}, d = {run.teacher_width:,}, distilled on {run.students[0].tokens[-1]:,} tokens of"
+        f" {run.source or 'text'}; judged in nats per token at temperature 1 on {run.heldout_tokens:,} held-out tokens."
+        " Not the last value is the floor but where the curve is heading."
+    ]
+    caption = "Thin dotted lines are the fits L∞ + a·t^−b, thin dashed ones their asymptotes L∞."
+    figure = figures.curves_figure(run, story.observed)
+    return replace(empty, text=text, figures=[("curves", figure, caption)])

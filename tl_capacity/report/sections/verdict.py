@@ -1,0 +1,99 @@
+"""The top of the page: the verdict in sentences, the figures in tiles, and what a reader must know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence, Set
+
+from tl_capacity.predict.caveats import error_warnings
+from tl_capacity.predict.floors import FloorPrediction
+from tl_capacity.report.parts import Cell, estimate_cell, percent, sentence
+from tl_capacity.report.sections.students import short
+from tl_capacity.report.story import Story
+from tl_capacity.results.estimate import significant
+from tl_capacity.results.hook import HookMeasurement
+
+
+def verdict(story: Story) -> list[str]:
+    """The first sentences of the page: what the main hook point holds, and what a student of half its width loses."""
+    hook, s, p = story.main, story.main.summary, story.measurement.provenance
+    if not 0 < s.alpha.value < 1:
+        alive = int(s.n_alive.value)
+        return [
+            f"{_hook_as_subject(story, hook)} of {p.model} has {alive:,} alive features at L0 ="
+            f" {s.l0.show(',.2f')}, for which no sparsity is defined: count more tokens."
+        ]
+    star = s.critical_width
+    fits = "of" if star.value <= hook.width else "more than"
+    sentences = [
+        f"{_hook_as_subject(story, hook)} of {p.model} holds F = {s.n_alive.show(',.0f')} alive features at L0 ="
+        f" {s.l0.show(',.2f')}, so by the minimum-width theorem a student needs d* = {star.show(',.1f')}, {fits} the"
+        f" {hook.width:,} dimensions there, to keep them all."
+    ]
+    floor = _verdict_floor(story)
+    if floor is not None:
+        worth = floor.predicted_floor.show(significant(floor.predicted_floor.value))
+        sentences.append(
+            f"A student of width {floor.width:,} keeps about {percent(floor.kept_share)} of them; its predicted floor"
+            f" is {worth} {floor.unit} per token, {percent(floor.share)} of what all of them are worth."
+        )
+    if story.decomposition is not None:
+        sentences.append(f"Of the students that were distilled: {short(story, story.decomposition.verdict())}.")
+    return sentences
+
+
+def intervals_apart(text: str) -> list[tuple[str, bool]]:
+    """A sentence in pieces, each with whether it is an interval, which the page sets smaller."""
+    return [(piece, piece.startswith("[")) for piece in re.split(r"(\[[^\]]*\])", text) if piece]
+
+
+def _hook_as_subject(story: Story, hook: HookMeasurement) -> str:
+    """A hook point at the beginning of a sentence."""
+    name = story.name(hook)
+    return f"{name[:1].upper()}{name[1:]} ({hook.hook})" if name.startswith("layer ") else name
+
+
+def _verdict_floor(story: Story) -> FloorPrediction | None:
+    """The floor of the width that is nearest to half of the hook point's."""
+    predicted = story.floors.get(story.main_place, ())
+    return min(predicted, key=lambda f: abs(f.width - story.main.width / 2), default=None)
+
+
+def tiles(story: Story) -> list[tuple[str, Cell]]:
+    """The figures that stand large at the top, each with what it is."""
+    s, hook = story.main.summary, story.main
+    labelled = [
+        ("alive features F", estimate_cell(s.n_alive, ",.0f")),
+        (f"critical width d*; the hook point has {hook.width:,}", estimate_cell(s.critical_width, ",.1f")),
+    ]
+    floor = _verdict_floor(story)
+    if floor is not None:
+        labelled.append(
+            (f"predicted floor at width {floor.width:,}, {floor.unit} per token", estimate_cell(floor.predicted_floor))
+        )
+    labelled.append(("FVU of the SAE", Cell("not checked") if s.fvu is None else estimate_cell(s.fvu, ".3f")))
+    return labelled
+
+
+def notes(story: Story) -> list[str]:
+    """What a reader must know, what holds at several hook points said once."""
+    measurement = story.measurement
+    warnings = list(measurement.warnings)
+    if all(0 < h.summary.alpha.value < 1 for h in measurement):
+        warnings += error_warnings(measurement, story.widths, story.law.name)
+    said = _said_once(warnings, {name for h in measurement for name in (h.hook, h.sae, f"{h.hook}, {h.sae}")})
+    said += [f"{story.law.name}: {story.law.caveat}"] if story.law.caveat else []
+    said += story.decomposition.notes()[1:] if story.decomposition is not None else []
+    return [sentence(note) for note in said]
+
+
+def _said_once(warnings: Sequence[str], hooks: Set[str]) -> list[str]:
+    """Warnings without repetitions: one that is said of several hook points names them all in front."""
+    subjects: dict[str, list[str]] = {}
+    for warning in warnings:
+        hook, colon, what = warning.partition(": ")
+        if colon and hook in hooks:
+            subjects.setdefault(what, []).append(hook)
+        else:
+            subjects.setdefault(warning, [])
+    return [f"{', '.join(dict.fromkeys(names))}: {what}" if names else what for what, names in subjects.items()]

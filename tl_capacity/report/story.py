@@ -1,0 +1,173 @@
+"""What a report says, computed once from its results: the main hook point, widths, floors, and observed floors."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tl_capacity.distillation.decomposition import OBSERVED, Decomposition, decompose
+from tl_capacity.distillation.observed import ObservedFloor, observed_floors
+from tl_capacity.errors import CapacityError
+from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.plan import ladder
+from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import FloorPrediction, hook_floors
+from tl_capacity.report.results import Results
+from tl_capacity.report.snippets import Edge, Snippets, edges
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.naming import hook_label, middle
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What the page shows.
+
+    Attributes:
+        widths: student widths; none for those distilled, or some between a sixteenth of the teacher's width and all of
+            it.
+        importance, law: of the predictions.
+        hook: the hook point that the verdict is about; None for the middle one.
+        observed: "fit" or "last_tenth", as in `decompose`.
+    """
+
+    widths: tuple[int, ...] = ()
+    importance: str = "second_moment"
+    law: str = "compressed_sensing"
+    hook: str | None = None
+    observed: str = "fit"
+
+
+@dataclass(frozen=True)
+class Story:
+    """What all sections share.
+
+    Attributes:
+        main: the hook point that the verdict is about.
+        floors, edges: by the place of a hook point in the measurement; none where it has no sparsity.
+        observed: floors of the distilled students.
+        decomposition: of the observed floors; where there is none, `undecomposed` says why.
+        snippets_note: why there are no snippets.
+    """
+
+    results: Results
+    settings: ReportSettings
+    widths: tuple[int, ...]
+    law: CapacityLaw
+    main: HookMeasurement
+    floors: Mapping[int, Sequence[FloorPrediction]]
+    edges: Mapping[int, Sequence[Edge]]
+    observed: Sequence[ObservedFloor] = ()
+    decomposition: Decomposition | None = None
+    undecomposed: str = ""
+    snippets: Snippets = field(default_factory=dict)
+    snippets_note: str = ""
+
+    @property
+    def measurement(self) -> Measurement:
+        return self.results.measurement
+
+    @property
+    def unit(self) -> str:
+        """The unit of the importance."""
+        return str(plugins().importance_estimators[self.settings.importance].unit)
+
+    @property
+    def folder(self) -> str:
+        """The measurement's, as a shell takes it."""
+        return shlex.quote(self.results.folder)
+
+    @property
+    def students(self) -> str:
+        """The distillation's folder, as a shell takes it."""
+        return shlex.quote(self.results.run_folder)
+
+    @property
+    def main_place(self) -> int:
+        """The main hook point's place in the measurement."""
+        return next(place for place, hook in enumerate(self.measurement) if hook is self.main)
+
+    def name(self, hook: HookMeasurement) -> str:
+        """A hook point as the page calls it."""
+        return hook_label(self.measurement, hook)
+
+
+def story_of(results: Results, settings: ReportSettings, snippets: Snippets, snippets_note: str) -> Story:
+    """The story of some results.
+
+    Raises:
+        CapacityError: where the settings do not fit the measurement.
+    """
+    measurement, law = results.measurement, plugins().capacity_laws[settings.law]
+    main, widths = main_hook(measurement, settings), report_widths(results, settings)
+    sparse = hooks_with_sparsity(measurement)
+    floors = {place: hook_floors(hook, widths, settings.importance, law) for place, hook in sparse.items()}
+    around = {place: edges(hook, widths, settings.importance, law) for place, hook in sparse.items()}
+    story = Story(results, settings, widths, law, main, floors, around, snippets=snippets, snippets_note=snippets_note)
+    if results.run is None:
+        return story
+    try:
+        decomposition = decompose(
+            measurement,
+            results.run,
+            hook=lone_hook(measurement, main),
+            importance=settings.importance,
+            law=settings.law,
+            observed=settings.observed,
+            max_fvu=None,
+        )
+    except CapacityError as problem:
+        evaluated = all(len(student.tokens) > 1 for student in results.run)
+        return replace(story, observed=observed_floors(results.run) if evaluated else (), undecomposed=str(problem))
+    return replace(story, observed=decomposition.observed, decomposition=decomposition)
+
+
+def main_hook(measurement: Measurement, settings: ReportSettings) -> HookMeasurement:
+    """The hook point that the verdict is about: the first SAE of the one asked for, else the middle one.
+
+    Raises:
+        CapacityError: where the settings do not fit the measurement.
+    """
+    for hook in measurement:
+        hook.estimator(settings.importance)
+    if any(width < 1 for width in settings.widths):
+        raise CapacityError(f"widths {settings.widths} are no student widths: pass whole numbers of at least 1")
+    if settings.observed not in OBSERVED:
+        raise CapacityError(f"{settings.observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
+    if settings.hook is None:
+        return middle(measurement)
+    named = [hook for hook in measurement if hook.hook == settings.hook]
+    return named[0] if named else measurement[settings.hook]
+
+
+def lone_hook(measurement: Measurement, main: HookMeasurement) -> str | None:
+    """The main hook point's name where it was measured with one SAE; with several the name is ambiguous."""
+    return main.hook if sum(hook.hook == main.hook for hook in measurement) == 1 else None
+
+
+def hooks_with_sparsity(measurement: Measurement) -> dict[int, HookMeasurement]:
+    """The hook points that a floor can be predicted for, by their places in the measurement."""
+    return {place: hook for place, hook in enumerate(measurement) if 0 < hook.summary.alpha.value < 1}
+
+
+def report_widths(results: Results, settings: ReportSettings) -> tuple[int, ...]:
+    """The student widths that the page shows."""
+    given = settings.widths or (results.run.widths if results.run is not None else ())
+    return tuple(sorted(set(given))) or ladder(max(h.width for h in results.measurement))
+
+
+def shown_latents(measurement: Measurement, settings: ReportSettings, widths: Sequence[int]) -> dict[int, list[int]]:
+    """The latents that the page shows, by the place of their hook point in the measurement; none where a hook point has
+    no sparsity.
+    """
+    law = plugins().capacity_laws[settings.law]
+    return {
+        place: latents_around(edges(hook, widths, settings.importance, law))
+        for place, hook in hooks_with_sparsity(measurement).items()
+    }
+
+
+def latents_around(around: Sequence[Edge]) -> list[int]:
+    """All latents on either side of some budgets, ascending."""
+    return sorted({latent for edge in around for latent in (*edge.kept, *edge.lost)})
