@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
 from tl_capacity.measurement.provenance import Provenance, provenance_from_json, typed_field
+from tl_capacity.results.columns import recorded
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.results.sums import check_sums, merge_sums
@@ -146,7 +147,7 @@ class Measurement:
                     "width": h.width,
                     "alive_threshold": h.summary.alive_threshold,
                     "estimators": list(h.estimators),
-                    "figures": figures(h.summary),
+                    "figures": recorded(h),
                 }
                 for h in self.hooks
             ],
@@ -245,24 +246,3 @@ class Measurement:
 
 def _tapped(measurement: Measurement) -> list[tuple[Any, ...]]:
     return [(h.hook, h.sae_digest, h.estimators, h.summary.alive_threshold) for h in measurement.hooks]
-
-
-def figures(summary: FeatureSummary) -> dict[str, Any]:
-    """The headline figures in JSON, so that a measurement can be read without this package."""
-    return {
-        "tokens": summary.n_tokens,
-        "documents": summary.n_documents,
-        "masked": summary.masked,
-        "masked_norm_share": summary.masked_norm_share,
-        "n_alive": summary.n_alive.to_json(),
-        "alive_at": {f"{t:g}": e.to_json() for t, e in summary.alive_at.items()},
-        "features_chao2": summary.features_chao2.to_json(),
-        "l0": summary.l0.to_json(),
-        "alpha": summary.alpha.to_json(),
-        "capacity": summary.capacity.to_json(),
-        "critical_width": summary.critical_width.to_json(),
-        "heterogeneous_critical_width": summary.heterogeneous_critical_width.to_json(),
-        "dense_latents": int(summary.dense_latents.value),
-        "fvu": None if summary.fvu is None else summary.fvu.to_json(),
-        "explained_variance": None if summary.explained_variance is None else summary.explained_variance.to_json(),
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
@@ -14,6 +14,20 @@ from tl_capacity.predict.caveats import _kind, advice_on_fit
 from tl_capacity.predict.floors import FloorPrediction, floor_cells, hook_floors
 from tl_capacity.predict.laws import features_per_dimension
 from tl_capacity.predict.suite import suites
+from tl_capacity.results.columns import (
+    ALIVE,
+    CAPACITY,
+    CRITICAL_WIDTH,
+    DENSE_LATENTS,
+    DOCUMENTS,
+    EXPLAINED_VARIANCE,
+    FVU,
+    HETEROGENEOUS_CRITICAL_WIDTH,
+    L0,
+    SPARSITY,
+    TOKENS,
+    Column,
+)
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import told_apart
@@ -21,7 +35,7 @@ from tl_capacity.results.summary import Resample
 from tl_capacity.show.tables import html_table, plain, table
 
 HOOKS_IN_A_TABLE = 3
-"""Columns that fit a terminal; more hook points follow in further tables."""
+"""Hook points that fit a terminal; more follow in further tables."""
 
 
 @dataclass(frozen=True)
@@ -69,30 +83,16 @@ class Budget:
 
     def rows(self) -> list[dict[str, Any]]:
         """One object per hook point: every figure an `Estimate` or a number."""
-        law = plugins().capacity_laws[self.law]
-        rows = []
-        for hook in self.hooks:
-            s = hook.summary
-            rows.append(
-                {
-                    "hook": hook.hook,
-                    "sae": hook.sae,
-                    "width": hook.width,
-                    "tokens": s.n_tokens,
-                    "documents": s.n_documents,
-                    "F": s.n_alive,
-                    "L0": s.l0,
-                    "alpha": s.alpha,
-                    "g": s.capacity,
-                    "budget": _budget(hook, law),
-                    "d*": s.critical_width,
-                    "d*_het": s.heterogeneous_critical_width,
-                    "FVU": s.fvu,
-                    "explained variance": s.explained_variance,
-                    "dense latents": s.dense_latents,
-                }
-            )
-        return rows
+        columns = frame_columns(self.chosen_law)
+        return [
+            {"hook": hook.hook, "sae": hook.sae, "width": hook.width, **{c.name: c.value(hook) for c in columns}}
+            for hook in self.hooks
+        ]
+
+    @property
+    def chosen_law(self) -> CapacityLaw:
+        """The registered law of that name."""
+        return plugins().capacity_laws[self.law]
 
     def to_frame(self) -> Any:
         """The per-layer table as a pandas DataFrame, each estimate with columns for its interval."""
@@ -121,29 +121,13 @@ class Budget:
 
         return floors_figure(self.floors)
 
-    def cells(self, columns: slice = slice(None)) -> tuple[list[str], list[list[str]]]:
+    def cells(self, part: slice = slice(None)) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the per-layer table as text: a column for each hook point, a row for each figure."""
-        rows, names = self.rows()[columns], list(map(told_apart(self.hooks), self.hooks))[columns]
-        lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-            ("tokens (documents)", lambda r: f"{r['tokens']:,} ({r['documents']:,})"),
-            ("F alive", lambda r: r["F"].show(",.0f")),
-            ("L0", lambda r: r["L0"].show(",.2f")),
-            ("α = 1 − L0/F", lambda r: r["alpha"].show(".4f")),
-            ("g(α) per dimension", lambda r: r["g"].show(",.2f")),
-            (
-                "budget d·g(α)" if plugins().capacity_laws[self.law].is_default else f"budget, {self.law}",
-                lambda r: r["budget"].show(",.0f"),
-            ),
-            ("d* = F/g(α)", lambda r: r["d*"].show(",.1f")),
-            ("d*_het = Σ p ln 1/p", lambda r: r["d*_het"].show(",.1f")),
-            ("FVU of the SAE", lambda r: "not checked" if r["FVU"] is None else r["FVU"].show(".3f")),
-            (
-                "explained variance",
-                lambda r: "not checked" if r["FVU"] is None else r["explained variance"].show(".3f"),
-            ),
-        ]
-        return ["", *(f"{name} (d={r['width']:,})" for name, r in zip(names, rows, strict=True))], [
-            [label, *(show(r) for r in rows)] for label, show in lines
+        hooks, name = self.hooks[part], told_apart(self.hooks)
+        counted = [f"{TOKENS.show(hook)} ({DOCUMENTS.show(hook)})" for hook in hooks]
+        return ["", *(f"{name(hook)} (d={hook.width:,})" for hook in hooks)], [
+            [f"{TOKENS.label} ({DOCUMENTS.label})", *counted],
+            *([row.label, *map(row.show, hooks)] for row in table_columns(self.chosen_law)),
         ]
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
@@ -169,7 +153,7 @@ class Budget:
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting these figures."""
-        caveat = plugins().capacity_laws[self.law].caveat
+        caveat = self.chosen_law.caveat
         return (
             [suite.statement() for suite in suites(self.hooks)]
             + list(self.warnings)
@@ -180,7 +164,40 @@ class Budget:
         return f"Budget({', '.join(h.hook for h in self.hooks)}; law {self.law}, {len(self.floors)} floors)"
 
 
-def _budget(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
+def budget_column(law: CapacityLaw) -> Column:
+    """The column of the features that a hook point's width holds, d·ĝ(α), by some law."""
+    return Column(
+        "budget",
+        lambda hook: budget_estimate(hook, law),
+        label="budget d·g(α)" if law.is_default else f"budget, {law.name}",
+        heading="budget d·ĝ",
+        digits=",.0f",
+        formula="d · g(α)",
+        meaning="features that the hook point's width d can hold",
+    )
+
+
+def table_columns(law: CapacityLaw) -> tuple[Column, ...]:
+    """The figures in the per-layer table, below the tokens."""
+    return (
+        ALIVE,
+        L0,
+        SPARSITY,
+        CAPACITY,
+        budget_column(law),
+        CRITICAL_WIDTH,
+        HETEROGENEOUS_CRITICAL_WIDTH,
+        FVU,
+        EXPLAINED_VARIANCE,
+    )
+
+
+def frame_columns(law: CapacityLaw) -> tuple[Column, ...]:
+    """The figures in the DataFrame, behind the hook point, its SAE and its width."""
+    return (TOKENS, DOCUMENTS, *table_columns(law), DENSE_LATENTS)
+
+
+def budget_estimate(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
     """d·ĝ(α) of a hook point; importances are taken from the default estimator, for laws that depend on them."""
     s, values = hook.summary, hook.importance()
 

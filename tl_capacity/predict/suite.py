@@ -5,14 +5,26 @@ was chosen.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import e
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tl_capacity.results.columns import ALIVE, CRITICAL_WIDTH, FVU, HETEROGENEOUS_CRITICAL_WIDTH, L0, LATENTS
+
 if TYPE_CHECKING:
     from tl_capacity.results.hook import HookMeasurement
+
+COLUMNS = (
+    LATENTS,
+    replace(L0, digits=",.1f"),  # SAEs of a suite differ by more than hundredths
+    ALIVE,
+    replace(CRITICAL_WIDTH, heading=CRITICAL_WIDTH.name),
+    HETEROGENEOUS_CRITICAL_WIDTH,
+    FVU,
+)
+"""The figures of each SAE of a suite."""
 
 EQUAL_L0 = 1.05
 """SAEs whose L0s lie within this factor of each other say nothing of how d* depends on L0."""
@@ -69,22 +81,9 @@ class Suite:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the suite as text."""
-        rows = []
-        for one in self.saes:
-            s = one.summary
-            fvu = "not checked" if s.fvu is None else s.fvu.show(".3f")
-            rows.append(
-                [
-                    one.sae,
-                    f"{s.d_sae:,}",
-                    s.l0.show(",.1f"),
-                    s.n_alive.show(",.0f"),
-                    s.critical_width.show(),
-                    s.heterogeneous_critical_width.show(),
-                    fvu,
-                ]
-            )
-        return ["SAE", "latents", "L0", "F alive", "d*", "d*_het", "FVU"], rows
+        return ["SAE", *(column.heading for column in COLUMNS)], [
+            [measured.sae, *(column.show(measured) for column in COLUMNS)] for measured in self.saes
+        ]
 
 
 def suites(hooks: Iterable[HookMeasurement]) -> list[Suite]:

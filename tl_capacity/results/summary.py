@@ -96,57 +96,57 @@ class FeatureSummary:
     @property
     def n_alive(self) -> Estimate:
         """F, the number of alive features."""
-        return self._figures["n_alive"]
+        return self._count("n_alive")
 
     @property
     def alive_at(self) -> dict[float, Estimate]:
         """F at each of `THRESHOLDS`."""
-        return {threshold: self._figures[f"alive_at_{threshold}"] for threshold in THRESHOLDS}
+        return {threshold: self._count(f"alive_at_{threshold}") for threshold in THRESHOLDS}
 
     @property
     def l0(self) -> Estimate:
         """L0, the mean number of active features per counted token."""
-        return self._figures["l0"]
+        return self._headline["l0"]
 
     @property
     def alpha(self) -> Estimate:
         """α = 1 − L0/F."""
-        return self._figures["alpha"]
+        return self._headline["alpha"]
 
     @property
     def capacity(self) -> Estimate:
         """g(α), features per dimension."""
-        return self._figures["capacity"]
+        return self._headline["capacity"]
 
     @property
     def critical_width(self) -> Estimate:
         """d* = F/g(α)."""
-        return self._figures["critical_width"]
+        return self._headline["critical_width"]
 
     @property
     def heterogeneous_critical_width(self) -> Estimate:
         """d*_het = Σ p ln(1/p)."""
-        return self._figures["heterogeneous_critical_width"]
+        return self._headline["heterogeneous_critical_width"]
 
     @property
     def dense_latents(self) -> Estimate:
         """Number of latents that fire on more than 1/e of the tokens."""
-        return self._figures["dense_latents"]
+        return self._count("dense_latents")
 
     @property
     def fvu(self) -> Estimate | None:
         """Fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖², or None where no reconstruction was checked."""
-        return self._figures["fvu"] if self.arrays["fvu_tokens"].sum() > 0 else None
+        return self._of_reconstruction("fvu")
 
     @property
     def explained_variance(self) -> Estimate | None:
         """1 − FVU."""
-        return self._figures["explained_variance"] if self.arrays["fvu_tokens"].sum() > 0 else None
+        return self._of_reconstruction("explained_variance")
 
     @property
     def reconstruction_error(self) -> Estimate | None:
         """E‖x − x̂‖² per token, in squared activations, or None where no reconstruction was checked."""
-        return self._figures["reconstruction_error"] if self.arrays["fvu_tokens"].sum() > 0 else None
+        return self._of_reconstruction("reconstruction_error")
 
     def firing_rate_histogram(self, bins_per_decade: int = 4) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
         """`(edges, features per bin, features that never fired)` of the firing rates, on a logarithmic scale down to
@@ -199,53 +199,42 @@ class FeatureSummary:
         return [estimate_around(value, column) for value, column in zip(values, replicates.T, strict=True)]
 
     @cached_property
-    def _figures(self) -> dict[str, Estimate]:
-        names = [
-            "n_alive",
-            "l0",
-            "alpha",
-            "capacity",
-            "critical_width",
-            "heterogeneous_critical_width",
-            "dense_latents",
-        ]
-        names += [
-            "fvu",
-            "explained_variance",
-            "reconstruction_error",
-            *(f"alive_at_{threshold}" for threshold in THRESHOLDS),
-        ]
-        figures = dict(zip(names, self.estimates(self._figures_of), strict=True))
-        counts = [name for name in names if "alive" in name or name == "dense_latents"]
-        return figures | {name: figures[name].within(0.0, float(self.d_sae)) for name in counts}
+    def _headline(self) -> dict[str, Estimate]:
+        names = list(self._headline_of(self._whole))
+        values = self.estimates(lambda sums: list(self._headline_of(sums).values()))
+        return dict(zip(names, values, strict=True))
+
+    def _count(self, name: str) -> Estimate:
+        """A headline figure that counts latents, of which there are no more than the SAE has."""
+        return self._headline[name].within(0.0, float(self.d_sae))
+
+    def _of_reconstruction(self, name: str) -> Estimate | None:
+        """A headline figure that rests on the reconstruction, or None where that was not checked."""
+        return self._headline[name] if self.arrays["fvu_tokens"].sum() > 0 else None
 
     def sparsity_of(self, sums: Resample) -> float:
         """α of some resampled sums; NaN where nothing is alive."""
         alive = int((sums.rates > self.alive_threshold).sum())
         return 1 - float(sums.rates.sum()) / alive if alive else float("nan")
 
-    def _figures_of(self, sums: Resample) -> list[float]:
-        alive, l0, alpha = (
-            float((sums.rates > self.alive_threshold).sum()),
-            float(sums.rates.sum()),
-            self.sparsity_of(sums),
-        )
+    def _headline_of(self, sums: Resample) -> dict[str, float]:
+        """The headline figures of some resampled sums."""
+        alive, alpha = float((sums.rates > self.alive_threshold).sum()), self.sparsity_of(sums)
         capacity = theory.capacity(alpha) if 0 < alpha < 1 else float("nan")
         rates = np.minimum(sums.rates, 1.0)
-        heterogeneous = theory.heterogeneous_critical_width(rates)
-        reconstruction = [sums.fvu, 1 - sums.fvu, sums.reconstruction_error]
-        at_thresholds = [float((sums.rates > t).sum()) for t in THRESHOLDS]
-        return [
-            alive,
-            l0,
-            alpha,
-            capacity,
-            alive / capacity,
-            heterogeneous,
-            float(theory.dense_latents(rates)),
-            *reconstruction,
-            *at_thresholds,
-        ]
+        return {
+            "n_alive": alive,
+            "l0": float(sums.rates.sum()),
+            "alpha": alpha,
+            "capacity": capacity,
+            "critical_width": alive / capacity,
+            "heterogeneous_critical_width": theory.heterogeneous_critical_width(rates),
+            "dense_latents": float(theory.dense_latents(rates)),
+            "fvu": sums.fvu,
+            "explained_variance": 1 - sums.fvu,
+            "reconstruction_error": sums.reconstruction_error,
+            **{f"alive_at_{threshold}": float((sums.rates > threshold).sum()) for threshold in THRESHOLDS},
+        }
 
     @cached_property
     def _floats(self) -> dict[str, NDArray[Any]]:
