@@ -77,6 +77,9 @@ def budget(width: Numeric | int, alpha: Numeric) -> Numeric:
 
     Raises:
         ValueError: unless 0 ≤ d < ∞ and 0 < α < 1.
+
+    >>> round(budget(128, 0.98828125), 1)
+    2456.4
     """
     result: Numeric = _like(_width(width) * _capacity(alpha), alpha, width)
     return result
@@ -89,6 +92,9 @@ def critical_width(n_features: Numeric | int, alpha: Numeric) -> Numeric:
 
     Raises:
         ValueError: unless 0 ≤ F < ∞ and 0 < α < 1.
+
+    >>> round(critical_width(2048, 0.98828125), 1)
+    106.7
     """
     features = _features(n_features)
     result: Numeric = _like(features / _capacity(alpha), alpha, n_features)
@@ -106,6 +112,9 @@ def heterogeneous_critical_width(firing_rates: Values) -> Any:
 
     Raises:
         ValueError: unless every rate lies in [0, 1].
+
+    >>> round(heterogeneous_critical_width([0.1, 0.02, 0.0]), 4)
+    0.3085
     """
     rates = _within("firing_rates", firing_rates, lambda p: (p >= 0) & (p <= 1), "0 ≤ p ≤ 1")
     terms = rates * -np.log(np.where(rates > 0, rates, 1.0))
@@ -113,7 +122,11 @@ def heterogeneous_critical_width(firing_rates: Values) -> Any:
 
 
 def dense_latents(firing_rates: Values) -> int:
-    """How many latents fire on more than 1/e of all tokens: too dense for the sparse regime that g(α) describes."""
+    """How many latents fire on more than 1/e of all tokens: too dense for the sparse regime that g(α) describes.
+
+    >>> dense_latents([0.9, 0.4, 0.3])
+    2
+    """
     rates = _within("firing_rates", firing_rates, lambda p: (p >= 0) & (p <= 1), "0 ≤ p ≤ 1")
     return int((rates > np.exp(-1)).sum())
 
@@ -126,6 +139,9 @@ def kept_features(width: Numeric | int, alpha: Numeric, n_features: Numeric | in
 
     Raises:
         ValueError: unless 0 ≤ d_S < ∞, 0 < α < 1 and 0 ≤ F < ∞.
+
+    >>> kept_features([32, 512], 0.98828125, 2048)
+    array([ 614, 2048])
     """
     features = _features(n_features)
     kept = np.minimum(np.floor(_width(width) * _capacity(alpha)), np.floor(features)).astype(np.int64)
@@ -141,6 +157,9 @@ def lost_importance(importance: Values, kept: Any) -> Any:
 
     Raises:
         ValueError: where an importance is negative or not finite, or `kept` is negative.
+
+    >>> lost_importance([1.0, 4.0, 2.0], [0, 1, 3])
+    array([7., 3., 0.])
     """
     counts = _within("kept", kept, lambda k: k >= 0, "kept ≥ 0").astype(np.int64)
     # Summed from the least important, so that the tiny terms of a long tail are not rounded away against the large
@@ -160,6 +179,9 @@ def refined_floor(importance: Values, width: Any, alpha: Any) -> Any:
 
     Raises:
         ValueError: where an importance is negative or not finite, d_S < 0, or α lies outside (0, 1).
+
+    >>> refined_floor([1.0, 4.0, 2.0], width=[0.0, 0.5, 1.0], alpha=0.5)  # g(½) = 2.885
+    array([7., 3., 1.])
     """
     kept = np.asarray(kept_features(_width(width), _array(alpha), _importance(importance).size))
     return _like(np.asarray(lost_importance(_importance(importance), kept)), importance)
@@ -169,6 +191,9 @@ def naive_floor(importance: Values, width: Any, alpha: Any) -> Any:
     """Naive loss floor L_∞ · max(0, 1 − d_S g(α)/F): every one of the F features taken as equally important.
 
     L_∞ = Σ I is the loss of keeping nothing. Arguments and errors as in `refined_floor`.
+
+    >>> naive_floor([1.0, 4.0, 2.0], width=[0.0, 0.5, 1.0], alpha=0.5).round(3)
+    array([7.   , 3.634, 0.267])
     """
     values, budgets = _importance(importance), _width(width) * _capacity(alpha)
     share = 1.0 - budgets / values.size if values.size else np.zeros_like(budgets)
