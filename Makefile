@@ -7,11 +7,12 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 TL4_INSTALL := $(BIN)/pip --quiet --disable-pip-version-check --python .venv-tl4/bin/python install --no-compile --constraint .venv-tl4/constraints.txt
 # One test file to a core at a time; what a file's tests share is then made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+CHECK_FORM := $(BIN)/check-jsonschema --quiet --builtin-schema
 WIDTHS := 16,24,32,48,64,96,128
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: dev demo test slow fuzz coverage tl4 check fix site benchmarks help-pages constraints clean
+.PHONY: dev demo test slow fuzz coverage tl4 check fix wheel site benchmarks help-pages constraints clean
 
 dev: .venv/.dev .venv/.docs
 
@@ -41,11 +42,19 @@ check: .venv/.dev site
 	.ci/types
 	.ci/imports
 	$(BIN)/codespell
+	$(CHECK_FORM) vendor.github-workflows .github/workflows/*.yml
+	$(CHECK_FORM) vendor.dependabot .github/dependabot.yml
+	$(CHECK_FORM) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	$(CHECK_FORM) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(CHECK_FORM) vendor.citation-file-format CITATION.cff
 	$(BIN)/python docs/write_help.py --check
 
 fix: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+wheel: .venv/.dev
+	.ci/wheel
 
 site: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
