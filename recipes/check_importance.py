@@ -22,13 +22,12 @@ from tl_capacity.measure.ablation import ablation_kl
 from tl_capacity.measure.session import add_capacity_hooks
 from tl_capacity.models.loading import load_model
 from tl_capacity.recipe import option, run_file, settings_of
+from tl_capacity.results.estimate import pair_interval
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.show.tables import table
 from tl_capacity.storage.files import make_folder, write_json
 from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import PADDING, TokenStream
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def main(config: CheckImportanceConfig) -> None:
                 "importance": name,
                 "unit": measured.estimator(name).unit,
                 "rank_correlation": float(spearmanr(values[places], kl).statistic),
-                "rank_correlation_interval": interval(
+                "rank_correlation_interval": pair_interval(
                     values[places], kl, lambda a, b: float(spearmanr(a, b).statistic)
                 ),
                 "median_ratio": float(np.median(ratio)) if nats else None,
@@ -130,13 +129,6 @@ def full_rows(stream: TokenStream, wanted: int) -> torch.Tensor:
         f"{stream.name()} has {len(found)} rows that fill a context of {stream.context}, not {wanted}: choose fewer"
         " --rows or a shorter --context"
     )
-
-
-def interval(a: NDArray[np.float64], b: NDArray[np.float64], statistic: Any) -> list[float]:
-    """95% interval of a statistic of pairs, by a bootstrap over latents."""
-    random = np.random.default_rng(0)
-    draws = [statistic(a[chosen], b[chosen]) for chosen in random.integers(0, len(a), size=(RESAMPLES, len(a)))]
-    return [float(q) for q in np.nanquantile(draws, (0.025, 0.975))]
 
 
 def rendered(found: list[dict[str, Any]], latents: int, tokens: int) -> Any:

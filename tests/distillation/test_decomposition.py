@@ -17,17 +17,9 @@ from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from tl_capacity.distillation import DistillationRun
-from tl_capacity.distillation.decomposition import (
-    RIVALS,
-    Decomposition,
-    Fit,
-    Points,
-    Prediction,
-    decompose,
-    decompose_floors,
-    fit,
-    resamples,
-)
+from tl_capacity.distillation.candidates import RIVALS, Points, Prediction
+from tl_capacity.distillation.decomposition import Decomposition, decompose, decompose_floors
+from tl_capacity.distillation.fitting import Fit, fit_candidate
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.distillation.run import StudentCurve
 from tl_capacity.errors import CapacityError, MeasurementError
@@ -35,7 +27,7 @@ from tl_capacity.measure.session import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.curve import Curve
-from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.estimate import Estimate, group_resamples
 
 WIDTHS = (16, 24, 32, 48, 64, 96, 128)
 PREDICTED = {16: 9.0, 24: 6.5, 32: 4.6, 48: 2.2, 64: 1.0, 96: 0.1, 128: 0.0}
@@ -64,7 +56,7 @@ def decomposed(
 
 
 def fitted(name: str, of: Points) -> Fit:
-    return fit(RIVAL[name], of, resamples(of))
+    return fit_candidate(RIVAL[name], of, group_resamples(of.widths))
 
 
 def points(observed: list[ObservedFloor]) -> Points:

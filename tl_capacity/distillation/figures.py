@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tl_capacity.distillation.decomposition import PAPER, Candidate, Decomposition, Fit
+from tl_capacity.distillation.candidates import Candidate
+from tl_capacity.distillation.decomposition import PAPER, Decomposition
+from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors, power_law
 from tl_capacity.distillation.run import DistillationRun, StudentCurve
 from tl_capacity.errors import CapacityError
@@ -48,14 +50,7 @@ def observed_figure(
     if not students:
         raise CapacityError("the distillation has no students but the control: distil some widths")
     figure, which = new_figure(), found.which if found is not None else which
-    values = [
-        (
-            Estimate(f.value, f.low, f.high)
-            if which == "fit"
-            else Estimate(f.last_tenth, f.last_tenth_low, f.last_tenth_high)
-        )
-        for f in students
-    ]
+    values = [student.taken_as(which) for student in students]
     figure.add_scatter(
         x=[f.width for f in students],
         y=[v.value for v in values],

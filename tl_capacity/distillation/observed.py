@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.distillation.run import DistillationRun, StudentCurve
+from tl_capacity.results.estimate import Estimate, block_resample, percentile_interval
 
+OBSERVED = ("fit", "last_tenth")
+"""What may be taken as a student's floor: L∞ of its curve's fit, or the mean over the last tenth of training."""
 REPLICATES = 100
 MIN_EVALUATIONS = 8
 SKIPPED_SHARE = 0.1
@@ -54,7 +57,14 @@ class ObservedFloor:
 
     @property
     def falling(self) -> float:
+        """How much the curve would still fall, in nats per token."""
         return self.last_tenth - self.value
+
+    def taken_as(self, which: str) -> Estimate:
+        """The observed floor with its interval, where it is taken as one of `OBSERVED`."""
+        if which == "fit":
+            return Estimate(self.value, self.low, self.high)
+        return Estimate(self.last_tenth, self.last_tenth_low, self.last_tenth_high)
 
     def to_json(self) -> dict[str, Any]:
         """A flat object."""
@@ -73,18 +83,15 @@ def observed_floor(student: StudentCurve) -> ObservedFloor:
     share = tokens / tokens[-1]
     last_tenth = float(losses[share > 0.9].mean())
     fitted = share >= SKIPPED_SHARE
-    if (
-        fitted.sum() < MIN_EVALUATIONS or student.start == "teacher"
-    ):  # a control starts at its floor and has no power law to fall by
+    # A control starts at its floor and has no power law to fall by.
+    if fitted.sum() < MIN_EVALUATIONS or student.start == "teacher":
         return ObservedFloor(**who, value=last_tenth, low=None, high=None, last_tenth=last_tenth)
     t, y = share[fitted], losses[fitted]
     best = fit_power_law(t, y)
     curve = power_law(t, *best)
-    residuals, random = (
-        (y - curve) * np.sqrt(len(t) / (len(t) - 3)),
-        np.random.default_rng(0),
-    )  # the fit has taken three degrees of freedom
-    noise = [_blocks(residuals, random) for _ in range(REPLICATES)]
+    residuals = (y - curve) * np.sqrt(len(t) / (len(t) - 3))  # the fit has taken three degrees of freedom
+    random = np.random.default_rng(0)
+    noise = [block_resample(residuals, BLOCK, random) for _ in range(REPLICATES)]
     floors = np.array([fit_power_law(t, curve + drawn, start=best)[0] for drawn in noise])
     last = last_tenth + np.array([drawn[t > 0.9].mean() for drawn in noise])
     low, high = _around(best[0], floors)
@@ -145,8 +152,8 @@ def fit_power_law(
     guess = np.array(start or (0.8 * losses.min(), max(1e-9, 0.2 * losses.min()), 0.5))
     span = np.maximum(high - low, 1e-9)
     inside = np.clip(guess, low + 1e-9, np.where(np.isfinite(span), high - 1e-9, np.inf))
-    found, _ = curve_fit(power_law, t, losses, p0=inside, jac=_slopes, bounds=(low, high), max_nfev=2000)
-    return float(found[0]), float(found[1]), float(found[2])
+    fitted, _ = curve_fit(power_law, t, losses, p0=inside, jac=_slopes, bounds=(low, high), max_nfev=2000)
+    return float(fitted[0]), float(fitted[1]), float(fitted[2])
 
 
 def _slopes(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArray[np.float64]:
@@ -156,12 +163,5 @@ def _slopes(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArray
 
 def _around(value: float, replicates: NDArray[np.float64]) -> tuple[float, float]:
     """The 95% interval of replicates, with the value itself inside."""
-    low, high = np.quantile(replicates, [0.025, 0.975])
-    return float(min(low, value)), float(max(high, value))
-
-
-def _blocks(residuals: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
-    """Residuals resampled in blocks of neighbours."""
-    n = len(residuals)
-    starts = random.integers(0, n - BLOCK + 1, size=-(-n // BLOCK))
-    return np.concatenate([residuals[s : s + BLOCK] for s in starts])[:n]
+    low, high = percentile_interval(replicates)
+    return min(low, value), max(high, value)

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tl_capacity.distillation.decomposition import OBSERVED, Decomposition, decompose
-from tl_capacity.distillation.observed import ObservedFloor, observed_floors
+from tl_capacity.distillation.decomposition import Decomposition, decompose
+from tl_capacity.distillation.observed import OBSERVED, ObservedFloor, observed_floors
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement.measurement import Measurement

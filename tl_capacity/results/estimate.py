@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import floor, isfinite, log10
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,3 +79,57 @@ def estimate_around(value: float, replicates: NDArray[np.float64]) -> Estimate:
         return Estimate(float(value))
     low, high = np.percentile(defined, [2.5, 97.5]) - defined.mean()
     return Estimate(float(value), float(value + min(low, 0)), float(value + max(high, 0)))
+
+
+def percentile_interval(replicates: NDArray[np.float64]) -> tuple[float, float]:
+    """The 95% percentile interval of replicates [replicate]."""
+    low, high = np.quantile(replicates, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def percentile_estimate(value: float, replicates: NDArray[np.float64]) -> Estimate:
+    """An estimate with the 95% percentile interval of its replicates [replicate], as they are."""
+    return Estimate(float(value), *percentile_interval(replicates))
+
+
+def group_resamples(groups: NDArray[Any]) -> NDArray[np.float64]:
+    """How often each replicate of a bootstrap over groups counts each point [replicate, point].
+
+    Groups are drawn with replacement, and then points within each group that was drawn. Where there are several groups,
+    a replicate has at least two different ones, because nothing can be fitted to one.
+
+    Args:
+        groups: [point] the group of each point.
+    """
+    random = np.random.default_rng(0)
+    points_of = {group: np.flatnonzero(groups == group) for group in np.unique(groups)}
+    names = np.array(list(points_of))
+    counts: list[NDArray[np.int64]] = []
+    while len(counts) < REPLICATES:
+        drawn = random.choice(names, len(names))
+        if len(names) == 1 or np.ptp(drawn) > 0:
+            points = np.concatenate([random.choice(points_of[group], len(points_of[group])) for group in drawn])
+            counts.append(np.bincount(points, minlength=len(groups)))
+    return np.array(counts, dtype=np.float64)
+
+
+def block_resample(series: NDArray[np.float64], block: int, random: np.random.Generator) -> NDArray[np.float64]:
+    """One replicate of a moving-block bootstrap: a series as long as the given one, of blocks of its neighbours."""
+    n = len(series)
+    starts = random.integers(0, n - block + 1, size=-(-n // block))
+    return np.concatenate([series[start : start + block] for start in starts])[:n]
+
+
+def pair_interval(
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    statistic: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
+    replicates: int = 1000,
+) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic of pairs, by a bootstrap over pairs.
+
+    A replicate on which the statistic is not defined (NaN) is left out.
+    """
+    draws = np.random.default_rng(0).integers(0, len(a), size=(replicates, len(a)))
+    low, high = np.nanquantile([statistic(a[places], b[places]) for places in draws], [0.025, 0.975])
+    return float(low), float(high)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from tl_capacity.distillation.decomposition import PAPER, Decomposition, Fit
+from tl_capacity.distillation.decomposition import PAPER, Decomposition
+from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.report import figures
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
