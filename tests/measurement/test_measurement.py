@@ -150,6 +150,13 @@ class TestRoundTrip:
         assert len(list(folder.iterdir())) == 2
         assert_same_sums(Measurement.load(folder), shards[0])
 
+    def test_a_file_of_before_that_names_a_seed(self, whole: Measurement, folder: Path) -> None:
+        content = storage.read_record(folder / JSON_NAME, SCHEMA)
+        assert "seed" not in content["provenance"]
+        content["provenance"]["seed"] = 0
+        storage.write_record(folder / JSON_NAME, content)
+        assert Measurement.load(folder).provenance == whole.provenance
+
     def test_undefined_figures(self, whole: Measurement, tmp_path: Path) -> None:
         """A dictionary that never fires has no α; it is still saved, with nulls."""
         silent = whole.hooks[0]

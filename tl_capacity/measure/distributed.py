@@ -59,13 +59,12 @@ def add_up(mine: Measurement, shard: tuple[int, int], processes: Processes) -> M
     provenances = processes.gather(mine.provenance)
     measured = processes.gather([(h.hook, h.sae_digest, h.estimators) for h in mine])
     for other, theirs in zip(provenances, measured, strict=True):
-        for name in ("model", "revision", "dtype", "source", "settings"):
-            was, is_ = getattr(mine.provenance, name), getattr(other, name)
-            if was != is_:
-                raise MeasurementError(
-                    f"the processes do not fit together: {name} is {was!r} in one and {is_!r} in another; start all"
-                    " with one command"
-                )
+        odd = mine.provenance.difference(other, may_differ=("shards", "shard_count"))
+        if odd is not None:
+            raise MeasurementError(
+                f"the processes do not fit together: {odd.name} is {odd.mine!r} in one and {odd.theirs!r} in another;"
+                " start all with one command"
+            )
         if theirs != measured[0]:
             raise MeasurementError(
                 "the processes do not fit together: they have other hook points, SAE weights or estimators; start all"

@@ -251,14 +251,12 @@ def _as_it_is(finished: Measurement, settings: MeasureSettings) -> Measurement:
 def _check_settings(earlier: Measurement, capacity: CapacityHooks, stream: TokenStream) -> None:
     """Whether a measurement or its checkpoint is of what is asked for now."""
     what = "measurement" if earlier.complete else "checkpoint"
-    now = capacity.planned_provenance(stream)
-    for name in ("model", "revision", "dtype", "source", "shards", "shard_count", "settings"):
-        was, is_ = getattr(earlier.provenance, name), getattr(now, name)
-        if was != is_:
-            raise MeasurementError(
-                f"the {what} was made with {name} {was!r}, and this run has {is_!r}: resume with the same, or choose"
-                " another --out"
-            )
+    odd = earlier.provenance.difference(capacity.planned_provenance(stream))
+    if odd is not None:
+        raise MeasurementError(
+            f"the {what} was made with {odd.name} {odd.mine!r}, and this run has {odd.theirs!r}: resume with the same,"
+            " or choose another --out"
+        )
     thresholds = {hook.summary.alive_threshold for hook in earlier}
     if thresholds != {capacity.alive_threshold}:
         raise MeasurementError(

@@ -1,5 +1,5 @@
-"""FeatureStatistics: the sums of one SAE's latents, updated chunk by chunk on the device where they are made, and
-merged by addition.
+"""FeatureStatistics: the sums of one SAE's latents, updated chunk by chunk on the device where they are made;
+those of disjoint documents are merged by addition.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.results.summary import FeatureSummary
-from tl_capacity.results.sums import SUMS, merge_sums
+from tl_capacity.results.sums import SUMS
 from tl_capacity.text.counting import MASK_REASONS
 from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
 
@@ -100,14 +100,6 @@ class FeatureStatistics:
         """The inverse of `tensors`."""
         state = {key.removeprefix("state/"): value for key, value in tensors.items() if key.startswith("state/")}
         return cls(**{name: tensors[name] for name in SUMS}, state=state)
-
-    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """The statistics of both shards' documents together; the documents must be disjoint.
-
-        Raises:
-            MeasurementError: where the shards measured other features or accumulated other estimators.
-        """
-        return FeatureStatistics.from_tensors(merge_sums(self.tensors(), other.tensors()))
 
     def clone(self) -> FeatureStatistics:
         """A copy that later updates leave alone."""

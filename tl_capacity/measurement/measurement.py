@@ -208,13 +208,12 @@ class Measurement:
             raise MeasurementError("there is nothing to merge: pass at least one measurement")
         first, shards = parts[0], sorted(shard for p in parts for shard in p.provenance.shards)
         for part in parts[1:]:
-            for name in ("model", "revision", "dtype", "source", "shard_count", "seed", "settings"):
-                mine, theirs = getattr(first.provenance, name), getattr(part.provenance, name)
-                if mine != theirs:
-                    raise MeasurementError(
-                        f"the shards do not fit together: {name} is {mine!r} in one and {theirs!r} in another; merge"
-                        " shards of one measurement"
-                    )
+            odd = first.provenance.difference(part.provenance, may_differ=("shards",))
+            if odd is not None:
+                raise MeasurementError(
+                    f"the shards do not fit together: {odd.name} is {odd.mine!r} in one and {odd.theirs!r} in another;"
+                    " merge shards of one measurement"
+                )
             if _tapped(first) != _tapped(part):
                 raise MeasurementError(
                     "the shards do not fit together: they have other hook points, SAE weights, estimators or"

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+SAME_RUN = ("model", "revision", "dtype", "source", "shards", "shard_count", "settings")
+"""What two provenances of one run agree in; what they differ in first is told in this order."""
+
+
+class Difference(NamedTuple):
+    """A field in which two provenances differ, and its values."""
+
+    name: str
+    mine: Any
+    theirs: Any
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a measurement was made of; two shards merge only where `key` agrees.
+    """What a measurement was made of.
 
     Attributes:
         model: name, folder or hub id of the model.
@@ -19,7 +30,6 @@ class Provenance:
         shards, shard_count: it has the documents whose number modulo `shard_count` is one of `shards`.
         cursor: rows of the stream that were consumed.
         tokens_digest: a running hash of those rows; two measurements with the same one saw the same tokens.
-        seed: of anything random in the stream; 0 where nothing is.
         settings: context, BOS, masked ids and positions, the share of documents on which the FVU was checked.
         versions: of the libraries.
         seconds: what it cost, in wall-clock seconds.
@@ -33,10 +43,21 @@ class Provenance:
     shard_count: int = 1
     cursor: int = 0
     tokens_digest: str = ""
-    seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def difference(self, other: Provenance, may_differ: Container[str] = ()) -> Difference | None:
+        """The first field in which this is not the same run as another; None where it is.
+
+        Args:
+            may_differ: names of fields that do not matter, such as the shards where shards are joined.
+        """
+        for name in SAME_RUN:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name not in may_differ and mine != theirs:
+                return Difference(name, mine, theirs)
+        return None
 
 
 def typed_field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
@@ -47,7 +68,7 @@ def typed_field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ..
 
 
 def provenance_from_json(saved: Mapping[str, Any]) -> Provenance:
-    """The provenance that `asdict` wrote."""
+    """The provenance that `asdict` wrote; what earlier versions wrote besides is ignored."""
     kinds: dict[str, Any] = {"revision": (str, type(None)), "shards": list, "seconds": (int, float)}
     content = {
         name: typed_field(saved, name, kinds.get(name, type(default))) for name, default in vars(Provenance()).items()

@@ -11,9 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPLICATES = 200
-
-
+"""Of the bootstrap over document groups; a percentile is placed roughly, and the figures are many."""
+CLUSTER_REPLICATES = 1_000
+"""Of the bootstrap over clusters of rows, whose statistics are cheap."""
 MIN_GROUPS_FOR_INTERVAL = 8
+"""Document groups, or clusters, below which no interval is given."""
+WEIGHTS_AT_ONCE = 4_000_000
+"""Rows times replicates whose weights are in memory at once: 32 MB."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,52 @@ def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
         len(occupied), np.full(len(occupied), 1 / len(occupied)), size=REPLICATES
     )
     return weights
+
+
+def cluster_bootstrap(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    clusters: NDArray[Any],
+    seed: int = 0,
+    replicates: int = CLUSTER_REPLICATES,
+) -> Estimate:
+    """A statistic of weighted rows with its 95% percentile interval when whole clusters are drawn with replacement;
+    without one below eight clusters.
+
+    Args:
+        statistic: maps weights of the rows [replicate, row] to the statistic of each replicate [replicate], NaN where
+            it is not defined.
+        clusters: the cluster of each row [row], such as the number of its document.
+    """
+    unique, cluster_of_row = np.unique(clusters, return_inverse=True)
+    value = float(statistic(np.ones((1, len(clusters))))[0])
+    if len(unique) < MIN_GROUPS_FOR_INTERVAL:
+        return Estimate(value)
+    random, parts, left = np.random.default_rng(seed), [], replicates
+    while left > 0:
+        size = min(left, max(1, WEIGHTS_AT_ONCE // len(clusters)))
+        drawn = random.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=size)
+        parts.append(statistic(drawn[:, cluster_of_row].astype(np.float64)))
+        left -= size
+    values = np.concatenate(parts)
+    defined = values[np.isfinite(values)]
+    if len(defined) < replicates // 2:
+        return Estimate(value)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return Estimate(value, float(low), float(high))
+
+
+def standard_errors(
+    statistics: Callable[[NDArray[np.int64]], NDArray[np.float64]], points: int, replicates: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """Standard errors [statistic] by a bootstrap over points, NaN where there is but one.
+
+    Args:
+        statistics: maps the places of the points that count, some of them repeated, to the statistics [statistic].
+    """
+    places, random = np.arange(points), np.random.default_rng(seed)
+    if points < 2:
+        return np.full(len(statistics(places)), np.nan)
+    return np.asarray(np.std([statistics(random.choice(places, points)) for _ in range(replicates)], axis=0, ddof=1))
 
 
 def estimate_around(value: float, replicates: NDArray[np.float64]) -> Estimate:

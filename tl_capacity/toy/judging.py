@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
+from tl_capacity.results.estimate import standard_errors
 from tl_capacity.toy.features import FeatureDistribution, zipf_importance
 from tl_capacity.toy.predictors import Case, Predictor, predictors
 from tl_capacity.toy.result import SweepResult
@@ -206,11 +207,8 @@ def fit_packing_law(
             "models of one sparsity keep nothing at all, and nothing has no logarithm to fit: train for longer, or at"
             " other values of α"
         )
-    random = np.random.default_rng(random_seed)
     a, b = fit(everyone)
-    errors = np.full(2, np.nan)
-    if len(packing) > 1:
-        errors = np.std([fit(random.choice(everyone, len(everyone))) for _ in range(resamples)], axis=0, ddof=1)
+    errors = standard_errors(fit, len(packing), resamples, random_seed)
     return PackingLaw(
         float(a),
         float(b),
