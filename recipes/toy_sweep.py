@@ -109,7 +109,9 @@ def main(config: ToySweepConfig) -> None:
 
     from tl_capacity import toy
     from tl_capacity.show.tables import table
-    from tl_capacity.toy.report import TRAINED, claims, pivot, write_report
+    from tl_capacity.toy.claims import TRAINED, claims
+    from tl_capacity.toy.report import write_report
+    from tl_capacity.toy.tables import pivot
 
     result = _sweep(config.settings(), config.out)
     students = toy.predictions(result)

@@ -45,7 +45,10 @@ from tl_capacity.toy import (
     smooth_band_floor,
     zipf_importance,
 )
-from tl_capacity.toy.report import claims, floors_figure, markdown, predictors_figure, student_list
+from tl_capacity.toy.claims import claims
+from tl_capacity.toy.figures import floors_figure, predictors_figure
+from tl_capacity.toy.page import markdown
+from tl_capacity.toy.report import student_list
 from tl_capacity.toy.sweep import Family, Stream
 from tl_capacity.toy.training import Objective, Stack, initial_stack, train
 

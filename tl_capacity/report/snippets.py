@@ -89,7 +89,7 @@ Snippets = Mapping[tuple[int, int], Sequence[Snippet]]
 
 
 def edges(
-    hook: HookMeasurement, widths: Sequence[int], importance: str, law: CapacityLaw, shown: int = SHOWN
+    hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: CapacityLaw, shown: int = SHOWN
 ) -> list[Edge]:
     """The features on both sides of each width's budget.
 
@@ -97,37 +97,37 @@ def edges(
         CapacityError: where the hook point has no sparsity.
     """
     alpha, values, order = sparsity(hook), hook.importance(importance), hook.ranked(importance)
-    found = []
-    for width in widths:
-        kept = kept_features(values, alpha, width, law)
-        found.append(
-            Edge(
-                width,
-                kept,
-                len(order) - kept,
-                tuple(order[max(0, kept - shown) : kept].tolist()),
-                tuple(order[kept : kept + shown].tolist()),
-            )
+    return [
+        Edge(
+            width,
+            kept,
+            len(order) - kept,
+            tuple(order[max(0, kept - shown) : kept].tolist()),
+            tuple(order[kept : kept + shown].tolist()),
         )
-    return found
+        for width in widths
+        for kept in [kept_features(values, alpha, width, law)]
+    ]
 
 
-def shown_features(hook: HookMeasurement, latents: Sequence[int], importance: str) -> dict[int, ShownFeature]:
-    """What is known of some alive latents."""
+def shown_features(hook: HookMeasurement, latents: Sequence[int], importance: str | None) -> dict[int, ShownFeature]:
+    """What is known of some alive latents, by latent."""
     if not latents:
         return {}
     estimator, s, chosen = hook.estimator(importance), hook.summary, np.array(sorted(set(latents)), dtype=np.int64)
 
-    def of(sums: Resample) -> list[float]:
-        values = sums.importance(estimator.compute, importance)
+    def rank_importance_and_rate(sums: Resample) -> list[float]:
+        values = sums.importance(estimator.compute, estimator.name)
         alive = np.sort(values[sums.rates > s.alive_threshold])
         ranks = 1 + len(alive) - np.searchsorted(alive, values[chosen], side="right")
         return list(np.stack([ranks, values[chosen], sums.rates[chosen]], 1).ravel())
 
-    figures = iter(s.estimates(of))
+    estimates = s.estimates(rank_importance_and_rate)
     return {
-        n: ShownFeature(n, next(figures).within(1.0), next(figures).within(0.0), next(figures).within(0.0, 1.0))
-        for n in chosen.tolist()
+        latent: ShownFeature(latent, rank.within(1.0), worth.within(0.0), rate.within(0.0, 1.0))
+        for latent, rank, worth, rate in zip(
+            chosen.tolist(), estimates[::3], estimates[1::3], estimates[2::3], strict=True
+        )
     }
 
 

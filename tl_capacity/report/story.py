@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.observed import OBSERVED, ObservedFloor, observed_floors
 from tl_capacity.errors import CapacityError
-from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.interfaces import CapacityLaw, ImportanceEstimator
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plan import ladder
 from tl_capacity.plugins import plugins
@@ -27,14 +27,14 @@ class ReportSettings:
     Attributes:
         widths: student widths; none for those distilled, or some between a sixteenth of the teacher's width and all of
             it.
-        importance, law: of the predictions.
+        importance, law: of the predictions; None for the default ones.
         hook: the hook point that the verdict is about; None for the middle one.
         observed: "fit" or "last_tenth", as in `decompose`.
     """
 
     widths: tuple[int, ...] = ()
-    importance: str = "second_moment"
-    law: str = "compressed_sensing"
+    importance: str | None = None
+    law: str | None = None
     hook: str | None = None
     observed: str = "fit"
 
@@ -54,6 +54,7 @@ class Story:
     results: Results
     settings: ReportSettings
     widths: tuple[int, ...]
+    importance: ImportanceEstimator
     law: CapacityLaw
     main: HookMeasurement
     floors: Mapping[int, Sequence[FloorPrediction]]
@@ -71,7 +72,7 @@ class Story:
     @property
     def unit(self) -> str:
         """The unit of the importance."""
-        return str(plugins().importance_estimators[self.settings.importance].unit)
+        return str(self.importance.unit)
 
     @property
     def folder(self) -> str:
@@ -99,12 +100,15 @@ def story_of(results: Results, settings: ReportSettings, snippets: Snippets, sni
     Raises:
         CapacityError: where the settings do not fit the measurement.
     """
-    measurement, law = results.measurement, plugins().capacity_laws[settings.law]
+    measurement, law = results.measurement, plugins().capacity_laws.named(settings.law)
+    importance = plugins().importance_estimators.named(settings.importance)
     main, widths = main_hook(measurement, settings), report_widths(results, settings)
     sparse = hooks_with_sparsity(measurement)
-    floors = {place: hook_floors(hook, widths, settings.importance, law) for place, hook in sparse.items()}
-    around = {place: edges(hook, widths, settings.importance, law) for place, hook in sparse.items()}
-    story = Story(results, settings, widths, law, main, floors, around, snippets=snippets, snippets_note=snippets_note)
+    floors = {place: hook_floors(hook, widths, importance.name, law) for place, hook in sparse.items()}
+    around = {place: edges(hook, widths, importance.name, law) for place, hook in sparse.items()}
+    story = Story(
+        results, settings, widths, importance, law, main, floors, around, snippets=snippets, snippets_note=snippets_note
+    )
     if results.run is None:
         return story
     try:
@@ -112,8 +116,8 @@ def story_of(results: Results, settings: ReportSettings, snippets: Snippets, sni
             measurement,
             results.run,
             hook=lone_hook(measurement, main),
-            importance=settings.importance,
-            law=settings.law,
+            importance=importance.name,
+            law=law.name,
             observed=settings.observed,
             max_fvu=None,
         )
@@ -161,7 +165,7 @@ def shown_latents(measurement: Measurement, settings: ReportSettings, widths: Se
     """The latents that the page shows, by the place of their hook point in the measurement; none where a hook point has
     no sparsity.
     """
-    law = plugins().capacity_laws[settings.law]
+    law = plugins().capacity_laws.named(settings.law)
     return {
         place: latents_around(edges(hook, widths, settings.importance, law))
         for place, hook in hooks_with_sparsity(measurement).items()

@@ -193,7 +193,22 @@ def faint(colour: str) -> str:
 
 
 def new_figure() -> go.Figure:
-    figure = go.Figure()
+    """An empty plot in the style of all figures."""
+    return _styled(go.Figure())
+
+
+def new_panels(titles: Sequence[str], columns: int, **options: Any) -> go.Figure:
+    """Empty plots in the style of all figures, each below its title, row after row.
+
+    Args:
+        options: what else plotly's `make_subplots` is to know, as the spacing.
+    """
+    from plotly.subplots import make_subplots
+
+    return _styled(make_subplots(rows=len(titles) // columns, cols=columns, subplot_titles=titles, **options))
+
+
+def _styled(figure: go.Figure) -> go.Figure:
     figure.update_layout(
         template="simple_white",
         font={"size": 13},

@@ -43,11 +43,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Predictor:
-    """One way to say which floor a model will reach."""
+    """One way to say which floor a model will reach.
+
+    Attributes:
+        drawn: whether figures show it.
+    """
 
     name: str
     summary: str
     predict: Callable[[Case], float]
+    drawn: bool = False
 
 
 def smooth_band_floor(
@@ -93,10 +98,7 @@ def _variance_floor_by_law(law: CapacityLaw, case: Case) -> float:
 def predictors() -> tuple[Predictor, ...]:
     """All predictors, those of plugins last."""
     laws = plugins().capacity_laws
-    named = [
-        ("refined", laws["compressed_sensing"]),
-        *((law.name, law) for law in laws if law.name != "compressed_sensing"),
-    ]
+    others = [law for law in laws if law is not laws.default]
     return (
         Predictor(
             "naive",
@@ -107,20 +109,22 @@ def predictors() -> tuple[Predictor, ...]:
             "refined",
             "the paper's: the ⌊d·g(α)⌋ most important are kept",
             lambda c: float(theory.refined_floor(c.importance, c.width, c.alpha)),
+            drawn=True,
         ),
         Predictor(
             "smooth band",
             f"refined, with the cut smeared over ±{TRANSITION:.0%}",
             lambda c: smooth_band_floor(c.importance, c.width, c.alpha),
+            drawn=True,
         ),
         *(
             Predictor(
                 law.name,
                 f"{law.summary}; ⌊d·ĝ⌋ kept",
                 partial(_floor_by_law, law),
+                drawn=True,
             )
-            for name, law in named
-            if name != "refined"
+            for law in others
         ),
         *(
             Predictor(
@@ -128,12 +132,13 @@ def predictors() -> tuple[Predictor, ...]:
                 f"{name}, lost features charged Var[x]",
                 partial(_variance_floor_by_law, law),
             )
-            for name, law in named
+            for name, law in [("refined", laws.default), *((law.name, law) for law in others)]
         ),
         Predictor(
             "measured set",
             "the features that the trained model keeps; nothing fitted",
             lambda c: float(c.importance[~c.kept].sum()),
+            drawn=True,
         ),
         Predictor(
             "measured set, Var",

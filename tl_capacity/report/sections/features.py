@@ -16,7 +16,7 @@ def features(story: Story) -> dict[str, Any]:
     hooks = []
     for place, around in story.edges.items():
         hook = story.measurement.hooks[place]
-        known = shown_features(hook, latents_around(around), story.settings.importance)
+        known = shown_features(hook, latents_around(around), story.importance.name)
         hooks.append(
             {
                 "name": story.name(hook),

@@ -22,7 +22,7 @@ def floors(story: Story, empty: Section) -> Section:
         CapacityError: where no floor can be predicted.
     """
     caption = (
-        f"Predicted floor L*(d_S), the importance ({story.settings.importance}) of what a student of that width cannot"
+        f"Predicted floor L*(d_S), the importance ({story.importance.name}) of what a student of that width cannot"
         " keep, with 95% intervals."
     )
     text = (
@@ -48,8 +48,8 @@ def _predicted_figure(story: Story) -> go.Figure:
     ]
     if not labelled:
         raise CapacityError("no hook point has enough alive features for a prediction: count more tokens")
-    same_unit = story.settings.importance == "decoder_weighted"
-    errors = {story.name(h): h.summary.reconstruction_error for h in story.measurement} if same_unit else {}
+    compared = story.importance.compares_with_reconstruction_error
+    errors = {story.name(h): h.summary.reconstruction_error for h in story.measurement} if compared else {}
     return figures.floors_figure(labelled, {name: error.value for name, error in errors.items() if error is not None})
 
 
@@ -103,7 +103,7 @@ def _tables(story: Story) -> list[PageTable]:
         "share of all importance",
         "naive floor",
     ]
-    title = f"importance {story.settings.importance}, law {story.law.name}"
+    title = f"importance {story.importance.name}, law {story.law.name}"
     main = story.main_place
     tables = []
     if main in story.floors:

@@ -52,7 +52,7 @@ def layers(story: Story, empty: Section) -> Section:
 def importance(story: Story, empty: Section) -> Section:
     """The features in order of importance, and where the budget of each width ends."""
     hook = lone_hook(story.measurement, story.main)
-    figure = figures.importance_figure(story.measurement, story.widths, story.settings.importance, story.law.name, hook)
+    figure = figures.importance_figure(story.measurement, story.widths, story.importance.name, story.law.name, hook)
     caption = (
         "Bands are 95% intervals over documents. Markers show where the budget of each student width ends: what is to"
         f" the right is lost. Dotted lines, some labelled with the width, are those of {story.name(story.main)}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.plugins import plugins
 from tl_capacity.report.parts import settings_text
 from tl_capacity.report.story import Story
 from tl_capacity.results.estimate import REPLICATES
@@ -55,9 +54,8 @@ def _dictionaries(story: Story) -> Entries:
 
 
 def _predicted(story: Story) -> Entries:
-    estimator = plugins().importance_estimators[story.settings.importance]
     return [
-        ("importance", f"{story.settings.importance}: {estimator.summary or 'no description'} ({story.unit})"),
+        ("importance", f"{story.importance.name}: {story.importance.summary or 'no description'} ({story.unit})"),
         ("law", f"{story.law.name}: {story.law.summary}"),
         ("intervals", f"95%, bootstrap over documents in {DOCUMENT_GROUPS} groups, {REPLICATES} replicates"),
     ]

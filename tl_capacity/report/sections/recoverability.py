@@ -9,15 +9,13 @@ from dataclasses import replace
 import plotly.graph_objects as go
 
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.plugins import plugins
 from tl_capacity.report import figures
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
 from tl_capacity.report.results import READOUTS, RECOVERED, RecoveryRow, recoverability_rows
 from tl_capacity.report.story import Story
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.naming import short_hook
-
-BUDGETS = {"budget": "compressed_sensing", "equilibrium": "equilibrium"}
-"""The budgets of a recoverability row, and the laws that they are by."""
 
 
 def recoverability(story: Story, empty: Section) -> Section:
@@ -176,18 +174,27 @@ def _with_budget_intervals(measurement: Measurement, rows: Sequence[RecoveryRow]
     SAE.
     """
     alone = [h.hook for h in measurement if sum(other.hook == h.hook for other in measurement) == 1]
-    with_intervals = list(rows)
-    for key, law in BUDGETS.items():
-        measured = {
-            row["hook"]: row["budget"]
-            for row in measurement.budget(max_fvu=None, law=law).rows()
-            if row["hook"] in alone
-        }
-        for place, row in enumerate(with_intervals):
-            if row.hook in measured and key in row.counts:
-                scaled = _scaled_like(row.counts[key], measured[row.hook])
-                with_intervals[place] = replace(row, counts={**row.counts, key: scaled})
-    return with_intervals
+    measured = {
+        key: {row["hook"]: row["budget"] for row in measurement.budget(max_fvu=None, law=law).rows()}
+        for key, law in _laws_of_budgets(rows).items()
+    }
+    return [
+        replace(
+            row,
+            counts={
+                key: _scaled_like(count, measured[key][row.hook]) if key in measured and row.hook in alone else count
+                for key, count in row.counts.items()
+            },
+        )
+        for row in rows
+    ]
+
+
+def _laws_of_budgets(rows: Sequence[RecoveryRow]) -> dict[str, str]:
+    """The law of each budget in the rows, by its key: `budget` is by the default law, others are named by theirs."""
+    laws = plugins().capacity_laws
+    keys = dict.fromkeys(key for row in rows for key in row.counts)
+    return {key: laws.default.name if key == "budget" else key for key in keys if key == "budget" or key in laws}
 
 
 def _scaled_like(budget: Estimate, measured: Estimate) -> Estimate:

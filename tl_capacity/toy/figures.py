@@ -1,0 +1,117 @@
+"""Figures of a sweep: achieved and predicted floors against the student's width, and against one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tl_capacity import theory
+from tl_capacity.errors import CapacityError
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.show.figures import GREY, error_bars, line_of, marker_of, new_panels
+from tl_capacity.toy.judging import cells
+from tl_capacity.toy.predictors import Predictor, predictors
+
+GREY_LINE = {"color": GREY, "width": 1}
+
+
+def floors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> go.Figure:
+    """A panel per n and α: achieved floors against the width, from the best to the worst seed, and the predicted ones.
+
+    Args:
+        students: what `predictions` returned.
+        chosen: the predictors of which those that say so are drawn; by default all there are.
+    """
+    direct = students[students.kind == "direct"]
+    features, alphas = sorted(direct.n.unique()), sorted(direct.alpha.unique())
+    titles = [f"n = {n}, α = {alpha:g}" for n in features for alpha in alphas]
+    figure = new_panels(titles, len(alphas), horizontal_spacing=0.055, vertical_spacing=0.09)
+    for (n, alpha), panel in direct.groupby(["n", "alpha"]):
+        at = {"row": features.index(n) + 1, "col": alphas.index(alpha) + 1}
+        named = {"showlegend": at == {"row": 1, "col": 1}, **at}
+        by_width = panel.groupby("width")
+        achieved = by_width.achieved_floor.agg(["mean", "min", "max"])
+        spread = [Estimate(*row) for row in achieved.itertuples(index=False)]
+        figure.add_scatter(
+            x=achieved.index,
+            y=achieved["mean"],
+            error_y=error_bars(spread, "black"),
+            mode="markers",
+            name="achieved: mean, best to worst seed",
+            marker={"color": "black", "size": 5},
+            legendgroup="achieved",
+            **named,
+        )
+        for place, name in enumerate(drawn_names(chosen)):
+            predicted = by_width[name].mean()
+            figure.add_scatter(
+                x=predicted.index,
+                y=predicted,
+                mode="lines",
+                name=name,
+                line=line_of(place),
+                legendgroup=name,
+                **named,
+            )
+        critical = theory.critical_width(float(n), float(alpha))
+        if critical <= achieved.index.max():
+            figure.add_vline(x=critical, line={**GREY_LINE, "dash": "dot"}, opacity=1, **at)
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_xaxes(title="width d (dotted: d*)", row=len(features))
+    figure.update_yaxes(title="floor", col=1)
+    return figure
+
+
+def predictors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> go.Figure:
+    """A panel per predictor: achieved against predicted floor, as shares of the loss of keeping nothing; on the
+    diagonal the prediction is true.
+
+    Args:
+        students, chosen: as in `floors_figure`.
+    """
+    rows, names = cells(students), drawn_names(chosen)
+    figure = new_panels(names, len(names), horizontal_spacing=0.05, shared_yaxes=True)
+    for column, name in enumerate(names, start=1):
+        figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=GREY_LINE, showlegend=False, row=1, col=column)
+        for place, (alpha, same_alpha) in enumerate(rows.groupby("alpha")):
+            figure.add_scatter(
+                x=same_alpha[name] / same_alpha.nothing,
+                y=same_alpha.achieved_floor / same_alpha.nothing,
+                mode="markers",
+                marker=marker_of(place, 6),
+                name=f"α = {alpha:g}",
+                legendgroup=f"{alpha:g}",
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(title="predicted / L(0)")
+    figure.update_yaxes(title="achieved / L(0)", col=1)
+    return figure
+
+
+def drawn_names(chosen: Sequence[Predictor] | None) -> list[str]:
+    """The names of the predictors that figures show, of all there are where none are given."""
+    return [predictor.name for predictor in (predictors() if chosen is None else chosen) if predictor.drawn]
+
+
+def png(figure: go.Figure, width: int, height: int) -> bytes:
+    """A figure as a picture of that many points, its legend below it.
+
+    Raises:
+        CapacityError: where the picture cannot be made.
+    """
+    figure.update_layout(
+        font={"size": 12},
+        legend={"orientation": "h", "y": -0.1 if height > 500 else -0.25, "yanchor": "top"},
+        margin={"l": 60, "r": 20, "t": 40, "b": 40},
+    )
+    try:
+        return bytes(figure.to_image("png", width=width, height=height, scale=1.5))
+    except (ImportError, ValueError, RuntimeError) as problem:
+        raise CapacityError(
+            f"figures cannot be drawn ({str(problem).strip().splitlines()[0]}): install kaleido and Chromium, or leave"
+            " --report out"
+        ) from problem
