@@ -1,17 +1,22 @@
-"""What tests of the command line share: the options of the main job, and when two measurements are the same."""
+"""What tests of the command line share: the options of the main job, whether a command exists, and when two
+measurements are the same.
+"""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import typer
 
-from tl_capacity import Measurement
+from tl_capacity import Measurement, plugins, recipe
 
 HOOK = "blocks.1.hook_resid_post"
 Cli = Callable[..., tuple[int, str, str]]
@@ -114,3 +119,24 @@ def run_in_a_child(arguments: Sequence[object], environment: Mapping[str, str] |
     checkpoints.SECONDS = 0.0
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         main([str(a) for a in arguments])
+
+
+def parse(arguments: list[str]) -> None:
+    """Have the command line take the arguments, without doing what they say.
+
+    Raises:
+        Exception: typer's own, where a command or an option does not exist or has no such value.
+    """
+    from tl_capacity.cli import app
+
+    command: Any = typer.main.get_command(app)
+    for each in (command, *command.commands.values()):
+        each.callback = lambda **_: None
+    command.main(arguments, prog_name="tl-capacity", standalone_mode=False)
+    if arguments[0] == "run" and len(arguments) > 1:
+        function = recipe.load(plugins.plugins().recipes[arguments[1]])
+
+        def nothing(config: Any) -> None: ...
+
+        nothing.__annotations__ = typing.get_type_hints(function)
+        recipe.run(nothing, arguments[2:], arguments[1])

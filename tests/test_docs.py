@@ -14,18 +14,15 @@ import shutil
 import subprocess
 import sys
 import types
-import typing
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from commands import CHILDREN, concept_of
+from commands import CHILDREN, concept_of, parse
 
-from tl_capacity import plugins, recipe
-from tl_capacity.cli import app
+from tl_capacity import plugins
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,25 +105,6 @@ def test_commands_exist(page: Path) -> None:
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), arguments
         else:
             parse(arguments)
-
-
-def parse(arguments: list[str]) -> None:
-    """Have the command line take the arguments, without doing what they say.
-
-    Raises:
-        Exception: typer's own, where a command or an option does not exist or has no such value.
-    """
-    command: Any = typer.main.get_command(app)
-    for each in (command, *command.commands.values()):
-        each.callback = lambda **_: None
-    command.main(arguments, prog_name="tl-capacity", standalone_mode=False)
-    if arguments[0] == "run" and len(arguments) > 1:
-        function = recipe.load(plugins.plugins().recipes[arguments[1]])
-
-        def nothing(config: Any) -> None: ...
-
-        nothing.__annotations__ = typing.get_type_hints(function)
-        recipe.run(nothing, arguments[2:], arguments[1])
 
 
 SHORT = {

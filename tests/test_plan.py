@@ -13,7 +13,7 @@ import pytest
 from commands import HOOK, Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import of_counts
+from measurements import measurement_of_counts
 
 from tl_capacity import theory
 from tl_capacity.distillation.students import new_student, parameters_of
@@ -27,7 +27,7 @@ from tl_capacity.predict.floors import hook_floors
 from tl_capacity.results.estimate import document_resamples
 
 LAW = plugins().capacity_laws["compressed_sensing"]
-ZIPF = of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))
+ZIPF = measurement_of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_the_interval_is_the_bootstraps(measured: Path) -> None:
 
 def test_the_widest_need_decides() -> None:
     rare, frequent = np.full(100, 64), np.full(100, 1280)
-    both = of_counts(rare, frequent)
+    both = measurement_of_counts(rare, frequent)
     found = plan(both, keep=0.9, widths=[8])
     assert found.deciding.hook == "blocks.1.hook_resid_post"
     assert found.width == plan(both, keep=0.9, widths=[8], hook="blocks.1.hook_resid_post").width
@@ -192,7 +192,7 @@ def test_goals_out_of_their_domain_are_refused(goal: dict[str, Any], says: str) 
 
 def test_nothing_alive_is_refused() -> None:
     with pytest.raises(CapacityError, match="count more tokens"):
-        plan(of_counts(np.zeros(8, dtype=np.int64)), keep=0.5)
+        plan(measurement_of_counts(np.zeros(8, dtype=np.int64)), keep=0.5)
 
 
 def test_an_unknown_teacher_costs_nothing_known(measured: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from math import ceil, isfinite
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from tl_capacity.predict.laws import features_per_dimension
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.rounding import whole_above
 from tl_capacity.show.tables import html_table, table
 
 SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
@@ -295,7 +296,7 @@ def _hook_plan(
 ) -> HookPlan:
     def needed(values: NDArray[np.float64]) -> int:
         if keep is not None:
-            return ceil(keep * len(values) - 1e-9)  # 0.95 · 2,000 is 1,900 and a rounding error
+            return int(whole_above(keep * len(values)))
         tails = np.asarray(theory.lost_importance(values, np.arange(len(values) + 1)))
         return int(np.argmax(tails <= float(target_loss or 0.0)))
 
@@ -311,7 +312,7 @@ def _hook_plan(
 
 def _whole_width(width: float) -> float:
     """The smallest whole width that is not below, short of rounding."""
-    return float(max(1, ceil(width - 1e-9)))
+    return max(1.0, float(whole_above(width)))
 
 
 def _next_that_can_be_built(config: Any, width: int) -> int:

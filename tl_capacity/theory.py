@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tl_capacity.runtime.rounding import whole_below
+
 if TYPE_CHECKING:
     import torch
 
@@ -144,7 +146,7 @@ def kept_features(width: Numeric | int, alpha: Numeric, n_features: Numeric | in
     array([ 614, 2048])
     """
     features = _features(n_features)
-    kept = np.minimum(np.floor(_width(width) * _capacity(alpha)), np.floor(features)).astype(np.int64)
+    kept = np.minimum(whole_below(_width(width) * _capacity(alpha)), whole_below(features)).astype(np.int64)
     return _like(kept, width, alpha, n_features, keep_dtype=False)
 
 

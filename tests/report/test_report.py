@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from chromium import BROWSER, DRIVER, MISSING, opened, started
-from commands import HOOK, Cli
+from commands import HOOK, Cli, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_docs import parse
+from measurements import measurement_of_counts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -40,12 +40,8 @@ from tl_capacity.report.results import probe_rows, recoverability_rows
 from tl_capacity.report.snippets import edges, shown_features, stream_of, token_texts, top_snippets
 from tl_capacity.report.story import report_widths, shown_latents
 from tl_capacity.results.estimate import Estimate
-from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.show import figures as kit
 from tl_capacity.show.palette import COLOURS
-from tl_capacity.text.counting import MASK_REASONS
-from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 EVIL = "</script><script>document.title='taken'</script>"
 WIDTHS = (4, 8, 12, 16, 24)
@@ -534,7 +530,7 @@ def test_a_rank_is_as_uncertain_as_the_documents(measurement: Measurement) -> No
     for latent, feature in shown_features(hook, list(importance), "second_moment").items():
         assert feature.rank.value == 1 + sum(other > importance[latent] for other in importance.values())
         assert 1 <= (feature.rank.low or 0) <= feature.rank.value <= (feature.rank.high or 0)
-    alike = of_counts(np.arange(64, 0, -1) * 64).hooks[0]  # every document group is the same
+    alike = measurement_of_counts(np.arange(64, 0, -1) * 64).hooks[0]  # every document group is the same
     ranks = [feature.rank for feature in shown_features(alike, range(64), "second_moment").values()]
     assert all(rank.low == rank.value == rank.high for rank in ranks)
 
@@ -647,41 +643,8 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
         assert not (tmp_path / "report.html").exists()
 
 
-def sums(counts: np.ndarray[Any, Any], tokens: int = 10_000) -> dict[str, np.ndarray[Any, Any]]:
-    """The sums of an SAE of which latent i fired `counts[i]` times."""
-    groups, features = DOCUMENT_GROUPS, len(counts)
-    share = np.zeros((groups, features), dtype=np.int64) + counts // groups
-    spread = np.random.default_rng(0).gamma(2.0, size=features)
-    return {
-        "counts": share,
-        "sums": share * spread,
-        "squares": share * spread**2,
-        "tokens": np.full(groups, tokens // groups),
-        "documents": np.full(groups, 3),
-        "incidence": np.minimum(counts, 3 * groups).astype(np.int64),
-        "masked": np.zeros(len(MASK_REASONS), dtype=np.int64),
-        "counted_norm": np.ones(1),
-        "masked_norm": np.zeros(1),
-        "fvu_tokens": np.zeros(groups, dtype=np.int64),
-        "residual": np.zeros(groups),
-        "energy": np.zeros(groups),
-        "mean_sum": np.zeros((groups, 16)),
-        "decoder_norm": np.ones(features),
-    }
-
-
-def of_counts(
-    *counts: np.ndarray[Any, Any], hook: str = "blocks.{}.hook_resid_post", tokens: int = 10_000
-) -> Measurement:
-    hooks = [
-        HookMeasurement(hook.format(i), f"sae{i}", "0" * 64, "standard", 16, FeatureSummary(sums(each, tokens)))
-        for i, each in enumerate(counts)
-    ]
-    return Measurement(tuple(hooks))
-
-
 def test_no_alive_feature_is_said_so() -> None:
-    text = report_page(Results(of_counts(np.zeros(32, dtype=np.int64))))
+    text = report_page(Results(measurement_of_counts(np.zeros(32, dtype=np.int64))))
     assert "0 alive features at L0 = 0.00" in text
     assert "undefined" in text
     assert "enough alive features to rank" in text
@@ -692,7 +655,7 @@ def test_no_alive_feature_is_said_so() -> None:
 def test_a_layer_without_alive_features_does_not_hide_the_others() -> None:
     counts = (np.arange(1, 65) * 64)[::-1].copy()
     text = report_page(
-        Results(of_counts(counts, np.zeros(64, dtype=np.int64), counts)),
+        Results(measurement_of_counts(counts, np.zeros(64, dtype=np.int64), counts)),
         ReportSettings(hook="blocks.0.hook_resid_post"),
     )
     features = json.loads(text.split('id="feature-data">')[1].split("</script>")[0])
@@ -725,7 +688,9 @@ def test_an_unfinished_or_unevaluated_distillation_is_said_so(lone: Measurement)
 
 def test_very_long_and_odd_names() -> None:
     name = "blocks." + "x" * 3_000 + "<script>alert(1)</script>\ud800\x00"
-    text = report_page(Results(of_counts(np.arange(64, 0, -1) * 64, hook=name.replace("{", "").replace("}", ""))))
+    text = report_page(
+        Results(measurement_of_counts(np.arange(64, 0, -1) * 64, hook=name.replace("{", "").replace("}", "")))
+    )
     text.encode("utf-8")
     before_scripts = text[: text.index('id="figure-data"')]
     assert "<script>alert" not in text
@@ -758,7 +723,7 @@ def test_nan_and_nonsense_in_probes_and_recoverability() -> None:
             recoverability_rows(content)
     with pytest.raises(MeasurementError):
         probe_rows({"probes": [{"width": 8, "accuracy": nan}]})
-    text = report_page(Results(of_counts(np.arange(64, 0, -1) * 64), probes={"rows": []}, recoverability=7))
+    text = report_page(Results(measurement_of_counts(np.arange(64, 0, -1) * 64), probes={"rows": []}, recoverability=7))
     assert "has no accuracy at any width" in text
     assert "has no rows" in text
 
@@ -807,7 +772,7 @@ def test_files_of_another_kind_or_version_are_refused() -> None:
     assert (row.overlap, row.by_tau) == ({}, {0.8: {}})
     text = report_page(
         Results(
-            of_counts(np.arange(64, 0, -1) * 64),
+            measurement_of_counts(np.arange(64, 0, -1) * 64),
             probes={"schema": 9},
             recoverability=[{**RECOVERABILITY[0], "width": -1}],
         )
@@ -836,7 +801,7 @@ def test_probes_and_recoverability_show_floor_and_ceiling(full: Results) -> None
 @pytest.mark.slow
 def test_a_large_page_stays_below_six_megabytes(tmp_path: Path, browser: Any, unchecked: None) -> None:
     counts = (2e6 / np.arange(1, 32_769) ** 1.1 / 64 + 1).astype(np.int64) * 64
-    found = of_counts(counts, counts, counts, tokens=20_000_000)
+    found = measurement_of_counts(counts, counts, counts, tokens=20_000_000)
     path = write_report(tmp_path / "large.html", Results(found), ReportSettings(widths=(2, 3, 4, 6, 8, 12, 16)))
     assert path.stat().st_size < 6e6
     assert opened(browser, path).get_log("browser") == []

@@ -9,6 +9,7 @@ from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.naming import told_apart
+from tl_capacity.runtime.rounding import whole_below
 
 if TYPE_CHECKING:
     from tl_capacity.results.hook import HookMeasurement
@@ -34,10 +35,11 @@ def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True
                 " with it"
             )
         if s.n_tokens * s.alive_threshold < 100 and s.alive_threshold > 0:
-            fired = max(1, int(s.n_tokens * s.alive_threshold) + 1)
+            fired = int(whole_below(s.n_tokens * s.alive_threshold)) + 1
+            precise = int(whole_below(100 / s.alive_threshold))
             found.append(
                 f"{where}: at {s.n_tokens:,} tokens, alive at rate > {s.alive_threshold:g} means fired on at least"
-                f" {fired} of them; about {int(100 / s.alive_threshold):,} tokens give 10% error at the threshold"
+                f" {fired} of them; about {precise:,} tokens give 10% error at the threshold"
             )
         if hook.is_basis:
             found.append(

@@ -17,6 +17,7 @@ from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.predict.laws import features_per_dimension
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.summary import Resample
+from tl_capacity.runtime.rounding import whole_below
 
 if TYPE_CHECKING:
     from tl_capacity.results.hook import HookMeasurement
@@ -146,7 +147,7 @@ def _floor_figures(values: NDArray[np.float64], alpha: float, widths: Sequence[i
     """
     features, total = len(values), float(values.sum())
     budgets = np.array(widths) * features_per_dimension(law, alpha, values)
-    kept = np.minimum(np.floor(budgets), features).astype(np.int64)
+    kept = np.minimum(whole_below(budgets), features).astype(np.int64)
     refined = theory.lost_importance(values, kept)
     naive = total * np.maximum(0.0, 1 - budgets / max(features, 1))
     shares = refined / total if total else np.zeros(len(kept))

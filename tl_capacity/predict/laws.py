@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from math import floor, isfinite
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import PluginError, plugin_code
 from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.runtime.rounding import whole_below
 
 
 def features_per_dimension(law: CapacityLaw, alpha: float, importance: NDArray[np.float64]) -> float:
@@ -29,4 +30,4 @@ def features_per_dimension(law: CapacityLaw, alpha: float, importance: NDArray[n
 
 def kept_features(values: NDArray[np.float64], alpha: float, width: int, law: CapacityLaw) -> int:
     """F_S = min(⌊d_S · ĝ(α)⌋, F) of the alive features' importances [feature], by some law."""
-    return min(floor(width * features_per_dimension(law, alpha, values)), len(values))
+    return int(min(whole_below(width * features_per_dimension(law, alpha, values)), len(values)))

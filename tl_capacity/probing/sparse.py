@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from tl_capacity.probing.probes import Probe, fit_probes
 from tl_capacity.probing.probes import difference as difference_of
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.rounding import whole_above
 
 FEATURES = (1, 2, 4, 8, 16)
 
@@ -143,7 +143,7 @@ def most_telling(
 
 def narrowest_with(rank: int, per_dimension: float) -> int:
     """The narrowest width d with ⌊d·ĝ⌋ ≥ rank, in which the law keeps the feature of that rank."""
-    return ceil(rank / per_dimension)
+    return int(whole_above(rank / per_dimension))
 
 
 def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tl_capacity import theory
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.laws import features_per_dimension
+from tl_capacity.predict.laws import kept_features
 
 TRANSITION = 0.15
 """Half-width of the smooth band, as a share of the budget: the middle of the 10 to 20% over which the paper sees the
@@ -83,7 +83,7 @@ def law_floor(
     law: CapacityLaw, importance: NDArray[np.float64], charged: NDArray[np.float64], width: int, alpha: float
 ) -> float:
     """Σ of what the features beyond ⌊d·ĝ⌋ are charged, ĝ from a capacity law that sees the importances."""
-    kept = min(int(width * features_per_dimension(law, alpha, importance)), len(importance))
+    kept = kept_features(importance, alpha, width, law)
     return float(theory.lost_importance(charged, kept))
 
 
