@@ -19,7 +19,7 @@ from rich.console import Console
 from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import CapacityError, TokenSourceError
 from tl_capacity.measure.ablation import ablation_kl
-from tl_capacity.measure.session import add_capacity_hooks
+from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.models.loading import load_model
 from tl_capacity.recipe import option, run_file, settings_of
 from tl_capacity.results.estimate import pair_interval

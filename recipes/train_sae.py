@@ -214,7 +214,7 @@ def measure(
     """What the SAE in `folder`, loaded as anybody would, does on held-out rows."""
     from sae_lens import SAE
 
-    from tl_capacity.measure.session import add_capacity_hooks
+    from tl_capacity.measure.attach import add_capacity_hooks
 
     sae = SAE.load_from_disk(folder, device=config.device)
     with add_capacity_hooks(model, {config.hook: sae}, fvu_every=1, mask_token_ids=special) as capacity:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from tl_capacity.errors import CapacityError as CapacityError
     from tl_capacity.interfaces import CapacityLaw as CapacityLaw
     from tl_capacity.interfaces import ImportanceEstimator as ImportanceEstimator
+    from tl_capacity.measure.attach import HookedModel as HookedModel
+    from tl_capacity.measure.attach import add_capacity_hooks as add_capacity_hooks
     from tl_capacity.measure.session import CapacityHooks as CapacityHooks
-    from tl_capacity.measure.session import HookedModel as HookedModel
-    from tl_capacity.measure.session import add_capacity_hooks as add_capacity_hooks
     from tl_capacity.measurement.measurement import Measurement as Measurement
     from tl_capacity.plugins import register_importance_estimator as register_importance_estimator
     from tl_capacity.text.streams import TokenStream as TokenStream
@@ -31,8 +31,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CapacityHooks": "measure.session",
-    "HookedModel": "measure.session",
-    "add_capacity_hooks": "measure.session",
+    "HookedModel": "measure.attach",
+    "add_capacity_hooks": "measure.attach",
     "CapacityError": "errors",
     "CapacityLaw": "interfaces",
     "ImportanceEstimator": "interfaces",
@@ -59,7 +59,7 @@ def _give_models_the_method(hook_points: ModuleType) -> None:
         """Tap this model's hook points with SAEs and count what their features do; see
         `tl_capacity.add_capacity_hooks`.
         """
-        from tl_capacity.measure import session as attach
+        from tl_capacity.measure import attach
 
         return attach.add_capacity_hooks(self, saes, **options)
 

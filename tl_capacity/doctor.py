@@ -23,15 +23,16 @@ from torch import Tensor
 
 from tl_capacity.dictionaries.adapter import check_dictionary, dictionary_digest, target_hook
 from tl_capacity.errors import CapacityError
+from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measure.job import MeasureSettings, dictionaries, row_length, spec_of, tapped_model
 from tl_capacity.measure.memory import SUMS_AT_ONCE, sums_of
-from tl_capacity.measure.session import CapacityHooks, add_capacity_hooks
+from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.forward import check_token_ids
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.runtime.progress import peak_memory
-from tl_capacity.text.counting import Batch, special_token_ids
+from tl_capacity.text.counting import CountingRule, special_token_ids
 from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 SAMPLE_TOKENS = 1_000
@@ -317,8 +318,8 @@ def _tap(
                 f"{hook} fires, with {sae.cfg.d_in} dimensions as the SAE has; {summary.n_tokens:,} tokens counted",
             )
         )
-        masked = np.array(special_token_ids(loaded.model, loaded.tokenizer), dtype=np.int64)
-        counted = [Batch(batch, masked, settings.skip_first_positions, 0).counted for batch in sample]
+        rule = CountingRule.for_model(loaded.model, loaded.tokenizer, settings.skip_first_positions)
+        counted = [torch.from_numpy(rule.counted(batch.tokens)) for batch in sample]
         found.append(_first_positions(hook, activations, counted))
         assert summary.fvu is not None
         inputs = torch.cat([x[c.to(x.device)] for x, c in zip(activations, counted, strict=True)])

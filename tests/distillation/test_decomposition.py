@@ -23,7 +23,7 @@ from tl_capacity.distillation.fitting import Fit, fit_candidate
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.distillation.run import StudentCurve
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.measure.session import add_capacity_hooks
+from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.curve import Curve

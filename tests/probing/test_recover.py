@@ -27,7 +27,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from tl_capacity import recipe
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, MeasurementError, TokenSourceError
-from tl_capacity.measure.session import add_capacity_hooks
+from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.probing.figures import recovery_figure
 from tl_capacity.probing.ranking import BINS, Ranking, Scores, auroc_of, average_precision_of, bins_of_

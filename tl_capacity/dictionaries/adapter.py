@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_capacity.errors import DictionaryError
@@ -45,21 +46,67 @@ def check_dictionary(sae: Any, hook: str) -> None:
         )
 
 
+class NamedDictionary(NamedTuple):
+    """An SAE, where it is tapped, and the name it is known by."""
+
+    hook: str
+    name: str
+    sae: Any
+
+
+def metadata_of(sae: Any, name: str) -> Any:
+    """What an SAE's metadata says under a name; None where it says nothing."""
+    return getattr(getattr(getattr(sae, "cfg", None), "metadata", None), name, None)
+
+
 def target_hook(sae: Any, hook: str) -> str | None:
     """The hook point that a transcoder writes to; None for an SAE, which reconstructs what it reads."""
-    target = getattr(getattr(sae.cfg, "metadata", None), "hook_name_out", None)
+    target = metadata_of(sae, "hook_name_out")
     return str(target) if target and target != hook else None
 
 
+def architecture_of(sae: Any) -> str:
+    """SAELens' name for the kind of an SAE, or that of its class."""
+    architecture = getattr(sae.cfg, "architecture", None)
+    return str(architecture() if callable(architecture) else architecture or type(sae).__name__)
+
+
+def joins_heads(sae: Any) -> bool:
+    """Whether an SAE of an attention layer's heads takes them apart, and joins them itself."""
+    return bool(getattr(sae, "hook_z_reshaping_mode", False))
+
+
+def inputs_for(sae: Any, activations: Tensor) -> Tensor:
+    """Activations [token, ...] as the SAE's `encode` takes them: [token, d_in], but where it joins the heads itself."""
+    return activations if joins_heads(sae) else activations.flatten(1)
+
+
+def decoder_vectors(sae: Any) -> Float[Tensor, "feature width"]:
+    """What each latent writes where it is 1."""
+    vectors: Tensor = sae.W_dec.detach().flatten(1)
+    return vectors
+
+
+def decoder_bias(sae: Any) -> Float[Tensor, " width"] | None:
+    """What an SAE writes where no latent is active, if it has such a bias."""
+    bias = getattr(sae, "b_dec", None)
+    return None if bias is None else bias.detach().flatten()
+
+
+def with_skip(sae: Any, written: Float[Tensor, "token width"], inputs: Tensor) -> Float[Tensor, "token width"]:
+    """What a transcoder writes with its skip connection, which SAELens adds in `forward` and not in `decode`."""
+    skip = getattr(sae, "W_skip", None)
+    return written if skip is None else written + inputs.to(skip.dtype) @ skip.detach().T
+
+
 @torch.no_grad()
-def _decoder_norms(sae: Any, device: torch.device) -> Tensor:
-    """float64 [feature]: the length of what each latent writes where it is 1."""
+def decoder_norms(sae: Any, device: torch.device) -> Float64[Tensor, " feature"]:
+    """The length of what each latent writes where it is 1."""
     norms = torch.ones(len(sae.W_dec), dtype=torch.float64, device=device)
-    if not getattr(
-        sae.cfg, "rescale_acts_by_decoder_norm", False
-    ):  # where it is set, SAELens' decode divides by the norms
+    # Where the option is set, SAELens' decode divides by the norms.
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         # A few rows at a time and in place: a float64 copy of a wide decoder is larger than all else that is kept.
-        for rows, place in zip(torch.split(sae.W_dec.detach().flatten(1), 64), torch.split(norms, 64), strict=True):
+        for rows, place in zip(torch.split(decoder_vectors(sae), 64), torch.split(norms, 64), strict=True):
             torch.linalg.vector_norm(rows.to(device, torch.float64), dim=1, out=place)
     return norms
 
@@ -81,25 +128,22 @@ def dictionary_digest(sae: Any) -> str:
 
 def dictionary_name(sae: Any) -> str:
     """The name an SAE is known by: release and id where SAELens recorded them, else its kind and size."""
-    metadata = getattr(sae.cfg, "metadata", None)
-    release, sae_id = (
-        (getattr(metadata, key, None) for key in ("sae_lens_release", "release")),
-        getattr(metadata, "sae_id", None),
-    )
-    named = next((r for r in release if r), None)
-    return f"{named}/{sae_id}" if named and sae_id else f"{type(sae).__name__} with {len(sae.W_dec):,} latents"
+    release = metadata_of(sae, "sae_lens_release") or metadata_of(sae, "release")
+    sae_id = metadata_of(sae, "sae_id")
+    return f"{release}/{sae_id}" if release and sae_id else f"{type(sae).__name__} with {len(sae.W_dec):,} latents"
 
 
-def hook_sae_pairs(saes: SAEs) -> Iterator[tuple[str, SparseAutoencoder]]:
-    """`(hook point, SAE)` of everything that was passed."""
-    if isinstance(saes, Mapping):
-        for hook, several in saes.items():
-            for sae in _several(several):
-                yield hook, sae
-    else:
-        for sae in _several(saes):
+def named_dictionaries(saes: SAEs) -> Iterator[NamedDictionary]:
+    """Everything that was passed, each SAE with its hook point and name.
+
+    Raises:
+        DictionaryError: where something is no SAE, or an SAE does not name its hook point.
+    """
+    at = saes.items() if isinstance(saes, Mapping) else [(None, saes)]
+    for hook, several in at:
+        for sae in _several(several):
             _check_is_sae(sae)
-            yield _metadata_hook(sae), sae
+            yield NamedDictionary(_metadata_hook(sae) if hook is None else hook, dictionary_name(sae), sae)
 
 
 def _check_is_sae(sae: Any) -> None:
@@ -121,7 +165,7 @@ def _several(saes: Any) -> list[Any]:
 
 
 def _metadata_hook(sae: Any) -> str:
-    hook = getattr(getattr(getattr(sae, "cfg", None), "metadata", None), "hook_name", None)
+    hook = metadata_of(sae, "hook_name")
     if not hook:
         raise DictionaryError(
             f"this {type(sae).__name__} does not name its hook point: pass a mapping such as"

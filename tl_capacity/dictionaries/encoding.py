@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_capacity.dictionaries.adapter import decoder_bias, decoder_vectors
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.runtime.scratch import Scratch
 
@@ -233,9 +234,9 @@ def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
     latents = _encoded(sae, few).to_dense()
     if not bool(latents.any()):
         return None
-    decoder, bias = sae.W_dec.detach().flatten(1), getattr(sae, "b_dec", None)
+    decoder, bias = decoder_vectors(sae), decoder_bias(sae)
     written, summed = sae.decode(latents).flatten(1), latents.to(decoder) @ decoder
-    summed = summed if bias is None else summed + bias.detach().flatten()
+    summed = summed if bias is None else summed + bias
     return written.shape == summed.shape and torch.allclose(
         summed, written, rtol=1e-3, atol=1e-4 * float(written.abs().max())
     )

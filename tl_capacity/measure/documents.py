@@ -19,9 +19,22 @@ class OpenDocuments:
     the model's activations.
     """
 
-    def __init__(self, features: int, device: torch.device) -> None:
-        self._seen = torch.zeros(0, features, dtype=torch.bool, device=device)
-        self._row: dict[int, int] = {}
+    def __init__(
+        self,
+        features: int,
+        device: torch.device,
+        documents: Sequence[int] = (),
+        seen: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """
+        Args:
+            features: how many flags a row has.
+            device: where they are.
+            documents, seen: what is open already, as `arrays` gave it.
+        """
+        rows = torch.zeros(0, features, dtype=torch.bool) if seen is None else torch.from_numpy(seen.copy())
+        self._seen = rows.to(device)
+        self._row = {document: row for row, document in enumerate(documents)}
 
     def open(self, documents: Sequence[int]) -> None:
         """Give an empty row to each document that has none."""
@@ -58,7 +71,4 @@ class OpenDocuments:
     @classmethod
     def from_arrays(cls, documents: NDArray[np.int64], seen: NDArray[np.bool_], device: torch.device) -> OpenDocuments:
         """The inverse of `arrays`."""
-        restored = cls(seen.shape[1], device)
-        restored._seen = torch.from_numpy(seen.copy()).to(device)
-        restored._row = {document: row for row, document in enumerate(documents.tolist())}
-        return restored
+        return cls(seen.shape[1], device, documents.tolist(), seen)

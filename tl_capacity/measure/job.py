@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from tl_capacity.dictionaries.adapter import dictionary_digest, target_hook
 from tl_capacity.dictionaries.bases import BasisSpec, LargestOfABasis
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
+from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measure.memory import fit_memory
-from tl_capacity.measure.session import CapacityHooks, add_capacity_hooks
+from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance

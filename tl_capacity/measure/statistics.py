@@ -57,6 +57,14 @@ class FeatureStatistics:
         }
         return cls.from_tensors({**zeros, "decoder_norm": decoder_norm.to(device=device, dtype=torch.float64)})
 
+    def update_masked(
+        self, masked: Int64[Tensor, " reason"], counted_norm: Float64[Tensor, ""], masked_norm: Float64[Tensor, ""]
+    ) -> None:
+        """Add how many tokens of a batch do not count, and Σ‖x‖² of those that do and of those that do not."""
+        self.masked += masked.to(self.masked.device)
+        self.counted_norm += counted_norm.to(self.counted_norm.device)
+        self.masked_norm += masked_norm.to(self.masked_norm.device)
+
     def update_tokens(self, groups: Int64[Tensor, " token"]) -> None:
         """Add counted tokens, each with its document group."""
         self.tokens.index_add_(0, groups, torch.ones_like(groups))

@@ -2,92 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from tl_capacity.dictionaries.adapter import _decoder_norms, check_dictionary, dictionary_name, target_hook
-from tl_capacity.dictionaries.encoding import Encoder, Entries, decoder_vectors_add_up, joined
-from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, plugin_code
-from tl_capacity.interfaces import ImportanceEstimator, LatentBatch, SparseAutoencoder
+from tl_capacity.dictionaries.adapter import (
+    NamedDictionary,
+    check_dictionary,
+    decoder_norms,
+    decoder_vectors,
+    inputs_for,
+    target_hook,
+)
+from tl_capacity.dictionaries.decoding import Decoder
+from tl_capacity.dictionaries.encoding import Encoder, Entries, joined
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.interfaces import ImportanceEstimator, LatentBatch
 from tl_capacity.measure.documents import OpenDocuments
+from tl_capacity.measure.estimators import accumulate, accumulating, empty_states
 from tl_capacity.measure.statistics import FeatureStatistics
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.scratch import Scratch
-from tl_capacity.text.counting import Batch
-from tl_capacity.text.documents import DOCUMENT_GROUPS
+from tl_capacity.text.counting import CountedTokens
 
 NO_GRADIENTS: Mapping[str, Tensor] = {}
 
 
+class Written(NamedTuple):
+    """What a transcoder wrote for some tokens, until its target is seen: [token, width] and each token's group."""
+
+    reconstruction: Tensor
+    groups: Tensor
+
+
 class Tap:
-    """One SAE at one hook point, and the sums of what it saw."""
+    """One SAE at one hook point, and the sums of what it saw.
+
+    Attributes:
+        point: where it watches.
+        hook, name, sae: the hook point's name, and the SAE with the name it is known by.
+        target_hook: the hook point that a transcoder writes to; None for an SAE.
+        estimators: the importance estimators that were asked for.
+        fvu_every: the reconstruction is checked on one document in this many.
+        statistics: the sums.
+    """
 
     def __init__(
         self,
         point: TapPoint,
-        sae: SparseAutoencoder,
-        hook: str,
+        dictionary: NamedDictionary,
         estimators: Sequence[ImportanceEstimator],
         fvu_every: int,
         scratch: Scratch,
     ) -> None:
-        check_dictionary(sae, hook)
-        self.point, self.sae, self.hook, self.estimators, self.fvu_every = point, sae, hook, estimators, fvu_every
-        self.name, self.encoder = dictionary_name(sae), Encoder(sae, scratch)
-        self.d_in, self.d_sae = int(sae.cfg.d_in), int(sae.W_dec.shape[0])
+        self.hook, self.name, self.sae = dictionary
+        check_dictionary(self.sae, self.hook)
+        self.point, self.estimators, self.fvu_every = point, estimators, fvu_every
+        self.encoder, self._decoder = Encoder(self.sae, scratch), Decoder(self.sae)
+        self.d_in, self.d_sae = int(self.sae.cfg.d_in), len(self.sae.W_dec)
         if point.width is not None and point.width != self.d_in:
             raise HookPointError(
-                f"{hook} has width {point.width}, but the SAE's d_in is {self.d_in}: it belongs to another hook point"
-                " or model"
+                f"{self.hook} has width {point.width}, but the SAE's d_in is {self.d_in}: it belongs to another hook"
+                " point or model"
             )
-        device = sae.W_dec.device
+        device = self.sae.W_dec.device
         # MPS has no float64, so there the sums live on the CPU.
         self.device = torch.device("cpu") if device.type == "mps" else device
-        self.target_hook = target_hook(sae, hook)
-        # Those that add up something of their own are given the active latents of a token together.
-        self._accumulating = [e for e in estimators if type(e).update is not ImportanceEstimator.update]
-        self.statistics = FeatureStatistics.empty(
-            self.d_sae, sae.W_dec[0].numel(), _decoder_norms(sae, self.device), self.device
-        )
-        for estimator in estimators:
-            with plugin_code("importance estimator", estimator.name, estimator):
-                state = dict(estimator.start(sae, DOCUMENT_GROUPS, self.device))
-            for key, zeros in state.items():
-                if not isinstance(zeros, Tensor):
-                    raise CapacityError(
-                        f"the importance estimator {estimator.name!r} starts with {key!r}, a {type(zeros).__name__}:"
-                        " make it a tensor"
-                    )
-                if zeros.shape[:1] != (DOCUMENT_GROUPS,):
-                    raise CapacityError(
-                        f"the importance estimator {estimator.name!r} starts with {key!r} of shape"
-                        f" {tuple(zeros.shape)}: its first axis must be the {DOCUMENT_GROUPS} document groups"
-                    )
-                self.statistics.state[f"{estimator.name}/{key}"] = zeros
-        self.fired = 0
+        self.target_hook = target_hook(self.sae, self.hook)
+        self._accumulating = accumulating(estimators)
+        norms = decoder_norms(self.sae, self.device)
+        self.statistics = FeatureStatistics.empty(self.d_sae, decoder_vectors(self.sae).shape[1], norms, self.device)
+        self.statistics.state.update(empty_states(estimators, self.sae, self.device))
         self._open = OpenDocuments(self.d_sae, self.device)
-        self._decodes_linearly: bool | None = None
-        self._awaiting_target: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether any token has come by, counted or not."""
+        return bool(self.statistics.tokens.sum() or self.statistics.masked.sum())
 
     @torch.no_grad()
-    def observe(self, activation: Tensor, batch: Batch, gradients: Mapping[str, Tensor] = NO_GRADIENTS) -> None:
-        """Count one forward pass's activations [row, position, ...], given the gradients there that estimators asked
-        for.
+    def observe(
+        self, activation: Tensor, tokens: CountedTokens, batch: int, gradients: Mapping[str, Tensor] = NO_GRADIENTS
+    ) -> list[Written]:
+        """Count one forward pass's activations.
+
+        Args:
+            activation: [row, position, ...].
+            tokens: which tokens count.
+            batch: the number of the forward pass, for what is refused.
+            gradients: those that estimators asked for, of the activation's shape.
+
+        Returns:
+            What a transcoder wrote for the tokens that are checked; nothing for an SAE.
+
+        Raises:
+            HookPointError: where the activation does not have one vector of the SAE's width for each token.
+            CapacityError: where an activation or a latent is not finite.
         """
-        self.fired += 1
-        if self.fired > 1:
-            raise HookPointError(
-                f"{self.hook} fired {self.fired} times in one forward pass, so it cannot be counted: tap a hook point"
-                " that fires once"
-            )
-        if activation.shape[:2] != batch.counted.shape:
+        self._check(activation, tokens, batch)
+        norms = activation.float().flatten(2).square().sum(-1).double()
+        self.statistics.update_masked(
+            tokens.masked,
+            counted_norm=norms[tokens.counted.to(norms.device)].sum(),
+            masked_norm=norms[tokens.unwanted.to(norms.device)].sum(),
+        )
+        self._open.end(self.statistics, but=tokens.unique_documents)
+        self._open.open(tokens.counted_documents)
+        counted = tokens.counted.flatten().to(activation.device)
+        inputs = inputs_for(self.sae, activation.flatten(0, 1)[counted])
+        along = {loss: gradient.flatten(0, 1)[counted].flatten(1) for loss, gradient in gradients.items()}
+        rows, positions = tokens.row_of_token.to(self.device), tokens.position_of_token.to(self.device)
+        written: list[Written] = []
+        for start in range(0, len(inputs), self.encoder.chunk):
+            chunk = slice(start, start + self.encoder.chunk)
+            some = {loss: gradient[chunk] for loss, gradient in along.items()}
+            written += self._count(inputs[chunk], rows[chunk], positions[chunk], tokens, batch, some)
+        return written
+
+    def _check(self, activation: Tensor, tokens: CountedTokens, batch: int) -> None:
+        if activation.shape[:2] != tokens.counted.shape:
             raise HookPointError(
                 f"{self.hook} has shape {tuple(activation.shape)}, but the tokens have shape"
-                f" {tuple(batch.counted.shape)}: tap a hook point with one vector per token"
+                f" {tuple(tokens.counted.shape)}: tap a hook point with one vector per token"
             )
         if activation[0, 0].numel() != self.d_in:
             raise HookPointError(
@@ -98,96 +137,80 @@ class Tap:
         # activation's size.
         if not bool(torch.isfinite(activation.sum(dtype=torch.float32))):
             raise CapacityError(
-                f"{self.hook} has NaN or infinite activations in batch {batch.number}: check the model's dtype and"
-                " weights"
-            )
-        norms = activation.float().flatten(2).square().sum(-1).double()
-        sums = self.statistics
-        sums.counted_norm += norms[batch.counted.to(norms.device)].sum().to(self.device)
-        sums.masked_norm += norms[batch.unwanted.to(norms.device)].sum().to(self.device)
-        sums.masked += batch.masked.to(self.device)
-        self._open.end(sums, but=batch.unique_documents)
-        self._open.open(batch.counted_documents)
-        counted = batch.counted.flatten().to(activation.device)
-        inputs = activation.flatten(0, 1)[counted]
-        if not getattr(self.sae, "hook_z_reshaping_mode", False):
-            inputs = inputs.flatten(1)  # only such an SAE joins the heads itself
-        along = {loss: gradient.flatten(0, 1)[counted].flatten(1) for loss, gradient in gradients.items()}
-        rows, positions = batch.row_of_token.to(self.device), batch.position_of_token.to(self.device)
-        for start in range(0, len(inputs), self.encoder.chunk):
-            chunk = slice(start, start + self.encoder.chunk)
-            self._count(
-                inputs[chunk],
-                rows[chunk],
-                positions[chunk],
-                batch,
-                {loss: gradient[chunk] for loss, gradient in along.items()},
+                f"{self.hook} has NaN or infinite activations in batch {batch}: check the model's dtype and weights"
             )
 
     def _count(
-        self, inputs: Tensor, rows: Tensor, positions: Tensor, batch: Batch, gradients: Mapping[str, Tensor]
-    ) -> None:
-        token_groups, open_rows = batch.groups.to(self.device)[rows], self._open.rows(batch.documents.tolist())[rows]
-        checked = batch.checked(self.fvu_every).to(self.device)[rows]
-        self.statistics.update_tokens(token_groups)
+        self,
+        inputs: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        tokens: CountedTokens,
+        batch: int,
+        gradients: Mapping[str, Tensor],
+    ) -> Iterator[Written]:
+        """Add some tokens to the sums; yields what a transcoder wrote for those that are checked."""
+        groups, documents = tokens.groups.to(self.device)[rows], tokens.documents.tolist()
+        checked = tokens.checked(self.fvu_every).to(self.device)[rows]
+        self.statistics.update_tokens(groups)
+        entries = self._count_latents(inputs, groups, self._open.rows(documents)[rows], checked, batch)
+        self._decoder.settle(inputs)
+        if gradients:
+            self.refuse_unless_linear()
+        if self._accumulating:
+            latents = LatentBatch(
+                features=entries[1],
+                tokens=entries[0],
+                groups=groups[entries[0]],
+                values=entries[2],
+                activations=inputs,
+                documents=tokens.documents.to(self.device)[rows],
+                token_groups=groups,
+                rows=rows,
+                positions=positions,
+                counted=tokens.counted,
+                sae=self.sae,
+                gradients=gradients,
+            )
+            for estimator in self._accumulating:
+                accumulate(estimator, self.statistics.state, latents)
+        if bool(checked.any()):
+            targets = inputs[checked.to(inputs.device)]
+            written = Written(self._decoder(entries, checked, targets), groups[checked])
+            if self.target_hook is None:
+                self.statistics.update_reconstruction(
+                    targets.flatten(1).to(self.device), written.reconstruction.to(self.device), written.groups
+                )
+            else:
+                yield written
+
+    def _count_latents(self, inputs: Tensor, groups: Tensor, open_rows: Tensor, checked: Tensor, batch: int) -> Entries:
+        """Count what is active, a few features at a time; returns what is needed together: the active latents of all
+        tokens where an estimator accumulates, else those of tokens whose reconstruction is checked.
+        """
         kept: list[Entries] = []
-        # What is active is counted a few features at a time; only what is needed together is kept.
         for part in self.encoder.parts(inputs):
             tokens, features, values = (t.to(self.device) for t in part)
             values = values.double()
             if not bool(torch.isfinite(values.sum())):
                 raise CapacityError(
-                    f"the SAE at {self.hook} gives NaN or infinite latents in batch {batch.number}: check its weights"
+                    f"the SAE at {self.hook} gives NaN or infinite latents in batch {batch}: check its weights"
                 )
-            self.statistics.update_latents(features, values, token_groups[tokens])
+            self.statistics.update_latents(features, values, groups[tokens])
             self._open.mark(open_rows[tokens], features)
             if not self._accumulating:
                 few = torch.nonzero(checked[tokens]).view(-1)
                 tokens, features, values = tokens[few], features[few], values[few]
             kept.append((tokens, features, values))
-        if self._decodes_linearly is None:
-            self._decodes_linearly = decoder_vectors_add_up(self.sae, inputs)
-        if gradients:
-            self.refuse_unless_linear()
-        entries = joined(kept)
-        if self._accumulating:
-            tokens, features, values = entries
-            latents = LatentBatch(
-                features=features,
-                tokens=tokens,
-                groups=token_groups[tokens],
-                values=values,
-                activations=inputs,
-                documents=batch.documents.to(self.device)[rows],
-                token_groups=token_groups,
-                rows=rows,
-                positions=positions,
-                counted=batch.counted,
-                sae=self.sae,
-                gradients=gradients,
-            )
-            for estimator in self._accumulating:
-                self._accumulate(estimator, latents)
-        if bool(checked.any()):
-            self._check_reconstruction(inputs, entries, token_groups, checked)
-
-    def _accumulate(self, estimator: ImportanceEstimator, latents: LatentBatch) -> None:
-        prefix = f"{estimator.name}/"
-        kept = {k.removeprefix(prefix): v for k, v in self.statistics.state.items() if k.startswith(prefix)}
-        own = dict(kept)
-        with plugin_code("importance estimator", estimator.name, estimator):
-            estimator.update(own, latents)
-        if any(own.get(key) is not tensor for key, tensor in kept.items()):
-            raise CapacityError(
-                f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the"
-                " tensors in place"
-            )
+        return joined(kept)
 
     def refuse_unless_linear(self) -> None:
-        """A latent's gradient is taken along its decoder vector, which says something only where the SAE writes the sum
-        of those at its own hook point.
+        """Refuse a gradient along decoder vectors where the SAE does not write the sum of those at its own hook point.
+
+        Raises:
+            DictionaryError: where it does not.
         """
-        if self._decodes_linearly is False or self.target_hook is not None:
+        if self._decoder.linear is False or self.target_hook is not None:
             what = (
                 "writes to another hook point"
                 if self.target_hook is not None
@@ -198,57 +221,23 @@ class Tap:
                 " needs none"
             )
 
-    def _check_reconstruction(self, inputs: Tensor, entries: Entries, groups: Tensor, checked: Tensor) -> None:
-        inputs, groups = inputs[checked.to(inputs.device)], groups[checked]
-        reconstruction = (
-            self._decode_sparsely(entries, checked, inputs) if self._decodes_linearly else self._decode_densely(inputs)
-        )
-        if self.target_hook is None:
-            self.statistics.update_reconstruction(
-                inputs.flatten(1).to(self.device), reconstruction.to(self.device), groups
-            )
-        else:
-            self._awaiting_target.append((reconstruction, groups))
-
-    def _decode_densely(self, inputs: Tensor) -> Tensor:
-        return self._with_skip(self.sae.decode(self.sae.encode(inputs)).flatten(1), inputs)
-
-    def _decode_sparsely(self, entries: Entries, checked: Tensor, inputs: Tensor) -> Tensor:
-        """The reconstruction of the checked tokens, given the active latents of all or of just these."""
-        decoder = self.sae.W_dec.detach().flatten(1)
-        tokens, features, values = entries
-        kept = torch.nonzero(checked[tokens]).view(-1)
-        position = (torch.cumsum(checked, 0) - 1)[tokens[kept]]
-        kept = kept[position.argsort(stable=True)]  # a bag for each token
-        counts = torch.bincount(position, minlength=len(inputs))
-        starts = torch.cumsum(counts, 0) - counts
-        features, values = features[kept].to(decoder.device), values[kept].to(decoder.device, decoder.dtype)
-        summed = nn.functional.embedding_bag(
-            features, decoder, starts.to(decoder.device), mode="sum", per_sample_weights=values
-        )
-        bias = getattr(self.sae, "b_dec", None)
-        return self._with_skip(summed if bias is None else summed + bias.detach().flatten(), inputs)
-
-    def _with_skip(self, reconstruction: Tensor, inputs: Tensor) -> Tensor:
-        skip = getattr(self.sae, "W_skip", None)  # SAELens' skip transcoders add it in forward, not in decode
-        return reconstruction if skip is None else reconstruction + inputs.to(skip.dtype) @ skip.detach().T
-
     @torch.no_grad()
-    def observe_target(self, activation: Tensor, batch: Batch) -> None:
-        """Compare what a transcoder wrote with what it should have written, [row, position, ...] at its output hook."""
-        if not self._awaiting_target:
-            return
-        outputs = activation.detach().flatten(0, 1)[batch.counted.flatten().to(activation.device)]
-        checked = batch.checked(self.fvu_every)[batch.row_of_token]
+    def observe_target(self, activation: Tensor, tokens: CountedTokens, written: Sequence[Written]) -> None:
+        """Compare what a transcoder wrote with what it should have written, [row, position, ...] at its output hook.
+
+        Raises:
+            HookPointError: where that has another width.
+        """
+        outputs = activation.detach().flatten(0, 1)[tokens.counted.flatten().to(activation.device)]
+        checked = tokens.checked(self.fvu_every)[tokens.row_of_token]
         target = outputs[checked.to(outputs.device)].flatten(1).to(self.device)
-        reconstruction = torch.cat([r for r, _ in self._awaiting_target]).to(self.device)
-        groups = torch.cat([g for _, g in self._awaiting_target])
-        self._awaiting_target = []
+        reconstruction = torch.cat([part.reconstruction for part in written]).to(self.device)
         if target.shape != reconstruction.shape:
             raise HookPointError(
                 f"{self.target_hook} has {target.shape[-1]} dimensions, but the transcoder writes"
                 f" {reconstruction.shape[-1]}: it belongs to another model"
             )
+        groups = torch.cat([part.groups for part in written])
         self.statistics.update_reconstruction(target, reconstruction, groups)
 
     def close_open_documents(self) -> None:
@@ -258,16 +247,16 @@ class Tap:
         self._open.end(self.statistics)
 
     def snapshot(self, close: bool) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-        """The sums so far, with open documents closed in the copy or not, and the open documents, for a later
-        `restore`.
+        """The sums so far, and the open documents for a later `restore`.
+
+        Args:
+            close: count the open documents as ended, in the copy.
         """
         statistics, (documents, seen) = self.statistics.clone(), self._open.arrays()
         if close:
             statistics.update_documents(documents, torch.from_numpy(seen).to(self.device))
-        return {name: value.cpu().numpy() for name, value in statistics.tensors().items()}, {
-            "open_documents": documents,
-            "open_seen": seen,
-        }
+        sums = {name: value.cpu().numpy() for name, value in statistics.tensors().items()}
+        return sums, {"open_documents": documents, "open_seen": seen}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], open_documents: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a `snapshot` whose documents were left open."""

@@ -25,7 +25,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.storage.checkpoints import Checkpoint
-from tl_capacity.text.counting import Batch
+from tl_capacity.text.counting import CountedTokens, CountingRule
 from tl_capacity.text.streams import PADDING, TokenBatch
 
 TEACHER, RANDOM = "teacher", "with random weights"
@@ -51,7 +51,9 @@ class Reader:
         except HookPointError as problem:
             raise HookPointError(f"{who} cannot be read at {hook}: {problem}") from problem
 
-    def __call__(self, batch: Batch, tokens: TokenBatch, filler: int) -> Float[Tensor, "token ..."]:
+    def __call__(
+        self, batch: CountedTokens, tokens: TokenBatch, filler: int, number: int
+    ) -> Float[Tensor, "token ..."]:
         """Activations of the counted tokens.
 
         Raises:
@@ -72,7 +74,7 @@ class Reader:
         found = seen.flatten(0, 1)[batch.counted.flatten().to(seen.device)]
         if not bool(torch.isfinite(found.sum(dtype=torch.float32))):
             raise CapacityError(
-                f"{self.who} has NaN or infinite activations at {self.point.name} in batch {batch.number}: check its"
+                f"{self.who} has NaN or infinite activations at {self.point.name} in batch {number}: check its"
                 " dtype and weights"
             )
         return found
@@ -184,10 +186,10 @@ class Passes:
             for number, (part, tokens) in enumerate(split(self.stream, parts, self.max_tokens), start=1):
                 if number <= done or number % self.processes.count != self.processes.index:
                     continue
-                batch = Batch(tokens, self.mask_ids, 0, number)
+                batch = CountingRule.without(self.mask_ids).apply(tokens)
                 if not batch.n_counted:
                     continue
-                activations = {name: reader(batch, tokens, filler) for name, reader in self.readers.items()}
+                activations = {name: reader(batch, tokens, filler, number) for name, reader in self.readers.items()}
                 latents = self._latents(activations[TEACHER], number)
                 self.tokens[part] += batch.n_counted
                 groups = batch.groups[batch.row_of_token].to(self.device)

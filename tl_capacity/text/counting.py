@@ -2,54 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_capacity.text.documents import document_groups
 from tl_capacity.text.streams import PADDING, TokenBatch
 
 MASK_REASONS = ("padding", "special", "position")
+CHECK_SALT = 2**40
+"""Added to document numbers, so that which documents are checked does not depend on the groups that they belong to."""
 
 
-class Batch:
-    """What every tap must know of one forward pass: which tokens count, and which documents they are from."""
+@dataclass(frozen=True)
+class CountingRule:
+    """Which tokens of a text count.
 
-    def __init__(self, tokens: TokenBatch, mask_ids: NDArray[np.int64], skip_first: int, number: int) -> None:
-        padding = tokens.tokens == PADDING
-        special = np.isin(tokens.tokens, mask_ids) & ~padding
-        position = (
-            np.broadcast_to(np.arange(tokens.tokens.shape[1]) < skip_first, tokens.tokens.shape) & ~padding & ~special
-        )
-        unwanted = special | position
-        counted = ~(padding | unwanted)
-        self.number = number
-        self.valid = torch.from_numpy(~padding)
-        self.counted, self.unwanted = torch.from_numpy(counted), torch.from_numpy(unwanted)
-        self.masked = torch.tensor([int(m.sum()) for m in (padding, special, position)])
-        assert len(self.masked) == len(MASK_REASONS)
-        self.n_counted = int(counted.sum())
-        self._documents = tokens.documents
-        self.documents = torch.from_numpy(tokens.documents)
-        self.groups = torch.from_numpy(document_groups(tokens.documents))
+    Attributes:
+        special_ids: ids that do not count, such as BOS.
+        skip_first_positions: so many positions at the beginning of each row do not count either.
+    """
+
+    special_ids: tuple[int, ...] = ()
+    skip_first_positions: int = 0
+
+    @classmethod
+    def for_model(cls, model: Any, tokenizer: Any, skip_first_positions: int = 0) -> CountingRule:
+        """The rule by which every token counts that is not a special one of the tokenizer or the model."""
+        return cls(tuple(special_token_ids(model, tokenizer)), skip_first_positions)
+
+    @classmethod
+    def without(cls, ids: Iterable[int], skip_first_positions: int = 0) -> CountingRule:
+        """The rule by which every token counts but these ids."""
+        return cls(tuple(sorted({int(i) for i in ids})), skip_first_positions)
+
+    @property
+    def filler(self) -> int:
+        """An id to put where a row has ended: it is masked, so that nothing depends on it."""
+        return self.special_ids[0] if self.special_ids else 0
+
+    def masks(self, tokens: Int[np.ndarray, "row position"]) -> dict[str, Bool[np.ndarray, "row position"]]:
+        """Which tokens do not count, by reason; each token has one reason at most."""
+        padding = tokens == PADDING
+        special = np.isin(tokens, self.special_ids) & ~padding
+        early = np.broadcast_to(np.arange(tokens.shape[1]) < self.skip_first_positions, tokens.shape)
+        return dict(zip(MASK_REASONS, (padding, special, early & ~padding & ~special), strict=True))
+
+    def counted(self, tokens: Int[np.ndarray, "row position"]) -> Bool[np.ndarray, "row position"]:
+        """Whether each token counts."""
+        return np.asarray(~np.logical_or.reduce(list(self.masks(tokens).values())))
+
+    def apply(self, batch: TokenBatch) -> CountedTokens:
+        """Which tokens of a batch count, and which documents they are from."""
+        return CountedTokens(batch, self)
+
+
+class CountedTokens:
+    """Which tokens of a batch count, and which documents they are from; on the CPU.
+
+    Attributes:
+        valid: bool [row, position], where a row has not ended.
+        counted: bool [row, position].
+        unwanted: bool [row, position], where a token is there and does not count.
+        masked: int64 [reason], how many tokens do not count.
+        documents: int64 [row].
+        groups: int64 [row], the group of the row's document.
+        row_of_token, position_of_token: int64 [token] of those that count.
+    """
+
+    def __init__(self, batch: TokenBatch, rule: CountingRule) -> None:
+        masks = rule.masks(batch.tokens)
+        counted = ~np.logical_or.reduce(list(masks.values()))
+        self.valid = torch.from_numpy(~masks["padding"])
+        self.counted = torch.from_numpy(counted)
+        self.unwanted = self.valid & ~self.counted
+        self.masked = torch.tensor([int(mask.sum()) for mask in masks.values()])
+        self.documents = torch.from_numpy(batch.documents)
+        self.groups = torch.from_numpy(document_groups(batch.documents))
         self.row_of_token, self.position_of_token = (torch.from_numpy(place) for place in np.nonzero(counted))
-        self.unique_documents: list[int] = list(dict.fromkeys(tokens.documents.tolist()))
-        self.counted_documents: list[int] = tokens.documents[counted.any(1)].tolist()
 
-    def checked(self, every: int) -> Tensor:
-        """bool [row]: whether the reconstruction is checked on the row's document; the first document always is, the
-        others by another hash.
+    @property
+    def n_counted(self) -> int:
+        """How many tokens count."""
+        return len(self.row_of_token)
+
+    @cached_property
+    def unique_documents(self) -> list[int]:
+        """The documents of the batch, each once, in their order."""
+        return list(dict.fromkeys(self.documents.tolist()))
+
+    @cached_property
+    def counted_documents(self) -> list[int]:
+        """The document of each row that has a token to count."""
+        return self.documents[self.counted.any(1)].tolist()
+
+    def checked(self, every: int) -> Bool[Tensor, " row"]:
+        """Whether the reconstruction is checked on the row's document: on the first document, and by a hash on one of
+        so many others.
         """
-        chosen = (document_groups(self._documents + 2**40, every) == 0) | (self._documents == 0)
+        documents = self.documents.numpy()
+        chosen = (document_groups(documents + CHECK_SALT, every) == 0) | (documents == 0)
         return torch.from_numpy(chosen)
 
 
 def special_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids of every special token that the tokenizer or the model's configuration names. Id 0 is valid (GPT-NeoX); some
-    configurations list several, some -1 for none.
+    """Ids of every special token that the tokenizer or the model's configuration names.
+
+    Id 0 is valid (GPT-NeoX). Some configurations list several ids, some -1 for none.
     """
     ids = set(getattr(tokenizer, "all_special_ids", None) or ())
     for holder in (getattr(model, "config", None), tokenizer):

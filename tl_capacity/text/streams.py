@@ -35,6 +35,20 @@ class TokenBatch:
     tokens: NDArray[np.int64]
     documents: NDArray[np.int64]
 
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """[row, position] whether a token is there, and not padding."""
+        return np.asarray(self.tokens != PADDING)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """[token] the ids of all tokens that are there."""
+        return self.tokens[self.present]
+
+    def filled(self, filler: int) -> NDArray[np.int64]:
+        """[row, position] the ids with a filler in place of padding, as a model takes them."""
+        return np.where(self.present, self.tokens, filler)
+
 
 @dataclass(frozen=True)
 class TokenStream:

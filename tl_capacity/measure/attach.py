@@ -1,0 +1,111 @@
+"""Attaching: add_capacity_hooks, and the same for SAEs and models that have a name already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs, named_dictionaries
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
+from tl_capacity.measure.session import CapacityHooks, Identity
+from tl_capacity.measure.tap import Tap
+from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.plugins import plugins
+from tl_capacity.results.summary import FeatureSummary
+from tl_capacity.runtime.checks import checked_but
+from tl_capacity.runtime.scratch import Scratch
+from tl_capacity.text.counting import CountingRule
+
+
+class HookedModel(Protocol):
+    """What a model offers once `tl_capacity` is imported: annotate a variable with it and a type checker accepts
+    `add_capacity_hooks`.
+    """
+
+    def add_capacity_hooks(
+        self,
+        saes: SAEs,
+        *,
+        importance: Sequence[str | ImportanceEstimator] = ...,
+        alive_threshold: float = ...,
+        fvu_every: int = ...,
+        mask_token_ids: Iterable[int] | None = ...,
+        skip_first_positions: int = ...,
+    ) -> CapacityHooks: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@checked_but("saes")
+def add_capacity_hooks(
+    model: Any,
+    saes: SAEs,
+    *,
+    importance: Sequence[str | ImportanceEstimator] = ("second_moment",),
+    alive_threshold: float = 1e-5,
+    fvu_every: int = 8,
+    mask_token_ids: Iterable[int] | None = None,
+    skip_first_positions: int = 0,
+) -> CapacityHooks:
+    """Tap a model's hook points and count what the SAEs' features do, until the handle is removed.
+
+    Args:
+        model: a `HookedTransformer`, `TransformerBridge`, their SAE variants, or a Hugging Face causal language model
+            of a registered family.
+        saes: one SAE (its metadata names the hook point), a list, or a mapping from hook point to one or several SAEs.
+        importance: importance estimators, by name or as objects. Those that need only the sums of z and z² can also be
+            chosen later.
+        alive_threshold: a feature is alive where its firing rate exceeds this; the paper's is 1e-5.
+        fvu_every: check the reconstruction on one document in this many; 1 is all.
+        mask_token_ids: ids not to count; by default every special token of the model's tokenizer, BOS among them.
+        skip_first_positions: do not count the first positions of each row, whose activations have huge norms in many
+            models.
+
+    Returns:
+        A handle, itself a context manager.
+
+    Raises:
+        HookPointError: unknown hook point, or one of another width than the SAE's d_in.
+        DictionaryError: an SAE that cannot be measured as it is.
+    """
+    if skip_first_positions < 0 or fvu_every < 1:
+        raise CapacityError(
+            f"skip_first_positions = {skip_first_positions} and fvu_every = {fvu_every} must be at least 0 and 1"
+        )
+    if isinstance(model, SparseAutoencoder):
+        raise HookPointError(
+            f"{type(model).__name__} is an SAE, not a model: call add_capacity_hooks on the model and pass the SAE"
+            " to it"
+        )
+    rule = (
+        CountingRule.for_model(model, getattr(model, "tokenizer", None), skip_first_positions)
+        if mask_token_ids is None
+        else CountingRule.without(mask_token_ids, skip_first_positions)
+    )
+    return attach(model, list(named_dictionaries(saes)), rule, importance, alive_threshold, fvu_every)
+
+
+def attach(
+    model: Any,
+    dictionaries: Sequence[NamedDictionary],
+    rule: CountingRule,
+    importance: Sequence[str | ImportanceEstimator],
+    alive_threshold: float,
+    fvu_every: int,
+    identity: Identity | None = None,
+) -> CapacityHooks:
+    """`add_capacity_hooks` for SAEs that have a name already, and a model that goes by another name than it says."""
+    FeatureSummary.check_threshold(alive_threshold)
+    estimators = [plugins().importance_estimators[e] if isinstance(e, str) else e for e in importance]
+    names = [estimator.name for estimator in estimators]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise CapacityError(
+            f"the importance estimator {twice!r} is given twice, and both would add to the same sums: give it once, or"
+            " two under two names"
+        )
+    scratch = Scratch()
+    taps = [Tap(TapPoint.of(model, d.hook), d, estimators, fvu_every, scratch) for d in dictionaries]
+    if not taps:
+        raise DictionaryError("no SAE was given: pass one, a list, or a mapping from hook point to SAE")
+    return CapacityHooks(model, taps, alive_threshold, rule, identity or Identity.according_to(model))

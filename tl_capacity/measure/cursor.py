@@ -1,0 +1,58 @@
+"""Cursor: how far counting has come in its text, and what of a text is still to be counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.text.streams import TokenBatch, as_batches
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """How far counting has come.
+
+    Attributes:
+        rows: rows consumed.
+        digest: a running hash of their tokens: two measurements with the same one saw the same tokens.
+    """
+
+    rows: int = 0
+    digest: str = ""
+
+    def after(self, batch: TokenBatch) -> Cursor:
+        """The cursor behind one more batch."""
+        content = self.digest.encode() + batch.tokens.tobytes() + batch.documents.tobytes()
+        return Cursor(self.rows + len(batch.tokens), hashlib.sha256(content).hexdigest())
+
+
+def batches_after(stream: Any, cursor: Cursor, again: bool) -> Iterator[tuple[TokenBatch, Cursor]]:
+    """The batches of a stream that are still to be counted, each with the cursor behind it.
+
+    Args:
+        stream: whatever `as_batches` takes.
+        cursor: how far counting has come.
+        again: go over the stream that was counted before, up to the cursor; else the stream adds to what was counted.
+
+    Raises:
+        CapacityError: where a stream that is gone over again does not begin with what was counted.
+    """
+    place = Cursor() if again else cursor
+    for batch in as_batches(stream, place.rows):
+        before, place = place, place.after(batch)
+        if again and before.rows < cursor.rows:
+            if place.rows > cursor.rows or (place.rows == cursor.rows and place.digest != cursor.digest):
+                raise CapacityError(
+                    "the stream does not begin with the tokens counted before: resume with the same source,"
+                    " tokenizer and batches, or start anew"
+                )
+            continue
+        yield batch, place
+    if again and place.rows < cursor.rows:
+        raise CapacityError(
+            f"the stream ends after {place.rows:,} rows, but {cursor.rows:,} were counted before: resume with the same"
+            " source, or start anew"
+        )

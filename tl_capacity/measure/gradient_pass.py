@@ -1,0 +1,84 @@
+"""Passes with gradients: activations are kept until the model has run to its end and back, and then counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_capacity.dictionaries.adapter import decoder_bias
+from tl_capacity.interfaces import PathGradient
+from tl_capacity.measure.backward import differentiable, frozen, gradients, path_gradient
+from tl_capacity.measure.passes import ForwardPass
+from tl_capacity.measure.tap import Tap
+from tl_capacity.measure.wanted_gradients import WantedGradients
+from tl_capacity.models.forward import embedding_of, forward_options
+from tl_capacity.models.hook_points import untraced
+from tl_capacity.text.counting import CountedTokens
+
+
+class GradientPass(ForwardPass):
+    """A pass over a batch of a stream, to the model's end and back."""
+
+    def __init__(self, number: int, tokens: CountedTokens, taps: Sequence[Tap], wanted: WantedGradients) -> None:
+        super().__init__(number, tokens, taps)
+        self._wanted = wanted
+        self._seen: list[tuple[Tap, Tensor]] | None = []
+
+    def see(self, tap: Tap, activation: Tensor) -> None:
+        """Keep what a tap's hook point carries until its gradient is known; passes along a path are not looked at."""
+        if self._seen is not None:
+            self._seen.append((tap, activation))
+
+    def run(self, model: Any, ids: Tensor, seed: int) -> None:
+        """Run the model forth and back, and count.
+
+        Args:
+            model: the model, whose hook points call `see`.
+            ids: [row, position].
+            seed: for the losses that draw.
+        """
+        options = forward_options(model)
+        with differentiable(model, embedding_of(model)):
+            output = model(ids, **options)
+            seen, self._seen = self._seen, None
+            if not seen:
+                return
+            taps, activations = zip(*seen, strict=True)
+            del seen
+            logits = getattr(output, "logits", output)
+            by_tap = gradients(logits, ids, self.tokens.valid, activations, self._wanted.losses, seed)
+        del output, logits  # and with them the graph, before others are built
+        for tap, activation, by_loss in zip(taps, activations, by_tap, strict=True):
+            by_path = {path.name: self._along(path, tap, model, ids, options, seed) for path in self._wanted.paths}
+            self._note_firing(tap)
+            self._keep(tap, tap.observe(activation.detach(), self.tokens, self.number, {**by_loss, **by_path}))
+
+    def _along(
+        self, path: PathGradient, tap: Tap, model: Any, ids: Tensor, options: dict[str, Any], seed: int
+    ) -> Tensor:
+        """The gradient at a tap, averaged along the path from the decoder's bias; other taps stay as they are."""
+        tap.refuse_unless_linear()
+
+        def logits_with(move: Callable[[Tensor], Tensor]) -> Tensor:
+            with _edited(tap, move):
+                output: Any = model(ids, **options)
+            logits: Tensor = getattr(output, "logits", output)
+            return logits
+
+        bias = decoder_bias(tap.sae)
+        baseline = torch.zeros(tap.d_in) if bias is None else bias
+        with frozen(model):
+            return path_gradient(logits_with, baseline, self.tokens.counted, ids, self.tokens.valid, path, seed)
+
+
+@contextmanager
+def _edited(tap: Tap, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    take_away = tap.point.edit(untraced(change))
+    try:
+        yield
+    finally:
+        take_away()
