@@ -26,7 +26,7 @@ from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
-from tl_capacity.measure.job import measured_dictionary, tapped_model
+from tl_capacity.measure.setup import measured_dictionary, tapped_model
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.models.loading import LoadedModel, load_model

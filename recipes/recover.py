@@ -22,7 +22,7 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.students import new_student
 from tl_capacity.distillation.train import fingerprint
 from tl_capacity.errors import CapacityError
-from tl_capacity.measure.job import measured_dictionary, tapped_model
+from tl_capacity.measure.setup import measured_dictionary, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, load_model

@@ -6,35 +6,31 @@ TransformerLens' bridge.
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_capacity.dictionaries.adapter import dictionary_digest, target_hook
-from tl_capacity.dictionaries.bases import BasisSpec, LargestOfABasis
-from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
-from tl_capacity.measure.attach import add_capacity_hooks
+from tl_capacity.dictionaries.bases import LargestOfABasis
+from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.measure.attach import attach
 from tl_capacity.measure.memory import fit_memory
-from tl_capacity.measure.session import CapacityHooks
+from tl_capacity.measure.session import CapacityHooks, Identity
+from tl_capacity.measure.setup import dictionaries, row_length, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.measurement.provenance import Provenance
-from tl_capacity.plugins import plugins
 from tl_capacity.predict.caveats import advice_on_fit
-from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.logs import figures, log
 from tl_capacity.runtime.progress import peak_memory
 from tl_capacity.storage.files import last_whole
-from tl_capacity.text.counting import special_token_ids
+from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenStream
 
 if TYPE_CHECKING:
-    from tl_capacity.models.loading import LoadedModel
+    pass
 
 FVU_TOKENS_BEFORE_REFUSAL = 2_000
 
@@ -141,22 +137,11 @@ def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenS
         settings.shard,
     )
     model = tapped_model(loaded, [sae for _, _, sae in named], [hook for hook, _, _ in named])
-    saes: dict[str, list[Any]] = {}
-    for hook, _, sae in named:
-        saes.setdefault(hook, []).append(sae)
-    with add_capacity_hooks(
-        model,
-        saes,
-        importance=settings.importance,
-        alive_threshold=settings.alive_threshold,
-        fvu_every=settings.fvu_every,
-        mask_token_ids=special_token_ids(loaded.model, loaded.tokenizer),
-        skip_first_positions=settings.skip_first_positions,
+    rule = CountingRule.for_model(loaded.model, loaded.tokenizer, settings.skip_first_positions)
+    identity = Identity(loaded.name, loaded.revision)
+    with attach(
+        model, named, rule, settings.importance, settings.alive_threshold, settings.fvu_every, identity
     ) as capacity:
-        capacity.model_name, capacity.revision = loaded.name, loaded.revision
-        names = {id(sae): name for _, name, sae in named}
-        for tap in capacity.taps:
-            tap.name = names[id(tap.sae)]
         yield capacity, stream
 
 
@@ -265,124 +250,3 @@ def _check_settings(earlier: Measurement, capacity: CapacityHooks, stream: Token
             f" has {capacity.alive_threshold:g}: resume with the same, or choose another --out"
         )
     capacity.check_same(earlier)
-
-
-def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[tuple[str, str, Any]]:
-    """`(hook, name, SAE)` of every SAE or basis asked for, or of all SAEs that come with the model."""
-    named = loaded.named
-    specs = list(settings.saes) or [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
-    if not specs:
-        raise CapacityError(
-            f"no SAE was given for {settings.model!r}: pass --sae with a SAELens folder or release/sae_id"
-        )
-    wanted = [BasisSpec.parse(spec) or _dictionary(spec, loaded, settings.device) for spec in specs]
-    bases = [basis for basis in wanted if isinstance(basis, BasisSpec)]
-    saes = [loaded_sae for loaded_sae in wanted if not isinstance(loaded_sae, BasisSpec)]
-    fitted: dict[BasisSpec, Any] = {}
-    if bases:
-        model = tapped_model(
-            loaded, [sae for _, _, sae in saes], [hook for hook, _, _ in saes], [basis.hook for basis in bases]
-        )
-        source = loaded.source(settings.source or "")
-        # From the whole source, so that every shard is measured in the same basis.
-        stream = TokenStream(
-            source, loaded.tokenizer, row_length(settings, loaded.model, []), settings.batch_rows, settings.prepend_bos
-        )
-        fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(settings.device) for basis in bases}
-    return [(one.hook, str(one), fitted[one]) if isinstance(one, BasisSpec) else one for one in wanted]
-
-
-def spec_of(measured: HookMeasurement, model: str) -> str:
-    """What `--sae` takes for the SAE or basis that was measured of a model of that name."""
-    registered = any(m.name == model for m in plugins().models)
-    own = measured.sae.removeprefix(f"{model}/") if registered else measured.sae
-    return own if BasisSpec.parse(own) else f"{measured.hook}={own}"
-
-
-def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenance: Provenance) -> Any:
-    """The SAE or basis that was measured, found by its name and checked by its weights.
-
-    Raises:
-        DictionaryError: where it cannot be found, or has other weights by now.
-    """
-    context, device = provenance.settings.get("context"), str(next(loaded.model.parameters()).device)
-    settings = MeasureSettings(
-        provenance.model,
-        Path(),
-        (spec_of(measured, loaded.name),),
-        source=provenance.source,
-        context=context,
-        device=device,
-    )
-    [(_, _, sae)] = dictionaries(settings, loaded)
-    if dictionary_digest(sae) != measured.sae_digest:
-        raise DictionaryError(
-            f"the SAE {measured.sae!r} at {measured.hook} has other weights than the one that was measured: measure"
-            " again"
-        )
-    return sae
-
-
-def _dictionary(spec: str, loaded: LoadedModel, device: str) -> tuple[str, str, Any]:
-    """`(hook, name, SAE)` of one SAE that is loaded by name."""
-    from tl_capacity.dictionaries.loading import load_sae
-
-    named = loaded.named
-    hook, equals, rest = spec.partition("=")
-    if not equals or not re.fullmatch(r"[\w.]+", hook) or Path(spec).exists():
-        hook, rest = "", spec
-    if named and rest in named.saes:
-        name, sae = load_sae(str(named.saes[rest]), device)
-        name = f"{named.name}/{rest}"
-    else:
-        name, sae = load_sae(rest, device)
-        if named and hook in named.saes and str(named.saes[hook]) == rest:
-            name = f"{named.name}/{hook}"
-    hook = hook or getattr(sae.cfg.metadata, "hook_name", None) or ""
-    if not hook:
-        raise CapacityError(f"the SAE {rest} does not name its hook point: pass it as --sae HOOK={rest}")
-    if not (named and name.startswith(f"{named.name}/")):
-        _warn_of_another_model(name, getattr(sae.cfg.metadata, "model_name", None), loaded)
-    return hook, name, sae
-
-
-def _warn_of_another_model(sae: str, trained_on: Any, loaded: LoadedModel) -> None:
-    """Say so where an SAE's metadata names a model that this one does not seem to be; names alone decide nothing, as
-    folders have any.
-    """
-    theirs = str(trained_on or "").rpartition("/")[2].lower()
-    ours = [
-        Path(name).name.lower()
-        for name in (loaded.name, str(getattr(loaded.model.config, "_name_or_path", "") or ""))
-        if name
-    ]
-    if theirs and not any(theirs in name or name in theirs for name in ours):
-        log.warning(
-            f"the SAE {sae} was trained on {trained_on!r}, by its own account, and is measured on {loaded.name!r}: if"
-            " that is another model, use its own SAE"
-        )
-
-
-def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:
-    """Positions in a row: as asked for, else the shortest context of the SAEs' own, else 512; never more than the model
-    has.
-    """
-    limit = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
-    if settings.context is not None:
-        if settings.context > limit:
-            raise CapacityError(
-                f"--context {settings.context} is longer than the model's {limit} positions: choose at most that"
-            )
-        return settings.context
-    own = [getattr(sae.cfg.metadata, "context_size", None) for sae in saes]
-    return min([limit, *(int(c) for c in own if c)] if any(own) else [limit, 512])
-
-
-def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:
-    """The Hugging Face model where its family can tap every hook that is read or written, else a bridge around it."""
-    family = plugins().family_of(loaded.model.config.model_type)
-    outputs = [target_hook(sae, hook) for sae, hook in zip(saes, hooks, strict=True)]
-    wanted = [*hooks, *more_hooks, *(o for o in outputs if o)]
-    if family is not None and all(family.residual(hook) for hook in wanted):
-        return loaded.model
-    return loaded.bridge

@@ -169,7 +169,7 @@ def top_snippets(
     """
     import torch
 
-    from tl_capacity.measure.job import measured_dictionary, tapped_model
+    from tl_capacity.measure.setup import measured_dictionary, tapped_model
     from tl_capacity.models.hook_points import TapPoint
     from tl_capacity.runtime.progress import token_progress
 
