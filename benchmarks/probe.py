@@ -41,13 +41,11 @@ def measuring(teacher: Any, sae: Any, stream: list[torch.Tensor]) -> Callable[[]
 def forward(student: Any, stream: list[torch.Tensor]) -> Callable[[], object]:
     """The student's forward pass, cut after the hook point."""
     from tl_capacity.probing.passes import Reader
-    from tl_capacity.text.counting import Batch
+    from tl_capacity.text.counting import CountingRule
     from tl_capacity.text.streams import as_batches
 
-    reader, none = Reader.of(student, HOOK, "the student"), torch.zeros(0, dtype=torch.int64).numpy()
-    return lambda: [
-        reader(Batch(tokens, none, 0, number), tokens, 0) for number, tokens in enumerate(as_batches(stream))
-    ]
+    reader, rule = Reader.of(student, HOOK, "the student"), CountingRule()
+    return lambda: [reader(rule.apply(batch), batch, 0, number) for number, batch in enumerate(as_batches(stream))]
 
 
 def recovering(

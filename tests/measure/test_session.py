@@ -23,7 +23,7 @@ from sae_lens.training.activations_store import ActivationsStore
 import tl_capacity as tlc
 from tl_capacity.dictionaries import encoding
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
-from tl_capacity.results import summary as summaries
+from tl_capacity.results import estimate
 from tl_capacity.text.documents import document_groups
 from tl_capacity.text.streams import PADDING, TokenBatch
 
@@ -1040,7 +1040,7 @@ def test_annotations_are_checked_while_tests_run() -> None:
 @pytest.fixture(autouse=True)
 def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Intervals are tested elsewhere, and cost more than all the rest here."""
-    monkeypatch.setattr(summaries, "REPLICATES", 10)
+    monkeypatch.setattr(estimate, "REPLICATES", 10)
 
 
 @pytest.fixture(autouse=True)
