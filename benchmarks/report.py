@@ -21,7 +21,8 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from chromium import BROWSER, DRIVER, MISSING, opened, started
 
 from tl_capacity.distillation.run import DistillationRun, StudentCurve
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_model
 from tl_capacity.report import ReportSettings, Results, find_snippets, write_report

@@ -168,8 +168,8 @@ def main(config: PythiaFloorConfig) -> Decomposition:
 
 def measure(config: PythiaFloorConfig) -> Measurement:
     """The measurement, finished or continued."""
-    from tl_capacity.measure.job import MeasureSettings
     from tl_capacity.measure.job import measure as run_measure
+    from tl_capacity.measure.settings import MeasureSettings
 
     if config.measurement is not None:
         return Measurement.load(config.measurement)

@@ -16,7 +16,8 @@ from commands import HOOK, Cli, arguments
 from tl_capacity import Measurement, doctor
 from tl_capacity.doctor import CHANGE, OK, STOP, Finding, examine, examine_folder
 from tl_capacity.errors import CapacityError
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from tl_capacity import Measurement, TokenStream, add_capacity_hooks
 from tl_capacity.dictionaries.loading import load_sae
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.models.loading import load_model
 from tl_capacity.text.streams import PADDING, documents
 

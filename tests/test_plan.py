@@ -18,7 +18,8 @@ from measurements import measurement_of_counts
 from tl_capacity import theory
 from tl_capacity.distillation.students import new_student, parameters_of
 from tl_capacity.errors import CapacityError
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_config, load_model
 from tl_capacity.plan import ladder, plan, teacher_config

@@ -20,7 +20,8 @@ from tl_capacity.dictionaries.dictionary import Dictionary
 from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import DictionaryError
 from tl_capacity.measure.ablation import ablation_kl
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins

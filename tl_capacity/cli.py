@@ -160,7 +160,7 @@ def measure(
     wanted = _widths(widths)
     console = _console()
     from tl_capacity.measure.distributed import measure_together
-    from tl_capacity.measure.job import MeasureSettings
+    from tl_capacity.measure.settings import MeasureSettings
     from tl_capacity.predict.caveats import error_warnings
     from tl_capacity.runtime.processes import is_first
 
@@ -348,7 +348,7 @@ def doctor(
     from dataclasses import asdict
 
     from tl_capacity.doctor import STOP, examine, examine_folder
-    from tl_capacity.measure.job import MeasureSettings
+    from tl_capacity.measure.settings import MeasureSettings
     from tl_capacity.show import tables
 
     if folder is not None:

@@ -24,9 +24,9 @@ from torch import Tensor
 from tl_capacity.dictionaries.adapter import check_dictionary, dictionary_digest, target_hook
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure.attach import add_capacity_hooks
-from tl_capacity.measure.job import MeasureSettings
 from tl_capacity.measure.memory import SUMS_AT_ONCE, sums_of
 from tl_capacity.measure.session import CapacityHooks
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measure.setup import dictionaries, row_length, spec_of, tapped_model
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.forward import check_token_ids

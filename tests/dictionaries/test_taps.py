@@ -18,7 +18,8 @@ from torch.nn import functional as F
 import tl_capacity as tlc
 from tl_capacity.dictionaries.bases import BasisSpec, NeuronBasis
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_model
 from tl_capacity.text.streams import TokenStream

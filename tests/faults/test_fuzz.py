@@ -24,7 +24,8 @@ from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.distillation import checkpoint
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import PluginError
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.models.loading import load_folder
 from tl_capacity.predict.curve import Curve
 from tl_capacity.probing.concepts import load_concepts

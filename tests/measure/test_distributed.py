@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from tl_capacity import Measurement
 from tl_capacity.measure.distributed import share
-from tl_capacity.measure.job import MeasureSettings
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.runtime.processes import Processes, is_first
 
 EVERYTHING = 10**6

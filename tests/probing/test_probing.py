@@ -32,7 +32,8 @@ from tl_capacity.recipes import probe as recipe
 from tl_capacity import add_capacity_hooks, hookimpl, theory
 from tl_capacity.errors import CapacityError, HookPointError, PluginError
 from tl_capacity.interfaces import Concept, LabelledText
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
 from tl_capacity.probing import (
     Activations,

@@ -555,7 +555,8 @@ def test_most_important() -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A measurement of the embedded teacher and a distillation of it, both too short to be good."""
     from tl_capacity.distillation import DistillSettings, distill
-    from tl_capacity.measure.job import MeasureSettings, measure
+    from tl_capacity.measure.job import measure
+    from tl_capacity.measure.settings import MeasureSettings
     from tl_capacity.models.loading import load_model
 
     folder, teacher = tmp_path_factory.mktemp("recover"), load_model("embedded")

@@ -29,7 +29,8 @@ from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.run import DistillationRun, StudentCurve
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
-from tl_capacity.measure.job import MeasureSettings, measure
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.models.loading import load_model

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from tl_capacity.errors import MeasurementError
-from tl_capacity.measure.job import MeasureSettings, finished, measure
+from tl_capacity.measure.job import finished, measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.runtime.processes import Processes
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measure.attach import attach
 from tl_capacity.measure.memory import fit_memory
 from tl_capacity.measure.session import CapacityHooks, Identity
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measure.setup import dictionaries, row_length, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
 from tl_capacity.measurement.measurement import Measurement
@@ -33,58 +32,6 @@ if TYPE_CHECKING:
     pass
 
 FVU_TOKENS_BEFORE_REFUSAL = 2_000
-
-
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What to measure and how.
-
-    Attributes:
-        model: a registered name, a `save_pretrained` folder or a hub id.
-        saes: SAE folders or `release/sae_id`, each optionally as `HOOK=…`, or bases such as `pca:HOOK`; none for all
-            SAEs that come with a registered model.
-        tokens: tokens to count.
-        source: token source; None for the corpus that comes with a registered model.
-        out: folder of the measurement.
-        resume: go on from the checkpoint in `out`.
-        context, batch_rows: shape of a batch; context None for the SAE's own, or 512, within the model's.
-        shard: `(index, of)`.
-        max_fvu: refuse SAEs that leave more of the variance unexplained.
-        checkpoint_seconds: save a checkpoint once this long has passed since the last one.
-        max_memory: bytes that the process may hold; fewer latents are dense at once to stay below.
-    """
-
-    model: str
-    out: Path
-    saes: tuple[str, ...] = ()
-    tokens: int = 1_000_000
-    source: str | None = None
-    resume: bool = False
-    importance: tuple[str, ...] = ("second_moment",)
-    context: int | None = None
-    batch_rows: int = 8
-    prepend_bos: bool = True
-    alive_threshold: float = 1e-5
-    fvu_every: int = 8
-    skip_first_positions: int = 0
-    shard: tuple[int, int] = (0, 1)
-    device: str = "cpu"
-    dtype: str = "float32"
-    max_fvu: float = 1.0
-    checkpoint_seconds: float = 30.0
-    max_memory: int | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            CapacityError: no tokens, or a largest FVU that refuses nothing.
-        """
-        if self.tokens < 1:
-            raise CapacityError(f"--tokens {self.tokens} counts nothing: ask for at least 1")
-        if isnan(self.max_fvu):
-            raise CapacityError("--max-fvu nan refuses nothing: give a number, or inf to measure whatever the fit")
 
 
 def measure(settings: MeasureSettings) -> Measurement:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest, metadata_of, target_hook
 from tl_capacity.dictionaries.bases import BasisSpec
 from tl_capacity.errors import CapacityError, DictionaryError
-from tl_capacity.measure.job import MeasureSettings
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.plugins import plugins
 from tl_capacity.results.hook import HookMeasurement
