@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.dictionaries.encoding import Encoder
@@ -89,13 +88,13 @@ class Passes:
         sae: Any,
         measured: HookMeasurement,
         stream: Any,
-        mask_ids: NDArray[np.int64],
+        rule: CountingRule,
         max_tokens: int | None,
         progress: bool,
         processes: Processes,
     ) -> None:
         self.processes = processes
-        self.readers, self.sae, self.stream, self.mask_ids, self.max_tokens = readers, sae, stream, mask_ids, max_tokens
+        self.readers, self.sae, self.stream, self.rule, self.max_tokens = readers, sae, stream, rule, max_tokens
         self.progress = progress and processes.first
         self.encoder = Encoder(sae)
         device = sae.W_dec.device
@@ -172,7 +171,7 @@ class Passes:
             checkpoint: batches that went into it are left out.
             sums: what was made of the batches so far, by name, to be kept in it.
         """
-        filler = int(self.mask_ids[0]) if len(self.mask_ids) else 0
+        filler = self.rule.filler
         done = int(checkpoint.about.get("batches", 0))
         self.tokens |= checkpoint.about.get("tokens", {})
         checkpoint.tensors.clear()  # they live on in the sums
@@ -186,7 +185,7 @@ class Passes:
             for number, (part, tokens) in enumerate(split(self.stream, parts, self.max_tokens), start=1):
                 if number <= done or number % self.processes.count != self.processes.index:
                     continue
-                batch = CountingRule.without(self.mask_ids).apply(tokens)
+                batch = self.rule.apply(tokens)
                 if not batch.n_counted:
                     continue
                 activations = {name: reader(batch, tokens, filler, number) for name, reader in self.readers.items()}

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
-
 from tl_capacity.dictionaries.adapter import dictionary_digest
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
 from tl_capacity.interfaces import SparseAutoencoder
@@ -25,7 +23,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.processes import ALONE, Processes
 from tl_capacity.storage.checkpoints import Checkpoint
-from tl_capacity.text.counting import special_token_ids
+from tl_capacity.text.counting import CountingRule
 
 
 @checked
@@ -99,14 +97,12 @@ def recover_features(
         readers[name] = Reader.of(model, measured.hook, f"the student {name!r}")
     for name, model in (random or {}).items():
         readers[f"{name} {RANDOM}"] = Reader.of(model, measured.hook, f"the student {name!r} with random weights")
-    mask = (
-        special_token_ids(teacher, getattr(teacher, "tokenizer", None))
+    rule = (
+        CountingRule.for_model(teacher, getattr(teacher, "tokenizer", None))
         if mask_token_ids is None
-        else list(mask_token_ids)
+        else CountingRule.without(mask_token_ids)
     )
-    passes = Passes(
-        readers, sae, measured, stream, np.array(sorted(mask), dtype=np.int64), max_tokens, progress, processes
-    )
+    passes = Passes(readers, sae, measured, stream, rule, max_tokens, progress, processes)
     fitting, judging = checkpoints or (Checkpoint(None, {}), Checkpoint(None, {}))
     with ExitStack() as modes:
         for reader in readers.values():
