@@ -12,7 +12,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tl_capacity.results.columns import Column
 from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.results.hook import HookMeasurement
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ def estimate_cell(estimate: Estimate, digits: str = "") -> Cell:
         return Cell("undefined", order=float("-inf"))
     number, _, interval = estimate.show(digits or significant(estimate.value)).partition(" ")
     return Cell(number, interval, estimate.value)
+
+
+def column_cell(column: Column, hook: HookMeasurement) -> Cell:
+    """A headline figure of a hook point."""
+    value = column.value(hook)
+    if value is None:
+        return Cell("not checked", order=-1)
+    if isinstance(value, Estimate):
+        return estimate_cell(value, column.digits)
+    return Cell(column.show(hook), order=value if isinstance(value, (int, float)) else None)
 
 
 def number_cell(value: int) -> Cell:

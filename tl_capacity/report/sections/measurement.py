@@ -5,35 +5,45 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 
+from tl_capacity.predict.budget import table_columns
 from tl_capacity.predict.suite import suites
 from tl_capacity.report import figures
-from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, sentence, text_cell
+from tl_capacity.report.parts import PageTable, Section, column_cell, estimate_cell, sentence, text_cell
 from tl_capacity.report.story import Story, lone_hook
+from tl_capacity.results.columns import (
+    ALIVE,
+    CHAO2,
+    CRITICAL_WIDTH,
+    DENSE_LATENTS,
+    FVU,
+    HETEROGENEOUS_CRITICAL_WIDTH,
+    L0,
+    LATENTS,
+)
 from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import short_hook
 from tl_capacity.show.figures import power_of_ten
+
+SUITE_COLUMNS = (
+    LATENTS,
+    L0,
+    ALIVE,
+    replace(CRITICAL_WIDTH, heading=CRITICAL_WIDTH.name),
+    HETEROGENEOUS_CRITICAL_WIDTH,
+    FVU,
+)
+"""The figures of each SAE of one hook point."""
 
 
 def layers(story: Story, empty: Section) -> Section:
     """The headline figures of each hook point."""
-    rows = []
-    for row, hook in zip(
-        story.measurement.budget(max_fvu=None, law=story.law.name).rows(), story.measurement, strict=True
-    ):
-        rows.append(
-            [
-                text_cell(story.name(hook), f"d = {hook.width:,}"),
-                estimate_cell(row["F"], ",.0f"),
-                estimate_cell(row["L0"], ",.2f"),
-                estimate_cell(row["alpha"], ".4f"),
-                estimate_cell(row["g"], ",.2f"),
-                estimate_cell(row["budget"], ",.0f"),
-                estimate_cell(row["d*"], ",.1f"),
-                estimate_cell(row["d*_het"], ",.1f"),
-                Cell("not checked", order=-1) if row["FVU"] is None else estimate_cell(row["FVU"], ".3f"),
-            ]
-        )
-    header = ["hook point", "F alive", "L0", "α = 1 − L0/F", "g(α)", "budget d·ĝ", "d* = F/g(α)", "d*_het", "FVU"]
+    columns = [column for column in table_columns(story.law) if column.heading]
+    header = ["hook point", *(column.heading for column in columns)]
+    rows = [
+        [text_cell(story.name(hook), f"d = {hook.width:,}"), *(column_cell(column, hook) for column in columns)]
+        for hook in story.measurement
+    ]
     text = [
         "F counts the features whose firing rate exceeds the alive threshold, L0 is the mean number that are active on"
         " a token. One dimension holds g(α) = 1/((1−α) ln(1/(1−α))) features, so d* is the narrowest student that can"
@@ -62,15 +72,18 @@ def importance(story: Story, empty: Section) -> Section:
 
 def firing_rates(story: Story, empty: Section) -> Section:
     """How often latents fire, and how many features there are at several thresholds."""
-    rows = []
-    for hook in story.measurement:
-        s = hook.summary
-        fired = s.alive_at[0.0]
-        never = Estimate(*(None if n is None else s.d_sae - n for n in (fired.value, fired.high, fired.low)))  # type: ignore[arg-type]
-        counts = [*s.alive_at.values(), s.features_chao2, never, s.dense_latents]
-        rows.append([text_cell(story.name(hook)), *(estimate_cell(count, ",.0f") for count in counts)])
     thresholds = [f"F at p > {power_of_ten(t)}" for t in story.main.summary.alive_at]
-    header = ["hook point", *thresholds, "can fire (Chao2)", "never fired", "dense, p > 1/e"]
+    header = ["hook point", *thresholds, CHAO2.heading, "never fired", DENSE_LATENTS.heading]
+    rows = [
+        [
+            text_cell(story.name(hook)),
+            *(estimate_cell(alive, ALIVE.digits) for alive in hook.summary.alive_at.values()),
+            column_cell(CHAO2, hook),
+            estimate_cell(_never_fired(hook), ALIVE.digits),
+            column_cell(DENSE_LATENTS, hook),
+        ]
+        for hook in story.measurement
+    ]
     text = [
         "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million to"
         " place a feature to within 10%. Chao2 estimates from features that only one or two documents showed how many"
@@ -91,6 +104,14 @@ def firing_rates(story: Story, empty: Section) -> Section:
             ),
         )
     return replace(section, figures=[("firing-rates", figures.firing_rate_figure(story.measurement), caption)])
+
+
+def _never_fired(hook: HookMeasurement) -> Estimate:
+    """The latents that did not fire on any counted token: all of them but those that did."""
+    fired, latents = hook.summary.alive_at[0.0], hook.summary.d_sae
+    if fired.low is None or fired.high is None:
+        return Estimate(latents - fired.value)
+    return Estimate(latents - fired.value, latents - fired.high, latents - fired.low)
 
 
 def suite(story: Story, empty: Section) -> Section:
@@ -120,18 +141,13 @@ def suite(story: Story, empty: Section) -> Section:
     rows = [
         [
             text_cell(hook.sae, short_hook(story.measurement, hook.hook)),
-            number_cell(hook.summary.d_sae),
-            estimate_cell(hook.summary.l0, ",.2f"),
-            estimate_cell(hook.summary.n_alive, ",.0f"),
-            estimate_cell(hook.summary.critical_width, ",.1f"),
-            estimate_cell(hook.summary.heterogeneous_critical_width, ",.1f"),
-            Cell("not checked", order=-1) if hook.summary.fvu is None else estimate_cell(hook.summary.fvu, ".3f"),
+            *(column_cell(column, hook) for column in SUITE_COLUMNS),
         ]
         for each in compared
         for hook in each.saes
     ]
     caption = "Error bars are 95% intervals over documents, often smaller than the markers."
-    header = ["SAE", "latents", "L0", "F alive", "d*", "d*_het", "FVU"]
+    header = ["SAE", *(column.heading for column in SUITE_COLUMNS)]
     return replace(
         empty,
         text=text,

@@ -7,9 +7,10 @@ from collections.abc import Sequence, Set
 
 from tl_capacity.predict.caveats import error_warnings
 from tl_capacity.predict.floors import FloorPrediction
-from tl_capacity.report.parts import Cell, estimate_cell, percent, sentence
+from tl_capacity.report.parts import Cell, column_cell, estimate_cell, percent, sentence
 from tl_capacity.report.sections.students import short
 from tl_capacity.report.story import Story
+from tl_capacity.results.columns import ALIVE, CRITICAL_WIDTH, FVU, L0
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.hook import HookMeasurement
 
@@ -21,14 +22,13 @@ def verdict(story: Story) -> list[str]:
         alive = int(s.n_alive.value)
         return [
             f"{_hook_as_subject(story, hook)} of {p.model} has {alive:,} alive features at L0 ="
-            f" {s.l0.show(',.2f')}, for which no sparsity is defined: count more tokens."
+            f" {L0.show(hook)}, for which no sparsity is defined: count more tokens."
         ]
-    star = s.critical_width
-    fits = "of" if star.value <= hook.width else "more than"
+    fits = "of" if s.critical_width.value <= hook.width else "more than"
     sentences = [
-        f"{_hook_as_subject(story, hook)} of {p.model} holds F = {s.n_alive.show(',.0f')} alive features at L0 ="
-        f" {s.l0.show(',.2f')}, so by the minimum-width theorem a student needs d* = {star.show(',.1f')}, {fits} the"
-        f" {hook.width:,} dimensions there, to keep them all."
+        f"{_hook_as_subject(story, hook)} of {p.model} holds F = {ALIVE.show(hook)} alive features at L0 ="
+        f" {L0.show(hook)}, so by the minimum-width theorem a student needs d* = {CRITICAL_WIDTH.show(hook)}, {fits}"
+        f" the {hook.width:,} dimensions there, to keep them all."
     ]
     floor = _verdict_floor(story)
     if floor is not None:
@@ -61,17 +61,17 @@ def _verdict_floor(story: Story) -> FloorPrediction | None:
 
 def tiles(story: Story) -> list[tuple[str, Cell]]:
     """The figures that stand large at the top, each with what it is."""
-    s, hook = story.main.summary, story.main
+    hook = story.main
     labelled = [
-        ("alive features F", estimate_cell(s.n_alive, ",.0f")),
-        (f"critical width d*; the hook point has {hook.width:,}", estimate_cell(s.critical_width, ",.1f")),
+        ("alive features F", column_cell(ALIVE, hook)),
+        (f"critical width d*; the hook point has {hook.width:,}", column_cell(CRITICAL_WIDTH, hook)),
     ]
     floor = _verdict_floor(story)
     if floor is not None:
         labelled.append(
             (f"predicted floor at width {floor.width:,}, {floor.unit} per token", estimate_cell(floor.predicted_floor))
         )
-    labelled.append(("FVU of the SAE", Cell("not checked") if s.fvu is None else estimate_cell(s.fvu, ".3f")))
+    labelled.append((FVU.label, column_cell(FVU, hook)))
     return labelled
 
 
