@@ -37,8 +37,9 @@ from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins
 from tl_capacity.report import ReportSettings, Results, find_snippets, report_page, write_report
 from tl_capacity.report import figures as drawn
+from tl_capacity.report.edges import edges, shown_features
 from tl_capacity.report.results import probe_rows, recoverability_rows
-from tl_capacity.report.snippets import edges, shown_features, stream_of, token_texts, top_snippets
+from tl_capacity.report.snippets import stream_of, token_texts, top_snippets
 from tl_capacity.report.story import report_widths, shown_latents
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.show import figures as kit

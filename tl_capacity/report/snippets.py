@@ -1,7 +1,7 @@
-"""Which features a student of some width loses first, and the text on which each is most active.
+"""The text on which features are most active.
 
-The text comes from a second pass over few documents, in which a bounded heap is kept for each feature that the report
-shows and for no other.
+It comes from a second pass over few documents, in which a bounded heap is kept for each feature that the report shows
+and for no other.
 """
 
 from __future__ import annotations
@@ -17,56 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import HookPointError, MeasurementError
-from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.predict.floors import sparsity
-from tl_capacity.predict.laws import kept_features
-from tl_capacity.results.estimate import Estimate
-from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.results.summary import Resample
 from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tl_capacity.models.loading import LoadedModel
+    from tl_capacity.text.counting import CountedTokens, CountingRule
 
-SHOWN = 8
-"""Features on each side of a budget."""
 SNIPPETS = 4
 """Of each feature."""
 BEFORE, AFTER = 14, 7
 """Tokens around the most active one."""
-
-
-@dataclass(frozen=True)
-class Edge:
-    """The features on both sides of a student's budget at one hook point.
-
-    Attributes:
-        width: d_S.
-        n_kept, n_lost: F_S and F − F_S.
-        kept: latents that are just kept, the least important last.
-        lost: latents that are lost first, the most important first.
-    """
-
-    width: int
-    n_kept: int
-    n_lost: int
-    kept: tuple[int, ...]
-    lost: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ShownFeature:
-    """One latent, with intervals over documents: its rank, which is 1 and the number of alive features that are more
-    important, importance, firing rate.
-    """
-
-    latent: int
-    rank: Estimate
-    importance: Estimate
-    rate: Estimate
 
 
 @dataclass(frozen=True)
@@ -86,49 +49,6 @@ class Snippet:
 
 Snippets = Mapping[tuple[int, int], Sequence[Snippet]]
 """By the place of a hook point in the measurement, and latent."""
-
-
-def edges(
-    hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: CapacityLaw, shown: int = SHOWN
-) -> list[Edge]:
-    """The features on both sides of each width's budget.
-
-    Raises:
-        CapacityError: where the hook point has no sparsity.
-    """
-    alpha, values, order = sparsity(hook), hook.importance(importance), hook.ranked(importance)
-    return [
-        Edge(
-            width,
-            kept,
-            len(order) - kept,
-            tuple(order[max(0, kept - shown) : kept].tolist()),
-            tuple(order[kept : kept + shown].tolist()),
-        )
-        for width in widths
-        for kept in [kept_features(values, alpha, width, law)]
-    ]
-
-
-def shown_features(hook: HookMeasurement, latents: Sequence[int], importance: str | None) -> dict[int, ShownFeature]:
-    """What is known of some alive latents, by latent."""
-    if not latents:
-        return {}
-    estimator, s, chosen = hook.estimator(importance), hook.summary, np.array(sorted(set(latents)), dtype=np.int64)
-
-    def rank_importance_and_rate(sums: Resample) -> list[float]:
-        values = sums.importance(estimator.compute, estimator.name)
-        alive = np.sort(values[sums.rates > s.alive_threshold])
-        ranks = 1 + len(alive) - np.searchsorted(alive, values[chosen], side="right")
-        return list(np.stack([ranks, values[chosen], sums.rates[chosen]], 1).ravel())
-
-    estimates = s.estimates(rank_importance_and_rate)
-    return {
-        latent: ShownFeature(latent, rank.within(1.0), worth.within(0.0), rate.within(0.0, 1.0))
-        for latent, rank, worth, rate in zip(
-            chosen.tolist(), estimates[::3], estimates[1::3], estimates[2::3], strict=True
-        )
-    }
 
 
 def stream_of(measurement: Measurement, tokenizer: Any, source: str | None = None, batch_rows: int = 4) -> TokenStream:
@@ -170,60 +90,75 @@ def top_snippets(
     import torch
 
     from tl_capacity.measure.setup import measured_dictionary, tapped_model
+    from tl_capacity.models.forward import forward_options
     from tl_capacity.models.hook_points import TapPoint
     from tl_capacity.runtime.progress import token_progress
 
-    wanted = {place: list(latents) for place, latents in shown.items() if latents}
-    dictionaries = {
-        place: measured_dictionary(measurement.hooks[place], loaded, measurement.provenance) for place in wanted
-    }
-    if measurement.provenance.revision not in (None, loaded.revision):
+    provenance = measurement.provenance
+    measured = {place: measurement.hooks[place] for place, latents in shown.items() if latents}
+    saes = {place: measured_dictionary(hook, loaded, provenance) for place, hook in measured.items()}
+    if provenance.revision not in (None, loaded.revision):
         raise MeasurementError(
             f"{loaded.name!r} is no longer the model that was measured (its revision is {loaded.revision!r}): measure"
             " again"
         )
-    model = tapped_model(loaded, list(dictionaries.values()), [measurement.hooks[place].hook for place in wanted])
+    model = tapped_model(loaded, list(saes.values()), [hook.hook for hook in measured.values()])
     run: Any = model if hasattr(model, "hook_dict") else model.base_model  # without the head, which nobody looks at
-    device = next(model.parameters()).device
-    masked = np.array(measurement.provenance.settings.get("masked_token_ids", []), dtype=np.int64)
-    heaps = {place: _Heaps(dictionaries[place], latents) for place, latents in wanted.items()}
+    device, rule = next(model.parameters()).device, counting_rule(measurement)
+    strongest = {place: StrongestRows(sae, shown[place]) for place, sae in saes.items()}
     seen: dict[int, Tensor] = {}
     read = 0
     with ExitStack() as watching, token_progress(max_tokens, progress, "looking for examples") as advance:
-        for place in wanted:
-            point = TapPoint.of(model, measurement.hooks[place].hook)
+        for place, hook in measured.items():
+            point = TapPoint.of(model, hook.hook)
             watching.callback(point.watch(lambda activation, place=place: seen.update({place: activation.detach()})))  # type: ignore[misc]
         for batch in stream:
-            counted = (batch.tokens != PADDING) & ~np.isin(batch.tokens, masked)
-            tokens = torch.from_numpy(np.where(batch.tokens == PADDING, 0, batch.tokens)).to(device)
+            counted = rule.apply(batch)
+            tokens = torch.from_numpy(np.where(batch.tokens == PADDING, rule.filler, batch.tokens)).to(device)
             seen.clear()
             with torch.no_grad():
-                run(tokens) if run is model else run(tokens, use_cache=False)
-            for place in wanted:
+                run(tokens, **forward_options(run))
+            for place, hook in measured.items():
                 if place not in seen:
                     raise HookPointError(
-                        f"{measurement.hooks[place].hook} did not fire: the model does not run it, measure another hook"
-                        " point"
+                        f"{hook.hook} did not fire: the model does not run it, measure another hook point"
                     )
-                heaps[place].look(seen[place], batch, counted)
-            read += int(counted.sum())
+                strongest[place].look(seen[place], batch, counted)
+            read += counted.n_counted
             advance(read)
             if read >= max_tokens:
                 break
     return {
-        (place, latent): found for place, each in heaps.items() for latent, found in each.snippets(stream.tokenizer)
+        (place, latent): snippets
+        for place, rows in strongest.items()
+        for latent, snippets in rows.snippets(stream.tokenizer)
     }
 
 
+def counting_rule(measurement: Measurement) -> CountingRule:
+    """The rule by which the measured tokens counted."""
+    from tl_capacity.text.counting import CountingRule
+
+    settings = measurement.provenance.settings
+    return CountingRule.without(settings.get("masked_token_ids", ()), settings.get("skip_first_positions", 0))
+
+
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
+    """A row of text around the token on which a latent is most active in it.
+
+    Attributes:
+        ids: [token]
+        strengths: |z| [token], zero on tokens that do not count.
+    """
+
     document: int
     ids: NDArray[np.int64]
     strengths: NDArray[np.float64]
 
 
-class _Heaps:
-    """The strongest rows of each shown latent of one SAE."""
+class StrongestRows:
+    """The rows on which each shown latent of one SAE is most active, a bounded heap for each."""
 
     def __init__(self, sae: Any, latents: Sequence[int]) -> None:
         import torch
@@ -232,26 +167,24 @@ class _Heaps:
 
         self.sae, self.encoder = sae, Encoder(sae)
         self.latents = sorted(set(latents))
-        self.slot = torch.full((int(sae.W_dec.shape[0]),), -1, dtype=torch.int64)
+        self.slot = torch.full((self.encoder.d_sae,), -1, dtype=torch.int64)
         self.slot[torch.tensor(self.latents)] = torch.arange(len(self.latents))
-        self.heaps: list[list[tuple[float, int, _Candidate]]] = [[] for _ in self.latents]
+        self.heaps: list[list[tuple[float, int, Candidate]]] = [[] for _ in self.latents]
         self.pushed = 0
 
-    def look(self, activation: Tensor, batch: TokenBatch, counted: NDArray[np.bool_]) -> None:
+    def look(self, activation: Tensor, batch: TokenBatch, counted: CountedTokens) -> None:
         """Take one forward pass's activations [row, position, ...] into account."""
-        import torch
+        from tl_capacity.dictionaries.adapter import inputs_for
 
-        rows, positions = np.nonzero(counted)
-        inputs = activation.flatten(0, 1)[torch.from_numpy(counted.ravel()).to(activation.device)]
-        if not getattr(self.sae, "hook_z_reshaping_mode", False):
-            inputs = inputs.flatten(1)
+        rows, positions = counted.row_of_token.numpy(), counted.position_of_token.numpy()
+        inputs = inputs_for(self.sae, activation.flatten(0, 1)[counted.counted.flatten().to(activation.device)])
         for start in range(0, len(inputs), self.encoder.chunk):
             tokens, features, values = (t.cpu() for t in self.encoder(inputs[start : start + self.encoder.chunk]))
             slots = self.slot[features]
-            wanted = slots >= 0
-            token = tokens[wanted].numpy() + start
+            shown = slots >= 0
+            token = tokens[shown].numpy() + start
             self._take(
-                slots[wanted].numpy(), rows[token], positions[token], np.abs(values[wanted].double().numpy()), batch
+                slots[shown].numpy(), rows[token], positions[token], np.abs(values[shown].double().numpy()), batch
             )
 
     def _take(
@@ -271,27 +204,25 @@ class _Heaps:
             if len(heap) == SNIPPETS and peak <= heap[0][0]:
                 continue
             row, at = int(rows[first]), int(positions[first])
-            ids = batch.tokens[row, max(0, at - BEFORE) : at + AFTER + 1]
+            around = slice(max(0, at - BEFORE), at + AFTER + 1)
+            ids = batch.tokens[row, around]
             along = np.zeros(batch.tokens.shape[1])
             along[positions[first:end]] = strengths[first:end]
-            candidate = _Candidate(
-                int(batch.documents[row]),
-                ids[ids != PADDING],
-                along[max(0, at - BEFORE) : at + AFTER + 1][ids != PADDING],
-            )
+            inside = ids != PADDING
+            candidate = Candidate(int(batch.documents[row]), ids[inside], along[around][inside])
             self.pushed += 1
             (heapq.heappushpop if len(heap) == SNIPPETS else heapq.heappush)(heap, (peak, -self.pushed, candidate))
 
     def snippets(self, tokenizer: Any) -> Iterator[tuple[int, list[Snippet]]]:
         """The snippets of each latent, as text."""
         for latent, heap in zip(self.latents, self.heaps, strict=True):
-            found = []
-            for peak, _, c in sorted(heap, key=lambda entry: entry[:2], reverse=True):
-                shares = (c.strengths / peak).tolist()
-                found.append(
-                    Snippet(peak, c.document, tuple(zip(token_texts(tokenizer, c.ids.tolist()), shares, strict=True)))
-                )
-            yield latent, found
+            ordered = sorted(heap, key=lambda entry: entry[:2], reverse=True)
+            yield latent, [_snippet(peak, candidate, tokenizer) for peak, _, candidate in ordered]
+
+
+def _snippet(peak: float, candidate: Candidate, tokenizer: Any) -> Snippet:
+    texts, shares = token_texts(tokenizer, candidate.ids.tolist()), (candidate.strengths / peak).tolist()
+    return Snippet(peak, candidate.document, tuple(zip(texts, shares, strict=True)))
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

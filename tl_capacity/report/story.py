@@ -14,8 +14,9 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plan import ladder
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import FloorPrediction, hook_floors
+from tl_capacity.report.edges import Edge, edges
 from tl_capacity.report.results import Results
-from tl_capacity.report.snippets import Edge, Snippets, edges
+from tl_capacity.report.snippets import Snippets
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import hook_label, middle
 

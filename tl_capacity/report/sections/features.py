@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from tl_capacity.report.edges import ShownFeature, shown_features
 from tl_capacity.report.parts import percent
-from tl_capacity.report.snippets import ShownFeature, Snippet, shown_features
+from tl_capacity.report.snippets import Snippet
 from tl_capacity.report.story import Story, latents_around
 from tl_capacity.results.estimate import significant
 
