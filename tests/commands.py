@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -103,6 +104,7 @@ CHILDREN.set_forkserver_preload(
         "tl_capacity.cli",
         "tl_capacity.measure.job",
         "tl_capacity.distillation",
+        "accelerate",
     ]
 )
 
@@ -119,6 +121,37 @@ def run_in_a_child(arguments: Sequence[object], environment: Mapping[str, str] |
     checkpoints.SECONDS = 0.0
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         main([str(a) for a in arguments])
+
+
+def alone(command: Sequence[object]) -> None:
+    """Run a command in a child, with one thread as each process of a launch has."""
+    child = CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command],))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def launch(commands: Sequence[Sequence[object]]) -> list[int | None]:
+    """Run a command in each of several processes as `torchrun` would start them; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(len(commands)),
+        "LOCAL_WORLD_SIZE": str(len(commands)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    children = []
+    for rank, command in enumerate(commands):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+        children.append(CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command], environment)))
+        children[-1].start()
+    for child in children:
+        child.join(300)
+        if child.exitcode is None:
+            child.kill()
+    return [child.exitcode for child in children]
 
 
 def parse(arguments: list[str]) -> None:

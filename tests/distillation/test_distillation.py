@@ -5,11 +5,7 @@ floors.
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import CHILDREN, alone, launch, run_in_a_child
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tl_capacity.recipes.distill import main
@@ -504,37 +501,21 @@ def command(on_disk: Path, out: Path, *more: str) -> list[str]:
         "evaluations": 8,
     }
     options = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
-    return [
-        sys.executable,
-        "-m",
-        "tl_capacity",
-        "run",
-        "distill",
-        *options,
-        "--context",
-        "32",
-        "--batch-rows",
-        "4",
-        "--threads",
-        "1",
-        "--out",
-        str(out),
-        *more,
-    ]
+    fixed = ["--context", "32", "--batch-rows", "4", "--threads", "1", "--out", str(out)]
+    return ["run", "distill", *options, *fixed, *more]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(on_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> DistillationRun:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    subprocess.run(command(on_disk, out), check=True, capture_output=True)
+    alone(command(on_disk, out))
     return DistillationRun.load(out)
 
 
 def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: DistillationRun, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(on_disk, out, "--checkpoint-seconds", "0"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = CHILDREN.Process(target=run_in_a_child, args=(command(on_disk, out, "--checkpoint-seconds", "0"),))
+    process.start()
 
     def step() -> int:
         try:
@@ -542,16 +523,17 @@ def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: Dis
         except (OSError, ValueError):
             return -1
 
-    while step() < 5 and process.poll() is None:
+    while step() < 5 and process.exitcode is None:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (out / "distillation.json").exists()
     with pytest.raises(CapacityError, match="already holds a distillation: go on with --resume"):
-        recipe.run(main, command(on_disk, out)[5:])
+        recipe.run(main, command(on_disk, out)[2:])
     with pytest.raises(CapacityError, match=r"lr 0\.003, and this one has 0\.01: resume with the same settings"):
-        recipe.run(main, command(on_disk, out, "--resume", "--lr", "0.01")[5:])
-    subprocess.run(command(on_disk, out, "--resume"), check=True, capture_output=True)
+        recipe.run(main, command(on_disk, out, "--resume", "--lr", "0.01")[2:])
+    alone(command(on_disk, out, "--resume"))
     assert losses_of(DistillationRun.load(out)) == losses_of(undisturbed)
 
 
@@ -559,29 +541,7 @@ def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: Dis
 def test_two_processes_follow_the_curves_of_one(
     on_disk: Path, undisturbed: DistillationRun, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    processes = [
-        subprocess.Popen(
-            command(on_disk, tmp_path / "run", *more),
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()
+    assert launch([command(on_disk, tmp_path / "run", *more)] * 2) == [0, 0]
     both, one = losses_of(DistillationRun.load(tmp_path / "run")), losses_of(undisturbed)
     for name, losses in one.items():
         np.testing.assert_allclose(both[name], losses, rtol=1e-5)

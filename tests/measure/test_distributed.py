@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from commands import CHILDREN, HOOK, Cli, arguments, concept_of, run_in_a_child, same, students_of
+from commands import HOOK, Cli, alone, arguments, concept_of, launch, same, students_of
 from safetensors.numpy import load_file
 
 from tl_capacity import Measurement
@@ -26,29 +25,6 @@ from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.runtime.processes import Processes, is_first
 
 EVERYTHING = 10**6
-
-
-def launch(commands: list[list[object]]) -> list[int | None]:
-    """Run a command in each of several processes as `torchrun` would start them; returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(len(commands)),
-        "LOCAL_WORLD_SIZE": str(len(commands)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    children = []
-    for rank, command in enumerate(commands):
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-        children.append(CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command], environment)))
-        children[-1].start()
-    for child in children:
-        child.join(300)
-        if child.exitcode is None:
-            child.kill()
-    return [child.exitcode for child in children]
 
 
 def equal(one: Path, other: Path) -> None:
@@ -60,14 +36,6 @@ def equal(one: Path, other: Path) -> None:
             np.testing.assert_array_equal(array[skip:], b[name][skip:], err_msg=name)
         else:
             np.testing.assert_allclose(array, b[name], rtol=1e-12, atol=1e-12 * np.abs(array).max(), err_msg=name)
-
-
-def alone(command: list[object]) -> None:
-    """Run a command in a child, with one thread as each process of a launch has."""
-    child = CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command],))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
 
 
 @pytest.fixture(scope="module")
