@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -19,6 +18,8 @@ import typer
 
 from tl_capacity import __version__
 from tl_capacity.errors import CapacityError, printable, reporting_errors
+from tl_capacity.measure.settings import MAX_FVU, MeasureSettings
+from tl_capacity.options import command_with, read, whole_numbers
 from tl_capacity.runtime.logs import bar_allowed, configure, figures
 from tl_capacity.runtime.logs import log as logger
 from tl_capacity.runtime.progress import peak_memory
@@ -42,8 +43,24 @@ Importance = Annotated[
 Law = Annotated[str, typer.Option("--law", help="Capacity law; `tl-capacity plugins` lists them.")]
 MaxFvu = Annotated[
     float,
-    typer.Option("--max-fvu", help="Refuse an SAE that leaves more of the variance unexplained; inf never refuses."),
+    typer.Option("--max-fvu", help=MAX_FVU),
 ]
+EXAMINED = {
+    "model": "As for measure.",
+    "saes": "As for measure; may be repeated.",
+    "out": "Where the measurement is to be written; nothing is written there.",
+    "tokens": "Tokens that are to be counted, for the time that it takes.",
+    "source": "As for measure.",
+    "importance": "As for measure; may be repeated.",
+    "context": "As for measure.",
+    "batch_rows": "As for measure.",
+    "prepend_bos": "As for measure.",
+    "skip_first_positions": "As for measure.",
+    "device": "As for measure.",
+    "dtype": "As for measure.",
+    "max_fvu": None,
+}
+"""The options of `measure` that `doctor` has too, and what its help says of them."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -94,99 +111,21 @@ def root(
 
 
 @app.command()
+@command_with(MeasureSettings, after={"widths": "importance"})
 def measure(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", help="A registered name (embedded, smollm2-135m), a save_pretrained folder, or a hub id."
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the measurement.")],
-    sae: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--sae",
-            help=(
-                "SAE folder or release/sae_id, optionally HOOK=…; or neurons:HOOK, pca:HOOK; may be repeated. Default:"
-                " all that come with the model."
-            ),
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to count.")] = 1_000_000,
-    source: Annotated[
-        str | None, typer.Option("--source", help="Embedded corpus, txt/jsonl/parquet file, or `datasets` id.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
-    importance: Annotated[
-        list[str] | None,
-        typer.Option("--importance", help="Importance estimator; may be repeated. Default: second_moment."),
-    ] = None,
+    settings: MeasureSettings,
     widths: Annotated[
-        str, typer.Option("--widths", help="Also print the predicted floors of these student widths, as 16,32,64.")
-    ] = "",
-    context: Annotated[
-        int | None, typer.Option("--context", help="Positions in a row. Default: the SAE's own.")
-    ] = None,
-    batch_rows: Annotated[int, typer.Option("--batch-rows", help="Rows in a forward pass.")] = 8,
-    prepend_bos: Annotated[
-        bool, typer.Option("--bos/--no-bos", help="Begin each row with the tokenizer's BOS, as TransformerLens does.")
-    ] = True,
-    alive_threshold: Annotated[
-        float, typer.Option("--alive-threshold", help="A feature is alive where its firing rate exceeds this.")
-    ] = 1e-5,
-    fvu_every: Annotated[
-        int, typer.Option("--fvu-every", help="Check the reconstruction on one document in this many.")
-    ] = 8,
-    skip_first_positions: Annotated[
-        int, typer.Option("--skip-first-positions", help="Do not count the first positions of each row.")
-    ] = 0,
-    shard: Annotated[
-        str, typer.Option("--shard", help="INDEX/OF: measure only every OF-th document, from INDEX on.")
-    ] = "0/1",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps.")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="Of the model's weights: float32, bfloat16, float16.")
-    ] = "float32",
-    max_fvu: MaxFvu = 1.0,
-    checkpoint_seconds: Annotated[
-        float, typer.Option("--checkpoint-seconds", help="Save a checkpoint this often.")
-    ] = 30.0,
-    max_memory: Annotated[
-        str,
-        typer.Option("--max-memory", help="Memory that the process may hold, as 4GB; fewer latents are dense at once."),
+        str, typer.Option(help="Also print the predicted floors of these student widths, as 16,32,64.")
     ] = "",
 ) -> None:
     """Count a model's SAE features on text and write a measurement."""
     wanted = _widths(widths)
     console = _console()
     from tl_capacity.measure.distributed import measure_together
-    from tl_capacity.measure.settings import MeasureSettings
     from tl_capacity.predict.caveats import error_warnings
     from tl_capacity.runtime.processes import is_first
 
-    measurement = measure_together(
-        MeasureSettings(
-            model=model,
-            out=out,
-            saes=tuple(sae or ()),
-            tokens=tokens,
-            source=source,
-            resume=resume,
-            importance=tuple(importance or ("second_moment",)),
-            context=context,
-            batch_rows=batch_rows,
-            prepend_bos=prepend_bos,
-            alive_threshold=alive_threshold,
-            fvu_every=fvu_every,
-            skip_first_positions=skip_first_positions,
-            shard=_shard(shard),
-            device=device,
-            dtype=dtype,
-            max_fvu=max_fvu,
-            checkpoint_seconds=checkpoint_seconds,
-            max_memory=_bytes(max_memory) if max_memory else None,
-        )
-    )
+    measurement = measure_together(settings)
     if not is_first():
         return
     p = measurement.provenance
@@ -200,10 +139,11 @@ def measure(
         markup=False,
         highlight=False,
     )
-    console.print(measurement.budget(wanted, importance[0] if importance else "second_moment", max_fvu=max_fvu))
+    importance = settings.importance[0] if settings.importance else None
+    console.print(measurement.budget(wanted, importance, max_fvu=settings.max_fvu))
     for note in error_warnings(measurement, wanted):
         console.print(f"note: {note}", markup=False, highlight=False)
-    written = printable(str(out))
+    written = printable(str(settings.out))
     console.print(
         f"\nwritten to {written}; next: tl-capacity floor {written} --widths {widths or '128,256,512'}",
         markup=False,
@@ -315,61 +255,25 @@ def decompose(
 
 
 @app.command()
+@command_with(MeasureSettings, only=EXAMINED, defaults={"model": None, "out": Path("runs")})
 def doctor(
+    settings: MeasureSettings,
     folder: Annotated[
         Path | None, typer.Argument(help="A measurement or checkpoint that is to be gone on with; instead of --model.")
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="As for measure.")] = None,
-    sae: Annotated[list[str] | None, typer.Option("--sae", help="As for measure; may be repeated.")] = None,
-    out: Annotated[
-        Path, typer.Option("--out", help="Where the measurement is to be written; nothing is written there.")
-    ] = Path("runs"),
-    tokens: Annotated[
-        int, typer.Option("--tokens", help="Tokens that are to be counted, for the time that it takes.")
-    ] = 1_000_000,
-    source: Annotated[str | None, typer.Option("--source", help="As for measure.")] = None,
-    importance: Annotated[
-        list[str] | None, typer.Option("--importance", help="As for measure; may be repeated.")
-    ] = None,
-    context: Annotated[int | None, typer.Option("--context", help="As for measure.")] = None,
-    batch_rows: Annotated[int, typer.Option("--batch-rows", help="As for measure.")] = 8,
-    prepend_bos: Annotated[bool, typer.Option("--bos/--no-bos", help="As for measure.")] = True,
-    skip_first_positions: Annotated[int, typer.Option("--skip-first-positions", help="As for measure.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="As for measure.")] = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="As for measure.")] = "float32",
-    max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
     """Check a set-up before a long measurement, on its first thousand tokens, and say what to change; exit code 2 where
     a run would fail or mean nothing.
     """
-    if (folder is None) == (model is None):
+    if (folder is None) == (settings.model is None):
         raise CapacityError("doctor checks either a folder or a model: pass one of DIR and --model")
     from dataclasses import asdict
 
     from tl_capacity.doctor import STOP, examine, examine_folder
-    from tl_capacity.measure.settings import MeasureSettings
     from tl_capacity.show import tables
 
-    if folder is not None:
-        findings = examine_folder(folder, tokens, device)
-    else:
-        settings = MeasureSettings(
-            model=str(model),
-            out=out,
-            saes=tuple(sae or ()),
-            tokens=tokens,
-            source=source,
-            importance=tuple(importance or ("second_moment",)),
-            context=context,
-            batch_rows=batch_rows,
-            prepend_bos=prepend_bos,
-            skip_first_positions=skip_first_positions,
-            device=device,
-            dtype=dtype,
-            max_fvu=max_fvu,
-        )
-        findings = examine(settings)
+    findings = examine(settings) if folder is None else examine_folder(folder, settings.tokens, settings.device)
     if as_json:
         _print_json([asdict(finding) for finding in findings])
     else:
@@ -428,7 +332,7 @@ def report(
     from tl_capacity.report import ReportSettings, Results, find_snippets, write_report
 
     found = Results.load(results)
-    settings = ReportSettings(tuple(_widths(widths)), importance, law, hook, observed)
+    settings = ReportSettings(_widths(widths), importance, law, hook, observed)
     examples, note = (
         find_snippets(found, settings, model, source, snippet_tokens, device)
         if snippets
@@ -578,28 +482,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(code)
 
 
-def _widths(text: str) -> list[int]:
-    try:
-        widths = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError as problem:
-        raise CapacityError(f"--widths {text!r} is no list of whole numbers: write them as 128,256,512") from problem
-    if any(width < 1 for width in widths):
-        raise CapacityError(f"--widths {text!r} has a width below 1: a student needs at least one dimension")
-    return widths
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, _, of = text.partition("/")
-    if not (index.isdigit() and of.isdigit()):
-        raise CapacityError(f"--shard {text!r} is not INDEX/OF: write 0/4 for the first of four")
-    return int(index), int(of)
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", text.strip())
-    if not found:
-        raise CapacityError(f"--max-memory {text!r} is no size: write 500MB or 4GB")
-    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]])
+def _widths(text: str) -> tuple[int, ...]:
+    return read("--widths", text, whole_numbers)
 
 
 def _console() -> Console:

@@ -27,7 +27,7 @@ from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measure.memory import SUMS_AT_ONCE, sums_of
 from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
-from tl_capacity.measure.setup import dictionaries, row_length, spec_of, tapped_model
+from tl_capacity.measure.setup import dictionaries, importance_asked_for, row_length, spec_of, tapped_model
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.forward import check_token_ids
 from tl_capacity.models.hook_points import TapPoint
@@ -280,7 +280,7 @@ def _attached(
     return add_capacity_hooks(
         model,
         at,
-        importance=settings.importance,
+        importance=importance_asked_for(settings),
         fvu_every=fvu_every,
         mask_token_ids=masked,
         skip_first_positions=settings.skip_first_positions,

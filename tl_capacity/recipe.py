@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import json
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +15,9 @@ from typing import Any
 
 from tl_capacity.errors import CapacityError, PluginError, reporting_errors
 from tl_capacity.interfaces import Recipe
+from tl_capacity.options import argument as argument
+from tl_capacity.options import command_with
+from tl_capacity.options import option as option
 
 
 def load(recipe: Recipe) -> Callable[[Any], Any]:
@@ -32,16 +33,6 @@ def load(recipe: Recipe) -> Callable[[Any], Any]:
         raise PluginError(
             f"the recipe {recipe.name!r} cannot be loaded from {recipe.target} ({problem}): install what it needs"
         ) from problem
-
-
-def option(default: Any, help: str, **parameters: Any) -> Any:
-    """A dataclass field with a help text for its option."""
-    return dataclasses.field(default=default, metadata={"help": help}, **parameters)
-
-
-def argument(help: str) -> Any:
-    """A dataclass field that is given by its place instead of by an option's name; required."""
-    return dataclasses.field(metadata={"help": help, "by_place": True})
 
 
 def settings_of(config: Any, *without: str) -> dict[str, Any]:
@@ -110,45 +101,6 @@ def command_of(function: Callable[[Any], Any]) -> Any:
     import typer
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(_with_options(function))
+    config_type = next(kind for name, kind in typing.get_type_hints(function).items() if name != "return")
+    app.command()(command_with(config_type)(function))
     return typer.main.get_command(app)
-
-
-def _with_options(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    import typer
-
-    hints = typing.get_type_hints(function)
-    config_type = next(kind for name, kind in hints.items() if name != "return")
-    field_types = typing.get_type_hints(config_type)
-    parameters, listed = [], set()
-    for field in dataclasses.fields(config_type):
-        kind: Any = field_types[field.name]
-        default = field.default if field.default is not dataclasses.MISSING else ...
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if typing.get_origin(kind) is tuple:
-            listed.add(field.name)
-            kind, default = list[str], default if default is ... else [",".join(map(str, default))] if default else []
-        elif isinstance(kind, types.UnionType) and type(None) not in typing.get_args(kind):
-            raise PluginError(
-                f"the option {field.name!r} of {function.__name__} has the type {kind}, of which no option can be made:"
-                " use one type or None"
-            )
-        declare = typer.Argument if field.metadata.get("by_place") else typer.Option
-        info = declare(default, help=str(field.metadata.get("help", "")))
-        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind))
-
-    def command(**values: Any) -> Any:
-        for name in listed:
-            item, given = typing.get_args(field_types[name])[0], ",".join(values[name])
-            try:
-                values[name] = tuple(item(part) for part in given.split(",") if part.strip())
-            except ValueError as problem:
-                raise CapacityError(
-                    f"--{name.replace('_', '-')} {given!r} is no list of {item.__name__}s: write them as 1,2,3"
-                ) from problem
-        return function(config_type(**values))
-
-    command.__doc__ = (inspect.getdoc(function) or "").split("\n\n")[0]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return command

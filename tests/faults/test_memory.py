@@ -17,6 +17,8 @@ import torch
 from commands import HOOK, arguments
 
 from tl_capacity import Measurement
+from tl_capacity.errors import CapacityError
+from tl_capacity.runtime.units import bytes_in
 
 
 def wide_sae(folder: Path, latents: int) -> Path:
@@ -78,9 +80,14 @@ def test_a_wide_sae_within_its_bound(
 
 @pytest.mark.parametrize("text", ["4", "4 TB", "lots", "-1GB", "1e9GB"])
 def test_sizes_that_are_none(text: str) -> None:
-    from tl_capacity.cli import _bytes
-    from tl_capacity.errors import CapacityError
-
-    assert (_bytes("1.5GB"), _bytes("500MB")) == (1_500_000_000, 500_000_000)
     with pytest.raises(CapacityError, match="is no size: write 500MB or 4GB"):
-        _bytes(text)
+        bytes_in(text)
+
+
+def test_sizes_are_exact() -> None:
+    """A float would lose a byte of 0.29 GB."""
+    assert (bytes_in("1.5GB"), bytes_in("500MB"), bytes_in(" 0.29GB ")) == (1_500_000_000, 500_000_000, 290_000_000)
+    for number in range(1, 3_000):
+        whole, hundredths = divmod(number, 100)
+        assert bytes_in(f"{whole}.{hundredths:02}GB") == number * 10**7
+        assert bytes_in(f"{whole}.{hundredths:02}MB") == number * 10**4

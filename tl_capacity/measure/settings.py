@@ -1,4 +1,4 @@
-"""What to measure and how."""
+"""The settings of a measurement, which are the options of `tl-capacity measure` and of `tl-capacity doctor`."""
 
 from __future__ import annotations
 
@@ -7,47 +7,73 @@ from math import isnan
 from pathlib import Path
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.options import internal, option, required
+from tl_capacity.runtime.units import bytes_in
+
+MAX_FVU = "Refuse an SAE that leaves more of the variance unexplained; inf never refuses."
+
+
+def shard_in(text: str) -> tuple[int, int]:
+    """The shard that `INDEX/OF` means.
+
+    Raises:
+        CapacityError: where the text is not that.
+    """
+    index, _, shards = text.partition("/")
+    if not (index.isdigit() and shards.isdigit()):
+        raise CapacityError(f"{text!r} is not INDEX/OF: write 0/4 for the first of four")
+    return int(index), int(shards)
 
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """What to measure and how.
+    """What to measure and how; each field's help text says what it is, as `tl-capacity measure --help` shows.
 
     Attributes:
-        model: a registered name, a `save_pretrained` folder or a hub id.
-        saes: SAE folders or `release/sae_id`, each optionally as `HOOK=…`, or bases such as `pca:HOOK`; none for all
-            SAEs that come with a registered model.
-        tokens: tokens to count.
-        source: token source; None for the corpus that comes with a registered model.
-        out: folder of the measurement.
-        resume: go on from the checkpoint in `out`.
-        context, batch_rows: shape of a batch; context None for the SAE's own, or 512, within the model's.
-        shard: `(index, of)`.
-        max_fvu: refuse SAEs that leave more of the variance unexplained.
-        checkpoint_seconds: save a checkpoint once this long has passed since the last one.
-        max_memory: bytes that the process may hold; fewer latents are dense at once to stay below.
+        saes: none for all SAEs that come with a registered model.
+        source: None for the corpus that comes with a registered model.
+        importance: none for the default estimator.
+        context: None for the SAE's own, or 512, within the model's.
+        shard: its index, and how many there are.
+        checkpoint_seconds: since the last one was saved.
+        max_memory: in bytes.
+        progress: show how far it is.
     """
 
-    model: str
-    out: Path
-    saes: tuple[str, ...] = ()
-    tokens: int = 1_000_000
-    source: str | None = None
-    resume: bool = False
-    importance: tuple[str, ...] = ("second_moment",)
-    context: int | None = None
-    batch_rows: int = 8
-    prepend_bos: bool = True
-    alive_threshold: float = 1e-5
-    fvu_every: int = 8
-    skip_first_positions: int = 0
-    shard: tuple[int, int] = (0, 1)
-    device: str = "cpu"
-    dtype: str = "float32"
-    max_fvu: float = 1.0
-    checkpoint_seconds: float = 30.0
-    max_memory: int | None = None
-    progress: bool = True
+    model: str = required("A registered name (embedded, smollm2-135m), a save_pretrained folder, or a hub id.")
+    out: Path = required("Folder of the measurement.")
+    saes: tuple[str, ...] = option(
+        (),
+        "SAE folder or release/sae_id, optionally HOOK=…; or neurons:HOOK, pca:HOOK; may be repeated. Default: all that"
+        " come with the model.",
+        "--sae",
+        repeated=True,
+    )
+    tokens: int = option(1_000_000, "Tokens to count.")
+    source: str | None = option(None, "Embedded corpus, txt/jsonl/parquet file, or `datasets` id.")
+    resume: bool = option(False, "Go on from the checkpoint in --out.", "--resume")
+    importance: tuple[str, ...] = option(
+        (), "Importance estimator; may be repeated. Default: second_moment.", repeated=True
+    )
+    context: int | None = option(None, "Positions in a row. Default: the SAE's own.")
+    batch_rows: int = option(8, "Rows in a forward pass.")
+    prepend_bos: bool = option(
+        True, "Begin each row with the tokenizer's BOS, as TransformerLens does.", "--bos/--no-bos"
+    )
+    alive_threshold: float = option(1e-5, "A feature is alive where its firing rate exceeds this.")
+    fvu_every: int = option(8, "Check the reconstruction on one document in this many.")
+    skip_first_positions: int = option(0, "Do not count the first positions of each row.")
+    shard: tuple[int, int] = option(
+        (0, 1), "INDEX/OF: measure only every OF-th document, from INDEX on.", parse=shard_in, typed="0/1"
+    )
+    device: str = option("cpu", "cpu, cuda, mps.")
+    dtype: str = option("float32", "Of the model's weights: float32, bfloat16, float16.")
+    max_fvu: float = option(1.0, MAX_FVU)
+    checkpoint_seconds: float = option(30.0, "Save a checkpoint this often.")
+    max_memory: int | None = option(
+        None, "Memory that the process may hold, as 4GB; fewer latents are dense at once.", parse=bytes_in
+    )
+    progress: bool = internal(True)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant.

@@ -1,0 +1,34 @@
+"""Sizes and times as people write them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from tl_capacity.errors import CapacityError
+
+BYTES = {"MB": 10**6, "GB": 10**9}
+
+
+def bytes_in(text: str) -> int:
+    """The bytes that `500MB` or `4GB` means, exactly; a fraction of a byte is left out.
+
+    Raises:
+        CapacityError: where the text is no size.
+    """
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", text.strip())
+    if not size:
+        raise CapacityError(f"{text!r} is no size: write 500MB or 4GB")
+    return int(Fraction(size[1]) * BYTES[size[2]])
+
+
+def show_bytes(count: int) -> str:
+    """Bytes, in the unit that shows them best."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def show_seconds(seconds: float) -> str:
+    """Seconds, in the unit that shows them best."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
