@@ -255,7 +255,7 @@ def decompose(
 
 
 @app.command()
-@command_with(MeasureSettings, only=EXAMINED, defaults={"model": None, "out": Path("runs")})
+@command_with(MeasureSettings, only=EXAMINED, defaults={"model": "", "out": Path("runs")})
 def doctor(
     settings: MeasureSettings,
     folder: Annotated[
@@ -266,7 +266,7 @@ def doctor(
     """Check a set-up before a long measurement, on its first thousand tokens, and say what to change; exit code 2 where
     a run would fail or mean nothing.
     """
-    if (folder is None) == (settings.model is None):
+    if (folder is None) == (not settings.model):
         raise CapacityError("doctor checks either a folder or a model: pass one of DIR and --model")
     from dataclasses import asdict
 
