@@ -225,10 +225,10 @@ class ModelFamily:
         """`(module path, "input" or "output")` that carries a residual-stream hook, or None where the hook is no
         residual stream.
         """
-        found = self._RESIDUAL.fullmatch(hook_name)
-        if found is None:
+        match = self._RESIDUAL.fullmatch(hook_name)
+        if match is None:
             return None
-        return f"{self.blocks}.{int(found[1])}", "input" if found[2] in ("hook_resid_pre", "hook_in") else "output"
+        return f"{self.blocks}.{int(match[1])}", "input" if match[2] in ("hook_resid_pre", "hook_in") else "output"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from tl_capacity.results.naming import LAYER
 from tl_capacity.show.figures import (
     DASHES,
     GREY,
-    _round_numbers,
     colour_of,
     decimated,
     error_bars,
@@ -28,6 +27,7 @@ from tl_capacity.show.figures import (
     line_of,
     marker_of,
     new_figure,
+    round_numbers,
     shown,
     width_axis,
 )
@@ -136,7 +136,7 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
                 hovertemplate=asymptote,
                 **shared,
             )
-    ticks = _round_numbers(min(s.tokens[1] for s in evaluated), max(s.tokens[-1] for s in evaluated))
+    ticks = round_numbers(min(s.tokens[1] for s in evaluated), max(s.tokens[-1] for s in evaluated))
     figure.update_xaxes(type="log", title="predicted tokens trained on", tickvals=ticks, tickformat="~s")
     figure.update_yaxes(title="held-out KL (nats per token)", rangemode="tozero")
     return figure

@@ -1,1 +1,9 @@
 """Measurement: what was counted at every hook point, on what and how; save, load, merge."""
+
+from __future__ import annotations
+
+from tl_capacity.measurement.measurement import Measurement as Measurement
+from tl_capacity.measurement.provenance import Provenance as Provenance
+from tl_capacity.results.hook import HookMeasurement as HookMeasurement
+
+__all__ = ["HookMeasurement", "Measurement", "Provenance"]

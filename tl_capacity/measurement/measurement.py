@@ -52,15 +52,15 @@ class Measurement:
         Raises:
             CapacityError: where nothing was measured there, or several SAEs were: iterate to see each.
         """
-        found = [h for h in self.hooks if h.hook == hook]
-        if not found:
+        there = [h for h in self.hooks if h.hook == hook]
+        if not there:
             raise CapacityError(f"{hook!r} was not measured: choose one of {', '.join(h.hook for h in self.hooks)}")
-        if len(found) > 1:
+        if len(there) > 1:
             raise CapacityError(
-                f"{len(found)} SAEs were measured at {hook!r} ({', '.join(h.sae for h in found)}): iterate over the"
+                f"{len(there)} SAEs were measured at {hook!r} ({', '.join(h.sae for h in there)}): iterate over the"
                 " measurement and choose one"
             )
-        return found[0]
+        return there[0]
 
     @checked
     def budget(
@@ -99,7 +99,7 @@ class Measurement:
         return self.budget(max_fvu=None)._repr_html_()
 
     @checked
-    def plot_importance(
+    def plot(
         self,
         widths: Sequence[int] = (),
         importance: str | None = None,
@@ -107,11 +107,13 @@ class Measurement:
         hook: str | None = None,
     ) -> Any:
         """A plotly figure of the sorted importances, with the budget of each student width drawn in; see
-        `report.figures.importance_figure`.
+        `measurement.figures.importance_figure`.
         """
         from tl_capacity.measurement.figures import importance_figure
 
         return importance_figure(self, widths, importance, law, hook)
+
+    plot_importance = plot
 
     @cached_property
     def warnings(self) -> list[str]:
@@ -170,8 +172,8 @@ class Measurement:
         try:
             hooks = []
             for i, saved in enumerate(content["hooks"]):
-                own = {key.removeprefix(f"{i}/"): value for key, value in arrays.items() if key.startswith(f"{i}/")}
-                check_sums(own, str(path.parent))
+                sums = {key.removeprefix(f"{i}/"): value for key, value in arrays.items() if key.startswith(f"{i}/")}
+                check_sums(sums, str(path.parent))
                 hooks.append(
                     HookMeasurement(
                         **{
@@ -179,7 +181,7 @@ class Measurement:
                             for name in ("hook", "sae", "sae_digest", "architecture")
                         },
                         width=typed_field(saved, "width", int),
-                        summary=FeatureSummary(own, float(typed_field(saved, "alive_threshold", (int, float)))),
+                        summary=FeatureSummary(sums, float(typed_field(saved, "alive_threshold", (int, float)))),
                         estimators=tuple(map(str, typed_field(saved, "estimators", list))),
                     )
                 )

@@ -10,7 +10,7 @@ from typing import Any
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.caveats import _kind, advice_on_fit
+from tl_capacity.predict.caveats import advice_on_fit
 from tl_capacity.predict.floors import FloorPrediction, floor_cells, hook_floors
 from tl_capacity.predict.laws import features_per_dimension
 from tl_capacity.predict.suite import suites
@@ -70,7 +70,7 @@ class Budget:
             fvu = hook.summary.fvu
             if max_fvu is not None and fvu is not None and fvu.value > max_fvu:
                 raise CapacityError(
-                    f"the {_kind(hook)} at {hook.hook} leaves FVU = {fvu.value:.3g} of the variance unexplained, more"
+                    f"the {hook.kind} at {hook.hook} leaves FVU = {fvu.value:.3g} of the variance unexplained, more"
                     f" than {max_fvu:g}: {advice_on_fit(hook.is_basis)} (max_fvu=None, or --max-fvu inf, reports the"
                     " budget all the same)"
                 )
@@ -116,7 +116,7 @@ class Budget:
         return pandas.DataFrame([f.to_json() for f in self.floors])
 
     def plot(self) -> Any:
-        """A plotly figure of the predicted floors against the student's width; see `report.figures.floors_figure`."""
+        """A plotly figure of the predicted floors against the student's width; see `predict.figures.floors_figure`."""
         from tl_capacity.predict.figures import floors_figure
 
         return floors_figure(self.floors)

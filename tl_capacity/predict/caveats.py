@@ -17,48 +17,48 @@ if TYPE_CHECKING:
 
 def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True) -> list[str]:
     """What a reader must know before trusting the figures of a measurement."""
-    found, name = [], told_apart(hooks)
+    sentences, name = [], told_apart(hooks)
     if not complete:
-        found.append("this measurement is a checkpoint of a run that has not ended; resume it with --resume")
+        sentences.append("this measurement is a checkpoint of a run that has not ended; resume it with --resume")
     for hook in hooks:
         s, where = hook.summary, name(hook)
         if s.fvu is None:
             unknown = "what the basis leaves out is not known" if hook.is_basis else "a wrong SAE would not be noticed"
-            found.append(f"{where}: the reconstruction was not checked on any document, so {unknown}")
+            sentences.append(f"{where}: the reconstruction was not checked on any document, so {unknown}")
         elif s.fvu.value > 1:
-            found.append(
+            sentences.append(
                 f"{where}: FVU = {s.fvu.value:.3g}, worse than predicting the mean: {advice_on_fit(hook.is_basis)}"
             )
         elif s.fvu.value > 0.5:
-            found.append(
-                f"{where}: FVU = {s.fvu.value:.2f}: the {_kind(hook)} misses half of the variance, and its features"
+            sentences.append(
+                f"{where}: FVU = {s.fvu.value:.2f}: the {hook.kind} misses half of the variance, and its features"
                 " with it"
             )
         if s.n_tokens * s.alive_threshold < 100 and s.alive_threshold > 0:
             fired = int(whole_below(s.n_tokens * s.alive_threshold)) + 1
             precise = int(whole_below(100 / s.alive_threshold))
-            found.append(
+            sentences.append(
                 f"{where}: at {s.n_tokens:,} tokens, alive at rate > {s.alive_threshold:g} means fired on at least"
                 f" {fired} of them; about {precise:,} tokens give 10% error at the threshold"
             )
         if hook.is_basis:
-            found.append(
+            sentences.append(
                 f"{where}: a basis has {s.d_sae:,} features because the hook point has {hook.width:,} dimensions, so F"
                 " says nothing of the model"
             )
         elif s.n_alive.value > 0.95 * s.d_sae:
-            found.append(
+            sentences.append(
                 f"{where}: {s.n_alive.value:,.0f} of the SAE's {s.d_sae:,} latents are alive: the dictionary bounds F,"
                 " and a wider SAE may find more"
             )
         if s.n_alive.low is None:
-            found.append(f"{where}: too few documents for intervals over them: {s.n_documents}")
+            sentences.append(f"{where}: too few documents for intervals over them: {s.n_documents}")
         if s.dense_latents.value:
-            found.append(
+            sentences.append(
                 f"{where}: latents that fire on more than 1/e of the tokens, outside the sparse regime of g(α):"
                 f" {s.dense_latents.value:,.0f}"
             )
-    return found
+    return sentences
 
 
 def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law: str | None = None) -> list[str]:
@@ -72,7 +72,7 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
     estimator = next((e for e in registered.importance_estimators if e.compares_with_reconstruction_error), None)
     if estimator is None:
         return []
-    found, name = [], told_apart(measured)
+    sentences, name = [], told_apart(measured)
     importance, chosen = estimator.name.replace("_", "-"), registered.capacity_laws.named(law)
     for hook in measured:
         error = hook.summary.reconstruction_error
@@ -81,16 +81,12 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
         below = [f for f in hook_floors(hook, widths, estimator.name, chosen) if f.predicted_floor.value < error.value]
         if below:
             listed = ", ".join(f"{f.width:,}" for f in below)
-            found.append(
-                f"{name(hook)}: at width {listed} the {importance} floor is below the {_kind(hook)}'s own error of "
+            sentences.append(
+                f"{name(hook)}: at width {listed} the {importance} floor is below the {hook.kind}'s own error of "
                 f"{error.show(significant(error.value, 3))} {estimator.unit} per token: "
-                f"what the {_kind(hook)} misses is larger than what the student is predicted to lose"
+                f"what the {hook.kind} misses is larger than what the student is predicted to lose"
             )
-    return found
-
-
-def _kind(hook: HookMeasurement) -> str:
-    return "basis" if hook.is_basis else "SAE"
+    return sentences
 
 
 def advice_on_fit(basis: bool) -> str:

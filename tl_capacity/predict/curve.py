@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tl_capacity import theory
 from tl_capacity.errors import MeasurementError
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import FloorPrediction, _checked, _floor_figures, _predictions
+from tl_capacity.predict.floors import FloorPrediction, checked_widths, floor_numbers, floor_predictions
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.runtime.checks import checked
 
@@ -60,5 +60,5 @@ class Curve:
         default one.
         """
         chosen = plugins().capacity_laws.named(law)
-        figures = map(Estimate, _floor_figures(self.importance, self.alpha, _checked(widths), chosen))
-        return _predictions(self.name, widths, list(figures), "as published", "", chosen)
+        numbers = floor_numbers(self.importance, self.alpha, checked_widths(widths), chosen)
+        return floor_predictions(self.name, widths, list(map(Estimate, numbers)), "as published", "", chosen)

@@ -1,6 +1,4 @@
-"""Predicted loss floors and the per-layer budget table, from a measurement or from a bare
-published importance curve.
-"""
+"""Predicted loss floors of student widths, from what was measured at a hook point."""
 
 from __future__ import annotations
 
@@ -14,10 +12,9 @@ from numpy.typing import NDArray
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.predict.laws import features_per_dimension
+from tl_capacity.predict.laws import features_per_dimension, features_within
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.summary import Resample
-from tl_capacity.runtime.rounding import whole_below
 
 if TYPE_CHECKING:
     from tl_capacity.results.hook import HookMeasurement
@@ -98,11 +95,11 @@ def hook_floors(
     hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: CapacityLaw
 ) -> list[FloorPrediction]:
     """Predicted floors of one hook point, every figure with its document-bootstrap interval."""
-    if not _checked(widths):
+    if not checked_widths(widths):
         return []
-    estimates = resampled(hook, importance, lambda values, alpha: _floor_figures(values, alpha, widths, law))
+    estimates = resampled(hook, importance, lambda values, alpha: floor_numbers(values, alpha, widths, law))
     estimator = hook.estimator(importance)
-    return _predictions(hook.hook, widths, estimates, estimator.name, str(estimator.unit), law)
+    return floor_predictions(hook.hook, widths, estimates, estimator.name, str(estimator.unit), law)
 
 
 def sparsity(hook: HookMeasurement) -> float:
@@ -132,36 +129,36 @@ def resampled(
     estimator, s = hook.estimator(importance), hook.summary
     size = len(statistic(hook.importance(importance), sparsity(hook)))
 
-    def of(sums: Resample) -> Sequence[float]:
+    def of_resample(sums: Resample) -> Sequence[float]:
         alpha = s.sparsity_of(sums)
         if not 0 < alpha < 1:
             return [float("nan")] * size
         return statistic(sums.importance(estimator.compute, estimator.name)[sums.rates > s.alive_threshold], alpha)
 
-    return s.estimates(of)
+    return s.estimates(of_resample)
 
 
-def _floor_figures(values: NDArray[np.float64], alpha: float, widths: Sequence[int], law: CapacityLaw) -> list[float]:
+def floor_numbers(values: NDArray[np.float64], alpha: float, widths: Sequence[int], law: CapacityLaw) -> list[float]:
     """For each width in turn what a `FloorPrediction` says, in its order: features kept and lost, the share kept,
     refined and naive floor, the share lost.
     """
     features, total = len(values), float(values.sum())
     budgets = np.array(widths) * features_per_dimension(law, alpha, values)
-    kept = np.minimum(whole_below(budgets), features).astype(np.int64)
+    kept = features_within(budgets, features)
     refined = theory.lost_importance(values, kept)
     naive = total * np.maximum(0.0, 1 - budgets / max(features, 1))
     shares = refined / total if total else np.zeros(len(kept))
     return list(np.stack([kept, features - kept, kept / max(features, 1), refined, naive, shares], 1).ravel())
 
 
-def _predictions(
-    hook: str, widths: Sequence[int], figures: Sequence[Estimate], importance: str, unit: str, law: CapacityLaw
+def floor_predictions(
+    hook: str, widths: Sequence[int], estimates: Sequence[Estimate], importance: str, unit: str, law: CapacityLaw
 ) -> list[FloorPrediction]:
-    """What `_floor_figures` found, with or without intervals."""
-    found, of = [], iter(figures)
+    """The floors of some widths from the estimates of their `floor_numbers`, with or without intervals."""
+    predictions, numbers = [], iter(estimates)
     for width in widths:
-        kept, lost, kept_share, refined, naive, share = (next(of) for _ in range(6))
-        found.append(
+        kept, lost, kept_share, refined, naive, share = (next(numbers) for _ in range(6))
+        predictions.append(
             FloorPrediction(
                 hook=hook,
                 width=width,
@@ -177,10 +174,15 @@ def _predictions(
                 caveat=law.caveat,
             )
         )
-    return found
+    return predictions
 
 
-def _checked(widths: Sequence[int]) -> Sequence[int]:
+def checked_widths(widths: Sequence[int]) -> Sequence[int]:
+    """The widths, each of which is a student's.
+
+    Raises:
+        CapacityError: where one is below 1.
+    """
     for width in widths:
         if width < 1:
             raise CapacityError(f"width {width} is no student width: pass whole numbers of at least 1")

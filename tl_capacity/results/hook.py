@@ -42,6 +42,11 @@ class HookMeasurement:
         """Whether the features are the vectors of a basis instead of an SAE's."""
         return self.architecture.split(",")[0] in BASES
 
+    @property
+    def kind(self) -> str:
+        """What a sentence calls the dictionary: SAE or basis."""
+        return "basis" if self.is_basis else "SAE"
+
     def importance(self, name: str | None = None) -> NDArray[np.float64]:
         """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit; by the default
         estimator where none is named.

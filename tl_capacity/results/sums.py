@@ -70,9 +70,9 @@ def check_sums(arrays: Mapping[str, NDArray[Any]], where: str) -> None:
             sizes.setdefault(axis, size) == size for axis, size in zip(axes, array.shape, strict=True)
         )
         if not fits or str(array.dtype) != dtype:
-            found = f"{array.dtype}{list(array.shape)}"
+            seen = f"{array.dtype}{list(array.shape)}"
             raise MeasurementError(
-                f"{name!r} in {where} is {found}, not {dtype}{list(axes)}: the measurement was altered, measure again"
+                f"{name!r} in {where} is {seen}, not {dtype}{list(axes)}: the measurement was altered, measure again"
             )
         if not np.isfinite(array).all() or (dtype == "int64" and (array < 0).any()):
             raise MeasurementError(

@@ -86,11 +86,11 @@ def decimated(n: int, points: int = POINTS) -> NDArray[np.int64]:
 
 def spaced(values: Sequence[int], decades: float = NEAREST_LABELS) -> list[int]:
     """Of ascending values those that are at least so far from the one before, the first among them."""
-    found: list[int] = []
+    apart: list[int] = []
     for value in values:
-        if not found or np.log10(value / found[-1]) >= decades:
-            found.append(value)
-    return found
+        if not apart or np.log10(value / apart[-1]) >= decades:
+            apart.append(value)
+    return apart
 
 
 def shortened(text: str, longest: int = LONGEST_NAME) -> str:
@@ -139,7 +139,7 @@ def width_axis(figure: go.Figure, widths: Sequence[int]) -> None:
     )
 
 
-def _round_numbers(low: int, high: int) -> list[float]:
+def round_numbers(low: int, high: int) -> list[float]:
     """1, 2 and 5 times the powers of ten between two numbers, or only the powers where those are many."""
     powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     steps = (1, 2, 5) if len(powers) <= 4 else (1,)
