@@ -16,17 +16,17 @@ import pytest
 from commands import HOOK, Cli
 from safetensors.numpy import load_file
 
-from tl_capacity.checkpoints import Checkpoint
-from tl_capacity.decompose import Decomposition, decompose
+from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.distillation import checkpoint as distillation_checkpoint
+from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.floors import Curve
-from tl_capacity.loading import load_sae
 from tl_capacity.measurement import Measurement
+from tl_capacity.predict.curve import Curve
 from tl_capacity.report import ReportSettings, Results, write_report
 from tl_capacity.report.results import probe_rows, recoverability_rows
-from tl_capacity.summary import Estimate
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.toy import SweepResult
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0_1"

@@ -6,13 +6,13 @@ used, so that the import stays cheap.
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 from tl_capacity.hookspecs import hookimpl
+from tl_capacity.moved import find_old_modules
 from tl_capacity.runtime.lazy import lazily
 
 if TYPE_CHECKING:
@@ -29,26 +29,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "CapacityHooks": "measure.session",
-    "HookedModel": "measure.attach",
-    "add_capacity_hooks": "measure.attach",
-    "CapacityError": "errors",
-    "CapacityLaw": "interfaces",
-    "ImportanceEstimator": "interfaces",
-    "Measurement": "measurement.measurement",
-    "register_importance_estimator": "plugins",
-    "TokenStream": "text.streams",
-}
-
-__all__ = ["__version__", "hookimpl", "theory", *sorted(_HOMES)]
-
-
-_public = lazily(__name__, _HOMES)
+_find, _lazy_names = lazily(__name__, __file__)
+__all__ = ["__version__", "hookimpl", *_lazy_names]
+find_old_modules()
 
 
 def __getattr__(name: str) -> Any:
-    return importlib.import_module("tl_capacity.theory") if name == "theory" else _public(name)
+    return _find(name)
 
 
 # Waits for TransformerLens instead of importing it, which takes seconds; this mixin is all that its hooked models

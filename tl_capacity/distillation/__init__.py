@@ -15,18 +15,5 @@ if TYPE_CHECKING:
     from tl_capacity.distillation.train import DistillSettings as DistillSettings
     from tl_capacity.distillation.train import distill as distill
 
-_HOMES = {
-    "DistillSettings": "train",
-    "DistillationRun": "run",
-    "HiddenMatch": "losses",
-    "LogitLoss": "losses",
-    "ObservedFloor": "observed",
-    "distill": "train",
-    "observed_floors": "observed",
-}
-
-__all__ = list(_HOMES)
-
-
 # A saved run is read without importing torch.
-__getattr__ = lazily(__name__, _HOMES)
+__getattr__, __all__ = lazily(__name__, __file__)

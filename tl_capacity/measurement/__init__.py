@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from tl_capacity.measurement.measurement import Measurement as Measurement
-from tl_capacity.measurement.provenance import Provenance as Provenance
-from tl_capacity.results.hook import HookMeasurement as HookMeasurement
+from typing import TYPE_CHECKING
 
-__all__ = ["HookMeasurement", "Measurement", "Provenance"]
+from tl_capacity.runtime.lazy import lazily
+
+if TYPE_CHECKING:
+    from tl_capacity.measurement.measurement import Measurement as Measurement
+    from tl_capacity.measurement.provenance import Provenance as Provenance
+    from tl_capacity.results.hook import HookMeasurement as HookMeasurement
+
+__getattr__, __all__ = lazily(__name__, __file__)

@@ -20,18 +20,4 @@ if TYPE_CHECKING:
     from tl_capacity.probing.recover import recover_features as recover_features
     from tl_capacity.probing.recovery import Recovery as Recovery
 
-_HOMES = {
-    "Activations": "activations",
-    "LabelledTexts": "concepts",
-    "Probe": "probes",
-    "Recovery": "recovery",
-    "collect": "activations",
-    "fit_probes": "probes",
-    "load_concepts": "concepts",
-    "probes_frame": "probes",
-    "recover_features": "recover",
-    "recovery_figure": "figures",
-}
-
-__all__ = list(_HOMES)
-__getattr__ = lazily(__name__, _HOMES)
+__getattr__, __all__ = lazily(__name__, __file__)

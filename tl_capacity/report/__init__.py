@@ -13,16 +13,5 @@ if TYPE_CHECKING:
     from tl_capacity.report.results import Results as Results
     from tl_capacity.report.story import ReportSettings as ReportSettings
 
-_HOMES = {
-    "ReportSettings": "story",
-    "Results": "results",
-    "find_snippets": "page",
-    "report_page": "page",
-    "write_report": "page",
-}
-
-__all__ = list(_HOMES)
-
-
 # Who only wants a figure in a notebook loads no template.
-__getattr__ = lazily(__name__, _HOMES)
+__getattr__, __all__ = lazily(__name__, __file__)
