@@ -17,6 +17,7 @@ from tl_capacity.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from tl_capacity import theory as theory
+    from tl_capacity.dictionaries.loading import load_sae as load_sae
     from tl_capacity.errors import CapacityError as CapacityError
     from tl_capacity.interfaces import CapacityLaw as CapacityLaw
     from tl_capacity.interfaces import ImportanceEstimator as ImportanceEstimator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tl_capacity.measure.attach import add_capacity_hooks as add_capacity_hooks
     from tl_capacity.measure.session import CapacityHooks as CapacityHooks
     from tl_capacity.measurement.measurement import Measurement as Measurement
+    from tl_capacity.models.loading import load_model as load_model
     from tl_capacity.plugins import register_importance_estimator as register_importance_estimator
     from tl_capacity.text.streams import TokenStream as TokenStream
 

@@ -14,7 +14,7 @@ from tl_capacity.runtime.checks import checked
 
 MISTAKES = """
 from tl_capacity import Measurement, add_capacity_hooks
-from tl_capacity.models.loading import load_sae
+from tl_capacity import load_sae
 for mistake in (
     lambda: Measurement.load(3),
     lambda: add_capacity_hooks(None, [], fvu_every="8"),

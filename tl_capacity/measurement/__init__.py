@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from tl_capacity.measurement.measurement import Measurement as Measurement
+from tl_capacity.measurement.provenance import Provenance as Provenance
+from tl_capacity.results.hook import HookMeasurement as HookMeasurement
 
-from tl_capacity.runtime.lazy import lazily
-
-if TYPE_CHECKING:
-    from tl_capacity.measurement.measurement import Measurement as Measurement
-    from tl_capacity.measurement.provenance import Provenance as Provenance
-    from tl_capacity.results.hook import HookMeasurement as HookMeasurement
-
-__getattr__, __all__ = lazily(__name__, __file__)
+__all__ = ["HookMeasurement", "Measurement", "Provenance"]
