@@ -49,7 +49,7 @@ def saes(folder: Path) -> tuple[str, ...]:
     import torch
     from sae_lens import TopKSAE, TopKSAEConfig
 
-    teacher, found = load_model("embedded").named, []
+    teacher, specs = load_model("embedded").named, []
     assert teacher is not None
     for place, hook in enumerate(teacher.saes):
         sae = TopKSAE(TopKSAEConfig(d_in=128, d_sae=LATENTS, k=ACTIVE))
@@ -57,8 +57,8 @@ def saes(folder: Path) -> tuple[str, ...]:
         sae.W_dec.data = decoder / decoder.norm(dim=1, keepdim=True)
         sae.W_enc.data = sae.W_dec.data.T.contiguous()
         sae.save_model(folder / str(place))
-        found.append(f"{hook}={folder / str(place)}")
-    return tuple(found)
+        specs.append(f"{hook}={folder / str(place)}")
+    return tuple(specs)
 
 
 def students() -> DistillationRun:
@@ -128,11 +128,11 @@ def page(folder: Path, tokens: int) -> tuple[Path, dict[str, float]]:
         ReportSettings(),
     )
     started_at = time.perf_counter()
-    found, why_none = find_snippets(results, chosen, tokens=tokens)
+    snippets, why_none = find_snippets(results, chosen, tokens=tokens)
     assert not why_none
     seconds["looking for examples"] = time.perf_counter() - started_at
     started_at = time.perf_counter()
-    path = write_report(folder / "report.html", results, chosen, found)
+    path = write_report(folder / "report.html", results, chosen, snippets)
     seconds["writing the page"] = time.perf_counter() - started_at
     return path, seconds
 

@@ -67,7 +67,7 @@ def floors(runs: Runs) -> str:
 
 
 def candidates(runs: Runs) -> str:
-    found = decompose(
+    decomposition = decompose(
         Measurement.load(runs.folder / "nats"), runs.distillation("full/distillation"), observed="last_tenth"
     )
     body = [
@@ -79,9 +79,12 @@ def candidates(runs: Runs) -> str:
             "" if fit.c is None else fit.c.show(".3g"),
             fit.b.show(".3g"),
         ]
-        for rank, fit in found.shown()
+        for rank, fit in decomposition.shown()
     ]
-    return table(["rank", "candidate", "error", "R²", "C", "B"], body) + f"\n{len(found.fits)} candidates in all.\n"
+    return (
+        table(["rank", "candidate", "error", "R²", "C", "B"], body)
+        + f"\n{len(decomposition.fits)} candidates in all.\n"
+    )
 
 
 def tokens(runs: Runs) -> str:
@@ -125,7 +128,8 @@ def starts(runs: Runs) -> str:
         for start, run in named.items()
     }
     rows = [
-        [width, *(f"{of[start][width]:.3f}" for of in (first, last) for start in named)] for width in last["random"]
+        [width, *(f"{losses[start][width]:.3f}" for losses in (first, last) for start in named)]
+        for width in last["random"]
     ]
     return table(
         ["width", *(f"{start}, {when}" for when in ("before the first step", "at the end") for start in named)], rows
@@ -135,9 +139,12 @@ def starts(runs: Runs) -> str:
 def features(runs: Runs) -> str:
     rows = []
     for row in runs.json("recover/recoverability.json"):
-        of, overlap = row["intervals"], row["overlap"]
+        intervals, overlap = row["intervals"], row["overlap"]
         named = {"student": "kept", "pca": "kept_pca", "random": "kept_random"}
-        counts = {name: f"{row[kept]:,} [{of[name][0]:,.0f}, {of[name][1]:,.0f}]" for name, kept in named.items()}
+        counts = {
+            name: f"{row[kept]:,} [{intervals[name][0]:,.0f}, {intervals[name][1]:,.0f}]"
+            for name, kept in named.items()
+        }
         shares = [f"{overlap[name]:.0%}" for name in ("kept_of_predicted", "kept_of_all")]
         seed = row["student"].rpartition("seed")[2]
         rows.append(
@@ -175,14 +182,14 @@ def concepts(runs: Runs) -> str:
     rows = []
     for concept in named:
         name, words = concept["name"], probes[EMBEDDINGS, teacher, concept["name"]]
-        own = [probes[TRAINED, model, name] for model in students]
+        trained = [probes[TRAINED, model, name] for model in students]
         rows.append(
             [
                 " or ".join(concept["classes"]),
                 f"{words['accuracy']:.2f}",
-                *(f"{probe['accuracy']:.2f} [{probe['low']:.2f}, {probe['high']:.2f}]" for probe in own),
+                *(f"{probe['accuracy']:.2f} [{probe['low']:.2f}, {probe['high']:.2f}]" for probe in trained),
                 *(
-                    f"{own[0][name]:.2f} [{own[0][f'{name}_low']:.2f}, {own[0][f'{name}_high']:.2f}]"
+                    f"{trained[0][name]:.2f} [{trained[0][f'{name}_low']:.2f}, {trained[0][f'{name}_high']:.2f}]"
                     for name in ("auroc", "selectivity")
                 ),
                 concept["falls_at"] or "–",
@@ -246,7 +253,7 @@ TABLES: dict[str, dict[str, Callable[[Runs], str]]] = {
 
 def kept_figure(runs: Runs) -> Any:
     """Kept features against the width."""
-    found = recoverability_rows(runs.json("recover/recoverability.json"))
+    recovered = recoverability_rows(runs.json("recover/recoverability.json"))
     rows = [
         {
             "series": RECOVERED[key],
@@ -256,10 +263,10 @@ def kept_figure(runs: Runs) -> Any:
             "high": count.high,
             "baseline": key != "kept",
         }
-        for row in found
+        for row in recovered
         for key, count in row.counts.items()
     ]
-    return series_figure(rows, f"features with AUROC ≥ τ = {found[0].tau:g}").update_layout(width=900, height=460)
+    return series_figure(rows, f"features with AUROC ≥ τ = {recovered[0].tau:g}").update_layout(width=900, height=460)
 
 
 def concepts_figure(runs: Runs) -> Any:
@@ -296,13 +303,13 @@ def main(folder: str, names: Sequence[str]) -> None:
 
     for page, tables in TABLES.items():
         text = (RESULTS / page).read_text(encoding="utf-8")
-        for name, of in tables.items():
+        for name, make in tables.items():
             if wanted(name):
-                text = filled(text, name, of(runs))
+                text = filled(text, name, make(runs))
         (RESULTS / page).write_text(text, encoding="utf-8")
-    for name, of in FIGURES.items():
+    for name, draw in FIGURES.items():
         if wanted(name):
-            of(runs).write_image(RESULTS / f"{name}.png", scale=1.5)
+            draw(runs).write_image(RESULTS / f"{name}.png", scale=1.5)
     for name, path in COPIES.items():
         if wanted(name):
             shutil.copy(runs.folder / path, RESULTS / name)

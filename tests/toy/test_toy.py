@@ -125,7 +125,7 @@ class TestTraining:
         x = torch.from_numpy(
             np.stack([s.distribution.sample_nonzero(64, np.random.default_rng(i)) for i, s in enumerate(streams)])
         ).double()
-        objective = Objective.of(5, streams, 1.0, torch.float64)
+        objective = Objective.for_streams(5, streams, 1.0, torch.float64)
         target = x if teacher is None else teacher.output(x)[:, 0]
         at_zero = torch.zeros(2, 5, dtype=torch.float64) if teacher is None else teacher.at_zero[:, 0]
         found = objective.gradients(stack, x, target, at_zero)

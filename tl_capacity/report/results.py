@@ -65,29 +65,29 @@ class Results:
             MeasurementError: where there is no measurement, something is given twice or cannot be read, or a path holds
                 nothing that is known.
         """
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for path in paths:
             here = _results_in(path)
             if not here:
                 raise MeasurementError(f"{path} holds no result: pass a folder with one of {', '.join(FILES)} in it")
             for name, file in here.items():
-                if name in found and found[name] != file:
+                if name in files and files[name] != file:
                     raise MeasurementError(
-                        f"{found[name]} and {file} are both given, but a report shows one {name}: leave one out"
+                        f"{files[name]} and {file} are both given, but a report shows one {name}: leave one out"
                     )
-                found[name] = file
-        if MEASUREMENT_JSON not in found:
+                files[name] = file
+        if MEASUREMENT_JSON not in files:
             raise MeasurementError(
                 f"there is no measurement in {', '.join(map(str, paths))}: pass a folder that `tl-capacity measure"
                 " --out` wrote"
             )
         return cls(
-            Measurement.load(found[MEASUREMENT_JSON].parent),
-            str(found[MEASUREMENT_JSON].parent),
-            DistillationRun.load(found[DISTILLATION_JSON].parent) if DISTILLATION_JSON in found else None,
-            _json(found[PROBES_JSON]) if PROBES_JSON in found else None,
-            _json(found[RECOVERABILITY_JSON]) if RECOVERABILITY_JSON in found else None,
-            **({"run_folder": str(found[DISTILLATION_JSON].parent)} if DISTILLATION_JSON in found else {}),
+            Measurement.load(files[MEASUREMENT_JSON].parent),
+            str(files[MEASUREMENT_JSON].parent),
+            DistillationRun.load(files[DISTILLATION_JSON].parent) if DISTILLATION_JSON in files else None,
+            _json(files[PROBES_JSON]) if PROBES_JSON in files else None,
+            _json(files[RECOVERABILITY_JSON]) if RECOVERABILITY_JSON in files else None,
+            **({"run_folder": str(files[DISTILLATION_JSON].parent)} if DISTILLATION_JSON in files else {}),
         )
 
 
@@ -317,12 +317,12 @@ def _results_in(path: Path) -> dict[str, Path]:
     """The known files that a path is, holds, or holds one folder deeper; nearer ones go first."""
     if path.is_file():
         return {path.name: path} if path.name in FILES else {}
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for folder in (path, *sorted(p for p in path.glob("*") if p.is_dir())):
         for name in FILES:
             if (folder / name).is_file():
-                found.setdefault(name, folder / name)
-    return found
+                files.setdefault(name, folder / name)
+    return files
 
 
 def _json(path: Path) -> Any:

@@ -84,7 +84,7 @@ def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
     import pandas
 
     names = [p.name for p in predictors()] if names is None else names
-    found = [
+    judged = [
         {
             "predictor": name,
             "stratum": stratum,
@@ -94,7 +94,7 @@ def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
         for name in names
         for stratum, chosen in strata(rows).items()
     ]
-    return pandas.DataFrame(found, columns=["predictor", "stratum", "count", *ACCURACIES])
+    return pandas.DataFrame(judged, columns=["predictor", "stratum", "count", *ACCURACIES])
 
 
 def strata(rows: Any) -> dict[str, Any]:
@@ -102,14 +102,14 @@ def strata(rows: Any) -> dict[str, Any]:
     ratio = rows.width / [
         theory.critical_width(n, alpha) for n, alpha in zip(rows.n.astype(float), rows.alpha, strict=True)
     ]
-    found = {"all": rows}
-    found |= {f"α = {alpha:g}": rows[rows.alpha == alpha] for alpha in sorted(rows.alpha.unique())}
+    parts = {"all": rows}
+    parts |= {f"α = {alpha:g}": rows[rows.alpha == alpha] for alpha in sorted(rows.alpha.unique())}
     bands = {
         name: ((ratio >= low) & (ratio <= high)) if high == 1.2 else ((ratio > low) & (ratio < high))
         for name, (low, high) in BANDS.items()
     }
-    found |= {name: rows[inside] for name, inside in bands.items()}
-    return {name: chosen for name, chosen in found.items() if len(chosen)}
+    parts |= {name: rows[inside] for name, inside in bands.items()}
+    return {name: chosen for name, chosen in parts.items() if len(chosen)}
 
 
 def at_every_sparsity(table: Any, threshold: float = 0.93) -> list[tuple[str, str, float]]:

@@ -41,10 +41,10 @@ def floors(stack: Stack, objective: Objective, x: Float[Tensor, "feature row"], 
     streams, students, _ = stack.bias.shape
     total, squares = torch.zeros(2, streams, students, dtype=torch.float64)
     for i in range(streams):
-        one = stack.chunk(slice(i, i + 1))
+        models = stack.chunk(slice(i, i + 1))
         for rows in torch.split(x, ROWS_AT_ONCE, dim=1):
             target = rows if teacher is None else teacher.chunk(slice(i, i + 1)).output(rows[None])[0, 0]
-            error = one.output(rows[None])[0].sub_(target).square_()
+            error = models.output(rows[None])[0].sub_(target).square_()
             loss = torch.einsum("sfr,f->sr", error, objective.importance).double()
             total[i] += loss.sum(1)
             squares[i] += loss.square().sum(1)

@@ -120,7 +120,7 @@ class SweepResult:
                 )
             settings = SweepSettings.from_json(content["settings"])
             data = (folder / "students.safetensors").read_bytes()
-            if content.get("students_sha256", found := digest(data)) != found:
+            if content.get("students_sha256", sha256 := digest(data)) != sha256:
                 raise ValueError("the SHA-256 of its tensors is not the recorded one")
             result = cls(settings, load(data), content["seconds"], content["versions"], content["machine"])
             missing = {f"{family.name}.floor" for kind in settings.kinds for family in settings.families(kind)} - set(
@@ -213,8 +213,8 @@ def run(
     tensors = {f"{name}.{part}": getattr(stack, part) for name, stack in stacks.items() for part in ("weights", "bias")}
     with worker_threads() as workers:
         families = [family for kind in settings.kinds for family in settings.families(kind)]
-        for found in workers.map(lambda family: _floors(family, stacks, settings), families):
-            tensors |= found
+        for floors in workers.map(lambda family: _floors(family, stacks, settings), families):
+            tensors |= floors
     seconds = seconds | {"evaluation": round(time.monotonic() - started, 1)}
     return SweepResult(settings, tensors, seconds, library_versions(), _machine())
 
@@ -229,17 +229,17 @@ def _floors(family: Family, stacks: dict[str, Stack], settings: SweepSettings) -
         x = torch.from_numpy(
             distribution.sample_nonzero(settings.evaluation_rows, generator(Stream(distribution, 0), EVALUATION))
         ).to(stack.bias.dtype)
-        objective = Objective.of(family.n, streams[same], settings.slope, stack.bias.dtype)
+        objective = Objective.for_streams(family.n, streams[same], settings.slope, stack.bias.dtype)
         against_data.append(measures.floors(stack.chunk(same), objective, x))
         if teacher is not None:
             against_teacher.append(measures.floors(stack.chunk(same), objective, x, teacher.chunk(same)))
-    found = {
+    floors = {
         "floor": torch.cat([f.mean for f in against_data]),
         "floor_error": torch.cat([f.error for f in against_data]),
     }
     if against_teacher:
-        found["teacher_floor"] = torch.cat([f.mean for f in against_teacher])
-    return {f"{family.name}.{name}": value for name, value in found.items()}
+        floors["teacher_floor"] = torch.cat([f.mean for f in against_teacher])
+    return {f"{family.name}.{name}": value for name, value in floors.items()}
 
 
 def _machine() -> str:

@@ -83,7 +83,8 @@ class Objective:
     zero_probability: Float[Tensor, " stream"]
 
     @classmethod
-    def of(cls, n: int, streams: Sequence[Stream], slope: float, dtype: torch.dtype) -> Objective:
+    def for_streams(cls, n: int, streams: Sequence[Stream], slope: float, dtype: torch.dtype) -> Objective:
+        """The loss on the samples of some streams of n features, whose importances are i^−slope."""
         return cls(
             torch.from_numpy(zipf_importance(n, slope)).to(dtype),
             torch.tensor([stream.distribution.zero_probability for stream in streams], dtype=dtype),
@@ -226,16 +227,16 @@ def _train_kind(
     tensors: dict[str, Tensor] = {}
     chunks: list[tuple[int, Chunk]] = []
     for family in settings.families(kind):
-        own = {name: value for name, value in state.tensors.items() if name.startswith(f"{family.name}.")}
-        own = own or _fresh(family, streams[family.n], dtype)
-        stacks[family.name] = Stack(own[f"{family.name}.weights"], own[f"{family.name}.bias"])
-        tensors |= own
+        saved = {name: value for name, value in state.tensors.items() if name.startswith(f"{family.name}.")}
+        trained = saved or _fresh(family, streams[family.n], dtype)
+        stacks[family.name] = Stack(trained[f"{family.name}.weights"], trained[f"{family.name}.bias"])
+        tensors |= trained
         if steps_done < settings.steps:
-            objective = Objective.of(family.n, streams[family.n], settings.slope, dtype)
+            objective = Objective.for_streams(family.n, streams[family.n], settings.slope, dtype)
             chunks += [
                 (family.n, chunk)
                 for chunk in _chunks(
-                    family, own, objective, teacher_of(family, settings, finished), settings.batch, steps_done
+                    family, trained, objective, teacher_of(family, settings, finished), settings.batch, steps_done
                 )
             ]
 
