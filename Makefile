@@ -48,6 +48,7 @@ check: .venv/.dev site
 	$(CHECK_FORM) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(CHECK_FORM) vendor.citation-file-format CITATION.cff
 	$(BIN)/python docs/write_help.py --check
+	$(BIN)/python docs/write_architecture.py --check
 
 fix: .venv/.dev
 	$(BIN)/ruff check --fix .
