@@ -13,8 +13,9 @@ import pytest
 import torch
 from commands import HOOK, Cli, arguments
 
-from tl_capacity import Measurement, doctor
-from tl_capacity.doctor import CHANGE, OK, STOP, Finding, examine, examine_folder
+from tl_capacity import Measurement
+from tl_capacity.doctor import CHANGE, OK, STOP, Finding, costs, examine, examine_folder
+from tl_capacity.doctor.examination import settings_of
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure.job import measure
 from tl_capacity.measure.settings import MeasureSettings
@@ -228,14 +229,14 @@ def test_an_sae_that_was_trained_on_centred_activations(
 def test_time_memory_and_disk(settings: MeasureSettings, tmp_path: Path) -> None:
     findings = examine(replace(settings, tokens=10**12))
     assert " h" in found(findings, "duration").says
-    assert doctor.memory(10**15).level == STOP
-    assert doctor.memory(10**9, available=10**9 - 1).level == STOP
-    assert doctor.memory(10**9, available=10**9).level == OK
-    assert doctor.disk(tmp_path / "deep" / "out", 10**6).level == OK
-    assert doctor.disk(tmp_path / "deep" / "out", 10**18).level == STOP
+    assert costs.memory(10**15).level == STOP
+    assert costs.memory(10**9, available=10**9 - 1).level == STOP
+    assert costs.memory(10**9, available=10**9).level == OK
+    assert costs.disk(tmp_path / "deep" / "out", 10**6).level == OK
+    assert costs.disk(tmp_path / "deep" / "out", 10**18).level == STOP
     (tmp_path / "file").write_text("")
-    assert "is a file" in doctor.disk(tmp_path / "file" / "out", 0).says
-    assert doctor.disk(Path("/proc/out"), 10**3).level == STOP  # a file system on which nothing can be made
+    assert "is a file" in costs.disk(tmp_path / "file" / "out", 0).says
+    assert costs.disk(Path("/proc/out"), 10**3).level == STOP  # a file system on which nothing can be made
 
 
 @pytest.fixture
@@ -318,7 +319,7 @@ def test_settings_are_read_back_from_a_measurement(measured: Path, setup: Path, 
         1e-4,
     )
     assert cli(*arguments(measured, tmp_path / "other", *more))[0] == 0
-    read = doctor._settings_of(Measurement.load(tmp_path / "other"), tmp_path / "other", 7, "cpu")
+    read = settings_of(Measurement.load(tmp_path / "other"), tmp_path / "other", 7, "cpu")
     wanted = MeasureSettings(
         model=str(measured / "model"),
         out=tmp_path / "other",

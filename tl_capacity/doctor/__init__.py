@@ -1,0 +1,14 @@
+"""`doctor`: what would spoil a long measurement, found on its first thousand tokens: a hook that stays silent, an SAE
+of another model, a full disk.
+
+Every check ends in one `Finding`; a check that cannot be made because an earlier one failed is left out.
+"""
+
+from __future__ import annotations
+
+from tl_capacity.doctor.examination import examine as examine
+from tl_capacity.doctor.examination import examine_folder as examine_folder
+from tl_capacity.doctor.finding import CHANGE as CHANGE
+from tl_capacity.doctor.finding import OK as OK
+from tl_capacity.doctor.finding import STOP as STOP
+from tl_capacity.doctor.finding import Finding as Finding

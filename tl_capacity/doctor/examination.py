@@ -1,0 +1,139 @@
+"""The examination: every check in its order, on the first thousand tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tl_capacity.dictionaries.adapter import NamedDictionary
+from tl_capacity.doctor.costs import cost_findings
+from tl_capacity.doctor.finding import OK, STOP, Finding, refusal_found
+from tl_capacity.doctor.running import Trial, tap_findings
+from tl_capacity.doctor.setup import (
+    bos_finding,
+    context_finding,
+    dictionary_finding,
+    model_finding,
+    vocabulary_finding,
+)
+from tl_capacity.measure.settings import MeasureSettings
+from tl_capacity.measure.setup import dictionaries, row_length, spec_of, tapped_model
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.loading import LoadedModel, load_model
+from tl_capacity.text.counting import CountingRule
+from tl_capacity.text.streams import TokenBatch, TokenStream
+
+SAMPLE_TOKENS = 1_000
+
+
+def examine(settings: MeasureSettings) -> list[Finding]:
+    """Check what `measure` would do with these settings; nothing is written."""
+    return list(_findings(settings))
+
+
+def examine_folder(folder: Path, tokens: int = MeasureSettings.tokens, device: str = "cpu") -> list[Finding]:
+    """Check the measurement or checkpoint in a folder, and that it could be gone on with: its files, and the model,
+    SAEs and text that it names.
+    """
+    findings: list[Finding] = []
+    with refusal_found("folder", findings):
+        measurement = Measurement.load(folder)
+        state = "a measurement that has ended" if measurement.complete else "a checkpoint, which --resume goes on from"
+        findings.append(
+            Finding(
+                "folder",
+                OK,
+                f"{folder} holds {state}: {measurement.hooks[0].summary.n_tokens:,} tokens of"
+                f" {measurement.provenance.source}",
+            )
+        )
+        findings += _findings(settings_of(measurement, folder, tokens, device), measurement)
+    return findings
+
+
+def settings_of(measurement: Measurement, folder: Path, tokens: int, device: str) -> MeasureSettings:
+    """The settings that a measurement was made with, as far as it records them."""
+    p = measurement.provenance
+    return MeasureSettings(
+        model=p.model,
+        out=folder,
+        saes=tuple(spec_of(h, p.model) for h in measurement),
+        tokens=tokens,
+        source=p.source,
+        context=p.settings.get("context"),
+        batch_rows=p.settings.get("batch_rows", MeasureSettings.batch_rows),
+        prepend_bos=p.settings.get("bos") is not None,
+        alive_threshold=measurement.hooks[0].summary.alive_threshold,
+        skip_first_positions=p.settings.get("skip_first_positions", 0),
+        shard=(p.shards[0], p.shard_count),
+        device=device,
+        dtype=p.dtype,
+    )
+
+
+def _findings(settings: MeasureSettings, earlier: Measurement | None = None) -> Iterator[Finding]:
+    """Each check needs what those before it prepared, and is left out where that is missing."""
+    findings: list[Finding] = []
+    loaded = saes = text = readable = None
+    with refusal_found("model", findings):
+        loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        findings.append(model_finding(loaded, settings, earlier))
+    if loaded is not None:
+        with refusal_found("SAE", findings):
+            saes = dictionaries(settings, loaded)
+            findings += [dictionary_finding(dictionary, earlier) for dictionary in saes]
+    if loaded is not None and saes is not None:
+        with refusal_found("text", findings):
+            stream = _stream(settings, loaded, saes)
+            text = _sample(stream, CountingRule.for_model(loaded.model, loaded.tokenizer))
+            findings += [context_finding(stream.context, saes), bos_finding(stream, saes)]
+    if loaded is not None and text is not None:
+        with refusal_found("vocabulary", findings):
+            findings.append(vocabulary_finding(text, loaded))
+            readable = text  # or the embedding could not even be asked
+    yield from findings
+    if loaded is not None and saes is not None and readable is not None:
+        yield from _run(settings, loaded, saes, readable)
+
+
+def _stream(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[NamedDictionary]) -> TokenStream:
+    return TokenStream(
+        loaded.source(settings.source or ""),
+        loaded.tokenizer,
+        row_length(settings, loaded.model, [d.sae for d in saes]),
+        settings.batch_rows,
+        settings.prepend_bos,
+        settings.shard,
+    )
+
+
+def _sample(stream: Iterable[TokenBatch], rule: CountingRule) -> list[TokenBatch]:
+    """The first batches, until they have a thousand tokens that will be counted."""
+    batches, counted = [], 0
+    for batch in stream:
+        batches.append(batch)
+        counted += int(rule.counted(batch.tokens).sum())
+        if counted >= SAMPLE_TOKENS:
+            break
+    return batches
+
+
+def _run(
+    settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[NamedDictionary], batches: Sequence[TokenBatch]
+) -> Iterator[Finding]:
+    """What only the running model tells: each SAE by itself first, so that one which fails hides nothing of the others;
+    then all together, for the time.
+    """
+    findings: list[Finding] = []
+    with refusal_found("hook", findings):
+        model = tapped_model(loaded, [d.sae for d in saes], [d.hook for d in saes])
+    yield from findings
+    if findings:
+        return
+    rule = CountingRule.for_model(loaded.model, loaded.tokenizer, settings.skip_first_positions)
+    trial, fitting = Trial(settings, model, rule, batches), []
+    for dictionary in saes:
+        findings = list(tap_findings(trial, dictionary))
+        fitting += [dictionary] if all(finding.level != STOP for finding in findings) else []
+        yield from findings
+    yield from cost_findings(trial, fitting)

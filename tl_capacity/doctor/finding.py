@@ -1,0 +1,36 @@
+"""What one check found, and a refusal that becomes such a finding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tl_capacity.errors import CapacityError
+
+OK, CHANGE, STOP = "ok", "change", "stop"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: what was checked.
+        level: `ok`; `change`, where a run would work but another setting would serve better; `stop`, where it would
+            fail or mean nothing.
+        says: the figures, and what to change.
+    """
+
+    check: str
+    level: str
+    says: str
+
+
+@contextmanager
+def refusal_found(check: str, findings: list[Finding]) -> Iterator[None]:
+    """A refusal of the tool's own ends the block, and is appended to the findings."""
+    try:
+        yield
+    except CapacityError as problem:
+        findings.append(Finding(check, STOP, str(problem)))

@@ -1,0 +1,102 @@
+"""Checks of a set-up before its model runs: the model, its SAEs, and the text as it is made into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest, metadata_of
+from tl_capacity.doctor.finding import CHANGE, OK, STOP, Finding
+from tl_capacity.measure.settings import MeasureSettings
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.forward import check_token_ids
+from tl_capacity.models.loading import LoadedModel
+from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
+
+UNKNOWN_SHARE = 0.01
+"""Of the tokens, above which the text is of another kind than the tokenizer knows."""
+
+
+def model_finding(loaded: LoadedModel, settings: MeasureSettings, earlier: Measurement | None) -> Finding:
+    """Whether the model is the one that was measured before, where it was."""
+    if earlier is not None and earlier.provenance.revision != loaded.revision:
+        return Finding(
+            "model",
+            STOP,
+            f"{settings.model} is now {loaded.revision}, and was {earlier.provenance.revision} when it was measured:"
+            " get that one, or start anew",
+        )
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    return Finding(
+        "model",
+        OK,
+        f"{settings.model}: {loaded.model.config.model_type}, {parameters:,} parameters, {settings.dtype} on"
+        f" {settings.device}",
+    )
+
+
+def dictionary_finding(dictionary: NamedDictionary, earlier: Measurement | None) -> Finding:
+    """Whether the SAE is the one that was measured before, where it was."""
+    hook, name, sae = dictionary
+    if earlier is not None and dictionary_digest(sae) not in {h.sae_digest for h in earlier if h.hook == hook}:
+        return Finding(
+            "SAE", STOP, f"{name} at {hook} has other weights than when it was measured: get those, or start anew"
+        )
+    return Finding("SAE", OK, f"{name} at {hook}: {type(sae).__name__}, {len(sae.W_dec):,} latents")
+
+
+def context_finding(context: int, dictionaries: Sequence[NamedDictionary]) -> Finding:
+    """Whether rows are no longer than those that the SAEs were trained on."""
+    trained = [int(size) for d in dictionaries if (size := metadata_of(d.sae, "context_size"))]
+    if trained and context > min(trained):
+        return Finding(
+            "context",
+            CHANGE,
+            f"rows have {context} positions, and the SAE was trained on {min(trained)}: pass --context {min(trained)}",
+        )
+    return Finding("context", OK, f"rows of {context} positions")
+
+
+def bos_finding(stream: TokenStream, dictionaries: Sequence[NamedDictionary]) -> Finding:
+    """Whether rows begin with BOS where they did when the SAEs were trained, and only there."""
+    trained = {metadata_of(d.sae, "prepend_bos") for d in dictionaries}
+    if stream.prepend_bos and stream.bos is None:
+        return Finding(
+            "BOS", CHANGE, "rows are to begin with BOS, and the tokenizer has none: pass --no-bos to say that you know"
+        )
+    if trained == {True} and stream.bos is None:
+        return Finding("BOS", CHANGE, "the SAE was trained on rows that begin with BOS, and these do not: pass --bos")
+    if trained == {False} and stream.bos is not None:
+        return Finding("BOS", CHANGE, "the SAE was trained on rows without BOS, and these begin with it: pass --no-bos")
+    if stream.bos is None:
+        return Finding("BOS", OK, "rows begin without BOS")
+    return Finding("BOS", OK, f"rows begin with BOS (id {stream.bos}), which is not counted")
+
+
+def vocabulary_finding(sample: Sequence[TokenBatch], loaded: LoadedModel) -> Finding:
+    """Whether the tokenizer knows the text.
+
+    Raises:
+        CapacityError: where a token is not in the model's vocabulary.
+    """
+    ids = np.concatenate([batch.tokens[batch.tokens != PADDING] for batch in sample])
+    check_token_ids(loaded.model, ids)
+    unknown = getattr(loaded.tokenizer, "unk_token_id", None)
+    share = (
+        0.0
+        if unknown is None or unknown in (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id)
+        else float((ids == unknown).mean())
+    )
+    if share > UNKNOWN_SHARE:
+        return Finding(
+            "vocabulary",
+            CHANGE,
+            f"{share:.0%} of the tokens are unknown to the tokenizer: choose text of the kind that the model was"
+            " trained on",
+        )
+    return Finding(
+        "vocabulary",
+        OK,
+        f"token ids up to {int(ids.max()):,} of {int(loaded.model.get_input_embeddings().weight.shape[0]):,}",
+    )
