@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tl_capacity.recipes.probe import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED
-from tl_capacity.recipes.probe import figure as accuracy_figure
 
 from tl_capacity import Measurement
 from tl_capacity.distillation.decomposition import decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.report.results import RECOVERED, recoverability_rows
+from tl_capacity.probing.recoverability import COUNT_LABELS, Recoverability
+from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, Probes
 from tl_capacity.show.figures import series_figure
 
 RESULTS = Path(__file__).parent / "results"
@@ -253,24 +252,26 @@ TABLES: dict[str, dict[str, Callable[[Runs], str]]] = {
 
 def kept_figure(runs: Runs) -> Any:
     """Kept features against the width."""
-    recovered = recoverability_rows(runs.json("recover/recoverability.json"))
+    recoverability = Recoverability.from_json(runs.json("recover/recoverability.json"))
     rows = [
         {
-            "series": RECOVERED[key],
+            "series": label,
             "width": row.width,
-            "value": count.value,
-            "low": count.low,
-            "high": count.high,
-            "baseline": key != "kept",
+            "value": number.value,
+            "low": number.low,
+            "high": number.high,
+            "baseline": label != COUNT_LABELS["kept"],
         }
-        for row in recovered
-        for key, count in row.counts.items()
+        for row in recoverability.rows
+        for label, number in row.labelled.items()
     ]
-    return series_figure(rows, f"features with AUROC ≥ τ = {recovered[0].tau:g}").update_layout(width=900, height=460)
+    return series_figure(rows, f"features with AUROC ≥ τ = {recoverability.rows[0].tau:g}").update_layout(
+        width=900, height=460
+    )
 
 
 def concepts_figure(runs: Runs) -> Any:
-    return accuracy_figure(runs.json("probes/probes.json")).update_layout(width=1100)
+    return Probes.from_json(runs.json("probes/probes.json")).plot().update_layout(width=1100)
 
 
 FIGURES: dict[str, Callable[[Runs], Any]] = {"kept": kept_figure, "concepts": concepts_figure}

@@ -264,9 +264,10 @@ def probe(config: PythiaFloorConfig, measurement: Measurement) -> None:
     Raises:
         CapacityError: where those that are there are for other concepts.
     """
-    from tl_capacity.recipes.probe import JSON_NAME as PROBES_JSON
     from tl_capacity.recipes.probe import ProbeConfig
     from tl_capacity.recipes.probe import main as run_probes
+
+    from tl_capacity.probing.rows import JSON_NAME as PROBES_JSON
 
     out = config.out / "probes"
     if (out / PROBES_JSON).exists():

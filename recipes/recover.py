@@ -8,13 +8,11 @@ under `accelerate launch -m tl_capacity run recover …` each process reads a pa
 from __future__ import annotations
 
 import glob
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -28,6 +26,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.probing.figures import recovery_figure
 from tl_capacity.probing.recover import recover_features
+from tl_capacity.probing.recoverability import JSON_NAME, Recoverability
 from tl_capacity.probing.recovery import Recovery
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
@@ -38,7 +37,7 @@ from tl_capacity.storage.files import digest, make_folder, write_bytes, write_js
 from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import TokenStream
 
-JSON_NAME, ABOUT_NAME = "recoverability.json", "settings.json"
+ABOUT_NAME = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,10 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
             refuses.
     """
     processes = Processes.of_launch()
-    own = processes.own(config.out)
+    folder = processes.own(config.out)
     known = settings_of(config, "out") if config.source else settings_of(config, "out", "source")
     if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, known):
-        for state in own.parent.glob(f"{glob.escape(own.name)}.*.checkpoint.safetensors"):
+        for state in folder.parent.glob(f"{glob.escape(folder.name)}.*.checkpoint.safetensors"):
             remove_checkpoint(state)
         return None
     processes = processes.connected(config.device)
@@ -117,15 +116,16 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
         "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes()),
     }
     make_folder(config.out)
-    found, states = [], []
+    recoveries, states = [], []
     for measured in hooks:
         sae = measured_dictionary(measured, teacher, provenance)
         tapped = {name: tapped_model(model, [], [], [measured.hook]) for name, model in models.items()}
         fitting, judging = (
-            own.with_name(f"{own.name}.{measured.hook}.{which}.checkpoint.safetensors") for which in ("fit", "judge")
+            folder.with_name(f"{folder.name}.{measured.hook}.{which}.checkpoint.safetensors")
+            for which in ("fit", "judge")
         )
         states += [fitting, judging]
-        found.append(
+        recoveries.append(
             recover_features(
                 tapped_model(teacher, [sae], [measured.hook]),
                 sae,
@@ -142,7 +142,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
             )
         )
         if processes.first:
-            Console(width=180).print(found[-1])
+            Console(width=180).print(recoveries[-1])
     if processes.first:
         about = {
             "schema": 1,
@@ -150,12 +150,12 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
             "versions": library_versions(),
             "seconds": round(time.monotonic() - started, 1),
         }
-        write(found, config.out, about, recovery_figure(found))
+        write(recoveries, config.out, about)
         print(f"written to {config.out}")
     processes.wait()
     for state in states:
         remove_checkpoint(state)
-    return found
+    return recoveries
 
 
 def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:
@@ -178,19 +178,16 @@ def random_students(
     }
 
 
-def write(found: list[Recovery], out: Path, about: dict[str, Any], figure: Any) -> None:
+def write(recoveries: list[Recovery], out: Path, about: dict[str, Any]) -> None:
     """The list of students, the figures of every feature, the figure, and what it was made with; the list last, as it
     says that all is there.
     """
-    from safetensors.numpy import save
-
     make_folder(out)
-    for recovery in found:
-        arrays = {name: np.ascontiguousarray(array) for name, array in recovery.arrays().items()}
-        write_bytes(out / f"features-{recovery.hook}.safetensors", save(arrays, {"about": json.dumps(about)}))
-    write_bytes(out / "recoverability.html", figure.to_html(include_plotlyjs=True).encode())
+    for recovery in recoveries:
+        recovery.save_arrays(out, about)
+    write_bytes(out / "recoverability.html", recovery_figure(recoveries).to_html(include_plotlyjs=True).encode())
     write_json(out / ABOUT_NAME, about)
-    write_json(out / JSON_NAME, [row for recovery in found for row in recovery.to_json()])
+    Recoverability(tuple(row for recovery in recoveries for row in recovery.rows)).save(out)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.models.loading import load_folder
 from tl_capacity.predict.curve import Curve
 from tl_capacity.probing.concepts import load_concepts
-from tl_capacity.report.results import Results, concept_titles, probe_rows, recoverability_rows
+from tl_capacity.probing.recoverability import Recoverability
+from tl_capacity.probing.rows import Probes
+from tl_capacity.report.results import Results
 from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.storage.files import SEAL, previous, read_kept
 from tl_capacity.text.streams import documents
@@ -81,7 +83,8 @@ def measured(model: str, sae: str) -> Callable[[Path], object]:
 
 def reported(folder: Path) -> object:
     found = Results.load([folder])
-    return probe_rows(found.probes), concept_titles(found.probes), recoverability_rows(found.recoverability)
+    probes, recoverability = Probes.from_json(found.probes), Recoverability.from_json(found.recoverability)
+    return probes.titles, probes.to_json(), recoverability.to_json()
 
 
 KINDS = {

@@ -56,6 +56,7 @@ from tl_capacity.probing.probes import (
     on_principal_components,
     weighted_auroc,
 )
+from tl_capacity.probing.rows import Probes
 from tl_capacity.probing.sparse import falls_at, most_telling, narrowest_with, sparse_probes
 
 HOOK = "blocks.1.hook_resid_post"
@@ -737,7 +738,7 @@ class TestRecipe:
         assert content["concepts"][0]["truncated"] == sum(len(text.split()) >= CONTEXT for text in concept.texts) > 0
         with open(tmp_path / "out" / "probes.csv", newline="") as file:
             assert len(list(csv.DictReader(file))) == len(content["probes"])
-        figure = recipe.figure(content)
+        figure = Probes.from_json(content).plot()
         students = next(trace for trace in figure.data if trace.name == "trained")
         assert list(students.x) == [16, 32]
         assert students.y[1] == pytest.approx(row["accuracy"])
@@ -791,15 +792,17 @@ class TestRecipe:
                 row("bag of embeddings", 32, 0.7),
             ],
         )
-        figure = recipe.figure(
+        figure = Probes.from_json(
             {"concepts": concepts, "probes": [*teacher, row("trained", 16, 0.6), row("trained", 16, 0.8)]}
-        )
+        ).plot()
         means, seeds = (trace for trace in figure.data if trace.name == "trained")
         assert (list(means.x), list(means.y), means.mode) == ([16, 32], pytest.approx([0.7, 0.9]), "lines+markers")
         assert (list(seeds.x), list(seeds.y), seeds.mode, seeds.showlegend) == ([16, 16], [0.6, 0.8], "markers", False)
         assert list(seeds.error_y.array) == pytest.approx([0.1, 0.1])
         alone = {
-            trace.name: trace for trace in recipe.figure({"concepts": concepts, "probes": teacher}).data if trace.x
+            trace.name: trace
+            for trace in Probes.from_json({"concepts": concepts, "probes": teacher}).plot().data
+            if trace.x
         }
         assert set(alone) == {"trained", "majority", "control task (teacher)", "bag of embeddings"}
         assert all((len(trace.x), trace.mode) == (1, "lines+markers") for trace in alone.values())

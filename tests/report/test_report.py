@@ -35,10 +35,11 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins
+from tl_capacity.probing.recoverability import Recoverability
+from tl_capacity.probing.rows import Probes
 from tl_capacity.report import ReportSettings, Results, find_snippets, report_page, write_report
 from tl_capacity.report import figures as drawn
 from tl_capacity.report.edges import edges, shown_features
-from tl_capacity.report.results import probe_rows, recoverability_rows
 from tl_capacity.report.snippets import stream_of, token_texts, top_snippets
 from tl_capacity.report.story import report_widths, shown_latents
 from tl_capacity.results.estimate import Estimate
@@ -704,12 +705,13 @@ def test_very_long_and_odd_names() -> None:
 
 def test_nan_and_nonsense_in_probes_and_recoverability() -> None:
     nan = float("nan")
-    rows = probe_rows(
+    rows = Probes.from_json(
         {"probes": [{"width": 8, "accuracy": nan}, {"width": 16, "accuracy": 0.7, "low": nan}, {"no": "width"}, None]}
-    )
+    ).rows
     assert [(r.width, r.accuracy.value, r.accuracy.low) for r in rows] == [(16, 0.7, None)]
-    row = recoverability_rows([{**RECOVERABILITY[0], "kept_random": nan, "tau": None}])[0]
-    assert set(row.counts) == {"kept", "kept_teacher", "budget"}
+    row = Recoverability.from_json([{**RECOVERABILITY[0], "kept_random": nan, "tau": None}]).rows[0]
+    assert set(row.counts) == {"kept", "kept_teacher"}
+    assert set(row.budgets) == {"compressed_sensing"}
     assert (row.counts["kept"].low, row.counts["kept"].high) == (7, 9)
     for content in (
         [],
@@ -722,9 +724,9 @@ def test_nan_and_nonsense_in_probes_and_recoverability() -> None:
         [{"width": 8, "kept": nan}],
     ):
         with pytest.raises(MeasurementError):
-            recoverability_rows(content)
+            Recoverability.from_json(content)
     with pytest.raises(MeasurementError):
-        probe_rows({"probes": [{"width": 8, "accuracy": nan}]})
+        Probes.from_json({"probes": [{"width": 8, "accuracy": nan}]})
     text = report_page(Results(measurement_of_counts(np.arange(64, 0, -1) * 64), probes={"rows": []}, recoverability=7))
     assert "has no accuracy at any width" in text
     assert "has no rows" in text
@@ -745,7 +747,7 @@ def test_nan_and_nonsense_in_probes_and_recoverability() -> None:
 )
 def test_altered_rows_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(MeasurementError, match=rf"^probes\.json {says}" if "|" not in says else says):
-        probe_rows({"probes": [{"width": 8, "accuracy": 0.7, **change}]})
+        Probes.from_json({"probes": [{"width": 8, "accuracy": 0.7, **change}]})
     changed = (
         {"kept": change["low"]}
         if "low" in change
@@ -754,23 +756,23 @@ def test_altered_rows_are_refused(change: dict[str, Any], says: str) -> None:
         else change
     )
     with pytest.raises(MeasurementError, match=rf"^recoverability\.json {says}" if "|" not in says else says):
-        recoverability_rows([{**RECOVERABILITY[0], **changed}])
+        Recoverability.from_json([{**RECOVERABILITY[0], **changed}])
 
 
 def test_files_of_another_kind_or_version_are_refused() -> None:
     with pytest.raises(MeasurementError, match=r"recoverability\.json has no rows, as it is no list of students"):
-        recoverability_rows(RECOVERABILITY[0])
+        Recoverability.from_json(RECOVERABILITY[0])
     with pytest.raises(
         MeasurementError, match=r"recoverability\.json has schema 2, and this version reads up to 1: upgrade"
     ):
-        recoverability_rows([{"schema": 2, "found": []}])
+        Recoverability.from_json([{"schema": 2, "found": []}])
     with pytest.raises(MeasurementError, match=r"probes\.json has schema 9, and this version reads up to 1: upgrade"):
-        probe_rows({"schema": 9})
+        Probes.from_json({"schema": 9})
     with pytest.raises(MeasurementError, match="has no accuracy at any width"):
-        probe_rows({"probes": {"width": 8, "accuracy": 0.7}})
-    (row,) = recoverability_rows(
+        Probes.from_json({"probes": {"width": 8, "accuracy": 0.7}})
+    (row,) = Recoverability.from_json(
         [{**RECOVERABILITY[0], "overlap": [], "readouts": 3, "by_tau": {"x": 3, "0.80": {"student": "many"}}}]
-    )
+    ).rows
     assert (row.overlap, row.by_tau) == ({}, {0.8: {}})
     text = report_page(
         Results(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import plotly.graph_objects as go
 
-from tl_capacity.probing.recovery import COUNTS, Recovery
+from tl_capacity.plugins import plugins
+from tl_capacity.probing.recoverability import COUNTS, RecoveryRow
+from tl_capacity.probing.recovery import Recovery
+from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, ProbeRow, Probes
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.show.figures import GREY, add_series, legend_entry, line_of, new_figure
 from tl_capacity.show.palette import BLUE, GREEN, PURPLE, VERMILION
@@ -18,6 +22,12 @@ SHOWN = (
     ("teacher's principal components, as many as d", GREEN, "diamond"),
     ("teacher", PURPLE, "cross"),
 )
+KINDS = {TRAINED: (BLUE, "circle"), RANDOM: (VERMILION, "square"), COMPONENTS: (GREEN, "diamond")}
+LEVELS = {"majority": ("dot", "cross"), "control task (teacher)": ("dashdot", "x"), EMBEDDINGS: ("dash", "star")}
+"""Dash and symbol of what needs no width; of a single width only the symbol is seen."""
+PANELS_IN_A_ROW = 4
+DASHES = ("dash", "dot", "dashdot", "longdash")
+"""Of the lines of budgets, the default law's first."""
 
 
 def thresholds_figure(
@@ -53,41 +63,101 @@ def recovery_figure(recoveries: Sequence[Recovery]) -> Any:
     """A plotly figure, a panel per hook point: features kept against the student's width, beside the budget and the
     baselines.
     """
+    return recoverability_figure([recovery.rows for recovery in recoveries])
+
+
+def recoverability_figure(panels: Sequence[Sequence[RecoveryRow]]) -> Any:
+    """The same from the rows of each hook point."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(
-        cols=len(recoveries), subplot_titles=[r.hook for r in recoveries], shared_yaxes=True, horizontal_spacing=0.04
+        cols=len(panels), subplot_titles=[rows[0].hook for rows in panels], shared_yaxes=True, horizontal_spacing=0.04
     )
-    for column, recovery in enumerate(recoveries, start=1):
+    for column, rows in enumerate(panels, start=1):
         at = {"row": 1, "col": column, "showlegend": column == 1}
-        rows = recovery.to_json()
-        widths = [row["width"] for row in rows]
-        for (readout, key), (name, colour, symbol) in zip(COUNTS.items(), SHOWN, strict=True):
-            with_it = [row for row in rows if row[key] is not None]
-            kept = [Estimate(float(row[key]), *(row["intervals"][readout] or (None, None))) for row in with_it]
+        for key, (name, colour, symbol) in zip(COUNTS.values(), SHOWN, strict=True):
+            counted = [row for row in rows if key in row.counts]
             add_series(
                 figure,
-                [row["width"] for row in with_it],
-                kept,
+                [row.width for row in counted],
+                [row.counts[key] for row in counted],
                 name,
                 {"color": colour},
                 {"color": colour, "symbol": symbol, "size": 8},
                 **at,
             )
-        for key, name, dash in (("budget", "d·g(α), at most F", "dash"), ("equilibrium", "equilibrium law", "dot")):
-            limits = [Estimate(float(min(row[key], row["n_features"]))) for row in rows]
+        laws = dict.fromkeys(law for row in rows for law in row.budgets)
+        for law, dash in zip(laws, cycle(DASHES), strict=False):
+            limited = [row for row in rows if law in row.budgets]
             # With a single width there is no line, only the marker.
             add_series(
                 figure,
-                widths,
-                limits,
-                name,
+                [row.width for row in limited],
+                [Estimate(float(min(row.budgets[law].value, row.n_features))) for row in limited],
+                "d·g(α), at most F" if law == plugins().capacity_laws.default.name else f"{law} law",
                 {"color": "black", "dash": dash},
                 {"color": "black", "symbol": "line-ew-open", "size": 9},
                 **at,
             )
     figure.update_xaxes(title="student width d_S (dimensions)")
     figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title=f"features with AUROC ≥ τ = {recoveries[0].tau:g}", col=1)
+    figure.update_yaxes(title=f"features with AUROC ≥ τ = {panels[0][0].tau:g}", col=1)
     figure.update_layout(template="plotly_white", legend={"orientation": "h", "y": -0.2})
     return figure
+
+
+def accuracy_figure(probes: Probes) -> Any:
+    """Accuracy against width: a panel for each concept, models and baselines of the same widths with 95% intervals, and
+    what needs no width as lines, the bag of embeddings with its own interval at both ends.
+    """
+    from plotly.subplots import make_subplots
+
+    columns = min(PANELS_IN_A_ROW, len(probes.concepts))
+    n_rows = -(-len(probes.concepts) // columns)
+    titles = [" or ".join(concept.classes) for concept in probes.concepts]
+    figure = make_subplots(
+        rows=n_rows, cols=columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.3 / n_rows
+    )
+    widths = sorted({row.width for row in probes.rows if row.kind == TRAINED})
+    for i, concept in enumerate(probes.concepts):
+        at = {"row": i // columns + 1, "col": i % columns + 1, "showlegend": i == 0}
+        rows = [row for row in probes.rows if row.concept == concept.name]
+        for kind, (colour, symbol) in KINDS.items():
+            shown = [row for row in rows if row.kind == kind]
+            add_series(
+                figure,
+                [row.width for row in shown],
+                [row.accuracy for row in shown],
+                kind,
+                {"color": colour},
+                {"color": colour, "symbol": symbol},
+                **at,
+            )
+        for name, value in _levels(rows).items():
+            dash, symbol = LEVELS[name]
+            add_series(
+                figure,
+                [widths[0], widths[-1]],
+                [value] * 2,
+                name,
+                {"color": "gray", "dash": dash},
+                {"color": "gray", "symbol": symbol},
+                **at,
+            )
+    figure.update_xaxes(title={"text": "width (dimensions)", "standoff": 2}, type="log", tickvals=widths)
+    figure.update_yaxes(range=[0.4, 1.02])
+    figure.update_yaxes(title="accuracy", col=1)
+    figure.update_layout(
+        template="plotly_white",
+        height=130 + 260 * n_rows,
+        legend={"orientation": "h", "y": 1 + 0.2 / n_rows, "yanchor": "bottom"},
+    )
+    return figure
+
+
+def _levels(rows: Sequence[ProbeRow]) -> dict[str, Estimate]:
+    """What needs no width, of the rows of one concept, by the names in `LEVELS`."""
+    teacher = next(row for row in rows if row.kind == TRAINED)
+    levels = {"majority": teacher.majority, "control task (teacher)": teacher.control}
+    known = {name: Estimate(level) for name, level in levels.items() if level is not None}
+    return known | {row.kind: row.accuracy for row in rows if row.kind == EMBEDDINGS}

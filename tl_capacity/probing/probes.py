@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tl_capacity.errors import CapacityError
 from tl_capacity.probing.activations import Activations
 from tl_capacity.probing.concepts import LabelledTexts
+from tl_capacity.probing.rows import ProbeNumbers
 from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
 from tl_capacity.runtime.checks import checked
 
@@ -76,7 +77,7 @@ class Probe:
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Everything, as JSON and arrays, of which `of_state` makes the same probe."""
-        values = {of.name: getattr(self, of.name) for of in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         return {
             name: asdict(value) if isinstance(value, Estimate) else value
@@ -92,27 +93,28 @@ class Probe:
         } | dict(arrays)
         return cls(**state)
 
+    @property
+    def numbers(self) -> ProbeNumbers:
+        """Everything but the arrays."""
+        return ProbeNumbers(
+            concept=self.concept,
+            hook=self.hook,
+            pooling=self.pooling,
+            width=self.width,
+            accuracy=self.accuracy,
+            auroc=self.auroc,
+            control=self.control_accuracy,
+            selectivity=self.selectivity,
+            majority=self.majority,
+            c=self.c,
+            n_train=self.n_train,
+            n_test=len(self.labels),
+            test_documents=len(np.unique(self.documents)),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays, flat."""
-        figures = {"": self.accuracy, "auroc_": self.auroc} | (
-            {"selectivity_": self.selectivity} if self.selectivity is not None else {}
-        )
-        values = {"accuracy": self.accuracy.value, "auroc": self.auroc.value, "control_accuracy": self.control_accuracy}
-        if self.selectivity is not None:
-            values["selectivity"] = self.selectivity.value
-        return {
-            "concept": self.concept,
-            "hook": self.hook,
-            "pooling": self.pooling,
-            "width": self.width,
-            **values,
-            **{f"{name}{side}": getattr(figure, side) for name, figure in figures.items() for side in ("low", "high")},
-            "majority": self.majority,
-            "c": self.c,
-            "n_train": self.n_train,
-            "n_test": len(self.labels),
-            "test_documents": len(np.unique(self.documents)),
-        }
+        return self.numbers.to_json()
 
 
 @checked

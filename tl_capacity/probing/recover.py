@@ -17,6 +17,8 @@ from tl_capacity.dictionaries.adapter import dictionary_digest
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.models.forward import evaluating
+from tl_capacity.plugins import plugins
+from tl_capacity.predict.laws import features_per_dimension
 from tl_capacity.probing.passes import RANDOM, TEACHER, Passes, Reader, components_of
 from tl_capacity.probing.recovery import TAU, Recovery, StudentRecovery
 from tl_capacity.results.hook import HookMeasurement
@@ -35,7 +37,7 @@ def recover_features(
     *,
     measured: HookMeasurement,
     random: Mapping[str, Any] | None = None,
-    importance: str = "second_moment",
+    importance: str | None = None,
     tau: float = TAU,
     max_tokens: int | None = None,
     mask_token_ids: Sequence[int] | None = None,
@@ -57,7 +59,7 @@ def recover_features(
             twice.
         measured: of the teacher with the SAE: which features are alive, their importance and sparsity.
         random: for students by name, the same model with random weights: the floor.
-        importance: estimator by which the theory's kept set is taken.
+        importance: estimator by which the theory's kept set is taken; None for the default one.
         tau: AUROC from which a feature counts as kept.
         max_tokens: read no more tokens of the stream than this, padding and special ones included.
         mask_token_ids: ids not to count; by default every special token of the teacher's tokenizer.
@@ -92,6 +94,8 @@ def recover_features(
             "the stream can be gone over only once, but it is read twice: pass a TokenStream, or a list of batches"
         )
     started = time.monotonic()
+    estimator = measured.estimator(importance).name
+    per_dimension = _features_by_law(measured, estimator)
     readers = {TEACHER: Reader.of(teacher, measured.hook, "the teacher")}
     for name, model in students.items():
         readers[name] = Reader.of(model, measured.hook, f"the student {name!r}")
@@ -110,16 +114,24 @@ def recover_features(
         readouts, sources = passes.fit(tuple(students), fitting)
         rankings = passes.judge(readouts, sources, judging)
     scores = {name: ranking.scores() for name, ranking in rankings.items()}
-    found = [
+    recovered = [
         StudentRecovery(name, width, scores[name], scores.get(f"{name} {RANDOM}"), scores[components_of(width)])
         for name, width in ((name, passes.widths[name]) for name in students)
     ]
     return Recovery(
         measured,
-        importance,
+        estimator,
         scores[TEACHER],
-        tuple(sorted(found, key=lambda student: student.width)),
+        tuple(sorted(recovered, key=lambda student: student.width)),
         passes.tokens,
         tau,
         round(time.monotonic() - started, 1),
+        per_dimension,
     )
+
+
+def _features_by_law(measured: HookMeasurement, importance: str) -> dict[str, float]:
+    """Features per dimension by each registered capacity law, the default one first."""
+    laws, alpha, values = plugins().capacity_laws, measured.summary.alpha.value, measured.importance(importance)
+    ordered = sorted(laws, key=lambda law: law is not laws.default)
+    return {law.name: features_per_dimension(law, alpha, values) for law in ordered}

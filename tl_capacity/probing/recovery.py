@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,22 +16,20 @@ from numpy.typing import NDArray
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.laws import kept_features
 from tl_capacity.probing.ranking import Scores
+from tl_capacity.probing.recoverability import COUNTS, Recoverability, RecoveryRow
 from tl_capacity.probing.splitting import HELD_OUT
 from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.show.tables import html_table, table
+from tl_capacity.storage.files import write_bytes
 from tl_capacity.text.documents import DOCUMENT_GROUPS
-from tl_capacity.theory import budget
 
-SCHEMA = 1
 MIN_FIRINGS = 10
 """Held-out tokens on which a feature must fire, and be silent, to be judged: with fewer, AUROC ≥ 0.95 comes about by
 chance.
 """
 TAU = 0.95
 TAUS = tuple(round(0.80 + 0.01 * i, 2) for i in range(20))
-COUNTS = {"student": "kept", "random": "kept_random", "pca": "kept_pca", "teacher": "kept_teacher"}
-"""What is read out at each width, and the name of its number of kept features in JSON."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Recovery:
         tokens: counted tokens by what they were used for.
         tau: AUROC from which a feature counts as kept.
         seconds: what it cost, in wall-clock seconds.
+        features_per_dimension: of each registered capacity law, by its name, the default one first.
     """
 
     measured: HookMeasurement
@@ -73,6 +74,7 @@ class Recovery:
     tokens: Mapping[str, int] = field(default_factory=dict)
     tau: float = TAU
     seconds: float = 0.0
+    features_per_dimension: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def hook(self) -> str:
@@ -103,11 +105,16 @@ class Recovery:
         """How many features a readout finds, with a 95% interval over documents."""
         return scores.count(self.tau if tau is None else tau, self.judged)
 
-    def predicted(self, width: int, law: str = "compressed_sensing") -> NDArray[np.bool_]:
+    def budgets(self, width: int) -> dict[str, float]:
+        """How many features each capacity law lets a student of that width keep, by the law's name."""
+        return {law: width * per_dimension for law, per_dimension in self.features_per_dimension.items()}
+
+    def predicted(self, width: int, law: str | None = None) -> NDArray[np.bool_]:
         """Whether each feature is among the F_S most important ones, which the theory lets a student of that width keep
-        [feature].
+        [feature]; by the default capacity law where none is named.
         """
-        kept = kept_features(self.importances, self.measured.summary.alpha.value, width, plugins().capacity_laws[law])
+        capacity_law = plugins().capacity_laws.named(law)
+        kept = kept_features(self.importances, self.measured.summary.alpha.value, width, capacity_law)
         return most_important(self.importances, kept)
 
     def overlap(self, student: StudentRecovery) -> dict[str, Any]:
@@ -123,8 +130,8 @@ class Recovery:
         predicted = self.predicted(student.width)[self.judged]
         ordered = most_important(self.importances[self.judged], int(kept.sum()))
 
-        def share(of: NDArray[np.bool_]) -> float | None:
-            return float(kept[of].mean()) if of.any() else None
+        def share(features: NDArray[np.bool_]) -> float | None:
+            return float(kept[features].mean()) if features.any() else None
 
         return {
             "predicted": int(predicted.sum()),
@@ -134,42 +141,25 @@ class Recovery:
             "ordered_by_chance": float(kept.mean()) if judged and kept.any() else None,
         }
 
+    @cached_property
+    def rows(self) -> tuple[RecoveryRow, ...]:
+        """The numbers of each student, without those of every feature."""
+        return tuple(self._row(student) for student in self.students)
+
     def to_json(self) -> list[dict[str, Any]]:
         """One object per student."""
-        alpha = self.measured.summary.alpha.value
-        found = []
-        for student in self.students:
-            readouts = _readouts(self, student)
-            counts = {name: self.count(scores) for name, scores in readouts.items()}
-            found.append(
-                {
-                    "schema": SCHEMA,
-                    "student": student.name,
-                    "width": student.width,
-                    "hook": self.hook,
-                    "tau": self.tau,
-                    **{key: int(counts[name].value) if name in counts else None for name, key in COUNTS.items()},
-                    "budget": budget(student.width, alpha),
-                    "equilibrium": (
-                        student.width
-                        * plugins().capacity_laws["equilibrium"].features_per_dimension(alpha, self.importances)
-                    ),
-                    "predicted": int(self.predicted(student.width).sum()),
-                    "n_features": len(self.features),
-                    "n_judged": int(self.judged.sum()),
-                    "intervals": {
-                        name: None if e.low is None or e.high is None else [e.low, e.high] for name, e in counts.items()
-                    },
-                    "overlap": self.overlap(student),
-                    "by_tau": {
-                        f"{tau:.2f}": {name: int(self.kept(scores, tau).sum()) for name, scores in readouts.items()}
-                        for tau in TAUS
-                    },
-                    "readouts": {name: self._typical(scores) for name, scores in readouts.items()},
-                    "tokens": dict(self.tokens),
-                }
-            )
-        return found
+        return Recoverability(self.rows).to_json()
+
+    def save_arrays(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write every figure of every feature into a folder, as `features-HOOK.safetensors`, with what it was made of.
+
+        Raises:
+            CapacityError: where it cannot be written.
+        """
+        from safetensors.numpy import save
+
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays().items()}
+        write_bytes(folder / f"features-{self.hook}.safetensors", save(arrays, {"about": json.dumps(about)}))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Every figure of every feature, as it lies on disk: `teacher/auroc`, `STUDENT/pca/r2` and so on [feature]."""
@@ -181,7 +171,7 @@ class Recovery:
                 if name != "teacher"
             }
         figures = ("auroc", "auroc_error", "average_precision", "average_precision_error", "r2")
-        of_readouts = {
+        by_readout = {
             f"{name}/{figure}": getattr(scores, figure) for name, scores in readouts.items() for figure in figures
         }
         firings = self.teacher.firings.sum(0).astype(np.int64)
@@ -190,47 +180,17 @@ class Recovery:
             "importance": self.importances,
             "firings": firings,
             "judged": self.judged,
-            **of_readouts,
+            **by_readout,
         }
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a table: a row for each student."""
-        header = [
-            "student",
-            "kept",
-            "random weights",
-            "PCA",
-            "teacher",
-            "d·g(α)",
-            "equilibrium",
-            "of predicted (of all)",
-            "median AP",
-            "median R²",
+        header = ["student", "kept", "random weights", "PCA", "teacher"]
+        header += [
+            "d·g(α)" if law == plugins().capacity_laws.default.name else law for law in self.features_per_dimension
         ]
-        rows = []
-        for student, row in zip(self.students, self.to_json(), strict=True):
-            readouts, overlap = _readouts(self, student), row["overlap"]
-            counts = [
-                self.count(readouts[name]).show(",.0f") if name in readouts else "–"
-                for name in ("student", "random", "pca", "teacher")
-            ]
-            shares = [
-                "–" if overlap[name] is None else f"{overlap[name]:.0%}"
-                for name in ("kept_of_predicted", "kept_of_all")
-            ]
-            typical = []
-            for name in ("average_precision", "r2"):
-                own, *others = (
-                    _shown(row["readouts"][readout][name])
-                    for readout in ("student", "random", "teacher")
-                    if readout in readouts
-                )
-                typical.append(f"{own} ({' – '.join(others)})")
-            budgets = [f"{row[name]:,.0f}" for name in ("budget", "equilibrium")]
-            rows.append(
-                [f"{student.name} (d={student.width})", *counts, *budgets, f"{shares[0]} ({shares[1]})", *typical]
-            )
-        return header, rows
+        header += ["of predicted (of all)", "median AP", "median R²"]
+        return header, [_cells(row) for row in self.rows]
 
     def title(self) -> str:
         """What the table shows."""
@@ -252,35 +212,7 @@ class Recovery:
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a row for each student: counts with their intervals, budgets, overlap and medians."""
-        import pandas
-
-        flat = []
-        for row in self.to_json():
-            names = (
-                "student",
-                "width",
-                "hook",
-                "tau",
-                *COUNTS.values(),
-                "budget",
-                "equilibrium",
-                "predicted",
-                "n_features",
-                "n_judged",
-            )
-            cells = {name: row[name] for name in names}
-            for readout, key in COUNTS.items():
-                cells |= dict(
-                    zip((f"{key} low", f"{key} high"), row["intervals"].get(readout) or (None, None), strict=True)
-                )
-            cells |= {f"overlap {name}": value for name, value in row["overlap"].items()}
-            cells |= {
-                f"{name} {readout}": value
-                for readout, values in row["readouts"].items()
-                for name, value in values.items()
-            }
-            flat.append(cells)
-        return pandas.DataFrame(flat)
+        return Recoverability(self.rows).to_frame()
 
     def plot(self) -> Any:
         """A plotly figure of the features kept against the student's width; see `recovery_figure`."""
@@ -300,16 +232,36 @@ class Recovery:
     def __repr__(self) -> str:
         return f"Recovery({self.hook}; {len(self.features):,} features in {', '.join(s.name for s in self.students)})"
 
-    def _typical(self, scores: Scores) -> dict[str, float | None]:
+    def _row(self, student: StudentRecovery) -> RecoveryRow:
+        readouts = _readouts(self, student)
+        return RecoveryRow(
+            student=student.name,
+            width=student.width,
+            hook=self.hook,
+            tau=self.tau,
+            n_features=len(self.features),
+            n_judged=int(self.judged.sum()),
+            counts={COUNTS[name]: self.count(scores) for name, scores in readouts.items()},
+            budgets={law: Estimate(budget) for law, budget in self.budgets(student.width).items()},
+            predicted=int(self.predicted(student.width).sum()),
+            overlap={name: float(share) for name, share in self.overlap(student).items() if share is not None},
+            readouts={name: self._typical(scores) for name, scores in readouts.items()},
+            by_tau={
+                tau: {name: float(self.kept(scores, tau).sum()) for name, scores in readouts.items()} for tau in TAUS
+            },
+            tokens=dict(self.tokens),
+        )
+
+    def _typical(self, scores: Scores) -> dict[str, float]:
         """Medians over judged features, and the largest error of an AUROC that binning may have caused."""
-        found = {
-            name: np.median(getattr(scores, name)[self.judged]) if self.judged.any() else None
-            for name in ("auroc", "average_precision", "r2")
-        }
-        worst = scores.auroc_error[self.judged].max() if self.judged.any() else None
+        if not self.judged.any():
+            return {"ridge": scores.ridge}
         return {
-            **{name: None if v is None else float(v) for name, v in found.items()},
-            "largest_auroc_error": worst,
+            **{
+                name: float(np.median(getattr(scores, name)[self.judged]))
+                for name in ("auroc", "average_precision", "r2")
+            },
+            "largest_auroc_error": float(scores.auroc_error[self.judged].max()),
             "ridge": scores.ridge,
         }
 
@@ -323,8 +275,26 @@ def most_important(importances: NDArray[np.float64], count: int) -> NDArray[np.b
 
 def _readouts(recovery: Recovery, student: StudentRecovery) -> dict[str, Scores]:
     """What is compared at one width."""
-    found = {"student": student.student, "random": student.random, "pca": student.pca, "teacher": recovery.teacher}
-    return {name: scores for name, scores in found.items() if scores is not None}
+    readouts = {"student": student.student, "random": student.random, "pca": student.pca, "teacher": recovery.teacher}
+    return {name: scores for name, scores in readouts.items() if scores is not None}
+
+
+def _cells(row: RecoveryRow) -> list[str]:
+    """A row of the table."""
+    counts = [row.counts[key].show(",.0f") if key in row.counts else "–" for key in COUNTS.values()]
+    budgets = [f"{budget.value:,.0f}" for budget in row.budgets.values()]
+    predicted, by_chance = (
+        f"{row.overlap[name]:.0%}" if name in row.overlap else "–" for name in ("kept_of_predicted", "kept_of_all")
+    )
+    typical = []
+    for name in ("average_precision", "r2"):
+        student, *others = (
+            _shown(row.readouts[readout].get(name))
+            for readout in ("student", "random", "teacher")
+            if readout in row.readouts
+        )
+        typical.append(f"{student} ({' – '.join(others)})")
+    return [f"{row.student} (d={row.width})", *counts, *budgets, f"{predicted} ({by_chance})", *typical]
 
 
 def _shown(value: float | None) -> str:

@@ -19,6 +19,7 @@ from tl_capacity.probing.activations import Activations
 from tl_capacity.probing.concepts import LabelledTexts
 from tl_capacity.probing.probes import Probe, fit_probes
 from tl_capacity.probing.probes import difference as difference_of
+from tl_capacity.probing.rows import SparseRow
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.rounding import whole_above
@@ -51,15 +52,24 @@ class SparseProbe:
         known = [width for width in self.widths if width is not None]
         return max(known) if known and len(known) == len(self.widths) else None
 
+    def row(self, falls_at: int | None = None) -> SparseRow:
+        """Its numbers, as `probes.json` has them.
+
+        Args:
+            falls_at: the widest student in which the probe on all activations falls.
+        """
+        return SparseRow(
+            **vars(self.probe.numbers),
+            features=self.features,
+            ranks=self.ranks,
+            widths=self.widths,
+            lost_below=self.lost_below,
+            falls_at=falls_at,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The probe, and what it reads."""
-        return {
-            **self.probe.to_json(),
-            "features": list(self.features),
-            "ranks": list(self.ranks),
-            "widths": list(self.widths),
-            "lost_below": self.lost_below,
-        }
+        return {name: value for name, value in self.row().to_json().items() if name != "falls_at"}
 
 
 @checked
@@ -68,8 +78,8 @@ def sparse_probes(
     concepts: Sequence[LabelledTexts],
     measurement: HookMeasurement | None = None,
     *,
-    importance: str = "second_moment",
-    law: str = "compressed_sensing",
+    importance: str | None = None,
+    law: str | None = None,
     ks: Sequence[int] = FEATURES,
     seed: int = 0,
 ) -> list[SparseProbe]:
@@ -82,7 +92,7 @@ def sparse_probes(
         latents: of each concept's texts, by its name: what `collect(…, sae=…)` gives.
         concepts: the concepts.
         measurement: of the same SAE, for importance ranks and the law's widths.
-        importance, law: as for predicted floors.
+        importance, law: as for predicted floors; None for the default ones.
         ks: numbers of features.
 
     Raises:
@@ -158,9 +168,9 @@ def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | 
     return max(fallen, default=None)
 
 
-def _ranked(measurement: HookMeasurement, importance: str, law: str) -> tuple[dict[int, int], float]:
+def _ranked(measurement: HookMeasurement, importance: str | None, law: str | None) -> tuple[dict[int, int], float]:
     """The importance rank of each alive feature, and features per dimension by the law."""
     per_dimension = features_per_dimension(
-        plugins().capacity_laws[law], measurement.summary.alpha.value, measurement.importance(importance)
+        plugins().capacity_laws.named(law), measurement.summary.alpha.value, measurement.importance(importance)
     )
     return {int(feature): rank for rank, feature in enumerate(measurement.ranked(importance), 1)}, per_dimension

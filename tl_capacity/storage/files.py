@@ -54,6 +54,18 @@ def write_json(path: Path, content: Any, keep_previous: bool = False) -> None:
     )
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        MeasurementError: where it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as problem:
+        raise MeasurementError(f"{path} cannot be read ({problem}): write it again") from problem
+
+
 def write_record(path: Path, content: Mapping[str, Any], keep_previous: bool = False) -> None:
     """Write a JSON object with the SHA-256 of all else in it, so that `read_record` sees a single bit that changed."""
     # As a reader will see it: keys are strings, tuples are lists, and what UTF-8 cannot hold was replaced.

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import plotly.graph_objects as go
 
+from tl_capacity.probing.rows import ProbeRow, Probes
 from tl_capacity.report import figures
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
-from tl_capacity.report.results import ProbeRow, concept_titles, probe_rows
 from tl_capacity.report.story import Story
 from tl_capacity.show.figures import legend
 
@@ -27,7 +27,8 @@ def probes(story: Story, empty: Section) -> Section:
     """
     if story.results.probes is None:
         return _not_probed(story, empty)
-    rows, titles = probe_rows(story.results.probes), concept_titles(story.results.probes)
+    results = Probes.from_json(story.results.probes)
+    rows, titles = results.rows, results.titles
     concepts = list(dict.fromkeys(row.concept for row in rows))
     kinds = [*dict.fromkeys(row.kind for row in rows), COMMONER]
     kinds += [CONTROL] if any(row.control is not None for row in rows) else []

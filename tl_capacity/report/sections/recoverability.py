@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
+from tl_capacity.probing.recoverability import COUNT_LABELS, READOUTS, Recoverability, RecoveryRow
 from tl_capacity.report import figures
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
-from tl_capacity.report.results import READOUTS, RECOVERED, RecoveryRow, recoverability_rows
 from tl_capacity.report.story import Story
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.naming import short_hook
@@ -26,7 +26,7 @@ def recoverability(story: Story, empty: Section) -> Section:
     """
     if story.results.recoverability is None:
         return _not_recovered(story, empty)
-    rows = _with_budget_intervals(story.measurement, recoverability_rows(story.results.recoverability))
+    rows = _with_budget_intervals(story.measurement, Recoverability.from_json(story.results.recoverability).rows)
     text = [
         "A feature counts as kept where a linear readout of the student's activations tells, on held-out documents, at"
         " an AUROC of at least τ where it fires. The teacher's own activations are the ceiling, a student with random"
@@ -70,14 +70,13 @@ def _kept_figure(rows: Sequence[RecoveryRow]) -> go.Figure:
         {
             "series": f"{label}{difference}",
             "width": row.width,
-            "value": row.counts[key].value,
-            "low": row.counts[key].low,
-            "high": row.counts[key].high,
-            "baseline": key != "kept",
+            "value": number.value,
+            "low": number.low,
+            "high": number.high,
+            "baseline": label != COUNT_LABELS["kept"],
         }
         for row, difference in zip(rows, _differences(rows), strict=True)
-        for key, label in RECOVERED.items()
-        if key in row.counts
+        for label, number in row.labelled.items()
     ]
     return figures.series_figure(series, "features")
 
@@ -112,6 +111,7 @@ def _readout(row: RecoveryRow, readout: str) -> dict[float, float]:
 def _counts_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
     """How many features each readout finds, and the budgets."""
     taus = sorted({row.tau for row in rows})
+    labels = dict.fromkeys([*COUNT_LABELS.values(), *(label for row in rows for label in row.labelled)])
     title = "Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else "")
     cells = [
         [
@@ -120,12 +120,12 @@ def _counts_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
                 short_hook(story.measurement, row.hook) + (f", τ = {row.tau:g}" if len(taus) > 1 else ""),
             ),
             number_cell(row.width),
-            *(estimate_cell(row.counts[key], ",.0f") if key in row.counts else Cell("") for key in RECOVERED),
+            *(estimate_cell(row.labelled[label], ",.0f") if label in row.labelled else Cell("") for label in labels),
             Cell(f"{row.n_features:,}", f"{row.n_judged:,} judged", row.n_features),
         ]
         for row in rows
     ]
-    return PageTable(title, ["student", "width d_S", *RECOVERED.values(), "features"], cells)
+    return PageTable(title, ["student", "width d_S", *labels, "features"], cells)
 
 
 def _shares_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
@@ -174,27 +174,20 @@ def _with_budget_intervals(measurement: Measurement, rows: Sequence[RecoveryRow]
     SAE.
     """
     alone = [h.hook for h in measurement if sum(other.hook == h.hook for other in measurement) == 1]
+    laws = dict.fromkeys(law for row in rows for law in row.budgets if law in plugins().capacity_laws)
     measured = {
-        key: {row["hook"]: row["budget"] for row in measurement.budget(max_fvu=None, law=law).rows()}
-        for key, law in _laws_of_budgets(rows).items()
+        law: {row["hook"]: row["budget"] for row in measurement.budget(max_fvu=None, law=law).rows()} for law in laws
     }
     return [
         replace(
             row,
-            counts={
-                key: _scaled_like(count, measured[key][row.hook]) if key in measured and row.hook in alone else count
-                for key, count in row.counts.items()
+            budgets={
+                law: _scaled_like(budget, measured[law][row.hook]) if law in measured and row.hook in alone else budget
+                for law, budget in row.budgets.items()
             },
         )
         for row in rows
     ]
-
-
-def _laws_of_budgets(rows: Sequence[RecoveryRow]) -> dict[str, str]:
-    """The law of each budget in the rows, by its key: `budget` is by the default law, others are named by theirs."""
-    laws = plugins().capacity_laws
-    keys = dict.fromkeys(key for row in rows for key in row.counts)
-    return {key: laws.default.name if key == "budget" else key for key in keys if key == "budget" or key in laws}
 
 
 def _scaled_like(budget: Estimate, measured: Estimate) -> Estimate:

@@ -1,0 +1,251 @@
+"""Probing several models for several concepts, beside baselines; what is fitted is kept in a checkpoint.
+
+Each process takes some of the models. Of the activations only the teacher's outlive their model's turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_capacity.errors import HookPointError
+from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.measure.setup import tapped_model
+from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.loading import LoadedModel
+from tl_capacity.probing.activations import Activations, bag_of_embeddings, collect, randomly_initialised
+from tl_capacity.probing.concepts import LabelledTexts
+from tl_capacity.probing.probe_result import Probed, ProbeResult
+from tl_capacity.probing.probes import Probe, fit_probes, on_principal_components
+from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED
+from tl_capacity.probing.sparse import SparseProbe, sparse_probes
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.processes import ALONE, Processes
+from tl_capacity.runtime.progress import token_progress
+from tl_capacity.storage.checkpoints import Checkpoint
+
+Reader = Callable[[str], Activations]
+"""Gives the activations of a concept's texts, by its name."""
+Fitted = tuple[list[Probe], dict[str, Any]]
+"""Probes, and what else is known of them, as JSON."""
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is read and fitted.
+
+    Attributes:
+        hook: the hook point.
+        pooling, context, batch_rows: see `collect`.
+        baselines: also probe models with random weights, the teacher's principal components, its embeddings, and the
+            control task.
+        importance, law: of the ranks of sparse probes; None for the default ones.
+        seed: of folds, random weights, control labels and resamples.
+    """
+
+    hook: str
+    pooling: str = "mean"
+    context: int | None = None
+    batch_rows: int = 32
+    baselines: bool = True
+    importance: str | None = None
+    law: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TappedModel:
+    """A model, and what its hook points are tapped on."""
+
+    loaded: LoadedModel
+    module: Any
+
+    @classmethod
+    def at(cls, model: LoadedModel, hook: str) -> TappedModel:
+        """A model that has the hook point.
+
+        Raises:
+            HookPointError: where it has none of that name; names the model.
+        """
+        try:
+            module = tapped_model(model, [], [], [hook])
+            TapPoint.of(module, hook)
+        except HookPointError as problem:
+            raise HookPointError(f"{model.name}: {problem}") from problem
+        return cls(model, module)
+
+
+def probe_models(
+    settings: ProbeSettings,
+    concepts: Sequence[LabelledTexts],
+    models: Sequence[TappedModel],
+    sae: SparseAutoencoder | None = None,
+    measured: HookMeasurement | None = None,
+    checkpoint: Checkpoint | None = None,
+    processes: Processes = ALONE,
+) -> ProbeResult:
+    """Probes of each concept on each model, beside their baselines.
+
+    Args:
+        models: the teacher first.
+        sae: of the teacher, for sparse probes.
+        measured: of that SAE, for importance ranks.
+        checkpoint: goes on from where it left off.
+        processes: that share the models; each gets the result.
+
+    Raises:
+        CapacityError: where texts cannot be probed.
+    """
+    kinds = 3 if settings.baselines else 1
+    mine = len(processes.share(models)) * kinds + (sae is not None and processes.first)
+    with token_progress(mine * len(concepts), processes.first, "probing", "probes") as advance:
+        fits = CheckpointedFits(checkpoint or Checkpoint(None, {}), advance)
+        experiment = Experiment(settings, {concept.name: concept for concept in concepts}, models, fits)
+        probed = processes.map(experiment.probe_model, range(len(models)))
+        sparse = processes.map(lambda each: experiment.probe_latents(each, measured), [] if sae is None else [sae])
+    return ProbeResult(
+        tuple(concepts),
+        tuple(each for of_model in probed for each in of_model),
+        tuple(each for of_sae in sparse for each in of_sae),
+    )
+
+
+class CheckpointedFits:
+    """Keeps what was fitted in a checkpoint, so that a run that was killed does not fit it again."""
+
+    def __init__(self, checkpoint: Checkpoint, advance: Callable[[int], None]) -> None:
+        self.checkpoint, self.advance, self.done = checkpoint, advance, 0
+
+    def fitted(self, name: str, fit: Callable[[], Fitted]) -> Fitted:
+        """What was fitted under this name, now or before the run was killed, and what else is known of it."""
+        tensors, about = self.checkpoint.tensors, self.checkpoint.about
+        if name not in about:
+            probes, others = fit()
+            states = [probe.to_state() for probe in probes]
+            tensors |= {
+                f"{name} {i}/{field}": torch.from_numpy(array)
+                for i, (_, arrays) in enumerate(states)
+                for field, array in arrays.items()
+            }
+            about[name] = {**others, "probes": [values for values, _ in states]}
+            if self.checkpoint.due:
+                self.save()
+        self.done += 1
+        self.advance(self.done)
+        arrays = ({key: tensor.numpy() for key, tensor in self.checkpoint.part(f"{name} {i}").items()} for i in count())
+        return [Probe.of_state(*state) for state in zip(about[name]["probes"], arrays, strict=False)], about[name]
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self.checkpoint.save(self.checkpoint.tensors, self.checkpoint.about)
+
+
+class Experiment:
+    """Probes models one after the other; the teacher's activations are collected once and kept."""
+
+    def __init__(
+        self,
+        settings: ProbeSettings,
+        concepts: dict[str, LabelledTexts],
+        models: Sequence[TappedModel],
+        fits: CheckpointedFits,
+    ) -> None:
+        self.settings, self.concepts, self.models, self.fits = settings, concepts, models, fits
+        self.teacher_reader = self.reader(models[0])
+
+    def probe_model(self, number: int) -> list[Probed]:
+        """The probes on one model, and on the baselines that stand beside it."""
+        model = self.models[number]
+        read = self.reader(model) if number else self.teacher_reader
+        readers = {TRAINED: read} | (self.baseline_readers(number, model, read) if self.settings.baselines else {})
+        return [self.probe_kind(number, kind, reader, read) for kind, reader in readers.items()]
+
+    def baseline_readers(self, number: int, model: TappedModel, read: Reader) -> dict[str, Reader]:
+        """Readers of the baselines beside a model, whose own activations `read` gives."""
+        loaded = model.loaded
+        untrained = cache(lambda: randomly_initialised(loaded.model, self.settings.seed))
+        twin = cache(lambda: LoadedModel(untrained(), loaded.tokenizer, loaded.name, None))
+        readers: dict[str, Reader] = {
+            RANDOM: lambda name: self.reader(TappedModel.at(twin(), self.settings.hook))(name)
+        }
+        if number:
+            readers[COMPONENTS] = lambda name: on_principal_components(
+                self.teacher_reader(name), self.concepts[name], read(name).width
+            )
+        else:
+            readers[EMBEDDINGS] = lambda name: bag_of_embeddings(model.module, read(name))
+        return readers
+
+    def probe_kind(self, number: int, kind: str, read: Reader, read_model: Reader) -> Probed:
+        """The probes of one kind on what `read` gives for each concept, beside a model whose own activations
+        `read_model` gives.
+        """
+        fitted, about = [], {}
+        for name, concept in self.concepts.items():
+
+            def fit(name: str = name, concept: LabelledTexts = concept) -> Fitted:
+                control = kind == TRAINED and self.settings.baselines
+                probes = fit_probes({name: read(name)}, [concept], control=control, seed=self.settings.seed)
+                return probes, {"width": read_model(name).width, "truncated": read_model(name).truncated}
+
+            probes, about[name] = self.fits.fitted(f"{number} {kind} {name}", fit)
+            fitted += probes
+        self.fits.save()
+        width = next(iter(about.values()))["width"]
+        truncated = {name: known["truncated"] for name, known in about.items()}
+        return Probed(_short(self.models[number].loaded.name), kind, width, tuple(fitted), truncated)
+
+    def probe_latents(self, sae: SparseAutoencoder, measured: HookMeasurement | None) -> list[SparseProbe]:
+        """Probes on few latents of the teacher's SAE."""
+        read, settings, fitted = self.reader(self.models[0], sae), self.settings, []
+        for name, concept in self.concepts.items():
+
+            def fit(name: str = name, concept: LabelledTexts = concept) -> Fitted:
+                sparse = sparse_probes(
+                    {name: read(name)},
+                    [concept],
+                    measured,
+                    importance=settings.importance,
+                    law=settings.law,
+                    seed=settings.seed,
+                )
+                return [each.probe for each in sparse], {
+                    "read": [[each.features, each.ranks, each.widths] for each in sparse]
+                }
+
+            probes, about = self.fits.fitted(f"sparse {name}", fit)
+            fitted += [SparseProbe(probe, *map(tuple, each)) for probe, each in zip(probes, about["read"], strict=True)]
+        return fitted
+
+    def reader(self, model: TappedModel, sae: SparseAutoencoder | None = None) -> Reader:
+        """A function that collects a model's activations, or latents, of the texts of one concept
+        by name, each once.
+        """
+        settings = self.settings
+
+        @cache
+        def read(name: str) -> Activations:
+            return collect(
+                model.module,
+                settings.hook,
+                self.concepts[name].texts,
+                settings.pooling,
+                tokenizer=model.loaded.tokenizer,
+                sae=sae,
+                context=settings.context,
+                batch_rows=settings.batch_rows,
+                progress=False,
+            )
+
+        return read
+
+
+def _short(name: str) -> str:
+    """A folder's own name; any other as it is."""
+    return Path(name).name if Path(name).is_dir() else name
