@@ -49,7 +49,6 @@ from tl_capacity.probing.activations import TOKENS_PER_TEXT, bag_of_embeddings, 
 from tl_capacity.probing.concepts import split_of
 from tl_capacity.probing.probes import (
     PENALTIES,
-    bootstrap,
     control_labels,
     difference,
     folds_of,
@@ -58,6 +57,7 @@ from tl_capacity.probing.probes import (
 )
 from tl_capacity.probing.rows import Probes
 from tl_capacity.probing.sparse import falls_at, most_telling, narrowest_with, sparse_probes
+from tl_capacity.results.estimate import cluster_bootstrap
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -267,9 +267,9 @@ class TestProbes:
         right = np.random.default_rng(0).random(40) < 0.8
         mean = lambda weights: weights @ rows / weights.sum(1)  # noqa: E731
         rows = right.astype(float)
-        once = bootstrap(mean, np.arange(40))
+        once = cluster_bootstrap(mean, np.arange(40))
         rows = np.repeat(right, 25).astype(float)
-        copies = bootstrap(mean, np.repeat(np.arange(40), 25))
+        copies = cluster_bootstrap(mean, np.repeat(np.arange(40), 25))
         assert (copies.low, copies.high) == pytest.approx((once.low, once.high))
         # The binomial's own interval, roughly.
         assert once.high is not None
@@ -277,7 +277,7 @@ class TestProbes:
         assert once.high - once.low == pytest.approx(
             2 * 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 40), rel=0.25
         )
-        assert bootstrap(mean, np.repeat(np.arange(5), 200)).low is None
+        assert cluster_bootstrap(mean, np.repeat(np.arange(5), 200)).low is None
 
     @given(
         st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=2, max_size=30).filter(

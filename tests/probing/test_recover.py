@@ -198,12 +198,12 @@ def test_intervals_are_those_of_resampled_documents(judged: Any, data: Any) -> N
     groups = data[2][2000:].numpy()
     weights = document_resamples(np.bincount(groups, minlength=GROUPS))
     assert weights is not None
-    assert scores._resampled is not None
+    assert scores.resampled_auroc is not None
     for feature in (2, 5, 8):  # which fire on 4% to 12% of the tokens
         exact = [
             roc_auc_score(z[:, feature] > 0, predictions[:, feature], sample_weight=w[groups]) for w in weights[:100]
         ]
-        found = scores._resampled[:100, feature]
+        found = scores.resampled_auroc[:100, feature]
         assert np.corrcoef(exact, found)[0, 1] > 0.95
         assert np.std(found) == pytest.approx(np.std(exact), rel=0.15)
     count = scores.count(0.7, np.ones(FEATURES, dtype=bool))

@@ -81,9 +81,15 @@ class Encoder:
         """The active latents of at most `chunk` tokens [token, d_in]."""
         return joined(list(self.parts(inputs)))
 
+    def entries(self, inputs: Tensor) -> Iterator[Entries]:
+        """The active latents of any number of tokens, `chunk` of them at a time."""
+        for start in range(0, len(inputs), self.chunk):
+            tokens, features, values = self(inputs[start : start + self.chunk])
+            yield tokens + start, features, values
+
     def parts(self, inputs: Tensor) -> Iterator[Entries]:
-        """The same, some features or tokens after others, so that all need never be in memory; to be gone through under
-        `torch.no_grad`.
+        """The active latents of at most `chunk` tokens, some features or tokens after others, so that all need never be
+        in memory; to be gone through under `torch.no_grad`.
         """
         if not self._checked and len(inputs):
             self._checked = True

@@ -22,7 +22,7 @@ from tl_capacity.models.forward import activation_at, embedding_of, evaluating
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.progress import token_progress
-from tl_capacity.text.counting import special_token_ids
+from tl_capacity.text.counting import CountingRule
 
 POOLINGS = ("mean", "last", "token")
 TOKENS_PER_TEXT = 8
@@ -108,15 +108,15 @@ def collect(
     rows, truncated = _rows(
         tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, _longest(model)), prepend_bos
     )
-    special = special_token_ids(model, tokenizer)
-    chosen = [_chosen(ids, special, pooling, number) for number, ids in enumerate(rows)]
+    rule = CountingRule.for_model(model, tokenizer)
+    chosen = [_chosen(ids, rule, pooling, number) for number, ids in enumerate(rows)]
     per_text = np.array([len(positions) if pooling == "token" else 1 for positions in chosen])
     first_row = np.cumsum(per_text) - per_text
     values: NDArray[np.float32] | None = None
     with evaluating(model), token_progress(len(texts), progress, "collecting", "texts") as advance:
         done = 0
         for batch in _batches(rows, batch_rows):
-            activation = _activation(model, point, _padded([rows[i] for i in batch], special))
+            activation = _activation(model, point, _padded([rows[i] for i in batch], rule.filler))
             place = [(row, position) for row, i in enumerate(batch) for position in chosen[i]]
             taken = activation[tuple(torch.tensor(place, device=activation.device).T)].flatten(1)
             group = np.repeat(
@@ -179,9 +179,9 @@ def _rows(tokenizer: Any, texts: Sequence[str], context: int, prepend_bos: bool)
     return [np.array([*first, *ids][:context], dtype=np.int64) for ids in encoded], longer
 
 
-def _chosen(ids: NDArray[np.int64], special: Sequence[int], pooling: str, number: int) -> NDArray[np.int64]:
+def _chosen(ids: NDArray[np.int64], rule: CountingRule, pooling: str, number: int) -> NDArray[np.int64]:
     """Positions of the tokens that are pooled, or kept."""
-    counted = np.flatnonzero(~np.isin(ids, special))
+    counted = np.flatnonzero(rule.counted(ids[None])[0])
     if not len(counted):
         raise CapacityError(
             f"text {number} has no token that counts: leave out what is empty or consists of special tokens"
@@ -207,9 +207,9 @@ def _batches(rows: Sequence[NDArray[np.int64]], size: int) -> Iterator[list[int]
         yield order[start : start + size]
 
 
-def _padded(rows: Sequence[NDArray[np.int64]], special: Sequence[int]) -> Tensor:
+def _padded(rows: Sequence[NDArray[np.int64]], filler: int) -> Tensor:
     """Rows of one length, filled on the right, where a causal model does not look."""
-    filled = np.full((len(rows), max(map(len, rows))), special[0] if len(special) else 0, dtype=np.int64)
+    filled = np.full((len(rows), max(map(len, rows))), filler, dtype=np.int64)
     for row, ids in enumerate(rows):
         filled[row, : len(ids)] = ids
     return torch.from_numpy(filled)
@@ -217,15 +217,15 @@ def _padded(rows: Sequence[NDArray[np.int64]], special: Sequence[int]) -> Tensor
 
 def _activation(model: Any, point: TapPoint, tokens: Tensor) -> Tensor:
     """What a hook point carries on a batch of tokens, [row, position, ...]."""
-    found = activation_at(model, point, tokens)
-    if found is None:
+    activation = activation_at(model, point, tokens)
+    if activation is None:
         raise HookPointError(f"{point.name} did not fire: the model does not run it, tap another hook point")
-    if found.shape[:2] != tokens.shape:
+    if activation.shape[:2] != tokens.shape:
         raise HookPointError(
-            f"{point.name} has shape {tuple(found.shape)}, but the tokens have shape {tuple(tokens.shape)}: tap a hook"
-            " point with one vector per token"
+            f"{point.name} has shape {tuple(activation.shape)}, but the tokens have shape {tuple(tokens.shape)}: tap a"
+            " hook point with one vector per token"
         )
-    return found
+    return activation
 
 
 def _activations(taken: Float32[Tensor, "token width"], group: Tensor) -> Tensor:
@@ -247,10 +247,9 @@ def _latents(sae: SparseAutoencoder, hook: str) -> Any:
                 f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook"
                 " or model"
             )
-        sums = torch.zeros(int(group[-1]) + 1, len(sae.W_dec), dtype=torch.float32, device=taken.device)
-        for start in range(0, len(taken), encoder.chunk):
-            tokens, features, values = encoder(taken[start : start + encoder.chunk])
-            sums.index_put_((group[start + tokens], features), values.float(), accumulate=True)
+        sums = torch.zeros(int(group[-1]) + 1, encoder.d_sae, dtype=torch.float32, device=taken.device)
+        for tokens, features, values in encoder.entries(taken):
+            sums.index_put_((group[tokens], features), values.float(), accumulate=True)
         return sums / torch.bincount(group)[:, None]
 
     return pool
@@ -259,7 +258,5 @@ def _latents(sae: SparseAutoencoder, hook: str) -> Any:
 def _longest(model: Any) -> int:
     """Positions that the model takes."""
     config = getattr(model, "cfg", None) or getattr(model, "config", None)
-    found = next(
-        (value for name in ("n_ctx", "max_position_embeddings") if (value := getattr(config, name, None))), None
-    )
-    return int(found) if found else 2**31
+    names = ("n_ctx", "max_position_embeddings")
+    return next((int(value) for name in names if (value := getattr(config, name, None))), 2**31)

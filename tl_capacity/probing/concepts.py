@@ -63,7 +63,7 @@ class LabelledTexts:
                 splits, or a split that lacks a class.
         """
         texts = tuple(texts)
-        found = tuple(dict.fromkeys(text.label for text in texts))
+        labels = tuple(dict.fromkeys(text.label for text in texts))
         keys = [text.document if text.document is not None else f"text {number}" for number, text in enumerate(texts)]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         if len(numbers) < FEWEST_DOCUMENTS:
@@ -71,15 +71,15 @@ class LabelledTexts:
                 f"the concept {name!r} has {len(texts)} texts of {len(numbers)} documents: a probe needs at least"
                 f" {FEWEST_DOCUMENTS} documents, and hundreds for a narrow interval"
             )
-        if len(found) != 2:
+        if len(labels) != 2:
             raise CapacityError(
-                f"the concept {name!r} has the labels {_listed(found)}, but a probe tells two classes apart: give each"
+                f"the concept {name!r} has the labels {_listed(labels)}, but a probe tells two classes apart: give each"
                 " text one of two labels"
             )
-        classes = classes or (found[0], found[1])
-        if set(found) != set(classes):
+        classes = classes or (labels[0], labels[1])
+        if set(labels) != set(classes):
             raise CapacityError(
-                f"the concept {name!r} has the labels {_listed(found)} instead of {_listed(classes)}: mend its plugin"
+                f"the concept {name!r} has the labels {_listed(labels)} instead of {_listed(classes)}: mend its plugin"
             )
         splits = [text.split or split_of(key) for text, key in zip(texts, keys, strict=True)]
         if unknown := set(splits) - SPLITS.keys():
@@ -102,7 +102,7 @@ class LabelledTexts:
             splits=np.array(splits),
         )
         for split in ("train", "test"):
-            counted = [int((made.splits == split)[made.labels == one].sum()) for one in (True, False)]
+            counted = [int((made.splits == split)[made.labels == label].sum()) for label in (True, False)]
             if min(counted) < 5:
                 raise CapacityError(
                     f"the {split} split of the concept {name!r} has {counted[0]} and {counted[1]} texts of its classes:"

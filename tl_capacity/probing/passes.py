@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_capacity.dictionaries.encoding import Encoder
+from tl_capacity.dictionaries.adapter import inputs_for
+from tl_capacity.dictionaries.encoding import Encoder, joined
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
 from tl_capacity.models.forward import activation_at
 from tl_capacity.models.hook_points import TapPoint
@@ -70,13 +71,13 @@ class Reader:
             raise HookPointError(
                 f"{self.point.name} of {self.who} {what}: choose a hook point with one vector per token"
             )
-        found = seen.flatten(0, 1)[batch.counted.flatten().to(seen.device)]
-        if not bool(torch.isfinite(found.sum(dtype=torch.float32))):
+        counted = seen.flatten(0, 1)[batch.counted.flatten().to(seen.device)]
+        if not bool(torch.isfinite(counted.sum(dtype=torch.float32))):
             raise CapacityError(
                 f"{self.who} has NaN or infinite activations at {self.point.name} in batch {number}: check its"
                 " dtype and weights"
             )
-        return found
+        return counted
 
 
 class Passes:
@@ -117,19 +118,17 @@ class Passes:
             (FIT, VALIDATION),
             "fitting readouts",
             checkpoint,
-            lambda: {"/".join(key): own.to_tensors() for key, own in moments.items()},
+            lambda: {"/".join(key): sums.to_tensors() for key, sums in moments.items()},
         ):
             for name, x in activations.items():
                 if (part, name) not in moments:
                     moments[part, name] = Moments.zeros(x.shape[1], self.n_features, self.device)
                 moments[part, name].update(x, latents)
         # A process that had no batch does not know how wide the models are.
-        self.widths = dict(
-            ChainMap(*self.processes.gather({name: len(found.x) for (_, name), found in moments.items()}))
-        )
+        self.widths = dict(ChainMap(*self.processes.gather({name: len(sums.x) for (_, name), sums in moments.items()})))
         for part, name in product((FIT, VALIDATION), self.readers):
-            own = moments.get((part, name)) or Moments.zeros(self.widths[name], self.n_features, self.device)
-            moments[part, name] = own.over_all(self.processes)
+            mine = moments.get((part, name)) or Moments.zeros(self.widths[name], self.n_features, self.device)
+            moments[part, name] = mine.over_all(self.processes)
         readouts, sources = {}, {name: name for name in self.readers}
         for width in {self.widths[name] for name in students}:
             training, validation = moments[FIT, TEACHER], moments[VALIDATION, TEACHER]
@@ -177,7 +176,7 @@ class Passes:
         checkpoint.tensors.clear()  # they live on in the sums
 
         def save(batches: int) -> None:
-            tensors = {f"{name}/{key}": tensor for name, own in sums().items() for key, tensor in own.items()}
+            tensors = {f"{name}/{key}": tensor for name, each in sums().items() for key, tensor in each.items()}
             checkpoint.save(tensors, {"batches": batches, "tokens": {part: self.tokens[part] for part in parts}})
 
         number = 0
@@ -206,14 +205,9 @@ class Passes:
             )
 
     def _latents(self, x: Float[Tensor, "token ..."], number: int) -> Latents:
-        inputs = x if getattr(self.sae, "hook_z_reshaping_mode", False) else x.flatten(1)
-        found = []
-        for start in range(0, len(inputs), self.encoder.chunk):
-            tokens, latents, values = (
-                t.to(self.device) for t in self.encoder(inputs[start : start + self.encoder.chunk])
-            )
-            found.append((tokens + start, latents, values))
-        tokens, latents, values = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        inputs = inputs_for(self.sae, x)
+        parts = [(t.to(self.device), f.to(self.device), v.to(self.device)) for t, f, v in self.encoder.entries(inputs)]
+        tokens, latents, values = joined(parts)
         if not bool(torch.isfinite(values.sum())):
             raise CapacityError(f"the SAE gives NaN or infinite latents in batch {number}: check its weights")
         return Latents.of((tokens, latents, values), self.place, self.n_features, len(inputs))

@@ -7,7 +7,7 @@ from a bootstrap over documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -19,19 +19,16 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.probing.activations import Activations
 from tl_capacity.probing.concepts import LabelledTexts
 from tl_capacity.probing.rows import ProbeNumbers
-from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
+from tl_capacity.results.estimate import Estimate, cluster_bootstrap
 from tl_capacity.runtime.checks import checked
 
 PENALTIES = tuple(10.0**power for power in range(-4, 2))
 """C of scikit-learn's logistic regression, the inverse of the penalty; of the best, the strongest penalty is taken."""
 FOLDS = 5
-REPLICATES = 1_000
 WIDEST_NEWTON = 1_024
 """Columns up to which Newton's method is the faster solver: two to four times as fast as L-BFGS at 128, to the same
 coefficients.
 """
-REPLICATED_AT_ONCE = 4_000_000
-"""Rows times replicates whose weights are in memory at once: 32 MB."""
 
 
 @dataclass(frozen=True)
@@ -164,49 +161,19 @@ def on_principal_components(activations: Activations, concept: LabelledTexts, wi
     return replace(activations, values=components.transform(activations.values).astype(np.float32))
 
 
-def difference(one: Probe, other: Probe, seed: int = 0) -> Estimate:
+def difference(probe: Probe, other: Probe, seed: int = 0) -> Estimate:
     """Accuracy of one probe minus that of another on the same test texts, resampled together.
 
     Raises:
         CapacityError: where they were tested on other rows.
     """
-    if not (np.array_equal(one.documents, other.documents) and np.array_equal(one.labels, other.labels)):
+    if not (np.array_equal(probe.documents, other.documents) and np.array_equal(probe.labels, other.labels)):
         raise CapacityError(
-            f"the probes of {one.concept!r} and {other.concept!r} were tested on different rows: compare probes of one"
-            " concept, split and pooling"
+            f"the probes of {probe.concept!r} and {other.concept!r} were tested on different rows: compare probes of"
+            " one concept, split and pooling"
         )
-    gained = one.correct.astype(np.float64) - other.correct
-    return bootstrap(lambda weights: _weighted_mean(gained, weights), one.documents, seed)
-
-
-def bootstrap(
-    figure: Callable[[Float[np.ndarray, "replicate row"]], Float[np.ndarray, " replicate"]],
-    documents: Int[np.ndarray, " row"],
-    seed: int = 0,
-) -> Estimate:
-    """A figure of weighted rows with its 95% percentile interval when whole documents are drawn with replacement;
-    without one below eight documents.
-
-    Args:
-        figure: maps weights of the rows to the figure in each replicate, NaN where it is not defined.
-        documents: the number of each row's document.
-    """
-    unique, of_row = np.unique(documents, return_inverse=True)
-    value = float(figure(np.ones((1, len(documents))))[0])
-    if len(unique) < MIN_GROUPS_FOR_INTERVAL:
-        return Estimate(value)
-    random, found, left = np.random.default_rng(seed), [], REPLICATES
-    while left > 0:
-        size = min(left, max(1, REPLICATED_AT_ONCE // len(documents)))
-        drawn = random.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=size)
-        found.append(figure(drawn[:, of_row].astype(np.float64)))
-        left -= size
-    replicates = np.concatenate(found)
-    defined = replicates[np.isfinite(replicates)]
-    if len(defined) < REPLICATES // 2:
-        return Estimate(value)
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return Estimate(value, float(low), float(high))
+    gained = probe.correct.astype(np.float64) - other.correct
+    return cluster_bootstrap(lambda weights: _weighted_mean(gained, weights), probe.documents, seed)
 
 
 def weighted_auroc(
@@ -289,7 +256,7 @@ def folds_of(
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    n_folds = min(FOLDS, *(len(np.unique(documents[labels == one])) for one in (True, False)))
+    n_folds = min(FOLDS, *(len(np.unique(documents[labels == label])) for label in (True, False)))
     if n_folds < 2:
         raise CapacityError(
             "a class has a single training document, so C cannot be cross-validated over documents: add documents, or"
@@ -322,8 +289,8 @@ def _fit(activations: Activations, concept: LabelledTexts, split: str, control: 
         pooling=activations.pooling,
         c=c,
         n_train=int(train.sum()),
-        accuracy=bootstrap(lambda weights: _weighted_mean(correct, weights), documents[test], seed),
-        auroc=bootstrap(lambda weights: weighted_auroc(scores, labels[test], weights), documents[test], seed),
+        accuracy=cluster_bootstrap(lambda weights: _weighted_mean(correct, weights), documents[test], seed),
+        auroc=cluster_bootstrap(lambda weights: weighted_auroc(scores, labels[test], weights), documents[test], seed),
         majority=float((labels[test] == commoner).mean()),
         weights=fitted[-1].coef_[0],
         scores=scores,
@@ -341,24 +308,24 @@ def _fit(activations: Activations, concept: LabelledTexts, split: str, control: 
         probe,
         control_correct=right,
         control_accuracy=float(right.mean()),
-        selectivity=bootstrap(lambda weights: _weighted_mean(gained, weights), documents[test], seed),
+        selectivity=cluster_bootstrap(lambda weights: _weighted_mean(gained, weights), documents[test], seed),
     )
 
 
 def _activations_of(activations: Mapping[str, Activations], concept: LabelledTexts) -> Activations:
-    found = activations.get(concept.name)
-    if found is None:
+    collected = activations.get(concept.name)
+    if collected is None:
         raise CapacityError(f"there are no activations of the concept {concept.name!r}: collect those of its texts")
-    if len(np.unique(found.texts)) != len(concept.texts):
+    if len(np.unique(collected.texts)) != len(concept.texts):
         raise CapacityError(
-            f"the activations of {concept.name!r} are of {len(np.unique(found.texts))} texts, and it has"
+            f"the activations of {concept.name!r} are of {len(np.unique(collected.texts))} texts, and it has"
             f" {len(concept.texts)}: collect all of them"
         )
-    if not np.isfinite(found.values).all():
+    if not np.isfinite(collected.values).all():
         raise CapacityError(
-            f"the activations of {concept.name!r} at {found.hook} hold NaN or infinite values: collect them again"
+            f"the activations of {concept.name!r} at {collected.hook} hold NaN or infinite values: collect them again"
         )
-    return found
+    return collected
 
 
 def _weighted_mean(values: NDArray[Any], weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -128,7 +128,7 @@ class Ranking:
         return self
 
     def scores(self) -> Scores:
-        """What was found so far."""
+        """How well each feature is told, by the tokens so far."""
         areas: list[tuple[Tensor, ...]] = []
         for firing, every in zip(
             torch.split(self.firing, FEATURES_AT_ONCE), torch.split(self.all, FEATURES_AT_ONCE), strict=True
@@ -138,16 +138,15 @@ class Ranking:
         auroc, auroc_error, precision, precision_error = (torch.cat(pieces) for pieces in zip(*areas, strict=True))
         squares, cross = self.squares * self.scale.square(), self.cross * self.scale
         r2 = 1 - (squares - 2 * cross + self.zz) / (self.zz - self.z.square() / self.tokens)
-        found = {
+        scores = {
             "auroc": auroc,
             "auroc_error": auroc_error,
             "average_precision": precision,
             "average_precision_error": precision_error,
             "r2": r2,
         }
-        arrays = {
-            name: array.cpu().numpy() for name, array in {**found, "ranks": self.ranks, "firings": self.firings}.items()
-        }
+        scores |= {"ranks": self.ranks, "firings": self.firings}
+        arrays = {name: array.cpu().numpy() for name, array in scores.items()}
         return Scores(**arrays, tokens=self.tokens, ridge=self.readout.ridge)
 
 
@@ -231,18 +230,17 @@ class Scores:
         small.
         """
         value = float((self.kept(tau) & among).sum())
-        if self._resampled is None:
+        if self.resampled_auroc is None:
             return Estimate(value)
-        return estimate_around(value, ((self._resampled >= tau) & among).sum(1).astype(np.float64))
+        return estimate_around(value, ((self.resampled_auroc >= tau) & among).sum(1).astype(np.float64))
 
     @cached_property
-    def _resampled(self) -> NDArray[np.float64] | None:
+    def resampled_auroc(self) -> NDArray[np.float64] | None:
         """AUROC in each replicate of the document bootstrap [replicate, feature]."""
         weights = document_resamples(self.firings.sum(1).round().astype(np.int64))
         if weights is None:
             return None
-        with np.errstate(
-            invalid="ignore"
-        ):  # a resample may leave out every document in which a feature fires: it says nothing about that one
+        # A resample may leave out every document in which a feature fires: it says nothing about that one.
+        with np.errstate(invalid="ignore"):
             change = (weights @ self.ranks) / (weights @ self.firings) - self.ranks.sum(0) / self.firings.sum(0)
         return np.asarray(self.auroc + np.nan_to_num(change))

@@ -5,7 +5,7 @@ student width the theorem lets them go.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,29 +101,29 @@ def sparse_probes(
     if not ks or min(ks) < 1:
         raise CapacityError(f"k = {list(ks)} are no numbers of features: pass whole numbers of at least 1")
     ranks, per_dimension = ({}, 0.0) if measurement is None else _ranked(measurement, importance, law)
-    found = []
+    probes = []
     for concept in concepts:
         if concept.name not in latents:
             raise CapacityError(
                 f"there are no latents of the concept {concept.name!r}: collect those of its texts with sae=…"
             )
-        own = latents[concept.name]
-        if measurement is not None and own.width != measurement.summary.d_sae:
+        pooled = latents[concept.name]
+        if measurement is not None and pooled.width != measurement.summary.d_sae:
             raise CapacityError(
-                f"the SAE has {own.width:,} latents, and the measurement is of one with {measurement.summary.d_sae:,}:"
-                " measure this SAE"
+                f"the SAE has {pooled.width:,} latents, and the measurement is of one with"
+                f" {measurement.summary.d_sae:,}: measure this SAE"
             )
-        train = concept.splits[own.texts] == "train"
-        telling = most_telling(own.values[train], concept.labels[own.texts][train], max(ks))
+        train = concept.splits[pooled.texts] == "train"
+        telling = most_telling(pooled.values[train], concept.labels[pooled.texts][train], max(ks))
         for k in ks:
             chosen = telling[:k]
-            narrowed = Activations(own.hook, own.pooling, own.values[:, chosen], own.texts, own.tokens, own.truncated)
+            narrowed = replace(pooled, values=pooled.values[:, chosen])
             (probe,) = fit_probes({concept.name: narrowed}, [concept], control=False, seed=seed)
             features = tuple(int(feature) for feature in chosen)
-            own_ranks = tuple(ranks.get(feature) for feature in features) if measurement is not None else ()
-            widths = tuple(None if rank is None else narrowest_with(rank, per_dimension) for rank in own_ranks)
-            found.append(SparseProbe(probe, features, own_ranks, widths))
-    return found
+            ranks_of_probe = tuple(ranks.get(feature) for feature in features) if measurement is not None else ()
+            widths = tuple(None if rank is None else narrowest_with(rank, per_dimension) for rank in ranks_of_probe)
+            probes.append(SparseProbe(probe, features, ranks_of_probe, widths))
+    return probes
 
 
 def most_telling(
@@ -137,9 +137,9 @@ def most_telling(
     Raises:
         CapacityError: where none varies.
     """
-    one, other = values[labels].astype(np.float64), values[~labels].astype(np.float64)
-    error = np.sqrt(one.var(axis=0) / len(one) + other.var(axis=0) / len(other))
-    apart = np.abs(one.mean(axis=0) - other.mean(axis=0))
+    first, second = values[labels].astype(np.float64), values[~labels].astype(np.float64)
+    error = np.sqrt(first.var(axis=0) / len(first) + second.var(axis=0) / len(second))
+    apart = np.abs(first.mean(axis=0) - second.mean(axis=0))
     varies = values.min(axis=0) < values.max(axis=0)
     if not varies.any():
         raise CapacityError(

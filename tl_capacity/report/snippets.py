@@ -178,11 +178,11 @@ class StrongestRows:
 
         rows, positions = counted.row_of_token.numpy(), counted.position_of_token.numpy()
         inputs = inputs_for(self.sae, activation.flatten(0, 1)[counted.counted.flatten().to(activation.device)])
-        for start in range(0, len(inputs), self.encoder.chunk):
-            tokens, features, values = (t.cpu() for t in self.encoder(inputs[start : start + self.encoder.chunk]))
+        for entries in self.encoder.entries(inputs):
+            tokens, features, values = (t.cpu() for t in entries)
             slots = self.slot[features]
             shown = slots >= 0
-            token = tokens[shown].numpy() + start
+            token = tokens[shown].numpy()
             self._take(
                 slots[shown].numpy(), rows[token], positions[token], np.abs(values[shown].double().numpy()), batch
             )
