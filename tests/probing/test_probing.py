@@ -738,7 +738,10 @@ class TestRecipe:
         assert content["concepts"][0]["truncated"] == sum(len(text.split()) >= CONTEXT for text in concept.texts) > 0
         with open(tmp_path / "out" / "probes.csv", newline="") as file:
             assert len(list(csv.DictReader(file))) == len(content["probes"])
-        figure = Probes.from_json(content).plot()
+        probes = Probes.load(tmp_path / "out")
+        probes.save(tmp_path)
+        assert (tmp_path / "probes.json").read_bytes() == (tmp_path / "out" / "probes.json").read_bytes()
+        figure = probes.plot()
         students = next(trace for trace in figure.data if trace.name == "trained")
         assert list(students.x) == [16, 32]
         assert students.y[1] == pytest.approx(row["accuracy"])

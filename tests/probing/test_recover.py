@@ -24,14 +24,17 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from tl_capacity import recipe
+from tl_capacity import hookimpl, recipe
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, MeasurementError, TokenSourceError
+from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.plugins import register_plugin, unregister_plugin
 from tl_capacity.probing.figures import recovery_figure
 from tl_capacity.probing.ranking import BINS, Ranking, Scores, auroc_of, average_precision_of, bins_of_
 from tl_capacity.probing.recover import recover_features
+from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery import Recovery, most_important
 from tl_capacity.probing.ridge import RIDGES, Latents, Moments, Readout, choose_ridge, fit, principal_axes, solve
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, parts_of, split
@@ -419,6 +422,49 @@ def test_it_shows_itself(planted: Any, coordinates: Any, rows: torch.Tensor) -> 
     assert {"teacher/auroc", "narrow/student/auroc", "narrow/pca/r2", "features"} <= found.arrays().keys()
 
 
+class Halves(CapacityLaw):
+    """Half a feature per dimension, under the name of a field of the file."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.summary = name, "½"
+
+    def features_per_dimension(self, alpha: float, importance: np.ndarray[Any, Any]) -> float:
+        return 0.5
+
+
+@pytest.mark.parametrize("name", ["halves", "kept"])
+def test_the_budget_of_any_registered_law_is_kept(
+    name: str, planted: Any, coordinates: Any, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    class Plugin:
+        @hookimpl
+        def register_capacity_laws(self, register: Callable[[CapacityLaw], None]) -> None:
+            register(Halves(name))
+
+    teacher, student, measured = planted
+    register_plugin(Plugin(), name="halves")
+    try:
+        found = recovered(teacher, coordinates, {"narrow": student}, rows, measured)
+        Recoverability(found.rows).save(tmp_path)
+    finally:
+        unregister_plugin("halves")
+    (row,) = Recoverability.load(tmp_path).rows
+    assert list(row.budgets) == ["compressed_sensing", "equilibrium", name]
+    assert row.budgets[name].value == 0.5 * STUDENT_WIDTH
+    assert row.counts["kept"].value == 8
+    assert row.labelled[f"budget by the {name} law"] == row.budgets[name]
+    assert f"{name} law" in [trace.name for trace in found.plot().data]
+    assert len(Recoverability.load(tmp_path).to_frame()) == 1
+
+
+def test_a_file_of_the_first_version_is_the_same_when_saved_again(tmp_path: Path) -> None:
+    published = Path(__file__).parents[2] / "docs" / "results" / "recoverability.json"
+    recoverability = Recoverability.load(published)
+    recoverability.save(tmp_path)
+    assert (tmp_path / "recoverability.json").read_bytes() == published.read_bytes()
+    assert recoverability.plot().layout.yaxis.title.text == "features with AUROC ≥ τ = 0.95"
+
+
 def test_precision_stands_between_the_floor_and_the_ceiling(
     planted: Any, coordinates: Any, rows: torch.Tensor, embedding: torch.Tensor
 ) -> None:
@@ -597,6 +643,7 @@ def test_the_recipe(saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
         kept = (features["width16-seed0/student/auroc"] >= 0.95) & features["judged"]
         assert kept.sum() == row["kept"]
         assert len(features["features"]) == row["n_features"]
+    assert Recoverability.load(tmp_path / "out").to_json() == rows
     about = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert about["settings"]["source"] == "embedded:heldout"
     assert (tmp_path / "out" / "recoverability.html").stat().st_size > 1_000_000
