@@ -23,8 +23,9 @@ from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.measurement import Measurement
 from tl_capacity.predict.curve import Curve
+from tl_capacity.probing.recoverability import Recoverability
+from tl_capacity.probing.rows import Probes
 from tl_capacity.report import ReportSettings, Results, write_report
-from tl_capacity.report.results import probe_rows, recoverability_rows
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.toy import SweepResult
@@ -292,14 +293,14 @@ def test_what_commands_print(cli: Cli, here: Path, command: str, printed: str, r
 def test_a_report_of_everything(tmp_path: Path) -> None:
     results = Results.load([FIXTURES / name for name in ("recovered", "probes", "floors", "measurement")])
     assert results.run is not None
-    probes = probe_rows(results.probes)
+    probes = Probes.from_json(results.probes).rows
     assert len(probes) == 18
     assert (probes[0].concept, probes[0].kind, probes[0].model, probes[0].width) == ("concept", "trained", "teacher", 8)
     is_estimate(probes[0].accuracy, 0.6739130434782609, 0.5434782608695652, 0.8043478260869565)
     is_estimate(probes[0].auroc, 0.6818181818181818, 0.5104623015873017, 0.8352295274170274)
     is_estimate(probes[0].selectivity, -0.021739130434782608, -0.1956521739130435, 0.15217391304347827)
     assert (probes[0].majority, probes[0].control) == pytest.approx((0.4782608695652174, 0.6956521739130435))
-    recovered = recoverability_rows(results.recoverability)
+    recovered = Recoverability.from_json(results.recoverability).rows
     assert [(r.student, r.n_features, r.n_judged, r.counts["kept"].value) for r in recovered] == [
         ("width2-seed0", 15, 14, 0),
         ("width4-seed0", 15, 14, 4),
@@ -308,7 +309,7 @@ def test_a_report_of_everything(tmp_path: Path) -> None:
         ("width10-seed0", 15, 14, 9),
     ]
     is_estimate(recovered[1].counts["kept"], 4, 2.99, 4.99)
-    assert recovered[1].counts["budget"].value == pytest.approx(11.335028360982506, rel=DIGITS)
+    assert recovered[1].budgets["compressed_sensing"].value == pytest.approx(11.335028360982506, rel=DIGITS)
     assert recovered[1].counts["kept_teacher"].value == 13
     write_report(tmp_path / "report.html", results, ReportSettings((4, 8)), {}, "")
     page = (tmp_path / "report.html").read_text()
