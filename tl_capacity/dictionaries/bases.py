@@ -51,12 +51,12 @@ class BasisSpec:
         kind, colon, rest = spec.partition(":")
         if kind not in BASES or not colon:
             return None
-        found = re.fullmatch(r"([\w.]+)(?:,k=(\d+))?", rest)
-        if found is None:
+        match = re.fullmatch(r"([\w.]+)(?:,k=(\d+))?", rest)
+        if match is None:
             raise DictionaryError(
                 f"{spec!r} names no basis: write {kind}:HOOK, or {kind}:HOOK,k=24 to keep the 24 largest of each token"
             )
-        return cls(kind, found[1], int(found[2]) if found[2] else None)
+        return cls(kind, match[1], int(match[2]) if match[2] else None)
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.hook}" + (f",k={self.k}" if self.k is not None else "")

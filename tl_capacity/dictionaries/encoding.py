@@ -112,14 +112,14 @@ class Encoder:
             yield features, torch.mm(x, weight[:, features], out=memory[: len(x) * width].view(len(x), width))
 
     def _agrees(self, find: Find, inputs: Tensor) -> bool:
-        own = _encoded(self.sae, inputs)
-        if own.is_sparse or own.dtype != self.sae.W_enc.dtype or not bool(own.isfinite().all()):
+        expected = _encoded(self.sae, inputs)
+        if expected.is_sparse or expected.dtype != self.sae.W_enc.dtype or not bool(expected.isfinite().all()):
             return False
         tokens, features, values = joined(list(find(self.sae, self._products(inputs))))
-        mine = torch.zeros_like(own)
-        mine[tokens, features] = values
+        latents = torch.zeros_like(expected)
+        latents[tokens, features] = values
         # Two orders of summation may decide otherwise about a latent on the edge, so a few may differ.
-        different = ~torch.isclose(mine, own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
+        different = ~torch.isclose(latents, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
         return int(different.sum()) <= 1e-3 * len(values)
 
 
@@ -138,13 +138,13 @@ def _topk(sae: Any, products: Products) -> Iterator[Entries]:
         block.add_(sae.b_enc[some])
         if scale is not None:
             block.mul_(scale[some])
-        found, place = _largest(block, min(sae.cfg.k, block.shape[1]))
+        largest, place = _largest(block, min(sae.cfg.k, block.shape[1]))
         place = place + some.start
         if values is None or features is None:
-            values, features = found, place
+            values, features = largest, place
             continue
-        found, place = torch.cat([values, found], 1), torch.cat([features, place], 1)
-        values, kept = found.topk(min(sae.cfg.k, found.shape[1]), dim=-1, sorted=False)
+        largest, place = torch.cat([values, largest], 1), torch.cat([features, place], 1)
+        values, kept = largest.topk(min(sae.cfg.k, largest.shape[1]), dim=-1, sorted=False)
         features = place.gather(1, kept)
     assert values is not None  # an SAE has latents
     assert features is not None
@@ -200,11 +200,11 @@ def _largest_by_group(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
     least = largest.topk(k, dim=-1, sorted=False).values.amin(-1)
     some = torch.nonzero(torch.lt(largest, least[:, None]).logical_not_().view(-1)).view(-1)
     token = torch.div(some, largest.shape[1], rounding_mode="floor")
-    found = groups.index_select(0, some)
-    candidates = torch.nonzero(torch.lt(found, least[token, None]).logical_not_().view(-1)).view(-1)
+    members = groups.index_select(0, some)
+    candidates = torch.nonzero(torch.lt(members, least[token, None]).logical_not_().view(-1)).view(-1)
     group = candidates // LANES
     tokens, features, values = _at(
-        some[group] * LANES + candidates % LANES, found.view(-1)[candidates], latents.shape[1]
+        some[group] * LANES + candidates % LANES, members.view(-1)[candidates], latents.shape[1]
     )
     # A row for each token, as long as the longest needs.
     counts = torch.bincount(tokens, minlength=len(latents))

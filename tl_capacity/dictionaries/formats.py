@@ -50,20 +50,20 @@ def sparsify_hooks(folder: Path, transcodes: bool) -> Metadata:
     `/seed1` follows where it trained several.
     """
     name = folder.name if not re.fullmatch(r"seed\d+", folder.name) else folder.parent.name
-    found = re.search(r"(?:layers|h|blocks)\.(\d+)(?:\.(mlp|attention|attn|self_attn))?$", name)
-    if found is None:
+    match = re.search(r"(?:layers|h|blocks)\.(\d+)(?:\.(mlp|attention|attn|self_attn))?$", name)
+    if match is None:
         return (
             Metadata("hook_embed")
             if name.endswith(("embed_in", "embed_tokens", "wte")) and not transcodes
             else Metadata()
         )
     block, inside = (
-        f"blocks.{found[1]}",
-        {None: "hook_resid_post", "mlp": "hook_mlp_out"}.get(found[2], "hook_attn_out"),
+        f"blocks.{match[1]}",
+        {None: "hook_resid_post", "mlp": "hook_mlp_out"}.get(match[2], "hook_attn_out"),
     )
     if not transcodes:
         return Metadata(f"{block}.{inside}")
-    reads = {None: "hook_resid_pre", "mlp": "mlp.hook_in"}.get(found[2], "attn.hook_in")
+    reads = {None: "hook_resid_pre", "mlp": "mlp.hook_in"}.get(match[2], "attn.hook_in")
     return Metadata(f"{block}.{reads}", f"{block}.{inside}")
 
 
@@ -87,25 +87,25 @@ def read_dictionary_learning(folder: Path) -> Dictionary:
             f" {', '.join(DICTIONARY_LEARNING)}"
         )
     architecture, subtract_bias = DICTIONARY_LEARNING[kind]
-    found = _renamed(weights)
-    if architecture == "gated" and "W_enc" in found:
-        found["b_enc"] = torch.zeros(found["W_enc"].shape[1])
-    if architecture == "jumprelu" and "threshold" in found and float(found["threshold"].min()) < 0:
+    renamed = _renamed(weights)
+    if architecture == "gated" and "W_enc" in renamed:
+        renamed["b_enc"] = torch.zeros(renamed["W_enc"].shape[1])
+    if architecture == "jumprelu" and "threshold" in renamed and float(renamed["threshold"].min()) < 0:
         raise DictionaryError(
             f"the {kind} in {folder} was saved before its threshold was set, so its latents depend on the whole batch:"
             " train it further"
         )
     if architecture != "jumprelu":
-        found.pop("threshold", None)  # a TopK dictionary keeps one beside k, and does not use it by default
-    if kind == "AutoEncoder" and {"W_enc", "b_enc", "W_dec"} <= found.keys():
-        norms = found["W_dec"].norm(dim=1)
-        found |= {
-            "W_dec": found["W_dec"] / norms[:, None],
-            "W_enc": found["W_enc"] * norms,
-            "b_enc": found["b_enc"] * norms,
+        renamed.pop("threshold", None)  # a TopK dictionary keeps one beside k, and does not use it by default
+    if kind == "AutoEncoder" and {"W_enc", "b_enc", "W_dec"} <= renamed.keys():
+        norms = renamed["W_dec"].norm(dim=1)
+        renamed |= {
+            "W_dec": renamed["W_dec"] / norms[:, None],
+            "W_enc": renamed["W_enc"] * norms,
+            "b_enc": renamed["b_enc"] * norms,
         }
     metadata = Metadata(_dictionary_learning_hook(trainer), context_size=_field(buffer, "ctx_len", int))
-    return Dictionary(architecture, found, metadata, subtract_bias=subtract_bias, k=_field(trainer, "k", int))
+    return Dictionary(architecture, renamed, metadata, subtract_bias=subtract_bias, k=_field(trainer, "k", int))
 
 
 DICTIONARY_LEARNING = {
@@ -141,8 +141,8 @@ TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = {name: weights[theirs] for theirs, name in RENAMED.items() if theirs in weights}
-    return found | {name: weights[theirs].T for theirs, name in TRANSPOSED.items() if theirs in weights}
+    renamed = {name: weights[theirs] for theirs, name in RENAMED.items() if theirs in weights}
+    return renamed | {name: weights[theirs].T for theirs, name in TRANSPOSED.items() if theirs in weights}
 
 
 def _dictionary_learning_hook(trainer: Mapping[str, Any]) -> str | None:

@@ -94,19 +94,19 @@ def gradients(
     Raises:
         CapacityError: where the logits do not depend on an activation.
     """
-    found: list[dict[str, Tensor]] = [{} for _ in activations]
+    by_activation: list[dict[str, Tensor]] = [{} for _ in activations]
     generator = torch.Generator().manual_seed(seed)
     for i, name in enumerate(losses):
         loss = _loss(name, logits, tokens, valid, generator)
-        several: Any = torch.autograd.grad(loss, activations, retain_graph=i + 1 < len(losses), allow_unused=True)
-        for gradient, own in zip(several, found, strict=True):
+        along: Any = torch.autograd.grad(loss, activations, retain_graph=i + 1 < len(losses), allow_unused=True)
+        for gradient, by_loss in zip(along, by_activation, strict=True):
             if gradient is None:
                 raise CapacityError(
                     f"the model's logits do not depend on a tapped hook point, so its {name} gradient is undefined: tap"
                     " another, or choose another importance"
                 )
-            own[name] = gradient
-    return found
+            by_loss[name] = gradient
+    return by_activation
 
 
 def path_gradient(

@@ -28,12 +28,12 @@ def measure_together(settings: MeasureSettings) -> Measurement:
     if earlier is not None:
         return earlier
     processes = Processes.of_launch().connected(settings.device)
-    own = share(settings, processes)
-    joined = add_up(measure(own), settings.shard, processes)
+    part = share(settings, processes)
+    joined = add_up(measure(part), settings.shard, processes)
     if processes.first:
         joined.save(settings.out)
     processes.wait()
-    shutil.rmtree(own.out)
+    shutil.rmtree(part.out)
     return joined
 
 

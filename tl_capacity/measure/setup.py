@@ -56,8 +56,8 @@ def importance_asked_for(settings: MeasureSettings) -> tuple[str, ...]:
 def spec_of(measured: HookMeasurement, model: str) -> str:
     """What `--sae` takes for the SAE or basis that was measured of a model of that name."""
     registered = any(m.name == model for m in plugins().models)
-    own = measured.sae.removeprefix(f"{model}/") if registered else measured.sae
-    return own if BasisSpec.parse(own) else f"{measured.hook}={own}"
+    name = measured.sae.removeprefix(f"{model}/") if registered else measured.sae
+    return name if BasisSpec.parse(name) else f"{measured.hook}={name}"
 
 
 def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenance: Provenance) -> Any:
@@ -135,8 +135,8 @@ def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> in
                 f"--context {settings.context} is longer than the model's {limit} positions: choose at most that"
             )
         return settings.context
-    own = [metadata_of(sae, "context_size") for sae in saes]
-    return min([limit, *(int(c) for c in own if c)] if any(own) else [limit, 512])
+    contexts = [metadata_of(sae, "context_size") for sae in saes]
+    return min([limit, *(int(c) for c in contexts if c)] if any(contexts) else [limit, 512])
 
 
 def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:

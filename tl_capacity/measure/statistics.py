@@ -100,8 +100,8 @@ class FeatureStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, estimators' states as `state/estimator/key`."""
-        own = {name: getattr(self, name) for name in SUMS}
-        return own | {f"state/{key}": value for key, value in self.state.items()}
+        sums = {name: getattr(self, name) for name in SUMS}
+        return sums | {f"state/{key}": value for key, value in self.state.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> FeatureStatistics:

@@ -52,8 +52,8 @@ class TapPoint:
         from transformer_lens.hook_points import HookPoint
 
         def find() -> Any:
-            found: nn.Module | None = model.hook_dict.get(name)
-            return found if found is not None else _walk(model, name)
+            module: nn.Module | None = model.hook_dict.get(name)
+            return module if module is not None else _walk(model, name)
 
         # A bridge ignores names it does not know, and an SAE bridge lacks the aliases: so the name is resolved here,
         # once.

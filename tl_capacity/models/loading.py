@@ -213,10 +213,10 @@ def _pretrained(source: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves the loading information out
-    model, found = from_pretrained(
+    model, report = from_pretrained(
         source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights in their place
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights in their place
         raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -80,15 +80,15 @@ class Processes:
 
     def gather(self, mine: Item) -> list[Item]:
         """What each process has, in their order."""
-        found = [mine] * self.count
+        gathered = [mine] * self.count
         if self.count > 1:
-            distributed.all_gather_object(found, mine)
-        return found
+            distributed.all_gather_object(gathered, mine)
+        return gathered
 
     def map(self, function: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
         """`function` of each item, in their order; each is computed in one process and known in all."""
-        found: list[list[Any]] = self.gather([function(item) for item in self.share(items)])
-        return [found[number % self.count][number // self.count] for number in range(len(items))]
+        gathered: list[list[Any]] = self.gather([function(item) for item in self.share(items)])
+        return [gathered[number % self.count][number // self.count] for number in range(len(items))]
 
     def wait(self) -> None:
         """Go on when all have come here."""

@@ -10,10 +10,10 @@ LIBRARIES = ("tl-capacity", "torch", "transformer-lens", "sae-lens", "transforme
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that a measurement depends on, where installed."""
-    found = {}
+    versions = {}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | {"python": ".".join(map(str, sys.version_info[:3]))}
+    return versions | {"python": ".".join(map(str, sys.version_info[:3]))}

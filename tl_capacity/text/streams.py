@@ -149,8 +149,8 @@ def documents(spec: str) -> Iterator[str]:
     """
     for source in plugins().token_sources:
         with plugin_code("token source", source.name, source):
-            found = source.matches(spec)
-        if found:
+            knows = source.matches(spec)
+        if knows:
             return _documents_of(source, spec)
     known = ", ".join(s.name for s in plugins().token_sources)
     raise TokenSourceError(
