@@ -234,3 +234,12 @@ def test_hooks_lists_names(cli: Cli, setup: Path) -> None:
     code, out, _ = cli("hooks", "--model", setup / "model", "--matching", "resid_post")
     assert code == 0
     assert HOOK in out.split()
+
+
+def test_a_measurement_is_read_and_predicted_from_without_torch() -> None:
+    code = (
+        "import sys; import tl_capacity.measurement, tl_capacity.predict.budget, tl_capacity.predict.curve\n"
+        "import tl_capacity.distillation.decomposition, tl_capacity.plan\n"
+        "assert not {'torch', 'transformers', 'plotly', 'sae_lens', 'transformer_lens'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

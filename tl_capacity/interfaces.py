@@ -317,3 +317,9 @@ class Recipe:
     name: str
     summary: str
     target: str
+
+
+BASES = ("neurons", "pca")
+"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model
+holds.
+"""

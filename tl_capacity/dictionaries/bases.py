@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tl_capacity.dictionaries.dictionary import DictionaryConfig, Metadata
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.interfaces import BASES
 from tl_capacity.models.forward import activation_at, evaluating
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.processes import is_first
@@ -202,9 +203,3 @@ class PCABasis(LargestOfABasis):
         # give the same basis.
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         super().__init__("pca", (components * largest.sign()).float().contiguous(), mean.float(), hook, k)
-
-
-BASES = ("neurons", "pca")
-"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model
-holds.
-"""

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.dictionaries.bases import BASES
 from tl_capacity.errors import MeasurementError
-from tl_capacity.interfaces import ImportanceEstimator
+from tl_capacity.interfaces import BASES, ImportanceEstimator
 from tl_capacity.plugins import plugins
 from tl_capacity.results.summary import FeatureSummary
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
 
 from tl_capacity.text.documents import document_groups
 from tl_capacity.text.streams import PADDING, TokenBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any  # which tokens did not count is read from a measurement without importing torch
 
 MASK_REASONS = ("padding", "special", "position")
 CHECK_SALT = 2**40
@@ -77,6 +80,8 @@ class CountedTokens:
     """
 
     def __init__(self, batch: TokenBatch, rule: CountingRule) -> None:
+        import torch
+
         masks = rule.masks(batch.tokens)
         counted = ~np.logical_or.reduce(list(masks.values()))
         self.valid = torch.from_numpy(~masks["padding"])
@@ -106,6 +111,8 @@ class CountedTokens:
         """Whether the reconstruction is checked on the row's document: on the first document, and by a hash on one of
         so many others.
         """
+        import torch
+
         documents = self.documents.numpy()
         chosen = (document_groups(documents + CHECK_SALT, every) == 0) | (documents == 0)
         return torch.from_numpy(chosen)
