@@ -354,13 +354,15 @@ def test_the_refusals_that_are_listed_exist() -> None:
 
 
 def texts_of(tree: ast.AST) -> list[str]:
-    """The texts in some code, those written in pieces put together, with `{…}` where a value stands."""
+    """The texts in some code but for docstrings, those written in pieces put together, with `{…}` for a value."""
+    docstrings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
     return [
         "".join(
             str(part.value) if isinstance(part, ast.Constant) else "{…}" for part in getattr(node, "values", [node])
         )
         for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+        if node not in docstrings
+        and (isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)))
     ]
 
 

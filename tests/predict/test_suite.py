@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import D_MODEL
+from measurements import measurement_of_counts
 from rich.console import Console
 
 import tl_capacity as tlc
@@ -71,14 +72,13 @@ def test_the_exponent_is_the_slope_on_logarithms(measured: Measurement) -> None:
     assert suite.exponent == pytest.approx(np.mean(local), abs=0.15)
 
 
-def test_the_statement_has_the_figures(measured: Measurement) -> None:
-    (suite,) = suites(measured)
-    (low_l0, low), (high_l0, high) = suite.curve[0], suite.curve[-1]
-    assert (
-        suite.statement()
-        == f"{HOOK}: d* lies between {low:,.1f} and {high:,.1f} ({high / low:.2f}-fold) over 3 dictionaries with L0"
-        f" from {low_l0:,.1f} to {high_l0:,.1f}, about as L0^{suite.exponent:.2f}: twice the L0 gives"
-        f" {2**suite.exponent:.2f} times the d*"
+def test_the_statement_has_the_figures() -> None:
+    """100 features that fire equally often, 1, 2 and 4 at a time: d* is L0 · ln(100/L0), so 4.605, 7.824 and 12.876."""
+    counts = [np.full(100, 128 * l0) for l0 in (2, 1, 4)]
+    (suite,) = suites(measurement_of_counts(*counts, hook=HOOK, tokens=12_800))
+    assert suite.statement() == (
+        "blocks.1.hook_resid_post: d* lies between 4.6 and 12.9 (2.80-fold) over 3 dictionaries with L0 from 1.0 to"
+        " 4.0, about as L0^0.74: twice the L0 gives 1.67 times the d*"
     )
 
 
@@ -108,8 +108,8 @@ def test_a_dense_dictionary_is_no_point_of_the_curve(
     assert all(l0 < one.summary.n_alive.value / e for one, (l0, _) in zip(suite.saes, suite.curve, strict=False))
     assert (
         suite.statement()
-        == f"{HOOK}: 1 of 3 dictionaries is sparse (L0 < F/e), so nothing can be said of how d* depends on the"
-        " dictionary"
+        == "blocks.1.hook_resid_post: 1 of 3 dictionaries is sparse (L0 < F/e), so nothing can be said of how d*"
+        " depends on the dictionary"
     )
     assert "undefined" in suite.cells()[1][2]
 
@@ -121,7 +121,7 @@ def test_budget_tells_saes_of_one_hook_apart(measured: Measurement) -> None:
         assert f"{HOOK}, {name}" in shown
     assert f"{OTHER} (d={D_MODEL})" in shown
     assert f"d* over the dictionaries at {HOOK}" in shown
-    assert suites(measured)[0].statement() in " ".join(shown.split())
+    assert "over 3 dictionaries with L0 from 2.0 to 16.0, about as L0^" in " ".join(shown.split())
     assert [(f.hook, f.width) for f in budget.floors][:4] == [
         (f"{HOOK}, k8", 4),
         (f"{HOOK}, k8", 16),
