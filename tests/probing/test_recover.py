@@ -61,7 +61,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def latents_of(z: torch.Tensor) -> Latents:
     tokens, features = torch.nonzero(z, as_tuple=True)
-    return Latents.of((tokens, features, z[tokens, features]), torch.arange(z.shape[1]), z.shape[1], len(z))
+    return Latents.from_entries((tokens, features, z[tokens, features]), torch.arange(z.shape[1]), z.shape[1], len(z))
 
 
 def moments_of(x: torch.Tensor, z: torch.Tensor, chunk: int = 1000) -> Moments:

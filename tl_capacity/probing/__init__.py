@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tl_capacity.probing.probes import fit_probes as fit_probes
     from tl_capacity.probing.probes import probes_frame as probes_frame
     from tl_capacity.probing.recover import recover_features as recover_features
+    from tl_capacity.probing.recoverability import Recoverability as Recoverability
     from tl_capacity.probing.recovery import Recovery as Recovery
+    from tl_capacity.probing.rows import Probes as Probes
 
 __getattr__, __all__ = lazily(__name__, __file__)

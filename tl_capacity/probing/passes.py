@@ -40,8 +40,8 @@ class Reader:
     point: TapPoint
 
     @classmethod
-    def of(cls, model: Any, hook: str, who: str) -> Reader:
-        """A reader of some model.
+    def at_hook(cls, model: Any, hook: str, who: str) -> Reader:
+        """A reader of a model at a hook point.
 
         Raises:
             HookPointError: where the model has no such hook point.
@@ -210,7 +210,7 @@ class Passes:
         tokens, latents, values = joined(parts)
         if not bool(torch.isfinite(values.sum())):
             raise CapacityError(f"the SAE gives NaN or infinite latents in batch {number}: check its weights")
-        return Latents.of((tokens, latents, values), self.place, self.n_features, len(inputs))
+        return Latents.from_entries((tokens, latents, values), self.place, self.n_features, len(inputs))
 
 
 def components_of(width: int) -> str:

@@ -67,7 +67,7 @@ class Ranking:
         x = x.float() if self._basis is None else x.float() @ self._basis
         inputs = (x - self.readout.x_mean.float()).T.contiguous()
         starts = latents.starts.tolist()
-        one = torch.ones((), dtype=torch.int32, device=inputs.device)
+        single = torch.ones((), dtype=torch.int32, device=inputs.device)
         self.tokens += len(x)
         self.z.index_add_(0, latents.features, latents.values)
         self.zz.index_add_(0, latents.features, latents.values.square())
@@ -84,9 +84,9 @@ class Ranking:
             bins = bins_of_(scores)
             fired = bins.view(-1)[entry].long()
             place = (features - first) * BINS + fired
-            self.firing[block].view(-1).index_add_(0, place, one.expand(len(place)))
+            self.firing[block].view(-1).index_add_(0, place, single.expand(len(place)))
             bins += torch.arange(0, len(bins) * BINS, BINS, dtype=torch.int32, device=bins.device)[:, None]
-            self.all[block].view(-1).index_add_(0, bins.view(-1), one.expand(bins.numel()))
+            self.all[block].view(-1).index_add_(0, bins.view(-1), single.expand(bins.numel()))
             self._rank(block, place, features, groups[tokens])
 
     def _rank(

@@ -96,11 +96,11 @@ def recover_features(
     started = time.monotonic()
     estimator = measured.estimator(importance).name
     per_dimension = _features_by_law(measured, estimator)
-    readers = {TEACHER: Reader.of(teacher, measured.hook, "the teacher")}
+    readers = {TEACHER: Reader.at_hook(teacher, measured.hook, "the teacher")}
     for name, model in students.items():
-        readers[name] = Reader.of(model, measured.hook, f"the student {name!r}")
+        readers[name] = Reader.at_hook(model, measured.hook, f"the student {name!r}")
     for name, model in (random or {}).items():
-        readers[f"{name} {RANDOM}"] = Reader.of(model, measured.hook, f"the student {name!r} with random weights")
+        readers[f"{name} {RANDOM}"] = Reader.at_hook(model, measured.hook, f"the student {name!r} with random weights")
     rule = (
         CountingRule.for_model(teacher, getattr(teacher, "tokenizer", None))
         if mask_token_ids is None

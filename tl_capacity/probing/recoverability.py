@@ -207,22 +207,22 @@ class Recoverability:
             )
         return cls(tuple(RecoveryRow.from_json(row) for row in content))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `recoverability.json` into a folder.
 
         Raises:
             CapacityError: where it cannot be written.
         """
-        write_json(folder / JSON_NAME, self.to_json())
+        write_json(Path(folder) / JSON_NAME, self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> Recoverability:
+    def load(cls, path: str | Path) -> Recoverability:
         """Read the file, or the one in a folder.
 
         Raises:
             MeasurementError: where it cannot be read, or is none, as in `from_json`.
         """
-        return cls.from_json(read_json(path / JSON_NAME if path.is_dir() else path))
+        return cls.from_json(read_json(Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)))
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a row for each student: counts with their intervals, budgets, overlap and medians."""

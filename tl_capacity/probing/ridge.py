@@ -45,8 +45,8 @@ class Latents:
     n_tokens: int
 
     @classmethod
-    def of(cls, entries: Entries, place: Int64[Tensor, " latent"], n_features: int, n_tokens: int) -> Latents:
-        """Those of an encoder's entries whose latent has a place.
+    def from_entries(cls, entries: Entries, place: Int64[Tensor, " latent"], n_features: int, n_tokens: int) -> Latents:
+        """The entries of an encoder whose latent has a place.
 
         Args:
             place: of each latent of the SAE, or −1 for those that are not looked at.
