@@ -15,9 +15,10 @@ import torch
 from common import Row, arguments, at_most, growth_apart, medians, peak_growth_mb, report
 from torch.nn import functional as F
 
-from tl_capacity.distillation.losses import CHUNK_TOKENS, Head, LogitLoss, Output, chunked_losses
+from tl_capacity.distillation.ensemble import Students
+from tl_capacity.distillation.losses import Head, Output, chunked_losses
+from tl_capacity.distillation.settings import CHUNK_TOKENS, DistillSettings, LogitLoss
 from tl_capacity.distillation.students import new_student, output_of
-from tl_capacity.distillation.train import DistillSettings, Students
 from tl_capacity.runtime.scratch import Scratch
 
 D_TEACHER, LAYERS, VOCABULARY, ROWS, CONTEXT, WIDTH = 768, 12, 50_304, 8, 256, 128

@@ -193,8 +193,7 @@ def check_students(config: PythiaFloorConfig) -> None:
     Raises:
         CapacityError: on a width that the teacher's family has no student of, or seeds that make no difference there.
     """
-    from tl_capacity.distillation.students import student_config
-    from tl_capacity.distillation.train import new_students
+    from tl_capacity.distillation.students import new_students, student_config
 
     of_teacher, settings = load_config(config.teacher), distill_settings(config)
     for width in config.widths:
@@ -219,7 +218,7 @@ def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
             refuses.
     """
     from tl_capacity.distillation import distill as run_distill
-    from tl_capacity.distillation.train import fingerprint
+    from tl_capacity.storage.digests import fingerprint
     from tl_capacity.text.streams import TokenStream
 
     out = config.out / "distillation"

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.students import new_student
-from tl_capacity.distillation.train import fingerprint
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure.setup import measured_dictionary, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
@@ -33,6 +32,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
+from tl_capacity.storage.digests import fingerprint
 from tl_capacity.storage.files import digest, make_folder, write_bytes, write_json
 from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import TokenStream

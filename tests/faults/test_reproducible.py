@@ -10,7 +10,8 @@ import pytest
 FIRST_AND_SECOND = """
 import sys
 import torch
-from tl_capacity.distillation.losses import Head, LogitLoss, Output, chunked_losses
+from tl_capacity.distillation.losses import Head, Output, chunked_losses
+from tl_capacity.distillation.settings import LogitLoss
 
 torch.set_num_threads(2)
 teacher, student = (Output(torch.randn(256, 64), Head(torch.randn(50_304, 64) / 4)) for _ in range(2))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from tl_capacity.runtime.lazy import lazily
 
 if TYPE_CHECKING:
-    from tl_capacity.distillation.losses import HiddenMatch as HiddenMatch
-    from tl_capacity.distillation.losses import LogitLoss as LogitLoss
     from tl_capacity.distillation.observed import ObservedFloor as ObservedFloor
     from tl_capacity.distillation.observed import observed_floors as observed_floors
     from tl_capacity.distillation.run import DistillationRun as DistillationRun
-    from tl_capacity.distillation.train import DistillSettings as DistillSettings
+    from tl_capacity.distillation.settings import DistillSettings as DistillSettings
+    from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
+    from tl_capacity.distillation.settings import LogitLoss as LogitLoss
     from tl_capacity.distillation.train import distill as distill
 
 # A saved run is read without importing torch.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tl_capacity.distillation.run import SCHEMA, DistillationRun
 from tl_capacity.errors import MeasurementError
 from tl_capacity.storage import files as storage
+from tl_capacity.storage.digests import digest
 
 JSON_NAME = "checkpoint.json"
 
@@ -46,6 +47,10 @@ class State:
         self.step, self.tokens, self.since = self.step + 1, self.tokens + tokens, self.since + 1
         self.losses = [before + loss for before, loss in zip(self.losses or [0.0] * len(losses), losses, strict=True)]
 
+    def lasted(self, seconds: float) -> None:
+        """The run has taken so long until now."""
+        self.run = replace(self.run, seconds=seconds)
+
     def record(self, heldout_kl: list[float]) -> None:
         """Add an evaluation to every student's curve."""
         students = []
@@ -70,7 +75,7 @@ def save(folder: Path, state: State, students: nn.Module, optimiser: torch.optim
     for index, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{index}/{key}": value for key, value in moments.items()}
     data = to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    sha = storage.digest(data)
+    sha = digest(data)
     name = f"checkpoint-{sha[:16]}.safetensors"
     storage.make_folder(folder)
     storage.write_bytes(folder / name, data)
@@ -98,7 +103,7 @@ def _read(path: Path) -> tuple[State, Mapping[str, Tensor]]:
     try:
         content = storage.read_record(path, SCHEMA)
         data = (path.parent / content["file"]).read_bytes()
-        if storage.digest(data) != content["sha256"]:
+        if digest(data) != content["sha256"]:
             raise ValueError("the SHA-256 of its tensors is not the recorded one")
         run = DistillationRun.from_json(content["run"])
         progress = {name: int(content[name]) for name in ("step", "tokens", "since")}

@@ -4,19 +4,25 @@ others are trained on.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tl_capacity.errors import TokenSourceError
+from tl_capacity.storage.digests import digest
 from tl_capacity.text.streams import PADDING, as_batches
 
 HELDOUT_EVERY = 16
 """Where no held-out text is given, every so many-th document is held out until there is enough."""
+
+SHOWN_ROWS = 16
+"""Rows of the training text in which the directions of a teacher's stream are taken."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Rows:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the rows."""
-        return hashlib.sha256(np.ascontiguousarray(self.tokens).tobytes()).hexdigest()
+        return digest(np.ascontiguousarray(self.tokens).tobytes())
 
     def batch(self, step: int, batch_rows: int, seed: int) -> NDArray[np.int64]:
         """The rows of a step [row, position]: each epoch takes all rows in an order of its own, which depends on the
@@ -72,46 +78,59 @@ def read(stream: Any, heldout: Any, tokens: int, heldout_tokens: int, repeat: bo
     """
     train: list[NDArray[np.int32]] = []
     held: list[NDArray[np.int32]] = []
-    found, found_held, last_held = 0, 0, -1
+    n_train, n_held, last_held = 0, 0, -1
     for batch in as_batches(stream):
         for document, row in zip(batch.documents, batch.tokens.astype(np.int32), strict=True):
             predicted = int((row != PADDING).sum()) - 1
             if predicted < 1:
                 continue
-            if (
-                heldout is None
-                and document % HELDOUT_EVERY == 0
-                and (found_held < heldout_tokens or document == last_held)
-            ):
+            if heldout is None and document % HELDOUT_EVERY == 0 and (n_held < heldout_tokens or document == last_held):
                 held.append(row)
-                found_held, last_held = found_held + predicted, document
-            elif found < tokens:
+                n_held, last_held = n_held + predicted, document
+            elif n_train < tokens:
                 train.append(row)
-                found += predicted
-        if found >= tokens and (heldout is not None or found_held >= heldout_tokens):
+                n_train += predicted
+        if n_train >= tokens and (heldout is not None or n_held >= heldout_tokens):
             break
     if heldout is not None:
         for batch in as_batches(heldout):
             rows = batch.tokens.astype(np.int32)
             held.extend(rows)
-            found_held += int((rows != PADDING).sum()) - len(rows)
-            if found_held >= heldout_tokens:
+            n_held += int((rows != PADDING).sum()) - len(rows)
+            if n_held >= heldout_tokens:
                 break
-    if found_held < 1:
+    if n_held < 1:
         raise TokenSourceError(
             "there is no held-out text to judge the students by: give some, or a stream of several documents"
         )
-    if not found:
+    if not n_train:
         raise TokenSourceError(
             "all of the text was held out and none is left to train on: give a stream of several documents, or held-out"
             " text of its own"
         )
-    if found < tokens and not repeat:
+    if n_train < tokens and not repeat:
         raise TokenSourceError(
-            f"the stream holds {found:,} tokens to train on, fewer than the {tokens:,} asked for: ask for fewer, or"
+            f"the stream holds {n_train:,} tokens to train on, fewer than the {tokens:,} asked for: ask for fewer, or"
             " allow it to be repeated"
         )
     return Rows(_table(train)), Rows(_table(held))
+
+
+def first_whole_rows(text: Rows) -> Int[Tensor, "row position"]:
+    """Whole rows at the beginning of a text, in which the directions of a teacher's stream are taken."""
+    whole = text.tokens[(text.tokens != PADDING).all(1)]
+    return torch.from_numpy((whole if len(whole) else text.trimmed(slice(0, 1)))[:SHOWN_ROWS].astype(np.int64))
+
+
+def model_inputs(
+    rows: NDArray[np.int64], device: torch.device
+) -> tuple[Int[Tensor, "row position"], Bool[Tensor, "row position"], Int[Tensor, " token"]]:
+    """Token ids [row, position], which positions have a next token to predict, and those next tokens [token]."""
+    tokens = torch.from_numpy(rows).to(device)
+    real = tokens != PADDING
+    counted = torch.zeros_like(real)
+    counted[:, :-1] = real[:, 1:]
+    return tokens.clamp(min=0), counted, tokens[:, 1:][counted[:, :-1]]
 
 
 def _table(rows: list[NDArray[np.int32]]) -> NDArray[np.int32]:

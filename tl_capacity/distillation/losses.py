@@ -20,11 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from tl_capacity.distillation.settings import CHUNK_TOKENS, DIVERGENCES, MATCH_KINDS, LogitLoss
 from tl_capacity.errors import CapacityError
 from tl_capacity.runtime.scratch import Scratch
 
-CHUNK_TOKENS = 128
-"""Two buffers of [chunk, vocabulary] live at once: 51 MB in float32 at a vocabulary of 50,304."""
 CACHED = 2**17
 """Logits that a processor core is given at once, for all that is done to them between two matrix products, so that they
 are still in its cache.
@@ -64,14 +63,9 @@ def generalised_jsd(beta: float) -> Divergence:
     β is TRL's: as there, 0 means forward and 1 reverse KL, which the formula approaches only after division by β(1−β).
     Its gradient is (1−β) q (log q/m − KL(q ‖ m)).
 
-    Raises:
-        CapacityError: unless 0 ≤ β ≤ 1.
+    Args:
+        beta: β, from 0 to 1, as `LogitLoss` makes sure.
     """
-    if not 0 <= beta <= 1:
-        raise CapacityError(
-            f"beta = {beta:g} is no mixture of teacher and student: choose a number from 0 (forward KL) to 1"
-            " (reverse KL)"
-        )
     if beta in (0, 1):
         return reverse_kl if beta else forward_kl
 
@@ -85,45 +79,10 @@ def generalised_jsd(beta: float) -> Divergence:
     return divergence
 
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-
-
-@dataclass(frozen=True)
-class LogitLoss:
-    """(1−λ) · T² · D(teacher ‖ student at temperature T) + λ · cross-entropy of the text at T = 1 (Hinton et al. 2015,
-    arXiv:1503.02531).
-
-    Attributes:
-        divergence: D, one of `DIVERGENCES`.
-        temperature: T; the factor T² keeps the size of the gradient.
-        beta: of the generalised Jensen–Shannon divergence.
-        ce_weight: λ.
-
-    Raises:
-        CapacityError: on an unknown divergence or a value outside its domain.
-    """
-
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    beta: float = 0.5
-    ce_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise CapacityError(
-                f"{self.divergence!r} is no loss to distil with: choose one of {', '.join(DIVERGENCES)}"
-            )
-        if not self.temperature > 0:
-            raise CapacityError(
-                f"temperature = {self.temperature:g} does not scale logits: choose a number above 0, such as 1 or 2"
-            )
-        if not 0 <= self.ce_weight <= 1:
-            raise CapacityError(f"ce_weight = {self.ce_weight:g} is no share of the loss: choose a number from 0 to 1")
-        generalised_jsd(self.beta)
-
-    def function(self) -> Divergence:
-        """The divergence as a function."""
-        return {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": generalised_jsd(self.beta)}[self.divergence]
+def divergence_of(loss: LogitLoss) -> Divergence:
+    """The divergence that a loss names, as a function."""
+    functions = (forward_kl, reverse_kl, generalised_jsd(loss.beta))
+    return dict(zip(DIVERGENCES, functions, strict=True))[loss.divergence]
 
 
 HELDOUT_LOSS = LogitLoss()
@@ -200,7 +159,7 @@ def chunked_losses(
         [s.head.cap for s in students],
         labels,
         loss,
-        loss.function(),
+        divergence_of(loss),
         total or max(1, len(labels)),
         chunk,
         scratch or Scratch(),
@@ -232,8 +191,8 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, task: _Task, *parts: Tensor | None) -> Tensor:
-        of: Any = zip(parts[0::3], parts[1::3], parts[2::3], task.caps, strict=True)
-        students = [_Student(any(ctx.needs_input_grad), *each) for each in of]
+        students_parts: Any = zip(parts[0::3], parts[1::3], parts[2::3], task.caps, strict=True)
+        students = [_Student(any(ctx.needs_input_grad), *student_parts) for student_parts in students_parts]
         teacher, temperature = task.teacher, task.loss.temperature
         size = (min(task.chunk, len(task.labels)), teacher.head.weight.shape[0])
         cached = (
@@ -273,10 +232,8 @@ class _Student:
     def __init__(
         self, with_gradient: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None
     ) -> None:
-        self.hidden, self.head = (
-            hidden.to(weight.dtype),
-            Head(weight, bias, cap),
-        )  # under autocast the trunk's output is of lower precision
+        # Under autocast the trunk's output is of lower precision.
+        self.hidden, self.head = hidden.to(weight.dtype), Head(weight, bias, cap)
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         self.of_hidden = torch.empty_like(self.hidden) if with_gradient else None
         # Transposed, because a product with many columns is up to 1.8 times as fast as one with as many rows.
@@ -344,41 +301,5 @@ def cosine(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token 
     return 1 - F.cosine_similarity(student, teacher, dim=-1)
 
 
-MATCHES = {"mse": mean_square, "cosine": cosine}
-
-
-@dataclass(frozen=True)
-class HiddenMatch:
-    """Also match the states at one hook point, through a linear map from the student's width to the teacher's that is
-    learned beside the student.
-
-    Attributes:
-        hook: a residual-stream hook point, by TransformerLens' name, in teacher and student.
-        kind: "mse" or "cosine".
-        weight: what the loss per token is multiplied by.
-
-    Raises:
-        CapacityError: on an unknown kind or a weight that is not positive.
-    """
-
-    hook: str
-    kind: str = "mse"
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in MATCHES:
-            raise CapacityError(f"{self.kind!r} is no loss between hidden states: choose one of {', '.join(MATCHES)}")
-        if not self.weight > 0:
-            raise CapacityError(f"weight = {self.weight:g} of {self.hook} has no effect: choose a number above 0")
-
-    @classmethod
-    def parse(cls, text: str) -> HiddenMatch:
-        """`HOOK[=KIND[*WEIGHT]]`, as on the command line: `blocks.3.hook_resid_post=cosine*0.5`."""
-        hook, _, rest = text.partition("=")
-        kind, _, weight = rest.partition("*")
-        try:
-            return cls(hook, kind or "mse", float(weight or 1))
-        except ValueError as problem:
-            if isinstance(problem, CapacityError):
-                raise
-            raise CapacityError(f"{text!r} is no hidden state to match: write HOOK=mse or HOOK=cosine*0.5") from problem
+MATCHES = dict(zip(MATCH_KINDS, (mean_square, cosine), strict=True))
+"""How far mapped student states are from teacher states, by the name that `HiddenMatch` has for it."""

@@ -18,6 +18,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tl_capacity.distillation.losses import Head, Output
+from tl_capacity.distillation.run import StudentCurve
+from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.hook_points import TapPoint
@@ -68,6 +70,44 @@ def new_student(
             )
         truncate(teacher, student, tokens.to(next(teacher.parameters()).device))
     return student.requires_grad_(True).train()
+
+
+def new_students(
+    teacher: Any, widths: Sequence[int], settings: DistillSettings, tokens: Int[Tensor, "row position"]
+) -> tuple[tuple[StudentCurve, ...], list[Any]]:
+    """The students before training, and what is known of them; those that start truncated see their teacher's stream on
+    `tokens`.
+
+    Raises:
+        CapacityError: where there are none of these widths, or seeds make no difference.
+    """
+    if len(set(widths)) < len(widths) or not (widths or settings.control):
+        raise CapacityError(
+            f"widths = {','.join(map(str, widths))} name no students, or one twice: pass different widths such as 32,64"
+        )
+    if unknown := set(settings.seeded_widths) - set(widths):
+        raise CapacityError(
+            f"seeded_widths = {','.join(map(str, sorted(unknown)))} are not among the widths"
+            f" {','.join(map(str, widths))}: name some of these"
+        )
+    seeded = set(settings.seeded_widths or widths)
+    wanted = [
+        (f"width{width}-seed{seed}", width, seed, settings.start)
+        for width in widths
+        for seed in (settings.seeds if width in seeded else settings.seeds[:1])
+    ]
+    if settings.control:
+        wanted.append(("control", int(teacher.config.hidden_size), settings.seeds[0], "teacher"))
+    curves, models = [], []
+    for name, width, seed, start in wanted:
+        models.append(new_student(teacher, width, seed, start, tokens))
+        curves.append(StudentCurve(name, width, seed, start, *parameters_of(models[-1])))
+        if seed != settings.seeds[0] and all(map(torch.equal, models[-1].parameters(), models[-2].parameters())):
+            raise CapacityError(
+                f"students of width {width} start alike with every seed, as all of their weights are the teacher's:"
+                " name others as seeded_widths"
+            )
+    return tuple(curves), models
 
 
 def student_config(config: Any, width: int) -> Any:
@@ -156,13 +196,13 @@ def check_output(model: Any, tokens: Int[Tensor, "row position"]) -> None:
     model.eval()
     few = tokens[:1, :8]
     output = output_of(model, few, torch.ones_like(few, dtype=torch.bool))
-    own = model(few, use_cache=False).logits[0].float()
-    found = output.head.logits(output.hidden, torch.empty_like(own))
+    logits = model(few, use_cache=False).logits[0].float()
+    from_head = output.head.logits(output.hidden, torch.empty_like(logits))
     model.train(training)
-    if not torch.allclose(own, found, rtol=1e-2, atol=1e-2):
+    if not torch.allclose(logits, from_head, rtol=1e-2, atol=1e-2):
         raise CapacityError(
             f"the logits of {model.config.model_type!r} are not its head applied to its last hidden state (they differ"
-            f" by up to {float((own - found).abs().max()):.2g}): this architecture cannot be distilled yet"
+            f" by up to {float((logits - from_head).abs().max()):.2g}): this architecture cannot be distilled yet"
         )
 
 

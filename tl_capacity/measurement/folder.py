@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tl_capacity.errors import MeasurementError
 from tl_capacity.storage import files as storage
+from tl_capacity.storage.digests import digest
 
 SCHEMA = 1
 
@@ -28,7 +29,7 @@ def write_folder(
 
     storage.make_folder(folder)
     data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    sha = storage.digest(data)
+    sha = digest(data)
     tensors_name = f"statistics-{sha[:16]}.safetensors"
     storage.write_bytes(folder / tensors_name, data)
     record = {"schema": SCHEMA, "statistics": tensors_name, "statistics_sha256": sha, **content}
@@ -70,7 +71,7 @@ def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], di
         raise MeasurementError(
             f"{folder / tensors_name} cannot be read ({problem}): copy the whole measurement folder, or measure again"
         ) from problem
-    if storage.digest(data) != sha:
+    if digest(data) != sha:
         raise MeasurementError(
             f"{folder / tensors_name} is truncated or altered (its SHA-256 is not the recorded one): copy it again, or"
             " measure again"

@@ -4,18 +4,18 @@ result is written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.storage.digests import tensors_digest
 from tl_capacity.storage.files import last_whole, previous, write_bytes
+from tl_capacity.storage.same_run import changed_fields
 
 SECONDS = 30.0
 """Between two checkpoints."""
@@ -72,7 +72,9 @@ class Checkpoint:
         started = time.monotonic()
         texts = {"settings": json.dumps(self.settings), "about": json.dumps(about)}
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_bytes(self.path, save(held, {**texts, "sha256": digest(held, *texts.values())}), keep_previous=True)
+        write_bytes(
+            self.path, save(held, {**texts, "sha256": tensors_digest(held, *texts.values())}), keep_previous=True
+        )
         ended = time.monotonic()
         self._next = ended + max(SECONDS, (ended - started) / SHARE)
 
@@ -84,14 +86,12 @@ class Checkpoint:
                 texts = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             settings, about = json.loads(texts["settings"]), json.loads(texts["about"])
-            if texts["sha256"] != digest(tensors, texts["settings"], texts["about"]):
+            if texts["sha256"] != tensors_digest(tensors, texts["settings"], texts["about"]):
                 raise ValueError("the SHA-256 of its content is not the recorded one")
         except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as problem:
             raise CapacityError(f"{path} is no whole checkpoint ({problem}): delete it to begin anew") from problem
         if settings != self.settings:
-            changed = ", ".join(
-                f"{name} = {value}" for name, value in settings.items() if value != self.settings.get(name)
-            )
+            changed = ", ".join(f"{name} = {settings[name]}" for name in changed_fields(self.settings, settings))
             raise CapacityError(
                 f"{path} belongs to other settings ({changed}): use those to go on from it, or delete it to begin anew"
             )
@@ -102,14 +102,3 @@ def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint and the one before, now that the result is there."""
     for old in (path, previous(path)):
         old.unlink(missing_ok=True)
-
-
-def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
-    """SHA-256 of a state, whatever the order of its tensors; safetensors keeps none."""
-    total = hashlib.sha256("\n".join(texts).encode())
-    for name in sorted(tensors):
-        values = tensors[name].contiguous()
-        total.update(
-            f"{name}{tuple(values.shape)}{values.dtype}".encode() + values.flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return total.hexdigest()

@@ -5,7 +5,6 @@ of one; checkpoints also keep the one before, for the day on which the last is d
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.runtime.logs import log
+from tl_capacity.storage.digests import digest
 
 Content = TypeVar("Content")
 SEAL = "sha256_of_the_rest"
@@ -162,11 +162,6 @@ def last_whole(path: Path, read: Callable[[Path], Content]) -> Content | None:
         os.replace(before, path)
         log.warning(f"the last checkpoint is left out, and the one before it gone on from: {problem}")
         return content
-
-
-def digest(data: bytes) -> str:
-    """SHA-256 of `data`, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def make_folder(path: Path) -> None:

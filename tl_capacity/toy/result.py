@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
-from tl_capacity.storage.files import digest, make_folder, read_record, write_bytes, write_record
+from tl_capacity.storage.digests import digest
+from tl_capacity.storage.files import make_folder, read_record, write_bytes, write_record
 from tl_capacity.toy import measures
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import Family, Stream, SweepSettings

@@ -1,0 +1,181 @@
+"""Settings of a distillation, each with its option's help text; they are read without importing torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.recipe import option
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+MATCH_KINDS = ("mse", "cosine")
+SCHEDULES = ("cosine", "wsd")
+CHUNK_TOKENS = 128
+"""Two buffers of [chunk, vocabulary] live at once: 51 MB in float32 at a vocabulary of 50,304."""
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """(1−λ) · T² · D(teacher ‖ student at temperature T) + λ · cross-entropy of the text at T = 1 (Hinton et al. 2015,
+    arXiv:1503.02531).
+
+    Attributes:
+        divergence: D, one of `DIVERGENCES`.
+        temperature: T; the factor T² keeps the size of the gradient.
+        beta: of the generalised Jensen–Shannon divergence.
+        ce_weight: λ.
+
+    Raises:
+        CapacityError: on an unknown divergence or a value outside its domain.
+    """
+
+    divergence: str = option("forward_kl", "Between next-token distributions: forward_kl, reverse_kl or jsd.")
+    temperature: float = option(
+        1.0, "Of the training loss, which is multiplied by its square; students are judged at 1."
+    )
+    beta: float = option(0.5, "Of jsd: 0 is forward KL, 1 is reverse KL.")
+    ce_weight: float = option(0.0, "Share of the text's cross-entropy in the loss.")
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise CapacityError(
+                f"{self.divergence!r} is no loss to distil with: choose one of {', '.join(DIVERGENCES)}"
+            )
+        if not self.temperature > 0:
+            raise CapacityError(
+                f"temperature = {self.temperature:g} does not scale logits: choose a number above 0, such as 1 or 2"
+            )
+        if not 0 <= self.ce_weight <= 1:
+            raise CapacityError(f"ce_weight = {self.ce_weight:g} is no share of the loss: choose a number from 0 to 1")
+        if not 0 <= self.beta <= 1:
+            raise CapacityError(
+                f"beta = {self.beta:g} is no mixture of teacher and student: choose a number from 0 (forward KL) to 1"
+                " (reverse KL)"
+            )
+
+
+@dataclass(frozen=True)
+class HiddenMatch:
+    """Also match the states at one hook point, through a linear map from the student's width to the teacher's that is
+    learned beside the student.
+
+    Attributes:
+        hook: a residual-stream hook point, by TransformerLens' name, in teacher and student.
+        kind: "mse" or "cosine".
+        weight: what the loss per token is multiplied by.
+
+    Raises:
+        CapacityError: on an unknown kind or a weight that is not positive.
+    """
+
+    hook: str
+    kind: str = "mse"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in MATCH_KINDS:
+            raise CapacityError(
+                f"{self.kind!r} is no loss between hidden states: choose one of {', '.join(MATCH_KINDS)}"
+            )
+        if not self.weight > 0:
+            raise CapacityError(f"weight = {self.weight:g} of {self.hook} has no effect: choose a number above 0")
+
+    @classmethod
+    def parse(cls, text: str) -> HiddenMatch:
+        """`HOOK[=KIND[*WEIGHT]]`, as on the command line: `blocks.3.hook_resid_post=cosine*0.5`."""
+        hook, _, rest = text.partition("=")
+        kind, _, weight = rest.partition("*")
+        try:
+            return cls(hook, kind or "mse", float(weight or 1))
+        except ValueError as problem:
+            if isinstance(problem, CapacityError):
+                raise
+            raise CapacityError(f"{text!r} is no hidden state to match: write HOOK=mse or HOOK=cosine*0.5") from problem
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Everything that decides the students, but for teacher, widths and text.
+
+    Attributes:
+        tokens: predicted tokens to train on.
+        seeds: of the initial weights; each width is trained once for each.
+        seeded_widths: the only widths that are, if any are named; the others are trained with the first seed.
+        loss: between the next-token distributions.
+        hidden: hidden states to match besides.
+        start: of the students' weights: "random", or "truncated", the teacher's in the leading directions of its
+            stream.
+        control: also train a student of the teacher's width that starts with its weights.
+        lr, warmup, schedule, decay: peak learning rate of AdamW; the share of steps over which it rises; "cosine" to
+            zero, or "wsd", constant and then linear to zero over the last `decay` of the steps.
+        weight_decay, betas, clip: of AdamW; largest norm of a student's gradient.
+        batch_rows: rows in a step, over all processes.
+        evaluations: how often the held-out loss is taken, evenly spaced, besides before the first step.
+        heldout_tokens: predicted tokens that it is taken on.
+        repeat: whether text that is shorter than `tokens` may be read several times.
+        seed: of the order of the rows.
+        mixed_precision: "no", or "bf16" for the students' blocks under autocast; weights, optimiser and losses stay
+            float32.
+        chunk_tokens: tokens whose logits exist at a time.
+
+    Raises:
+        CapacityError: on a value outside its domain.
+    """
+
+    tokens: int = option(1_000_000, "Predicted tokens to train on.")
+    seeds: tuple[int, ...] = option((0,), "Of the initial weights; each width is trained once for each.")
+    seeded_widths: tuple[int, ...] = option(
+        (), "Widths that are trained with every seed, the others with the first; by default all."
+    )
+    loss: LogitLoss = LogitLoss()
+    hidden: tuple[HiddenMatch, ...] = option((), "Hidden states to match besides, as HOOK=mse or HOOK=cosine*0.5.")
+    start: str = option(
+        "random",
+        "Of the students' weights: random, or truncated, the teacher's in the leading directions of its residual"
+        " stream.",
+    )
+    control: bool = option(False, "Also train a student of the teacher's width that starts with its weights.")
+    lr: float = option(3e-3, "Peak learning rate of AdamW.")
+    warmup: float = option(0.05, "Share of the steps over which the learning rate rises.")
+    schedule: str = option("cosine", "Of the learning rate: cosine or wsd.")
+    decay: float = 0.2
+    weight_decay: float = option(0.01, "Of AdamW.")
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    batch_rows: int = option(8, "Rows in a step, over all processes.")
+    evaluations: int = option(40, "How often to do so, evenly spaced.")
+    heldout_tokens: int = option(16_384, "Predicted tokens to judge the students by.")
+    repeat: bool = option(False, "Read a source that is shorter than --tokens several times.")
+    seed: int = option(0, "Of the order of the rows.")
+    mixed_precision: str = option("no", "no, or bf16 for the students' blocks.")
+    chunk_tokens: int = CHUNK_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise CapacityError(
+                f"{self.schedule!r} is no schedule of the learning rate: choose one of {', '.join(SCHEDULES)}"
+            )
+        if self.start not in ("random", "truncated"):
+            raise CapacityError(f"{self.start!r} is no way to start all students: choose random or truncated")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise CapacityError(f"{self.mixed_precision!r} is no precision to train in: choose no or bf16")
+        for name in ("tokens", "batch_rows", "evaluations", "heldout_tokens", "chunk_tokens", "lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise CapacityError(f"{name} = {getattr(self, name)} trains nothing: choose a number above 0")
+        if not 0 <= self.warmup < 1 or not 0 < self.decay <= 1 or self.warmup + self.decay > 1:
+            raise CapacityError(
+                f"warmup = {self.warmup:g} and decay = {self.decay:g} are no shares of one run: choose numbers from 0"
+                " to 1 that add up to at most 1"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise CapacityError(f"seeds = {self.seeds} are not one or several different numbers: pass each seed once")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate at a step."""
+        warmup = max(1, round(self.warmup * steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return min(1.0, (steps - step) / (self.decay * steps))

@@ -1,0 +1,44 @@
+"""Digests: SHA-256 in hexadecimal of bytes, of named tensors and of a model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of `data`, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """SHA-256 over the names, shapes, types and values of tensors, and over some texts.
+
+    The order of the tensors makes no difference, as safetensors keeps none.
+    """
+    total = hashlib.sha256("\n".join(texts).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        total.update(_bytes_of(tensor))
+    return total.hexdigest()
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 over the names and values of a model's parameters, in their order."""
+    total = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        total.update(name.encode())
+        total.update(_bytes_of(parameter))
+    return total.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    """The values of a tensor of any type, bfloat16 too, which numpy has not."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
