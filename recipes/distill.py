@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.recipe import option, run_file
+from tl_capacity.distillation.settings import DistillSettings, HiddenMatch, LogitLoss
+from tl_capacity.recipe import option, option_of, run_file, values_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class DistillConfig:
 
     teacher: str = option("embedded", "A model name, folder or hub id.")
     widths: tuple[int, ...] = option((16, 24, 32, 48, 64, 96, 128), "Student widths.")
-    tokens: int = option(1_000_000, "Predicted tokens to train on.")
+    tokens: int = option_of(DistillSettings, "tokens")
     out: Path = option(Path("runs/distillation"), "The folder to write.")
     resume: bool = option(False, "Go on from the checkpoint in --out.")
     source: str = option("", "The token source to train on; by default the corpus that belongs to the teacher.")
@@ -28,40 +29,43 @@ class DistillConfig:
         "The token source to judge the students by; by default some whole documents of --source, which are then not"
         " trained on.",
     )
-    heldout_tokens: int = option(16_384, "Predicted tokens to judge the students by.")
-    evaluations: int = option(40, "How often to do so, evenly spaced.")
-    repeat: bool = option(False, "Read a source that is shorter than --tokens several times.")
-    seeds: tuple[int, ...] = option((0,), "Of the initial weights; each width is trained once for each.")
-    seeded_widths: tuple[int, ...] = option(
-        (), "Widths that are trained with every seed, the others with the first; by default all."
-    )
-    start: str = option(
-        "random",
-        "Of the students' weights: random, or truncated, the teacher's in the leading directions of its residual"
-        " stream.",
-    )
-    control: bool = option(False, "Also train a student of the teacher's width that starts with its weights.")
-    loss: str = option("forward_kl", "Between next-token distributions: forward_kl, reverse_kl or jsd.")
-    temperature: float = option(
-        1.0, "Of the training loss, which is multiplied by its square; students are judged at 1."
-    )
-    beta: float = option(0.5, "Of jsd: 0 is forward KL, 1 is reverse KL.")
-    ce_weight: float = option(0.0, "Share of the text's cross-entropy in the loss.")
-    hidden: tuple[str, ...] = option((), "Hidden states to match besides, as HOOK=mse or HOOK=cosine*0.5.")
-    lr: float = option(3e-3, "Peak learning rate of AdamW.")
-    warmup: float = option(0.05, "Share of the steps over which the learning rate rises.")
-    schedule: str = option("cosine", "Of the learning rate: cosine or wsd.")
-    weight_decay: float = option(0.01, "Of AdamW.")
-    batch_rows: int = option(8, "Rows in a step, over all processes.")
+    heldout_tokens: int = option_of(DistillSettings, "heldout_tokens")
+    evaluations: int = option_of(DistillSettings, "evaluations")
+    repeat: bool = option_of(DistillSettings, "repeat")
+    seeds: tuple[int, ...] = option_of(DistillSettings, "seeds")
+    seeded_widths: tuple[int, ...] = option_of(DistillSettings, "seeded_widths")
+    start: str = option_of(DistillSettings, "start")
+    control: bool = option_of(DistillSettings, "control")
+    loss: str = option_of(LogitLoss, "divergence")
+    temperature: float = option_of(LogitLoss, "temperature")
+    beta: float = option_of(LogitLoss, "beta")
+    ce_weight: float = option_of(LogitLoss, "ce_weight")
+    hidden: tuple[str, ...] = option_of(DistillSettings, "hidden")
+    lr: float = option_of(DistillSettings, "lr")
+    warmup: float = option_of(DistillSettings, "warmup")
+    schedule: str = option_of(DistillSettings, "schedule")
+    weight_decay: float = option_of(DistillSettings, "weight_decay")
+    batch_rows: int = option_of(DistillSettings, "batch_rows")
     context: int = option(256, "Positions in a row, BOS included.")
-    seed: int = option(0, "Of the order of the rows.")
+    seed: int = option_of(DistillSettings, "seed")
     device: str = option("cpu", "Where teacher and students run.")
     dtype: str = option("float32", "Of the teacher's weights; the students' are float32.")
     shard_teacher: bool = option(False, "Spread a teacher that was loaded on the CPU over the processes (FSDP).")
-    mixed_precision: str = option("no", "no, or bf16 for the students' blocks.")
+    mixed_precision: str = option_of(DistillSettings, "mixed_precision")
     checkpoint_seconds: float = option(60.0, "Save a checkpoint this often.")
     trackers: tuple[str, ...] = option((), "Also report to these trackers of Accelerate's, such as wandb,tensorboard.")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+
+    def settings(self) -> DistillSettings:
+        """What decides the students, but for teacher, widths and text.
+
+        Raises:
+            CapacityError: on a value outside its domain.
+        """
+        settings = values_of(self, DistillSettings)
+        settings["loss"] = LogitLoss(**values_of(self, LogitLoss))
+        settings["hidden"] = tuple(HiddenMatch.parse(text) for text in self.hidden)
+        return DistillSettings(**settings)
 
 
 def main(config: DistillConfig) -> DistillationRun:
@@ -73,31 +77,13 @@ def main(config: DistillConfig) -> DistillationRun:
     """
     import torch
 
-    from tl_capacity.distillation import DistillSettings, HiddenMatch, LogitLoss, distill
+    from tl_capacity.distillation import distill
     from tl_capacity.models.loading import load_model
     from tl_capacity.text.streams import TokenStream
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    settings = DistillSettings(
-        tokens=config.tokens,
-        seeds=config.seeds,
-        seeded_widths=config.seeded_widths,
-        loss=LogitLoss(config.loss, config.temperature, config.beta, config.ce_weight),
-        hidden=tuple(HiddenMatch.parse(text) for text in config.hidden),
-        start=config.start,
-        control=config.control,
-        lr=config.lr,
-        warmup=config.warmup,
-        schedule=config.schedule,
-        weight_decay=config.weight_decay,
-        batch_rows=config.batch_rows,
-        evaluations=config.evaluations,
-        heldout_tokens=config.heldout_tokens,
-        repeat=config.repeat,
-        seed=config.seed,
-        mixed_precision=config.mixed_precision,
-    )
+    settings = config.settings()
     teacher = load_model(config.teacher, device=config.device, dtype=config.dtype)
     run = distill(
         teacher,

@@ -16,16 +16,16 @@ from typing import Any
 from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.distillation.settings import DistillSettings, LogitLoss
 from tl_capacity.errors import CapacityError
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, load_config, load_model
-from tl_capacity.recipe import option, run_file
+from tl_capacity.recipe import option, option_of, run_file, values_of
 from tl_capacity.storage.files import make_folder, read_kept, write_json
+from tl_capacity.storage.same_run import changed_fields
 
 IMPORTANCES = ("second_moment", "gradient", "fisher")
 """Measured in any case: the paper's, and two in nats per token, whose C must be 1."""
-PASSED_ON = ("seeds", "seeded_widths", "start", "control", "lr", "schedule", "seed")
-"""What the distillation takes as it stands here."""
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "measure_tokens": 16_000,
@@ -67,18 +67,20 @@ class PythiaFloorConfig:
         (), "SAELens folders or release/sae_id, each optionally HOOK=…; by default all that come with the teacher."
     )
     widths: tuple[int, ...] = option((16, 24, 32, 48, 64, 96, 128), "Student widths.")
-    seeds: tuple[int, ...] = option((0,), "Of the students' initial weights.")
-    seeded_widths: tuple[int, ...] = option(
-        (), "Widths that are trained with every seed, the others with the first; by default all."
-    )
-    start: str = option(
-        "truncated",
+    seeds: tuple[int, ...] = option_of(DistillSettings, "seeds", "Of the students' initial weights.")
+    seeded_widths: tuple[int, ...] = option_of(DistillSettings, "seeded_widths")
+    start: str = option_of(
+        DistillSettings,
+        "start",
         "Of the students' weights: truncated, the teacher's in the leading directions of its residual stream, or"
         " random.",
+        default="truncated",
     )
-    control: bool = option(
-        True,
+    control: bool = option_of(
+        DistillSettings,
+        "control",
         "Also train a student of the teacher's width that starts with its weights: what the training itself costs.",
+        default=True,
     )
     measurement: Path | None = option(None, "A finished measurement of the teacher to use instead of measuring.")
     source: str = option("", "The text to measure and to train on; by default the corpus that belongs to the teacher.")
@@ -94,18 +96,24 @@ class PythiaFloorConfig:
         "fit", "Observed floor: fit, where the held-out curve is heading, or last_tenth, its mean at the end."
     )
     measure_tokens: int | None = option(None, "Tokens to measure on.")
-    tokens: int | None = option(None, "Predicted tokens to train on; a source that is shorter is repeated.")
-    evaluations: int | None = option(None, "How often the students are judged.")
-    heldout_tokens: int | None = option(None, "Predicted tokens that they are judged by.")
-    batch_rows: int | None = option(None, "Rows in a step.")
+    tokens: int | None = option_of(
+        DistillSettings, "tokens", "Predicted tokens to train on; a source that is shorter is repeated.", default=None
+    )
+    evaluations: int | None = option_of(
+        DistillSettings, "evaluations", "How often the students are judged.", default=None
+    )
+    heldout_tokens: int | None = option_of(
+        DistillSettings, "heldout_tokens", "Predicted tokens that they are judged by.", default=None
+    )
+    batch_rows: int | None = option_of(DistillSettings, "batch_rows", "Rows in a step.", default=None)
     context: int | None = option(None, "Positions in a row, BOS included.")
-    temperature: float = option(1.0, "Of the training loss.")
-    lr: float = option(3e-3, "Peak learning rate.")
-    schedule: str = option("cosine", "Of the learning rate: cosine or wsd.")
+    temperature: float = option_of(LogitLoss, "temperature", "Of the training loss.")
+    lr: float = option_of(DistillSettings, "lr", "Peak learning rate.")
+    schedule: str = option_of(DistillSettings, "schedule")
     concepts: tuple[str, ...] = option(
         (), "Also probe teacher and students for these concepts, such as embedded (docs/probe.md); takes minutes more."
     )
-    seed: int = option(0, "Of the order of the rows.")
+    seed: int = option_of(DistillSettings, "seed")
     device: str = option("cpu", "Where everything runs.")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
@@ -120,6 +128,15 @@ class PythiaFloorConfig:
         return replace(
             self, **{name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None}
         )
+
+    def distill_settings(self) -> DistillSettings:
+        """What decides the students, but for teacher, widths and text.
+
+        Raises:
+            CapacityError: on a value outside its domain.
+        """
+        loss = LogitLoss(**values_of(self, LogitLoss))
+        return DistillSettings(**values_of(self, DistillSettings), loss=loss, repeat=True)
 
 
 def main(config: PythiaFloorConfig) -> Decomposition:
@@ -195,7 +212,7 @@ def check_students(config: PythiaFloorConfig) -> None:
     """
     from tl_capacity.distillation.students import new_students, student_config
 
-    of_teacher, settings = load_config(config.teacher), distill_settings(config)
+    of_teacher, settings = load_config(config.teacher), config.distill_settings()
     for width in config.widths:
         student_config(of_teacher, width)
     if len(settings.seeds) < 2 or settings.start != "truncated":
@@ -237,23 +254,9 @@ def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
         config.widths,
         stream,
         heldout=TokenStream(heldout, teacher.tokenizer, context=stream.context) if heldout else None,
-        settings=distill_settings(config),
+        settings=config.distill_settings(),
         out=out,
         resume=True,
-    )
-
-
-def distill_settings(config: PythiaFloorConfig) -> Any:
-    """What decides the students, but for teacher, widths and text."""
-    from tl_capacity.distillation import DistillSettings, LogitLoss
-
-    return DistillSettings(
-        loss=LogitLoss(temperature=config.temperature),
-        repeat=True,
-        **{
-            name: getattr(config, name)
-            for name in (*PASSED_ON, *PRESETS["quick"].keys() - {"measure_tokens", "context"})
-        },
     )
 
 
@@ -328,14 +331,10 @@ def _same_settings(config: PythiaFloorConfig) -> None:
     )
     if path.is_file():
         before = read_kept(path)
-        changed = [
-            f"{name} {before.get(name)!r}, and this one has {value!r}"
-            for name, value in settings.items()
-            if before.get(name) != value
-        ]
-        if changed:
+        for name in changed_fields(before, settings):
             raise CapacityError(
-                f"{config.out} holds a run with {changed[0]}: go on with the same settings, or choose another --out"
+                f"{config.out} holds a run with {name} {before.get(name)!r}, and this one has {settings[name]!r}: go on"
+                " with the same settings, or choose another --out"
             )
     write_json(path, settings)
 

@@ -25,6 +25,7 @@ from tl_capacity.runtime.hub import loading_errors, reason_of
 from tl_capacity.runtime.logs import log
 from tl_capacity.storage.files import make_folder, read_kept, write_json
 from tl_capacity.storage.folders import new_folder, written
+from tl_capacity.storage.same_run import changed_fields
 from tl_capacity.text.streams import PADDING, TokenStream
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "gated", "jumprelu")
@@ -414,9 +415,7 @@ def _check(config: TrainSAEConfig) -> None:
     make_folder(config.out.parent)
     kept = _checkpoints(config) / "settings.json"
     if kept.is_file() and (before := read_kept(kept)) != _settings(config):
-        changed = ", ".join(
-            f"{name} = {value}" for name, value in before.items() if value != _settings(config).get(name)
-        )
+        changed = ", ".join(f"{name} = {before[name]}" for name in changed_fields(_settings(config), before))
         raise CapacityError(
             f"{kept.parent} holds a run with other settings ({changed}): use those to go on with it, or delete the"
             " folder to begin anew"

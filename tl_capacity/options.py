@@ -54,6 +54,29 @@ def argument(help: str) -> Any:
     return dataclasses.field(metadata={"help": help, "by_place": True})
 
 
+def option_of(declaring: type, name: str, help: str | None = None, **default: Any) -> Any:
+    """A dataclass field for a setting that another dataclass declares: with its default and help text, and others only
+    where they are given.
+
+    Args:
+        declaring: the dataclass of the stage that the setting is for.
+        name: of its field; the option may have another name.
+        help: where the setting has a narrower meaning here.
+        default: where it is another here.
+    """
+    (declared,) = (field for field in dataclasses.fields(declaring) if field.name == name)
+    metadata = {**declared.metadata, "declared": (declaring, name)}
+    if help is not None:
+        metadata["help"] = help
+    return dataclasses.field(default=default.get("default", declared.default), metadata=metadata)
+
+
+def values_of(config: Any, declaring: type) -> dict[str, Any]:
+    """The values in `config` of the settings that `declaring` declares, by their names there; see `option_of`."""
+    declared = ((field.name, field.metadata.get("declared")) for field in dataclasses.fields(config))
+    return {where[1]: getattr(config, name) for name, where in declared if where and where[0] is declaring}
+
+
 def internal(default: Any) -> Any:
     """A dataclass field that only programs set."""
     return dataclasses.field(default=default, metadata={"internal": True})

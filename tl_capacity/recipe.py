@@ -18,6 +18,8 @@ from tl_capacity.interfaces import Recipe
 from tl_capacity.options import argument as argument
 from tl_capacity.options import command_with
 from tl_capacity.options import option as option
+from tl_capacity.options import option_of as option_of
+from tl_capacity.options import values_of as values_of
 
 
 def load(recipe: Recipe) -> Callable[[Any], Any]:
