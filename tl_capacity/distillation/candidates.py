@@ -138,6 +138,11 @@ def candidates_of(predictions: Sequence[Prediction]) -> list[Candidate]:
     return candidates
 
 
+def without_default_law(text: str) -> str:
+    """A candidate's name, or a sentence with such names, without the capacity law where it is the default one."""
+    return text.replace(f", {plugins().capacity_laws.default.name}", "")
+
+
 def _is_measured(hook: HookMeasurement, importance: str) -> bool:
     try:
         hook.estimator(importance)

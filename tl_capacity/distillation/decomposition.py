@@ -22,10 +22,10 @@ from tl_capacity.distillation.observed import OBSERVED, ObservedFloor, observed_
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.plugins import plugins
 from tl_capacity.results.estimate import Estimate, group_resamples
 from tl_capacity.show.tables import html_table, plain, table
 
-PAPER = "compressed_sensing"
 SHOWN = 10
 """Candidates that the table shows whatever they are."""
 
@@ -208,8 +208,8 @@ def decompose(
     run: DistillationRun,
     *,
     hook: str | None = None,
-    importance: str = "second_moment",
-    law: str = PAPER,
+    importance: str | None = None,
+    law: str | None = None,
     observed: str = "fit",
     max_fvu: float | None = 1.0,
 ) -> Decomposition:
@@ -220,7 +220,8 @@ def decompose(
         run: its students.
         hook: the hook point whose prediction is asked for; by default the measured one in the middle. All others are
             candidates as well.
-        importance, law: of that prediction; all others that the measurement allows are candidates as well.
+        importance, law: of that prediction; None for the default ones. All others that the measurement allows are
+            candidates as well.
         observed: "fit" for L∞ of each curve's fit, or "last_tenth" for the mean over the last tenth of training, as the
             paper has it.
         max_fvu: refuse SAEs that leave more of the variance unexplained.
@@ -240,8 +241,8 @@ def decompose(
         )
     asked_hook = measurement[hook] if hook is not None else measurement.hooks[len(measurement.hooks) // 2]
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
-    asked_hook.estimator(importance)
-    floors, asked = observed_floors(run), (asked_hook.hook, importance, law)
+    asked = (asked_hook.hook, asked_hook.estimator(importance).name, plugins().capacity_laws.named(law).name)
+    floors = observed_floors(run)
     if not run.widths:
         raise MeasurementError("the distillation has no students but the control: distil some widths")
     parameters = {student.name: student.body_parameters for student in run}

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tl_capacity.distillation.candidates import Candidate
-from tl_capacity.distillation.decomposition import PAPER, Decomposition
+from tl_capacity.distillation.candidates import Candidate, without_default_law
+from tl_capacity.distillation.decomposition import Decomposition
 from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors, power_law
 from tl_capacity.distillation.run import DistillationRun, StudentCurve
@@ -35,7 +35,7 @@ from tl_capacity.show.palette import COLOURS
 
 
 def observed_figure(
-    floors: Sequence[ObservedFloor], found: Decomposition | None = None, which: str = "fit"
+    floors: Sequence[ObservedFloor], decomposition: Decomposition | None = None, which: str = "fit"
 ) -> go.Figure:
     """Observed floors against width, with their 95% intervals; of a decomposition also the prediction asked for and the
     best candidates.
@@ -49,7 +49,7 @@ def observed_figure(
     students = sorted((f for f in floors if f.start != "teacher"), key=lambda f: f.width)
     if not students:
         raise CapacityError("the distillation has no students but the control: distil some widths")
-    figure, which = new_figure(), found.which if found is not None else which
+    figure, which = new_figure(), decomposition.which if decomposition is not None else which
     values = [student.taken_as(which) for student in students]
     figure.add_scatter(
         x=[f.width for f in students],
@@ -65,21 +65,24 @@ def observed_figure(
     controls = [f for f in floors if f.start == "teacher"]
     if controls:
         marker = {"color": GREY, "symbol": "circle-open", "size": 9}
-        of = [f.last_tenth for f in controls]
         figure.add_scatter(
             x=[f.width for f in controls],
-            y=of,
+            y=[f.last_tenth for f in controls],
             mode="markers",
             marker=marker,
             **legend_entry("control from the teacher's weights"),
         )
-    for place, (fit, role) in enumerate(_drawn_fits(found), 1):
+    for place, (fit, role) in enumerate(_drawn_fits(decomposition), 1):
         widths = sorted(fit.fitted)
         label = f"{role}: {short_candidate(fit.candidate)}"
-        known = {"line": line_of(place), "marker": marker_of(place, 5), **legend_entry(label)}
         figure.add_scatter(
-            x=widths, y=[fit.fitted[w] for w in widths], mode="lines+markers", **known
-        )  # of a single width there is no line
+            x=widths,
+            y=[fit.fitted[width] for width in widths],
+            mode="lines+markers",  # of a single width there is no line
+            line=line_of(place),
+            marker=marker_of(place, 5),
+            **legend_entry(label),
+        )
     figure.update_yaxes(title="loss floor (nats per token)", rangemode="tozero")
     width_axis(figure, [f.width for f in floors])
     return figure
@@ -96,7 +99,7 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
     evaluated = [student for student in run if len(student.tokens) > 1]
     if not evaluated:
         raise CapacityError("no student was evaluated after its start: train longer")
-    known = {f.name: f for f in (observed_floors(run) if floors is None else floors)}
+    floor_of = {floor.name: floor for floor in (observed_floors(run) if floors is None else floors)}
     for place, ((control, width), alike) in enumerate(
         groupby(sorted(evaluated, key=lambda s: (*_width_of(s), s.seed)), key=_width_of)
     ):
@@ -117,7 +120,7 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
                 showlegend=student is students[0],
                 **legend_entry(label),
             )
-            floor = known.get(student.name)
+            floor = floor_of.get(student.name)
             if floor is None or floor.low is None:
                 continue
             share = np.geomspace(max(tokens[0] / tokens[-1], 0.1), 1, 40)
@@ -143,21 +146,22 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
 
 
 def short_candidate(candidate: Candidate) -> str:
-    """A candidate's name with its hook point's short one, and without the law where it is the theorem's own."""
+    """A candidate's name with its hook point's short one, and without the law where it is the default one."""
     layer = LAYER.fullmatch(candidate.hook)
     short = f"layer {layer[1]}" if layer is not None else candidate.hook
-    return candidate.name.replace(f", {PAPER}", "").replace(f" at {candidate.hook}", f" at {short}")
+    return without_default_law(candidate.name).replace(f" at {candidate.hook}", f" at {short}")
 
 
-def _drawn_fits(found: Decomposition | None) -> list[tuple[Fit, str]]:
+def _drawn_fits(decomposition: Decomposition | None) -> list[tuple[Fit, str]]:
     """The fits worth a line, each with its role; a fit that has two is drawn once."""
-    if found is None:
+    if decomposition is None:
         return []
-    roles = [(found.chosen, "asked for")]
-    if found.winner is not None and found.winner is not found.chosen:
-        roles.append((found.winner, "best"))
-    rival = next(f for f in found.fits if f.candidate.kind == "rival")
-    if rival is not found.winner:
+    chosen, winner = decomposition.chosen, decomposition.winner
+    roles = [(chosen, "asked for")]
+    if winner is not None and winner is not chosen:
+        roles.append((winner, "best"))
+    rival = next(fit for fit in decomposition.fits if fit.candidate.kind == "rival")
+    if rival is not winner:
         roles.append((rival, "best rival"))
     return roles
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from tl_capacity.distillation.decomposition import PAPER, Decomposition
+from tl_capacity.distillation.candidates import without_default_law
+from tl_capacity.distillation.decomposition import Decomposition
 from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.report import figures
@@ -92,7 +93,7 @@ def short(story: Story, text: str) -> str:
     """
     for hook in sorted(story.measurement, key=lambda h: -len(h.hook)):
         text = text.replace(f" at {hook.hook}", f" at {short_hook(story.measurement, hook.hook)}")
-    return text.replace(f", {PAPER}", "")
+    return without_default_law(text)
 
 
 def curves(story: Story, empty: Section) -> Section:
