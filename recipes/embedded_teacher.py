@@ -7,7 +7,6 @@ train, export, saes.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import lzma
@@ -23,7 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from tl_capacity.recipes import train_sae
+from tl_capacity.recipes.muon import Muon
 from tl_capacity.recipes.public_domain_text import SPLITS, Document, documents
+from tl_capacity.recipes.sae_config import TrainSAEConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -33,11 +34,10 @@ from tl_capacity.recipe import option, run_file
 from tl_capacity.runtime.hub import loading_errors, reason_of
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage import files as storage
+from tl_capacity.storage.digests import digest
 from tl_capacity.storage.folders import new_folder, written
 
 BOS = 0  # <|endoftext|>, as in Pythia; the id is valid although it is falsy
-
-
 STAGES = ("texts", "tokenizer", "train", "export", "saes")
 LAYERS = (1, 3, 5)
 SAMPLE_PROMPTS = ("The Lord is my", "Elizabeth had never", "And it came to pass", "In the beginning", "Mr. Knightley")
@@ -117,11 +117,11 @@ def main(config: EmbeddedTeacherConfig) -> None:
                 train_sae.main(sae_config(layer, folder, config))
 
 
-def sae_config(layer: int, folder: Path, config: EmbeddedTeacherConfig) -> train_sae.TrainSAEConfig:
+def sae_config(layer: int, folder: Path, config: EmbeddedTeacherConfig) -> TrainSAEConfig:
     """How the SAE after a layer is trained: on the teacher's own training text, Brown included, none of which it is
     measured on.
     """
-    return train_sae.TrainSAEConfig(
+    return TrainSAEConfig(
         model=str(config.out / "model"),
         hook=f"blocks.{layer}.hook_resid_post",
         source=str(config.work / "train.jsonl"),
@@ -182,47 +182,6 @@ def packed_rows(
     stream = np.concatenate([np.asarray([*ids, BOS], dtype=np.int32) for ids in encoded])
     rows = stream[: len(stream) // (context - 1) * (context - 1)].reshape(-1, context - 1)
     return np.concatenate([np.full((len(rows), 1), BOS, dtype=np.int32), rows], axis=1)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by five Newton–Schulz steps (Jordan et al. 2024, github.com/KellerJordan/Muon), all
-    matrices of one shape in one batch.
-
-    `torch.optim.Muon` does the same in bfloat16, matrix by matrix, which takes 3 s a step on a CPU without bfloat16
-    units; this takes 0.1 s.
-    """
-
-    def __init__(
-        self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
-            for matrix in group["params"]:
-                shapes.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in shapes.items():
-                directions = []
-                for matrix in matrices:
-                    assert matrix.grad is not None
-                    average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
-                    average.lerp_(matrix.grad, 1 - group["momentum"])
-                    directions.append(matrix.grad.lerp(average, group["momentum"]))  # Nesterov
-                step = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for matrix, update in zip(matrices, orthogonalised(torch.stack(directions)), strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step)
-
-
-def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values between 0.7 and 1.2."""
-    wide: torch.Tensor = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
 
 
 def new_teacher(config: TeacherConfig) -> GPTNeoXForCausalLM:
@@ -384,7 +343,7 @@ def export(work: Path, out: Path) -> None:
                 " bound"
             ),
             "versions": library_versions(),
-            "weights_sha256": hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(),
+            "weights_sha256": digest((out / "model" / "model.safetensors").read_bytes()),
             "record": saved["record"],
             "samples": samples,
         },

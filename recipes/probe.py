@@ -36,7 +36,8 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
-from tl_capacity.storage.files import digest, make_folder, write_bytes
+from tl_capacity.storage.digests import digest
+from tl_capacity.storage.files import make_folder, write_bytes
 
 TABLE_NAME, FIGURE_NAME = "probes.csv", "probes.html"
 

@@ -32,8 +32,8 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
-from tl_capacity.storage.digests import fingerprint
-from tl_capacity.storage.files import digest, make_folder, write_bytes, write_json
+from tl_capacity.storage.digests import digest, fingerprint
+from tl_capacity.storage.files import make_folder, write_bytes, write_json
 from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import TokenStream
 

@@ -28,6 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from tl_capacity.hooks.concepts import EMBEDDED, FOLDER, brown
 from tl_capacity.recipes import embedded_concepts
 from tl_capacity.recipes import probe as recipe
+from tl_capacity.recipes.concept_candidates import Candidate
 
 from tl_capacity import add_capacity_hooks, hookimpl, theory
 from tl_capacity.errors import CapacityError, HookPointError, PluginError
@@ -517,7 +518,7 @@ class TestEmbeddedConcepts:
             return " ".join("".join(random.choice(list("abcdefgh"), size=5)) for _ in range(words))
 
         candidates = [
-            embedded_concepts.Candidate(text(random.integers(8, 40)), label, f"{label} {number // 4}")
+            Candidate(text(random.integers(8, 40)), label, f"{label} {number // 4}")
             for label in ("a", "b")
             for number in range(400)
         ]
@@ -530,7 +531,7 @@ class TestEmbeddedConcepts:
 
     def test_choosing_needs_enough(self) -> None:
         with pytest.raises(CapacityError, match="its source has changed"):
-            embedded_concepts.choose([embedded_concepts.Candidate("x" * 50, "a", "d")], "a", "b")
+            embedded_concepts.choose([Candidate("x" * 50, "a", "d")], "a", "b")
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tl_capacity.recipes import embedded_teacher
-from tl_capacity.recipes.train_sae import TrainSAEConfig, main, split_rows
+from tl_capacity.recipes.sae_config import TrainSAEConfig
+from tl_capacity.recipes.train_sae import main, split_rows
 
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
 from tl_capacity.hookspecs import hookimpl

@@ -1,0 +1,70 @@
+"""What decides a sparse autoencoder that the recipe train-sae trains."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tl_capacity.recipe import option
+
+ARCHITECTURES = ("topk", "batchtopk", "standard", "gated", "jumprelu")
+
+
+SAVE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainSAEConfig:
+    """Everything that decides the SAE."""
+
+    model: str = option("embedded", "A model name, folder or hub id.")
+    hook: str = option("blocks.3.hook_resid_post", "The hook point, in TransformerLens' names.")
+    source: str = option("", "The token source; by default the corpus that belongs to the model.")
+    out: Path = option(Path("sae"), "The folder to write; checkpoints stand beside it until it is complete.")
+    tokens: int = option(1_000_000, "Tokens to train on, special ones not counted; a shorter source is repeated.")
+    heldout_tokens: int = option(20_000, "Tokens kept apart, by whole documents, to measure the SAE on.")
+    architecture: str = option("topk", f"One of {', '.join(ARCHITECTURES)}.")
+    d_sae: int = option(4096, "Number of latents.")
+    k: int = option(32, "Active latents per token, of topk and batchtopk.")
+    l1_coefficient: float = option(1.0, "Sparsity penalty of standard and gated.")
+    l0_coefficient: float = option(1.0, "Sparsity penalty of jumprelu.")
+    lr: float = option(
+        1e-3, "Peak learning rate of Adam; it rises over the first 5% of the steps and falls to zero over the last 20%."
+    )
+    batch_tokens: int = option(1024, "Activations per training step.")
+    context: int = option(256, "Positions in a row, BOS included.")
+    batch_rows: int = option(8, "Rows in one forward pass of the model.")
+    dead_after_tokens: int = option(
+        200_000, "A latent that was silent for so long counts as dead, and topk revives it."
+    )
+    checkpoints: int = option(4, "How many to write on the way; run the same command again to go on from the newest.")
+    save_dtype: str = option(
+        "float32",
+        f"How the weights are stored, one of {', '.join(SAVE_DTYPES)}; they are computed with in float32 all the same.",
+    )
+    device: str = option("cpu", "Where the model and the SAE run.")
+    seed: int = option(0, "Of the split, the order of the rows and the initial weights.")
+
+    @property
+    def steps(self) -> int:
+        """Training steps."""
+        return max(1, self.tokens // self.batch_tokens)
+
+    @property
+    def buffer_rows(self) -> int:
+        """Rows whose activations are mixed with one another before they are trained on."""
+        return max(64, -(-4 * self.batch_tokens // self.context))
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        """Where the state is kept until the SAE is complete."""
+        return self.out.with_name(f"{self.out.name}.checkpoints")
+
+    def decisive(self) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one before."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("out", "device", "save_dtype", "checkpoints")
+        }
