@@ -57,8 +57,8 @@ def main(config: CheckImportanceConfig) -> None:
             " estimator"
         )
     loaded = load_model(config.model)
-    of_model = dict(loaded.named.saes) if loaded.named else {}
-    folder = config.sae or str(of_model.get(config.hook, ""))
+    named_saes = dict(loaded.named.saes) if loaded.named else {}
+    folder = config.sae or str(named_saes.get(config.hook, ""))
     if not folder:
         raise CapacityError(f"no SAE comes with {config.model} at {config.hook}: pass --sae")
     _, sae = load_sae(folder)
@@ -76,11 +76,11 @@ def main(config: CheckImportanceConfig) -> None:
     kl = ablation_kl(
         loaded.model, config.hook, sae, rows, alive[places].tolist(), counted=counted, progress=True
     ).numpy()
-    found = []
+    compared = []
     for name, values in estimates.items():
         nats = measured.estimator(name).unit == "nats per token"
         ratio = values[places][kl > 0] / kl[kl > 0]
-        found.append(
+        compared.append(
             {
                 "importance": name,
                 "unit": measured.estimator(name).unit,
@@ -92,7 +92,7 @@ def main(config: CheckImportanceConfig) -> None:
                 "ratio_quartiles": [float(q) for q in np.quantile(ratio, (0.25, 0.75))] if nats else None,
             }
         )
-    Console().print(rendered(found, len(places), int(counted.sum())))
+    Console().print(rendered(compared, len(places), int(counted.sum())))
     if config.out is not None:
         make_folder(config.out)
         content = {
@@ -101,7 +101,7 @@ def main(config: CheckImportanceConfig) -> None:
             "tokens": int(counted.sum()),
             "versions": library_versions(),
             "seconds": round(time.monotonic() - started, 1),
-            "estimators": found,
+            "estimators": compared,
             "latents": [
                 {
                     "latent": int(latent),
@@ -120,21 +120,21 @@ def full_rows(stream: TokenStream, wanted: int) -> torch.Tensor:
     Raises:
         TokenSourceError: where the source has fewer.
     """
-    found: list[NDArray[np.int64]] = []
+    full: list[NDArray[np.int64]] = []
     for batch in stream:
-        found += [row for row in batch.tokens if (row != PADDING).all()]
-        if len(found) >= wanted:
-            return torch.from_numpy(np.stack(found[:wanted]))
+        full += [row for row in batch.tokens if (row != PADDING).all()]
+        if len(full) >= wanted:
+            return torch.from_numpy(np.stack(full[:wanted]))
     raise TokenSourceError(
-        f"{stream.name()} has {len(found)} rows that fill a context of {stream.context}, not {wanted}: choose fewer"
+        f"{stream.name()} has {len(full)} rows that fill a context of {stream.context}, not {wanted}: choose fewer"
         " --rows or a shorter --context"
     )
 
 
-def rendered(found: list[dict[str, Any]], latents: int, tokens: int) -> Any:
+def rendered(compared: list[dict[str, Any]], latents: int, tokens: int) -> Any:
     """The result as a table."""
     body = []
-    for row in found:
+    for row in compared:
         low, high = row["rank_correlation_interval"]
         ratio = (
             "–"

