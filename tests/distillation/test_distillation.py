@@ -19,7 +19,7 @@ import torch
 from commands import CHILDREN, alone, launch, run_in_a_child
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tl_capacity.recipes.distill import main
+from tl_capacity.recipes.distill import DistillConfig, main
 from torch.nn import functional as F
 
 from tl_capacity import recipe
@@ -419,6 +419,14 @@ def test_hidden_losses_are_what_they_say() -> None:
 def test_settings_that_make_no_sense_are_refused(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(CapacityError, match=message):
         replace(SMALL, **settings_)
+
+
+def test_the_command_line_has_the_defaults_of_the_settings() -> None:
+    assert DistillConfig().settings() == DistillSettings()
+    given = DistillConfig(loss="jsd", beta=0.1, hidden=("blocks.1.hook_resid_post=cosine*0.5",), lr=1e-4)
+    assert given.settings() == DistillSettings(
+        loss=LogitLoss("jsd", beta=0.1), hidden=(HiddenMatch("blocks.1.hook_resid_post", "cosine", 0.5),), lr=1e-4
+    )
 
 
 def test_input_that_cannot_be_distilled_is_refused(teacher: Any) -> None:

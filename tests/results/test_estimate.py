@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tl_capacity.results.estimate import Estimate, cluster_bootstrap, standard_errors
+from tl_capacity.results.estimate import (
+    Estimate,
+    block_resample,
+    cluster_bootstrap,
+    group_resamples,
+    pair_interval,
+    standard_errors,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -61,3 +68,27 @@ def test_standard_errors_of_a_mean() -> None:
     errors = standard_errors(lambda places: np.array([values[places].mean(), 7.0]), len(values), replicates=2_000)
     np.testing.assert_allclose(errors, [values.std() / np.sqrt(200), 0.0], rtol=0.05)
     assert np.isnan(standard_errors(lambda places: values[places][:1], 1, replicates=9)).all()
+
+
+def test_replicates_of_groups_take_whole_groups_and_points_within_them() -> None:
+    groups = np.array([1.0, 1, 1, 2, 3, 3])
+    counts = group_resamples(groups)
+    assert np.array_equal(counts, group_resamples(groups))
+    by_group = np.stack([counts[:, groups == group].sum(1) / (groups == group).sum() for group in (1, 2, 3)], 1)
+    assert np.array_equal(by_group, by_group.round())
+    assert np.all(by_group.sum(1) == 3)
+    assert np.all((by_group > 0).sum(1) >= 2), "nothing can be fitted to one group"
+    assert np.all(group_resamples(np.ones(4)).sum(1) == 4)
+
+
+def test_blocks_of_neighbours_make_a_series_as_long_as_the_given_one() -> None:
+    drawn = block_resample(np.arange(10.0), 4, np.random.default_rng(0))
+    assert len(drawn) == 10
+    assert np.all(np.diff(drawn[:4]) == 1)
+    assert np.all(np.diff(drawn[4:8]) == 1)
+
+
+def test_the_interval_of_pairs_leaves_out_where_the_statistic_is_not_defined() -> None:
+    a = np.array([0.0, 0, 0, 1])
+    low, high = pair_interval(a, 2 * a, lambda x, y: float(y.mean() / x.mean()) if x.any() else float("nan"))
+    assert (low, high) == (2, 2)

@@ -69,7 +69,7 @@ def read(stream: Any, heldout: Any, tokens: int, heldout_tokens: int, repeat: bo
     """Rows to train on, for `tokens` predicted tokens, and rows held out.
 
     Args:
-        stream: a `TokenStream`, or whatever `tokens.as_batches` takes.
+        stream: a `TokenStream`, or whatever `as_batches` takes.
         heldout: another one; None holds out documents of the stream.
         repeat: whether a stream that is shorter than asked may be read several times.
 
