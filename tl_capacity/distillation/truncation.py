@@ -18,6 +18,7 @@ At the teacher's own width the student is the teacher, unless embedding and head
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import sqrt
@@ -69,88 +70,134 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
             f"a student of width {width} cannot start from fewer directions, its teacher's {teacher_width}: start it at"
             " random"
         )
-    seen = read_stream(teacher, tokens)
-    modules, student_modules = dict(teacher.named_modules()), dict(student.named_modules())
-    if not seen.readers:
-        raise CapacityError(_refusal(teacher, "no matrix of it reads the output of a norm"))
-    basis = _basis(seen, modules, width).float()
-    wider = sqrt(teacher_width / width)
-    scale = _scale(teacher) / _scale(student)
-    tied = {
-        name
-        for name in modules
-        if isinstance(modules[name], nn.Linear) and modules[name].weight is teacher.get_input_embeddings().weight
-    }
-    folded = {norm for norm, readers in seen.readers.items() if not tied & set(readers)}
-    norm_of = {reader: norm for norm, readers in seen.readers.items() for reader in readers}
-    kept = {
-        writer: _kept(writer, seen, modules, student_modules, teacher.config, student.config) for writer in seen.inner
-    }
-    writer_beside = {_parent(writer): writer for writer in seen.inner}
-
-    filled: set[int] = set()
+    cut = _cut(teacher, student, read_stream(teacher, tokens))
+    parameters = dict(teacher.named_parameters())
+    decided: set[int] = set()
 
     def put(parameter: Tensor | None, value: Tensor | None) -> None:
         if parameter is not None and value is not None:
             if parameter.shape != value.shape:
-                raise CapacityError(
-                    _refusal(
-                        teacher,
-                        f"the student has {tuple(parameter.shape)} where {tuple(value.shape)} of the teacher's are"
-                        " kept",
-                    )
+                shapes = (
+                    f"the student has {tuple(parameter.shape)} where {tuple(value.shape)} of the teacher's are kept"
                 )
+                raise CapacityError(_refusal(teacher, shapes))
             parameter.copy_(value)
-        filled.add(id(parameter))
+        decided.add(id(parameter))
 
-    for name, module in modules.items():
+    student_modules = dict(student.named_modules())
+    for name, module in teacher.named_modules():
         target = student_modules[name]
         if isinstance(module, nn.Embedding) and module.embedding_dim == teacher_width:
-            put(target.weight, module.weight.float() @ basis * scale)
+            put(target.weight, cut.embedding(module))
         elif _is_norm(module, teacher_width):
-            gain, bias = _gain(module), getattr(module, "bias", None)
-            if name in folded:
-                new_gain, new_bias = (
-                    torch.ones(width),
-                    (None if bias is None else basis.T @ torch.where(gain.abs() > 1e-6, bias / gain, 0) / wider),
-                )
-            else:
-                head_scale = scale if name in seen.readers else 1.0
-                new_gain, new_bias = (
-                    wider / head_scale * torch.einsum("ts,t,ts->s", basis, gain, basis),
-                    (None if bias is None else basis.T @ bias.float() / head_scale),
-                )
-            put(target.weight, new_gain - (gain - module.weight).mean())  # Gemma's gain is 1 + its weight
-            put(getattr(target, "bias", None), new_bias)
-        elif name in norm_of:
-            weight = _matrix(module)
-            weight = (
-                wider * weight * _gain(modules[norm_of[name]]) @ basis if norm_of[name] in folded else weight @ basis
-            )
-            writer = writer_beside.get(_parent(name))
-            rows = None if writer is None else kept[writer]
-            if writer is not None and rows is None:
-                filled.update(id(p) for p in target.parameters())  # stays random
+            gain, bias = cut.norm(name, module)
+            put(target.weight, gain)
+            put(getattr(target, "bias", None), bias)
+        elif name in cut.norm_of or name in cut.seen.inner:
+            rows = cut.reader(name, module) if name in cut.norm_of else cut.writer(name, module)
+            if rows is None:  # the random start stays
+                decided.update(id(parameter) for parameter in target.parameters())
                 continue
-            if writer is not None and rows is not None:
-                inner = seen.inner[writer].numel()
-                units = _rows(name, rows, len(weight), inner, teacher.config)
-                weight, bias = weight[units], None if module.bias is None else module.bias[units]
-            else:
-                bias = module.bias
-            put(target.weight, weight.T if isinstance(module, Conv1D) else weight)
-            put(target.bias, bias)
-        elif name in seen.inner:
-            if (columns := kept[name]) is None:
-                filled.update(id(p) for p in target.parameters())
-                continue
-            weight = basis.T @ _matrix(module)[:, columns]
-            put(target.weight, weight.T if isinstance(module, Conv1D) else weight)
-            put(target.bias, None if module.bias is None else basis.T @ module.bias.float())
-    teacher_parameters = dict(teacher.named_parameters())
+            put(target.weight, rows[0].T if isinstance(module, Conv1D) else rows[0])
+            put(target.bias, rows[1])
     for name, parameter in student.named_parameters():
-        if id(parameter) not in filled:
-            put(parameter, teacher_parameters[name])
+        if id(parameter) not in decided:
+            put(parameter, parameters[name])
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What a student's weights are made of, besides its teacher's.
+
+    Attributes:
+        seen: what reads and writes the teacher's stream.
+        modules: of the teacher, by name.
+        config: of the teacher.
+        basis: orthonormal columns: the student's stream is `basisᵀ x`.
+        wider: √(d_T / d_S), what the student's norms make too small for having fewer directions.
+        scale: what the teacher's architecture multiplies its embeddings by, as a share of what the student's does.
+        norm_of: the norm whose output each matrix reads.
+        folded: norms whose gain the matrices that read them take.
+        kept: which inner coordinates of each matrix that writes to the stream are kept; None where its heads are
+            others than the student's.
+    """
+
+    seen: Reading
+    modules: Mapping[str, Any]
+    config: Any
+    basis: Float[Tensor, "d_T d_S"]
+    wider: float
+    scale: float
+    norm_of: Mapping[str, str]
+    folded: Set[str]
+    kept: Mapping[str, Tensor | None]
+
+    def embedding(self, module: Any) -> Tensor:
+        """The student's embedding."""
+        vectors: Tensor = module.weight.float() @ self.basis * self.scale
+        return vectors
+
+    def norm(self, name: str, module: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the student's norm."""
+        gain, bias, basis = _gain(module), getattr(module, "bias", None), self.basis
+        if name in self.folded:
+            new_gain = torch.ones(basis.shape[1])
+            new_bias = None if bias is None else basis.T @ torch.where(gain.abs() > 1e-6, bias / gain, 0) / self.wider
+        else:
+            head_scale = self.scale if name in self.seen.readers else 1.0
+            new_gain = self.wider / head_scale * torch.einsum("ts,t,ts->s", basis, gain, basis)
+            new_bias = None if bias is None else basis.T @ bias.float() / head_scale
+        return new_gain - (gain - module.weight).mean(), new_bias  # Gemma's gain is 1 + its weight
+
+    def reader(self, name: str, module: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Matrix [out, in] and bias of what reads the student's stream; None where they stay random."""
+        weight, norm = _matrix(module), self.norm_of[name]
+        weight = (
+            self.wider * weight * _gain(self.modules[norm]) @ self.basis if norm in self.folded else weight @ self.basis
+        )
+        writer = next((writer for writer in self.kept if _parent(writer) == _parent(name)), None)
+        if writer is None:
+            return weight, module.bias
+        coordinates = self.kept[writer]
+        if coordinates is None:
+            return None
+        rows = _rows(name, coordinates, len(weight), self.seen.inner[writer].numel(), self.config)
+        return weight[rows], None if module.bias is None else module.bias[rows]
+
+    def writer(self, name: str, module: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Matrix [out, in] and bias of what writes to the student's stream; None where they stay random."""
+        if (columns := self.kept[name]) is None:
+            return None
+        bias = None if module.bias is None else self.basis.T @ module.bias.float()
+        return self.basis.T @ _matrix(module)[:, columns], bias
+
+
+def _cut(teacher: Any, student: Any, seen: Reading) -> _Cut:
+    """How a teacher's stream is cut to a student's width.
+
+    Raises:
+        CapacityError: where no matrix reads the output of a norm.
+    """
+    if not seen.readers:
+        raise CapacityError(_refusal(teacher, "no matrix of it reads the output of a norm"))
+    modules, student_modules = dict(teacher.named_modules()), dict(student.named_modules())
+    width = int(student.config.hidden_size)
+    embedding = teacher.get_input_embeddings().weight
+    tied = {name for name, module in modules.items() if isinstance(module, nn.Linear) and module.weight is embedding}
+    return _Cut(
+        seen=seen,
+        modules=modules,
+        config=teacher.config,
+        basis=_basis(seen, modules, width).float(),
+        wider=sqrt(int(teacher.config.hidden_size) / width),
+        scale=_scale(teacher) / _scale(student),
+        norm_of={reader: norm for norm, readers in seen.readers.items() for reader in readers},
+        folded={norm for norm, readers in seen.readers.items() if not tied & set(readers)},
+        kept={
+            writer: _kept(writer, seen, modules, student_modules, teacher.config, student.config)
+            for writer in seen.inner
+        },
+    )
 
 
 @torch.no_grad()
