@@ -26,7 +26,7 @@ from tl_capacity.results.estimate import pair_interval
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.show.tables import table
 from tl_capacity.storage.files import make_folder, write_json
-from tl_capacity.text.counting import special_token_ids
+from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import PADDING, TokenStream
 
 
@@ -72,7 +72,7 @@ def main(config: CheckImportanceConfig) -> None:
     estimates = {name: measured.importance(name) for name in config.importance}
     order = np.argsort(estimates[config.importance[0]])
     places = order[np.unique(np.linspace(0, len(order) - 1, config.latents).round().astype(int))]
-    counted = ~torch.isin(rows, torch.tensor(special_token_ids(loaded.model, loaded.tokenizer)))
+    counted = torch.from_numpy(CountingRule.for_model(loaded.model, loaded.tokenizer).counted(rows.numpy()))
     kl = ablation_kl(
         loaded.model, config.hook, sae, rows, alive[places].tolist(), counted=counted, progress=True
     ).numpy()

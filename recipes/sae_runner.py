@@ -154,6 +154,8 @@ def _activation_mean(
     import torch
     from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
+    from tl_capacity.text.counting import CountingRule
+
     tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
     with torch.no_grad():
         stop = extract_stop_at_layer_from_tlens_hook_name(hook)
@@ -165,7 +167,8 @@ def _activation_mean(
             f"{hook} has shape {list(activations.shape)}, but one vector per token is needed: choose a residual, MLP or"
             " attention output"
         )
-    vectors = activations[~torch.isin(tokens, torch.tensor(special, device=device))]
+    counted = torch.from_numpy(CountingRule.without(special).counted(rows)).to(device)
+    vectors = activations[counted]
     if not bool(torch.isfinite(vectors).all()):
         raise CapacityError(f"{hook} has NaN or infinite activations: check the model's weights")
     d_in = int(vectors.shape[-1])

@@ -38,7 +38,7 @@ def main(config: TrainSAEConfig) -> None:
 
     from tl_capacity.models.forward import check_token_ids
     from tl_capacity.runtime.versions import library_versions
-    from tl_capacity.text.counting import special_token_ids
+    from tl_capacity.text.counting import CountingRule, special_token_ids
 
     loaded = load_model(config.model, device=config.device)
     source = loaded.source(config.source)
@@ -67,7 +67,7 @@ def main(config: TrainSAEConfig) -> None:
                 "model_revision": loaded.revision,
                 "d_in": int(sae.cfg.d_in),
                 "tokens": config.steps * config.batch_tokens,
-                "distinct_tokens": int((~np.isin(train_rows, special)).sum()),
+                "distinct_tokens": int(CountingRule.without(special).counted(train_rows).sum()),
                 "seconds": seconds,
                 "dead_latents": int(sae.cfg.metadata.num_dead_features),
                 "heldout": quality,
@@ -91,12 +91,15 @@ def split_rows(
     Raises:
         TokenSourceError: where the source has no two documents, or no full row.
     """
+    from tl_capacity.text.counting import CountingRule
+
     needed = (
         config.tokens
         + config.heldout_tokens
         + (NORM_BATCHES + 1) * config.batch_tokens
         + config.buffer_rows * config.context
     )
+    rule = CountingRule.without(special)
     rows: list[NDArray[np.int32]] = []
     documents: list[int] = []
     counted: list[int] = []
@@ -108,10 +111,10 @@ def split_rows(
             whole = (ids != PADDING).all(axis=1)
             ids, numbers = ids[whole], batch.documents[whole]
         else:
-            ids, numbers = np.where(ids == PADDING, special[0], ids), batch.documents
+            ids, numbers = np.where(ids == PADDING, rule.filler, ids), batch.documents
         rows.extend(ids)
         documents.extend(numbers.tolist())
-        counted.extend((~np.isin(ids, special)).sum(axis=1).tolist())
+        counted.extend(rule.counted(ids).sum(axis=1).tolist())
         total += sum(counted[len(counted) - len(ids) :])
         if total >= needed:
             break
