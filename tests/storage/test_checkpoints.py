@@ -10,7 +10,8 @@ import torch
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.storage import checkpoints
-from tl_capacity.storage.checkpoints import Checkpoint, digest, remove_checkpoint
+from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
+from tl_capacity.storage.digests import tensors_digest
 
 SETTINGS = {"models": ["a", "b"], "seed": 1}
 
@@ -76,7 +77,7 @@ def test_saving_takes_a_tenth_of_the_time_at_most(path: Path, monkeypatch: pytes
 def test_the_hash_is_of_the_content() -> None:
     """Not of the order in which tensors are written."""
     tensors = {"a": torch.arange(3.0), "b": torch.tensor(5)}
-    assert digest(tensors, "x") == digest(dict(reversed(tensors.items())), "x")
-    assert digest(tensors, "x") != digest(tensors, "y")
-    assert digest(tensors, "x") != digest({**tensors, "a": torch.arange(3.0).view(1, 3)}, "x")
-    assert len({digest({"a": torch.from_numpy(np.eye(3)[i])}, "x") for i in range(3)}) == 3
+    assert tensors_digest(tensors, "x") == tensors_digest(dict(reversed(tensors.items())), "x")
+    assert tensors_digest(tensors, "x") != tensors_digest(tensors, "y")
+    assert tensors_digest(tensors, "x") != tensors_digest({**tensors, "a": torch.arange(3.0).view(1, 3)}, "x")
+    assert len({tensors_digest({"a": torch.from_numpy(np.eye(3)[i])}, "x") for i in range(3)}) == 3
