@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.recipe import option
+from tl_capacity.options import internal, option
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 MATCH_KINDS = ("mse", "cosine")
@@ -128,7 +128,7 @@ class DistillSettings:
     seeded_widths: tuple[int, ...] = option(
         (), "Widths that are trained with every seed, the others with the first; by default all."
     )
-    loss: LogitLoss = LogitLoss()
+    loss: LogitLoss = internal(LogitLoss())
     hidden: tuple[HiddenMatch, ...] = option((), "Hidden states to match besides, as HOOK=mse or HOOK=cosine*0.5.")
     start: str = option(
         "random",
@@ -139,17 +139,17 @@ class DistillSettings:
     lr: float = option(3e-3, "Peak learning rate of AdamW.")
     warmup: float = option(0.05, "Share of the steps over which the learning rate rises.")
     schedule: str = option("cosine", "Of the learning rate: cosine or wsd.")
-    decay: float = 0.2
+    decay: float = internal(0.2)
     weight_decay: float = option(0.01, "Of AdamW.")
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
+    betas: tuple[float, float] = internal((0.9, 0.95))
+    clip: float = internal(1.0)
     batch_rows: int = option(8, "Rows in a step, over all processes.")
     evaluations: int = option(40, "How often to do so, evenly spaced.")
     heldout_tokens: int = option(16_384, "Predicted tokens to judge the students by.")
     repeat: bool = option(False, "Read a source that is shorter than --tokens several times.")
     seed: int = option(0, "Of the order of the rows.")
     mixed_precision: str = option("no", "no, or bf16 for the students' blocks.")
-    chunk_tokens: int = CHUNK_TOKENS
+    chunk_tokens: int = internal(CHUNK_TOKENS)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
