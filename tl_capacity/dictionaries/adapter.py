@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tl_capacity.errors import DictionaryError
 from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.storage.digests import tensors_digest
 
 SAEs = SparseAutoencoder | Sequence[SparseAutoencoder] | Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]]
 
@@ -118,12 +118,7 @@ def dictionary_digest(sae: Any) -> str:
         if hasattr(sae, "state_dict")
         else {k: v for k, v in vars(sae).items() if isinstance(v, Tensor)}
     )
-    sha = hashlib.sha256()
-    for name in sorted(named):
-        values = named[name].detach().cpu().contiguous()
-        sha.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
-        sha.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    return tensors_digest(named)
 
 
 def dictionary_name(sae: Any) -> str:

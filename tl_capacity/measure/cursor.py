@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.storage.digests import digest
 from tl_capacity.text.streams import TokenBatch, as_batches
 
 
@@ -26,7 +26,7 @@ class Cursor:
     def after(self, batch: TokenBatch) -> Cursor:
         """The cursor behind one more batch."""
         content = self.digest.encode() + batch.tokens.tobytes() + batch.documents.tobytes()
-        return Cursor(self.rows + len(batch.tokens), hashlib.sha256(content).hexdigest())
+        return Cursor(self.rows + len(batch.tokens), digest(content))
 
 
 def batches_after(stream: Any, cursor: Cursor, again: bool) -> Iterator[tuple[TokenBatch, Cursor]]:

@@ -7,7 +7,6 @@ runs code from a download is ever loaded.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -19,6 +18,7 @@ from tl_capacity.interfaces import NamedModel
 from tl_capacity.plugins import plugins
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.hub import check_device, hub_or_cache, loading_errors, reason_of
+from tl_capacity.storage.digests import files_digest
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LARGEST_TOKEN_ID = 2**31 - 1
@@ -179,11 +179,7 @@ def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 over the configuration and the weights in a folder, read in pieces."""
-    total = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        with open(path, "rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def _load_from_hub(spec: str, dtype: str) -> tuple[Any, Any]:

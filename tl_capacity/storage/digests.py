@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ def tensors_digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
         tensor = tensors[name]
         total.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         total.update(_bytes_of(tensor))
+    return total.hexdigest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files, read in pieces."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
