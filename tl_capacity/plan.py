@@ -206,8 +206,8 @@ def plan(
     target_loss: float | None = None,
     widths: Sequence[int] = (),
     hook: str | None = None,
-    importance: str = "second_moment",
-    law: str = "compressed_sensing",
+    importance: str | None = None,
+    law: str | None = None,
     max_fvu: float | None = 1.0,
     config: Any = None,
 ) -> Plan:
@@ -220,7 +220,7 @@ def plan(
         widths: of which the cost is shown besides; by default some between a sixteenth of the teacher's width and all
             of it.
         hook: only this hook point; by default the goal must be met at all of them.
-        importance, law: of the prediction.
+        importance, law: of the prediction; None for the default ones.
         max_fvu: refuse SAEs that leave more of the variance unexplained.
         config: the teacher's Hugging Face configuration, as `teacher_config` finds it, for the cost in parameters and
             for which widths can be built.
@@ -231,11 +231,12 @@ def plan(
     check_goal(keep, target_loss)
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
     hooks = [h for h in measurement if hook in (None, h.hook)] or [measurement[str(hook)]]
-    chosen = plugins().capacity_laws[law]
-    found = tuple(_hook_plan(each, keep, target_loss, importance, chosen) for each in hooks)
-    place = max(range(len(found)), key=lambda i: found[i].width.value)
-    decides, needed = hooks[place], int(found[place].width.value)
-    unit = str(decides.estimator(importance).unit)
+    chosen_law = plugins().capacity_laws.named(law)
+    needs = tuple(_hook_plan(each, keep, target_loss, importance, chosen_law) for each in hooks)
+    place = max(range(len(needs)), key=lambda i: needs[i].width.value)
+    decides, needed = hooks[place], int(needs[place].width.value)
+    estimator = decides.estimator(importance)
+    unit = str(estimator.unit)
     goal = (
         f"To keep {100 * keep:.4g}% of the features"
         if keep is not None
@@ -246,11 +247,12 @@ def plan(
     sizes = {} if config is None else _sizes(config, [*shown, int(config.hidden_size)])
     teacher = sizes.get(int(config.hidden_size)) if config is not None else None
     costs = []
-    for f in hook_floors(decides, shown, importance, chosen):
+    for f in hook_floors(decides, shown, importance, chosen_law):
         total, body = sizes.get(f.width, (None, None))
         share = total / teacher[0] if total is not None and teacher is not None else None
         costs.append(WidthCost(f.width, f.kept_share, f.predicted_floor, total, body, share))
-    return Plan(goal, unit, importance, law, found, width, tuple(costs), tuple(_remarks(measurement, goal, sizes)))
+    remarks = tuple(_remarks(measurement, sizes))
+    return Plan(goal, unit, estimator.name, chosen_law.name, needs, width, tuple(costs), remarks)
 
 
 def check_goal(keep: float | None, target_loss: float | None) -> None:
@@ -292,7 +294,7 @@ def ladder(width: int) -> tuple[int, ...]:
 
 
 def _hook_plan(
-    hook: HookMeasurement, keep: float | None, target_loss: float | None, importance: str, law: CapacityLaw
+    hook: HookMeasurement, keep: float | None, target_loss: float | None, importance: str | None, law: CapacityLaw
 ) -> HookPlan:
     def needed(values: NDArray[np.float64]) -> int:
         if keep is not None:
@@ -351,12 +353,15 @@ def _sizes(config: Any, widths: Sequence[int]) -> dict[int, tuple[int, int]]:
     return sizes
 
 
-def _remarks(measurement: Measurement, goal: str, sizes: dict[int, tuple[int, int]]) -> list[str]:
-    found = (
-        []
-        if sizes
-        else ["what the widths cost is not known, as the model or the students of its family are not: pass --model"]
-    )
+def _remarks(measurement: Measurement, sizes: dict[int, tuple[int, int]]) -> list[str]:
+    """What to know of any plan from this measurement."""
+    remarks = []
+    if not sizes:
+        remarks.append(
+            "what the widths cost is not known, as the model or the students of its family are not: pass --model"
+        )
     if all(isfinite(h.summary.critical_width.value) for h in measurement):
-        found.append("d* rests on the SAE's L0: plan with several SAEs of one hook point before building on one number")
-    return [*found, *measurement.warnings]
+        remarks.append(
+            "d* rests on the SAE's L0: plan with several SAEs of one hook point before building on one number"
+        )
+    return [*remarks, *measurement.warnings]

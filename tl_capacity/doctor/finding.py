@@ -26,6 +26,10 @@ class Finding:
     level: str
     says: str
 
+    def to_json(self) -> dict[str, str]:
+        """A flat object, as `tl-capacity doctor --json` prints it."""
+        return {"check": self.check, "level": self.level, "says": self.says}
+
 
 @contextmanager
 def refusal_found(check: str, findings: list[Finding]) -> Iterator[None]:

@@ -40,7 +40,7 @@ class MeasureSettings:
         progress: show how far it is.
     """
 
-    model: str = required("A registered name (embedded, smollm2-135m), a save_pretrained folder, or a hub id.")
+    model: str = required("A registered name, a save_pretrained folder, or a hub id.")
     out: Path = required("Folder of the measurement.")
     saes: tuple[str, ...] = option(
         (),
@@ -50,10 +50,12 @@ class MeasureSettings:
         repeated=True,
     )
     tokens: int = option(1_000_000, "Tokens to count.")
-    source: str | None = option(None, "Embedded corpus, txt/jsonl/parquet file, or `datasets` id.")
+    source: str | None = option(
+        None, "A file, a `datasets` id, or a name that a plugin reads. Default: the text that comes with the model."
+    )
     resume: bool = option(False, "Go on from the checkpoint in --out.", "--resume")
     importance: tuple[str, ...] = option(
-        (), "Importance estimator; may be repeated. Default: second_moment.", repeated=True
+        (), "Importance estimator; may be repeated. Default: the paper's.", repeated=True
     )
     context: int | None = option(None, "Positions in a row. Default: the SAE's own.")
     batch_rows: int = option(8, "Rows in a forward pass.")

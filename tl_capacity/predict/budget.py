@@ -89,6 +89,10 @@ class Budget:
             for hook in self.hooks
         ]
 
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows, as `tl-capacity budget --json` prints them."""
+        return [{k: v.to_json() if isinstance(v, Estimate) else v for k, v in row.items()} for row in self.rows()]
+
     @property
     def chosen_law(self) -> CapacityLaw:
         """The registered law of that name."""

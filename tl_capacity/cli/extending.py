@@ -1,0 +1,52 @@
+"""Verbs of what plugins add: plugins lists it, run runs a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tl_capacity.cli.shared import AsJson
+from tl_capacity.runtime.logs import bar_allowed
+from tl_capacity.runtime.progress import peak_memory
+from tl_capacity.show.tables import table
+from tl_capacity.show.terminal import console, print_json, print_text
+
+
+def plugins(as_json: AsJson = False) -> None:
+    """List what plugins contribute and where it comes from."""
+    from tl_capacity.plugins import plugins as find
+
+    registered = find()
+    rows = [
+        [registry.kind, name, registry.origins[name], str(getattr(item, "caveat", "") or getattr(item, "summary", ""))]
+        for registry in registered.registries().values()
+        for name, item in registry.items.items()
+    ]
+    if as_json:
+        objects = [dict(zip(("kind", "name", "from", "summary"), row, strict=True)) for row in rows]
+        print_json({"plugins": objects, "failures": registered.failures})
+        return
+    console().print(table("Plugins", ["kind", "name", "from", "what it is"], rows, right=False))
+    for origin, problem in registered.failures.items():
+        print_text(f"failed: {origin}: {problem}", style="red")
+
+
+def run(
+    name: Annotated[str | None, typer.Argument(help="The recipe; none lists them.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="Its options.")] = None,
+) -> None:
+    """Run a recipe; without a name, list them. `tl-capacity run NAME --help` shows its options."""
+    from tl_capacity import recipe
+    from tl_capacity.plugins import plugins as find
+
+    recipes = find().recipes
+    if name is None or name in ("--help", "-h"):
+        rows = [[r.name, recipes.origins[r.name], r.summary] for r in recipes]
+        console().print(table("Recipes", ["name", "from", "what it does"], rows, right=False))
+        return
+    recipe.run(recipe.load(recipes[name]), options or [], f"tl-capacity run {name}")
+    from tl_capacity.runtime.processes import is_first
+
+    if bar_allowed() and is_first():
+        typer.echo(f"peak memory {peak_memory() / 1e9:.2f} GB", err=True)

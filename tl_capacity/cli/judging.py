@@ -1,0 +1,91 @@
+"""Verbs that judge the prediction: decompose and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tl_capacity.cli.shared import AsJson, Importance, Law, MaxFvu, show, widths_in
+
+
+def decompose(
+    measurement: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
+    distillation: Annotated[
+        Path, typer.Argument(help="A distillation of it, as `tl-capacity run distill --out` wrote it.")
+    ],
+    hook: Annotated[
+        str | None, typer.Option(help="The hook point to predict from. Default: the middle one of those measured.")
+    ] = None,
+    importance: Importance = None,
+    law: Law = None,
+    observed: Annotated[
+        str, typer.Option(help="fit: where the held-out curve is heading; last_tenth: its mean at the end.")
+    ] = "fit",
+    max_fvu: MaxFvu = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare predicted with observed floors, and with everything else that might explain them."""
+    from tl_capacity.distillation.decomposition import decompose as run_decompose
+    from tl_capacity.distillation.run import DistillationRun
+    from tl_capacity.measurement.measurement import Measurement
+    from tl_capacity.plugins import plugins
+
+    registered = plugins()
+    decomposition = run_decompose(
+        Measurement.load(measurement),
+        DistillationRun.load(distillation),
+        hook=hook,
+        importance=registered.importance_estimators.named(importance).name,
+        law=registered.capacity_laws.named(law).name,
+        observed=observed,
+        max_fvu=max_fvu,
+    )
+    show(decomposition, as_json)
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A measurement, and with it a distillation, probes, recoverability: folders or JSON files, in any"
+            " order."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    widths: Annotated[
+        str, typer.Option(help="Student widths, as 128,256,512. Default: those that were distilled.")
+    ] = "",
+    importance: Importance = None,
+    law: Law = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(help="The hook point that the verdict is about. Default: the middle one of those measured."),
+    ] = None,
+    observed: Annotated[str, typer.Option(help="As for decompose: fit or last_tenth.")] = "fit",
+    snippets: Annotated[
+        bool, typer.Option(help="Show the text on which features are most active; runs the model.")
+    ] = True,
+    model: Annotated[
+        str | None, typer.Option(help="The model that was measured, where it is now to be found elsewhere.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Text to show features on. Default: that which was measured.")
+    ] = None,
+    snippet_tokens: Annotated[int, typer.Option(help="How much of it to look through.")] = 20_000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+) -> None:
+    """Write one self-contained HTML page that shows everything that was found."""
+    from tl_capacity.report import ReportSettings, Results, find_snippets, write_report
+
+    shown = Results.load(results)
+    settings = ReportSettings(widths_in(widths), importance, law, hook, observed)
+    examples, note = (
+        find_snippets(shown, settings, model, source, snippet_tokens, device)
+        if snippets
+        else ({}, "Text was left out with --no-snippets.")
+    )
+    write_report(out, shown, settings, examples, note)
+    remark = f"; {note[:1].lower()}{note[1:]}" if note else ""
+    typer.echo(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB){remark}")

@@ -1,0 +1,39 @@
+"""Options that several verbs share, and how a verb shows what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from tl_capacity.measure.settings import MAX_FVU
+from tl_capacity.options import read, whole_numbers
+from tl_capacity.show.terminal import console, print_json, print_text
+
+Widths = Annotated[str, typer.Option(help="Student widths, as 128,256,512.")]
+Importance = Annotated[
+    str | None, typer.Option(help="Importance estimator; `tl-capacity plugins` lists them. Default: the paper's.")
+]
+Law = Annotated[str | None, typer.Option(help="Capacity law; `tl-capacity plugins` lists them. Default: the paper's.")]
+MaxFvu = Annotated[float, typer.Option(help=MAX_FVU)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def widths_in(text: str) -> tuple[int, ...]:
+    """The student widths that were typed."""
+    return read("--widths", text, whole_numbers)
+
+
+def show(result: Any, as_json: bool) -> None:
+    """A result as a table, or as JSON."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        console().print(result)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """A line for each caveat."""
+    for note in notes:
+        print_text(f"note: {note}")
