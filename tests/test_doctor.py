@@ -46,7 +46,7 @@ def sae_with(setup: Path, tmp_path: Path) -> Callable[..., str]:
     return make
 
 
-def found(findings: list[Finding], check: str) -> Finding:
+def worst(findings: list[Finding], check: str) -> Finding:
     """The worst of what a check found."""
     return max((f for f in findings if f.check == check), key=lambda f: (OK, CHANGE, STOP).index(f.level))
 
@@ -82,17 +82,17 @@ def test_a_healthy_set_up(settings: MeasureSettings) -> None:
     ],
 )
 def test_what_is_not_there(settings: MeasureSettings, change: dict[str, Any], check: str, says: str) -> None:
-    finding = found(examine(replace(settings, **change)), check)
+    finding = worst(examine(replace(settings, **change)), check)
     assert finding.level == STOP
     assert says in finding.says
 
 
 def test_rows_longer_than_those_the_sae_knows(settings: MeasureSettings, sae_with: Callable[..., str]) -> None:
     known = replace(settings, saes=(sae_with(context_size=16),))
-    assert found(examine(replace(known, context=32)), "context") == Finding(
+    assert worst(examine(replace(known, context=32)), "context") == Finding(
         "context", CHANGE, "rows have 32 positions, and the SAE was trained on 16: pass --context 16"
     )
-    assert found(examine(known), "context").level == OK
+    assert worst(examine(known), "context").level == OK
 
 
 @pytest.mark.parametrize(("trained", "given", "says"), [(True, False, "pass --bos"), (False, True, "pass --no-bos")])
@@ -100,10 +100,10 @@ def test_bos_as_the_sae_was_trained(
     settings: MeasureSettings, sae_with: Callable[..., str], trained: bool, given: bool, says: str
 ) -> None:
     sae = sae_with(prepend_bos=trained)
-    wrong = found(examine(replace(settings, saes=(sae,), prepend_bos=given)), "BOS")
+    wrong = worst(examine(replace(settings, saes=(sae,), prepend_bos=given)), "BOS")
     assert wrong.level == CHANGE
     assert says in wrong.says
-    assert found(examine(replace(settings, saes=(sae,), prepend_bos=trained)), "BOS").level == OK
+    assert worst(examine(replace(settings, saes=(sae,), prepend_bos=trained)), "BOS").level == OK
 
 
 def test_a_tokenizer_without_bos(settings: MeasureSettings, setup: Path, tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_a_tokenizer_without_bos(settings: MeasureSettings, setup: Path, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.bos_token = None
     tokenizer.save_pretrained(model)
-    assert "the tokenizer has none" in found(examine(replace(settings, model=str(model))), "BOS").says
-    assert found(examine(replace(settings, model=str(model), prepend_bos=False)), "BOS").level == OK
+    assert "the tokenizer has none" in worst(examine(replace(settings, model=str(model))), "BOS").says
+    assert worst(examine(replace(settings, model=str(model), prepend_bos=False)), "BOS").level == OK
 
 
 def test_another_models_tokenizer(settings: MeasureSettings, setup: Path, tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_another_models_tokenizer(settings: MeasureSettings, setup: Path, tmp_pa
     small.resize_token_embeddings(40)
     small.save_pretrained(model)
     findings = examine(replace(settings, model=str(model)))
-    assert found(findings, "vocabulary").level == STOP
-    assert "the model's vocabulary has 40" in found(findings, "vocabulary").says
+    assert worst(findings, "vocabulary").level == STOP
+    assert "the model's vocabulary has 40" in worst(findings, "vocabulary").says
     assert "hook" not in {f.check for f in findings}  # its embedding could not even be asked
     with pytest.raises(
         CapacityError,
@@ -141,7 +141,7 @@ def test_another_models_tokenizer(settings: MeasureSettings, setup: Path, tmp_pa
 def test_text_that_the_tokenizer_does_not_know(settings: MeasureSettings, tmp_path: Path) -> None:
     text = tmp_path / "foreign.jsonl"
     text.write_text("".join(json.dumps({"text": " ".join(["w3", "w4", "w5", "quux"] * 10)}) + "\n" for _ in range(40)))
-    finding = found(examine(replace(settings, source=str(text))), "vocabulary")
+    finding = worst(examine(replace(settings, source=str(text))), "vocabulary")
     assert finding.level == CHANGE
     assert "of the tokens are unknown" in finding.says
 
@@ -150,7 +150,7 @@ def test_normalisation_that_is_not_folded_in(settings: MeasureSettings, setup: P
     sae = Path(shutil.copytree(setup / "sae", tmp_path / "sae"))
     config = json.loads((sae / "cfg.json").read_text())
     (sae / "cfg.json").write_text(json.dumps({**config, "normalize_activations": "expected_average_only_in"}))
-    finding = found(examine(replace(settings, saes=(str(sae),))), "normalisation")
+    finding = worst(examine(replace(settings, saes=(str(sae),))), "normalisation")
     assert finding.level == STOP
     assert "fold_activation_norm_scaling_factor" in finding.says
 
@@ -165,8 +165,8 @@ def test_normalisation_that_is_not_folded_in(settings: MeasureSettings, setup: P
 )
 def test_hooks_that_cannot_be_tapped(settings: MeasureSettings, setup: Path, sae: str, says: str) -> None:
     findings = examine(replace(settings, saes=(sae.replace("SETUP", str(setup)), str(setup / "sae"))))
-    assert found(findings, "hook").level == STOP
-    assert says in found(findings, "hook").says
+    assert worst(findings, "hook").level == STOP
+    assert says in worst(findings, "hook").says
     assert [f for f in findings if f.check == "hook" and f.level == OK], "the other SAE is checked all the same"
 
 
@@ -181,24 +181,24 @@ def test_a_first_position_that_outweighs_the_others(settings: MeasureSettings, s
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": " ".join(["w3", *["w4", "w5", "w6"] * 10])}) + "\n" for _ in range(40)))
     without = replace(settings, model=str(model), source=str(text), prepend_bos=False)
-    finding = found(examine(without), "first position")
+    finding = worst(examine(without), "first position")
     assert finding.level == CHANGE
     assert "--skip-first-positions 1" in finding.says
-    assert found(examine(replace(without, skip_first_positions=1)), "first position").level == OK
+    assert worst(examine(replace(without, skip_first_positions=1)), "first position").level == OK
 
 
 def test_an_sae_that_does_not_fit(settings: MeasureSettings, sae_with: Callable[..., str]) -> None:
     sae = sae_with(lambda sae: sae.W_dec.mul_(-1))
     findings = examine(replace(settings, saes=(sae,)))
-    assert found(findings, "FVU").level == STOP
-    assert "wrong hook point, wrong model" in found(findings, "FVU").says
+    assert worst(findings, "FVU").level == STOP
+    assert "wrong hook point, wrong model" in worst(findings, "FVU").says
     assert "duration" not in {f.check for f in findings}
-    assert found(examine(replace(settings, saes=(sae,), max_fvu=float("inf"))), "FVU").level == CHANGE
+    assert worst(examine(replace(settings, saes=(sae,), max_fvu=float("inf"))), "FVU").level == CHANGE
 
 
 def test_an_sae_that_was_trained_on_scaled_activations(settings: MeasureSettings, sae_with: Callable[..., str]) -> None:
     """Its threshold lies far above the activations as they are, so that it explains nothing of them."""
-    finding = found(examine(replace(settings, saes=(sae_with(lambda sae: sae.b_enc.fill_(-0.3)),))), "FVU")
+    finding = worst(examine(replace(settings, saes=(sae_with(lambda sae: sae.b_enc.fill_(-0.3)),))), "FVU")
     assert finding.level in (CHANGE, STOP)
     assert "fold the factor in first, with sae.fold_activation_norm_scaling_factor(" in finding.says
 
@@ -221,14 +221,14 @@ def test_an_sae_that_was_trained_on_centred_activations(
         sae.W_dec -= sae.W_dec.mean(1, keepdim=True)
         sae.W_enc.copy_(sae.W_dec.T)
 
-    finding = found(examine(replace(settings, model=str(model), saes=(sae_with(blind),))), "FVU")
+    finding = worst(examine(replace(settings, model=str(model), saes=(sae_with(blind),))), "FVU")
     assert finding.level in (CHANGE, STOP)
     assert "with them centred over the dimensions" in finding.says
 
 
 def test_time_memory_and_disk(settings: MeasureSettings, tmp_path: Path) -> None:
     findings = examine(replace(settings, tokens=10**12))
-    assert " h" in found(findings, "duration").says
+    assert " h" in worst(findings, "duration").says
     assert costs.memory(10**15).level == STOP
     assert costs.memory(10**9, available=10**9 - 1).level == STOP
     assert costs.memory(10**9, available=10**9).level == OK
@@ -277,8 +277,8 @@ def test_a_folder_whose_model_or_sae_has_changed(measured: Path) -> None:
     model.save_pretrained(measured / "model")
     sae.save_model(measured / "sae")
     findings = examine_folder(measured / "m")
-    assert "was" in found(findings, "model").says
-    assert (found(findings, "model").level, found(findings, "SAE").level) == (STOP, STOP)
+    assert "was" in worst(findings, "model").says
+    assert (worst(findings, "model").level, worst(findings, "SAE").level) == (STOP, STOP)
 
 
 def test_a_folder_that_is_damaged(measured: Path) -> None:

@@ -52,9 +52,9 @@ def measured(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.floats(0.01, 1.0))
 @settings(max_examples=6, deadline=None)
 def test_the_smallest_width_keeps_the_share_and_the_next_smaller_does_not(keep: float) -> None:
-    hook, found = ZIPF.hooks[0], plan(ZIPF, keep=keep, widths=[1])
+    hook, answer = ZIPF.hooks[0], plan(ZIPF, keep=keep, widths=[1])
     alpha, alive = hook.summary.alpha.value, int(hook.summary.n_alive.value)
-    width = found.width
+    width = answer.width
     assert theory.kept_features(width, alpha, alive) >= keep * alive * (1 - 1e-9)
     assert width == 1 or theory.kept_features(width - 1, alpha, alive) < keep * alive
 
@@ -89,20 +89,20 @@ def test_the_interval_is_the_bootstraps(measured: Path) -> None:
 def test_the_widest_need_decides() -> None:
     rare, frequent = np.full(100, 64), np.full(100, 1280)
     both = measurement_of_counts(rare, frequent)
-    found = plan(both, keep=0.9, widths=[8])
-    assert found.deciding.hook == "blocks.1.hook_resid_post"
-    assert found.width == plan(both, keep=0.9, widths=[8], hook="blocks.1.hook_resid_post").width
-    assert plan(both, keep=0.9, widths=[8], hook="blocks.0.hook_resid_post").width < found.width
+    answer = plan(both, keep=0.9, widths=[8])
+    assert answer.deciding.hook == "blocks.1.hook_resid_post"
+    assert answer.width == plan(both, keep=0.9, widths=[8], hook="blocks.1.hook_resid_post").width
+    assert plan(both, keep=0.9, widths=[8], hook="blocks.0.hook_resid_post").width < answer.width
 
 
 def test_what_a_width_costs_is_what_its_student_has(setup: Path, measured: Path) -> None:
     teacher = load_model(str(setup / "model")).model
-    found = plan(Measurement.load(measured), keep=0.5, widths=[8, 16, 32], config=load_config(str(setup / "model")))
-    for cost in found.costs:
+    answer = plan(Measurement.load(measured), keep=0.5, widths=[8, 16, 32], config=load_config(str(setup / "model")))
+    for cost in answer.costs:
         total, body = parameters_of(new_student(teacher, cost.width))
         assert (cost.parameters, cost.body_parameters) == (total, body)
         assert cost.share == pytest.approx(total / parameters_of(teacher)[0])
-    assert {8, 16, 32, found.width} == {cost.width for cost in found.costs}
+    assert {8, 16, 32, answer.width} == {cost.width for cost in answer.costs}
 
 
 def test_a_width_that_cannot_be_built_gives_way_to_the_next(setup: Path, measured: Path) -> None:
@@ -128,40 +128,40 @@ def test_every_figure_of_a_floor_has_the_bootstraps_interval(measured: Path) -> 
     sums, threshold = hook.summary.arrays, hook.summary.alive_threshold
     drawn = document_resamples(sums["tokens"])
     assert drawn is not None
-    for width, found in zip(widths, hook_floors(hook, widths, "second_moment", LAW), strict=True):
+    for width, floor in zip(widths, hook_floors(hook, widths, "second_moment", LAW), strict=True):
         again = []
         for weights in drawn:
             rates, squares = (weights @ sums[name] / (weights @ sums["tokens"]) for name in ("counts", "squares"))
             values = squares[rates > threshold]
             alpha = theory.sparsity(float(rates.sum()), len(values))
-            kept, floor = theory.kept_features(width, alpha, len(values)), theory.refined_floor(values, width, alpha)
+            kept, total = theory.kept_features(width, alpha, len(values)), theory.refined_floor(values, width, alpha)
             again.append(
                 [
                     kept,
                     len(values) - kept,
                     kept / len(values),
-                    floor,
+                    total,
                     theory.naive_floor(values, width, alpha),
-                    floor / values.sum(),
+                    total / values.sum(),
                 ]
             )
         figures = [
-            found.features_kept,
-            found.features_lost,
-            found.kept_share,
-            found.predicted_floor,
-            found.naive_floor,
-            found.share,
+            floor.features_kept,
+            floor.features_lost,
+            floor.kept_share,
+            floor.predicted_floor,
+            floor.naive_floor,
+            floor.share,
         ]
         for figure, replicates in zip(figures, np.array(again).T, strict=True):
             low, high = figure.value + np.percentile(replicates, [2.5, 97.5]) - replicates.mean()
             assert (figure.low, figure.high) == pytest.approx(
                 (max(0.0, min(low, figure.value)), max(high, figure.value))
             )
-        assert found.predicted_floor.value == pytest.approx(
+        assert floor.predicted_floor.value == pytest.approx(
             theory.refined_floor(hook.importance(), width, hook.summary.alpha.value)
         )
-        assert found.naive_floor.value == pytest.approx(
+        assert floor.naive_floor.value == pytest.approx(
             theory.naive_floor(hook.importance(), width, hook.summary.alpha.value)
         )
 
@@ -200,26 +200,26 @@ def test_an_unknown_teacher_costs_nothing_known(measured: Path) -> None:
     assert teacher_config(ZIPF) is None
     with pytest.raises(CapacityError, match="cannot be loaded"):
         teacher_config(ZIPF, "no-such/model")
-    found = plan(ZIPF, keep=0.5)
-    assert all(cost.parameters is None for cost in found.costs)
-    assert "pass --model" in found.notes()[0]
+    answer = plan(ZIPF, keep=0.5)
+    assert all(cost.parameters is None for cost in answer.costs)
+    assert "pass --model" in answer.notes()[0]
 
 
 def test_it_shows_itself(measured: Path) -> None:
-    found = plan(Measurement.load(measured), keep=0.5, widths=[8])
-    html = found._repr_html_()
+    answer = plan(Measurement.load(measured), keep=0.5, widths=[8])
+    html = answer._repr_html_()
     assert html.startswith("<p>To keep 50% of the features, the smallest student width is")
-    frame = found.to_frame()
-    assert list(frame.width) == [cost.width for cost in found.costs]
-    assert list(frame.kept_low) == [cost.kept.low for cost in found.costs]
+    frame = answer.to_frame()
+    assert list(frame.width) == [cost.width for cost in answer.costs]
+    assert list(frame.kept_low) == [cost.kept.low for cost in answer.costs]
 
 
 def test_on_the_command_line(measured: Path, setup: Path, cli: Cli) -> None:
     code, out, err = cli("plan", measured, "--keep", "0.5", "--widths", "8,16", "--json")
     assert (code, err) == (0, "")
-    found = json.loads(out)
-    assert found["width"] == plan(Measurement.load(measured), keep=0.5, config=load_config(str(setup / "model"))).width
-    assert all(cost["parameters"] > 0 for cost in found["costs"])
+    answer = json.loads(out)
+    assert answer["width"] == plan(Measurement.load(measured), keep=0.5, config=load_config(str(setup / "model"))).width
+    assert all(cost["parameters"] > 0 for cost in answer["costs"])
     code, out, _ = cli("plan", measured, "--target-loss", "0.0")
     assert code == 0
     assert "For a predicted floor of at most 0 latent² per token" in out
