@@ -13,12 +13,8 @@ from torch import Tensor
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.measure.tap import Tap, Written
 from tl_capacity.measure.wanted_gradients import WantedGradients
-from tl_capacity.models.forward import forward_options
+from tl_capacity.models.forward import NothingMoreToSeeError, forward_options
 from tl_capacity.text.counting import CountedTokens
-
-
-class EveryTapFiredError(Exception):
-    """Ends a forward pass whose rest nobody looks at."""
 
 
 class ForwardPass:
@@ -89,14 +85,14 @@ class StreamingPass(ForwardPass):
     @torch.no_grad()
     def run(self, model: Any, ids: Tensor, seed: int) -> None:
         """Run the model, whose hook points call `see`, on ids [row, position]; nothing is drawn by the seed."""
-        with suppress(EveryTapFiredError):
+        with suppress(NothingMoreToSeeError):
             model(ids, **forward_options(model))
 
     def see(self, tap: Tap, activation: Tensor) -> None:
         """As in a `ForwardPass`.
 
         Raises:
-            EveryTapFiredError: where nothing more is to be seen.
+            NothingMoreToSeeError: where nothing more is to be seen.
         """
         super().see(tap, activation)
         self._end_when_complete()
@@ -105,14 +101,14 @@ class StreamingPass(ForwardPass):
         """As in a `ForwardPass`.
 
         Raises:
-            EveryTapFiredError: where nothing more is to be seen.
+            NothingMoreToSeeError: where nothing more is to be seen.
         """
         super().see_target(tap, activation)
         self._end_when_complete()
 
     def _end_when_complete(self) -> None:
         if self.complete:
-            raise EveryTapFiredError
+            raise NothingMoreToSeeError
 
 
 class RefusedCall(ForwardPass):

@@ -28,7 +28,7 @@ def forward_options(model: Any) -> dict[str, Any]:
     )
 
 
-class _ReachedError(Exception):
+class NothingMoreToSeeError(Exception):
     """Ends a forward pass whose rest nobody looks at."""
 
 
@@ -45,12 +45,12 @@ def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position
 
     def keep(activation: Tensor) -> None:
         seen.append(activation.detach())
-        raise _ReachedError
+        raise NothingMoreToSeeError
 
     remove = point.watch(keep)
     try:
         model(tokens.to(next(model.parameters()).device), **forward_options(model))
-    except _ReachedError:
+    except NothingMoreToSeeError:
         pass
     finally:
         remove()
