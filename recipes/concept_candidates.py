@@ -225,8 +225,6 @@ DOMAIN_ROOTS = {
     "law": (("crime", "04"), ("proceeding", "04"), ("lawyer", "18")),
 }
 """Besides what WordNet marks as of the domain, everything under these, each with its lexicographer file."""
-
-
 CONCEPTS: dict[str, tuple[str, str, Callable[[Sources], Iterator[Candidate]]]] = {
     "question": ("question", "statement", questions),
     "sermon": ("sermon", "novel", sermons),

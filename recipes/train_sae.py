@@ -146,20 +146,20 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
     """
     from sae_lens.load_model import HookedProxyLM
 
-    from tl_capacity.models.hook_points import TapPoint
+    from tl_capacity.models.hook_points import find_tap_point
 
     model = loaded.model
     model.config.use_cache = False
     family = plugins().family_of(model.config.model_type)
     place = family.residual(hook) if family else None
     if place is not None:
-        TapPoint.of(model, hook)
+        find_tap_point(model, hook)
         blocks, _, layer = place[0].rpartition(".")
         # The proxy sees what modules return, so a block's input is the output of the block before.
         module = place[0] if place[1] == "output" else f"{blocks}.{int(layer) - 1}"
         if not module.endswith(".-1"):
             return HookedProxyLM(model, loaded.tokenizer, hook_names=[module]), module, model
-    TapPoint.of(loaded.bridge, hook)
+    find_tap_point(loaded.bridge, hook)
     return loaded.bridge, hook, loaded.bridge
 
 

@@ -22,8 +22,6 @@ from transformers import (
 )
 
 SHARED: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-
-
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -31,8 +29,6 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 96,
     "max_position_embeddings": 16,
 }
-
-
 CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: GPTNeoXConfig(**SHARED, **SIZES, hidden_dropout=0.5, attention_dropout=0.5, rotary_pct=0.25),
     "gpt2": lambda: GPT2Config(**SHARED, n_embd=32, n_layer=2, n_head=4, n_positions=16),

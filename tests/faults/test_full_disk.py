@@ -41,8 +41,6 @@ mount --bind "$DISK" "$DISK"
 mount -o remount,bind,ro "$DISK"
 "$@" 2> "$RESULTS/error" > /dev/null && exit 90 || echo $? > "$RESULTS/code"
 """
-
-
 GROWING_DISK = """
 mount -t tmpfs -o size=8m tmpfs "$DISK"
 "$PYTHON" - "$@" << 'END'

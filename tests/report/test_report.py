@@ -32,7 +32,7 @@ from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.measure.job import measure
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins
 from tl_capacity.probing.recoverability import Recoverability
@@ -550,7 +550,7 @@ def test_snippets_are_where_a_dense_computation_finds_them(folder: Path, measure
     for batch in stream:
         counted = (batch.tokens > 1) & (batch.tokens != -1)  # neither special nor padding
         seen: list[torch.Tensor] = []
-        remove = TapPoint.of(loaded.model, hook.hook).watch(seen.append)
+        remove = find_tap_point(loaded.model, hook.hook).watch(seen.append)
         with torch.no_grad():
             loaded.model(torch.from_numpy(np.maximum(batch.tokens, 0)))
             latent_values = sae.encode(seen[0]).abs().numpy() * counted[:, :, None]

@@ -18,7 +18,7 @@ from tl_capacity.dictionaries.dictionary import DictionaryConfig, Metadata
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import BASES
 from tl_capacity.models.forward import activation_at, evaluating
-from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.runtime.processes import is_first
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.text.counting import special_token_ids
@@ -104,7 +104,7 @@ def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Te
     Raises:
         HookPointError: where the model has no such hook point, or does not run it.
     """
-    special, point = torch.tensor(special_token_ids(model, stream.tokenizer)), TapPoint.of(model, hook)
+    special, point = torch.tensor(special_token_ids(model, stream.tokenizer)), find_tap_point(model, hook)
     for batch in stream:
         ids = torch.from_numpy(batch.tokens.astype("int64"))
         counted = (ids != PADDING) & ~torch.isin(ids, special)

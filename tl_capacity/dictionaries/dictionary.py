@@ -137,6 +137,4 @@ ACTIVATIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gated": _gated,
 }
 """Latents from preactivations [token, feature], by architecture."""
-
-
 NEEDED = {"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}

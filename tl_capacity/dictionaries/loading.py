@@ -15,8 +15,6 @@ from tl_capacity.runtime.hub import check_device, hub_or_cache, loading_errors, 
 
 NEAR = 0.75
 """How alike two names are, as difflib has it, before one is offered for the other."""
-
-
 TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 """Architectures of SAELens that only its training classes have."""
 

@@ -22,7 +22,7 @@ from tl_capacity.distillation.run import StudentCurve
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError
-from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.plugins import plugins
 
 STARTS = ("random", "truncated", "teacher")
@@ -180,7 +180,7 @@ def output_of(
     states: dict[str, Tensor] = {}
     with ExitStack() as watching:
         for hook in hooks:
-            watching.callback(TapPoint.of(model, hook).watch(partial(_keep, states, hook, counted)))
+            watching.callback(find_tap_point(model, hook).watch(partial(_keep, states, hook, counted)))
         hidden = model.base_model(tokens, use_cache=False)[0][counted]
     return Output(hidden, head_of(model), states)
 

@@ -18,7 +18,7 @@ from tl_capacity.measure.attach import attach
 from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measure.setup import importance_asked_for
-from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch
 
@@ -70,7 +70,7 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
         CapacityError: where the hook point does not fit the SAE, or does not fire.
     """
     hook, _, sae = dictionary
-    point = TapPoint.of(trial.model, hook)
+    point = find_tap_point(trial.model, hook)
     if point.width is not None and point.width != sae.cfg.d_in:
         raise CapacityError(
             f"{hook} has width {point.width}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook point or"

@@ -10,22 +10,14 @@ SUMS_AT_ONCE = 4.5
 """The sums, and while they are saved the snapshot, its counts as floats, and its bytes twice: as safetensors gathers
 them, and joined.
 """
-
-
 LATENT_BYTES = 6
 """Of a latent that is encoded: its value, and what finds those that are active."""
-
-
 OWN_ENCODE_BYTES = 16
 """Of a latent in an SAE's own `encode`, which makes a new block at each of its steps."""
-
-
 VARIATION = 100_000_000
 """By which what a process holds before it begins differs from one time to the next; who allows what a refusal asks for
 must not be refused again.
 """
-
-
 RESERVE = 300_000_000
 """For the activations of a small model, and for libraries that are first needed on the way."""
 

@@ -34,7 +34,7 @@ from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.models.forward import check_token_ids, evaluating
-from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
@@ -114,7 +114,7 @@ class CapacityHooks:
             for tap in taps:
                 self._watch(tap.point, partial(self._on_activation, tap), differentiable=bool(self._gradients))
                 if tap.target_hook is not None:
-                    self._watch(TapPoint.of(model, tap.target_hook), partial(self._on_target, tap))
+                    self._watch(find_tap_point(model, tap.target_hook), partial(self._on_target, tap))
         except BaseException:
             self.remove()
             raise

@@ -14,8 +14,6 @@ from tl_capacity.storage import files as storage
 from tl_capacity.storage.digests import digest
 
 SCHEMA = 1
-
-
 JSON_NAME = "measurement.json"
 
 

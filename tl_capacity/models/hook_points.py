@@ -34,55 +34,6 @@ class TapPoint:
     side: str = "output"
     width: int | None = None
 
-    @classmethod
-    def of(cls, model: Any, name: str) -> TapPoint:
-        """The tap point of a hook name.
-
-        Raises:
-            HookPointError: where the model has no such hook point.
-        """
-        if not isinstance(model, nn.Module):
-            raise HookPointError(f"{type(model).__name__} is no model: pass a TransformerLens or Hugging Face model")
-        if hasattr(model, "hook_dict"):
-            return cls._of_hooked(model, name)
-        return cls._of_hugging_face(model, name)
-
-    @classmethod
-    def _of_hooked(cls, model: Any, name: str) -> TapPoint:
-        from transformer_lens.hook_points import HookPoint
-
-        def find() -> Any:
-            module: nn.Module | None = model.hook_dict.get(name)
-            return module if module is not None else _walk(model, name)
-
-        # A bridge ignores names it does not know, and an SAE bridge lacks the aliases: so the name is resolved here,
-        # once.
-        module = find()
-        if not isinstance(module, HookPoint):
-            known = hook_names(model)
-            raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, known)}")
-        return cls(name, find, module, width=_hook_width(model, name))
-
-    @classmethod
-    def _of_hugging_face(cls, model: Any, name: str) -> TapPoint:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        family = plugins().family_of(kind)
-        if family is None:
-            raise HookPointError(
-                f"no model family covers {kind!r}: register one (docs/families.md), or wrap the model in a"
-                " TransformerBridge"
-            )
-        place = family.residual(name)
-        if place is None:
-            raise HookPointError(
-                f"{name!r} is no residual-stream hook, the only kind a Hugging Face model offers: wrap the model in a"
-                " TransformerBridge"
-            )
-        module = _walk(model, place[0])
-        if not isinstance(module, nn.Module):
-            raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, hook_names(model))}")
-        return cls(name, lambda: _walk(model, place[0]), module, place[1], int(model.config.hidden_size))
-
     def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Callable[[], None]:
         """Call `callback` with each activation; returns what takes the hook away again, and nothing else.
 
@@ -130,6 +81,53 @@ class TapPoint:
         if self.side == "input":
             return self.module.register_forward_pre_hook(before, with_kwargs=True).remove
         return self.module.register_forward_hook(after).remove
+
+
+def find_tap_point(model: Any, name: str) -> TapPoint:
+    """The place in a model that a hook name means.
+
+    Raises:
+        HookPointError: where the model has no such hook point.
+    """
+    if not isinstance(model, nn.Module):
+        raise HookPointError(f"{type(model).__name__} is no model: pass a TransformerLens or Hugging Face model")
+    return _of_hooked_model(model, name) if hasattr(model, "hook_dict") else _of_hugging_face_model(model, name)
+
+
+def _of_hooked_model(model: Any, name: str) -> TapPoint:
+    from transformer_lens.hook_points import HookPoint
+
+    def find() -> Any:
+        module: nn.Module | None = model.hook_dict.get(name)
+        return module if module is not None else _walk(model, name)
+
+    # A bridge ignores names it does not know, and an SAE bridge lacks the aliases: so the name is resolved here,
+    # once.
+    module = find()
+    if not isinstance(module, HookPoint):
+        known = hook_names(model)
+        raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, known)}")
+    return TapPoint(name, find, module, width=_hook_width(model, name))
+
+
+def _of_hugging_face_model(model: Any, name: str) -> TapPoint:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    family = plugins().family_of(kind)
+    if family is None:
+        raise HookPointError(
+            f"no model family covers {kind!r}: register one (docs/families.md), or wrap the model in a"
+            " TransformerBridge"
+        )
+    place = family.residual(name)
+    if place is None:
+        raise HookPointError(
+            f"{name!r} is no residual-stream hook, the only kind a Hugging Face model offers: wrap the model in a"
+            " TransformerBridge"
+        )
+    module = _walk(model, place[0])
+    if not isinstance(module, nn.Module):
+        raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, hook_names(model))}")
+    return TapPoint(name, lambda: _walk(model, place[0]), module, place[1], int(model.config.hidden_size))
 
 
 def hook_names(model: Any) -> list[str]:

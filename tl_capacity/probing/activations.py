@@ -19,7 +19,7 @@ from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.models.forward import activation_at, embedding_of, evaluating
-from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.text.counting import CountingRule
@@ -103,7 +103,7 @@ def collect(
             f"context = {context} has no room for BOS and a token: pass at least 2, or leave it out for what the model"
             " takes"
         )
-    point = TapPoint.of(model, hook)
+    point = find_tap_point(model, hook)
     pool = _latents(sae, hook) if sae is not None else _activations
     rows, truncated = _rows(
         tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, _longest(model)), prepend_bos

@@ -17,7 +17,7 @@ import torch
 from tl_capacity.errors import HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.measure.setup import tapped_model
-from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.probing.activations import Activations, bag_of_embeddings, collect, randomly_initialised
 from tl_capacity.probing.concepts import LabelledTexts
@@ -75,7 +75,7 @@ class TappedModel:
         """
         try:
             module = tapped_model(model, [], [], [hook])
-            TapPoint.of(module, hook)
+            find_tap_point(module, hook)
         except HookPointError as problem:
             raise HookPointError(f"{model.name}: {problem}") from problem
         return cls(model, module)

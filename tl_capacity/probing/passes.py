@@ -17,7 +17,7 @@ from tl_capacity.dictionaries.adapter import inputs_for
 from tl_capacity.dictionaries.encoding import Encoder, joined
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
 from tl_capacity.models.forward import activation_at
-from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.probing.ranking import Ranking
 from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, split
@@ -47,7 +47,7 @@ class Reader:
             HookPointError: where the model has no such hook point.
         """
         try:
-            return cls(who, model, TapPoint.of(model, hook))
+            return cls(who, model, find_tap_point(model, hook))
         except HookPointError as problem:
             raise HookPointError(f"{who} cannot be read at {hook}: {problem}") from problem
 

@@ -28,8 +28,6 @@ SUMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "decoder_norm": ("float64", ("feature",)),  # ‖w_dec,i‖, a property of the SAE and no sum
 }
 """Every sum by name: its type and axes. Estimators' own sums, named `state/estimator/key`, come beside these."""
-
-
 Sums = TypeVar("Sums", bound=Any)
 
 

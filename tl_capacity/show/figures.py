@@ -16,25 +16,13 @@ from tl_capacity.results.estimate import Estimate
 from tl_capacity.show.palette import COLOURS
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-
-
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
-
-
 MARKS = "●■◆▲✚✖★"
 """The symbols as text."""
-
-
 GREY = "#8A8F98"
-
-
 POINTS = 240
 """Points of a curve that are drawn; evenly spaced on the logarithmic axis, no eye misses the others."""
-
-
 LONGEST_NAME = 44
-
-
 NEAREST_LABELS = 0.26
 """Decades between labels on a logarithmic axis; nearer ones would overlap on a phone."""
 
