@@ -85,9 +85,9 @@ def test_sizes_that_are_none(text: str) -> None:
 
 
 def test_sizes_are_exact() -> None:
-    """A float would lose a byte of 0.29 GB."""
+    """A float loses a byte of 1.001 GB."""
     assert (bytes_in("1.5GB"), bytes_in("500MB"), bytes_in(" 0.29GB ")) == (1_500_000_000, 500_000_000, 290_000_000)
-    for number in range(1, 3_000):
-        whole, hundredths = divmod(number, 100)
-        assert bytes_in(f"{whole}.{hundredths:02}GB") == number * 10**7
-        assert bytes_in(f"{whole}.{hundredths:02}MB") == number * 10**4
+    for number in range(1, 30_000):
+        whole, thousandths = divmod(number, 1000)
+        assert bytes_in(f"{whole}.{thousandths:03}GB") == number * 10**6
+        assert bytes_in(f"{whole}.{thousandths:03}MB") == number * 10**3
