@@ -27,6 +27,7 @@ from tl_capacity.interfaces import FeatureSums, ImportanceEstimator, LatentBatch
 from tl_capacity.measurement.folder import JSON_NAME, SCHEMA, read_folder, write_folder
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.storage import files as storage
+from tl_capacity.storage.digests import digest
 from tl_capacity.text.streams import TokenStream
 
 HOOK, EARLY = "blocks.1.hook_resid_post", "blocks.0.hook_resid_pre"
@@ -264,7 +265,7 @@ def respoil(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     change(arrays)
     data = save_arrays(arrays)
     (folder / content["statistics"]).write_bytes(data)
-    spoil(folder, lambda content: content.update(statistics_sha256=storage.digest(data)))
+    spoil(folder, lambda content: content.update(statistics_sha256=digest(data)))
 
 
 class TestDamage:
@@ -343,7 +344,7 @@ class TestDamage:
         for place in [*range(10), *chance.choices(range(3000), k=200)]:
             flipped = data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :]
             path.write_bytes(flipped)
-            spoil(folder, lambda content, flipped=flipped: content.update(statistics_sha256=storage.digest(flipped)))
+            spoil(folder, lambda content, flipped=flipped: content.update(statistics_sha256=digest(flipped)))
             loads_or_says_why(folder)
 
     def test_any_flipped_bit_of_the_json(self, unchecked: None, folder: Path) -> None:
