@@ -26,7 +26,6 @@ from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.curve import Curve
 from tl_capacity.results.estimate import Estimate, group_resamples
 
 WIDTHS = (16, 24, 32, 48, 64, 96, 128)
@@ -165,12 +164,13 @@ def test_power_laws_find_their_exponent() -> None:
     assert halved.value == pytest.approx(0.45, abs=1e-3)
 
 
-def test_r2_of_one_over_d_on_the_published_floors(published_curve: Path) -> None:
-    """Why R² alone is not reported: the paper's own predicted floors are nearly a straight line in 1/d."""
-    widths = (128, 256, 512, 768, 1024)
-    predicted = [f.predicted_floor.value for f in Curve.load(published_curve).floors(widths)]
-    x = np.array(widths, dtype=np.float64)
-    assert fitted("1/d", Points(x, np.array(predicted), x)).r2 == pytest.approx(0.992, abs=5e-4)
+def test_r2_of_one_over_d_on_the_published_floors() -> None:
+    """Why R² alone is not reported: the paper's own predicted floors (layer 12 of Pythia-410M, as it prints them) are
+    nearly a straight line in 1/d.
+    """
+    printed = {128: 0.07949, 256: 0.04004, 512: 0.01109, 768: 0.00159, 1024: 0.0000686}
+    x = np.array(list(printed), dtype=np.float64)
+    assert fitted("1/d", Points(x, np.array(list(printed.values())), x)).r2 == pytest.approx(0.992, abs=5e-4)
 
 
 def test_few_widths_make_no_winner() -> None:
