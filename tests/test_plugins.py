@@ -93,6 +93,35 @@ def test_the_core_imports_no_plugin() -> None:
             )
 
 
+def test_the_core_names_no_item_of_a_plugin() -> None:
+    """Concepts are left out: their names are everyday words, such as `law`, which the core's own JSON has too."""
+    found = plugins.plugins()
+    registries = (
+        found.importance_estimators,
+        found.capacity_laws,
+        found.model_families,
+        found.models,
+        found.token_sources,
+    )
+    built_in = {
+        item.name
+        for registry in registries
+        for item in registry
+        if vars(plugins.plugin_manager().get_plugin(registry.origins[item.name])).get("__name__", "").startswith("tl_")
+    }
+    assert {"second_moment", "compressed_sensing", "gpt2", "embedded"} <= built_in
+    named = []
+    for path in sorted(CORE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        named += [
+            f"{path.relative_to(CORE)}:{node.lineno}: {node.value}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and node.value in built_in and id(node) not in docstrings
+        ]
+    assert not named
+
+
 def test_a_name_clash_names_both_plugins(registered: Callable[[object], str]) -> None:
     other = Largest()
     other.name = "second_moment"

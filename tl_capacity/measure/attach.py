@@ -42,7 +42,7 @@ def add_capacity_hooks(
     model: Any,
     saes: SAEs,
     *,
-    importance: Sequence[str | ImportanceEstimator] = ("second_moment",),
+    importance: Sequence[str | ImportanceEstimator] | None = None,
     alive_threshold: float = 1e-5,
     fvu_every: int = 8,
     mask_token_ids: Iterable[int] | None = None,
@@ -54,8 +54,8 @@ def add_capacity_hooks(
         model: a `HookedTransformer`, `TransformerBridge`, their SAE variants, or a Hugging Face causal language model
             of a registered family.
         saes: one SAE (its metadata names the hook point), a list, or a mapping from hook point to one or several SAEs.
-        importance: importance estimators, by name or as objects. Those that need only the sums of z and z² can also be
-            chosen later.
+        importance: importance estimators, by name or as objects; the default one where none are given. Those that need
+            only the sums of z and z² can also be chosen later.
         alive_threshold: a feature is alive where its firing rate exceeds this; the paper's is 1e-5.
         fvu_every: check the reconstruction on one document in this many; 1 is all.
         mask_token_ids: ids not to count; by default every special token of the model's tokenizer, BOS among them.
@@ -83,7 +83,8 @@ def add_capacity_hooks(
         if mask_token_ids is None
         else CountingRule.without(mask_token_ids, skip_first_positions)
     )
-    return attach(model, list(named_dictionaries(saes)), rule, importance, alive_threshold, fvu_every)
+    estimators = (plugins().importance_estimators.default,) if importance is None else importance
+    return attach(model, list(named_dictionaries(saes)), rule, estimators, alive_threshold, fvu_every)
 
 
 def attach(
