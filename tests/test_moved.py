@@ -11,16 +11,26 @@ from tl_capacity.moved import MOVED, find_old_modules
 
 KEPT_IN_PACKAGES = {
     "dictionaries": ("Dictionary", "read_sae_lens"),
+    "distillation.losses": ("HiddenMatch", "LogitLoss"),
     "distillation.observed": ("ObservedFloor", "observed_floors"),
+    "distillation.run": ("DistillationRun", "StudentCurve"),
+    "distillation.students": ("new_student",),
     "distillation.train": ("DistillSettings", "distill"),
     "measurement": ("HookMeasurement", "Measurement", "Provenance"),
+    "plan": ("plan",),
+    "probing": ("collect", "fit_probes", "load_concepts", "recover_features"),
     "probing.activations": ("Activations", "bag_of_embeddings", "collect", "randomly_initialised"),
     "probing.probes": ("Probe", "difference", "fit_probes"),
     "probing.recover": ("Recovery", "StudentRecovery", "recover_features"),
     "probing.sparse": ("sparse_probes",),
+    "recipe": ("argument", "option", "run", "run_file"),
+    "report": ("ReportSettings", "Results", "write_report"),
     "report.figures": ("curves_figure", "firing_rate_figure", "floors_figure", "importance_figure", "suite_figure"),
     "report.page": ("ReportSettings", "Results", "find_snippets", "report_page", "write_report"),
     "storage": ("write_json",),
+    "toy.predictors": ("Case", "Predictor", "predictors", "smooth_band_floor"),
+    "toy.result": ("SweepResult", "run"),
+    "toy.sweep": ("SweepSettings",),
     "toy.judging": ("PackingLaw", "accuracy", "at_every_sparsity", "cells", "fit_packing_law", "packing_law"),
 }
 """What the documentation of 0.1 imported from packages that are still there."""

@@ -21,8 +21,8 @@ from tl_capacity.models.forward import activation_at, evaluating
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.runtime.processes import is_first
 from tl_capacity.runtime.progress import token_progress
-from tl_capacity.text.counting import special_token_ids
-from tl_capacity.text.streams import PADDING, TokenStream
+from tl_capacity.text.counting import CountingRule
+from tl_capacity.text.streams import TokenStream
 
 PCA_TOKENS = 50_000
 """Tokens to which principal components are fitted, some hundred for each dimension of a small model."""
@@ -104,12 +104,11 @@ def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Te
     Raises:
         HookPointError: where the model has no such hook point, or does not run it.
     """
-    special, point = torch.tensor(special_token_ids(model, stream.tokenizer)), find_tap_point(model, hook)
+    rule, point = CountingRule.for_model(model, stream.tokenizer), find_tap_point(model, hook)
     for batch in stream:
-        ids = torch.from_numpy(batch.tokens.astype("int64"))
-        counted = (ids != PADDING) & ~torch.isin(ids, special)
+        counted = torch.from_numpy(rule.counted(batch.tokens))
         with evaluating(model):
-            seen = activation_at(model, point, ids.clamp(min=0))
+            seen = activation_at(model, point, torch.from_numpy(batch.filled(rule.filler)))
         if seen is None:
             raise HookPointError(f"{hook} did not fire: the model does not run it, choose another hook point")
         if bool(counted.any()):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_capacity.distillation.settings import CHUNK_TOKENS, DIVERGENCES, MATCH_KINDS, LogitLoss
+from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
 from tl_capacity.errors import CapacityError
 from tl_capacity.runtime.scratch import Scratch
 

@@ -17,7 +17,6 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.attach import attach
 from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
-from tl_capacity.measure.setup import importance_asked_for
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch
@@ -44,7 +43,7 @@ class Trial:
     def attached(self, dictionaries: Sequence[NamedDictionary], fvu_every: int) -> CapacityHooks:
         """The model with SAEs attached, as a measurement attaches them."""
         settings = self.settings
-        importance = importance_asked_for(settings)
+        importance = settings.importance or None
         return attach(self.model, dictionaries, self.rule, importance, settings.alive_threshold, fvu_every)
 
     def counted(self) -> list[Tensor]:

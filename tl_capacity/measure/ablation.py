@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from tl_capacity.dictionaries.adapter import check_dictionary, target_hook
+from tl_capacity.dictionaries.adapter import check_dictionary, decoder_vectors, inputs_for, target_hook
 from tl_capacity.dictionaries.encoding import decoder_vectors_add_up
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
@@ -70,7 +70,7 @@ def ablation_kl(
         )
     point, chosen = find_tap_point(model, hook), torch.tensor(list(latents), dtype=torch.int64)
     total, linear = torch.zeros(len(chosen), dtype=torch.float64), None
-    decoder = sae.W_dec.detach().flatten(1)
+    decoder = decoder_vectors(sae)
     seen: list[Tensor] = []
     with token_progress(len(tokens), progress, "ablating", "rows") as advance:
         for rows in torch.split(torch.arange(len(tokens)), rows_at_once):
@@ -79,11 +79,7 @@ def ablation_kl(
                 clean = _log_probabilities(model, tokens[rows])
             if not seen:
                 raise HookPointError(f"{hook} did not fire: the model does not run it, ablate at another hook point")
-            inputs = (
-                seen[0].flatten(0, 1)
-                if getattr(sae, "hook_z_reshaping_mode", False)
-                else seen[0].flatten(0, 1).flatten(1)
-            )
+            inputs = inputs_for(sae, seen[0].flatten(0, 1))
             linear = decoder_vectors_add_up(sae, inputs) if linear is None else linear
             if linear is False:
                 raise DictionaryError(

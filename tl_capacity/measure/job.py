@@ -18,7 +18,7 @@ from tl_capacity.measure.attach import attach
 from tl_capacity.measure.memory import fit_memory
 from tl_capacity.measure.session import CapacityHooks, Identity
 from tl_capacity.measure.settings import MeasureSettings
-from tl_capacity.measure.setup import dictionaries, importance_asked_for, row_length, tapped_model
+from tl_capacity.measure.setup import dictionaries, row_length, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.predict.caveats import advice_on_fit
@@ -87,7 +87,7 @@ def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenS
     rule = CountingRule.for_model(loaded.model, loaded.tokenizer, settings.skip_first_positions)
     identity = Identity(loaded.name, loaded.revision)
     with attach(
-        model, named, rule, importance_asked_for(settings), settings.alive_threshold, settings.fvu_every, identity
+        model, named, rule, settings.importance or None, settings.alive_threshold, settings.fvu_every, identity
     ) as capacity:
         yield capacity, stream
 

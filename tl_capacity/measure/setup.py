@@ -48,11 +48,6 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
     ]
 
 
-def importance_asked_for(settings: MeasureSettings) -> tuple[str, ...]:
-    """The names of the importance estimators: those asked for, or the default one."""
-    return settings.importance or (plugins().importance_estimators.default.name,)
-
-
 def spec_of(measured: HookMeasurement, model: str) -> str:
     """What `--sae` takes for the SAE or basis that was measured of a model of that name."""
     registered = any(m.name == model for m in plugins().models)
