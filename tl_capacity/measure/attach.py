@@ -83,22 +83,23 @@ def add_capacity_hooks(
         if mask_token_ids is None
         else CountingRule.without(mask_token_ids, skip_first_positions)
     )
-    estimators = (plugins().importance_estimators.default,) if importance is None else importance
-    return attach(model, list(named_dictionaries(saes)), rule, estimators, alive_threshold, fvu_every)
+    return attach(model, list(named_dictionaries(saes)), rule, importance, alive_threshold, fvu_every)
 
 
 def attach(
     model: Any,
     dictionaries: Sequence[NamedDictionary],
     rule: CountingRule,
-    importance: Sequence[str | ImportanceEstimator],
+    importance: Sequence[str | ImportanceEstimator] | None,
     alive_threshold: float,
     fvu_every: int,
     identity: Identity | None = None,
 ) -> CapacityHooks:
     """`add_capacity_hooks` for SAEs that have a name already, and a model that goes by another name than it says."""
     FeatureSummary.check_threshold(alive_threshold)
-    estimators = [plugins().importance_estimators[e] if isinstance(e, str) else e for e in importance]
+    registry = plugins().importance_estimators
+    asked_for = (registry.default,) if importance is None else importance
+    estimators = [registry[e] if isinstance(e, str) else e for e in asked_for]
     names = [estimator.name for estimator in estimators]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CapacityError(
