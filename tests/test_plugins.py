@@ -148,6 +148,15 @@ def test_two_defaults_name_both_plugins(registered: Callable[[object], str]) -> 
         plugins.plugins()
 
 
+def test_a_class_that_inherits_from_a_default_is_none(registered: Callable[[object], str]) -> None:
+    class Halved(type(plugins.plugins().importance_estimators.default)):
+        name = "halved"
+
+    registered(estimator_plugin(Halved()))
+    assert plugins.plugins().importance_estimators.default.name == "second_moment"
+    assert plugins.plugins().importance_estimators["halved"].is_default
+
+
 def test_no_default_is_one_sentence() -> None:
     registry = plugins.Registry[Any]("capacity law")
     with pytest.raises(PluginError, match=r"^no capacity law is the default: name one of \(none\), or register one"):

@@ -33,6 +33,14 @@ Item = TypeVar("Item")
 Estimator = TypeVar("Estimator", bound=ImportanceEstimator | type[ImportanceEstimator])
 
 
+def says_default(item: object) -> bool:
+    """Whether an object's own class, or the object itself, says that it is the default; a class that inherits from a
+    default is none.
+    """
+    said = {**vars(type(item)), **getattr(item, "__dict__", {})}
+    return bool(said.get("is_default", False))
+
+
 @dataclass
 class Registry(Generic[Item]):
     """The objects of one kind, in the order in which plugins registered them."""
@@ -55,9 +63,9 @@ class Registry(Generic[Item]):
                 f"plugins {self.origins[name]!r} and {origin!r} both register a {self.kind} named {name!r}: rename or"
                 " uninstall one"
             )
-        if getattr(item, "is_default", False):
+        if says_default(item):
             for other in self.items.values():
-                if getattr(other, "is_default", False):
+                if says_default(other):
                     raise PluginError(
                         f"plugins {self.origins[str(getattr(other, 'name', ''))]!r} and {origin!r} both register a"
                         f" default {self.kind}: set `is_default = False` in one"
@@ -72,7 +80,7 @@ class Registry(Generic[Item]):
             PluginError: where no plugin registered one.
         """
         for item in self.items.values():
-            if getattr(item, "is_default", False):
+            if says_default(item):
                 return item
         raise PluginError(
             f"no {self.kind} is the default: name one of {', '.join(sorted(self.items)) or '(none)'}, or register one"

@@ -173,7 +173,7 @@ def budget_column(law: CapacityLaw) -> Column:
     return Column(
         "budget",
         lambda hook: budget_estimate(hook, law),
-        label="budget d·g(α)" if law.is_default else f"budget, {law.name}",
+        label="budget d·g(α)" if law is plugins().capacity_laws.default else f"budget, {law.name}",
         heading="budget d·ĝ",
         digits=",.0f",
         formula="d · g(α)",
