@@ -20,7 +20,8 @@ from common import Row, arguments, at_most, report
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from chromium import BROWSER, DRIVER, MISSING, opened, started
 
-from tl_capacity.distillation.run import DistillationRun, StudentCurve
+from tl_capacity.distillation.curves import StudentCurve
+from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.measure.job import measure
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement

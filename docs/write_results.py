@@ -23,8 +23,10 @@ from tl_capacity import Measurement
 from tl_capacity.distillation.decomposition import decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.probing.recoverability import COUNT_LABELS, Recoverability
-from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, Probes
+from tl_capacity.probing.recoverability import Recoverability
+from tl_capacity.probing.recovery_row import COUNT_LABELS
+from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED
+from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.show.figures import series_figure
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,10 +23,10 @@ from tl_capacity.measure.setup import measured_dictionary, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, load_model
-from tl_capacity.probing.figures import recovery_figure
 from tl_capacity.probing.recover import recover_features
-from tl_capacity.probing.recoverability import JSON_NAME, Recoverability
-from tl_capacity.probing.recovery import Recovery
+from tl_capacity.probing.recoverability import Recoverability
+from tl_capacity.probing.recovery import Recovery, recovery_figure
+from tl_capacity.probing.recovery_row import JSON_NAME
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.processes import Processes

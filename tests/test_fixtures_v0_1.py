@@ -24,7 +24,7 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.measurement import Measurement
 from tl_capacity.predict.curve import Curve
 from tl_capacity.probing.recoverability import Recoverability
-from tl_capacity.probing.rows import Probes
+from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.report import ReportSettings, Results, write_report
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.storage.checkpoints import Checkpoint

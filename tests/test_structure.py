@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,31 @@ def test_nobody_reaches_into_another(path: Path) -> None:
 def test_reaches_are_found() -> None:
     code = "self._a; cls._b; super()._c; x.__dict__; other._d; self.other._e; f()._g; __file__"
     assert [access for _, access in reaches(ast.parse(code))] == ["other._d", "self.other._e", "f()._g"]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of the package that a module imports, wherever in its code, for type checkers as well."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("tl_capacity."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tl_capacity"):
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                yield inside if inside in NAMES else str(node.module)
+
+
+def module_name(path: Path) -> str:
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *rest]).removesuffix(".__init__")
+
+
+NAMES = {module_name(path) for path in MODULES}
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """The package itself, which offers what its rooms hold, is left out; every other import counts."""
+    imports = {module_name(path): set(imported(path)) - {"tl_capacity"} for path in MODULES}
+    TopologicalSorter({name: imports[name] for name in imports if name != "tl_capacity"}).prepare()
 
 
 def test_every_package_is_installed() -> None:

@@ -18,10 +18,10 @@ from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from tl_capacity.distillation import DistillationRun
 from tl_capacity.distillation.candidates import RIVALS, Points, Prediction
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.decomposition import Decomposition, decompose, decompose_floors
 from tl_capacity.distillation.fitting import Fit, fit_candidate
 from tl_capacity.distillation.observed import ObservedFloor
-from tl_capacity.distillation.run import StudentCurve
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, DistillSettings, HiddenMatch, distill, observed_floors
 from tl_capacity.distillation import losses as losses_module
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.data import Rows, read
 from tl_capacity.distillation.losses import CACHED, MATCHES, Head, Output, chunked_losses
 from tl_capacity.distillation.observed import fit_power_law, observed_floor, power_law
-from tl_capacity.distillation.run import StudentCurve
 from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.errors import CapacityError, HookPointError, MeasurementError, TokenSourceError
 from tl_capacity.runtime.scratch import Scratch

@@ -30,7 +30,7 @@ from tl_capacity.models.loading import load_folder
 from tl_capacity.predict.curve import Curve
 from tl_capacity.probing.concepts import load_concepts
 from tl_capacity.probing.recoverability import Recoverability
-from tl_capacity.probing.rows import Probes
+from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.report.results import Results
 from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.storage.files import SEAL, previous, read_kept

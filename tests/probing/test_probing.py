@@ -56,7 +56,7 @@ from tl_capacity.probing.probes import (
     on_principal_components,
     weighted_auroc,
 )
-from tl_capacity.probing.rows import Probes
+from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.probing.sparse import falls_at, most_telling, narrowest_with, sparse_probes
 from tl_capacity.results.estimate import cluster_bootstrap
 
@@ -824,7 +824,8 @@ class TestRecipe:
         assert not (tmp_path / "out").exists()
 
     def test_a_distillation_stands_for_its_students(self, tmp_path: Path) -> None:
-        from tl_capacity.distillation.run import DistillationRun, StudentCurve
+        from tl_capacity.distillation.curves import StudentCurve
+        from tl_capacity.distillation.run import DistillationRun
 
         students = tuple(
             StudentCurve(name, 8, 0, start, 1, 1) for name, start in (("w8", "random"), ("control", "teacher"))

@@ -31,12 +31,12 @@ from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import register_plugin, unregister_plugin
-from tl_capacity.probing.figures import recovery_figure
-from tl_capacity.probing.ranking import BINS, Ranking, Scores, auroc_of, average_precision_of, bins_of_
+from tl_capacity.probing.ranking import BINS, Ranking, auroc_of, average_precision_of, bins_of_
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.recoverability import Recoverability
-from tl_capacity.probing.recovery import Recovery, most_important
+from tl_capacity.probing.recovery import Recovery, most_important, recovery_figure
 from tl_capacity.probing.ridge import RIDGES, Latents, Moments, Readout, choose_ridge, fit, principal_axes, solve
+from tl_capacity.probing.scores import Scores
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, parts_of, split
 from tl_capacity.results.estimate import document_resamples
 from tl_capacity.results.hook import HookMeasurement

@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_capacity import theory
 from tl_capacity.dictionaries.loading import load_sae
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.decomposition import Decomposition, decompose
-from tl_capacity.distillation.run import DistillationRun, StudentCurve
+from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.measure.job import measure
 from tl_capacity.measure.settings import MeasureSettings
@@ -36,7 +37,7 @@ from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins
 from tl_capacity.probing.recoverability import Recoverability
-from tl_capacity.probing.rows import Probes
+from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.report import ReportSettings, Results, find_snippets, report_page, write_report
 from tl_capacity.report import figures as drawn
 from tl_capacity.report.edges import edges, shown_features

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import plotly.graph_objects as go
 
 from tl_capacity.distillation.candidates import Candidate, without_default_law
-from tl_capacity.distillation.decomposition import Decomposition
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors, power_law
-from tl_capacity.distillation.run import DistillationRun, StudentCurve
 from tl_capacity.errors import CapacityError
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.naming import LAYER
@@ -34,8 +33,25 @@ from tl_capacity.show.figures import (
 from tl_capacity.show.palette import COLOURS
 
 
+@runtime_checkable
+class Explained(Protocol):
+    """What a figure of observed floors needs of a `Decomposition`."""
+
+    @property
+    def which(self) -> str: ...
+
+    @property
+    def chosen(self) -> Fit: ...
+
+    @property
+    def winner(self) -> Fit | None: ...
+
+    @property
+    def fits(self) -> Sequence[Fit]: ...
+
+
 def observed_figure(
-    floors: Sequence[ObservedFloor], decomposition: Decomposition | None = None, which: str = "fit"
+    floors: Sequence[ObservedFloor], decomposition: Explained | None = None, which: str = "fit"
 ) -> go.Figure:
     """Observed floors against width, with their 95% intervals; of a decomposition also the prediction asked for and the
     best candidates.
@@ -88,7 +104,7 @@ def observed_figure(
     return figure
 
 
-def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None = None) -> go.Figure:
+def curves_figure(run: Iterable[StudentCurve], floors: Sequence[ObservedFloor] | None = None) -> go.Figure:
     """Held-out KL of every student against the tokens it was trained on, a colour for each width, with the fit L∞ +
     a·t^−b and its asymptote L∞.
 
@@ -96,10 +112,11 @@ def curves_figure(run: DistillationRun, floors: Sequence[ObservedFloor] | None =
         CapacityError: where no student was evaluated after the start.
     """
     figure = new_figure()
-    evaluated = [student for student in run if len(student.tokens) > 1]
+    students_of_run = tuple(run)
+    evaluated = [student for student in students_of_run if len(student.tokens) > 1]
     if not evaluated:
         raise CapacityError("no student was evaluated after its start: train longer")
-    floor_of = {floor.name: floor for floor in (observed_floors(run) if floors is None else floors)}
+    floor_of = {floor.name: floor for floor in (observed_floors(students_of_run) if floors is None else floors)}
     for place, ((control, width), alike) in enumerate(
         groupby(sorted(evaluated, key=lambda s: (*_width_of(s), s.seed)), key=_width_of)
     ):
@@ -152,7 +169,7 @@ def short_candidate(candidate: Candidate) -> str:
     return without_default_law(candidate.name).replace(f" at {candidate.hook}", f" at {short}")
 
 
-def _drawn_fits(decomposition: Decomposition | None) -> list[tuple[Fit, str]]:
+def _drawn_fits(decomposition: Explained | None) -> list[tuple[Fit, str]]:
     """The fits worth a line, each with its role; a fit that has two is drawn once."""
     if decomposition is None:
         return []

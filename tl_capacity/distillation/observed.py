@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.distillation.run import DistillationRun, StudentCurve
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.results.estimate import Estimate, block_resample, percentile_interval
 
 OBSERVED = ("fit", "last_tenth")
@@ -71,7 +71,7 @@ class ObservedFloor:
         return {**asdict(self), "falling": self.falling}
 
 
-def observed_floors(run: DistillationRun) -> list[ObservedFloor]:
+def observed_floors(run: Iterable[StudentCurve]) -> list[ObservedFloor]:
     """The floor of every student of a run."""
     return [observed_floor(student) for student in run]
 

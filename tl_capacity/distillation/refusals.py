@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from tl_capacity.distillation import checkpoint
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.data import Rows
 from tl_capacity.distillation.ensemble import Students
-from tl_capacity.distillation.run import JSON_NAME, DistillationRun, StudentCurve
+from tl_capacity.distillation.run import JSON_NAME, DistillationRun
 from tl_capacity.distillation.settings import HiddenMatch
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.models.forward import check_token_ids

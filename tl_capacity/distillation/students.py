@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.losses import Head, Output
-from tl_capacity.distillation.run import StudentCurve
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError

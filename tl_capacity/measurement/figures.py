@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.laws import kept_features
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.results.naming import hook_label, middle
+from tl_capacity.results.naming import hook_label, hook_named, middle
 from tl_capacity.results.summary import THRESHOLDS, Resample
 from tl_capacity.show.figures import (
     GREY,
@@ -33,7 +32,7 @@ from tl_capacity.show.figures import (
 
 
 def importance_figure(
-    measurement: Measurement,
+    measurement: Iterable[HookMeasurement],
     widths: Sequence[int] = (),
     importance: str | None = None,
     law: str | None = None,
@@ -50,8 +49,9 @@ def importance_figure(
         CapacityError: where no hook point has an alive feature, or the importance was not measured.
     """
     chosen, figure = plugins().capacity_laws.named(law), new_figure()
-    lined = measurement[hook] if hook is not None else middle(measurement)
-    for place, each in enumerate(measurement):
+    hooks = tuple(measurement)
+    lined = hook_named(hooks, hook) if hook is not None else middle(hooks)
+    for place, each in enumerate(hooks):
         values = np.sort(each.importance(importance))[::-1]
         if not len(values) or values[0] <= 0:
             continue
@@ -62,7 +62,7 @@ def importance_figure(
             y=values[ranks - 1],
             mode="lines",
             line=line_of(place),
-            **legend_entry(hook_label(measurement, each)),
+            **legend_entry(hook_label(hooks, each)),
         )
         alpha = each.summary.alpha.value
         kept = {w: kept_features(values, alpha, w, chosen) for w in widths if 0 < alpha < 1}
@@ -89,12 +89,13 @@ def importance_figure(
     return figure
 
 
-def firing_rate_figure(measurement: Measurement) -> go.Figure:
+def firing_rate_figure(measurement: Iterable[HookMeasurement]) -> go.Figure:
     """Firing rates of the latents that fired, on a logarithmic scale, with the thresholds at which F is counted and
     1/e, above which g(α) does not apply.
     """
-    figure, alive = new_figure(), measurement.hooks[0].summary.alive_threshold
-    for place, each in enumerate(measurement):
+    hooks = tuple(measurement)
+    figure, alive = new_figure(), hooks[0].summary.alive_threshold
+    for place, each in enumerate(hooks):
         edges, counts, never = each.summary.firing_rate_histogram()
         figure.add_scatter(
             x=np.concatenate([edges, edges[-1:]]),
@@ -102,7 +103,7 @@ def firing_rate_figure(measurement: Measurement) -> go.Figure:
             mode="lines",
             line={**line_of(place), "shape": "vh"},
             hovertemplate="up to rate %{x:.2g}: %{y:,} latents",
-            **legend_entry(f"{hook_label(measurement, each)} ({never:,} never fired)"),
+            **legend_entry(f"{hook_label(hooks, each)} ({never:,} never fired)"),
         )
     for threshold in sorted({t for t in THRESHOLDS if t > 0} | {alive}):
         chosen = threshold == alive

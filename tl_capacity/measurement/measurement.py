@@ -17,6 +17,7 @@ from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
 from tl_capacity.measurement.provenance import Provenance, provenance_from_json, typed_field
 from tl_capacity.results.columns import recorded
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.naming import hook_named
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.results.sums import check_sums, merge_sums
 from tl_capacity.runtime.checks import checked
@@ -52,15 +53,7 @@ class Measurement:
         Raises:
             CapacityError: where nothing was measured there, or several SAEs were: iterate to see each.
         """
-        there = [h for h in self.hooks if h.hook == hook]
-        if not there:
-            raise CapacityError(f"{hook!r} was not measured: choose one of {', '.join(h.hook for h in self.hooks)}")
-        if len(there) > 1:
-            raise CapacityError(
-                f"{len(there)} SAEs were measured at {hook!r} ({', '.join(h.sae for h in there)}): iterate over the"
-                " measurement and choose one"
-            )
-        return there[0]
+        return hook_named(self.hooks, hook)
 
     @checked
     def budget(

@@ -9,9 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tl_capacity.plugins import plugins
-from tl_capacity.probing.recoverability import COUNTS, RecoveryRow
-from tl_capacity.probing.recovery import Recovery
-from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, ProbeRow, Probes
+from tl_capacity.probing.recovery_row import COUNTS, RecoveryRow
+from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, ProbedConcept, ProbeRow
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.show.figures import GREY, add_series, legend_entry, line_of, new_figure
 from tl_capacity.show.palette import BLUE, GREEN, PURPLE, VERMILION
@@ -59,13 +58,6 @@ def thresholds_figure(
     return figure
 
 
-def recovery_figure(recoveries: Sequence[Recovery]) -> Any:
-    """A plotly figure, a panel per hook point: features kept against the student's width, beside the budget and the
-    baselines.
-    """
-    return recoverability_figure([recovery.rows for recovery in recoveries])
-
-
 def recoverability_figure(panels: Sequence[Sequence[RecoveryRow]]) -> Any:
     """The same from the rows of each hook point."""
     from plotly.subplots import make_subplots
@@ -106,22 +98,22 @@ def recoverability_figure(panels: Sequence[Sequence[RecoveryRow]]) -> Any:
     return figure
 
 
-def accuracy_figure(probes: Probes) -> Any:
+def accuracy_figure(probe_rows: Sequence[ProbeRow], concepts: Sequence[ProbedConcept]) -> Any:
     """Accuracy against width: a panel for each concept, models and baselines of the same widths with 95% intervals, and
     what needs no width as lines, the bag of embeddings with its own interval at both ends.
     """
     from plotly.subplots import make_subplots
 
-    columns = min(PANELS_IN_A_ROW, len(probes.concepts))
-    n_rows = -(-len(probes.concepts) // columns)
-    titles = [" or ".join(concept.classes) for concept in probes.concepts]
+    columns = min(PANELS_IN_A_ROW, len(concepts))
+    n_rows = -(-len(concepts) // columns)
+    titles = [" or ".join(concept.classes) for concept in concepts]
     figure = make_subplots(
         rows=n_rows, cols=columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.3 / n_rows
     )
-    widths = sorted({row.width for row in probes.rows if row.kind == TRAINED})
-    for i, concept in enumerate(probes.concepts):
+    widths = sorted({row.width for row in probe_rows if row.kind == TRAINED})
+    for i, concept in enumerate(concepts):
         at = {"row": i // columns + 1, "col": i % columns + 1, "showlegend": i == 0}
-        rows = [row for row in probes.rows if row.concept == concept.name]
+        rows = [row for row in probe_rows if row.concept == concept.name]
         for kind, (colour, symbol) in KINDS.items():
             shown = [row for row in rows if row.kind == kind]
             add_series(

@@ -9,7 +9,8 @@ from typing import Any
 
 from tl_capacity.probing.concepts import LabelledTexts
 from tl_capacity.probing.probes import Probe
-from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, ProbedConcept, ProbeRow, Probes
+from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, ProbedConcept, ProbeRow
+from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.probing.sparse import SparseProbe, falls_at
 from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL
 from tl_capacity.show.tables import table

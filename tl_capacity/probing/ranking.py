@@ -8,17 +8,13 @@ them, for every feature.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.probing.ridge import Latents, Readout
-from tl_capacity.results.estimate import Estimate, document_resamples, estimate_around
+from tl_capacity.probing.scores import Scores
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
@@ -191,56 +187,3 @@ def average_precision_of(
     highest = mean(hits / (seen - silent))
     lowest = mean((hits - down + 1) / (seen - down + 1))
     return value, torch.maximum(highest - value, value - lowest)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How well one readout predicts each feature on held-out tokens.
-
-    Attributes:
-        auroc, average_precision: of whether the feature fires, by the readout's score [feature]; NaN where it never
-            does.
-        auroc_error, average_precision_error: how far binning can have moved them [feature].
-        r2: of the rectified readout max(0, ẑ) against z [feature]; below 0 where the mean predicts better.
-        ranks: sums over firings of the share of silent tokens that score lower [group, feature].
-        firings: on held-out tokens [group, feature].
-        tokens: held-out tokens.
-        ridge: the penalty that was chosen.
-    """
-
-    auroc: NDArray[np.float64]
-    auroc_error: NDArray[np.float64]
-    average_precision: NDArray[np.float64]
-    average_precision_error: NDArray[np.float64]
-    r2: NDArray[np.float64]
-    ranks: NDArray[np.float64]
-    firings: NDArray[np.float64]
-    tokens: int
-    ridge: float
-
-    def kept(self, tau: float) -> NDArray[np.bool_]:
-        """Whether each feature's AUROC is at least τ [feature]."""
-        return np.asarray(self.auroc >= tau)
-
-    def count(self, tau: float, among: NDArray[np.bool_]) -> Estimate:
-        """How many of some features are kept, with its 95% interval over the documents that the firings are in.
-
-        The readout is taken as it is, and so are the silent tokens: there are so many more of them that they hardly add
-        to the variance of AUROC. Of a feature that fires on a third of the tokens, the spread comes out a quarter too
-        small.
-        """
-        value = float((self.kept(tau) & among).sum())
-        if self.resampled_auroc is None:
-            return Estimate(value)
-        return estimate_around(value, ((self.resampled_auroc >= tau) & among).sum(1).astype(np.float64))
-
-    @cached_property
-    def resampled_auroc(self) -> NDArray[np.float64] | None:
-        """AUROC in each replicate of the document bootstrap [replicate, feature]."""
-        weights = document_resamples(self.firings.sum(1).round().astype(np.int64))
-        if weights is None:
-            return None
-        # A resample may leave out every document in which a feature fires: it says nothing about that one.
-        with np.errstate(invalid="ignore"):
-            change = (weights @ self.ranks) / (weights @ self.firings) - self.ranks.sum(0) / self.firings.sum(0)
-        return np.asarray(self.auroc + np.nan_to_num(change))

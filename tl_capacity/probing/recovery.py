@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.laws import kept_features
-from tl_capacity.probing.ranking import Scores
-from tl_capacity.probing.recoverability import COUNTS, Recoverability, RecoveryRow
+from tl_capacity.probing.figures import recoverability_figure
+from tl_capacity.probing.recoverability import Recoverability
+from tl_capacity.probing.recovery_row import COUNTS, RecoveryRow
+from tl_capacity.probing.scores import Scores
 from tl_capacity.probing.splitting import HELD_OUT
 from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
 from tl_capacity.results.hook import HookMeasurement
@@ -216,7 +218,6 @@ class Recovery:
 
     def plot(self) -> Any:
         """A plotly figure of the features kept against the student's width; see `recovery_figure`."""
-        from tl_capacity.probing.figures import recovery_figure
 
         return recovery_figure([self])
 
@@ -299,3 +300,10 @@ def _cells(row: RecoveryRow) -> list[str]:
 
 def _shown(value: float | None) -> str:
     return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"  # what rounds to zero has no sign
+
+
+def recovery_figure(recoveries: Sequence[Recovery]) -> Any:
+    """A plotly figure, a panel per hook point: features kept against the student's width, beside the budget and the
+    baselines.
+    """
+    return recoverability_figure([recovery.rows for recovery in recoveries])

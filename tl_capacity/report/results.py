@@ -12,7 +12,7 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import MeasurementError
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.probing.recoverability import JSON_NAME as RECOVERABILITY_JSON
+from tl_capacity.probing.recovery_row import JSON_NAME as RECOVERABILITY_JSON
 from tl_capacity.probing.rows import JSON_NAME as PROBES_JSON
 from tl_capacity.storage.files import read_json
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from tl_capacity.errors import CapacityError
 from tl_capacity.results.hook import HookMeasurement
 
 LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -15,6 +16,24 @@ def middle(hooks: Iterable[HookMeasurement]) -> HookMeasurement:
     """The hook point in the middle of those measured, from which predictions are made where none is asked for."""
     measured = tuple(hooks)
     return measured[len(measured) // 2]
+
+
+def hook_named(hooks: Iterable[HookMeasurement], name: str) -> HookMeasurement:
+    """What was measured at a hook point.
+
+    Raises:
+        CapacityError: where nothing was measured there, or several SAEs were: iterate to see each.
+    """
+    measured = tuple(hooks)
+    there = [h for h in measured if h.hook == name]
+    if not there:
+        raise CapacityError(f"{name!r} was not measured: choose one of {', '.join(h.hook for h in measured)}")
+    if len(there) > 1:
+        raise CapacityError(
+            f"{len(there)} SAEs were measured at {name!r} ({', '.join(h.sae for h in there)}): iterate over the"
+            " measurement and choose one"
+        )
+    return there[0]
 
 
 def short_hook(hooks: Iterable[HookMeasurement], hook: str) -> str:

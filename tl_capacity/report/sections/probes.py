@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import plotly.graph_objects as go
 
-from tl_capacity.probing.rows import ProbeRow, Probes
+from tl_capacity.probing.rows import ProbeRow
+from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.report import figures
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
 from tl_capacity.report.story import Story

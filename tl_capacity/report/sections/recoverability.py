@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.probing.recoverability import COUNT_LABELS, READOUTS, Recoverability, RecoveryRow
+from tl_capacity.probing.recoverability import Recoverability
+from tl_capacity.probing.recovery_row import COUNT_LABELS, READOUTS, RecoveryRow
 from tl_capacity.report import figures
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
 from tl_capacity.report.story import Story

@@ -1,0 +1,215 @@
+"""RecoveryRow: what was read out of one student at one hook point, as recoverability.json holds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from tl_capacity.errors import MeasurementError
+from tl_capacity.plugins import plugins
+from tl_capacity.probing.fields import as_count, check_schema, finite, numbers_of, object_of, whole, width_of
+from tl_capacity.results.estimate import Estimate
+
+JSON_NAME = "recoverability.json"
+
+
+SCHEMA = 1
+
+
+COUNTS = {"student": "kept", "random": "kept_random", "pca": "kept_pca", "teacher": "kept_teacher"}
+"""What is read out at each width, and the name of its number of kept features in JSON."""
+
+
+READOUTS = {"random": "random weights", "student": "student", "teacher": "teacher"}
+"""Readouts whose medians a page shows, from the floor to the ceiling."""
+
+
+OVERLAP = ("predicted", "kept_of_predicted", "kept_of_all", "ordered", "ordered_by_chance")
+"""What `Recovery.overlap` gives."""
+
+
+TYPICAL = ("auroc", "average_precision", "r2", "largest_auroc_error", "ridge")
+"""What is said of a readout: medians over judged features, the largest error of an AUROC, and the penalty."""
+
+
+DEFAULT_BUDGET = "budget"
+"""The field of the default law's budget; any other law's has the law's name."""
+
+
+FIELDS = {"schema", "student", "width", "hook", "tau", *COUNTS.values(), DEFAULT_BUDGET, "predicted", "n_features"}
+
+
+TAU_KEY = re.compile(r"0\.\d{1,9}")
+
+
+@dataclass(frozen=True)
+class RecoveryRow:
+    """One student at one hook point.
+
+    Attributes:
+        n_features, n_judged: alive features, and those that fired often enough in the held-out text to be judged.
+        counts: numbers of kept features, by the names in `COUNT_LABELS`; those that are known.
+        budgets: how many features each capacity law lets the student keep, by the law's name, the default one first.
+        predicted: how many alive features are among those that the default law lets it keep.
+        overlap: shares of the predicted and of all judged features that are kept, as `Recovery.overlap` names them.
+        readouts: what is typical of each readout, by the names in `TYPICAL`.
+        by_tau: at each τ, how many features each readout finds.
+        tokens: counted tokens by what they were used for.
+    """
+
+    student: str
+    width: int
+    hook: str
+    tau: float
+    n_features: int
+    n_judged: int
+    counts: Mapping[str, Estimate]
+    budgets: Mapping[str, Estimate] = field(default_factory=dict)
+    predicted: int | None = None
+    overlap: Mapping[str, float] = field(default_factory=dict)
+    readouts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    by_tau: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def medians(self) -> dict[str, dict[str, float]]:
+        """Medians over judged features, of `average_precision` and `r2`, by readout."""
+        return {
+            name: {
+                readout: self.readouts[readout][name] for readout in READOUTS if name in self.readouts.get(readout, {})
+            }
+            for name in ("average_precision", "r2")
+        }
+
+    @property
+    def labelled(self) -> dict[str, Estimate]:
+        """Numbers of kept features, then budgets, by what a page calls them."""
+        kept = {label: self.counts[key] for key, label in COUNT_LABELS.items() if key in self.counts}
+        return kept | {budget_label(law): budget for law, budget in self.budgets.items()}
+
+    def flat(self) -> dict[str, Any]:
+        """The numbers that are no lists, under the file's names; null where one is not known."""
+        return {
+            "student": self.student,
+            "width": self.width,
+            "hook": self.hook,
+            "tau": self.tau if isfinite(self.tau) else None,
+            **{key: as_count(self.counts[key].value) if key in self.counts else None for key in COUNTS.values()},
+            **{_budget_key(law): budget.value for law, budget in self.budgets.items()},
+            "predicted": self.predicted,
+            "n_features": self.n_features,
+            "n_judged": self.n_judged,
+        }
+
+    def intervals(self) -> dict[str, list[float] | None]:
+        """The interval of each readout's number of kept features."""
+        counted = {readout: self.counts[key] for readout, key in COUNTS.items() if key in self.counts}
+        return {
+            readout: None if count.low is None or count.high is None else [count.low, count.high]
+            for readout, count in counted.items()
+        }
+
+    def shares(self) -> dict[str, float | int | None]:
+        """The overlap, null where it is not known."""
+        shares: dict[str, float | int | None] = {name: self.overlap.get(name) for name in OVERLAP}
+        predicted = shares["predicted"]
+        return shares if predicted is None else {**shares, "predicted": as_count(predicted)}
+
+    def typical(self) -> dict[str, dict[str, float | None]]:
+        """What is typical of each readout, null where it is not known."""
+        return {readout: {name: values.get(name) for name in TYPICAL} for readout, values in self.readouts.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as the file has it."""
+        return {
+            "schema": SCHEMA,
+            **self.flat(),
+            "intervals": self.intervals(),
+            "overlap": self.shares(),
+            "by_tau": {
+                f"{tau:.2f}": {name: as_count(count) for name, count in counts.items()}
+                for tau, counts in self.by_tau.items()
+            },
+            "readouts": self.typical(),
+            "tokens": dict(self.tokens),
+        }
+
+    @classmethod
+    def from_json(cls, content: Any) -> RecoveryRow:
+        """A row of the file, checked.
+
+        Raises:
+            MeasurementError: where it is of a newer version, or a width or number is none that a row can have.
+        """
+        check_schema(JSON_NAME, content, SCHEMA)
+        row = content if isinstance(content, dict) else {}
+        numbers = numbers_of(JSON_NAME, row)
+        if "width" not in row or "kept" not in numbers:
+            raise MeasurementError(
+                f"{JSON_NAME} has a row without width and kept: it was altered, measure recoverability again"
+            )
+        intervals, features = object_of(row, "intervals"), int(numbers.get("n_features", 0))
+        readouts, by_tau = object_of(row, "readouts"), object_of(row, "by_tau")
+        return cls(
+            student=str(row.get("student", "")),
+            width=width_of(JSON_NAME, row),
+            hook=str(row.get("hook", "")),
+            tau=numbers.get("tau", float("nan")),
+            n_features=features,
+            n_judged=int(numbers.get("n_judged", features)),
+            counts={
+                key: _with_interval(numbers[key], intervals.get(readout))
+                for readout, key in COUNTS.items()
+                if key in numbers
+            },
+            budgets={
+                _law_of(key): Estimate(number)
+                for key, number in numbers.items()
+                if key == DEFAULT_BUDGET or key not in FIELDS
+            },
+            predicted=whole(JSON_NAME, row.get("predicted")),
+            overlap=numbers_of(JSON_NAME, object_of(row, "overlap")),
+            readouts={
+                readout: numbers_of(JSON_NAME, object_of(readouts, readout))
+                for readout in COUNTS
+                if readout in readouts
+            },
+            by_tau={
+                float(tau): numbers_of(JSON_NAME, object_of(by_tau, tau)) for tau in by_tau if TAU_KEY.fullmatch(tau)
+            },
+            tokens={part: int(tokens) for part, tokens in numbers_of(JSON_NAME, object_of(row, "tokens")).items()},
+        )
+
+
+def _budget_key(law: str) -> str:
+    """The field of a law's budget."""
+    if law == plugins().capacity_laws.default.name:
+        return DEFAULT_BUDGET
+    return f"{DEFAULT_BUDGET} {law}" if law in FIELDS else law
+
+
+def _law_of(key: str) -> str:
+    """The law whose budget a field holds."""
+    return plugins().capacity_laws.default.name if key == DEFAULT_BUDGET else key.removeprefix(f"{DEFAULT_BUDGET} ")
+
+
+def _with_interval(value: float, interval: Any) -> Estimate:
+    ends = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
+    return Estimate(value, *(finite(JSON_NAME, end) for end in ends))
+
+
+COUNT_LABELS = {
+    "kept": "kept by the student",
+    "kept_teacher": "in the teacher",
+    "kept_random": "with random weights",
+    "kept_pca": "in the teacher's leading components",
+}
+"""Numbers of kept features, and what a page calls them."""
+
+
+def budget_label(law: str) -> str:
+    """What a page calls the budget of a law."""
+    return "budget d·g(α)" if law == plugins().capacity_laws.default.name else f"budget by the {law} law"
