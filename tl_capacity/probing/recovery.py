@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.laws import kept_features
-from tl_capacity.probing.figures import recoverability_figure
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery_row import COUNTS, RecoveryRow
 from tl_capacity.probing.scores import Scores
@@ -306,4 +305,6 @@ def recovery_figure(recoveries: Sequence[Recovery]) -> Any:
     """A plotly figure, a panel per hook point: features kept against the student's width, beside the budget and the
     baselines.
     """
+    from tl_capacity.probing.figures import recoverability_figure
+
     return recoverability_figure([recovery.rows for recovery in recoveries])
