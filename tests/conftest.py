@@ -20,34 +20,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Heavy libraries are imported by the fixtures that need them: the process that hands tests out imports this file too,
+# and the others wait for it.
 import numpy as np
 import pytest
-import sae_lens
-import torch
 from commands import HOOK, Cli
 from hypothesis import HealthCheck, settings
-from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
-from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from sae_lens.saes.sae import SAEMetadata
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 BOS = 0
 """GPT-NeoX' own id, chosen because code that tests it for truth gets it wrong."""
 D_MODEL, LAYERS, VOCAB, CONTEXT = 32, 3, 100, 32
 HEADS = 4
-
-torch.set_num_threads(1)
 
 # The suite tries the same examples each time, so that a change fails by its own fault. `make fuzz` tries others.
 settings.register_profile(
@@ -59,8 +42,19 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Several processes share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = {"<|endoftext|>": BOS, **{f"w{i}": i for i in range(1, VOCAB)}}
     whole = Tokenizer(models.WordLevel(words, unk_token=f"w{VOCAB - 1}"))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -74,6 +68,15 @@ def tokenizer() -> Any:
 
 
 def _hugging_face(kind: str) -> Any:
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
     shared = {"vocab_size": VOCAB, "bos_token_id": BOS, "eos_token_id": BOS}
     if kind == "gpt2":
         return GPT2LMHeadModel(
@@ -94,6 +97,11 @@ def _hugging_face(kind: str) -> Any:
 @pytest.fixture(scope="session")
 def make_model(tokenizer: Any) -> Callable[..., Any]:
     """`make_model(kind, seed=0)`: a fresh tiny model in eval mode, the same for the same arguments."""
+    import torch
+    from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.model_bridge import TransformerBridge
 
     def make(kind: str, seed: int = 0) -> Any:
         torch.manual_seed(seed)
@@ -124,13 +132,15 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
     return make
 
 
-@torch.no_grad()
 def _louder(model: Any) -> Any:
     """Initial weights of size 0.02 leave activations almost the same everywhere; larger ones make features fire here
     and not there.
     """
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.15)
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
     return model
 
 
@@ -150,6 +160,8 @@ HUGGING_FACE = KINDS[4:]
 @pytest.fixture(scope="session")
 def models_by_kind(make_model: Callable[..., Any]) -> dict[str, Any]:
     """One model of each kind for the tests that leave models as they were; `unchanged_models` holds them to it."""
+    import torch
+
     found = {kind: make_model(kind) for kind in KINDS}
     for model in found.values():  # at the first such run transformers leaves recorders of its own on the blocks
         once = torch.tensor([[BOS, 1]])
@@ -222,6 +234,9 @@ TRANSCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="session")
 def make_sae() -> Callable[..., Any]:
     """`make_sae(architecture, hook, hook_out=None, d_sae=64, seed=0, **config)`: an SAE whose every weight matters."""
+    import sae_lens
+    import torch
+    from sae_lens.saes.sae import SAEMetadata
 
     def make(
         architecture: str = "standard",
@@ -252,8 +267,10 @@ def make_sae() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def tokens() -> torch.Tensor:
+def tokens() -> Any:
     """24 rows of token ids that begin with BOS, and hold it here and there besides."""
+    import torch
+
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, size=(24, 20)))
     ids[:, 0] = BOS
     ids[3, 5:9] = BOS
@@ -305,7 +322,11 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 @pytest.fixture(scope="session")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and tokenizer, two SAEs that fit it, one of another width, and text."""
+    import torch
     from sae_lens import StandardSAE, StandardSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("setup")
     torch.manual_seed(0)
