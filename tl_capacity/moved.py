@@ -6,7 +6,7 @@ Only what the documentation of 0.1 named is kept. New code imports from the room
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -54,7 +54,7 @@ class OldModules(MetaPathFinder, Loader):
     """Finds the modules of `MOVED`, which have no file."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module, where its name is an old one."""
         package, _, name = fullname.rpartition(".")
