@@ -83,7 +83,7 @@ def budget(width: Numeric | int, alpha: Numeric) -> Numeric:
     >>> round(budget(128, 0.98828125), 1)
     2456.4
     """
-    result: Numeric = _like(_width(width) * _capacity(alpha), alpha, width)
+    result: Numeric = _like(_budget(width, alpha), alpha, width)
     return result
 
 
@@ -146,7 +146,7 @@ def kept_features(width: Numeric | int, alpha: Numeric, n_features: Numeric | in
     array([ 614, 2048])
     """
     features = _features(n_features)
-    kept = np.minimum(whole_below(_width(width) * _capacity(alpha)), whole_below(features)).astype(np.int64)
+    kept = np.minimum(whole_below(_budget(width, alpha)), whole_below(features)).astype(np.int64)
     return _like(kept, width, alpha, n_features, keep_dtype=False)
 
 
@@ -197,7 +197,7 @@ def naive_floor(importance: Values, width: Any, alpha: Any) -> Any:
     >>> naive_floor([1.0, 4.0, 2.0], width=[0.0, 0.5, 1.0], alpha=0.5).round(3)
     array([7.   , 3.634, 0.267])
     """
-    values, budgets = _importance(importance), _width(width) * _capacity(alpha)
+    values, budgets = _importance(importance), _budget(width, alpha)
     share = 1.0 - budgets / values.size if values.size else np.zeros_like(budgets)
     return _like(values.sum() * np.maximum(0.0, share), importance)
 
@@ -208,6 +208,11 @@ def _capacity(alpha: Any) -> NDArray[np.float64]:
     # must still hold nothing.
     with np.errstate(over="ignore"):
         return np.asarray(np.minimum(1.0 / ((1.0 - sparsities) * -np.log1p(-sparsities)), np.finfo(np.float64).max))
+
+
+def _budget(width: Any, alpha: Any) -> NDArray[np.float64]:
+    with np.errstate(over="ignore"):  # a budget that no float holds is infinite
+        return np.asarray(_width(width) * _capacity(alpha))
 
 
 def _width(width: Any) -> NDArray[np.float64]:

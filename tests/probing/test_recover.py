@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -398,7 +399,7 @@ def test_it_shows_itself(planted: Any, coordinates: Any, rows: torch.Tensor) -> 
 
     teacher, student, measured = planted
     found = recovered(teacher, coordinates, {"narrow": student}, rows, measured, tau=0.9)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=StringIO())
     console.print(found)
     text = console.export_text()
     assert "Features with AUROC ≥ 0.9" in text
@@ -487,7 +488,7 @@ def test_few_documents_are_said_to_give_no_intervals(planted: Any, coordinates: 
     teacher, student, measured = planted
     found = recovered(teacher, coordinates, {"narrow": student}, rows[:20], measured)
     assert found.count(found.teacher).low is None
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=StringIO())
     console.print(found)
     for shown in (console.export_text(), found._repr_html_()):
         assert re.search(
