@@ -165,7 +165,8 @@ def test_fisher_predicts_the_kl_of_small_changes(neox: Any, make_sae: MakeSAE, t
         exact = 0.0
         for place, word in np.ndindex(*log_p.shape[1:]):
             score = torch.autograd.grad(log_p[0, place, word], latents, retain_graph=True)[0][0, position, feature]
-            exact += float(log_p[0, place, word].exp()) * float((latents[0, position, feature] * score).detach()) ** 2
+            change = (latents[0, position, feature] * score).detach()
+            exact += float(log_p[0, place, word].detach().exp()) * float(change) ** 2
 
         def weaken(_: Any, args: Any, out: Any, feature: int = feature) -> Any:
             changed = (out[0] if isinstance(out, tuple) else out).clone()
