@@ -23,8 +23,17 @@ else:
     Tensor = Any
 
 
+class _ByItems(type(Protocol)):  # type: ignore[misc]
+    """An instance is whatever has the members. From Python 3.12 on, a protocol's own check misses the parameters of
+    PyTorch's modules, which no class holds.
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return all(hasattr(instance, name) for name in ("W_dec", "cfg", "encode", "decode"))
+
+
 @runtime_checkable
-class SparseAutoencoder(Protocol):
+class SparseAutoencoder(Protocol, metaclass=_ByItems):
     """A dictionary as the core sees it; every SAELens inference class is one.
 
     `encode` maps activations [token, d_in] to latents [token, feature]; an entry is active where it is not zero.
