@@ -31,13 +31,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_find, _lazy_names = lazily(__name__, __file__)
+__getattr__, _lazy_names = lazily(__name__, __file__)
 __all__ = ["__version__", "hookimpl", *_lazy_names]
 find_old_modules()
-
-
-def __getattr__(name: str) -> Any:
-    return _find(name)
 
 
 # Waits for TransformerLens instead of importing it, which takes seconds; this mixin is all that its hooked models

@@ -6,7 +6,6 @@ Texts of one document never stand in two splits, and an interval resamples docum
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import Concept, LabelledText
 from tl_capacity.plugins import plugins
 from tl_capacity.runtime.checks import checked
+from tl_capacity.storage.digests import place_of
 
 FEWEST_DOCUMENTS = 50
 """Of a concept: an interval resamples documents, so texts of few say little however many they are."""
@@ -119,7 +119,7 @@ class LabelledTexts:
 
 def split_of(document: str) -> str:
     """The split of a document, a function of its name alone."""
-    position, reached = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") / 2**64, 0.0
+    position, reached = place_of(document), 0.0
     for split, share in SPLITS.items():
         reached += share
         if position < reached:
