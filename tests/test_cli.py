@@ -73,6 +73,17 @@ def test_a_finished_measurement_is_not_taken_for_another(
     assert (out / "measurement.json").read_bytes() == before
 
 
+def test_a_measurement_that_was_killed_after_its_last_write_is_tidied(cli: Cli, setup: Path, tmp_path: Path) -> None:
+    """The record is in place, and the checkpoint before it has not gone yet."""
+    out = tmp_path / "out"
+    assert cli(*arguments(setup, out))[0] == 0
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "measurement.previous.json").write_bytes(whole["measurement.json"])
+    (out / "statistics-0123456789abcdef.safetensors").write_bytes(b"of an earlier checkpoint")
+    assert cli(*arguments(setup, out, "--resume"))[0] == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
 def test_a_finished_measurement_with_fewer_tokens_says_so(
     cli: Cli, setup: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

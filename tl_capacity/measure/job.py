@@ -19,7 +19,7 @@ from tl_capacity.measure.memory import fit_memory
 from tl_capacity.measure.session import CapacityHooks, Identity
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measure.setup import dictionaries, row_length, tapped_model
-from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
+from tl_capacity.measurement.folder import JSON_NAME, read_folder, remove_leftovers, write_folder
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.predict.caveats import advice_on_fit
 from tl_capacity.runtime.logs import figures, log
@@ -172,6 +172,7 @@ def finished(settings: MeasureSettings) -> Measurement | None:
 
 def _as_it_is(finished: Measurement, settings: MeasureSettings) -> Measurement:
     """A measurement that has ended, of what is asked for; says so where it has fewer tokens."""
+    remove_leftovers(settings.out)  # a run that was killed after its last write has not come to it
     counted = max(hook.summary.n_tokens for hook in finished)
     if counted < settings.tokens:
         log.warning(

@@ -32,8 +32,13 @@ def write_folder(
     storage.write_bytes(folder / tensors_name, data)
     record = {"schema": SCHEMA, "statistics": tensors_name, "statistics_sha256": sha, **content}
     storage.write_record(folder / JSON_NAME, record, keep_previous)
-    storage.remove_stale(folder / JSON_NAME, "statistics", "statistics-*.safetensors", keep_previous)
+    remove_leftovers(folder, keep_previous)
     return folder
+
+
+def remove_leftovers(folder: Path, keep_previous: bool = False) -> None:
+    """Delete what a measurement's record does not name; without `keep_previous`, the checkpoint before it too."""
+    storage.remove_stale(folder / JSON_NAME, "statistics", "statistics-*.safetensors", keep_previous)
 
 
 def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
