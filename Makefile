@@ -25,7 +25,7 @@ test: .venv/.test
 	$(PYTEST)
 
 slow: .venv/.test
-	$(PYTEST) -m slow -W default
+	$(PYTEST) -m slow
 
 fuzz: .venv/.test
 	$(PYTEST) -m hypothesis --hypothesis-profile fuzz
