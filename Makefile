@@ -49,6 +49,7 @@ check: .venv/.dev site
 	$(CHECK_FORM) vendor.citation-file-format CITATION.cff
 	$(BIN)/python docs/write_help.py --check
 	$(BIN)/python docs/write_architecture.py --check
+	$(BIN)/python docs/write_fidelity.py --check
 
 fix: .venv/.dev
 	$(BIN)/ruff check --fix .

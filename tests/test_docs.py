@@ -366,14 +366,25 @@ def texts_of(tree: ast.AST) -> list[str]:
     ]
 
 
-@pytest.fixture
-def write_help() -> Any:
-    spec = importlib.util.spec_from_file_location("write_help", ROOT / "docs" / "write_help.py")
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks for its module there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def write_help() -> Any:
+    return script("write_help")
+
+
+@pytest.fixture
+def write_fidelity() -> Any:
+    return script("write_fidelity")
 
 
 def test_the_help_page_is_current(write_help: Any) -> None:
@@ -391,3 +402,43 @@ def test_a_stale_help_page_is_noticed(
     page.write_text(page.read_text(encoding="utf-8").replace("--widths", "--width"), encoding="utf-8")
     assert write_help.main(["--check"]) == 1
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_the_fidelity_page_is_current(write_fidelity: Any) -> None:
+    assert write_fidelity.main(["--check"]) == 0, "run `python docs/write_fidelity.py`"
+
+
+MARKED = """
+@pytest.mark.fidelity(source="any", says="`z`", obeyed="a | b")
+class TestOne:
+    @pytest.mark.fidelity(source="SAELens", says="`k`", obeyed="kept")
+    @pytest.mark.slow
+    def test_two(self): ...
+
+@pytest.mark.fidelity(source="SAELens", says="`k`", obeyed="kept")
+def test_three(): ...
+"""
+TABLE = r"""| SAELens | `k` | kept | [`test_three`](../tests/test_it.py), [`test_two`](../tests/test_it.py) |
+| any | `z` | a \| b | [`TestOne`](../tests/test_it.py) |
+"""
+
+
+def test_marks_are_collected(write_fidelity: Any, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(MARKED)
+    assert write_fidelity.table(write_fidelity.all_marks(tmp_path / "tests")).split("|---|\n")[1] == TABLE
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("pytestmark = pytest.mark.fidelity(source='a', says='b', obeyed='c')", "test_it.py:1 .* stands on no test"),
+        ("@pytest.mark.fidelity(source='a', says='b')\ndef test(): ...", "write source, says, obeyed, each a text"),
+        ("@pytest.mark.fidelity(source='a', says='b', obeyed=c)\ndef test(): ...", "each a text"),
+        ("@pytest.mark.fidelity('a', 'b', 'c')\ndef test(): ...", "each a text"),
+    ],
+)
+def test_a_mark_that_cannot_be_read(write_fidelity: Any, tmp_path: Path, code: str, says: str) -> None:
+    (tmp_path / "test_it.py").write_text(code)
+    with pytest.raises(write_fidelity.MarkError, match=says):
+        write_fidelity.all_marks(tmp_path)

@@ -80,6 +80,9 @@ class TestSparsify:
         save_file(weights, folder / "sae.safetensors")
         return str(folder)
 
+    @pytest.mark.fidelity(
+        source="sparsify", says="`activation: topk`, `k`", obeyed="the k largest latents of each token are kept"
+    )
     def test_topk(self, tmp_path: Path, x: torch.Tensor) -> None:
         w = self.weights()
         _, sae = load_sae(self.save(tmp_path / "layers.1", w))
@@ -90,6 +93,9 @@ class TestSparsify:
         assert sae.cfg.metadata.hook_name == HOOK
         assert target_hook(sae, HOOK) is None
 
+    @pytest.mark.fidelity(
+        source="sparsify", says="`activation: groupmax`, `k`", obeyed="the largest latent of each of k groups is kept"
+    )
     def test_groupmax(self, tmp_path: Path, x: torch.Tensor) -> None:
         w = self.weights()
         _, sae = load_sae(self.save(tmp_path / "layers.1", w, activation="groupmax"))
@@ -97,6 +103,11 @@ class TestSparsify:
         expected = torch.cat([largest(group, 1) for group in positive.split(D_SAE // K, dim=1)], dim=1)
         torch.testing.assert_close(sae.encode(x), expected)
 
+    @pytest.mark.fidelity(
+        source="sparsify",
+        says="`transcode`, `skip_connection`",
+        obeyed="what it writes is compared with the module's output, the skip connection's part included",
+    )
     def test_transcoder_with_a_skip_connection(self, tmp_path: Path, bridge: Any, tokens: torch.Tensor) -> None:
         w = self.weights() | {"W_skip": random(D_MODEL, D_MODEL, seed=5)}
         _, sae = load_sae(self.save(tmp_path / "layers.1.mlp", w, transcode=True, skip_connection=True))
@@ -232,6 +243,9 @@ class TestDictionaryLearning:
             return torch.where(z > 0.4, z, 0)
         return z
 
+    @pytest.mark.fidelity(
+        source="dictionary_learning", says="`dict_class`", obeyed="latents are those of that class's own formula"
+    )
     @pytest.mark.parametrize("kind", states)
     def test_every_class(self, tmp_path: Path, x: torch.Tensor, kind: str) -> None:
         _, sae = load_sae(self.save(tmp_path / kind, kind))
