@@ -12,6 +12,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 ROOT = Path(__file__).parent.parent
 PAGE, TESTS = ROOT / "docs" / "fidelity.md", ROOT / "tests"
@@ -56,12 +60,11 @@ def marks_of(file: Path, root: Path = ROOT) -> Iterator[Mark]:
         raise MarkError(f"{name}:{line} has a fidelity mark that stands on no test: write it above a function or class")
 
 
-def _is_mark(node: ast.AST) -> bool:
+def _is_mark(node: ast.AST) -> TypeIs[ast.Call]:
     return isinstance(node, ast.Call) and ast.unparse(node.func).endswith("mark.fidelity")
 
 
-def _texts(mark: ast.expr, file: str) -> dict[str, str]:
-    assert isinstance(mark, ast.Call)
+def _texts(mark: ast.Call, file: str) -> dict[str, str]:
     values = {keyword.arg: keyword.value for keyword in mark.keywords}
     texts = {
         str(name): value.value
