@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tl_capacity.models.forward import embedding_of
-from tl_capacity.models.hook_points import untraced
+from tl_capacity.models.hooks import ModelHook
 from tl_capacity.text.streams import PADDING
 
 
@@ -33,7 +33,7 @@ class Calls:
         self._mask: Any = None
         self._watching = True
         watched = ((model, self._see_mask), (embedding_of(model), self._see_ids))
-        self._handles = [module.register_forward_pre_hook(untraced(see), with_kwargs=True) for module, see in watched]
+        self._handles = [module.register_forward_pre_hook(ModelHook(see), with_kwargs=True) for module, see in watched]
 
     @contextmanager
     def paused(self) -> Iterator[None]:

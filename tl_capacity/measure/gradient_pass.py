@@ -16,7 +16,6 @@ from tl_capacity.measure.passes import ForwardPass
 from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.models.forward import embedding_of, forward_options
-from tl_capacity.models.hook_points import untraced
 from tl_capacity.text.counting import CountedTokens
 
 
@@ -77,7 +76,7 @@ class GradientPass(ForwardPass):
 
 @contextmanager
 def _edited(tap: Tap, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    take_away = tap.point.edit(untraced(change))
+    take_away = tap.point.edit(change)
     try:
         yield
     finally:

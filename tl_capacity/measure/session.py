@@ -25,6 +25,7 @@ from tl_capacity.dictionaries.adapter import (
     dictionary_digest,
 )
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.measure.attachment import Attachment, weakly
 from tl_capacity.measure.calls import Calls
 from tl_capacity.measure.cursor import Cursor, batches_after
 from tl_capacity.measure.gradient_pass import GradientPass
@@ -34,7 +35,7 @@ from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.models.forward import check_token_ids, evaluating
-from tl_capacity.models.hook_points import TapPoint, find_tap_point
+from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
@@ -106,20 +107,20 @@ class CapacityHooks:
         self._passes = self._incomplete = 0
         self._last: ForwardPass | None = None
         self._started, self._earlier_seconds = time.monotonic(), 0.0
-        self._removers: list[Callable[[], None]] = []
-        self._points: list[TapPoint] = []
+        self._attachment = Attachment(self)
         try:
-            self._calls = Calls(model, self._on_call)
-            self._removers.append(self._calls.remove)
+            self._calls = Calls(model, weakly(self._on_call))
+            self._attachment.add(self._calls.remove)
             for tap in taps:
-                self._watch(tap.point, partial(self._on_activation, tap), differentiable=bool(self._gradients))
+                self._attachment.watch(tap.point, self._on_activation, tap, differentiable=bool(self._gradients))
                 if tap.target_hook is not None:
-                    self._watch(find_tap_point(model, tap.target_hook), partial(self._on_target, tap))
+                    self._attachment.watch(find_tap_point(model, tap.target_hook), self._on_target, tap)
         except BaseException:
             self.remove()
             raise
 
     def __enter__(self) -> CapacityHooks:
+        self._attachment.check()
         return self
 
     def __exit__(
@@ -128,7 +129,7 @@ class CapacityHooks:
         self.remove()
 
     def __repr__(self) -> str:
-        state = "attached" if self._removers else "removed"
+        state = "removed" if self._attachment.ended else "attached"
         return f"CapacityHooks({', '.join(t.hook for t in self.taps)}; {self.n_tokens:,} tokens counted, {state})"
 
     @property
@@ -143,9 +144,7 @@ class CapacityHooks:
 
     def remove(self) -> None:
         """Take this handle's hooks away, and nobody else's; what was counted stays available. May be called twice."""
-        for remove in self._removers:
-            remove()
-        self._removers = []
+        self._attachment.end()
         for tap in self.taps:
             tap.encoder.scratch.release()
 
@@ -171,8 +170,7 @@ class CapacityHooks:
             CapacityError: where nothing was counted, a token is not in the model's vocabulary, an activation is not
                 finite, or a tap did not fire.
         """
-        if not self._removers:
-            raise CapacityError("these capacity hooks were removed: attach new ones with add_capacity_hooks")
+        self._attachment.check()
         self._gradients.check_possible(self.model)
         self._record = StreamRecord.describing(stream, self._record)
         # A resumed run goes over its own stream again, up to where it was; any other run adds to what was counted.
@@ -186,7 +184,7 @@ class CapacityHooks:
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break  # the checkpoint that is gone on from had reached the end
                 check_token_ids(self.model, batch.ids)
-                self._check_points()
+                self._attachment.check()
                 self._cursor = cursor
                 self._forward(batch)
                 advance(self.n_tokens - earlier_tokens)
@@ -264,13 +262,9 @@ class CapacityHooks:
         self._cursor, self._goes_over_again = Cursor(provenance.cursor, provenance.tokens_digest), True
         self._earlier_seconds, self._started = provenance.seconds, time.monotonic()
 
-    def _watch(self, point: TapPoint, callback: Callable[[Tensor], None], differentiable: bool = False) -> None:
-        self._removers.append(point.watch(callback, differentiable))
-        self._points.append(point)
-
     def _on_call(self, rows: NDArray[np.int64]) -> None:
         """Begin a forward pass that somebody else runs."""
-        self._check_points()
+        self._attachment.check()
         batch = TokenBatch(rows, np.arange(self._cursor.rows, self._cursor.rows + len(rows)))
         if self._gradients:
             self._begin(partial(RefusedCall, wanted=self._gradients), batch)
@@ -289,14 +283,6 @@ class CapacityHooks:
     def _last_is_incomplete(self) -> bool:
         """Whether the latest forward pass did not reach every tap."""
         return self._last is not None and not all(map(self._last.fired, self.taps))
-
-    def _check_points(self) -> None:
-        for point in self._points:
-            if point.find() is not point.module:
-                raise HookPointError(
-                    f"the hook point {point.name} was replaced since the capacity hooks were attached (by add_sae or"
-                    " reset_saes?): attach them again"
-                )
 
     def _on_activation(self, tap: Tap, activation: Tensor) -> None:
         self._current(tap.hook).see(tap, activation)

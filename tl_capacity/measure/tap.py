@@ -28,6 +28,11 @@ from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountedTokens
 
+outside_inference_mode = torch.inference_mode(False)
+"""Decorates what makes sums: a tensor that is made under `torch.inference_mode` can't be added to outside of it.
+
+It allows gradients again, so that `torch.no_grad` comes after it.
+"""
 NO_GRADIENTS: Mapping[str, Tensor] = {}
 
 
@@ -50,6 +55,7 @@ class Tap:
         statistics: the sums.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         point: TapPoint,
@@ -83,6 +89,7 @@ class Tap:
         """Whether any token has come by, counted or not."""
         return bool(self.statistics.tokens.sum() or self.statistics.masked.sum())
 
+    @outside_inference_mode
     @torch.no_grad()
     def observe(
         self, activation: Tensor, tokens: CountedTokens, batch: int, gradients: Mapping[str, Tensor] = NO_GRADIENTS
@@ -221,6 +228,7 @@ class Tap:
                 " needs none"
             )
 
+    @outside_inference_mode
     @torch.no_grad()
     def observe_target(self, activation: Tensor, tokens: CountedTokens, written: Sequence[Written]) -> None:
         """Compare what a transcoder wrote with what it should have written, [row, position, ...] at its output hook.
@@ -258,6 +266,7 @@ class Tap:
         sums = {name: value.cpu().numpy() for name, value in statistics.tensors().items()}
         return sums, {"open_documents": documents, "open_seen": seen}
 
+    @outside_inference_mode
     def restore(self, arrays: Mapping[str, NDArray[Any]], open_documents: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a `snapshot` whose documents were left open."""
         self.statistics = FeatureStatistics.from_tensors(

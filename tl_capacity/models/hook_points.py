@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tl_capacity.errors import HookPointError
+from tl_capacity.models.hooks import Change, edit_hook_point, edit_input, edit_output
 from tl_capacity.plugins import plugins
-
-Callback = TypeVar("Callback", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -46,41 +44,15 @@ class TapPoint:
             callback(activation)
             return activation if differentiable else None
 
-        # A compiled graph would trace through the bookkeeping; a graph break here costs less.
-        return self.edit(untraced(see))
+        return self.edit(see)
 
-    def edit(self, change: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+    def edit(self, change: Change) -> Callable[[], None]:
         """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again,
         and nothing else.
         """
         if hasattr(self.module, "fwd_hooks"):
-            point: Any = self.module
-            # Permanent, because `reset_hooks` and the end of `run_with_hooks` drop every other kind.
-            point.add_hook(lambda activation, hook: change(activation), is_permanent=True)
-            handle = point.fwd_hooks[-1]
-
-            def remove() -> None:
-                handle.hook.remove()
-                point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
-
-            return remove
-
-        def before(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            first = next(iter(kwargs)) if not args else None
-            changed = change(args[0] if first is None else kwargs[first])
-            if changed is None:
-                return None
-            return ((changed, *args[1:]), kwargs) if first is None else (args, {**kwargs, first: changed})
-
-        def after(_: nn.Module, args: Any, out: Any) -> Any:
-            changed = change(out[0] if isinstance(out, tuple) else out)
-            return (changed, *out[1:]) if changed is not None and isinstance(out, tuple) else changed
-
-        if self.side == "input":
-            return self.module.register_forward_pre_hook(before, with_kwargs=True).remove
-        return self.module.register_forward_hook(after).remove
+            return edit_hook_point(self.module, change)
+        return (edit_input if self.side == "input" else edit_output)(self.module, change)
 
 
 def find_tap_point(model: Any, name: str) -> TapPoint:
@@ -150,11 +122,6 @@ def _hook_width(model: Any, name: str) -> int | None:
     ) or (name.count(".") == 2 and last in ("hook_in", "hook_out")):
         return int(config.d_model)
     return int(config.n_heads * config.d_head) if last == "hook_z" else None
-
-
-def untraced(function: Callback) -> Callback:
-    untraced: Callback = torch.compiler.disable(function)
-    return untraced
 
 
 def _walk(root: Any, path: str) -> Any:

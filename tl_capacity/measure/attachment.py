@@ -1,0 +1,74 @@
+"""Attachment: the hooks of one handle on its model, taken away when asked for, or when nobody keeps the handle."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.models.hook_points import TapPoint
+
+
+class Attachment:
+    """The hooks of one handle on its model.
+
+    The model keeps its hooks, and these keep no handle. So a handle that is dropped takes its hooks with it.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._removers: list[Callable[[], None]] = []
+        self._points: list[TapPoint] = []
+        self._take_away = weakref.finalize(handle, _call_each, self._removers)
+        self._take_away.atexit = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the hooks were taken away."""
+        return not self._take_away.alive
+
+    def add(self, remove: Callable[[], None]) -> None:
+        """Keep what takes a hook away, for later."""
+        self._removers.append(remove)
+
+    def watch(self, point: TapPoint, method: Callable[..., None], *first: Any, differentiable: bool = False) -> None:
+        """Call a method of the handle with what comes first, and each activation of a hook point."""
+        self.add(point.watch(partial(weakly(method), *first), differentiable))
+        self._points.append(point)
+
+    def check(self) -> None:
+        """
+        Raises:
+            CapacityError: where the hooks were taken away.
+            HookPointError: where the model has other hook points by now.
+        """
+        if self.ended:
+            raise CapacityError("these capacity hooks were removed: attach new ones with add_capacity_hooks")
+        for point in self._points:
+            if point.find() is not point.module:
+                raise HookPointError(
+                    f"the hook point {point.name} was replaced since the capacity hooks were attached (by add_sae or"
+                    " reset_saes?): attach them again"
+                )
+
+    def end(self) -> None:
+        """Take the hooks away, and nobody else's. May be called twice."""
+        self._take_away()
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A method that does nothing once its object is gone, and does not keep it."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        still_there = reference()
+        if still_there is not None:
+            still_there(*args)
+
+    return call
+
+
+def _call_each(functions: Iterable[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
