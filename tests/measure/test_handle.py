@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, HUGGING_FACE, VOCAB, all_hooks
+from conftest import BOS, HUGGING_FACE, KINDS, VOCAB, all_hooks
 
 import tl_capacity as tlc
 from tl_capacity.errors import CapacityError
@@ -92,8 +94,14 @@ def saved_and_loaded(model: Any) -> Any:
 
 
 class TestCopies:
-    @pytest.mark.parametrize("way", [copy.deepcopy, pickled, saved_and_loaded])
-    @pytest.mark.parametrize("kind", [*WAYS, "SAETransformerBridge", "HookedSAETransformer"])
+    @pytest.mark.parametrize(
+        ("kind", "way"),
+        [
+            *((kind, copy.deepcopy) for kind in KINDS),
+            # The other kinds keep local functions of TransformerLens' and SAELens' own, which pickle refuses.
+            *((kind, way) for kind in ("HookedTransformer", *HUGGING_FACE) for way in (pickled, saved_and_loaded)),
+        ],
+    )
     def test_a_copy_does_not_add_to_the_handle(
         self,
         make_model: Callable[..., Any],
@@ -102,8 +110,6 @@ class TestCopies:
         kind: str,
         way: Callable[[Any], Any],
     ) -> None:
-        if way is not copy.deepcopy and kind not in ("HookedTransformer", *HUGGING_FACE):
-            pytest.skip("TransformerLens and SAELens keep local functions in this kind, which pickle refuses")
         model = make_model(kind)
         # Without gradients, because a bridge keeps its last activations, and only leaves of a graph can be copied.
         with torch.no_grad():
@@ -124,9 +130,13 @@ class TestCopies:
                 other(tokens)
             assert (capacity.n_tokens, of_the_copy.n_tokens) == (2 * counted, counted)
 
-    def test_a_saved_model_does_not_need_this_package(self, neox: Any, make_sae: Callable[..., Any]) -> None:
-        with tlc.add_capacity_hooks(neox, make_sae("standard", HOOK)):
-            assert b"tl_capacity" not in pickle.dumps(neox)
+    @pytest.mark.parametrize("kind", ["HookedTransformer", "gpt_neox"])
+    def test_a_saved_model_does_not_need_this_package(
+        self, make_model: Callable[..., Any], make_sae: Callable[..., Any], kind: str
+    ) -> None:
+        model = make_model(kind)
+        with tlc.add_capacity_hooks(model, make_sae("standard", HOOK)):
+            assert b"tl_capacity" not in pickle.dumps(model)
 
 
 class TestHandles:
@@ -157,3 +167,63 @@ class TestHandles:
             pass
         with pytest.raises(CapacityError, match="were removed: attach new ones with add_capacity_hooks"), capacity:
             pass
+
+
+class TestThreads:
+    """Each thread is in a forward pass of its own, even where all of them are in the model at once."""
+
+    def test_calls_of_several_threads_are_all_counted(
+        self, model: Any, make_sae: Callable[..., Any], tokens: torch.Tensor
+    ) -> None:
+        hook, later = HOOK, "blocks.2.hook_resid_pre"
+        saes = [make_sae("standard", hook), make_sae("topk", later)]
+        batches = [tokens.roll(n, 1) for n in range(4)]
+        masks = [torch.ones_like(tokens).index_fill(1, torch.arange(5, 5 + n), 0) for n in range(4)]
+        with tlc.add_capacity_hooks(model, saes) as expected, torch.no_grad():
+            for batch, mask in zip(batches, masks, strict=True):
+                model(batch, attention_mask=mask)
+        together = threading.Barrier(4, timeout=20)
+
+        def meet(*_: Any) -> None:
+            together.wait()
+
+        def call(batch: torch.Tensor, mask: torch.Tensor) -> None:
+            with torch.no_grad():
+                model(batch, attention_mask=mask)
+
+        with tlc.add_capacity_hooks(model, saes) as capacity, ThreadPoolExecutor(4) as pool:
+            norm = next(module for name, module in model.named_modules() if "ln1" in name or "layernorm" in name)
+            meeting = norm.register_forward_pre_hook(meet)
+            try:
+                list(pool.map(call, batches, masks))
+            finally:
+                meeting.remove()
+        counted = sum(int(((batch != BOS) & (mask == 1)).sum()) for batch, mask in zip(batches, masks, strict=True))
+        assert capacity.n_tokens == expected.n_tokens == counted
+        for mine, theirs in zip(capacity.measurement(), expected.measurement(), strict=True):
+            assert mine.summary.masked == theirs.summary.masked
+            assert mine.summary.n_documents == theirs.summary.n_documents
+            for name in ("counts", "sums", "squares"):  # by group of documents, which come in any order here
+                np.testing.assert_allclose(
+                    mine.summary.arrays[name].sum(0), theirs.summary.arrays[name].sum(0), rtol=1e-5, atol=1e-6
+                )
+            np.testing.assert_array_equal(mine.summary.arrays["incidence"], theirs.summary.arrays["incidence"])
+
+    def test_no_other_thread_calls_the_model_while_a_stream_is_counted(
+        self, model: Any, make_sae: Callable[..., Any], tokens: torch.Tensor
+    ) -> None:
+        said: list[str] = []
+
+        def elsewhere(capacity: Any) -> None:
+            with ThreadPoolExecutor(1) as pool:
+                for function in (model, capacity.run):
+                    said.append(str(pool.submit(function, tokens).exception()))
+
+        with tlc.add_capacity_hooks(model, make_sae("standard", HOOK)) as capacity:
+            capacity.run(tokens, after_batch=elsewhere)
+            assert capacity.n_tokens == int((tokens != BOS).sum())
+            assert len(said) == 2
+            assert all("are running over a stream in another thread" in sentence for sentence in said)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(model, tokens).result()
+            assert capacity.n_tokens == 2 * int((tokens != BOS).sum())

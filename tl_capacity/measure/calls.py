@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 from tl_capacity.models.forward import embedding_of
 from tl_capacity.models.hooks import ModelHook
 from tl_capacity.text.streams import PADDING
+
+
+class _Thread(threading.local):
+    """What is known of the call that a thread is in: its attention mask, and whether it is looked at."""
+
+    mask: Any = None
+    watched = True
 
 
 class Calls:
@@ -30,19 +38,18 @@ class Calls:
         """
         self._on_call = on_call
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._mask: Any = None
-        self._watching = True
+        self._thread = _Thread()
         watched = ((model, self._see_mask), (embedding_of(model), self._see_ids))
         self._handles = [module.register_forward_pre_hook(ModelHook(see), with_kwargs=True) for module, see in watched]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Calls that are made meanwhile are not looked at."""
-        self._watching = False
+        """Calls that this thread makes meanwhile are not looked at."""
+        self._thread.watched = False
         try:
             yield
         finally:
-            self._watching = True
+            self._thread.watched = True
 
     def remove(self) -> None:
         """Take the hooks away again, and nobody else's."""
@@ -50,13 +57,14 @@ class Calls:
             handle.remove()
 
     def _see_mask(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._mask = {**dict(zip(self._parameters, args, strict=False)), **kwargs}.get("attention_mask")
+        self._thread.mask = {**dict(zip(self._parameters, args, strict=False)), **kwargs}.get("attention_mask")
 
     def _see_ids(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, *kwargs.values()]
         ids = next((value for value in given if isinstance(value, Tensor) and not value.is_floating_point()), None)
-        if ids is not None and self._watching:
-            mask, self._mask = self._mask, None  # the next call may go past the model's own forward, and then has none
+        if ids is not None and self._thread.watched:
+            mask = self._thread.mask
+            self._thread.mask = None  # the next call may go past the model's own forward, and then has none
             self._on_call(_masked(ids.detach().cpu().numpy().astype(np.int64), mask))
 
 

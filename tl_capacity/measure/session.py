@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from tl_capacity.dictionaries.adapter import (
     architecture_of,
     dictionary_digest,
 )
-from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.attachment import Attachment, weakly
 from tl_capacity.measure.calls import Calls
+from tl_capacity.measure.current import CurrentPasses
 from tl_capacity.measure.cursor import Cursor, batches_after
 from tl_capacity.measure.gradient_pass import GradientPass
 from tl_capacity.measure.passes import ForwardPass, RefusedCall, StreamingPass
@@ -43,8 +44,6 @@ from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch, TokenStream, source_of
-
-Pass = TypeVar("Pass", bound=ForwardPass)
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ class CapacityHooks:
         self._gradients = WantedGradients.by(taps)
         self._cursor, self._goes_over_again = Cursor(), False
         self._record = StreamRecord()
-        self._passes = self._incomplete = 0
-        self._last: ForwardPass | None = None
+        self._passes = CurrentPasses(taps)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._attachment = Attachment(self)
         try:
@@ -179,7 +177,7 @@ class CapacityHooks:
         if not again:
             for tap in self.taps:
                 tap.close_open_documents()
-        with evaluating(self.model), token_progress(max_tokens, progress) as advance:
+        with self._passes.running(), evaluating(self.model), token_progress(max_tokens, progress) as advance:
             for batch, cursor in batches_after(stream, self._cursor, again):
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break  # the checkpoint that is gone on from had reached the end
@@ -202,14 +200,15 @@ class CapacityHooks:
         Raises:
             CapacityError: where nothing was counted, or a tap never fired.
         """
-        self._check_fired()
-        if incomplete := self._incomplete + self._last_is_incomplete():
+        self._passes.check_fired()
+        if incomplete := self._passes.incomplete:
             warnings.warn(
-                f"{incomplete} of {self._passes} forward passes did not reach every tapped hook point; those were left"
-                " out there",
+                f"{incomplete} of {self._passes.begun} forward passes did not reach every tapped hook point; those were"
+                " left out there",
                 stacklevel=2,
             )
-        hooks = tuple(self._hook_measurement(tap, tap.snapshot(close=True)[0]) for tap in self.taps)
+        with self._passes.lock:
+            hooks = tuple(self._hook_measurement(tap, tap.snapshot(close=True)[0]) for tap in self.taps)
         return Measurement(hooks, self._provenance(), complete)
 
     def checkpoint(self) -> tuple[Measurement, dict[str, NDArray[Any]]]:
@@ -263,61 +262,34 @@ class CapacityHooks:
         self._earlier_seconds, self._started = provenance.seconds, time.monotonic()
 
     def _on_call(self, rows: NDArray[np.int64]) -> None:
-        """Begin a forward pass that somebody else runs."""
+        """Begin a forward pass that somebody else runs, in whichever thread."""
         self._attachment.check()
-        batch = TokenBatch(rows, np.arange(self._cursor.rows, self._cursor.rows + len(rows)))
-        if self._gradients:
-            self._begin(partial(RefusedCall, wanted=self._gradients), batch)
-        else:
-            self._begin(ForwardPass, batch)
-        self._cursor = self._cursor.after(batch)
-
-    def _begin(self, kind: Callable[..., Pass], batch: TokenBatch) -> Pass:
-        """A new forward pass, of some kind, over a batch."""
-        self._incomplete += self._last_is_incomplete()
-        self._passes += 1
-        begun = kind(self._passes, self.rule.apply(batch), self.taps)
-        self._last = begun
-        return begun
-
-    def _last_is_incomplete(self) -> bool:
-        """Whether the latest forward pass did not reach every tap."""
-        return self._last is not None and not all(map(self._last.fired, self.taps))
+        with self._passes.lock:
+            batch = TokenBatch(rows, np.arange(self._cursor.rows, self._cursor.rows + len(rows)))
+            kind = partial(RefusedCall, wanted=self._gradients) if self._gradients else ForwardPass
+            self._passes.begin(kind, self.rule.apply(batch))
+            self._cursor = self._cursor.after(batch)
 
     def _on_activation(self, tap: Tap, activation: Tensor) -> None:
-        self._current(tap.hook).see(tap, activation)
+        with self._passes.lock:
+            self._passes.current(tap.hook).see(tap, activation)
 
     def _on_target(self, tap: Tap, activation: Tensor) -> None:
-        self._current(tap.hook).see_target(tap, activation)
-
-    def _current(self, hook: str) -> ForwardPass:
-        if self._last is None:
-            raise CapacityError(
-                f"{hook} fired but no token ids were seen (inputs_embeds or start_at_layer?): run the model on token"
-                " ids, so that special ones can be masked"
-            )
-        return self._last
+        with self._passes.lock:
+            self._passes.current(tap.hook).see_target(tap, activation)
 
     def _forward(self, batch: TokenBatch) -> None:
         """One forward pass of `run`."""
         kind: Callable[..., StreamingPass | GradientPass] = StreamingPass
         if self._gradients:
             kind = partial(GradientPass, wanted=self._gradients)
-        begun = self._begin(kind, batch)
+        begun = self._passes.begin(kind, self.rule.apply(batch))
         ids = torch.from_numpy(batch.filled(self.rule.filler)).to(next(self.model.parameters()).device)
         with self._calls.paused():
             # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
             begun.run(self.model, ids, int(self._cursor.digest[:12], 16))
         begun.check_targets()
-        self._check_fired()
-
-    def _check_fired(self) -> None:
-        for tap in self.taps:
-            if self._last is not None and not self._last.fired(tap) and not tap.has_seen:
-                raise HookPointError(
-                    f"{tap.hook} did not fire in {self._passes} forward passes: the model does not run it, tap"
-                    " another hook point"
-                )
+        self._passes.check_fired()
 
     def planned_provenance(self, stream: TokenStream) -> Provenance:
         """What the provenance of a run over `stream` will say, before it begins."""
