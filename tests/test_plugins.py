@@ -674,6 +674,68 @@ class TestEstimatorWithState:
         ):
             capacity.run(tokens, progress=False)
 
+    @pytest.mark.parametrize(
+        ("start", "says"),
+        [
+            (
+                lambda zeros: zeros,
+                r"starts with a Tensor instead of a mapping in line \d+ of FILE: return tensors by name",
+            ),
+            (lambda zeros: None, r"starts with a NoneType instead of a mapping in line \d+ of FILE: return tensors by"),
+            (lambda zeros: [("cubes", zeros)], r"starts with a list instead of a mapping in line \d+ of FILE: return"),
+            (lambda zeros: {"cubes": zeros + 1}, "starts with 'cubes' of numbers other than zero, which each shard"),
+            (lambda zeros: {"cubes": zeros * float("nan")}, "starts with 'cubes' of numbers other than zero"),
+            (lambda zeros: {"cubes": zeros.half()}, r"starts with 'cubes' in torch.float16, which loses sums: make it"),
+            (lambda zeros: {"cubes": zeros.bfloat16()}, r"starts with 'cubes' in torch.bfloat16, which loses sums"),
+            (lambda zeros: {"cubes": zeros.bool()}, r"starts with 'cubes' in torch.bool, which loses sums"),
+        ],
+        ids=["tensor", "nothing", "pairs", "ones", "nan", "float16", "bfloat16", "bool"],
+    )
+    def test_a_state_that_starts_wrong_is_refused(self, neox: Any, make_sae: Any, start: Any, says: str) -> None:
+        class Starting(Largest):
+            def start(self, sae: Any, groups: int, device: torch.device) -> Any:
+                return start(super().start(sae, groups, device)["cubes"])
+
+        saes = {"blocks.1.hook_resid_post": make_sae("standard")}
+        message = f"^the importance estimator 'cubed' {says.replace('FILE', __file__)}"
+        with pytest.raises(tl_capacity.CapacityError, match=message):
+            tl_capacity.add_capacity_hooks(neox, saes, importance=[Starting()])
+
+    def test_what_update_adds_to_the_state_is_refused(self, neox: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+        class Gaining(Largest):
+            def update(self, state: dict[str, torch.Tensor], batch: Any) -> None:
+                super().update(state, batch)
+                state["fourth"] = batch.values**4
+
+        with (
+            tl_capacity.add_capacity_hooks(
+                neox, {"blocks.1.hook_resid_post": make_sae("standard")}, importance=[Gaining()]
+            ) as capacity,
+            pytest.raises(tl_capacity.CapacityError, match="'cubed' adds 'fourth' to its state in update, where it is"),
+        ):
+            capacity.run(tokens, progress=False)
+
+    def test_counts_and_sums_in_float32_are_taken(self, neox: Any, make_sae: Any, tokens: torch.Tensor) -> None:
+        class Counting(ImportanceEstimator):
+            name, unit = "counting", "firings"
+
+            def start(self, sae: Any, groups: int, device: torch.device) -> dict[str, torch.Tensor]:
+                return {
+                    "fired": torch.zeros(groups, len(sae.W_dec), dtype=torch.int64),
+                    "sum": torch.zeros(groups, len(sae.W_dec)),
+                }
+
+            def update(self, state: dict[str, torch.Tensor], batch: Any) -> None:
+                ones = torch.ones(len(batch.features), dtype=torch.int64)
+                state["fired"].index_put_((batch.groups, batch.features), ones, accumulate=True)
+                state["sum"].index_put_((batch.groups, batch.features), batch.values.float(), accumulate=True)
+
+        hook = "blocks.1.hook_resid_post"
+        with tl_capacity.add_capacity_hooks(neox, {hook: make_sae("standard")}, importance=[Counting()]) as capacity:
+            sums = capacity.run(tokens, progress=False).measurement()[hook].summary.arrays
+        np.testing.assert_array_equal(sums["state/counting/fired"], sums["counts"])
+        np.testing.assert_allclose(sums["state/counting/sum"], sums["sums"], rtol=1e-5, atol=1e-6)
+
     def test_one_that_needs_gradients_is_refused_in_inference_mode(
         self, make_model: Any, make_sae: Any, tokens: torch.Tensor
     ) -> None:

@@ -4,6 +4,7 @@ shows it.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import traceback
@@ -56,7 +57,7 @@ def plugin_code(kind: str, name: str, code: object) -> Iterator[None]:
     Args:
         kind: what the plugin registered, such as "importance estimator".
         name: the name under which it did.
-        code: that object, or a method of it.
+        code: the function or method of it that is called.
 
     Raises:
         PluginError: from what was raised.
@@ -66,11 +67,34 @@ def plugin_code(kind: str, name: str, code: object) -> Iterator[None]:
     except CapacityError:
         raise
     except (Exception, SystemExit) as problem:
-        file = getattr(sys.modules.get(code.__module__), "__file__", None)
-        lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == file]
-        where = f" in line {lines[-1]} of {file}" if lines else ""
         what = ": ".join(filter(None, (type(problem).__name__, str(problem))))
-        raise PluginError(f"the {kind} {name!r} failed{where} ({what}): mend it, or choose another") from problem
+        raise PluginError(
+            f"the {kind} {name!r} failed{line_of(code, problem)} ({what}): mend it, or choose another"
+        ) from problem
+
+
+def line_of(code: object, problem: BaseException | None = None) -> str:
+    """Where a plugin's function went wrong, as " in line 9 of plugin.py", else where it begins; nothing where that is
+    not known.
+    """
+    file, begins = _written_in(code)
+    raised = traceback.extract_tb(problem.__traceback__) if problem is not None else []
+    lines = [frame.lineno for frame in raised if frame.filename == file]
+    line = lines[-1] if lines else begins
+    return "" if line is None else f" in line {line} of {file}"
+
+
+def _written_in(code: object) -> tuple[str | None, int | None]:
+    """The file of a plugin's function, and the line in it at which the function begins: none where a method is
+    inherited from another file.
+    """
+    bound_to = getattr(code, "__self__", None)
+    owner = type(bound_to) if inspect.ismethod(code) and not isinstance(bound_to, type) else code
+    module = sys.modules.get(str(getattr(owner, "__module__", "")))
+    compiled = getattr(inspect.unwrap(getattr(code, "__func__", code)), "__code__", None)  # type: ignore[arg-type]
+    # A notebook's module has no file, but each of its cells has one.
+    file = getattr(module, "__file__", None) or getattr(compiled, "co_filename", None)
+    return file, compiled.co_firstlineno if compiled is not None and compiled.co_filename == file else None
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tl_capacity.errors import CapacityError, plugin_code
+from tl_capacity.errors import CapacityError, line_of, plugin_code
 from tl_capacity.interfaces import ImportanceEstimator, LatentBatch, SparseAutoencoder
 from tl_capacity.text.documents import DOCUMENT_GROUPS
+
+SUMMABLE = (torch.float64, torch.float32, torch.int64, torch.int32)
+"""What sums over many tokens may be kept in."""
 
 
 def accumulating(estimators: Sequence[ImportanceEstimator]) -> list[ImportanceEstimator]:
@@ -23,23 +26,33 @@ def empty_states(
     """The state that each estimator starts with, as `estimator/key`.
 
     Raises:
-        CapacityError: where a state is no tensor, or its first axis is not the document groups.
+        CapacityError: where a state is no mapping of tensors of zeros whose first axis is the document groups, or is
+            kept in a type that sums are lost in.
         PluginError: where an estimator fails.
     """
     states = {}
     for estimator in estimators:
-        with plugin_code("importance estimator", estimator.name, estimator):
-            state = dict(estimator.start(sae, DOCUMENT_GROUPS, device))
+        with plugin_code("importance estimator", estimator.name, estimator.start):
+            state = estimator.start(sae, DOCUMENT_GROUPS, device)
+        starts = f"the importance estimator {estimator.name!r} starts with"
+        if not isinstance(state, Mapping):
+            raise CapacityError(
+                f"{starts} a {type(state).__name__} instead of a mapping{line_of(estimator.start)}: return tensors by"
+                " name, as {'sum': tensor}"
+            )
         for key, zeros in state.items():
             if not isinstance(zeros, Tensor):
-                raise CapacityError(
-                    f"the importance estimator {estimator.name!r} starts with {key!r}, a {type(zeros).__name__}:"
-                    " make it a tensor"
-                )
+                raise CapacityError(f"{starts} {key!r}, a {type(zeros).__name__}: make it a tensor")
             if zeros.shape[:1] != (DOCUMENT_GROUPS,):
                 raise CapacityError(
-                    f"the importance estimator {estimator.name!r} starts with {key!r} of shape"
-                    f" {tuple(zeros.shape)}: its first axis must be the {DOCUMENT_GROUPS} document groups"
+                    f"{starts} {key!r} of shape {tuple(zeros.shape)}: its first axis must be the {DOCUMENT_GROUPS}"
+                    " document groups"
+                )
+            if zeros.dtype not in SUMMABLE:
+                raise CapacityError(f"{starts} {key!r} in {zeros.dtype}, which loses sums: make it torch.float64")
+            if bool(zeros.any()):
+                raise CapacityError(
+                    f"{starts} {key!r} of numbers other than zero, which each shard would add again: make it zeros"
                 )
             states[f"{estimator.name}/{key}"] = zeros
     return states
@@ -49,16 +62,22 @@ def accumulate(estimator: ImportanceEstimator, states: dict[str, Tensor], latent
     """Add active latents to an estimator's state, in place.
 
     Raises:
-        CapacityError: where the estimator replaces a tensor of its state instead.
+        CapacityError: where the estimator replaces a tensor of its state instead, or makes another.
         PluginError: where it fails.
     """
     prefix = f"{estimator.name}/"
     before = {key.removeprefix(prefix): tensor for key, tensor in states.items() if key.startswith(prefix)}
     state = dict(before)
-    with plugin_code("importance estimator", estimator.name, estimator):
+    with plugin_code("importance estimator", estimator.name, estimator.update):
         estimator.update(state, latents)
     if any(state.get(key) is not tensor for key, tensor in before.items()):
         raise CapacityError(
             f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the"
             " tensors in place"
+        )
+    if len(state) > len(before):
+        made = next(key for key in state if key not in before)
+        raise CapacityError(
+            f"the importance estimator {estimator.name!r} adds {made!r} to its state in update, where it is lost: let"
+            " start return it"
         )

@@ -148,7 +148,7 @@ def documents(spec: str) -> Iterator[str]:
         PluginError: where the source itself fails.
     """
     for source in plugins().token_sources:
-        with plugin_code("token source", source.name, source):
+        with plugin_code("token source", source.name, source.matches):
             knows = source.matches(spec)
         if knows:
             return _documents_of(source, spec)
@@ -160,7 +160,7 @@ def documents(spec: str) -> Iterator[str]:
 
 
 def _documents_of(source: TokenSource, spec: str) -> Iterator[str]:
-    with plugin_code("token source", source.name, source):
+    with plugin_code("token source", source.name, source.documents):
         for text in source.documents(spec):
             if not isinstance(text, str):
                 raise TokenSourceError(
