@@ -193,8 +193,32 @@ class ImportanceEstimator:
         raise NotImplementedError(f"the importance estimator {self.name!r} does not override compute()")
 
 
+@dataclass(frozen=True)
+class CapacityContext:
+    """What a capacity law is told of the features at a hook point, and of the widths there.
+
+    Attributes:
+        alpha: sparsity α of the features.
+        importance: [feature] importances of the alive features, in no particular order.
+        hook_width: d, the dimensions of the hook point; 0 where it is not known, as of a bare curve.
+        teacher_width: d_T, the dimensions of the teacher's residual stream; 0 where it is not known.
+    """
+
+    alpha: float
+    importance: NDArray[np.float64]
+    hook_width: int = 0
+    teacher_width: int = 0
+
+    @property
+    def n_features(self) -> int:
+        """F, the number of alive features."""
+        return len(self.importance)
+
+
 class CapacityLaw:
-    """Base of a capacity law: how many features of a given sparsity one dimension holds."""
+    """Base of a capacity law: how many features a student's width holds. Subclass, name it, and override one method:
+    `features_per_dimension`, or `kept` for a law that looks at other widths or is not linear in the student's.
+    """
 
     name: str
     summary: str = ""
@@ -205,7 +229,19 @@ class CapacityLaw:
 
     def features_per_dimension(self, alpha: float, importance: NDArray[np.float64]) -> float:
         """ĝ for sparsity `alpha` and the alive features' importances [feature]."""
-        raise NotImplementedError(f"the capacity law {self.name!r} does not override features_per_dimension()")
+        raise NotImplementedError(
+            f"the capacity law {self.name!r} overrides neither features_per_dimension() nor kept()"
+        )
+
+    def kept(self, width: int, at: CapacityContext) -> float:
+        """Features that a student of width d_S keeps, before they are rounded down; it must not fall as the width
+        grows. Called only where both widths of `at` are known.
+        """
+        return width * self.features_per_dimension(at.alpha, at.importance)
+
+
+RESIDUAL_STREAM = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)")
+"""Hook points before and after a block: its number, and where."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +264,11 @@ class ModelFamily:
     summary: str = ""
     student: Callable[[Any, int], Mapping[str, Any] | None] | None = None
 
-    _RESIDUAL = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)")
-
     def residual(self, hook_name: str) -> tuple[str, str] | None:
         """`(module path, "input" or "output")` that carries a residual-stream hook, or None where the hook is no
         residual stream.
         """
-        match = self._RESIDUAL.fullmatch(hook_name)
+        match = RESIDUAL_STREAM.fullmatch(hook_name)
         if match is None:
             return None
         return f"{self.blocks}.{int(match[1])}", "input" if match[2] in ("hook_resid_pre", "hook_in") else "output"
@@ -320,12 +354,13 @@ class Recipe:
     Attributes:
         name: as typed on the command line.
         summary: one line.
-        target: `module:function`; the function takes one frozen dataclass, whose fields become the command's options.
+        target: a function of one frozen dataclass, whose fields become the command's options; or where it is, as
+            `module:function`, which is imported only when the recipe runs. The module may be a plugin file's own name.
     """
 
     name: str
     summary: str
-    target: str
+    target: str | Callable[[Any], Any]
 
 
 BASES = ("neurons", "pca")

@@ -19,7 +19,7 @@ from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors, resampled
-from tl_capacity.predict.laws import features_per_dimension
+from tl_capacity.predict.laws import context_at, exact_width
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
@@ -303,7 +303,7 @@ def _hook_plan(
         return int(np.argmax(tails <= float(target_loss or 0.0)))
 
     def smallest(values: NDArray[np.float64], alpha: float) -> list[float]:
-        return [needed(values) / features_per_dimension(law, alpha, values)]
+        return [exact_width(law, needed(values), context_at(hook, values, alpha))]
 
     exact = resampled(hook, importance, smallest)[0]
     alive = int(hook.summary.n_alive.value)

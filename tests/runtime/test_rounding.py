@@ -9,9 +9,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.predict.laws import kept_features
-from tl_capacity.probing.sparse import narrowest_with
+from tl_capacity.interfaces import CapacityContext, CapacityLaw
+from tl_capacity.predict.laws import kept_features, narrowest_width
 from tl_capacity.runtime.rounding import whole_above, whole_below
 
 
@@ -48,9 +47,8 @@ class Even(CapacityLaw):
 
 def test_the_narrowest_width_that_keeps_a_feature_keeps_it() -> None:
     for hundredths in range(1, 300, 7):
-        law = Even(hundredths / 100)
+        law, at = Even(hundredths / 100), CapacityContext(0.5, np.ones(200))
         for rank in (1, 29, 58, 70, 100):
-            width = narrowest_with(rank, hundredths / 100)
-            values = np.ones(200)
-            assert kept_features(values, 0.5, width, law) >= rank
-            assert kept_features(values, 0.5, width - 1, law) < rank
+            width = narrowest_width(law, rank, at)
+            assert kept_features(law, width, at) >= rank
+            assert kept_features(law, width - 1, at) < rank

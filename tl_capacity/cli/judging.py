@@ -30,15 +30,13 @@ def decompose(
     from tl_capacity.distillation.decomposition import decompose as run_decompose
     from tl_capacity.distillation.run import DistillationRun
     from tl_capacity.measurement.measurement import Measurement
-    from tl_capacity.plugins import plugins
 
-    registered = plugins()
     decomposition = run_decompose(
         Measurement.load(measurement),
         DistillationRun.load(distillation),
         hook=hook,
-        importance=registered.importance_estimators.named(importance).name,
-        law=registered.capacity_laws.named(law).name,
+        importance=importance,
+        law=law,
         observed=observed,
         max_fvu=max_fvu,
     )

@@ -16,6 +16,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.curve import Curve
 from tl_capacity.predict.floors import hook_floors
+from tl_capacity.predict.laws import context_at, knows_enough
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 
@@ -99,9 +100,12 @@ def predictions_of(measurement: Measurement, widths: Sequence[int], asked: tuple
         for estimator in plugins().importance_estimators:
             if not _is_measured(hook, estimator.name):
                 continue
-            curve = Curve(hook.hook, hook.importance(estimator.name), hook.summary.alpha.value)
+            at = context_at(hook, hook.importance(estimator.name), hook.summary.alpha.value)
+            curve = Curve(hook.hook, at.importance, at.alpha, at.hook_width, at.teacher_width)
             for law in plugins().capacity_laws:
                 names = (hook.hook, estimator.name, law.name)
+                if names != asked and not knows_enough(law, at):
+                    continue
                 floors = (
                     hook_floors(hook, widths, estimator.name, law) if names == asked else curve.floors(widths, law.name)
                 )

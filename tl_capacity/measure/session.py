@@ -36,7 +36,7 @@ from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.models.forward import check_token_ids, evaluating
-from tl_capacity.models.hook_points import find_tap_point
+from tl_capacity.models.hook_points import find_tap_point, residual_width
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
@@ -305,6 +305,7 @@ class CapacityHooks:
             width=tap.d_in,
             summary=FeatureSummary(sums, self.alive_threshold),
             estimators=tuple(estimator.name for estimator in tap.estimators),
+            d_model=residual_width(self.model),
         )
 
     def _provenance(self) -> Provenance:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.laws import kept_features
+from tl_capacity.predict.laws import context_at, kept_features
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import hook_label, hook_named, middle
@@ -64,8 +64,8 @@ def importance_figure(
             line=line_of(place),
             **legend_entry(hook_label(hooks, each)),
         )
-        alpha = each.summary.alpha.value
-        kept = {w: kept_features(values, alpha, w, chosen) for w in widths if 0 < alpha < 1}
+        at = context_at(each, values, each.summary.alpha.value)
+        kept = {w: kept_features(chosen, w, at) for w in widths if 0 < at.alpha < 1}
         ends = {w: k for w, k in kept.items() if 0 < k < len(values)}
         figure.add_scatter(
             x=list(ends.values()),

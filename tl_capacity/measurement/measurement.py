@@ -142,6 +142,7 @@ class Measurement:
                     "width": h.width,
                     "alive_threshold": h.summary.alive_threshold,
                     "estimators": list(h.estimators),
+                    "d_model": h.d_model,
                     "figures": recorded(h),
                 }
                 for h in self.hooks
@@ -176,6 +177,7 @@ class Measurement:
                         width=typed_field(saved, "width", int),
                         summary=FeatureSummary(sums, float(typed_field(saved, "alive_threshold", (int, float)))),
                         estimators=tuple(map(str, typed_field(saved, "estimators", list))),
+                        d_model=typed_field({"d_model": None, **saved}, "d_model", (int, type(None))),
                     )
                 )
             if not hooks or f"{len(hooks)}/counts" in arrays:

@@ -62,7 +62,9 @@ class Provenance:
 
 def typed_field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
     """A field of a saved mapping, if it is there and of its type."""
-    if not isinstance(saved[name], kind) or (name == "width" and saved[name] < 1):
+    if not isinstance(saved[name], kind) or (
+        name in ("width", "d_model") and saved[name] is not None and saved[name] < 1
+    ):
         raise TypeError(f"{name} = {saved[name]!r}")
     return saved[name]
 

@@ -124,6 +124,14 @@ def _hook_width(model: Any, name: str) -> int | None:
     return int(config.n_heads * config.d_head) if last == "hook_z" else None
 
 
+def residual_width(model: Any) -> int | None:
+    """Dimensions of a model's residual stream, where its configuration says."""
+    config: Any = getattr(model, "cfg", None) or getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(text, "d_model", None) or getattr(text, "hidden_size", None)
+    return None if width is None else int(width)
+
+
 def _walk(root: Any, path: str) -> Any:
     for part in path.split("."):
         root = (

@@ -12,7 +12,7 @@ from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.caveats import advice_on_fit
 from tl_capacity.predict.floors import FloorPrediction, floor_cells, hook_floors
-from tl_capacity.predict.laws import features_per_dimension
+from tl_capacity.predict.laws import budgets, context_at
 from tl_capacity.predict.suite import suites
 from tl_capacity.results.columns import (
     ALIVE,
@@ -207,6 +207,8 @@ def budget_estimate(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
 
     def budget_of(sums: Resample) -> list[float]:
         alpha = s.sparsity_of(sums)
-        return [hook.width * features_per_dimension(law, alpha, values) if 0 < alpha < 1 else float("nan")]
+        if not 0 < alpha < 1:
+            return [float("nan")]
+        return [float(held) for held in budgets(law, [hook.width], context_at(hook, values, alpha))]
 
     return s.estimates(budget_of)[0]

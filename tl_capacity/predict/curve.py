@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tl_capacity import theory
 from tl_capacity.errors import MeasurementError
+from tl_capacity.interfaces import CapacityContext
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import FloorPrediction, checked_widths, floor_numbers, floor_predictions
 from tl_capacity.results.estimate import Estimate
@@ -20,16 +21,26 @@ from tl_capacity.runtime.checks import checked
 
 @dataclass(frozen=True)
 class Curve:
-    """A bare importance curve, as published: sorted importances of the alive features, and their sparsity."""
+    """A bare importance curve, as published: no sums from which intervals could be computed.
+
+    Attributes:
+        name: of the layer, or the file.
+        importance: [feature] of the alive features, sorted.
+        alpha: their sparsity.
+        hook_width, teacher_width: d and d_T, for laws that look at them; 0 where they are not known.
+    """
 
     name: str
     importance: NDArray[np.float64]
     alpha: float
+    hook_width: int = 0
+    teacher_width: int = 0
 
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Curve:
-        """Read `{"sorted_importance": […], "alpha": …}`; where it also gives `F_alive`, the two must agree.
+        """Read `{"sorted_importance": […], "alpha": …}`, and the teacher's width `d_model` where it is there; where it
+        also gives `F_alive`, the two must agree.
 
         Raises:
             MeasurementError: where the file is no such curve.
@@ -37,6 +48,9 @@ class Curve:
         try:
             content = json.loads(Path(path).read_bytes())
             importance, alpha = np.asarray(content["sorted_importance"], dtype=np.float64), float(content["alpha"])
+            d_model = content.get("d_model", 0)
+            if not isinstance(d_model, int) or d_model < ("d_model" in content):
+                raise ValueError(f"d_model = {d_model!r} is no width")
             theory.refined_floor(importance, 0, alpha)  # raises where these are no importances or no sparsity
         except OSError as problem:
             raise MeasurementError(
@@ -53,12 +67,13 @@ class Curve:
                 " or altered"
             )
         layer = content.get("layer")
-        return cls(f"layer {layer}" if layer is not None else Path(path).stem, importance, alpha)
+        return cls(f"layer {layer}" if layer is not None else Path(path).stem, importance, alpha, d_model, d_model)
 
     def floors(self, widths: Sequence[int], law: str | None = None) -> list[FloorPrediction]:
         """Predicted floors, without intervals: a bare curve does not say how uncertain it is; `law` None is the
         default one.
         """
         chosen = plugins().capacity_laws.named(law)
-        numbers = floor_numbers(self.importance, self.alpha, checked_widths(widths), chosen)
+        at = CapacityContext(self.alpha, self.importance, self.hook_width, self.teacher_width)
+        numbers = floor_numbers(at, checked_widths(widths), chosen)
         return floor_predictions(self.name, widths, list(map(Estimate, numbers)), "as published", "", chosen)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
-from tl_capacity.interfaces import CapacityLaw
-from tl_capacity.predict.laws import features_per_dimension, features_within
+from tl_capacity.interfaces import CapacityContext, CapacityLaw
+from tl_capacity.predict.laws import budgets, context_at, features_within
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.summary import Resample
 
@@ -97,7 +97,11 @@ def hook_floors(
     """Predicted floors of one hook point, every figure with its document-bootstrap interval."""
     if not checked_widths(widths):
         return []
-    estimates = resampled(hook, importance, lambda values, alpha: floor_numbers(values, alpha, widths, law))
+
+    def numbers(values: NDArray[np.float64], alpha: float) -> list[float]:
+        return floor_numbers(context_at(hook, values, alpha), widths, law)
+
+    estimates = resampled(hook, importance, numbers)
     estimator = hook.estimator(importance)
     return floor_predictions(hook.hook, widths, estimates, estimator.name, str(estimator.unit), law)
 
@@ -138,15 +142,15 @@ def resampled(
     return s.estimates(of_resample)
 
 
-def floor_numbers(values: NDArray[np.float64], alpha: float, widths: Sequence[int], law: CapacityLaw) -> list[float]:
+def floor_numbers(at: CapacityContext, widths: Sequence[int], law: CapacityLaw) -> list[float]:
     """For each width in turn what a `FloorPrediction` says, in its order: features kept and lost, the share kept,
     refined and naive floor, the share lost.
     """
-    features, total = len(values), float(values.sum())
-    budgets = np.array(widths) * features_per_dimension(law, alpha, values)
-    kept = features_within(budgets, features)
-    refined = theory.lost_importance(values, kept)
-    naive = total * np.maximum(0.0, 1 - budgets / max(features, 1))
+    features, total = at.n_features, float(at.importance.sum())
+    held = budgets(law, widths, at)
+    kept = features_within(held, features)
+    refined = theory.lost_importance(at.importance, kept)
+    naive = total * np.maximum(0.0, 1 - held / max(features, 1))
     shares = refined / total if total else np.zeros(len(kept))
     return list(np.stack([kept, features - kept, kept / max(features, 1), refined, naive, shares], 1).ravel())
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from tl_capacity.dictionaries.adapter import dictionary_digest
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
-from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.interfaces import CapacityLaw, SparseAutoencoder
 from tl_capacity.models.forward import evaluating
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.laws import features_per_dimension
+from tl_capacity.predict.laws import budgets, context_at, knows_enough
 from tl_capacity.probing.passes import RANDOM, TEACHER, Passes, Reader, components_of
 from tl_capacity.probing.recovery import TAU, Recovery, StudentRecovery
 from tl_capacity.results.hook import HookMeasurement
@@ -95,7 +95,7 @@ def recover_features(
         )
     started = time.monotonic()
     estimator = measured.estimator(importance).name
-    per_dimension = _features_by_law(measured, estimator)
+    laws = _laws(measured, estimator)
     readers = {TEACHER: Reader.at_hook(teacher, measured.hook, "the teacher")}
     for name, model in students.items():
         readers[name] = Reader.at_hook(model, measured.hook, f"the student {name!r}")
@@ -126,12 +126,19 @@ def recover_features(
         passes.tokens,
         tau,
         round(time.monotonic() - started, 1),
-        per_dimension,
+        laws,
     )
 
 
-def _features_by_law(measured: HookMeasurement, importance: str) -> dict[str, float]:
-    """Features per dimension by each registered capacity law, the default one first."""
-    laws, alpha, values = plugins().capacity_laws, measured.summary.alpha.value, measured.importance(importance)
-    ordered = sorted(laws, key=lambda law: law is not laws.default)
-    return {law.name: features_per_dimension(law, alpha, values) for law in ordered}
+def _laws(measured: HookMeasurement, importance: str) -> tuple[CapacityLaw, ...]:
+    """Each registered capacity law that says what the hook point's width holds, the default one first.
+
+    Raises:
+        PluginError: where a law fails, before anything is read.
+    """
+    at = context_at(measured, measured.importance(importance), measured.summary.alpha.value)
+    laws = plugins().capacity_laws
+    able = [law for law in sorted(laws, key=lambda law: law is not laws.default) if knows_enough(law, at)]
+    for law in able:
+        budgets(law, [measured.width], at)
+    return tuple(able)

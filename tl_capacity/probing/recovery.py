@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tl_capacity.interfaces import CapacityContext, CapacityLaw
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.laws import kept_features
+from tl_capacity.predict.laws import budgets, context_at, kept_features
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery_row import COUNTS, RecoveryRow
 from tl_capacity.probing.scores import Scores
@@ -65,7 +66,7 @@ class Recovery:
         tokens: counted tokens by what they were used for.
         tau: AUROC from which a feature counts as kept.
         seconds: what it cost, in wall-clock seconds.
-        features_per_dimension: of each registered capacity law, by its name, the default one first.
+        laws: each registered capacity law that knows the widths it looks at, the default one first.
     """
 
     measured: HookMeasurement
@@ -75,7 +76,7 @@ class Recovery:
     tokens: Mapping[str, int] = field(default_factory=dict)
     tau: float = TAU
     seconds: float = 0.0
-    features_per_dimension: Mapping[str, float] = field(default_factory=dict)
+    laws: tuple[CapacityLaw, ...] = ()
 
     @property
     def hook(self) -> str:
@@ -108,14 +109,13 @@ class Recovery:
 
     def budgets(self, width: int) -> dict[str, float]:
         """How many features each capacity law lets a student of that width keep, by the law's name."""
-        return {law: width * per_dimension for law, per_dimension in self.features_per_dimension.items()}
+        return {law.name: float(budgets(law, [width], self._at)[0]) for law in self.laws}
 
     def predicted(self, width: int, law: str | None = None) -> NDArray[np.bool_]:
         """Whether each feature is among the F_S most important ones, which the theory lets a student of that width keep
         [feature]; by the default capacity law where none is named.
         """
-        capacity_law = plugins().capacity_laws.named(law)
-        kept = kept_features(self.importances, self.measured.summary.alpha.value, width, capacity_law)
+        kept = kept_features(plugins().capacity_laws.named(law), width, self._at)
         return most_important(self.importances, kept)
 
     def overlap(self, student: StudentRecovery) -> dict[str, Any]:
@@ -187,9 +187,7 @@ class Recovery:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a table: a row for each student."""
         header = ["student", "kept", "random weights", "PCA", "teacher"]
-        header += [
-            "d·g(α)" if law == plugins().capacity_laws.default.name else law for law in self.features_per_dimension
-        ]
+        header += ["d·g(α)" if law.name == plugins().capacity_laws.default.name else law.name for law in self.laws]
         header += ["of predicted (of all)", "median AP", "median R²"]
         return header, [_cells(row) for row in self.rows]
 
@@ -231,6 +229,10 @@ class Recovery:
 
     def __repr__(self) -> str:
         return f"Recovery({self.hook}; {len(self.features):,} features in {', '.join(s.name for s in self.students)})"
+
+    @property
+    def _at(self) -> CapacityContext:
+        return context_at(self.measured, self.importances, self.measured.summary.alpha.value)
 
     def _row(self, student: StudentRecovery) -> RecoveryRow:
         readouts = _readouts(self, student)

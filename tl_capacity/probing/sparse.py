@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.laws import features_per_dimension
+from tl_capacity.predict.laws import context_at, narrowest_width
 from tl_capacity.probing.activations import Activations
 from tl_capacity.probing.concepts import LabelledTexts
 from tl_capacity.probing.probes import Probe, fit_probes
@@ -22,7 +22,6 @@ from tl_capacity.probing.probes import difference as difference_of
 from tl_capacity.probing.rows import SparseRow
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
-from tl_capacity.runtime.rounding import whole_above
 
 FEATURES = (1, 2, 4, 8, 16)
 
@@ -36,7 +35,7 @@ class SparseProbe:
         features: their numbers in the SAE, the most telling first.
         ranks: of their importance, 1 for the most important of the alive features; None for a feature that the
             measurement does not know as alive.
-        widths: the narrowest student in which the law keeps each, ⌈rank / ĝ⌉; None where it has no rank.
+        widths: the narrowest student in which the law keeps each; None where it has no rank.
     """
 
     probe: Probe
@@ -100,7 +99,11 @@ def sparse_probes(
     """
     if not ks or min(ks) < 1:
         raise CapacityError(f"k = {list(ks)} are no numbers of features: pass whole numbers of at least 1")
-    ranks, per_dimension = ({}, 0.0) if measurement is None else _ranked(measurement, importance, law)
+    capacity_law = plugins().capacity_laws.named(law)
+    ranks: dict[int, int] = {}
+    if measurement is not None:
+        at = context_at(measurement, measurement.importance(importance), measurement.summary.alpha.value)
+        ranks = {int(feature): rank for rank, feature in enumerate(measurement.ranked(importance), 1)}
     probes = []
     for concept in concepts:
         if concept.name not in latents:
@@ -121,7 +124,7 @@ def sparse_probes(
             (probe,) = fit_probes({concept.name: narrowed}, [concept], control=False, seed=seed)
             features = tuple(int(feature) for feature in chosen)
             ranks_of_probe = tuple(ranks.get(feature) for feature in features) if measurement is not None else ()
-            widths = tuple(None if rank is None else narrowest_with(rank, per_dimension) for rank in ranks_of_probe)
+            widths = tuple(None if rank is None else narrowest_width(capacity_law, rank, at) for rank in ranks_of_probe)
             probes.append(SparseProbe(probe, features, ranks_of_probe, widths))
     return probes
 
@@ -151,11 +154,6 @@ def most_telling(
     return np.argsort(-t, kind="stable")[: min(k, int(varies.sum()))]
 
 
-def narrowest_with(rank: int, per_dimension: float) -> int:
-    """The narrowest width d with ⌊d·ĝ⌋ ≥ rank, in which the law keeps the feature of that rank."""
-    return int(whole_above(rank / per_dimension))
-
-
 def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | None:
     """The widest student whose probe is less accurate than the teacher's by more than resampled documents explain, the
     whole 95% interval below zero; None where there is none.
@@ -166,11 +164,3 @@ def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | 
         if (high := difference_of(student, teacher, seed).high) is not None and high < 0
     ]
     return max(fallen, default=None)
-
-
-def _ranked(measurement: HookMeasurement, importance: str | None, law: str | None) -> tuple[dict[int, int], float]:
-    """The importance rank of each alive feature, and features per dimension by the law."""
-    per_dimension = features_per_dimension(
-        plugins().capacity_laws.named(law), measurement.summary.alpha.value, measurement.importance(importance)
-    )
-    return {int(feature): rank for rank, feature in enumerate(measurement.ranked(importance), 1)}, per_dimension

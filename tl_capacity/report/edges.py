@@ -9,7 +9,7 @@ import numpy as np
 
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.predict.floors import sparsity
-from tl_capacity.predict.laws import kept_features
+from tl_capacity.predict.laws import context_at, kept_features
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import Resample
@@ -56,7 +56,7 @@ def edges(
     Raises:
         CapacityError: where the hook point has no sparsity.
     """
-    alpha, values, order = sparsity(hook), hook.importance(importance), hook.ranked(importance)
+    at, order = context_at(hook, hook.importance(importance), sparsity(hook)), hook.ranked(importance)
     return [
         Edge(
             width,
@@ -66,7 +66,7 @@ def edges(
             tuple(order[kept : kept + shown].tolist()),
         )
         for width in widths
-        for kept in [kept_features(values, alpha, width, law)]
+        for kept in [kept_features(law, width, at)]
     ]
 
 

@@ -102,8 +102,8 @@ def story_of(results: Results, settings: ReportSettings, snippets: Snippets, sni
         CapacityError: where the settings do not fit the measurement.
     """
     measurement, law = results.measurement, plugins().capacity_laws.named(settings.law)
-    importance = plugins().importance_estimators.named(settings.importance)
     main, widths = main_hook(measurement, settings), report_widths(results, settings)
+    importance = main.estimator(settings.importance)
     sparse = hooks_with_sparsity(measurement)
     floors = {place: hook_floors(hook, widths, importance.name, law) for place, hook in sparse.items()}
     around = {place: edges(hook, widths, importance.name, law) for place, hook in sparse.items()}

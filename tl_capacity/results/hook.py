@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import MeasurementError
-from tl_capacity.interfaces import BASES, ImportanceEstimator
+from tl_capacity.interfaces import BASES, RESIDUAL_STREAM, ImportanceEstimator
 from tl_capacity.plugins import plugins
 from tl_capacity.results.summary import FeatureSummary
 
@@ -26,6 +26,7 @@ class HookMeasurement:
         width: the hook point's width d.
         summary: the figures, with intervals.
         estimators: importance estimators that accumulated a state of their own.
+        d_model: dimensions of the model's residual stream; None where it is not known, as of version 0.1.
     """
 
     hook: str
@@ -35,11 +36,21 @@ class HookMeasurement:
     width: int
     summary: FeatureSummary
     estimators: tuple[str, ...] = ()
+    d_model: int | None = None
 
     @property
     def is_basis(self) -> bool:
         """Whether the features are the vectors of a basis instead of an SAE's."""
         return self.architecture.split(",")[0] in BASES
+
+    @property
+    def teacher_width(self) -> int:
+        """d_T, dimensions of the residual stream of the model, the teacher of whatever is distilled from it; 0 where it
+        is not known.
+        """
+        if self.d_model is None and RESIDUAL_STREAM.fullmatch(self.hook):
+            return self.width
+        return self.d_model or 0
 
     @property
     def kind(self) -> str:
@@ -64,8 +75,21 @@ class HookMeasurement:
         return np.asarray(np.flatnonzero(self.summary.alive)[order], dtype=np.int64)
 
     def estimator(self, name: str | None = None) -> Any:
-        """The registered estimator of that name, or the default one, checked to have accumulated what it needs."""
-        estimator = plugins().importance_estimators.named(name)
+        """The registered estimator of that name, or the default one, checked to have accumulated what it needs.
+
+        Raises:
+            MeasurementError: where it accumulated nothing here, or only its sums are here and its plugin is not.
+            PluginError: where no plugin ever registered one of that name.
+        """
+        registered = plugins().importance_estimators
+        absent = [known for known in self.estimators if known not in registered]
+        if absent and name is not None and name not in registered:
+            raise MeasurementError(
+                f"no plugin that is loaded has the importance estimator {name!r}; {self.hook} was measured with"
+                f" {', '.join(map(repr, absent))}, whose plugin is not loaded: pass its file, as tl-capacity --plugin"
+                " FILE …, or register it in the session"
+            )
+        estimator = registered.named(name)
         accumulates = type(estimator).start is not ImportanceEstimator.start
         if accumulates and estimator.name not in self.estimators:
             raise MeasurementError(

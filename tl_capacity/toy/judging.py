@@ -37,14 +37,14 @@ def predictions(result: SweepResult, chosen: Sequence[Predictor] | None = None) 
     students = result.students[~result.students.diverged].reset_index(drop=True)
     settings = result.settings
     cases = []
-    for n, alpha, width, kept in zip(students.n, students.alpha, students.width, students.kept_set, strict=True):
+    columns = students[["n", "alpha", "width", "teacher_width", "kept_set"]]
+    for n, alpha, width, teacher_width, kept in columns.itertuples(index=False):
         distribution, importance = (
             FeatureDistribution(n, alpha, settings.correlation),
             zipf_importance(n, settings.slope),
         )
-        cases.append(
-            Case(importance * distribution.second_moment, importance * distribution.variance, alpha, width, kept)
-        )
+        second_moment, variance = importance * distribution.second_moment, importance * distribution.variance
+        cases.append(Case(second_moment, variance, alpha, width, kept, teacher_width))
     return students.assign(**{p.name: [p.predict(case) for case in cases] for p in chosen})
 
 

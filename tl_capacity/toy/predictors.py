@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from tl_capacity import theory
-from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.interfaces import CapacityContext, CapacityLaw
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.laws import kept_features
+from tl_capacity.predict.laws import kept_features, knows_enough
 
 TRANSITION = 0.15
 """Half-width of the smooth band, as a share of the budget: the middle of the 10 to 20% over which the paper sees the
@@ -32,6 +32,7 @@ class Case:
         variance: Iᵢ·Var[xᵢ], the loss of a feature that is put out as its mean, which the bias can do.
         alpha, width: α and d_S.
         kept: which features the trained model keeps; only the measured predictors look at it.
+        teacher_width: d_T; 0 for a student of the data itself.
     """
 
     importance: Float[np.ndarray, " feature"]
@@ -39,6 +40,7 @@ class Case:
     alpha: float
     width: int
     kept: Bool[np.ndarray, " feature"]
+    teacher_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,22 @@ def smooth_band_floor(
     return float(lost @ ordered)
 
 
-def law_floor(
-    law: CapacityLaw, importance: NDArray[np.float64], charged: NDArray[np.float64], width: int, alpha: float
-) -> float:
-    """Σ of what the features beyond ⌊d·ĝ⌋ are charged, ĝ from a capacity law that sees the importances."""
-    kept = kept_features(importance, alpha, width, law)
-    return float(theory.lost_importance(charged, kept))
+def law_floor(law: CapacityLaw, case: Case, charged: NDArray[np.float64]) -> float:
+    """Σ of what the features beyond ⌊d·ĝ⌋ are charged, ĝ from a capacity law that sees the importances; NaN where the
+    law looks at a teacher's width, and there is no teacher.
+    """
+    at = CapacityContext(case.alpha, case.importance, case.teacher_width, case.teacher_width)
+    if not knows_enough(law, at):
+        return float("nan")
+    return float(theory.lost_importance(charged, kept_features(law, case.width, at)))
 
 
 def _floor_by_law(law: CapacityLaw, case: Case) -> float:
-    return law_floor(law, case.importance, case.importance, case.width, case.alpha)
+    return law_floor(law, case, case.importance)
 
 
 def _variance_floor_by_law(law: CapacityLaw, case: Case) -> float:
-    return law_floor(law, case.importance, case.variance, case.width, case.alpha)
+    return law_floor(law, case, case.variance)
 
 
 def predictors() -> tuple[Predictor, ...]:
