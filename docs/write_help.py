@@ -36,7 +36,7 @@ def sections() -> Iterator[tuple[str, str]]:
             command.get_help(command.context_class(command, info_name=name, parent=context, terminal_width=COLUMNS)),
         )
     for built_in in plugins().recipes:
-        if built_in.target.startswith("tl_capacity."):
+        if str(built_in.target).startswith("tl_capacity."):
             title = f"tl-capacity run {built_in.name}"
             command = recipe.command_of(recipe.load(built_in))
             yield title, command.get_help(command.context_class(command, info_name=title, terminal_width=COLUMNS))

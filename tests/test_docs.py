@@ -141,7 +141,7 @@ EARLIER = {
     "families": ["toy_family.py", "toy", "toy-sae", "texts.jsonl"],
     "many-machines": ["model", "sae", "texts.jsonl"],
     "plan": ["runs/demo"],
-    "plugins": ["my_plugin.py", "runs/embedded"],
+    "plugins": ["my_plugin.py", "mine.py", "letters.csv", "runs/embedded"],
     "predict": ["runs/embedded", "curve.json"],
     "probe": ["runs/embedded", "runs/students", "my-model", "reviews.jsonl"],
     "README": ["my-model", "my-sae", "my-texts.jsonl"],
@@ -158,6 +158,7 @@ same command wrote before.
 EMBEDDED = ROOT / "hooks" / "embedded" / "model"
 FILES = {
     "explained.py": ("estimators", "ImportanceEstimator"),
+    "mine.py": ("plugins", "ThirdMoment"),
     "my_plugin.py": ("plugins", "MeanActivation"),
     "toy_family.py": ("families", "Toy"),
 }
@@ -261,6 +262,8 @@ def earlier(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "curve.json").write_text(
         json.dumps({"sorted_importance": [1 / rank for rank in range(1, 5001)], "alpha": 0.99})
     )
+    letters = [f"{'Hello' if i % 2 else 'Goodbye'}, this is the letter of number {i}." for i in range(300)]
+    (folder / "letters.csv").write_text("letter\n" + "".join(f'"{letter}"\n' for letter in letters))
     # One that has a block 12, and knows the English words in which concepts are told.
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder / "my-model")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 13, "num_attention_heads": 4}

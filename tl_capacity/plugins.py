@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import pluggy
@@ -28,6 +29,10 @@ from tl_capacity.interfaces import (
     Recipe,
     TokenSource,
 )
+from tl_capacity.storage.digests import digest
+
+FILE = "tl_capacity_plugin_"
+"""How the module of a plugin file is called, before the file's own name."""
 
 Item = TypeVar("Item")
 Estimator = TypeVar("Estimator", bound=ImportanceEstimator | type[ImportanceEstimator])
@@ -276,7 +281,9 @@ def load_plugin_file(path: Path) -> str:
     """
     if not path.is_file():
         raise PluginError(f"there is no plugin file {path}: pass the path of a Python file")
-    name = f"tl_capacity_plugin_{path.stem}"
+    name = FILE + path.stem
+    if plugin_manager().is_registered(sys.modules.get(name)):
+        name += f"_{digest(str(path.resolve()).encode())[:8]}"  # another file of that name, in another folder
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"{path} is no Python file: pass a file that ends in .py")
@@ -289,6 +296,19 @@ def load_plugin_file(path: Path) -> str:
         plugin_manager().fail(str(path), problem)
         return str(path)
     return register_plugin(module, name=str(path))
+
+
+def plugin_file(origin: str, stem: str) -> ModuleType | None:
+    """The module of a plugin that was loaded from a file, where the file is called so; None where it is another plugin.
+
+    Args:
+        origin: the name of the plugin.
+        stem: the file's name, without its folder and `.py`.
+    """
+    plugin = plugin_manager().get_plugin(origin)
+    if not isinstance(plugin, ModuleType) or not plugin.__name__.startswith(FILE):
+        return None
+    return plugin if Path(str(plugin.__file__)).stem == stem else None
 
 
 def register_importance_estimator(estimator: Estimator) -> Estimator:

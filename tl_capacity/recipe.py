@@ -13,28 +13,68 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tl_capacity.errors import CapacityError, PluginError, reporting_errors
+from tl_capacity.errors import CapacityError, PluginError, line_of, reporting_errors
 from tl_capacity.interfaces import Recipe
 from tl_capacity.options import argument as argument
 from tl_capacity.options import command_with
 from tl_capacity.options import option as option
 from tl_capacity.options import option_of as option_of
 from tl_capacity.options import values_of as values_of
+from tl_capacity.plugins import plugin_file, plugins
 
 
 def load(recipe: Recipe) -> Callable[[Any], Any]:
-    """The function that a recipe names.
+    """The function that a recipe is, or names.
 
     Raises:
-        PluginError: where it cannot be imported.
+        PluginError: where it cannot be imported, or is no function of a dataclass.
     """
-    module, _, function = recipe.target.partition(":")
-    try:
-        return typing.cast(Callable[[Any], Any], getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError) as problem:
+    function = _imported(recipe, recipe.target) if isinstance(recipe.target, str) else recipe.target
+    if not callable(function):
         raise PluginError(
-            f"the recipe {recipe.name!r} cannot be loaded from {recipe.target} ({problem}): install what it needs"
+            f"the recipe {recipe.name!r} has the target {function!r}, which is no function: give a function of a frozen"
+            " dataclass, or where it is as module:function"
+        )
+    _config_type(function, f"the recipe {recipe.name!r}")
+    return typing.cast(Callable[[Any], Any], function)
+
+
+def _imported(recipe: Recipe, target: str) -> Any:
+    """What stands behind `module:function`; a plugin file that registers the recipe may name itself."""
+    module, _, function = target.partition(":")
+    itself = plugin_file(plugins().recipes.origins.get(recipe.name, ""), module)
+    try:
+        return getattr(itself or importlib.import_module(module), function)
+    except CapacityError:
+        raise
+    except (Exception, SystemExit) as problem:  # importing runs somebody's code
+        usual = isinstance(problem, ImportError | AttributeError)
+        reason = str(problem) if usual else f"{type(problem).__name__}: {problem}"
+        raise PluginError(
+            f"the recipe {recipe.name!r} cannot be loaded from {target} ({reason}): install what it needs, or give the"
+            " function itself as its target"
         ) from problem
+
+
+def _config_type(function: Callable[[Any], Any], what: str) -> type:
+    """The dataclass that a recipe's function takes.
+
+    Raises:
+        PluginError: where its first argument is none.
+    """
+    try:
+        kinds = [kind for name, kind in typing.get_type_hints(function).items() if name != "return"]
+    except (NameError, TypeError, AttributeError) as problem:
+        raise PluginError(
+            f"{what} has a function whose types cannot be read{line_of(function)} ({problem}): write them as names that"
+            " its module has"
+        ) from problem
+    if not kinds or not (isinstance(kinds[0], type) and dataclasses.is_dataclass(kinds[0])):
+        raise PluginError(
+            f"{what} has a function that takes no dataclass{line_of(function)}: write it as def main(config: Config),"
+            " where Config is a frozen dataclass whose fields are the options"
+        )
+    return kinds[0]
 
 
 def settings_of(config: Any, *without: str) -> dict[str, Any]:
@@ -99,10 +139,26 @@ def run_file(function: Callable[[Any], Any]) -> None:
 
 
 def command_of(function: Callable[[Any], Any]) -> Any:
-    """A recipe's function as a command of click, which Typer makes."""
+    """A recipe's function as a command of click, which Typer makes.
+
+    Raises:
+        PluginError: where the function takes no dataclass, or one of whose fields no options can be made.
+    """
     import typer
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    config_type = next(kind for name, kind in typing.get_type_hints(function).items() if name != "return")
-    app.command()(command_with(config_type)(function))
-    return typer.main.get_command(app)
+    name = getattr(function, "__name__", repr(function))
+    config_type = _config_type(function, f"the recipe {name!r}")
+    try:
+        app.command()(command_with(config_type)(function))
+        return typer.main.get_command(app)
+    except (
+        RuntimeError,
+        AssertionError,
+        NameError,
+        KeyError,
+    ) as problem:  # a type that Typer has no option for, or none at all
+        raise PluginError(
+            f"the options of the recipe {name!r} cannot be made ({problem}): give each field of {config_type.__name__}"
+            " a type that Typer knows"
+        ) from problem

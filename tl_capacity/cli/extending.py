@@ -18,15 +18,24 @@ def plugins(as_json: AsJson = False) -> None:
     from tl_capacity.plugins import plugins as find
 
     registered = find()
-    rows = [
-        [registry.kind, name, registry.origins[name], str(getattr(item, "caveat", "") or getattr(item, "summary", ""))]
+    objects = [
+        {
+            "kind": registry.kind,
+            "name": name,
+            "from": registry.origins[name],
+            "summary": str(getattr(item, "summary", "")),
+            **({"caveat": str(item.caveat)} if getattr(item, "caveat", "") else {}),
+        }
         for registry in registered.registries().values()
         for name, item in registry.items.items()
     ]
     if as_json:
-        objects = [dict(zip(("kind", "name", "from", "summary"), row, strict=True)) for row in rows]
         print_json({"plugins": objects, "failures": registered.failures})
         return
+    rows = [
+        [each["kind"], each["name"], each["from"], "; ".join(filter(None, [each["summary"], each.get("caveat")]))]
+        for each in objects
+    ]
     console().print(table("Plugins", ["kind", "name", "from", "what it is"], rows, right=False))
     for origin, problem in registered.failures.items():
         print_text(f"failed: {origin}: {problem}", style="red")

@@ -21,7 +21,7 @@ from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.losses import Head, Output
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.truncation import truncate
-from tl_capacity.errors import CapacityError
+from tl_capacity.errors import CapacityError, plugin_code
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.plugins import plugins
 
@@ -115,6 +115,7 @@ def student_config(config: Any, width: int) -> Any:
 
     Raises:
         CapacityError: where no family has a rule for the architecture, or its rule has no such width.
+        PluginError: where the rule fails.
     """
     family = plugins().family_of(config.model_type)
     if family is None or family.student is None:
@@ -123,12 +124,14 @@ def student_config(config: Any, width: int) -> Any:
             f"no model family says how students of {config.model_type!r} are built: register one (docs/families.md);"
             f" {able} have students"
         )
-    changes = family.student(config, width) if width >= 1 else None
+    with plugin_code("model family", family.name, family.student):
+        changes = family.student(config, width) if width >= 1 else None
     if changes is None:
-        near = [
-            next((w for w in side if family.student(config, w) is not None), None)
-            for side in _around(width, int(config.hidden_size))
-        ]
+        with plugin_code("model family", family.name, family.student):
+            near = [
+                next((w for w in side if family.student(config, w) is not None), None)
+                for side in _around(width, int(config.hidden_size))
+            ]
         shown = " and ".join(str(w) for w in near if w is not None)
         raise CapacityError(
             f"the family {family.name} has no student of width {width}: the nearest that it has are {shown}"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.errors import CapacityError
+from tl_capacity.errors import CapacityError, PluginError, line_of, plugin_code
 from tl_capacity.interfaces import Concept, LabelledText
 from tl_capacity.plugins import plugins
 from tl_capacity.runtime.checks import checked
@@ -143,7 +143,7 @@ def load_concepts(spec: str | Sequence[str]) -> list[LabelledTexts]:
     loaded: dict[str, LabelledTexts] = {}
     for part in filter(None, parts):
         for concept in _registered(part):
-            loaded[concept.name] = LabelledTexts.of(concept.name, concept.load(), concept.classes)
+            loaded[concept.name] = LabelledTexts.of(concept.name, _texts_of(concept), concept.classes)
         if not _registered(part):
             name = Path(part).name.partition(".")[0]
             loaded[name] = LabelledTexts.of(name, _rows(part))
@@ -152,6 +152,32 @@ def load_concepts(spec: str | Sequence[str]) -> list[LabelledTexts]:
             "no concept is named: pass `embedded`, or names of concepts that `tl-capacity plugins` lists"
         )
     return list(loaded.values())
+
+
+def _texts_of(concept: Concept) -> list[LabelledText]:
+    """The texts of a plugin's concept.
+
+    Raises:
+        PluginError: where its code fails, or gives something else than labelled texts.
+    """
+    with plugin_code("concept", concept.name, concept.load):
+        texts = list(concept.load())
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, LabelledText):
+            what = f"a {type(text).__name__}"
+        elif not isinstance(text.text, str):
+            what = f"a text that is a {type(text.text).__name__}"
+        elif not isinstance(text.label, str | int):
+            what = f"a label that is a {type(text.label).__name__}"
+        elif not isinstance(text.document, str | None):
+            what = f"a document that is a {type(text.document).__name__}"
+        else:
+            continue
+        raise PluginError(
+            f"the concept {concept.name!r} gives {what}{line_of(concept.load)}, as its text {number:,}: let load give"
+            " LabelledText(text, label) objects whose fields are strings"
+        )
+    return texts
 
 
 def _registered(name: str) -> list[Concept]:
