@@ -222,6 +222,27 @@ def test_a_class_in_place_of_an_object_is_refused(registered: Callable[[object],
         plugins.plugins()
 
 
+@pytest.mark.parametrize("lacking", ["name", "unit"])
+def test_an_estimator_without_a_name_or_a_unit_is_refused(
+    neox: Any, make_sae: Any, registered: Callable[[object], str], lacking: str
+) -> None:
+    class Lacking(ImportanceEstimator):
+        name, unit = "lacking", "latent"
+
+        def compute(self, sums: FeatureSums) -> np.ndarray[Any, Any]:
+            return sums.squares
+
+    delattr(Lacking, lacking)
+    says = f"a {lacking}: give it a `{lacking}` attribute$"
+    with pytest.raises(PluginError, match=f"^plugin 'notebook:.*' registers a importance estimator without {says}"):
+        tl_capacity.register_importance_estimator(Lacking)
+    with pytest.raises(tl_capacity.CapacityError, match=f"^the importance estimator Lacking has no {says[2:]}"):
+        tl_capacity.add_capacity_hooks(neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Lacking()])
+    registered(estimator_plugin(Lacking()))
+    with pytest.raises(PluginError, match=f"'test-0' registers a importance estimator without {says}"):
+        plugins.plugins()
+
+
 def test_a_hook_with_another_argument_is_an_error() -> None:
     class Different:
         @hookimpl

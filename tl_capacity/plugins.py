@@ -48,16 +48,28 @@ def says_default(item: object) -> bool:
 
 @dataclass
 class Registry(Generic[Item]):
-    """The objects of one kind, in the order in which plugins registered them."""
+    """The objects of one kind, in the order in which plugins registered them.
+
+    Attributes:
+        kind: what a sentence calls such an object.
+        needs: attributes that each of them has.
+    """
 
     kind: str
     items: dict[str, Item] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ("name",)
+
+    def lacking(self, item: object) -> str | None:
+        """The first of the attributes it needs that an object does not have; None where it has all."""
+        return next((need for need in self.needs if not getattr(item, need, "")), None)
 
     def add(self, item: Item, origin: str) -> None:
+        if lacking := self.lacking(item):
+            raise PluginError(
+                f"plugin {origin!r} registers a {self.kind} without a {lacking}: give it a `{lacking}` attribute"
+            )
         name = str(getattr(item, "name", ""))
-        if not name:
-            raise PluginError(f"plugin {origin!r} registers a {self.kind} without a name: give it a `name` attribute")
         if isinstance(item, type):
             raise PluginError(
                 f"plugin {origin!r} registers the class {item.__name__} itself: register an object of it,"
@@ -121,7 +133,7 @@ class Plugins:
     """Everything that plugins contributed, and the plugins that failed."""
 
     importance_estimators: Registry[ImportanceEstimator] = field(
-        default_factory=lambda: Registry("importance estimator")
+        default_factory=lambda: Registry("importance estimator", needs=("name", "unit"))
     )
     capacity_laws: Registry[CapacityLaw] = field(default_factory=lambda: Registry("capacity law"))
     model_families: Registry[ModelFamily] = field(default_factory=lambda: Registry("model family"))
@@ -319,7 +331,7 @@ def register_importance_estimator(estimator: Estimator) -> Estimator:
         PluginError: where another plugin has an estimator of that name; nothing is registered then.
     """
     instance: ImportanceEstimator = estimator() if isinstance(estimator, type) else estimator
-    origin = f"notebook:{instance.name}"
+    origin = f"notebook:{getattr(instance, 'name', type(instance).__name__)}"
 
     class AdHoc:
         @hookimpl

@@ -142,6 +142,7 @@ class TestModels:
             def register_models(self, register: Callable[[NamedModel], None]) -> None:
                 register(record)
                 register(NamedModel("broken", lambda: 1 / 0))  # type: ignore[arg-type, return-value]
+                register(NamedModel("empty", lambda: (None, tokenizer)))
 
         register_plugin(Plugin(), "mine")
         try:
@@ -154,6 +155,8 @@ class TestModels:
                 match=r"the plugin 'mine' fails to load its model 'broken' \(ZeroDivisionError: division by zero\)",
             ):
                 load_model("broken")
+            with pytest.raises(CapacityError, match=r"fails to load its model 'empty' \(AttributeError: 'NoneType'"):
+                load_model("empty")
         finally:
             unregister_plugin("mine")
         assert same_model(load_model("mine"), neox)

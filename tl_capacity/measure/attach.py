@@ -100,6 +100,11 @@ def attach(
     registry = plugins().importance_estimators
     asked_for = (registry.default,) if importance is None else importance
     estimators = [registry[e] if isinstance(e, str) else e for e in asked_for]
+    for estimator in estimators:
+        if lacking := registry.lacking(estimator):
+            raise CapacityError(
+                f"the importance estimator {type(estimator).__name__} has no {lacking}: give it a `{lacking}` attribute"
+            )
     names = [estimator.name for estimator in estimators]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CapacityError(

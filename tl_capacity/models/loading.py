@@ -107,6 +107,9 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
     if named is not None:
         try:
             model, tokenizer = named.load()
+            # What is measured or distilled in a session names its model by this; the folder that a plugin reads is a
+            # place on one machine.
+            model.name_or_path = model.config.name_or_path = spec
         except CapacityError:
             raise
         except Exception as problem:  # a plugin's code may raise anything
@@ -116,9 +119,6 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
                 " uninstall it"
             ) from problem
         revision = named.revision
-        # What is measured or distilled in a session names its model by this; the folder that a plugin reads is a place
-        # on one machine.
-        model.name_or_path = model.config.name_or_path = spec
     elif Path(spec).expanduser().is_dir():
         folder = Path(spec).expanduser()
         model, tokenizer = load_folder(folder, dtype)
