@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_capacity.dictionaries.adapter import NamedDictionary, check_dictionary, joins_heads, target_hook
+from tl_capacity.dictionaries.reading import Reading, reading_of
 from tl_capacity.doctor.finding import CHANGE, OK, STOP, Finding, refusal_found
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure.attach import attach
 from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
-from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch
 
@@ -69,7 +69,8 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
         CapacityError: where the hook point does not fit the SAE, or does not fire.
     """
     hook, _, sae = dictionary
-    point = find_tap_point(trial.model, hook)
+    reading = reading_of(trial.model, sae, hook)
+    point = reading.point
     if point.width is not None and point.width != sae.cfg.d_in:
         raise CapacityError(
             f"{hook} has width {point.width}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook point or"
@@ -89,8 +90,20 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
     fires = f"{hook} fires, with {sae.cfg.d_in} dimensions as the SAE has; {summary.n_tokens:,} tokens counted"
     return [
         Finding("hook", OK, fires),
+        *processing_findings(hook, reading),
         first_position_finding(hook, activations, counted),
         fit_finding(hook, sae, summary.fvu.value, inputs, trial.settings.max_fvu),
+    ]
+
+
+def processing_findings(hook: str, reading: Reading) -> list[Finding]:
+    """What the SAE says of the model that it was trained on, and whether the activations are that model's."""
+    applied = (
+        f"{hook}: activations are those of a model with {' and '.join(reading.processing)}, as the SAE was trained"
+    )
+    return [
+        *([Finding("processing", OK, applied)] if reading.processing else []),
+        *(Finding("processing", CHANGE, note) for note in reading.notes),
     ]
 
 

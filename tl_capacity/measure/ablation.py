@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tl_capacity.dictionaries.adapter import check_dictionary, decoder_vectors, inputs_for, target_hook
 from tl_capacity.dictionaries.encoding import decoder_vectors_add_up
+from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
-from tl_capacity.models.hook_points import TapPoint, find_tap_point
+from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.progress import token_progress
 
 
@@ -68,7 +69,7 @@ def ablation_kl(
             if wrong
             else "no token is counted, so no latent can be ablated: pass tokens to count"
         )
-    point, chosen = find_tap_point(model, hook), torch.tensor(list(latents), dtype=torch.int64)
+    point, chosen = reading_of(model, sae, hook).point, torch.tensor(list(latents), dtype=torch.int64)
     total, linear = torch.zeros(len(chosen), dtype=torch.float64), None
     decoder = decoder_vectors(sae)
     seen: list[Tensor] = []

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs, named_dictionaries
+from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
 from tl_capacity.measure.session import CapacityHooks, Identity
 from tl_capacity.measure.tap import Tap
-from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.plugins import plugins
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked_but
@@ -112,7 +112,7 @@ def attach(
             " two under two names"
         )
     scratch = Scratch()
-    taps = [Tap(find_tap_point(model, d.hook), d, estimators, fvu_every, scratch) for d in dictionaries]
+    taps = [Tap(reading_of(model, d.sae, d.hook), d, estimators, fvu_every, scratch) for d in dictionaries]
     if not taps:
         raise DictionaryError("no SAE was given: pass one, a list, or a mapping from hook point to SAE")
     return CapacityHooks(model, taps, alive_threshold, rule, identity or Identity.according_to(model))

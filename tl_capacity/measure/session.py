@@ -24,6 +24,7 @@ from tl_capacity.dictionaries.adapter import (
     architecture_of,
     dictionary_digest,
 )
+from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.attachment import Attachment, weakly
 from tl_capacity.measure.calls import Calls
@@ -36,7 +37,7 @@ from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.models.forward import check_token_ids, evaluating
-from tl_capacity.models.hook_points import find_tap_point, residual_width
+from tl_capacity.models.hook_points import residual_width
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
@@ -112,7 +113,7 @@ class CapacityHooks:
             for tap in taps:
                 self._attachment.watch(tap.point, self._on_activation, tap, differentiable=bool(self._gradients))
                 if tap.target_hook is not None:
-                    self._attachment.watch(find_tap_point(model, tap.target_hook), self._on_target, tap)
+                    self._attachment.watch(reading_of(model, tap.sae, tap.target_hook).point, self._on_target, tap)
         except BaseException:
             self.remove()
             raise
@@ -306,10 +307,12 @@ class CapacityHooks:
             summary=FeatureSummary(sums, self.alive_threshold),
             estimators=tuple(estimator.name for estimator in tap.estimators),
             d_model=residual_width(self.model),
+            notes=tap.notes,
         )
 
     def _provenance(self) -> Provenance:
         index, count = self._record.shard
+        processing = {tap.hook: list(tap.processing) for tap in self.taps if tap.processing}
         return Provenance(
             model=self.model_name,
             revision=self.revision,
@@ -324,6 +327,7 @@ class CapacityHooks:
                 "masked_token_ids": list(self.rule.special_ids),
                 "skip_first_positions": self.rule.skip_first_positions,
                 "fvu_every": self.taps[0].fvu_every,
+                **({"processing": processing} if processing else {}),
             },
             versions=library_versions(),
             seconds=round(self._earlier_seconds + time.monotonic() - self._started, 1),

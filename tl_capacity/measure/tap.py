@@ -19,12 +19,12 @@ from tl_capacity.dictionaries.adapter import (
 )
 from tl_capacity.dictionaries.decoding import Decoder
 from tl_capacity.dictionaries.encoding import Encoder, Entries, joined
+from tl_capacity.dictionaries.reading import Reading
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator, LatentBatch
 from tl_capacity.measure.documents import OpenDocuments
 from tl_capacity.measure.estimators import accumulate, accumulating, empty_states
 from tl_capacity.measure.statistics import FeatureStatistics
-from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountedTokens
 
@@ -52,13 +52,15 @@ class Tap:
         target_hook: the hook point that a transcoder writes to; None for an SAE.
         estimators: the importance estimators that were asked for.
         fvu_every: the reconstruction is checked on one document in this many.
+        processing: options of TransformerLens' weight processing that are made up for.
+        notes: what a reader must know of the model and the SAE, a sentence each.
         statistics: the sums.
     """
 
     @outside_inference_mode
     def __init__(
         self,
-        point: TapPoint,
+        reading: Reading,
         dictionary: NamedDictionary,
         estimators: Sequence[ImportanceEstimator],
         fvu_every: int,
@@ -66,12 +68,14 @@ class Tap:
     ) -> None:
         self.hook, self.name, self.sae = dictionary
         check_dictionary(self.sae, self.hook)
-        self.point, self.estimators, self.fvu_every = point, estimators, fvu_every
+        self.point, self.estimators, self.fvu_every = reading.point, estimators, fvu_every
+        self.processing, self.notes = reading.processing, reading.notes
         self.encoder, self._decoder = Encoder(self.sae, scratch), Decoder(self.sae)
         self.d_in, self.d_sae = int(self.sae.cfg.d_in), len(self.sae.W_dec)
-        if point.width is not None and point.width != self.d_in:
+        width = self.point.width
+        if width is not None and width != self.d_in:
             raise HookPointError(
-                f"{self.hook} has width {point.width}, but the SAE's d_in is {self.d_in}: it belongs to another hook"
+                f"{self.hook} has width {width}, but the SAE's d_in is {self.d_in}: it belongs to another hook"
                 " point or model"
             )
         device = self.sae.W_dec.device

@@ -144,6 +144,7 @@ class Measurement:
                     "estimators": list(h.estimators),
                     "d_model": h.d_model,
                     "figures": recorded(h),
+                    **({"notes": list(h.notes)} if h.notes else {}),
                 }
                 for h in self.hooks
             ],
@@ -178,6 +179,8 @@ class Measurement:
                         summary=FeatureSummary(sums, float(typed_field(saved, "alive_threshold", (int, float)))),
                         estimators=tuple(map(str, typed_field(saved, "estimators", list))),
                         d_model=typed_field({"d_model": None, **saved}, "d_model", (int, type(None))),
+                        # Version 0.1 had none.
+                        notes=tuple(map(str, typed_field({"notes": [], **saved}, "notes", list))),
                     )
                 )
             if not hooks or f"{len(hooks)}/counts" in arrays:

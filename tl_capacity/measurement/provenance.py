@@ -30,7 +30,8 @@ class Provenance:
         shards, shard_count: it has the documents whose number modulo `shard_count` is one of `shards`.
         cursor: rows of the stream that were consumed.
         tokens_digest: a running hash of those rows; two measurements with the same one saw the same tokens.
-        settings: context, BOS, masked ids and positions, the share of documents on which the FVU was checked.
+        settings: context, BOS, masked ids and positions, the share of documents on which the FVU was checked;
+            `processing`, by hook point, where activations are those of a processed model.
         versions: of the libraries.
         seconds: what it cost, in wall-clock seconds.
     """

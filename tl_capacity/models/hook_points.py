@@ -24,6 +24,7 @@ class TapPoint:
         module: the module to watch.
         side: "output", or "input" for a module that is watched before it runs.
         width: dimensions per token, where the model's configuration tells.
+        centred: activations are shown without their mean over the last dimension, which the model goes on with.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TapPoint:
     module: nn.Module
     side: str = "output"
     width: int | None = None
+    centred: bool = False
 
     def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Callable[[], None]:
         """Call `callback` with each activation; returns what takes the hook away again, and nothing else.
@@ -50,9 +52,22 @@ class TapPoint:
         """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again,
         and nothing else.
         """
+        if self.centred:
+            change = about_the_mean(change)
         if hasattr(self.module, "fwd_hooks"):
             return edit_hook_point(self.module, change)
         return (edit_input if self.side == "input" else edit_output)(self.module, change)
+
+
+def about_the_mean(change: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    """A change of activations less their mean over the last dimension; the mean is added again."""
+
+    def changed(activation: Tensor) -> Tensor | None:
+        mean = activation.mean(-1, keepdim=True)
+        after = change(activation - mean)
+        return None if after is None else after + mean
+
+    return changed
 
 
 def find_tap_point(model: Any, name: str) -> TapPoint:

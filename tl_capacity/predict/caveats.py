@@ -22,6 +22,7 @@ def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True
         sentences.append("this measurement is a checkpoint of a run that has not ended; resume it with --resume")
     for hook in hooks:
         s, where = hook.summary, name(hook)
+        sentences += hook.notes
         if s.fvu is None:
             unknown = "what the basis leaves out is not known" if hook.is_basis else "a wrong SAE would not be noticed"
             sentences.append(f"{where}: the reconstruction was not checked on any document, so {unknown}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_capacity.dictionaries.adapter import check_dictionary
 from tl_capacity.dictionaries.encoding import Encoder
+from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.models.forward import activation_at, embedding_of, evaluating
@@ -103,7 +104,7 @@ def collect(
             f"context = {context} has no room for BOS and a token: pass at least 2, or leave it out for what the model"
             " takes"
         )
-    point = find_tap_point(model, hook)
+    point = find_tap_point(model, hook) if sae is None else reading_of(model, sae, hook).point
     pool = _latents(sae, hook) if sae is not None else _activations
     rows, truncated = _rows(
         tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, _longest(model)), prepend_bos

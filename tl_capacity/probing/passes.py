@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_capacity.dictionaries.adapter import inputs_for
 from tl_capacity.dictionaries.encoding import Encoder, joined
+from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
 from tl_capacity.models.forward import activation_at
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
@@ -40,14 +41,14 @@ class Reader:
     point: TapPoint
 
     @classmethod
-    def at_hook(cls, model: Any, hook: str, who: str) -> Reader:
-        """A reader of a model at a hook point.
+    def at_hook(cls, model: Any, hook: str, who: str, sae: Any = None) -> Reader:
+        """A reader of a model at a hook point; with an SAE, of the activations that this was trained on.
 
         Raises:
             HookPointError: where the model has no such hook point.
         """
         try:
-            return cls(who, model, find_tap_point(model, hook))
+            return cls(who, model, find_tap_point(model, hook) if sae is None else reading_of(model, sae, hook).point)
         except HookPointError as problem:
             raise HookPointError(f"{who} cannot be read at {hook}: {problem}") from problem
 

@@ -96,7 +96,7 @@ def recover_features(
     started = time.monotonic()
     estimator = measured.estimator(importance).name
     laws = _laws(measured, estimator)
-    readers = {TEACHER: Reader.at_hook(teacher, measured.hook, "the teacher")}
+    readers = {TEACHER: Reader.at_hook(teacher, measured.hook, "the teacher", sae)}
     for name, model in students.items():
         readers[name] = Reader.at_hook(model, measured.hook, f"the student {name!r}")
     for name, model in (random or {}).items():

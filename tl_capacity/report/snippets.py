@@ -89,9 +89,9 @@ def top_snippets(
     """
     import torch
 
+    from tl_capacity.dictionaries.reading import reading_of
     from tl_capacity.measure.setup import measured_dictionary, tapped_model
     from tl_capacity.models.forward import forward_options
-    from tl_capacity.models.hook_points import find_tap_point
     from tl_capacity.runtime.progress import token_progress
 
     provenance = measurement.provenance
@@ -110,7 +110,7 @@ def top_snippets(
     read = 0
     with ExitStack() as watching, token_progress(max_tokens, progress, "looking for examples") as advance:
         for place, hook in measured.items():
-            point = find_tap_point(model, hook.hook)
+            point = reading_of(model, saes[place], hook.hook).point
             watching.callback(point.watch(lambda activation, place=place: seen.update({place: activation.detach()})))  # type: ignore[misc]
         for batch in stream:
             counted = rule.apply(batch)

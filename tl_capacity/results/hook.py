@@ -27,6 +27,7 @@ class HookMeasurement:
         summary: the figures, with intervals.
         estimators: importance estimators that accumulated a state of their own.
         d_model: dimensions of the model's residual stream; None where it is not known, as of version 0.1.
+        notes: how the model or the text differs from what the SAE says it was trained on, a sentence each.
     """
 
     hook: str
@@ -37,6 +38,7 @@ class HookMeasurement:
     summary: FeatureSummary
     estimators: tuple[str, ...] = ()
     d_model: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_basis(self) -> bool:
