@@ -36,6 +36,11 @@ RECIPES = (
     ),
     Recipe("recover", "Which features of the teacher did its students keep?", "tl_capacity.recipes.recover:main"),
     Recipe(
+        "splice",
+        "What does the teacher lose, in nats, with only the features that a width may keep?",
+        "tl_capacity.recipes.splice:main",
+    ),
+    Recipe(
         "toy-sweep",
         "Train toy models of superposition in one batch and judge every predictor of their floors",
         "tl_capacity.recipes.toy_sweep:main",

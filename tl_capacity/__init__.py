@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tl_capacity.measurement.measurement import Measurement as Measurement
     from tl_capacity.models.loading import load_model as load_model
     from tl_capacity.plugins import register_importance_estimator as register_importance_estimator
+    from tl_capacity.predict.spliced import Spliced as Spliced
+    from tl_capacity.splicing.splice import splice as splice
     from tl_capacity.text.streams import TokenStream as TokenStream
 
 __version__ = "0.1.0"

@@ -27,6 +27,7 @@ from transformers import (
 
 from tl_capacity.distillation import students
 from tl_capacity.errors import CapacityError
+from tl_capacity.models.head import check_head
 from tl_capacity.plugins import plugins
 
 
@@ -43,7 +44,7 @@ def test_students_of_every_family(family: str, width: int) -> None:
     assert logits.shape == (2, 9, 50)
     assert torch.isfinite(logits).all()
     assert torch.equal(logits, student(TOKENS).logits), "dropout is off although the student trains"
-    students.check_output(student, TOKENS)
+    check_head(student, TOKENS)
     logits.sum().backward()
     assert all(p.grad is not None for p in student.parameters())
     for size in ("intermediate_size", "n_inner", "ffn_dim", "word_embed_proj_dim"):
@@ -157,7 +158,7 @@ def test_a_scaled_head_is_noticed() -> None:
     head = of.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: 3 * output)
     with pytest.raises(CapacityError, match="are not its head applied to its last hidden state"):
-        students.check_output(of, TOKENS)
+        check_head(of, TOKENS)
 
 
 @settings(max_examples=200, deadline=None)

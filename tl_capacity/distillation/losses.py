@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tl_capacity.distillation.settings import CHUNK_TOKENS, DIVERGENCES, MATCH_KINDS, LogitLoss
 from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
 from tl_capacity.errors import CapacityError
+from tl_capacity.models.head import Head as Head
 from tl_capacity.runtime.scratch import Scratch
 
 CACHED = 2**17
@@ -88,28 +89,6 @@ def divergence_of(loss: LogitLoss) -> Divergence:
 
 HELDOUT_LOSS = LogitLoss()
 """What a student is judged by, whatever it was trained with: forward KL at T = 1, in nats per token."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """A language model's head: logits = cap · tanh((h Wᵀ + b) / cap), without the tanh where there is no cap (Gemma 2
-    has one).
-    """
-
-    weight: Float[Tensor, "vocabulary d_model"]
-    bias: Float[Tensor, " vocabulary"] | None = None
-    cap: float | None = None
-
-    def logits(self, hidden: Float[Tensor, "token d_model"], out: Probabilities) -> Probabilities:
-        """Logits of some tokens, into `out`; a head of another dtype than `out` computes in its own."""
-        hidden, weight = hidden.to(self.weight.dtype), self.weight
-        if weight.dtype != out.dtype:
-            out.copy_(F.linear(hidden, weight, self.bias))
-        elif self.bias is None:
-            torch.mm(hidden, weight.T, out=out)
-        else:
-            torch.addmm(self.bias, hidden, weight.T, out=out)
-        return out if self.cap is None else out.div_(self.cap).tanh_().mul_(self.cap)
 
 
 @dataclass(frozen=True)

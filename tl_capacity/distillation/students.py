@@ -18,10 +18,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tl_capacity.distillation.curves import StudentCurve
-from tl_capacity.distillation.losses import Head, Output
+from tl_capacity.distillation.losses import Output
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError, plugin_code
+from tl_capacity.models.head import head_of, last_hidden
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.plugins import plugins
 
@@ -165,12 +166,6 @@ def check_teacher(teacher: Any) -> None:
         )
 
 
-def head_of(model: Any) -> Head:
-    """The head of a Hugging Face causal language model."""
-    linear = model.get_output_embeddings()
-    return Head(linear.weight, linear.bias, getattr(model.config, "final_logit_softcapping", None))
-
-
 def output_of(
     model: Any, tokens: Int[Tensor, "row position"], counted: Bool[Tensor, "row position"], hooks: Sequence[str] = ()
 ) -> Output:
@@ -184,29 +179,8 @@ def output_of(
     with ExitStack() as watching:
         for hook in hooks:
             watching.callback(find_tap_point(model, hook).watch(partial(_keep, states, hook, counted)))
-        hidden = model.base_model(tokens, use_cache=False)[0][counted]
+        hidden = last_hidden(model, tokens)[counted]
     return Output(hidden, head_of(model), states)
-
-
-@torch.no_grad()
-def check_output(model: Any, tokens: Int[Tensor, "row position"]) -> None:
-    """Whether the model's own logits are its head's of its last hidden state.
-
-    Raises:
-        CapacityError: where they are not, as in architectures that scale them.
-    """
-    training = model.training
-    model.eval()
-    few = tokens[:1, :8]
-    output = output_of(model, few, torch.ones_like(few, dtype=torch.bool))
-    logits = model(few, use_cache=False).logits[0].float()
-    from_head = output.head.logits(output.hidden, torch.empty_like(logits))
-    model.train(training)
-    if not torch.allclose(logits, from_head, rtol=1e-2, atol=1e-2):
-        raise CapacityError(
-            f"the logits of {model.config.model_type!r} are not its head applied to its last hidden state (they differ"
-            f" by up to {float((logits - from_head).abs().max()):.2g}): this architecture cannot be distilled yet"
-        )
 
 
 def parameters_of(model: nn.Module) -> tuple[int, int]:

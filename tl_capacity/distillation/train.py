@@ -31,7 +31,8 @@ from tl_capacity.distillation.refusals import (
 )
 from tl_capacity.distillation.run import JSON_NAME, DistillationRun
 from tl_capacity.distillation.settings import DistillSettings
-from tl_capacity.distillation.students import check_output, check_teacher, new_students, output_of
+from tl_capacity.distillation.students import check_teacher, new_students, output_of
+from tl_capacity.models.head import check_head
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
@@ -115,7 +116,7 @@ def distill(
     students.to(accelerator.device)
     first_row = torch.from_numpy(held.tokens[:1].clip(min=0).astype(np.int64)).to(accelerator.device)
     for model_or_student in (model, *models):
-        check_output(model_or_student, first_row)
+        check_head(model_or_student, first_row)
 
     # The optimiser, and the state of an earlier run that goes on.
     optimiser = torch.optim.AdamW(

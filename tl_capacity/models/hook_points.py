@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from tl_capacity.errors import HookPointError
 from tl_capacity.models.hooks import Change, edit_hook_point, edit_input, edit_output
 from tl_capacity.plugins import plugins
+
+_STREAM = re.compile(r"blocks\.\d+\.(hook_resid_pre|hook_resid_post|hook_in|hook_out)")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class TapPoint:
     side: str = "output"
     width: int | None = None
     centred: bool = False
+
+    @property
+    def carries_the_stream(self) -> bool:
+        """Whether all of the residual stream passes here, between two blocks."""
+        return _STREAM.fullmatch(self.name) is not None
 
     def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Callable[[], None]:
         """Call `callback` with each activation; returns what takes the hook away again, and nothing else.

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.predict.floors import FloorPrediction
+from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.show.figures import (
     GREY,
@@ -114,4 +115,34 @@ def suite_figure(hooks: Iterable[HookMeasurement]) -> go.Figure:
         figure.add_hline(y=width, line={"color": GREY, "width": 1}, annotation=label, annotation_position="top left")
     figure.update_xaxes(title="L0 (active features per token)", rangemode="tozero")
     figure.update_yaxes(title="critical width d* (dimensions)", rangemode="tozero")
+    return figure
+
+
+def spliced_figure(curves: Sequence[SplicedCurve]) -> go.Figure:
+    """KL of the spliced teacher against the number of features that stay, a line for each curve, with 95% intervals
+    over documents; dotted, what every latent gives.
+
+    Raises:
+        CapacityError: where there is no curve.
+    """
+    if not curves:
+        raise CapacityError("there is no curve to draw: splice a hook point")
+    figure = new_figure()
+    several_orders = len({curve.order for curve in curves}) > 1
+    for place, curve in enumerate(curves):
+        estimates = [curve.at(kept) for kept in curve.kept]
+        name = f"{curve.hook}, {curve.order}" if several_orders else curve.hook
+        figure.add_scatter(
+            x=list(curve.kept),
+            y=[estimate.value for estimate in estimates],
+            error_y=error_bars(estimates, colour_of(place)),
+            hovertemplate="%{x:,} features kept: %{y:.3g} nats per token",
+            mode="lines+markers",
+            line=line_of(place),
+            marker=marker_of(place),
+            **legend_entry(name),
+        )
+        figure.add_hline(y=estimates[-1].value, line={"color": colour_of(place), "width": 1, "dash": "dot"})
+    figure.update_xaxes(title="features kept")
+    figure.update_yaxes(title="KL, nats per token", rangemode="tozero")
     return figure

@@ -1,0 +1,130 @@
+"""The floor of a width in nats, with nothing fitted: `tl-capacity run splice MEASUREMENT --widths 16,24,32 --out DIR`.
+
+Runs the teacher with only its most important features at a hook point, for as many of them as each width may keep, and
+writes KL against features kept. From that curve `floor`s of further widths and laws are read without the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from tl_capacity.dictionaries.adapter import NamedDictionary
+from tl_capacity.errors import CapacityError
+from tl_capacity.measure.setup import measured_dictionary, tapped_model
+from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.loading import load_model
+from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
+from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.show.tables import table
+from tl_capacity.splicing.splice import LOST, splice
+from tl_capacity.storage.digests import digest
+from tl_capacity.storage.files import make_folder, write_json
+from tl_capacity.text.streams import TokenStream
+
+ABOUT_NAME = "settings.json"
+
+
+@dataclass(frozen=True)
+class SpliceConfig:
+    """Everything that decides the curves."""
+
+    measurement: Path = argument("A measurement of the teacher.")
+    widths: tuple[int, ...] = option((), "Student widths, whose numbers of features are run exactly.")
+    out: Path = option(Path("runs/splice"), "The folder to write.")
+    hook: tuple[str, ...] = option((), "Hook points; by default all that were measured.")
+    importance: tuple[str, ...] = option((), "Importance estimators that rank the features. Default: the paper's.")
+    law: tuple[str, ...] = option((), "Capacity laws that say how many features a width keeps. Default: the paper's.")
+    kept: tuple[int, ...] = option((), "Numbers of features to run besides; by default ten between none and all.")
+    source: str = option(
+        "",
+        "The text; best text that was not measured. By default the one measured on, of the embedded teacher its"
+        " held-out part.",
+    )
+    tokens: int = option(20_000, "Tokens to read.")
+    lost: str = option("mean", f"What stands for a lost latent, one of {', '.join(LOST)}.")
+    keep_error: bool = option(False, "Leave the SAE's own error in the stream.")
+    device: str = option("cpu", "Where the model runs.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+
+
+def main(config: SpliceConfig) -> Spliced | None:
+    """Splice the teacher, print the floors of the widths, and write the curves.
+
+    Returns:
+        The curves; None where `out` already holds them.
+
+    Raises:
+        CapacityError: where the measurement is of another model or SAE than there is now, or on whatever splicing
+            refuses.
+    """
+    if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, settings_of(config, "out", "threads")):
+        return None
+    measurement = Measurement.load(config.measurement)
+    hooks = [measurement[hook] for hook in config.hook] if config.hook else list(measurement)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    provenance = measurement.provenance
+    teacher = load_model(provenance.model, device=config.device)
+    if provenance.revision not in (None, teacher.revision):
+        raise CapacityError(
+            f"{config.measurement} was measured with other weights than {provenance.model!r} has now: measure again"
+        )
+    source = config.source or ("embedded:heldout" if provenance.source == "embedded" else provenance.source)
+    dictionaries = [
+        NamedDictionary(hook.hook, hook.sae, measured_dictionary(hook, teacher, provenance)) for hook in hooks
+    ]
+    parts = []
+    for hook, dictionary in zip(hooks, dictionaries, strict=True):
+        stream = TokenStream(
+            source,
+            teacher.tokenizer,
+            int(provenance.settings.get("context", 256)),
+            prepend_bos=provenance.settings.get("bos", 0) is not None,
+        )
+        parts.append(
+            splice(
+                tapped_model(teacher, [dictionary.sae], [hook.hook]),
+                measurement,
+                stream,
+                config.widths,
+                saes={hook.hook: dictionary.sae},
+                importance=config.importance,
+                laws=config.law,
+                kept=config.kept,
+                lost=config.lost,
+                keep_error=config.keep_error,
+                max_tokens=config.tokens,
+            )
+        )
+        _say(parts[-1], hook, config)
+    curves = tuple(curve for part in parts for curve in part)
+    about = {**parts[-1].about, "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes())}
+    about["seconds"] = round(sum(part.about["seconds"] for part in parts), 1)
+    spliced = Spliced(curves, about)
+    make_folder(config.out)
+    write_json(config.out / ABOUT_NAME, {"schema": 1, "settings": settings_of(config, "out", "threads")})
+    spliced.save(config.out)
+    print(f"written to {config.out}")
+    return spliced
+
+
+def _say(part: Spliced, hook: HookMeasurement, config: SpliceConfig) -> None:
+    """Print the floors of the widths, or the curve where no width was asked for."""
+    console = Console(width=180)
+    if not config.widths:
+        console.print(part)
+        return
+    floors = [floor for law in (config.law or (None,)) for floor in part.floors([hook], config.widths, law)]
+    console.print(table("Floors with nothing fitted [95% interval over documents]", *floor_cells(floors)))
+    for note in part.notes():
+        console.print(f"[yellow]note:[/yellow] {note}")
+
+
+if __name__ == "__main__":
+    run_file(main)

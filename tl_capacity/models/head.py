@@ -1,0 +1,138 @@
+"""A language model's head, and the hidden states that it turns into logits, of any model that can be tapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.models.forward import NothingMoreToSeeError, evaluating
+
+CHUNK_TOKENS = 128
+"""Tokens whose logits exist at a time."""
+CACHED_LOGITS = 2**17
+"""Logits that a processor core is given at once between two matrix products, so that they are still in its cache."""
+CHECKED_TOKENS = 8
+"""Tokens on which a head is compared with the model's own logits."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language model's head: logits = cap · tanh((h Wᵀ + b) / cap), without the tanh where there is no cap (Gemma 2
+    has one).
+    """
+
+    weight: Float[Tensor, "vocabulary d_model"]
+    bias: Float[Tensor, " vocabulary"] | None = None
+    cap: float | None = None
+
+    def logits(
+        self, hidden: Float[Tensor, "token d_model"], out: Float[Tensor, "token vocabulary"]
+    ) -> Float[Tensor, "token vocabulary"]:
+        """Logits of some tokens, into `out`; a head of another dtype than `out` computes in its own."""
+        hidden, weight = hidden.to(self.weight.dtype), self.weight
+        if weight.dtype != out.dtype:
+            out.copy_(F.linear(hidden, weight, self.bias))
+        elif self.bias is None:
+            torch.mm(hidden, weight.T, out=out)
+        else:
+            torch.addmm(self.bias, hidden, weight.T, out=out)
+        return out if self.cap is None else out.div_(self.cap).tanh_().mul_(self.cap)
+
+
+def head_of(model: Any) -> Head:
+    """The head of a Hugging Face or TransformerLens causal language model."""
+    if hasattr(model, "hook_dict"):
+        cap = getattr(model.cfg, "output_logits_soft_cap", None)
+        bias = getattr(model, "b_U", None)
+        return Head(model.W_U.T, bias, cap if cap is not None and cap > 0 else None)
+    linear = model.get_output_embeddings()
+    return Head(linear.weight, linear.bias, getattr(model.config, "final_logit_softcapping", None))
+
+
+def last_hidden(model: Any, tokens: Int[Tensor, "row position"]) -> Float[Tensor, "rows position d_model"]:
+    """Hidden states behind a model's last norm, which its head turns into logits. Rows are padded on the right, where
+    causal models do not look.
+
+    There are more rows than in `tokens` where a hook adds some on the way.
+    """
+    if not hasattr(model, "hook_dict"):
+        hidden: Tensor = model.base_model(tokens, use_cache=False)[0]
+        return hidden
+    seen: list[Tensor] = []
+
+    def keep(_: Any, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        seen.append(positional[0] if positional else next(iter(named.values())))
+        raise NothingMoreToSeeError
+
+    handle = model.unembed.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        model(tokens)
+    except NothingMoreToSeeError:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def check_head(model: Any, tokens: Int[Tensor, "row position"], doing: str = "distilled") -> None:
+    """Whether a model's own logits are its head's of its last hidden state.
+
+    Raises:
+        CapacityError: where they are not, as in architectures that scale them.
+    """
+    few = tokens[:1, :CHECKED_TOKENS]
+    with evaluating(model):
+        output = model(few)
+        logits = getattr(output, "logits", output)[0].float()
+        from_head = head_of(model).logits(last_hidden(model, few)[0], torch.empty_like(logits))
+    if not torch.allclose(logits, from_head, rtol=1e-2, atol=1e-2):
+        kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+        raise CapacityError(
+            f"the logits of {kind!r} are not its head applied to its last hidden state (they differ by up to"
+            f" {float((logits - from_head).abs().max()):.2g}): this architecture cannot be {doing} yet"
+        )
+
+
+@torch.no_grad()
+def divergences(
+    head: Head,
+    clean: Float[Tensor, "token d_model"],
+    others: Float[Tensor, "variant token d_model"],
+    chunk: int = CHUNK_TOKENS,
+) -> Float64[Tensor, "variant token"]:
+    """KL(clean ‖ other) of the next-token distributions at T = 1, in nats, of several variants of the hidden states.
+
+    Logits of `chunk` tokens exist at a time, those of the clean states once for all variants.
+    """
+    found = torch.zeros(others.shape[:2], dtype=torch.float64, device=others.device)
+    vocabulary = len(head.weight)
+    size = min(chunk, max(1, len(clean)))
+    log_p, p, logits = clean.new_empty(3, size, vocabulary, dtype=torch.float32)
+    for start in range(0, len(clean), size):
+        rows = slice(start, min(start + size, len(clean)))
+        count = rows.stop - start
+        torch.log_softmax(head.logits(clean[rows], logits[:count]), -1, out=log_p[:count])
+        torch.exp(log_p[:count], out=p[:count])
+        for variant, hidden in enumerate(others):
+            head.logits(hidden[rows], logits[:count])
+            for some in _pieces(count, vocabulary):
+                log_q = torch.log_softmax(logits[some], -1)
+                found[variant, start + some.start : start + some.stop] = torch.linalg.vecdot(
+                    p[some], torch.sub(log_p[some], log_q, out=log_q)
+                )
+    return found
+
+
+def _pieces(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """A few tokens at a time, whose logits stay in the cache."""
+    at_once = torch.get_num_threads() * max(1, CACHED_LOGITS // vocabulary)
+    for start in range(0, tokens, at_once):
+        yield slice(start, min(start + at_once, tokens))

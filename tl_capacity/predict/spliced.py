@@ -1,0 +1,215 @@
+"""Spliced: the KL of a teacher in which only the most important features pass a hook point, in nats per token, against
+how many pass; the floor of any width by any capacity law is read from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import checked_widths, sparsity
+from tl_capacity.predict.laws import context_at, kept_features
+from tl_capacity.predict.spliced_curve import SplicedCurve
+from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.checks import checked
+from tl_capacity.show.tables import html_table, table
+from tl_capacity.storage.files import make_folder, read_json, write_json
+
+JSON_NAME = "splice.json"
+SCHEMA = 1
+NATS = "nats per token"
+
+
+@dataclass(frozen=True)
+class SplicedFloor:
+    """The floor of one width by one capacity law, in nats per token: nothing of it is fitted to students.
+
+    Attributes:
+        hook, sae, order: of the curve that it was read from.
+        law: the capacity law that says how many features the width keeps.
+        width: d_S.
+        features_kept: F_S.
+        floor: KL(teacher ‖ teacher with those features only), with its interval over documents.
+    """
+
+    hook: str
+    sae: str
+    order: str
+    law: str
+    width: int
+    features_kept: int
+    floor: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat object."""
+        return {
+            "hook": self.hook,
+            "sae": self.sae,
+            "order": self.order,
+            "law": self.law,
+            "width": self.width,
+            "features_kept": self.features_kept,
+            "predicted_floor": self.floor.value,
+            "predicted_low": self.floor.low,
+            "predicted_high": self.floor.high,
+            "unit": NATS,
+        }
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """Curves of some hook points, dictionaries and orders of one teacher; shows itself in a terminal and a notebook.
+
+    Attributes:
+        curves: one for each hook point, dictionary and order.
+        about: model, text, settings, versions and seconds, for the record.
+    """
+
+    curves: tuple[SplicedCurve, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[SplicedCurve]:
+        return iter(self.curves)
+
+    @checked
+    def floors(
+        self, hooks: Iterable[HookMeasurement], widths: Sequence[int], law: str | None = None
+    ) -> list[SplicedFloor]:
+        """The floor of each width from each curve, by the default capacity law or the one that is named.
+
+        Args:
+            hooks: the measurement that the curves were made from, or some of its hook points: of these come sparsity
+                and importance, on which a law rests.
+
+        Raises:
+            CapacityError: where a width is below 1, or no curve is of these hook points and dictionaries.
+        """
+        chosen = plugins().capacity_laws.named(law)
+        checked_widths(widths)
+        floors = [
+            _floor(curve, hook, width, chosen)
+            for hook in hooks
+            for curve in self.curves
+            if (curve.hook, curve.sae_digest) == (hook.hook, hook.sae_digest)
+            for width in widths
+        ]
+        if widths and not floors:
+            raise CapacityError(
+                "no curve is of a hook point and SAE of this measurement: pass the measurement that was spliced"
+            )
+        return floors
+
+    def notes(self) -> list[str]:
+        """What a reader must know before trusting the curves."""
+        notes = [
+            f"{curve.hook}: with every latent kept the KL is {curve.error.show(significant(curve.error.value))}"
+            f" {NATS}: no width's floor read here is lower, so below that the dictionary is the limit and not the width"
+            for curve in self.curves
+            if not curve.keep_error
+        ]
+        if any(curve.replicates is None for curve in self.curves):
+            notes.append("there are too few documents for an interval: splice on more text")
+        return list(dict.fromkeys(notes))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {"schema": SCHEMA, "about": dict(self.about), "curves": [curve.to_json() for curve in self.curves]}
+
+    @checked
+    def save(self, folder: str | Path) -> Path:
+        """Write `splice.json` into a folder.
+
+        Raises:
+            CapacityError: where it cannot be written.
+        """
+        make_folder(Path(folder))
+        write_json(Path(folder) / JSON_NAME, self.to_json())
+        return Path(folder)
+
+    @classmethod
+    @checked
+    def load(cls, path: str | Path) -> Spliced:
+        """Read the file, or the one in a folder.
+
+        Raises:
+            MeasurementError: where it cannot be read, is of a newer version, or was altered.
+        """
+        file = Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)
+        content = read_json(file)
+        try:
+            if content["schema"] != SCHEMA:
+                raise MeasurementError(
+                    f"{file} is of schema {content['schema']!r} and this version reads {SCHEMA}: update tl-capacity"
+                )
+            return cls(tuple(map(SplicedCurve.from_json, content["curves"])), dict(content["about"]))
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
+            raise MeasurementError(f"{file} lacks or garbles {problem}: splice again") from problem
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a row for each curve and number of kept features."""
+        import pandas
+
+        return pandas.DataFrame(
+            [
+                {
+                    "hook": curve.hook,
+                    "sae": curve.sae,
+                    "order": curve.order,
+                    "lost": curve.lost,
+                    "keep_error": curve.keep_error,
+                    "kept": kept,
+                    "kl": estimate.value,
+                    "kl_low": estimate.low,
+                    "kl_high": estimate.high,
+                }
+                for curve in self.curves
+                for kept, estimate in ((kept, curve.at(kept)) for kept in curve.kept)
+            ]
+        )
+
+    def plot(self) -> Any:
+        """A plotly figure: KL against the number of kept features, a line for each curve."""
+        from tl_capacity.predict.figures import spliced_figure
+
+        return spliced_figure(self.curves)
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of a table: a row for each curve and number of kept features."""
+        return ["hook", "SAE", "order", "kept", f"KL ({NATS})"], [
+            [curve.hook, curve.sae, curve.order, f"{kept:,}", estimate.show(significant(estimate.value))]
+            for curve in self.curves
+            for kept, estimate in ((kept, curve.at(kept)) for kept in curve.kept)
+        ]
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield table(_TITLE, *self.cells())
+        for note in self.notes():
+            yield f"[yellow]note:[/yellow] {note}"
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
+        return f"<p>{escape(_TITLE)}</p>{html_table(*self.cells())}{notes}"
+
+
+_TITLE = "KL(teacher ‖ teacher with only the most important features) [95% interval over documents]"
+
+
+def floor_cells(floors: Sequence[SplicedFloor]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of floors, as text."""
+    return ["hook", "order", "law", "width", "kept", f"floor ({NATS})"], [
+        [f.hook, f.order, f.law, f"{f.width:,}", f"{f.features_kept:,}", f.floor.show(significant(f.floor.value))]
+        for f in floors
+    ]
+
+
+def _floor(curve: SplicedCurve, hook: HookMeasurement, width: int, law: CapacityLaw) -> SplicedFloor:
+    at = context_at(hook, hook.importance(), sparsity(hook))
+    kept = min(kept_features(law, width, at), curve.alive)
+    return SplicedFloor(hook.hook, hook.sae, curve.order, law.name, width, kept, curve.at(kept))

@@ -1,0 +1,348 @@
+"""Splice: run a teacher in which only its most important features pass a hook point, and see how far its predictions
+move.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tl_capacity.dictionaries.adapter import (
+    check_dictionary,
+    dictionary_digest,
+    inputs_for,
+    named_dictionaries,
+    target_hook,
+)
+from tl_capacity.dictionaries.encoding import Encoder, decoder_vectors_add_up, joined
+from tl_capacity.dictionaries.reading import reading_of
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.forward import check_token_ids, evaluating
+from tl_capacity.models.head import check_head, divergences, head_of, last_hidden
+from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import checked_widths, sparsity
+from tl_capacity.predict.laws import context_at, kept_features
+from tl_capacity.predict.spliced import Spliced
+from tl_capacity.predict.spliced_curve import SplicedCurve
+from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.progress import token_progress
+from tl_capacity.runtime.versions import library_versions
+from tl_capacity.splicing.variants import Variants
+from tl_capacity.text.counting import CountedTokens, CountingRule
+from tl_capacity.text.documents import DOCUMENT_GROUPS
+from tl_capacity.text.streams import as_batches, source_of
+
+LOST = ("mean", "zero")
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
+"""Of the alive features, kept where nothing else is asked for; none and all come besides."""
+TOKENS_AT_ONCE = 4096
+"""Tokens of all variants that run through the model's upper layers together."""
+SAEs = Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]] | Sequence[SparseAutoencoder] | SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A curve that is asked for: the latents in their order, and how many of them are to stay."""
+
+    name: str
+    order: NDArray[np.int64]
+    kept: tuple[int, ...]
+
+
+@checked
+def splice(
+    model: Any,
+    measurement: Measurement,
+    stream: Any,
+    widths: Sequence[int] = (),
+    *,
+    saes: SAEs,
+    importance: Sequence[str] = (),
+    laws: Sequence[str] = (),
+    kept: Sequence[int] = (),
+    orders: Mapping[str, Sequence[int]] | None = None,
+    lost: str = "mean",
+    keep_error: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> Spliced:
+    """KL(teacher ‖ teacher with only the F_S most important features at a hook point), in nats per token at T = 1.
+
+    At every counted token the activation x becomes b_dec + Σ_{kept} zᵢ wᵢ + Σ_{lost} z̄ᵢ wᵢ, with z̄ᵢ from the
+    measurement; the other tokens stay as they are. Then the rest of the teacher runs. No student is trained, and no
+    constant is fitted. The layers below the hook point run once for all variants, and the dictionary encodes once.
+
+    Args:
+        model: the teacher: a hooked or Hugging Face model.
+        measurement: of this model with these SAEs.
+        stream: a `TokenStream`, or rows of token ids [row, position]; best text that was not measured.
+        widths: student widths, whose numbers of features are run exactly; others are interpolated later.
+        saes: the SAEs that were measured; hook points of the measurement without one here are left out.
+        importance: estimators by which features are ranked; by default the default one.
+        laws: capacity laws that say how many features a width keeps; by default the default one.
+        kept: further numbers of features to run.
+        orders: further rankings by name, each the numbers of the alive latents with the first to stay first.
+        lost: "mean", z̄ᵢ stands for a lost latent, or "zero", nothing does.
+        keep_error: leave the SAE's error in the stream.
+        max_tokens: read no more tokens of the stream than this.
+        progress: show it once it takes longer than two seconds.
+
+    Raises:
+        HookPointError: where the model lacks a hook point, does not run it, or nothing runs after it.
+        DictionaryError: where an SAE is not the one that was measured, or does not write the sum of its decoder's rows.
+        CapacityError: where a width or a number of features cannot be, or an activation is not finite.
+    """
+    if lost not in LOST:
+        raise CapacityError(
+            f"lost = {lost!r} is nothing that stands for a lost latent: choose one of {', '.join(LOST)}"
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise CapacityError(f"{max_tokens:,} tokens are nothing to splice on: ask for at least 1")
+    checked_widths(widths)
+    started = time.monotonic()
+    pairs = list(_measured(measurement, saes))
+    jobs = [
+        _Job(model, hook, sae, _wanted(hook, widths, importance, laws, kept, orders or {}), lost, keep_error)
+        for hook, sae in pairs
+    ]
+    rule = CountingRule.without(
+        measurement.provenance.settings.get("masked_token_ids", ()),
+        int(measurement.provenance.settings.get("skip_first_positions", 0)),
+    )
+    tokens = 0
+    with ExitStack() as held, torch.no_grad():
+        held.enter_context(evaluating(model))
+        advance = held.enter_context(token_progress(max_tokens, progress, "splicing"))
+        for batch in as_batches(stream):
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+            text = CountedTokens(batch, rule)
+            ids = torch.from_numpy(np.maximum(batch.tokens, 0))
+            check_token_ids(model, ids.numpy())
+            if not tokens:
+                check_head(model, ids.to(_device(model)), "spliced")
+            for job in jobs:
+                job.read(ids, text)
+            tokens += int(text.valid.sum())
+            advance(tokens)
+    curves = tuple(curve for job in jobs for curve in job.curves())
+    about = {
+        "model": measurement.provenance.model,
+        "revision": measurement.provenance.revision,
+        "source": source_of(stream),
+        "tokens": tokens,
+        "widths": list(widths),
+        "versions": library_versions(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return Spliced(curves, about)
+
+
+class _Job:
+    """The curves of one hook point and dictionary, which share prefix, encoding and the teacher's own logits."""
+
+    def __init__(
+        self, model: Any, hook: HookMeasurement, sae: Any, wanted: Sequence[_Wanted], lost: str, keep_error: bool
+    ) -> None:
+        self.model, self.hook, self.sae, self.wanted = model, hook, sae, wanted
+        self.lost, self.keep_error = lost, keep_error
+        check_dictionary(sae, hook.hook)
+        self.source = reading_of(model, sae, hook.hook).point
+        written = target_hook(sae, hook.hook)
+        self.target = self.source if written is None else reading_of(model, sae, written).point
+        self.encoder, self.head = Encoder(sae), head_of(model)
+        means = hook.summary.arrays["sums"].sum(0) / hook.summary.n_tokens
+        self.means = torch.from_numpy(means if lost == "mean" else np.zeros_like(means)).float()
+        self.kl = [np.zeros((DOCUMENT_GROUPS, len(curve.kept))) for curve in wanted]
+        self.tokens = np.zeros(DOCUMENT_GROUPS, dtype=np.int64)
+        self._checked = False
+
+    def read(self, ids: Int[Tensor, "row position"], text: CountedTokens) -> None:
+        """Add the tokens of a batch to every curve."""
+        lengths = text.valid.sum(1)
+        at_once = self._rows_at_once(int(lengths.max()))
+        for start in range(0, len(ids), at_once):
+            rows = slice(start, start + at_once)
+            longest = int(lengths[rows].max())
+            predicting = text.valid[rows, 1:longest]  # whether each position's next token is there
+            if not predicting.any():
+                continue
+            kl = self._kl(ids[rows, :longest], text.counted[rows, :longest], predicting)
+            groups = text.groups[rows][predicting.nonzero()[:, 0]].numpy()
+            np.add.at(self.tokens, groups, 1)
+            for sums, values in zip(self.kl, kl, strict=True):
+                np.add.at(sums, groups, values.T.cpu().numpy())
+
+    def curves(self) -> Iterator[SplicedCurve]:
+        """What was summed.
+
+        Raises:
+            CapacityError: where nothing was.
+        """
+        if not self.tokens.sum():
+            raise CapacityError("the text has no token that is followed by another: splice on longer text")
+        hook = self.hook
+        for curve, kl in zip(self.wanted, self.kl, strict=True):
+            yield SplicedCurve(
+                hook.hook,
+                hook.sae,
+                hook.sae_digest,
+                hook.architecture,
+                hook.width,
+                curve.name,
+                self.lost,
+                self.keep_error,
+                curve.kept,
+                kl,
+                self.tokens,
+            )
+
+    def _rows_at_once(self, longest: int) -> int:
+        """Rows in one forward pass. Only where the whole residual stream passes can several go together: elsewhere what
+        comes back is added to a stream that has one row, which goes with any number.
+        """
+        if self.target.centred or not self.target.carries_the_stream:
+            return 1
+        variants = max(len(curve.kept) for curve in self.wanted) + 1
+        return max(1, TOKENS_AT_ONCE // (longest * variants))
+
+    def _kl(self, ids: Tensor, spliced: Tensor, predicting: Tensor) -> list[Tensor]:
+        """KL of each curve's variants at the predicting positions, [variant, token] each."""
+        device = _device(self.model)
+        per_pass = max(1, TOKENS_AT_ONCE // ids.numel() - 1)
+        found = []
+        for curve in self.wanted:
+            parts = []
+            for start in range(0, len(curve.kept), per_pass):
+                kept = curve.kept[start : start + per_pass]
+                hidden = self._hidden(ids.to(device), spliced.to(device), curve.order, kept)
+                hidden = hidden.view(len(kept) + 1, *ids.shape, -1)[:, :, :-1][:, predicting.to(device)]
+                parts.append(divergences(self.head, hidden[0], hidden[1:]))
+            found.append(torch.cat(parts))
+        return found
+
+    def _hidden(self, ids: Tensor, spliced: Tensor, order: NDArray[np.int64], kept: Sequence[int]) -> Tensor:
+        """Last hidden states [rows, position, d_model] of the teacher and behind them of each variant."""
+        variants = self._variants(order, kept)
+        read: list[Tensor] = []
+        written: list[bool] = []
+
+        def replace(x: Tensor) -> Tensor:
+            if not read:
+                raise HookPointError(
+                    f"{self.target.name} fired before {self.source.name}, which the transcoder reads: it cannot be"
+                    " spliced there"
+                )
+            inputs = inputs_for(self.sae, read[0][spliced])
+            self._check(inputs)
+            written.append(True)
+            flat = x.flatten(2)
+            new = variants(flat[spliced], inputs, joined(list(self.encoder.entries(inputs))))
+            if not bool(torch.isfinite(new).all()):
+                raise CapacityError(f"the activations at {self.target.name} are NaN or infinite: check the model")
+            rows: Tensor = variants.edited(flat, spliced, new).unflatten(2, x.shape[2:])
+            return rows
+
+        with ExitStack() as hooks:
+            hooks.callback(self.source.watch(read.append))
+            hooks.callback(self.target.edit(replace))
+            hidden = last_hidden(self.model, ids)
+        if not written:
+            raise HookPointError(
+                f"{self.target.name} did not fire before the model's head: splice at a hook point that the model runs"
+            )
+        if len(hidden) != (variants.n + 1) * len(ids):
+            raise HookPointError(
+                f"nothing of {self.target.name} reaches the model's head: splice at another hook point"
+            )
+        return hidden
+
+    def _variants(self, order: NDArray[np.int64], kept: Sequence[int]) -> Variants:
+        everything = [len(order) if number == self.hook.summary.n_alive.value else number for number in kept]
+        return Variants(self.sae, torch.from_numpy(order), everything, self.means, self.keep_error)
+
+    def _check(self, inputs: Tensor) -> None:
+        """See on the first tokens whether the dictionary writes the sum of its decoder vectors."""
+        if self._checked or not len(inputs):
+            return
+        if decoder_vectors_add_up(self.sae, inputs) is False:
+            raise DictionaryError(
+                f"the SAE at {self.hook.hook} does not write the sum of its decoder vectors, so that features cannot be"
+                " left out of it: choose another SAE"
+            )
+        self._checked = True
+
+
+def _measured(measurement: Measurement, saes: Any) -> Iterator[tuple[HookMeasurement, Any]]:
+    """What was measured of each SAE.
+
+    Raises:
+        DictionaryError: where one was not measured.
+    """
+    for hook, _, sae in named_dictionaries(saes):
+        there = [measured for measured in measurement if measured.hook == hook]
+        digest = dictionary_digest(sae)
+        same = [measured for measured in there if measured.sae_digest == digest]
+        if not same:
+            raise DictionaryError(
+                f"the SAE at {hook} is not one that was measured there"
+                f" ({', '.join(measured.sae for measured in there) or 'nothing was'}): pass the same weights, or"
+                " measure with it"
+            )
+        yield same[0], sae
+
+
+def _wanted(
+    hook: HookMeasurement,
+    widths: Sequence[int],
+    importance: Sequence[str],
+    laws: Sequence[str],
+    kept: Sequence[int],
+    orders: Mapping[str, Sequence[int]],
+) -> list[_Wanted]:
+    """The curves of a hook point, an order each."""
+    alive = int(hook.summary.n_alive.value)
+    if wrong := [number for number in kept if not 0 <= number <= alive]:
+        raise CapacityError(
+            f"{wrong[0]:,} features cannot stay at {hook.hook}, which has {alive:,} alive ones: choose a number from 0"
+            " to that"
+        )
+    chosen = [plugins().capacity_laws.named(law) for law in (laws or (None,))]
+    budgets = {
+        kept_features(law, width, context_at(hook, hook.importance(name), sparsity(hook)))
+        for name in (importance or (None,))
+        for law in chosen
+        for width in widths
+    }
+    numbers = {0, alive, *kept, *budgets, *(() if kept else (round(share * alive) for share in SHARES))}
+    rest = np.flatnonzero(~hook.summary.alive)
+    rankings = {hook.estimator(name).name: hook.ranked(name) for name in (importance or (None,))}
+    for name, order in orders.items():
+        ranked = np.asarray(order, dtype=np.int64)
+        if not np.array_equal(np.sort(ranked), np.flatnonzero(hook.summary.alive)):
+            raise CapacityError(
+                f"the order {name!r} does not name each of the {alive:,} alive features at {hook.hook} once: pass a"
+                " permutation of them"
+            )
+        rankings[name] = ranked
+    return [
+        _Wanted(name, np.concatenate([ranked, rest]), tuple(sorted(min(n, alive) for n in numbers)))
+        for name, ranked in rankings.items()
+    ]
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
