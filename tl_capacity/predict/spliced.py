@@ -210,6 +210,8 @@ def floor_cells(floors: Sequence[SplicedFloor]) -> tuple[list[str], list[list[st
 
 
 def _floor(curve: SplicedCurve, hook: HookMeasurement, width: int, law: CapacityLaw) -> SplicedFloor:
-    at = context_at(hook, hook.importance(), sparsity(hook))
+    # An order of the user's own has no importances that a law could look at.
+    ranked_by = curve.order if curve.order in plugins().importance_estimators else None
+    at = context_at(hook, hook.importance(ranked_by), sparsity(hook))
     kept = min(kept_features(law, width, at), curve.alive)
     return SplicedFloor(hook.hook, hook.sae, curve.order, law.name, width, kept, curve.at(kept))
