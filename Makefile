@@ -50,6 +50,7 @@ check: .venv/.dev site
 	$(BIN)/python docs/write_help.py --check
 	$(BIN)/python docs/write_architecture.py --check
 	$(BIN)/python docs/write_fidelity.py --check
+	$(BIN)/python docs/write_taps.py --check
 
 fix: .venv/.dev
 	$(BIN)/ruff check --fix .

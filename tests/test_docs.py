@@ -411,6 +411,10 @@ def test_the_fidelity_page_is_current(write_fidelity: Any) -> None:
     assert write_fidelity.main(["--check"]) == 0, "run `python docs/write_fidelity.py`"
 
 
+def test_the_page_of_hook_points_is_current() -> None:
+    assert script("write_taps").main(["--check"]) == 0, "run `python docs/write_taps.py`"
+
+
 MARKED = """
 @pytest.mark.fidelity(source="any", says="`z`", obeyed="a | b")
 class TestOne:

@@ -242,6 +242,8 @@ class CapacityLaw:
 
 RESIDUAL_STREAM = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)")
 """Hook points before and after a block: its number, and where."""
+HOOK_IN_BLOCK = re.compile(r"blocks\.(\d+)\.([\w.]+)")
+"""Any hook point of a block: its number, and the rest of the name."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,9 @@ class ModelFamily:
         student: the fields that change in the teacher's configuration for a student of some width, or None where it has
             none of that width; without this function the family cannot be distilled. It needs to be cheap: nearby
             widths are tried where one cannot be built.
+        places: where a block keeps what hooks inside it mean, by `config.model_type`: from the rest of the hook's name
+            to a module of the block and its side, such as `{"mlp.hook_out": "mlp.output"}`. What is not in it needs a
+            TransformerLens model.
     """
 
     name: str
@@ -263,6 +268,7 @@ class ModelFamily:
     blocks: str
     summary: str = ""
     student: Callable[[Any, int], Mapping[str, Any] | None] | None = None
+    places: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
 
     def residual(self, hook_name: str) -> tuple[str, str] | None:
         """`(module path, "input" or "output")` that carries a residual-stream hook, or None where the hook is no
@@ -272,6 +278,28 @@ class ModelFamily:
         if match is None:
             return None
         return f"{self.blocks}.{int(match[1])}", "input" if match[2] in ("hook_resid_pre", "hook_in") else "output"
+
+    def place(self, hook_name: str, model_type: str) -> tuple[str, str] | None:
+        """`(module path, "input" or "output")` that carries what a hook name means, inside blocks too; None where the
+        family does not say.
+        """
+        match = HOOK_IN_BLOCK.fullmatch(hook_name)
+        inside = self.places.get(model_type, {}).get(match[2]) if match else None
+        if match is None or inside is None:
+            return self.residual(hook_name)
+        path, _, side = inside.rpartition(".")
+        return f"{self.blocks}.{int(match[1])}.{path}", side
+
+    def hook_at(self, path: str, side: str, model_type: str) -> str | None:
+        """The hook name that means one side of a module of the model, or None where the family does not say."""
+        match = re.fullmatch(re.escape(self.blocks) + r"\.(\d+)(?:\.([\w.]+))?", path)
+        if match is None:
+            return None
+        if match[2] is None:
+            return f"blocks.{match[1]}.{'hook_resid_pre' if side == 'input' else 'hook_resid_post'}"
+        places = self.places.get(model_type, {})
+        inside = next((hook for hook, place in places.items() if place == f"{match[2]}.{side}"), None)
+        return None if inside is None else f"blocks.{match[1]}.{inside}"
 
 
 @dataclass(frozen=True)

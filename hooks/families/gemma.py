@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tl_capacity.hooks.families.places import NORMS_ON_BOTH_SIDES, PRE_NORM
 from tl_capacity.hooks.families.scaling import decoder, scaled
 
 from tl_capacity.interfaces import ModelFamily
@@ -21,5 +22,10 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
 
 
 FAMILY = ModelFamily(
-    "gemma", ("gemma", "gemma2", "gemma3_text"), "model.layers", "Gemma, Gemma 2, Gemma 3 (text)", student
+    "gemma",
+    ("gemma", "gemma2", "gemma3_text"),
+    "model.layers",
+    "Gemma, Gemma 2, Gemma 3 (text)",
+    student,
+    {"gemma": PRE_NORM, "gemma2": NORMS_ON_BOTH_SIDES, "gemma3_text": NORMS_ON_BOTH_SIDES},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tl_capacity.hooks.families.places import sublayers
 from tl_capacity.hooks.families.scaling import head_size, initial_weights, scaled
 
 from tl_capacity.interfaces import ModelFamily
@@ -24,4 +25,5 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
     }
 
 
-FAMILY = ModelFamily("gpt2", ("gpt2",), "transformer.h", "GPT-2", student)
+PLACES = sublayers("attn", "c_proj", "mlp", "c_proj", norms={"ln1": "ln_1", "ln2": "ln_2"}, middle="ln_2.input")
+FAMILY = ModelFamily("gpt2", ("gpt2",), "transformer.h", "GPT-2", student, {"gpt2": PLACES})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tl_capacity.hooks.families.places import sublayers
 from tl_capacity.hooks.families.scaling import head_size, initial_weights, partly_rotated, scaled
 
 from tl_capacity.interfaces import ModelFamily
@@ -24,4 +25,6 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
     }
 
 
-FAMILY = ModelFamily("gpt-neox", ("gpt_neox",), "gpt_neox.layers", "Pythia, GPT-NeoX", student)
+# Attention and MLP both read the block's input, unless the configuration has it otherwise.
+PLACES = sublayers("attention", "dense", "mlp", "dense_4h_to_h")
+FAMILY = ModelFamily("gpt-neox", ("gpt_neox",), "gpt_neox.layers", "Pythia, GPT-NeoX", student, {"gpt_neox": PLACES})

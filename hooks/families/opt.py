@@ -23,4 +23,11 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
     }
 
 
-FAMILY = ModelFamily("opt", ("opt",), "model.decoder.layers", "OPT", student)
+# Its MLP has no module of its own, and sees all rows as one.
+PLACES = {
+    "hook_attn_out": "self_attn.output",
+    "attn.hook_in": "self_attn.input",
+    "attn.hook_out": "self_attn.output",
+    "attn.hook_z": "self_attn.out_proj.input",
+}
+FAMILY = ModelFamily("opt", ("opt",), "model.decoder.layers", "OPT", student, {"opt": PLACES})

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tl_capacity.hooks.families.places import PRE_NORM, sublayers
 from tl_capacity.hooks.families.scaling import decoder, partly_rotated
 
 from tl_capacity.interfaces import ModelFamily
@@ -21,6 +22,13 @@ def student(config: Any, width: int) -> dict[str, Any] | None:
 
 
 FAMILIES = (
-    ModelFamily("phi", ("phi",), "model.layers", "Phi 1, 1.5 and 2", student),
-    ModelFamily("phi3", ("phi3",), "model.layers", "Phi 3"),
+    ModelFamily(
+        "phi",
+        ("phi",),
+        "model.layers",
+        "Phi 1, 1.5 and 2",
+        student,
+        {"phi": sublayers("self_attn", "dense", "mlp", "fc2", norms={"ln1": "input_layernorm"})},
+    ),
+    ModelFamily("phi3", ("phi3",), "model.layers", "Phi 3", places={"phi3": PRE_NORM}),
 )

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from tl_capacity.hooks.families.places import PRE_NORM
 from tl_capacity.hooks.families.scaling import decoder
 
 from tl_capacity.interfaces import ModelFamily
 
-FAMILY = ModelFamily("qwen", ("qwen2", "qwen3"), "model.layers", "Qwen 2, Qwen 3", decoder)
+FAMILY = ModelFamily(
+    "qwen",
+    ("qwen2", "qwen3"),
+    "model.layers",
+    "Qwen 2, Qwen 3",
+    decoder,
+    {"qwen2": PRE_NORM, "qwen3": PRE_NORM},
+)

@@ -113,12 +113,12 @@ class TestSparsify:
         _, sae = load_sae(self.save(tmp_path / "layers.1.mlp", w, transcode=True, skip_connection=True))
         assert (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out) == (
             "blocks.1.mlp.hook_in",
-            "blocks.1.hook_mlp_out",
+            "blocks.1.mlp.hook_out",
         )
         with tlc.add_capacity_hooks(bridge, sae, fvu_every=1, mask_token_ids=[BOS]) as capacity:
             summary = capacity.run(tokens.split(8)).measurement()["blocks.1.mlp.hook_in"].summary
         _, cache = bridge.run_with_cache(tokens)
-        inputs, targets = (cache[name][tokens != BOS] for name in ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"))
+        inputs, targets = (cache[name][tokens != BOS] for name in ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"))
         z = largest(
             (inputs @ w["encoder.weight"].T + w["encoder.bias"]).relu(), K
         )  # a transcoder does not subtract b_dec, which is the output's
@@ -132,11 +132,14 @@ class TestSparsify:
         [
             ("layers.11", False, "blocks.11.hook_resid_post", None),
             ("gpt_neox.layers.2", False, "blocks.2.hook_resid_post", None),
-            ("h.0.mlp", False, "blocks.0.hook_mlp_out", None),
-            ("layers.2.attention", False, "blocks.2.hook_attn_out", None),
+            ("h.0.mlp", False, "blocks.0.mlp.hook_out", None),
+            ("layers.2.attention", False, "blocks.2.attn.hook_out", None),
+            ("layers.2.self_attn", True, "blocks.2.attn.hook_in", "blocks.2.attn.hook_out"),
+            ("layers.2.mlp.down_proj", False, "layers.2.mlp.down_proj", None),
+            ("h.2.ln_2", True, "h.2.ln_2.input", "h.2.ln_2"),
             ("layers.2/seed1", False, "blocks.2.hook_resid_post", None),
             ("embed_tokens", False, "hook_embed", None),
-            ("layers.2.mlp", True, "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"),
+            ("layers.2.mlp", True, "blocks.2.mlp.hook_in", "blocks.2.mlp.hook_out"),
             ("layers.2", True, "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"),
             ("best", False, None, None),
         ],
@@ -277,8 +280,8 @@ class TestDictionaryLearning:
         ("trainer", "hook"),
         [
             ({"submodule_name": None}, HOOK),
-            ({"submodule_name": "mlp_out_layer_1"}, "blocks.1.hook_mlp_out"),
-            ({"submodule_name": "attention_1"}, "blocks.1.hook_attn_out"),
+            ({"submodule_name": "mlp_out_layer_1"}, "blocks.1.mlp.hook_out"),
+            ({"submodule_name": "attention_1"}, "blocks.1.attn.hook_out"),
             ({"submodule_name": "something"}, None),
             ({"layer": None}, None),
         ],
@@ -443,7 +446,7 @@ def test_bad_specifications(neox: Any, tokenizer: Any) -> None:
             BasisSpec.parse(spec)
     stream = TokenStream(["w1 w2 w3"], tokenizer)
     with pytest.raises(HookPointError, match="is no residual-stream hook"):
-        BasisSpec("pca", "blocks.1.hook_mlp_out").fit(neox, stream)
+        BasisSpec("pca", "blocks.1.ln2.hook_normalized").fit(neox, stream)
     with pytest.raises(CapacityError, match="has no token to count"):
         BasisSpec("neurons", HOOK).fit(neox, TokenStream(np.full((2, 5), BOS), tokenizer))
 

@@ -59,10 +59,26 @@ def metadata_of(sae: Any, name: str) -> Any:
     return getattr(getattr(getattr(sae, "cfg", None), "metadata", None), name, None)
 
 
+def read_hook(sae: Any) -> str | None:
+    """The hook point that an SAE was trained to read, by its own account."""
+    return _trained_hook(sae, "hook_name")
+
+
 def target_hook(sae: Any, hook: str) -> str | None:
     """The hook point that a transcoder writes to; None for an SAE, which reconstructs what it reads."""
-    target = metadata_of(sae, "hook_name_out")
-    return str(target) if target and target != hook else None
+    target = _trained_hook(sae, "hook_name_out")
+    return target if target and target not in (hook, read_hook(sae)) else None
+
+
+def _trained_hook(sae: Any, name: str) -> str | None:
+    hook, module = metadata_of(sae, name), str(metadata_of(sae, f"hf_{name}") or "")
+    if not hook:
+        return None
+    # SAELens calls what Gemma Scope 2's transcoders read `hook_mlp_in`, which in TransformerLens is the stream before
+    # the norm; the files name the norm's output.
+    if module.endswith("norm.output") and str(hook).endswith(".hook_mlp_in"):
+        return str(hook).removesuffix("hook_mlp_in") + "mlp.hook_in"
+    return str(hook)
 
 
 def architecture_of(sae: Any) -> str:
@@ -160,10 +176,10 @@ def _several(saes: Any) -> list[Any]:
 
 
 def _metadata_hook(sae: Any) -> str:
-    hook = metadata_of(sae, "hook_name")
+    hook = read_hook(sae)
     if not hook:
         raise DictionaryError(
             f"this {type(sae).__name__} does not name its hook point: pass a mapping such as"
             " {'blocks.3.hook_resid_post': sae}"
         )
-    return str(hook)
+    return hook

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +47,29 @@ def read_sparsify(folder: Path) -> Dictionary:
 
 
 def sparsify_hooks(folder: Path, transcodes: bool) -> Metadata:
-    """Hook points of a folder that `sparsify` named after a module: `layers.3`, `h.3.mlp`, `layers.3.attention`;
-    `/seed1` follows where it trained several.
+    """Hook points of a folder that `sparsify` named after a module of the base model: `layers.3`, `h.3.mlp`,
+    `layers.3.attention`; `/seed1` follows where it trained several.
+
+    It is trained on what the module itself gives, which a norm may stand behind, and a transcoder also on what the
+    module reads.
     """
     name = folder.name if not re.fullmatch(r"seed\d+", folder.name) else folder.parent.name
-    match = re.search(r"(?:layers|h|blocks)\.(\d+)(?:\.(mlp|attention|attn|self_attn))?$", name)
+    match = re.search(r"(?:layers|h|blocks)\.(\d+)(?:\.([\w.]+))?$", name)
     if match is None:
-        return (
-            Metadata("hook_embed")
-            if name.endswith(("embed_in", "embed_tokens", "wte")) and not transcodes
-            else Metadata()
-        )
-    block, inside = (
-        f"blocks.{match[1]}",
-        {None: "hook_resid_post", "mlp": "hook_mlp_out"}.get(match[2], "hook_attn_out"),
-    )
-    if not transcodes:
-        return Metadata(f"{block}.{inside}")
-    reads = {None: "hook_resid_pre", "mlp": "mlp.hook_in"}.get(match[2], "attn.hook_in")
-    return Metadata(f"{block}.{reads}", f"{block}.{inside}")
+        embeds = name.endswith(("embed_in", "embed_tokens", "wte")) and not transcodes
+        return Metadata("hook_embed") if embeds else Metadata()
+    block, inside = f"blocks.{match[1]}", match[2]
+    if inside is None:
+        reads, writes = f"{block}.hook_resid_pre", f"{block}.hook_resid_post"
+    elif inside in SUBLAYERS:
+        reads, writes = (f"{block}.{SUBLAYERS[inside]}.{side}" for side in ("hook_in", "hook_out"))
+    else:
+        reads, writes = f"{name}.input", name
+    return Metadata(reads, writes) if transcodes else Metadata(writes)
+
+
+SUBLAYERS = {"mlp": "mlp", "attention": "attn", "attn": "attn", "self_attn": "attn"}
+"""TransformerLens' names of the modules in a block that transformers gives these names."""
 
 
 def read_dictionary_learning(folder: Path) -> Dictionary:
@@ -104,7 +109,8 @@ def read_dictionary_learning(folder: Path) -> Dictionary:
             "W_enc": renamed["W_enc"] * norms,
             "b_enc": renamed["b_enc"] * norms,
         }
-    metadata = Metadata(_dictionary_learning_hook(trainer), context_size=_field(buffer, "ctx_len", int))
+    hooks = dictionary_learning_hooks(trainer, _field(buffer, "io", str) or "out")
+    metadata = replace(hooks, context_size=_field(buffer, "ctx_len", int))
     return Dictionary(architecture, renamed, metadata, subtract_bias=subtract_bias, k=_field(trainer, "k", int))
 
 
@@ -145,21 +151,25 @@ def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed | {name: weights[theirs].T for theirs, name in TRANSPOSED.items() if theirs in weights}
 
 
-def _dictionary_learning_hook(trainer: Mapping[str, Any]) -> str | None:
-    """The hook point, from the layer and the name of the submodule whose output it was trained on."""
+def dictionary_learning_hooks(trainer: Mapping[str, Any], side: str) -> Metadata:
+    """The hook points, from the layer, the name of the submodule, and the side of it that the activations were taken
+    from.
+    """
     layer = _field(trainer, "layer", int)
-    if layer is None:
-        return None
     name = str(trainer.get("submodule_name") or "resid_post")
-    kind = next(
-        (
-            hook
-            for part, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"), ("att", "hook_attn_out"))
-            if part in name
-        ),
-        None,
-    )
-    return f"blocks.{layer}.{kind}" if kind else None
+    part = next((part for part in DICTIONARY_LEARNING_HOOKS if part in name), None)
+    if layer is None or part is None:
+        return Metadata()
+    reads, writes = (f"blocks.{layer}.{hook}" for hook in DICTIONARY_LEARNING_HOOKS[part])
+    return {"in": Metadata(reads), "in_and_out": Metadata(reads, writes)}.get(side, Metadata(writes))
+
+
+DICTIONARY_LEARNING_HOOKS = {
+    "resid": ("hook_resid_pre", "hook_resid_post"),
+    "mlp": ("mlp.hook_in", "mlp.hook_out"),
+    "att": ("attn.hook_in", "attn.hook_out"),
+}
+"""What a submodule's name has in it, and what enters and leaves such a submodule."""
 
 
 def read_sae_lens(folder: Path) -> Dictionary:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest, metadata_of, target_hook
+from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest, metadata_of, read_hook, target_hook
 from tl_capacity.dictionaries.bases import BasisSpec
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.provenance import Provenance
+from tl_capacity.models.places import hugging_face_place
 from tl_capacity.plugins import plugins
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.logs import log
@@ -94,7 +95,7 @@ def _dictionary(spec: str, loaded: LoadedModel, device: str) -> NamedDictionary:
         name, sae = load_sae(rest, device)
         if named and hook in named.saes and str(named.saes[hook]) == rest:
             name = f"{named.name}/{hook}"
-    hook = hook or metadata_of(sae, "hook_name") or ""
+    hook = hook or read_hook(sae) or ""
     if not hook:
         raise CapacityError(f"the SAE {rest} does not name its hook point: pass it as --sae HOOK={rest}")
     if not (named and name.startswith(f"{named.name}/")):
@@ -135,10 +136,11 @@ def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> in
 
 
 def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:
-    """The Hugging Face model where its family can tap every hook that is read or written, else a bridge around it."""
-    family = plugins().family_of(loaded.model.config.model_type)
+    """The Hugging Face model where its family has a place for every hook that is read or written, else a bridge around
+    it.
+    """
     outputs = [target_hook(sae, hook) for sae, hook in zip(saes, hooks, strict=True)]
     wanted = [*hooks, *more_hooks, *(o for o in outputs if o)]
-    if family is not None and all(family.residual(hook) for hook in wanted):
+    if all(hugging_face_place(loaded.model, hook) for hook in wanted):
         return loaded.model
     return loaded.bridge

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from tl_capacity.errors import HookPointError
 from tl_capacity.models.hooks import Change, edit_hook_point, edit_input, edit_output
+from tl_capacity.models.places import (
+    hugging_face_hooks,
+    hugging_face_place,
+    lens_name,
+    model_type_of,
+    side_of_block,
+    walk,
+)
 from tl_capacity.plugins import plugins
 
 _STREAM = re.compile(r"blocks\.\d+\.(hook_resid_pre|hook_resid_post|hook_in|hook_out)")
@@ -81,6 +89,10 @@ def about_the_mean(change: Callable[[Tensor], Tensor | None]) -> Callable[[Tenso
 def find_tap_point(model: Any, name: str) -> TapPoint:
     """The place in a model that a hook name means.
 
+    Besides TransformerLens' names, one side of a module of the Hugging Face model is a name: `model.layers.3.mlp` is
+    its output, `model.layers.3.mlp.input` its input. Of a block's modules, both sides have a name in every form of the
+    model: `blocks.3.mlp.hook_out` is what the MLP gives, before any norm that stands behind it.
+
     Raises:
         HookPointError: where the model has no such hook point.
     """
@@ -92,45 +104,56 @@ def find_tap_point(model: Any, name: str) -> TapPoint:
 def _of_hooked_model(model: Any, name: str) -> TapPoint:
     from transformer_lens.hook_points import HookPoint
 
+    sought = lens_name(model, name)
+
     def find() -> Any:
-        module: nn.Module | None = model.hook_dict.get(name)
-        return module if module is not None else _walk(model, name)
+        module: nn.Module | None = model.hook_dict.get(sought)
+        return module if module is not None else walk(model, sought)
 
     # A bridge ignores names it does not know, and an SAE bridge lacks the aliases: so the name is resolved here,
     # once.
     module = find()
     if not isinstance(module, HookPoint):
+        place = side_of_block(sought)
+        if place is not None and isinstance(inside := walk(model, place.path), nn.Module):
+            return TapPoint(name, lambda: walk(model, place.path), inside, place.side, int(model.cfg.d_model))
         known = hook_names(model)
         raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, known)}")
-    return TapPoint(name, find, module, width=_hook_width(model, name))
+    return TapPoint(name, find, module, width=_hook_width(model, sought))
 
 
 def _of_hugging_face_model(model: Any, name: str) -> TapPoint:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    family = plugins().family_of(kind)
-    if family is None:
-        raise HookPointError(
-            f"no model family covers {kind!r}: register one (docs/families.md), or wrap the model in a"
-            " TransformerBridge"
-        )
-    place = family.residual(name)
+    place = hugging_face_place(model, name)
     if place is None:
+        kind = model_type_of(model)
+        if plugins().family_of(kind) is None:
+            raise HookPointError(
+                f"no model family covers {kind!r}: register one (docs/families.md), or wrap the model in a"
+                " TransformerBridge"
+            )
         raise HookPointError(
-            f"{name!r} is no residual-stream hook, the only kind a Hugging Face model offers: wrap the model in a"
-            " TransformerBridge"
+            f"{name!r} is no residual-stream hook, nor another that the family of {kind!r} has a place for: wrap the"
+            " model in a TransformerBridge"
         )
-    module = _walk(model, place[0])
+    module = walk(model, place.path)
     if not isinstance(module, nn.Module):
         raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, hook_names(model))}")
-    return TapPoint(name, lambda: _walk(model, place[0]), module, place[1], int(model.config.hidden_size))
+    return TapPoint(name, lambda: walk(model, place.path), module, place.side, _side_width(model, name))
 
 
 def hook_names(model: Any) -> list[str]:
     """The hook points of a model that can be tapped."""
     if hasattr(model, "hook_dict"):
         return list(model.hook_dict)
-    layers = int(getattr(model.config, "num_hidden_layers", 0))
-    return [f"blocks.{layer}.{side}" for layer in range(layers) for side in ("hook_resid_pre", "hook_resid_post")]
+    return hugging_face_hooks(model)
+
+
+def _side_width(model: Any, name: str) -> int | None:
+    config = model.config
+    if name.endswith(".hook_z"):
+        heads = int(config.num_attention_heads)
+        return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return int(config.hidden_size) if name.startswith("blocks.") and not name.endswith(".hook_post") else None
 
 
 def _hook_width(model: Any, name: str) -> int | None:
@@ -153,16 +176,6 @@ def residual_width(model: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "d_model", None) or getattr(text, "hidden_size", None)
     return None if width is None else int(width)
-
-
-def _walk(root: Any, path: str) -> Any:
-    for part in path.split("."):
-        root = (
-            root[int(part)]
-            if part.isdigit() and isinstance(root, nn.ModuleList) and int(part) < len(root)
-            else getattr(root, part, None)
-        )
-    return root
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
