@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,20 @@ from tl_capacity.errors import DictionaryError
 
 @dataclass(frozen=True)
 class Metadata:
-    """Where a dictionary belongs, as far as its files say."""
+    """Where a dictionary belongs, as far as its files say, under the names that SAELens uses."""
 
     hook_name: str | None = None
     hook_name_out: str | None = None
     context_size: int | None = None
+    hook_head_index: int | None = None
+    hook_head_index_out: int | None = None
+    hf_hook_name: str | None = None
+    hf_hook_name_out: str | None = None
+    model_name: str | None = None
+    model_from_pretrained_kwargs: Mapping[str, Any] | None = None
+    prepend_bos: bool | None = None
+    seqpos_slice: Sequence[int | None] | None = None
+    dataset_path: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def read_sae_lens(folder: Path) -> Dictionary:
             f"the SAE in {folder} ({architecture}) cannot be read without SAELens, which is not installed for this"
             " TransformerLens: install transformer-lens<4"
         )
-    metadata = Metadata(said.get("hook_name"), said.get("hook_name_out"), said.get("context_size"))
+    metadata = Metadata(**{field.name: said.get(field.name) for field in fields(Metadata)})
     subtract_bias = bool(config.get("apply_b_dec_to_input", True))
     return Dictionary(
         architecture, load_file(folder / SAE_LENS_WEIGHTS), metadata, subtract_bias=subtract_bias, k=config.get("k")
@@ -226,7 +226,16 @@ SAE_LENS_FIELDS: dict[str, type] = {
     "normalize_activations": str,
     "reshape_activations": str,
 }
-SAE_LENS_METADATA: dict[str, type] = {"hook_name": str, "hook_name_out": str, "context_size": int, "prepend_bos": bool}
+SAE_LENS_METADATA: dict[str, type] = {
+    "hook_name": str,
+    "hook_name_out": str,
+    "hook_head_index": int,
+    "hook_head_index_out": int,
+    "hf_hook_name": str,
+    "hf_hook_name_out": str,
+    "context_size": int,
+    "prepend_bos": bool,
+}
 KINDS: dict[type, str] = {int: "whole number", str: "text", bool: "truth value", dict: "object"}
 """What a type is called in a refusal."""
 

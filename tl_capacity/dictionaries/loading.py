@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,8 +22,8 @@ TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 
 @checked
 def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
-    """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, else `RELEASE/SAE_ID`
-    of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub.
+    """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, a file of
+    `circuit-tracer`'s, else `RELEASE/SAE_ID` of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub.
 
     Returns:
         the SAE's name for the record, and the SAE.
@@ -36,6 +37,10 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return spec, _load_sae_folder(folder, device)
+    if folder.is_file() and folder.suffix == ".safetensors":
+        from tl_capacity.dictionaries import transcoders
+
+        return spec, _read(folder, "circuit-tracer", transcoders.read_transcoder, device)
 
     if not _sae_lens_works():
         raise DictionaryError(
@@ -45,6 +50,7 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     from sae_lens import SAE
 
     release, sae_id = _release_and_id(spec)
+    _refuse_cross_layer(release, sae_id)
     try:
         with hub_or_cache():
             return spec, _described(SAE.from_pretrained(release, sae_id, device=device))
@@ -58,6 +64,7 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
 def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
     """The dictionary in a folder, by whichever trainer's files lie in it."""
     from tl_capacity.dictionaries import formats as dictionaries
+    from tl_capacity.dictionaries import transcoders
 
     formats: dict[tuple[str, str], tuple[str, Callable[[Path], Any]]] = {
         ("cfg.json", dictionaries.SPARSIFY_WEIGHTS): ("sparsify", dictionaries.read_sparsify),
@@ -69,21 +76,27 @@ def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
     }
     for names, (trainer, read) in formats.items():
         if all((folder / name).is_file() for name in names):
-            try:
-                sae: SparseAutoencoder = read(folder).to(device)
-                return sae
-            except DictionaryError:
-                raise
-            except loading_errors() as problem:
-                raise DictionaryError(
-                    f"the SAE in {folder} cannot be loaded ({reason_of(problem)}): save it again with {trainer}"
-                ) from problem
+            return _read(folder, trainer, read, device)
+    transcoders.refuse_folder(folder)
     if not (folder / "cfg.json").is_file():
         raise DictionaryError(
             f"{folder} holds no cfg.json: pass a folder that SAELens saved, with cfg.json and"
             f" {dictionaries.SAE_LENS_WEIGHTS} in it"
         )
     raise DictionaryError(f"{folder} holds no {dictionaries.SAE_LENS_WEIGHTS}: pass a folder that SAELens saved")
+
+
+def _read(path: Path, trainer: str, read: Callable[[Path], Any], device: str) -> SparseAutoencoder:
+    """What a function reads from a trainer's files; whatever fails is one sentence."""
+    try:
+        sae: SparseAutoencoder = read(path).to(device)
+        return sae
+    except DictionaryError:
+        raise
+    except loading_errors() as problem:
+        raise DictionaryError(
+            f"the SAE in {path} cannot be loaded ({reason_of(problem)}): save it again with {trainer}"
+        ) from problem
 
 
 def _read_sae_lens(folder: Path) -> Any:
@@ -117,6 +130,19 @@ def _sae_lens_works() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _refuse_cross_layer(release: str, sae_id: str) -> None:
+    """Refuse a layer of a cross-layer transcoder, whose decoders SAELens adds up as if they wrote to one layer."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    from tl_capacity.dictionaries.transcoders import cross_layer
+
+    known = get_pretrained_saes_directory().get(release)
+    path = known.saes_map[sae_id] if known else sae_id
+    words = re.split(r"[^a-z0-9]+", f"{release}/{path}".lower())
+    if "clt" in words or (known and known.conversion_func == "mntss_clt_layer_transcoder"):
+        raise DictionaryError(cross_layer(f"{release}/{sae_id}"))
 
 
 def _release_and_id(spec: str) -> tuple[str, str]:

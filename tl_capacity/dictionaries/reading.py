@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tl_capacity.dictionaries.adapter import metadata_of
+from tl_capacity.dictionaries.adapter import metadata_of, read_hook, target_hook
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.models.processing import CHANGED, changes, ignores_the_mean, is_centred, normalises_after
 
@@ -41,7 +41,7 @@ def reading_of(model: Any, sae: Any, hook: str) -> Reading:
     Raises:
         HookPointError: where the model has no such hook point.
     """
-    point, said = find_tap_point(model, hook), processing_asked_for(sae)
+    point, said = _of_its_head(find_tap_point(model, hook), sae, hook), processing_asked_for(sae)
     if said is None:
         return Reading(point)
     notes = [
@@ -65,6 +65,13 @@ def reading_of(model: Any, sae: Any, hook: str) -> Reading:
         ("center_writing_weights",) if centred else (),
         tuple(notes),
     )
+
+
+def _of_its_head(point: TapPoint, sae: Any, hook: str) -> TapPoint:
+    """The place as an SAE of one attention head sees it."""
+    reads = hook == read_hook(sae) or hook != target_hook(sae, hook)
+    head = metadata_of(sae, "hook_head_index" if reads else "hook_head_index_out")
+    return point if head is None else replace(point, head=int(head), width=None)
 
 
 def _not_to_be_had(hook: str, option: str) -> str:

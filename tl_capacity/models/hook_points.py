@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tl_capacity.errors import HookPointError
@@ -36,6 +37,8 @@ class TapPoint:
         side: "output", or "input" for a module that is watched before it runs.
         width: dimensions per token, where the model's configuration tells.
         centred: activations are shown without their mean over the last dimension, which the model goes on with.
+        heads: joined heads are shown cut into so many, [row, position, head, d_head], as TransformerLens shows them.
+        head: of heads, only this one is shown, [row, position, d_head].
     """
 
     name: str
@@ -44,6 +47,8 @@ class TapPoint:
     side: str = "output"
     width: int | None = None
     centred: bool = False
+    heads: int | None = None
+    head: int | None = None
 
     @property
     def carries_the_stream(self) -> bool:
@@ -70,6 +75,10 @@ class TapPoint:
         """
         if self.centred:
             change = about_the_mean(change)
+        if self.head is not None:
+            change = of_one_head(change, self.head, self.name)
+        if self.heads is not None:
+            change = cut_into_heads(change, self.heads)
         if hasattr(self.module, "fwd_hooks"):
             return edit_hook_point(self.module, change)
         return (edit_input if self.side == "input" else edit_output)(self.module, change)
@@ -82,6 +91,38 @@ def about_the_mean(change: Callable[[Tensor], Tensor | None]) -> Callable[[Tenso
         mean = activation.mean(-1, keepdim=True)
         after = change(activation - mean)
         return None if after is None else after + mean
+
+    return changed
+
+
+def cut_into_heads(change: Change, heads: int) -> Change:
+    """A change of heads [..., head, d_head] as one of heads that are joined to one vector."""
+
+    def changed(activation: Tensor) -> Tensor | None:
+        after = change(activation.unflatten(-1, (heads, -1)))
+        return None if after is None else after.flatten(-2)
+
+    return changed
+
+
+def of_one_head(change: Change, head: int, name: str) -> Change:
+    """A change of one head of [row, position, head, d_head]; the others stay.
+
+    Raises, when activations come:
+        HookPointError: where there is no such head.
+    """
+
+    def changed(activation: Tensor) -> Tensor | None:
+        if activation.ndim != 4 or not 0 <= head < activation.shape[2]:
+            count = f"{activation.shape[2]} heads" if activation.ndim == 4 else "no heads"
+            raise HookPointError(
+                f"the SAE reads head {head} of {name}, by its own account, which has {count} in this model: it belongs"
+                " to another model"
+            )
+        after = change(activation[:, :, head])
+        if after is None:
+            return None
+        return torch.cat([activation[:, :, :head], after[:, :, None], activation[:, :, head + 1 :]], dim=2)
 
     return changed
 
@@ -138,7 +179,10 @@ def _of_hugging_face_model(model: Any, name: str) -> TapPoint:
     module = walk(model, place.path)
     if not isinstance(module, nn.Module):
         raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, hook_names(model))}")
-    return TapPoint(name, lambda: walk(model, place.path), module, place.side, _side_width(model, name))
+    heads = int(model.config.num_attention_heads) if name.endswith(".hook_z") else None
+    return TapPoint(
+        name, lambda: walk(model, place.path), module, place.side, _side_width(model, name, heads), heads=heads
+    )
 
 
 def hook_names(model: Any) -> list[str]:
@@ -148,10 +192,9 @@ def hook_names(model: Any) -> list[str]:
     return hugging_face_hooks(model)
 
 
-def _side_width(model: Any, name: str) -> int | None:
+def _side_width(model: Any, name: str, heads: int | None) -> int | None:
     config = model.config
-    if name.endswith(".hook_z"):
-        heads = int(config.num_attention_heads)
+    if heads is not None:
         return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     return int(config.hidden_size) if name.startswith("blocks.") and not name.endswith(".hook_post") else None
 
