@@ -17,6 +17,7 @@ from tl_capacity.dictionaries.adapter import check_dictionary, decoder_vectors, 
 from tl_capacity.dictionaries.encoding import decoder_vectors_add_up
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.models.forward import evaluating
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.progress import token_progress
 
@@ -73,7 +74,7 @@ def ablation_kl(
     total, linear = torch.zeros(len(chosen), dtype=torch.float64), None
     decoder = decoder_vectors(sae)
     seen: list[Tensor] = []
-    with token_progress(len(tokens), progress, "ablating", "rows") as advance:
+    with evaluating(model), token_progress(len(tokens), progress, "ablating", "rows") as advance:
         for rows in torch.split(torch.arange(len(tokens)), rows_at_once):
             seen.clear()
             with _edited(point, seen.append):

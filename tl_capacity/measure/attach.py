@@ -11,6 +11,7 @@ from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
 from tl_capacity.measure.session import CapacityHooks, Identity
 from tl_capacity.measure.tap import Tap
+from tl_capacity.models.compiled import uncompiled
 from tl_capacity.plugins import plugins
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked_but
@@ -97,6 +98,7 @@ def attach(
 ) -> CapacityHooks:
     """`add_capacity_hooks` for SAEs that have a name already, and a model that goes by another name than it says."""
     FeatureSummary.check_threshold(alive_threshold)
+    model = uncompiled(model)
     registry = plugins().importance_estimators
     asked_for = (registry.default,) if importance is None else importance
     estimators = [registry[e] if isinstance(e, str) else e for e in asked_for]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.models.compiled import forget_graphs
 from tl_capacity.models.hook_points import TapPoint
 
 
@@ -22,6 +23,7 @@ class Attachment:
         self._points: list[TapPoint] = []
         self._take_away = weakref.finalize(handle, _call_each, self._removers)
         self._take_away.atexit = False
+        forget_graphs()
 
     @property
     def ended(self) -> bool:
@@ -54,7 +56,9 @@ class Attachment:
 
     def end(self) -> None:
         """Take the hooks away, and nobody else's. May be called twice."""
-        self._take_away()
+        if not self.ended:
+            self._take_away()
+            forget_graphs()
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:

@@ -36,7 +36,7 @@ from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
-from tl_capacity.models.forward import check_token_ids, evaluating
+from tl_capacity.models.forward import check_token_ids, drops_out, evaluating
 from tl_capacity.models.hook_points import residual_width
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
@@ -105,6 +105,7 @@ class CapacityHooks:
         self._cursor, self._goes_over_again = Cursor(), False
         self._record = StreamRecord()
         self._passes = CurrentPasses(taps)
+        self._seen_training = False
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._attachment = Attachment(self)
         try:
@@ -272,8 +273,19 @@ class CapacityHooks:
             self._cursor = self._cursor.after(batch)
 
     def _on_activation(self, tap: Tap, activation: Tensor) -> None:
+        if self.model.training and not self._seen_training:
+            self._seen_training = True
+            self._warn_of_dropout()
         with self._passes.lock:
             self._passes.current(tap.hook).see(tap, activation)
+
+    def _warn_of_dropout(self) -> None:
+        if drops_out(self.model):
+            warnings.warn(
+                "the model is called in training mode, where dropout changes its activations at random: call"
+                " model.eval() before, or use run(), which does",
+                stacklevel=2,
+            )
 
     def _on_target(self, tap: Tap, activation: Tensor) -> None:
         with self._passes.lock:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -28,11 +30,29 @@ from tl_capacity.measure.statistics import FeatureStatistics
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountedTokens
 
-outside_inference_mode = torch.inference_mode(False)
-"""Decorates what makes sums: a tensor that is made under `torch.inference_mode` can't be added to outside of it.
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
-It allows gradients again, so that `torch.no_grad` comes after it.
-"""
+outside_inference_mode = torch.inference_mode(False)
+"""Decorates what makes sums: a tensor that is made under `torch.inference_mode` can't be added to outside of it."""
+
+
+def counting(method: Callable[Concatenate[Tap, Tensor, Arguments], Result]) -> Callable[..., Result]:
+    """A method that counts an activation: in the SAE's own precision, without gradients, into sums that can be added
+    to, in whichever mode of PyTorch the model runs.
+    """
+
+    @wraps(method)
+    def counts(tap: Tap, activation: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        # It allows gradients again, so that `no_grad` comes after it.
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as modes:
+            for device in {activation.device.type, tap.device.type, tap.sae.W_dec.device.type}:
+                modes.enter_context(torch.autocast(device, enabled=False))
+            return method(tap, activation, *args, **kwargs)
+
+    return counts
+
+
 NO_GRADIENTS: Mapping[str, Tensor] = {}
 
 
@@ -93,8 +113,7 @@ class Tap:
         """Whether any token has come by, counted or not."""
         return bool(self.statistics.tokens.sum() or self.statistics.masked.sum())
 
-    @outside_inference_mode
-    @torch.no_grad()
+    @counting
     def observe(
         self, activation: Tensor, tokens: CountedTokens, batch: int, gradients: Mapping[str, Tensor] = NO_GRADIENTS
     ) -> list[Written]:
@@ -232,8 +251,7 @@ class Tap:
                 " needs none"
             )
 
-    @outside_inference_mode
-    @torch.no_grad()
+    @counting
     def observe_target(self, activation: Tensor, tokens: CountedTokens, written: Sequence[Written]) -> None:
         """Compare what a transcoder wrote with what it should have written, [row, position, ...] at its output hook.
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.models.hook_points import TapPoint
 
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 def forward_options(model: Any) -> dict[str, Any]:
     """What a forward pass is called with: a cache of keys and values that nobody reads costs memory; TransformerLens
@@ -91,11 +93,26 @@ def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the m
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module back as it was."""
+    """Evaluation mode, and each module back as it was.
+
+    Meanwhile graphs of `torch.compile` are not used, since they run past hooks that came later.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether a model leaves something out at random, as dropout does in training mode."""
+    return any(_drops_out(module) for module in model.modules() if module.training)
+
+
+def _drops_out(module: nn.Module) -> bool:
+    # Attention passes its share of dropout on as a number, and drops out without a module for it.
+    numbers = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+    return any(share > 0 for share in [*numbers, getattr(module, "p", 0.0) if isinstance(module, DROPOUT) else 0.0])
