@@ -61,14 +61,13 @@ class Attachment:
             forget_graphs()
 
 
-def weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A method that does nothing once its object is gone, and does not keep it."""
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that does nothing and gives None once its object is gone, and does not keep it."""
     reference = weakref.WeakMethod(method)
 
-    def call(*args: Any) -> None:
+    def call(*args: Any) -> Any:
         still_there = reference()
-        if still_there is not None:
-            still_there(*args)
+        return None if still_there is None else still_there(*args)
 
     return call
 

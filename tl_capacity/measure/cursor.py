@@ -23,10 +23,10 @@ class Cursor:
     rows: int = 0
     digest: str = ""
 
-    def after(self, batch: TokenBatch) -> Cursor:
-        """The cursor behind one more batch."""
+    def after(self, batch: TokenBatch, rows_go_on: bool = False) -> Cursor:
+        """The cursor behind one more batch, whose rows may go on with rows that were consumed before."""
         content = self.digest.encode() + batch.tokens.tobytes() + batch.documents.tobytes()
-        return Cursor(self.rows + len(batch.tokens), digest(content))
+        return Cursor(self.rows + (0 if rows_go_on else len(batch.tokens)), digest(content))
 
 
 def batches_after(stream: Any, cursor: Cursor, again: bool) -> Iterator[tuple[TokenBatch, Cursor]]:

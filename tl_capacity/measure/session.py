@@ -27,7 +27,7 @@ from tl_capacity.dictionaries.adapter import (
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.attachment import Attachment, weakly
-from tl_capacity.measure.calls import Calls
+from tl_capacity.measure.calls import Call, Calls
 from tl_capacity.measure.current import CurrentPasses
 from tl_capacity.measure.cursor import Cursor, batches_after
 from tl_capacity.measure.gradient_pass import GradientPass
@@ -263,19 +263,24 @@ class CapacityHooks:
         self._cursor, self._goes_over_again = Cursor(provenance.cursor, provenance.tokens_digest), True
         self._earlier_seconds, self._started = provenance.seconds, time.monotonic()
 
-    def _on_call(self, rows: NDArray[np.int64]) -> None:
-        """Begin a forward pass that somebody else runs, in whichever thread."""
+    def _on_call(self, call: Call) -> NDArray[np.int64]:
+        """Begin a forward pass that somebody else runs, in whichever thread; returns the documents of its rows."""
         self._attachment.check()
         with self._passes.lock:
-            batch = TokenBatch(rows, np.arange(self._cursor.rows, self._cursor.rows + len(rows)))
+            goes_on = call.documents is not None
+            first = self._cursor.rows
+            documents = np.arange(first, first + len(call.tokens)) if call.documents is None else call.documents
+            batch = TokenBatch(call.tokens, documents, call.before)
             kind = partial(RefusedCall, wanted=self._gradients) if self._gradients else ForwardPass
             self._passes.begin(kind, self.rule.apply(batch))
-            self._cursor = self._cursor.after(batch)
+            self._cursor = self._cursor.after(batch, goes_on)
+            return documents
 
     def _on_activation(self, tap: Tap, activation: Tensor) -> None:
         if self.model.training and not self._seen_training:
             self._seen_training = True
             self._warn_of_dropout()
+        self._calls.begin_waiting()
         with self._passes.lock:
             self._passes.current(tap.hook).see(tap, activation)
 
@@ -288,6 +293,7 @@ class CapacityHooks:
             )
 
     def _on_target(self, tap: Tap, activation: Tensor) -> None:
+        self._calls.begin_waiting()
         with self._passes.lock:
             self._passes.current(tap.hook).see_target(tap, activation)
 

@@ -164,8 +164,10 @@ class Tap:
                 " another hook or model"
             )
         # A sum is finite exactly where its terms are, short of overflow in float32, and needs no temporary of the
-        # activation's size.
-        if not bool(torch.isfinite(activation.sum(dtype=torch.float32))):
+        # activation's size. What stands at padding is no part of the text.
+        if not bool(torch.isfinite(activation.sum(dtype=torch.float32))) and not bool(
+            torch.isfinite(activation[tokens.valid.to(activation.device)].sum(dtype=torch.float32))
+        ):
             raise CapacityError(
                 f"{self.hook} has NaN or infinite activations in batch {batch}: check the model's dtype and weights"
             )

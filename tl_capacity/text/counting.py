@@ -50,11 +50,19 @@ class CountingRule:
         """An id to put where a row has ended: it is masked, so that nothing depends on it."""
         return self.special_ids[0] if self.special_ids else 0
 
-    def masks(self, tokens: Int[np.ndarray, "row position"]) -> dict[str, Bool[np.ndarray, "row position"]]:
-        """Which tokens do not count, by reason; each token has one reason at most."""
+    def masks(
+        self, tokens: Int[np.ndarray, "row position"], before: Int[np.ndarray, " row"] | None = None
+    ) -> dict[str, Bool[np.ndarray, "row position"]]:
+        """Which tokens do not count, by reason; each token has one reason at most.
+
+        Args:
+            tokens: token ids, and `PADDING`, which is no position of a row.
+            before: tokens of each row that came in an earlier batch.
+        """
         padding = tokens == PADDING
         special = np.isin(tokens, self.special_ids) & ~padding
-        early = np.broadcast_to(np.arange(tokens.shape[1]) < self.skip_first_positions, tokens.shape)
+        first = 0 if before is None else before[:, None]
+        early = np.cumsum(~padding, axis=1) - 1 + first < self.skip_first_positions
         return dict(zip(MASK_REASONS, (padding, special, early & ~padding & ~special), strict=True))
 
     def counted(self, tokens: Int[np.ndarray, "row position"]) -> Bool[np.ndarray, "row position"]:
@@ -82,7 +90,7 @@ class CountedTokens:
     def __init__(self, batch: TokenBatch, rule: CountingRule) -> None:
         import torch
 
-        masks = rule.masks(batch.tokens)
+        masks = rule.masks(batch.tokens, batch.before)
         counted = ~np.logical_or.reduce(list(masks.values()))
         self.valid = torch.from_numpy(~masks["padding"])
         self.counted = torch.from_numpy(counted)

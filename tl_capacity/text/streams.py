@@ -8,7 +8,7 @@ n-th document.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -30,10 +30,13 @@ class TokenBatch:
     Attributes:
         tokens: int64 [row, position] token ids; `PADDING` where the row has ended.
         documents: int64 [row] number of the document that each row is from; rows of one document are neighbours.
+        before: int64 [row] tokens of the row that came in an earlier batch, as where a text is generated token by
+            token; None for whole rows.
     """
 
     tokens: NDArray[np.int64]
     documents: NDArray[np.int64]
+    before: NDArray[np.int64] | None = None
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -44,6 +47,19 @@ class TokenBatch:
     def ids(self) -> NDArray[np.int64]:
         """[token] the ids of all tokens that are there."""
         return self.tokens[self.present]
+
+    def padded_at_the_end(self) -> TokenBatch:
+        """The same rows, each of which begins at the first position.
+
+        Padding in front of a row or inside it would be attended to, or would have to be masked in every model's own
+        way. Behind a row, nothing depends on it.
+        """
+        padding = ~self.present
+        if not (padding[:, :-1] & ~padding[:, 1:]).any():
+            return self
+        order = np.argsort(padding, axis=1, kind="stable")
+        longest = max(1, int((~padding).sum(1).max()))
+        return replace(self, tokens=np.take_along_axis(self.tokens, order, axis=1)[:, :longest])
 
     def filled(self, filler: int) -> NDArray[np.int64]:
         """[row, position] the ids with a filler in place of padding, as a model takes them."""
@@ -180,6 +196,8 @@ def as_batches(stream: Any, first_document: int = 0) -> Iterator[TokenBatch]:
     iterable of tensors or of `{"input_ids": …}`.
 
     Where rows come without document numbers, each row counts as a document of its own, numbered from `first_document`.
+    Rows that an attention mask pads on the left begin at the first position here, so that a model without the mask does
+    with them what it does with the tokens alone.
 
     Raises:
         TokenSourceError: where something else than token ids comes, or nothing.
@@ -190,7 +208,7 @@ def as_batches(stream: Any, first_document: int = 0) -> Iterator[TokenBatch]:
         if batch.tokens.size == 0:
             continue
         seen += len(batch.tokens)
-        yield batch
+        yield batch.padded_at_the_end()
     if seen == 0:
         raise TokenSourceError("the stream yields no batch: pass tokens of shape [row, position]")
 
