@@ -88,6 +88,25 @@ def test_an_sae_anywhere(
     )
 
 
+@pytest.mark.parametrize("hook", [MLP_OUT, ATTENTION_OUT, Z, NEURONS, "blocks.1.mlp.hook_in", "blocks.1.attn.hook_in"])
+def test_without_a_bridge(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, hook: str) -> None:
+    """The Hugging Face model itself gives what a bridge around the same weights gives, gradients too."""
+    bridge = models_by_kind["TransformerBridge"]
+    sae = make_sae("topk", hook, d_in=at(bridge, hook, tokens).shape[-1])
+    found = []
+    for kind in ("TransformerBridge", "gpt_neox"):
+        with tlc.add_capacity_hooks(
+            models_by_kind[kind], sae, importance=["gradient"], fvu_every=1, mask_token_ids=[BOS]
+        ) as capacity:
+            found.append(capacity.run(tokens.split(8), progress=False).measurement()[hook])
+    theirs, ours = found
+    assert ours.width == theirs.width
+    assert abs(ours.summary.arrays["counts"].sum(0) - theirs.summary.arrays["counts"].sum(0)).max() <= 1
+    assert ours.summary.fvu.value == pytest.approx(theirs.summary.fvu.value, rel=1e-3)
+    scale = float(theirs.importance("gradient").max())
+    np.testing.assert_allclose(ours.importance("gradient"), theirs.importance("gradient"), rtol=5e-3, atol=1e-3 * scale)
+
+
 @pytest.mark.parametrize("hook", [RESIDUAL, NEURONS, Z])
 @pytest.mark.parametrize("kind", LENS)
 def test_neurons_as_features(

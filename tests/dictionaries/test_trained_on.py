@@ -14,11 +14,12 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 from tiny_families import CONFIGS, TOKENS
-from tiny_forms import FORMS, HOOKED, form, has_form, hugging_face, sides, tokenizer
+from tiny_forms import BRIDGE, FORMS, HOOKED, form, has_form, hugging_face, sides, tokenizer
 
 import tl_capacity as tlc
 from tl_capacity.dictionaries.adapter import read_hook, target_hook
 from tl_capacity.dictionaries.loading import load_sae
+from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.models.hook_points import find_tap_point
 
 D, FEATURES, K = 32, 24, 4
@@ -202,3 +203,44 @@ def test_a_skip_transcoder_is_checked_against_the_modules_own_output(tmp_path: P
     written = coder.decode(z) + x @ coder.W_skip.T
     fvu = (y - written).square().sum() / (y - y.mean(0)).square().sum()
     assert found.summary.fvu.value == pytest.approx(float(fvu), rel=1e-3)
+
+
+@pytest.mark.fidelity(
+    source="any",
+    says="the hook point that it was trained on",
+    obeyed="it is measured there; at a hook point that carries another tensor in this model, a note says so",
+)
+@pytest.mark.parametrize("name", FORMS)
+def test_another_tensor_is_named(tmp_path: Path, name: str) -> None:
+    """What the MLP adds is what it gives, where no norm stands between."""
+    coder = sparsify(tmp_path / "layers.1.mlp")
+    says = "blocks.1.hook_mlp_out: the SAE was trained on blocks.1.mlp.hook_out, by its own account, and reads another"
+    for family, differs in (("gemma2", True), ("llama", False)):
+        model = form(family, name)
+        assert [note.startswith(says) for note in reading_of(model, coder, "blocks.1.hook_mlp_out").notes] == (
+            [True] if differs else []
+        )
+        assert not reading_of(model, coder, "blocks.1.mlp.hook_out").notes
+        assert not reading_of(model, coder, "model.layers.1.mlp").notes
+    block = sparsify(tmp_path / "layers.0")
+    assert not reading_of(form("llama", name), block, "blocks.1.hook_resid_pre").notes
+    (note,) = reading_of(form("llama", name), block, "blocks.1.hook_resid_post").notes
+    assert note.endswith("measure it at blocks.0.hook_resid_post if that was not meant")
+    (note,) = reading_of(form("llama", name), sparsify(tmp_path / "layers.7"), "blocks.1.hook_resid_post").notes
+    assert "was trained on blocks.7.hook_resid_post" in note
+    with tlc.add_capacity_hooks(form("gemma2", name), {"blocks.1.hook_mlp_out": coder}, mask_token_ids=[0]) as capacity:
+        measured = capacity.run(TOKENS, progress=False).measurement()
+    assert measured.hooks[0].notes[0].startswith(says)
+
+
+@pytest.mark.fidelity(
+    source="SAELens",
+    says="`hook_name: ….hook_normalized`",
+    obeyed="what TransformerLens 3 has there is read, before the norm's weight; of a layer norm a note says what else",
+)
+@pytest.mark.parametrize("name", [BRIDGE, HOOKED])
+def test_normalized_by_another_version(make_sae: Any, name: str) -> None:
+    sae = make_sae("standard", "blocks.1.ln2.hook_normalized")
+    assert not reading_of(form("gemma2", name), sae, "blocks.1.ln2.hook_normalized").notes
+    (note,) = reading_of(form("gpt2", name), sae, "blocks.1.ln2.hook_normalized").notes
+    assert note.endswith("if the SAE was trained with that, measure it at blocks.1.mlp.hook_in")

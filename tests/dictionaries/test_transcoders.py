@@ -95,14 +95,14 @@ def test_where_it_reads(tmp_path: Path, reads: str, hook: str) -> None:
     assert read_hook(load_sae(str(save(tmp_path, weights(), reads)))[1]) == hook
 
 
-def test_from_the_command_line(tmp_path: Path, setup: Path, cli: Cli) -> None:
+def test_from_the_command_line(tmp_path: Path, setup: Path, cli: Cli, caplog: pytest.LogCaptureFixture) -> None:
     """The model is NeoX, which has no norm behind its MLP."""
     file = save(tmp_path / "set", weights(D_MODEL))
     out = tmp_path / "out"
     options = ["--source", setup / "text.jsonl", "--tokens", "300", "--context", "16", "--max-fvu", "inf"]
     code, _, error = cli("measure", "--model", setup / "model", "--sae", file, *options, "--out", out)
     assert code == 0, error
-    assert "was trained on 'google/gemma-2-2b', by its own account" in error
+    assert "was trained on 'google/gemma-2-2b', by its own account" in caplog.text
     (measured,) = Measurement.load(out)
     assert (measured.hook, measured.sae) == ("blocks.1.mlp.hook_in", str(file))
     assert measured.summary.n_tokens >= 300

@@ -113,6 +113,11 @@ class TestAgainstDense:
         assert summary.fvu.value == pytest.approx(dense_fvu(sae, inputs, inputs), rel=1e-4)
         assert summary.explained_variance.value == pytest.approx(1 - summary.fvu.value, rel=1e-12)
 
+    @pytest.mark.fidelity(
+        source="SAELens",
+        says="`hook_name_out`",
+        obeyed="features are counted where a transcoder reads, and its FVU is of what it should have written there",
+    )
     @pytest.mark.parametrize("kind", TRANSCODED)
     @pytest.mark.parametrize("architecture", TRANSCODERS)
     def test_transcoders_are_checked_at_their_output(

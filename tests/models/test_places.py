@@ -84,6 +84,11 @@ CASES = [
 ]
 
 
+@pytest.mark.fidelity(
+    source="SAELens",
+    says="`hook_name` of TransformerLens (Gemma Scope's too)",
+    obeyed="the tensor that TransformerLens has under that name is read, on the Hugging Face model too",
+)
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_every_hook_carries_what_transformers_modules_say(family: str, name: str) -> None:
     expected = {f"blocks.1.{hook}": sides(family)[side] for hook, side in modules(family).items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tl_capacity.dictionaries.adapter import metadata_of, read_hook, target_hook
+from tl_capacity.dictionaries.tensors import tensor_notes
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.models.processing import CHANGED, changes, ignores_the_mean, is_centred, normalises_after
 
@@ -42,8 +43,9 @@ def reading_of(model: Any, sae: Any, hook: str) -> Reading:
         HookPointError: where the model has no such hook point.
     """
     point, said = _of_its_head(find_tap_point(model, hook), sae, hook), processing_asked_for(sae)
+    tensor = tuple(tensor_notes(model, sae, hook))
     if said is None:
-        return Reading(point)
+        return Reading(point, notes=tensor)
     notes = [
         f"{hook}: the SAE was trained on the model that {name} = {said[name]!r} chooses, by its own account: load"
         " that one if this is another"
@@ -63,7 +65,7 @@ def reading_of(model: Any, sae: Any, hook: str) -> Reading:
     return Reading(
         replace(point, centred=True) if centred else point,
         ("center_writing_weights",) if centred else (),
-        tuple(notes),
+        (*tensor, *notes),
     )
 
 

@@ -60,9 +60,18 @@ def hugging_face_place(model: Any, name: str) -> Place | None:
     if name == "hook_embed":
         embedding = model.get_input_embeddings()
         return next((Place(path, "output") for path, module in model.named_modules() if module is embedding), None)
+    return family_place(model, name)
+
+
+def family_place(model: Any, name: str) -> Place | None:
+    """Where the family of a model, in whatever form, says that the Hugging Face model carries what a hook name means;
+    None where it does not say.
+    """
     kind = model_type_of(model)
     family = plugins().family_of(kind)
-    place = family.place(name, str(kind)) if family else None
+    if family is None:
+        return None
+    place = family.place(lens_name(model, name), str(kind))
     return place and Place(*place)
 
 
