@@ -17,6 +17,7 @@ from tl_capacity.recipe import option, run_file
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.storage.checkpoints import remove_checkpoint
 from tl_capacity.storage.files import make_folder
+from tl_capacity.storage.same_run import earlier_values
 
 if TYPE_CHECKING:
     from tl_capacity import toy
@@ -144,9 +145,7 @@ def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
 
     if out.exists():
         result = toy.SweepResult.load(out)
-        if result.settings != settings:
-            before, now = result.settings.to_json(), settings.to_json()
-            changed = ", ".join(f"{name} = {value}" for name, value in before.items() if value != now[name])
+        if changed := earlier_values(result.settings.to_json(), settings.to_json()):
             raise CapacityError(f"{out} holds a sweep with other settings ({changed}): give those, or another --out")
         return result
     make_folder(out.parent)

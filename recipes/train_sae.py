@@ -23,7 +23,7 @@ from tl_capacity.plugins import plugins
 from tl_capacity.recipe import run_file, settings_of
 from tl_capacity.storage.files import make_folder, read_kept, write_json
 from tl_capacity.storage.folders import new_folder, written
-from tl_capacity.storage.same_run import changed_fields
+from tl_capacity.storage.same_run import earlier_values
 from tl_capacity.text.streams import PADDING, TokenStream
 
 
@@ -204,8 +204,7 @@ def _check(config: TrainSAEConfig) -> None:
         raise CapacityError(f"{config.out} exists already: choose another --out, or delete it first")
     make_folder(config.out.parent)
     kept = config.checkpoints_folder / "settings.json"
-    if kept.is_file() and (before := read_kept(kept)) != config.decisive():
-        changed = ", ".join(f"{name} = {before[name]}" for name in changed_fields(config.decisive(), before))
+    if kept.is_file() and (changed := earlier_values(read_kept(kept), config.decisive(), all_of_them=True)):
         raise CapacityError(
             f"{kept.parent} holds a run with other settings ({changed}): use those to go on with it, or delete the"
             " folder to begin anew"

@@ -21,6 +21,7 @@ from tl_capacity.options import option as option
 from tl_capacity.options import option_of as option_of
 from tl_capacity.options import values_of as values_of
 from tl_capacity.plugins import plugin_file, plugins
+from tl_capacity.storage.same_run import earlier_values
 
 
 def load(recipe: Recipe) -> Callable[[Any], Any]:
@@ -102,18 +103,13 @@ def already_there(result: Path, about: Path, settings: dict[str, Any]) -> bool:
     if not result.exists():
         return False
     try:
-        before = json.loads(about.read_bytes())["settings"]
-        changed = [
-            f"{name} = {before[name]}"
-            for name, value in json.loads(json.dumps(settings)).items()
-            if before[name] != value
-        ]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        changed = ["which are not known"]
+        before, now = json.loads(about.read_bytes())["settings"], json.loads(json.dumps(settings))
+        changed = earlier_values(before, now)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        changed = "which are not known"
     if changed:
         raise CapacityError(
-            f"{result.parent} already holds a {result.name} of other settings ({', '.join(changed)}): choose another"
-            " --out"
+            f"{result.parent} already holds a {result.name} of other settings ({changed}): choose another --out"
         )
     print(
         f"{result.parent} already holds a {result.name} of these settings, and it stays: choose another --out to make"

@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_capacity.errors import CapacityError
 from tl_capacity.storage.digests import tensors_digest
 from tl_capacity.storage.files import last_whole, previous, write_bytes
-from tl_capacity.storage.same_run import changed_fields
+from tl_capacity.storage.same_run import earlier_values
 
 SECONDS = 30.0
 """Between two checkpoints."""
@@ -90,8 +90,7 @@ class Checkpoint:
                 raise ValueError("the SHA-256 of its content is not the recorded one")
         except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as problem:
             raise CapacityError(f"{path} is no whole checkpoint ({problem}): delete it to begin anew") from problem
-        if settings != self.settings:
-            changed = ", ".join(f"{name} = {settings[name]}" for name in changed_fields(self.settings, settings))
+        if changed := earlier_values(settings, self.settings, all_of_them=True):
             raise CapacityError(
                 f"{path} belongs to other settings ({changed}): use those to go on from it, or delete it to begin anew"
             )
