@@ -349,6 +349,14 @@ def changed_json(draw: st.DrawFn, data: bytes) -> bytes:
     return json.dumps(content).encode()
 
 
+def as_many(examples: int) -> int:
+    """How many examples to try: so many in the suite, and more where the profile asks for more than Hypothesis does by
+    itself; whether they are the same each time, the profile says too.
+    """
+    return examples * settings().max_examples // 100
+
+
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("name", KINDS)
 def test_no_loader_raises_anything_else(
     name: str, samples: Path, tmp_path: Path, record_property: Callable[[str, object], None]
@@ -364,13 +372,7 @@ def test_no_loader_raises_anything_else(
     if file.suffix == ".json":
         changes |= changed_json(whole)
 
-    @settings(
-        max_examples=kind.examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=as_many(kind.examples), suppress_health_check=list(HealthCheck))
     @given(data=changes)
     def try_it(data: bytes) -> None:
         nonlocal loaded
@@ -429,6 +431,7 @@ def test_a_truncated_file_on_the_command_line(name: str, samples: Path, tmp_path
 RECORDS = ("measurement", "distillation", "sweep")
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_flipped_bit_is_seen(name: str, samples: Path, tmp_path: Path) -> None:
     """In a record as it is written, with the hash of itself: whichever bit flips, the file is refused, or means what it
@@ -444,7 +447,7 @@ def test_every_flipped_bit_is_seen(name: str, samples: Path, tmp_path: Path) -> 
     whole = file.read_bytes()
     assert SEAL.encode() in whole
 
-    @settings(max_examples=200, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=as_many(200), suppress_health_check=list(HealthCheck))
     @given(place=st.integers(0, 8 * len(whole) - 1))
     def flip(place: int) -> None:
         data = bytearray(whole)
