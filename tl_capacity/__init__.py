@@ -42,7 +42,7 @@ find_old_modules()
 # share.
 @wrapt.when_imported("transformer_lens.hook_points")
 def _give_models_the_method(hook_points: ModuleType) -> None:
-    def add_capacity_hooks(self: Any, saes: Any, **options: Any) -> Any:
+    def add_capacity_hooks(self: Any, saes: Any = None, **options: Any) -> Any:
         """Tap this model's hook points with SAEs and count what their features do; see
         `tl_capacity.add_capacity_hooks`.
         """

@@ -782,9 +782,9 @@ class TestBadInput:
         with pytest.raises(DictionaryError, match="no SAE was given"):
             tlc.add_capacity_hooks(hooked, saes)
 
-    @pytest.mark.parametrize("sae", [torch.nn.Linear(2, 2), None, "gpt2-small-res-jb/blocks.8.hook_resid_pre"])
+    @pytest.mark.parametrize("sae", [torch.nn.Linear(2, 2), None])
     def test_no_sae(self, hooked: Any, unchecked: None, sae: Any) -> None:
-        for saes in ({HOOK: sae}, [sae], {HOOK: [sae]}, sae):
+        for saes in ({HOOK: sae}, [sae], {HOOK: [sae]}):
             with pytest.raises(DictionaryError, match=r"is no SAE|does not name its hook point"):
                 tlc.add_capacity_hooks(hooked, saes)
 
@@ -868,26 +868,6 @@ class TestBadInput:
             pytest.raises(CapacityError, match=f"the SAE at {HOOK} gives NaN or infinite latents in batch 1"),
         ):
             capacity.run(tokens)
-
-    @pytest.mark.parametrize("kind", ["HookedSAETransformer", "SAETransformerBridge"])
-    def test_a_hook_point_that_was_replaced(
-        self, make_model: MakeModel, make_sae: MakeSAE, tokens: torch.Tensor, kind: str
-    ) -> None:
-        model, hook = make_model(kind), HOOK if kind == "HookedSAETransformer" else "blocks.1.hook_out"
-        sae = make_sae("standard", hook)
-        with tlc.add_capacity_hooks(model, sae) as capacity:
-            model(tokens)
-            counted = capacity.n_tokens
-            model.add_sae(sae)
-            for run in (lambda: model(tokens), lambda: capacity.run([tokens, tokens])):
-                with pytest.raises(HookPointError, match=rf"{hook} was replaced since .* attach them again"):
-                    run()
-            assert capacity.n_tokens == counted > 0
-        with pytest.raises(HookPointError, match="is no hook point"):
-            tlc.add_capacity_hooks(model, sae)
-        model.reset_saes()
-        with tlc.add_capacity_hooks(model, sae) as capacity:
-            assert capacity.run(tokens).n_tokens == counted
 
     def test_a_tap_that_never_fires(self, hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
         hook = "blocks.1.hook_mlp_in"

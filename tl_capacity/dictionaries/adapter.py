@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_capacity.errors import DictionaryError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.storage.digests import tensors_digest
 
-SAEs = SparseAutoencoder | Sequence[SparseAutoencoder] | Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]]
+OneSAE = SparseAutoencoder | str | Path
+SAEs = OneSAE | Sequence[OneSAE] | Mapping[str, OneSAE | Sequence[OneSAE]]
+"""SAEs as they are passed: in memory or by name, one or several, by their hook points or not."""
 
 
 def check_dictionary(sae: Any, hook: str) -> None:
@@ -115,6 +119,19 @@ def with_skip(sae: Any, written: Float[Tensor, "token width"], inputs: Tensor) -
     return written if skip is None else written + inputs.to(skip.dtype) @ skip.detach().T
 
 
+@contextmanager
+def unhooked(sae: Any) -> Iterator[None]:
+    """An SAE whose own hook points call nobody meanwhile: in a model that carries it they belong to the model's run."""
+    points = dict(getattr(sae, "hook_dict", {}))
+    for name in points:
+        setattr(sae, name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, point in points.items():
+            setattr(sae, name, point)
+
+
 @torch.no_grad()
 def decoder_norms(sae: Any, device: torch.device) -> Float64[Tensor, " feature"]:
     """The length of what each latent writes where it is 1."""
@@ -144,17 +161,20 @@ def dictionary_name(sae: Any) -> str:
     return f"{release}/{sae_id}" if release and sae_id else f"{type(sae).__name__} with {len(sae.W_dec):,} latents"
 
 
-def named_dictionaries(saes: SAEs) -> Iterator[NamedDictionary]:
-    """Everything that was passed, each SAE with its hook point and name.
+def given_dictionaries(saes: SAEs) -> Iterator[tuple[str | None, Any]]:
+    """Everything that was passed, one after the other, each with the hook point that it was passed for, if any."""
+    at = saes.items() if isinstance(saes, Mapping) else [(None, saes)]
+    yield from ((hook, sae) for hook, several in at for sae in _several(several))
+
+
+def named_dictionary(hook: str | None, sae: Any) -> NamedDictionary:
+    """An SAE with its hook point, by default its own, and its name.
 
     Raises:
-        DictionaryError: where something is no SAE, or an SAE does not name its hook point.
+        DictionaryError: where it is no SAE, or names no hook point.
     """
-    at = saes.items() if isinstance(saes, Mapping) else [(None, saes)]
-    for hook, several in at:
-        for sae in _several(several):
-            _check_is_sae(sae)
-            yield NamedDictionary(_metadata_hook(sae) if hook is None else hook, dictionary_name(sae), sae)
+    _check_is_sae(sae)
+    return NamedDictionary(_metadata_hook(sae) if hook is None else hook, dictionary_name(sae), sae)
 
 
 def _check_is_sae(sae: Any) -> None:

@@ -62,6 +62,11 @@ class BasisSpec:
     def __str__(self) -> str:
         return f"{self.kind}:{self.hook}" + (f",k={self.k}" if self.k is not None else "")
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether another text gives another basis."""
+        return self.kind != "neurons"
+
     def fit(
         self, model: Any, stream: TokenStream, tokens: int = PCA_TOKENS, *, progress: bool = True
     ) -> LargestOfABasis:
@@ -80,7 +85,7 @@ class BasisSpec:
             raise CapacityError(
                 f"{stream.name()} has no token to count, so no basis can be made: choose another --source"
             )
-        if self.kind == "neurons":
+        if not self.needs_text:
             return NeuronBasis(first.shape[1], self.hook, self.k)
         # About the first batch's mean, because Σxxᵀ − n·μμᵀ loses digits where the mean is much larger than the spread.
         origin = first.double().mean(0)

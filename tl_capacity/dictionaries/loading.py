@@ -42,7 +42,7 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
 
         return spec, _read(folder, "circuit-tracer", transcoders.read_transcoder, device)
 
-    if not _sae_lens_works():
+    if not sae_lens_works():
         raise DictionaryError(
             f"{spec!r} is no folder, and SAELens, which knows SAEs by name, is not installed for this TransformerLens:"
             " pass a folder"
@@ -108,7 +108,7 @@ def _read_sae_lens(folder: Path) -> Any:
             f"the SAE in {folder} is a training-time {architecture}, whose latents depend on the whole batch: save it"
             " with save_inference_model, which makes it JumpReLU"
         )
-    if not _sae_lens_works():
+    if not sae_lens_works():
         return dictionaries.read_sae_lens(folder)
     from sae_lens import SAE
 
@@ -123,7 +123,7 @@ def _described(sae: Any) -> Any:
     return sae
 
 
-def _sae_lens_works() -> bool:
+def sae_lens_works() -> bool:
     """Whether SAELens can be imported: beside TransformerLens 4 it cannot, whether it is installed or not."""
     try:
         importlib.import_module("sae_lens")

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs, named_dictionaries
+from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
-from tl_capacity.measure.session import CapacityHooks, Identity
+from tl_capacity.measure.by_name import dictionaries_of
+from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.tap import Tap
 from tl_capacity.models.compiled import uncompiled
+from tl_capacity.models.identity import Identity
 from tl_capacity.plugins import plugins
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked_but
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountingRule
+from tl_capacity.text.streams import TokenStream
 
 
 class HookedModel(Protocol):
@@ -26,8 +29,9 @@ class HookedModel(Protocol):
 
     def add_capacity_hooks(
         self,
-        saes: SAEs,
+        saes: SAEs | None = ...,
         *,
+        text: str | TokenStream | None = ...,
         importance: Sequence[str | ImportanceEstimator] = ...,
         alive_threshold: float = ...,
         fvu_every: int = ...,
@@ -41,8 +45,9 @@ class HookedModel(Protocol):
 @checked_but("saes")
 def add_capacity_hooks(
     model: Any,
-    saes: SAEs,
+    saes: SAEs | None = None,
     *,
+    text: str | TokenStream | None = None,
     importance: Sequence[str | ImportanceEstimator] | None = None,
     alive_threshold: float = 1e-5,
     fvu_every: int = 8,
@@ -54,7 +59,10 @@ def add_capacity_hooks(
     Args:
         model: a `HookedTransformer`, `TransformerBridge`, their SAE variants, or a Hugging Face causal language model
             of a registered family.
-        saes: one SAE (its metadata names the hook point), a list, or a mapping from hook point to one or several SAEs.
+        saes: one SAE (its metadata names the hook point), a list, or a mapping from hook point to one or several SAEs,
+            in memory or by name: `RELEASE/SAE_ID` of SAELens' directory, a folder, `pca:HOOK`, `neurons:HOOK`. Without
+            it, those that `add_sae` put into the model, or else those that come with a model of its name.
+        text: what `pca:` bases are fitted to; by default the text that comes with the model.
         importance: importance estimators, by name or as objects; the default one where none are given. Those that need
             only the sums of z and z² can also be chosen later.
         alive_threshold: a feature is alive where its firing rate exceeds this; the paper's is 1e-5.
@@ -68,7 +76,7 @@ def add_capacity_hooks(
 
     Raises:
         HookPointError: unknown hook point, or one of another width than the SAE's d_in.
-        DictionaryError: an SAE that cannot be measured as it is.
+        DictionaryError: an SAE that cannot be measured as it is, or no SAE at all.
     """
     if skip_first_positions < 0 or fvu_every < 1:
         raise CapacityError(
@@ -84,7 +92,7 @@ def add_capacity_hooks(
         if mask_token_ids is None
         else CountingRule.without(mask_token_ids, skip_first_positions)
     )
-    return attach(model, list(named_dictionaries(saes)), rule, importance, alive_threshold, fvu_every)
+    return attach(model, dictionaries_of(model, saes, text), rule, importance, alive_threshold, fvu_every)
 
 
 def attach(

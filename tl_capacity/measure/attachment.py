@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.errors import CapacityError
 from tl_capacity.models.compiled import forget_graphs
 from tl_capacity.models.hook_points import TapPoint
+from tl_capacity.models.watching import Watch
 
 
 class Attachment:
@@ -20,7 +21,7 @@ class Attachment:
 
     def __init__(self, handle: Any) -> None:
         self._removers: list[Callable[[], None]] = []
-        self._points: list[TapPoint] = []
+        self._watches: list[Watch] = []
         self._take_away = weakref.finalize(handle, _call_each, self._removers)
         self._take_away.atexit = False
         forget_graphs()
@@ -36,23 +37,20 @@ class Attachment:
 
     def watch(self, point: TapPoint, method: Callable[..., None], *first: Any, differentiable: bool = False) -> None:
         """Call a method of the handle with what comes first, and each activation of a hook point."""
-        self.add(point.watch(partial(weakly(method), *first), differentiable))
-        self._points.append(point)
+        self._watches.append(Watch(point, partial(weakly(method), *first), differentiable))
+        self.add(self._watches[-1].remove)
 
     def check(self) -> None:
-        """
+        """Watch each hook point where the model has it now.
+
         Raises:
             CapacityError: where the hooks were taken away.
-            HookPointError: where the model has other hook points by now.
+            HookPointError: where the model has a hook point no more.
         """
         if self.ended:
             raise CapacityError("these capacity hooks were removed: attach new ones with add_capacity_hooks")
-        for point in self._points:
-            if point.find() is not point.module:
-                raise HookPointError(
-                    f"the hook point {point.name} was replaced since the capacity hooks were attached (by add_sae or"
-                    " reset_saes?): attach them again"
-                )
+        for watch in self._watches:
+            watch.follow()
 
     def end(self) -> None:
         """Take the hooks away, and nobody else's. May be called twice."""

@@ -76,7 +76,7 @@ class GradientPass(ForwardPass):
 
 @contextmanager
 def _edited(tap: Tap, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    take_away = tap.point.edit(change)
+    take_away = tap.point.again().edit(change)
     try:
         yield
     finally:

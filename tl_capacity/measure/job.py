@@ -16,11 +16,12 @@ from tl_capacity.dictionaries.bases import LargestOfABasis
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measure.attach import attach
 from tl_capacity.measure.memory import fit_memory
-from tl_capacity.measure.session import CapacityHooks, Identity
+from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measure.setup import dictionaries, row_length, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, remove_leftovers, write_folder
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.identity import Identity
 from tl_capacity.predict.caveats import advice_on_fit
 from tl_capacity.runtime.logs import figures, log
 from tl_capacity.runtime.progress import peak_memory

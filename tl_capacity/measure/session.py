@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,7 @@ from tl_capacity.dictionaries.adapter import (
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.attachment import Attachment, weakly
+from tl_capacity.measure.by_name import stream_of
 from tl_capacity.measure.calls import Call, Calls
 from tl_capacity.measure.current import CurrentPasses
 from tl_capacity.measure.cursor import Cursor, batches_after
@@ -38,6 +40,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.models.forward import check_token_ids, drops_out, evaluating
 from tl_capacity.models.hook_points import residual_width
+from tl_capacity.models.identity import Identity
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
@@ -45,26 +48,6 @@ from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch, TokenStream, source_of
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The model as a measurement names it.
-
-    Attributes:
-        name: name, folder or hub id.
-        revision: its revision or a hash of its weights, where known.
-    """
-
-    name: str
-    revision: str | None = None
-
-    @classmethod
-    def according_to(cls, model: Any) -> Identity:
-        """What a model's own configuration says."""
-        config = getattr(model, "cfg", None) or getattr(model, "config", None)
-        name = getattr(config, "model_name", None) or getattr(config, "name_or_path", None) or type(model).__name__
-        return cls(str(name), getattr(config, "_commit_hash", None))
 
 
 @dataclass(frozen=True)
@@ -151,7 +134,7 @@ class CapacityHooks:
     @checked
     def run(
         self,
-        stream: TokenStream | Tensor | Iterable[Any],
+        stream: str | Path | TokenStream | Tensor | Iterable[Any],
         max_tokens: int | None = None,
         *,
         progress: bool = True,
@@ -160,7 +143,8 @@ class CapacityHooks:
         """Run the model over a stream and count, stopping each forward pass at the last tapped layer.
 
         Args:
-            stream: a `TokenStream`, a tensor of token ids [row, position], or an iterable of either or of
+            stream: a source by name, such as a file or `embedded`, which is read with the model's own tokenizer; a
+                `TokenStream`, a tensor of token ids [row, position], or an iterable of either or of
                 `{"input_ids": …}`.
             max_tokens: stop after the batch that brings the tokens counted from this stream to this many.
             progress: show tokens per second and the remaining time once the run takes longer than two seconds.
@@ -172,6 +156,8 @@ class CapacityHooks:
         """
         self._attachment.check()
         self._gradients.check_possible(self.model)
+        if isinstance(stream, (str, Path)):
+            stream = stream_of(self.model, str(stream), [tap.sae for tap in self.taps])
         self._record = StreamRecord.describing(stream, self._record)
         # A resumed run goes over its own stream again, up to where it was; any other run adds to what was counted.
         again, self._goes_over_again = self._goes_over_again, False
@@ -265,8 +251,8 @@ class CapacityHooks:
 
     def _on_call(self, call: Call) -> NDArray[np.int64]:
         """Begin a forward pass that somebody else runs, in whichever thread; returns the documents of its rows."""
-        self._attachment.check()
         with self._passes.lock:
+            self._attachment.check()
             goes_on = call.documents is not None
             first = self._cursor.rows
             documents = np.arange(first, first + len(call.tokens)) if call.documents is None else call.documents

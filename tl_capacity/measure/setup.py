@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest, metadata_of, read_hook, target_hook
 from tl_capacity.dictionaries.bases import BasisSpec
+from tl_capacity.dictionaries.releases import advice
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.provenance import Provenance
+from tl_capacity.models.forward import longest
 from tl_capacity.models.places import hugging_face_place
 from tl_capacity.plugins import plugins
 from tl_capacity.results.hook import HookMeasurement
@@ -28,9 +30,9 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
     specs = list(settings.saes) or [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
     if not specs:
         raise CapacityError(
-            f"no SAE was given for {settings.model!r}: pass --sae with a SAELens folder or release/sae_id"
+            f"no SAE was given for {settings.model!r}, and none comes with it: {advice(settings.model)}"
         )
-    wanted = [BasisSpec.parse(spec) or _dictionary(spec, loaded, settings.device) for spec in specs]
+    wanted = [BasisSpec.parse(spec) or dictionary_named(spec, loaded, settings.device) for spec in specs]
     bases = [basis for basis in wanted if isinstance(basis, BasisSpec)]
     saes = [loaded_sae for loaded_sae in wanted if not isinstance(loaded_sae, BasisSpec)]
     fitted: dict[BasisSpec, Any] = {}
@@ -80,8 +82,12 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
     return sae
 
 
-def _dictionary(spec: str, loaded: LoadedModel, device: str) -> NamedDictionary:
-    """One SAE that is loaded by name."""
+def dictionary_named(spec: str, loaded: LoadedModel, device: str) -> NamedDictionary:
+    """One SAE that is loaded by name.
+
+    Raises:
+        CapacityError: where there is none, or it does not say its hook point.
+    """
     from tl_capacity.dictionaries.loading import load_sae
 
     named = loaded.named
@@ -110,7 +116,7 @@ def _warn_of_another_model(sae: str, trained_on: Any, loaded: LoadedModel) -> No
     theirs = str(trained_on or "").rpartition("/")[2].lower()
     ours = [
         Path(name).name.lower()
-        for name in (loaded.name, str(getattr(loaded.model.config, "_name_or_path", "") or ""))
+        for name in (loaded.name, str(getattr(getattr(loaded.model, "config", None), "_name_or_path", "") or ""))
         if name
     ]
     if theirs and not any(theirs in name or name in theirs for name in ours):
@@ -124,13 +130,20 @@ def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> in
     """Positions in a row: as asked for, else the shortest context of the SAEs' own, else 512; never more than the model
     has.
     """
-    limit = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
     if settings.context is not None:
-        if settings.context > limit:
+        if settings.context > (limit := longest(model)):
             raise CapacityError(
                 f"--context {settings.context} is longer than the model's {limit} positions: choose at most that"
             )
         return settings.context
+    return context_of(model, saes)
+
+
+def context_of(model: Any, saes: Sequence[Any]) -> int:
+    """Positions in a row where none are asked for: the shortest context of the SAEs' own, else 512; never more than the
+    model has.
+    """
+    limit = longest(model)
     contexts = [metadata_of(sae, "context_size") for sae in saes]
     return min([limit, *(int(c) for c in contexts if c)] if any(contexts) else [limit, 512])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -18,6 +18,7 @@ from tl_capacity.dictionaries.adapter import (
     decoder_vectors,
     inputs_for,
     target_hook,
+    unhooked,
 )
 from tl_capacity.dictionaries.decoding import Decoder
 from tl_capacity.dictionaries.encoding import Encoder, Entries, joined
@@ -146,10 +147,12 @@ class Tap:
         along = {loss: gradient.flatten(0, 1)[counted].flatten(1) for loss, gradient in gradients.items()}
         rows, positions = tokens.row_of_token.to(self.device), tokens.position_of_token.to(self.device)
         written: list[Written] = []
-        for start in range(0, len(inputs), self.encoder.chunk):
-            chunk = slice(start, start + self.encoder.chunk)
-            some = {loss: gradient[chunk] for loss, gradient in along.items()}
-            written += self._count(inputs[chunk], rows[chunk], positions[chunk], tokens, batch, some)
+        in_model = any(self.sae is sae for sae in self.point.carried())
+        with unhooked(self.sae) if in_model else nullcontext():
+            for start in range(0, len(inputs), self.encoder.chunk):
+                chunk = slice(start, start + self.encoder.chunk)
+                some = {loss: gradient[chunk] for loss, gradient in along.items()}
+                written += self._count(inputs[chunk], rows[chunk], positions[chunk], tokens, batch, some)
         return written
 
     def _check(self, activation: Tensor, tokens: CountedTokens, batch: int) -> None:

@@ -76,6 +76,19 @@ def embedding_of(model: Any) -> nn.Module:
     return embedding
 
 
+def longest(model: Any) -> int:
+    """The most positions that a row of a model may have."""
+    config = getattr(model, "cfg", None) or getattr(model, "config", None)
+    names = ("n_ctx", "max_position_embeddings")
+    return next((int(value) for name in names if (value := getattr(config, name, None))), 2**31)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model takes its tokens: where its embedding is computed."""
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
 def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the model") -> None:
     """Whether a model has a vector for each token.
 

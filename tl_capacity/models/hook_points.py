@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tl_capacity.errors import HookPointError
-from tl_capacity.models.hooks import Change, edit_hook_point, edit_input, edit_output
+from tl_capacity.models.carried import carried_saes, is_hook_point, replaces_hook_point
+from tl_capacity.models.hooks import Change, Hook, edit_hook_point, edit_input, edit_output
 from tl_capacity.models.places import (
     hugging_face_hooks,
     hugging_face_place,
@@ -32,13 +33,15 @@ class TapPoint:
 
     Attributes:
         name: the hook point's name, as asked for.
-        find: finds the module again; another one than `module` means that the hook point was replaced.
+        find: finds the module that is there now; SAELens puts an SAE in the place of a hook point.
         module: the module to watch.
-        side: "output", or "input" for a module that is watched before it runs.
+        side: "output", or "input" for a module that is watched before it runs; a TransformerLens hook point changes
+            nothing, so that both are the same there.
         width: dimensions per token, where the model's configuration tells.
         centred: activations are shown without their mean over the last dimension, which the model goes on with.
         heads: joined heads are shown cut into so many, [row, position, head, d_head], as TransformerLens shows them.
         head: of heads, only this one is shown, [row, position, d_head].
+        carried: gives the SAEs that are in the model now.
     """
 
     name: str
@@ -49,13 +52,30 @@ class TapPoint:
     centred: bool = False
     heads: int | None = None
     head: int | None = None
+    carried: Callable[[], Sequence[Any]] = tuple
 
     @property
     def carries_the_stream(self) -> bool:
         """Whether all of the residual stream passes here, between two blocks."""
         return _STREAM.fullmatch(self.name) is not None
 
-    def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Callable[[], None]:
+    def again(self) -> TapPoint:
+        """This place as the model has it now.
+
+        Raises:
+            HookPointError: where the hook point is gone.
+        """
+        module = self.find()
+        if module is self.module:
+            return self
+        if not isinstance(module, nn.Module):
+            raise HookPointError(
+                f"the hook point {self.name} is gone since the capacity hooks were attached (by reset_saes?): attach"
+                " them again, at a hook point that the model has"
+            )
+        return replace(self, module=module)
+
+    def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Hook:
         """Call `callback` with each activation; returns what takes the hook away again, and nothing else.
 
         A bridge shows some hooks a view of their own (`hook_z`, cut into heads) and goes on with the activation itself,
@@ -69,7 +89,7 @@ class TapPoint:
 
         return self.edit(see)
 
-    def edit(self, change: Change) -> Callable[[], None]:
+    def edit(self, change: Change) -> Hook:
         """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again,
         and nothing else.
         """
@@ -143,24 +163,29 @@ def find_tap_point(model: Any, name: str) -> TapPoint:
 
 
 def _of_hooked_model(model: Any, name: str) -> TapPoint:
-    from transformer_lens.hook_points import HookPoint
-
     sought = lens_name(model, name)
 
     def find() -> Any:
-        module: nn.Module | None = model.hook_dict.get(sought)
-        return module if module is not None else walk(model, sought)
+        known = model.hook_dict
+        module = known[sought] if sought in known else walk(model, sought)
+        if not is_hook_point(module) or module.name is None:
+            return module
+        # Once an SAE was there, an alias of a bridge leads to the hook point that was there before.
+        now = walk(model, module.name)
+        return now if replaces_hook_point(now) or (now is not None and now is known.get(module.name)) else module
 
     # A bridge ignores names it does not know, and an SAE bridge lacks the aliases: so the name is resolved here,
     # once.
     module = find()
-    if not isinstance(module, HookPoint):
+    if not (is_hook_point(module) or replaces_hook_point(module)):
         place = side_of_block(sought)
         if place is not None and isinstance(inside := walk(model, place.path), nn.Module):
             return TapPoint(name, lambda: walk(model, place.path), inside, place.side, int(model.cfg.d_model))
         known = hook_names(model)
         raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, known)}")
-    return TapPoint(name, find, module, width=_hook_width(model, sought))
+    # Of an SAE in the place of a hook point, what the model gives it is watched.
+    width = _hook_width(model, sought)
+    return TapPoint(name, find, module, "input", width, carried=lambda: tuple(carried_saes(model).values()))
 
 
 def _of_hugging_face_model(model: Any, name: str) -> TapPoint:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,22 @@ from torch import Tensor, nn
 Callback = TypeVar("Callback", bound=Callable[..., Any])
 Change = Callable[[Tensor], Tensor | None]
 """Gives what replaces an activation, or None where it stays."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A hook on a module; calling it takes the hook away again, and nothing else.
+
+    Attributes:
+        remove: takes it away; may be called twice.
+        holds: whether nobody else has taken it away.
+    """
+
+    remove: Callable[[], None]
+    holds: Callable[[], bool] = lambda: True
+
+    def __call__(self) -> None:
+        self.remove()
 
 
 class ModelHook:
@@ -31,7 +48,7 @@ class ModelHook:
         return getattr, (nullcontext(), "__exit__")
 
 
-def edit_hook_point(point: Any, change: Change) -> Callable[[], None]:
+def edit_hook_point(point: Any, change: Change) -> Hook:
     """Change what a hook point of TransformerLens carries; returns what takes the hook away again.
 
     TransformerLens' `add_hook` wraps a hook in a local function, which cannot be pickled and which copies share.
@@ -51,10 +68,10 @@ def edit_hook_point(point: Any, change: Change) -> Callable[[], None]:
         handle.hook.remove()
         point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
-    return remove
+    return Hook(remove, lambda: any(other is handle for other in point.fwd_hooks))
 
 
-def edit_input(module: nn.Module, change: Change) -> Callable[[], None]:
+def edit_input(module: nn.Module, change: Change) -> Hook:
     """Change the first argument of a module; returns what takes the hook away again."""
 
     def before(
@@ -66,17 +83,17 @@ def edit_input(module: nn.Module, change: Change) -> Callable[[], None]:
             return None
         return ((changed, *args[1:]), kwargs) if first is None else (args, {**kwargs, first: changed})
 
-    return module.register_forward_pre_hook(ModelHook(before), with_kwargs=True).remove
+    return Hook(module.register_forward_pre_hook(ModelHook(before), with_kwargs=True).remove)
 
 
-def edit_output(module: nn.Module, change: Change) -> Callable[[], None]:
+def edit_output(module: nn.Module, change: Change) -> Hook:
     """Change what a module returns, or the first of several things; returns what takes the hook away again."""
 
     def after(_: nn.Module, args: Any, out: Any) -> Any:
         changed = change(out[0] if isinstance(out, tuple) else out)
         return (changed, *out[1:]) if changed is not None and isinstance(out, tuple) else changed
 
-    return module.register_forward_hook(ModelHook(after)).remove
+    return Hook(module.register_forward_hook(ModelHook(after)).remove)
 
 
 def untraced(function: Callback) -> Callback:

@@ -153,6 +153,26 @@ def load_config(spec: str) -> Any:
         ) from problem
 
 
+def load_tokenizer(spec: str) -> Any:
+    """The tokenizer of the model that `load_model` would load.
+
+    Raises:
+        TokenSourceError: where the name leads to none.
+    """
+    named = next((m for m in plugins().models if m.name == spec), None)
+    if named is not None:
+        return named.load()[1]
+    folder = Path(spec).expanduser()
+    try:
+        with hub_or_cache(needed=not folder.is_dir()):
+            return _tokenizer(str(folder) if folder.is_dir() else spec)
+    except loading_errors() as problem:
+        raise TokenSourceError(
+            f"the model has no tokenizer, and none can be loaded by its name {spec!r} ({reason_of(problem)}): pass"
+            " TokenStream(source, tokenizer)"
+        ) from problem
+
+
 def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
     """The causal language model and the tokenizer that `save_pretrained` wrote to `folder`.
 
@@ -206,7 +226,7 @@ def _cached_commit(spec: str) -> str | None:
 
 def _pretrained(source: str, dtype: str) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves the loading information out
     model, report = from_pretrained(
@@ -214,6 +234,14 @@ def _pretrained(source: str, dtype: str) -> tuple[Any, Any]:
     )
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights in their place
         raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
+    tokenizer = _tokenizer(source)
+    _check_token_ids(model.config, tokenizer)
+    return model, tokenizer
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as problem:
@@ -222,8 +250,7 @@ def _pretrained(source: str, dtype: str) -> tuple[Any, Any]:
         raise ValueError(f"its tokenizer is damaged: {problem}") from problem
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where the files are missing
         raise ValueError("its tokenizer is missing or has no vocabulary")
-    _check_token_ids(model.config, tokenizer)
-    return model, tokenizer
+    return tokenizer
 
 
 def _check_token_ids(config: Any, tokenizer: Any) -> None:

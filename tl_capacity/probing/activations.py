@@ -19,7 +19,7 @@ from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
-from tl_capacity.models.forward import activation_at, embedding_of, evaluating
+from tl_capacity.models.forward import activation_at, embedding_of, evaluating, longest
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.progress import token_progress
@@ -107,7 +107,7 @@ def collect(
     point = find_tap_point(model, hook) if sae is None else reading_of(model, sae, hook).point
     pool = _latents(sae, hook) if sae is not None else _activations
     rows, truncated = _rows(
-        tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, _longest(model)), prepend_bos
+        tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, longest(model)), prepend_bos
     )
     rule = CountingRule.for_model(model, tokenizer)
     chosen = [_chosen(ids, rule, pooling, number) for number, ids in enumerate(rows)]
@@ -254,10 +254,3 @@ def _latents(sae: SparseAutoencoder, hook: str) -> Any:
         return sums / torch.bincount(group)[:, None]
 
     return pool
-
-
-def _longest(model: Any) -> int:
-    """Positions that the model takes."""
-    config = getattr(model, "cfg", None) or getattr(model, "config", None)
-    names = ("n_ctx", "max_position_embeddings")
-    return next((int(value) for name in names if (value := getattr(config, name, None))), 2**31)

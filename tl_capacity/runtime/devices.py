@@ -1,0 +1,49 @@
+"""Devices: which one is meant, and where figures in float64 are computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tl_capacity.errors import CapacityError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+AUTO = "auto"
+DEVICE_HELP = "auto (the first of cuda, mps and cpu that there is), or one of these."
+WITHOUT_FLOAT64 = ("mps",)
+"""Kinds of devices that have no float64."""
+
+
+def device_named(device: str) -> str:
+    """The device that is meant: for `auto` CUDA where there is one, else MPS, else the CPU.
+
+    Raises:
+        CapacityError: where it cannot be used.
+    """
+    import torch
+
+    if device == AUTO:
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return next(name for name, available in there.items() if available)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        reason = " ".join(str(problem).splitlines()[0].split()).rstrip(".:")
+        raise CapacityError(
+            f"the device {device!r} cannot be used ({reason}): pass auto, cpu, or a device that torch reports"
+        ) from problem
+    return device
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where sums in float64 over tensors of a device are kept: there, or on the CPU where the device has no float64."""
+    import torch
+
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def exact(values: Tensor) -> Tensor:
+    """Values in float64, on their `exact_device`."""
+    return values.to(exact_device(values.device)).double()
