@@ -167,6 +167,15 @@ def given_dictionaries(saes: SAEs) -> Iterator[tuple[str | None, Any]]:
     yield from ((hook, sae) for hook, several in at for sae in _several(several))
 
 
+def named_dictionaries(saes: SAEs) -> Iterator[NamedDictionary]:
+    """Everything that was passed, all of it in memory, each SAE with its hook point and name.
+
+    Raises:
+        DictionaryError: where something is no SAE, or an SAE does not name its hook point.
+    """
+    yield from (named_dictionary(hook, sae) for hook, sae in given_dictionaries(saes))
+
+
 def named_dictionary(hook: str | None, sae: Any) -> NamedDictionary:
     """An SAE with its hook point, by default its own, and its name.
 
