@@ -66,7 +66,7 @@ def main(config: SpliceConfig) -> Spliced | None:
     if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, settings_of(config, "out", "threads")):
         return None
     measurement = Measurement.load(config.measurement)
-    hooks = [measurement[hook] for hook in config.hook] if config.hook else list(measurement)
+    hooks = chosen(measurement, config.hook)
     if config.threads:
         torch.set_num_threads(config.threads)
     provenance = measurement.provenance
@@ -112,6 +112,14 @@ def main(config: SpliceConfig) -> Spliced | None:
     spliced.save(config.out)
     print(f"written to {config.out}")
     return spliced
+
+
+def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:
+    """What was measured at some hook points, with every SAE there; at all where none is named."""
+    for hook in hooks:
+        if hook not in {measured.hook for measured in measurement}:
+            measurement[hook]  # says which there are
+    return [measured for measured in measurement if not hooks or measured.hook in hooks]
 
 
 def _say(part: Spliced, hook: HookMeasurement, config: SpliceConfig) -> None:
