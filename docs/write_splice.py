@@ -1,0 +1,190 @@
+"""Writes docs/results/splice.json and the tables of docs/results/splice.md: `python docs/write_splice.py runs`.
+
+The folder holds what the commands that the page names have written: `saes/NAME`, dictionaries that train-sae trained,
+`splice/*`, measurements of them, and beside each `splice/*-s`, its splice. A prediction that stands in splice.json
+keeps its number; only what was observed is added later.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tl_capacity import Measurement, Spliced, theory
+from tl_capacity.distillation.observed import observed_floors
+from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.predict.spliced_curve import SplicedCurve
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.hook import HookMeasurement
+
+RESULTS = Path(__file__).parent / "results"
+WIDTHS = (16, 20, 24, 32, 40, 48, 56, 64, 80, 96)
+NEW = (20, 40, 56, 80)
+"""Widths of which no student had been trained when their floors were predicted."""
+TEACHER_WIDTH = 128
+LAWS = ("d·g(α)", "F·d_S/d_T")
+CONSISTENT = "d·g(α), interpolated to d* = d_T"
+
+
+def curves(runs: Path) -> Iterator[tuple[HookMeasurement, SplicedCurve, dict[str, Any]]]:
+    """Each dictionary's measurement, its curve by the paper's importance, and how it was trained."""
+    for folder in sorted(runs.glob("splice/*-s")):
+        measurement = Measurement.load(folder.with_name(folder.name.removesuffix("-s")))
+        for curve in Spliced.load(folder):
+            [hook] = [h for h in measurement if h.sae_digest == curve.sae_digest]
+            trained = json.loads((runs / "saes" / Path(hook.sae).name / "training.json").read_text())
+            yield hook, curve, trained
+
+
+def kept(law: str, hook: HookMeasurement, width: int) -> int:
+    """Features that a width keeps."""
+    alive = hook.summary.n_alive.value
+    if law == LAWS[0]:
+        return int(theory.kept_features(width, hook.summary.alpha.value, int(alive)))
+    return min(int(alive * width / TEACHER_WIDTH), int(alive))
+
+
+def rows(runs: Path) -> list[dict[str, Any]]:
+    """A row for each dictionary, law and width, and for each family of dictionaries the interpolated one."""
+    found = []
+    for hook, curve, trained in curves(runs):
+        summary, settings = hook.summary, trained["settings"]
+        about = {
+            "teacher": "embedded",
+            "hook": hook.hook,
+            "sae": Path(hook.sae).name,
+            "architecture": settings["architecture"],
+            "k": settings["k"] if settings["architecture"] == "topk" else None,
+            "d_sae": summary.d_sae,
+            "alive": int(summary.n_alive.value),
+            "l0": summary.l0.value,
+            "g": summary.capacity.value,
+            "d_star": summary.critical_width.value,
+            "error": curve.error.value,
+        }
+        for law in LAWS:
+            for width in WIDTHS:
+                found.append({**about, "law": law, **predicted(curve.at(kept(law, hook, width)), width)})
+    return found + list(consistent(found))
+
+
+def predicted(estimate: Estimate, width: int) -> dict[str, Any]:
+    """What a row says of a prediction."""
+    return {"width": width, "predicted": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def consistent(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """For each hook point and size of dictionary the prediction at d* = d_T, log-linear in d* between the two k beside
+    it; its interval is that of the same interpolation of the ends.
+    """
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in found:
+        if row["law"] == LAWS[0] and row["architecture"] == "topk":
+            groups.setdefault((row["hook"], row["d_sae"], row["width"]), []).append(row)
+    for (hook, d_sae, width), members in groups.items():
+        members.sort(key=lambda row: row["d_star"])
+        stars = np.array([row["d_star"] for row in members])
+        if not stars[0] <= TEACHER_WIDTH <= stars[-1]:
+            continue
+        at = {
+            name: float(np.exp(np.interp(np.log(TEACHER_WIDTH), np.log(stars), np.log([row[name] for row in members]))))
+            for name in ("predicted", "low", "high", "l0", "error")
+        }
+        yield {
+            "teacher": "embedded",
+            "hook": hook,
+            "sae": f"{len(members)} dictionaries of {d_sae:,} latents",
+            "architecture": "topk",
+            "k": None,
+            "d_sae": d_sae,
+            "d_star": float(TEACHER_WIDTH),
+            "law": CONSISTENT,
+            "width": width,
+            **at,
+        }
+
+
+def observed(distillations: list[Path]) -> dict[int, list[float]]:
+    """The mean of the last tenth of each student of a width, those of embedded_floor.md and others."""
+    losses: dict[int, list[float]] = {}
+    page = (RESULTS / "embedded_floor.md").read_text(encoding="utf-8")
+    for width, last_tenth in re.findall(r"^\| (\d+) \| \d+ \| ([\d.]+) \|", page, re.MULTILINE):
+        losses.setdefault(int(width), []).append(float(last_tenth))
+    for folder in distillations:
+        for floor in observed_floors(DistillationRun.load(folder)):
+            losses.setdefault(floor.width, []).append(floor.last_tenth)
+    return losses
+
+
+def write(runs: Path, distillations: list[Path]) -> None:
+    """Replace splice.json and the tables of splice.md; predictions that are there stay as they were committed."""
+    path = RESULTS / "splice.json"
+    before = {key(row): row for row in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    seen = observed(distillations)
+    found = []
+    for row in rows(runs):
+        earlier, values = before.get(key(row), {}), seen.get(row["width"], [])
+        kept_as_it_was = {name: earlier[name] for name in ("predicted", "low", "high") if name in earlier}
+        found.append(
+            {
+                **row,
+                **kept_as_it_was,
+                "observed": float(np.mean(values)) if values else None,
+                "observed_seeds": values,
+                "committed_before": earlier.get("committed_before", row["width"] in NEW and not values),
+            }
+        )
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page = RESULTS / "splice.md"
+    text = page.read_text(encoding="utf-8")
+    for name, law in (("budget", LAWS[0]), ("proportional", LAWS[1]), ("consistent", CONSISTENT)):
+        text = between(text, name, law_table(found, law))
+    page.write_text(text, encoding="utf-8")
+
+
+def law_table(found: list[dict[str, Any]], law: str) -> str:
+    """A row for each dictionary, by one law, below what was observed."""
+    mine = [row for row in found if row["law"] == law]
+    lines = [
+        ["dictionary", "L0", "d*", *(f"d={width}" for width in WIDTHS), "all latents"],
+        ["---"] * (len(WIDTHS) + 4),
+        ["**observed**", "", "", *(number(observed_at(mine, width)) for width in WIDTHS), ""],
+    ]
+    for hook, name in dict.fromkeys((row["hook"], row["sae"]) for row in mine):
+        of = {row["width"]: row for row in mine if (row["hook"], row["sae"]) == (hook, name)}
+        any_row = of[WIDTHS[0]]
+        cells = [number(of[width]["predicted"]) for width in WIDTHS]
+        lines.append([name, f"{any_row['l0']:.1f}", f"{any_row['d_star']:.0f}", *cells, number(any_row["error"])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def observed_at(found: list[dict[str, Any]], width: int) -> float | None:
+    """What students of a width reached."""
+    return next((row["observed"] for row in found if row["width"] == width), None)
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or that there is none yet."""
+    return "not yet" if value is None else f"{value:.3f}"
+
+
+def between(text: str, name: str, content: str) -> str:
+    """A page with what stands between two marks replaced."""
+    start, end = f"<!-- {name}, by docs/write_splice.py -->", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What one prediction is known by."""
+    return tuple(row[name] for name in ("teacher", "hook", "sae", "law", "width"))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
