@@ -44,7 +44,7 @@ class HubDataset(TokenSource):
             _HUB_ID.fullmatch(spec) is not None and not Path(spec).exists() and file_suffix(spec) not in _OTHER_FILES
         )
 
-    def documents(self, spec: str) -> Iterator[str]:
+    def documents(self, spec: str) -> Iterator[str | None]:
         from tl_capacity.text.datasets import load_dataset_rows
 
         for number, row in enumerate(load_dataset_rows(spec), 1):

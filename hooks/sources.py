@@ -52,7 +52,7 @@ class JsonLines(TokenSource):
     def matches(self, spec: str) -> bool:
         return file_suffix(spec) in (".jsonl", ".ndjson")
 
-    def documents(self, spec: str) -> Iterator[str]:
+    def documents(self, spec: str) -> Iterator[str | None]:
         for number, line in enumerate(_lines(spec), 1):
             if not line.strip():
                 continue
@@ -74,7 +74,7 @@ class Parquet(TokenSource):
     def matches(self, spec: str) -> bool:
         return file_suffix(spec) == ".parquet"
 
-    def documents(self, spec: str) -> Iterator[str]:
+    def documents(self, spec: str) -> Iterator[str | None]:
         import pyarrow
         import pyarrow.parquet
 
@@ -96,7 +96,7 @@ class Parquet(TokenSource):
             )
         try:
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
+                yield from batch.column(0).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as problem:
             raise TokenSourceError(
                 f"{spec} is damaged ({problem}): write it again, or choose another source"
@@ -121,7 +121,7 @@ def _lines(spec: str) -> Iterator[str]:
     _check_file(spec)
     opened = _OPENERS.get(Path(spec).suffix.lower(), open)
     try:
-        with opened(spec, "rt", encoding="utf-8") as file:
+        with opened(spec, "rt", encoding="utf-8-sig") as file:  # with a byte order mark or without
             for line in file:
                 if "\0" in line:
                     raise TokenSourceError(f"{spec} holds binary data, not text: choose a UTF-8 text file")
@@ -132,8 +132,8 @@ def _lines(spec: str) -> Iterator[str]:
         ) from problem
 
 
-def text_of(content: Any, where: str) -> str:
-    """The text of one row.
+def text_of(content: Any, where: str) -> str | None:
+    """The text of one row; None where its field is null.
 
     Raises:
         TokenSourceError: where none of its fields holds one.
@@ -142,6 +142,8 @@ def text_of(content: Any, where: str) -> str:
         for field in TEXT_FIELDS:
             if isinstance(content.get(field), str):
                 return str(content[field])
+        if any(field in content and content[field] is None for field in TEXT_FIELDS):
+            return None
     raise TokenSourceError(
         f"{where} has no text in a field named {', '.join(TEXT_FIELDS)}: rename the field that holds it"
     )

@@ -7,10 +7,12 @@ Also under `accelerate launch -m tl_capacity run distill …`, where each proces
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.settings import DistillSettings, HiddenMatch, LogitLoss
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.recipe import option, option_of, run_file, values_of
 
 
@@ -47,6 +49,7 @@ class DistillConfig:
     weight_decay: float = option_of(DistillSettings, "weight_decay")
     batch_rows: int = option_of(DistillSettings, "batch_rows")
     context: int = option(256, "Positions in a row, BOS included.")
+    special_tokens: bool = option_of(MeasureSettings, "special_tokens")
     seed: int = option_of(DistillSettings, "seed")
     device: str = option("cpu", "Where teacher and students run.")
     dtype: str = option("float32", "Of the teacher's weights; the students' are float32.")
@@ -85,11 +88,14 @@ def main(config: DistillConfig) -> DistillationRun:
         torch.set_num_threads(config.threads)
     settings = config.settings()
     teacher = load_model(config.teacher, device=config.device, dtype=config.dtype)
+    text = partial(
+        TokenStream, tokenizer=teacher.tokenizer, context=config.context, special_tokens=config.special_tokens
+    )
     run = distill(
         teacher,
         config.widths,
-        TokenStream(teacher.source(config.source), teacher.tokenizer, context=config.context),
-        heldout=TokenStream(config.heldout, teacher.tokenizer, context=config.context) if config.heldout else None,
+        text(teacher.source(config.source)),
+        heldout=text(config.heldout) if config.heldout else None,
         settings=settings,
         out=config.out,
         resume=config.resume,

@@ -102,6 +102,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
         teacher.tokenizer,
         int(provenance.settings.get("context", 256)),
         prepend_bos=provenance.settings.get("bos", 0) is not None,
+        special_tokens=bool(provenance.settings.get("special_tokens")),
     )
     models = {
         s.name: load_model(str(config.distillation / "students" / s.name), device=config.device)

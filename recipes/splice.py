@@ -86,6 +86,7 @@ def main(config: SpliceConfig) -> Spliced | None:
             teacher.tokenizer,
             int(provenance.settings.get("context", 256)),
             prepend_bos=provenance.settings.get("bos", 0) is not None,
+            special_tokens=bool(provenance.settings.get("special_tokens")),
         )
         parts.append(
             splice(

@@ -426,7 +426,7 @@ class Wrong(Source):
         return spec == "wrong"
 
     def documents(self, spec):
-        yield None
+        yield 3
 
 @hookimpl
 def register_importance_estimators(register):
@@ -482,7 +482,7 @@ def register_token_sources(register):
         (
             "nothing",
             ["--source", "wrong"],
-            "token source 'wrong' gave a NoneType of wrong, not a text: make its documents strings\n",
+            "token source 'wrong' gave a int of wrong, not a text: make its documents strings\n",
         ),
     ],
     ids=["start", "update", "exit", "compute", "matches", "documents", "no text"],

@@ -332,8 +332,8 @@ class TokenSource:
         """Whether this source can read `spec`; sources are asked in the order in which plugins registered them."""
         raise NotImplementedError(f"the token source {self.name!r} does not override matches()")
 
-    def documents(self, spec: str) -> Iterator[str]:
-        """The documents, always in the same order."""
+    def documents(self, spec: str) -> Iterator[str | None]:
+        """The documents, always in the same order; None where a row has no text, which is left out and counted."""
         raise NotImplementedError(f"the token source {self.name!r} does not override documents()")
 
 

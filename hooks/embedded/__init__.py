@@ -28,7 +28,7 @@ class EmbeddedCorpus(TokenSource):
     def matches(self, spec: str) -> bool:
         return spec in ("embedded", "embedded:measure", "embedded:heldout")
 
-    def documents(self, spec: str) -> Iterator[str]:
+    def documents(self, spec: str) -> Iterator[str | None]:
         split = spec.partition(":")[2] or "measure"
         path = str(FOLDER / "texts" / f"{split}.jsonl.xz")
         return plugins().token_sources["jsonl file"].documents(path)

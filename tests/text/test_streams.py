@@ -4,6 +4,7 @@ what is wrong with them.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import lzma
@@ -347,7 +348,7 @@ class TestSources:
                     continue
 
     @pytest.mark.parametrize(
-        "line", ["not json", "[1, 2]", "3", '{"text": 3}', '{"title": "x"}', '{"text": null}', "[" * 100_000]
+        "line", ["not json", "[1, 2]", "3", '{"text": 3}', '{"title": "x"}', '{"title": null}', "[" * 100_000]
     )
     def test_odd_lines(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
@@ -360,9 +361,42 @@ class TestSources:
         with pytest.raises(TokenSourceError, match=r"a\.parquet"):
             list(documents(str(tmp_path / "a.parquet")))
 
-    def test_empty_rows_of_a_table_are_no_documents(self, tmp_path: Path) -> None:
-        pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "", None, "two"]}), tmp_path / "a.parquet")
-        assert list(documents(str(tmp_path / "a.parquet"))) == ["one", "two"]
+    @pytest.mark.parametrize("kind", ["a.parquet", "a.jsonl", "a folder", "a session"])
+    def test_empty_texts_and_nulls_are_no_documents(
+        self, tmp_path: Path, tokenizer: Any, unchecked: None, caplog: pytest.LogCaptureFixture, kind: str
+    ) -> None:
+        """They are left out of every kind of source alike, have no number, and are counted."""
+        rows, path = ["w1", "", None, "w2 w3"], tmp_path / kind
+        if kind == "a.parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
+        elif kind == "a.jsonl":
+            path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        elif kind == "a folder":
+            path.mkdir()
+            Dataset.from_dict({"text": rows}).to_json(path / "a.jsonl")
+        source = [*rows, float("nan")] if kind == "a session" else str(path)
+        assert rows_of(TokenStream(source, tokenizer)) == [(0, [BOS, 1]), (1, [BOS, 2, 3])]
+        name = f"{len(source)} texts given in a session" if kind == "a session" else source
+        assert caplog.messages == [
+            f"{len(source) - 2 if kind == 'a session' else 2} of {len(source) if kind == 'a session' else 4} documents"
+            f" of {name} have no text and were left out"
+        ]
+
+    @pytest.mark.parametrize("source", [["w1", 3], ["w1", b"w2"], [["w1"]]], ids=str)
+    def test_what_is_no_text(self, tokenizer: Any, unchecked: None, source: Any) -> None:
+        with pytest.raises(TokenSourceError, match=r"gave a (int|bytes|list) of \d texts given in a session, not"):
+            list(TokenStream(source, tokenizer))
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.txt.xz", "a.jsonl", "a.jsonl.gz"])
+    def test_files_as_windows_writes_them(self, tmp_path: Path, tokenizer: Any, name: str) -> None:
+        """A byte order mark and CRLF are no part of a text."""
+        path = write(tmp_path, name, PARAGRAPHS)
+        wanted, opened = list(documents(str(path))), {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        with opened(path, "rb") as file:
+            content = file.read()
+        with opened(path, "wb") as file:
+            file.write(codecs.BOM_UTF8 + content.replace(b"\n", b"\r\n"))
+        assert list(documents(str(path))) == wanted
 
     @pytest.mark.parametrize("spec", ["", "   ", "a.csv", "notes.pdf", "two words", "a/b/c/d/e"])
     def test_nobody_knows_it(self, spec: str) -> None:

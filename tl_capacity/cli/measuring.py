@@ -25,6 +25,7 @@ EXAMINED = {
     "context": "As for measure.",
     "batch_rows": "As for measure.",
     "prepend_bos": "As for measure.",
+    "special_tokens": "As for measure.",
     "skip_first_positions": "As for measure.",
     "device": "As for measure.",
     "dtype": "As for measure.",

@@ -63,6 +63,7 @@ def settings_of(measurement: Measurement, folder: Path, tokens: int, device: str
         context=p.settings.get("context"),
         batch_rows=p.settings.get("batch_rows", MeasureSettings.batch_rows),
         prepend_bos=p.settings.get("bos") is not None,
+        special_tokens=bool(p.settings.get("special_tokens")),
         alive_threshold=measurement.hooks[0].summary.alive_threshold,
         skip_first_positions=p.settings.get("skip_first_positions", 0),
         shard=(p.shards[0], p.shard_count),
@@ -104,6 +105,7 @@ def _stream(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[Named
         settings.batch_rows,
         settings.prepend_bos,
         settings.shard,
+        settings.special_tokens,
     )
 
 

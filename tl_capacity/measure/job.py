@@ -83,6 +83,7 @@ def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenS
         settings.batch_rows,
         settings.prepend_bos,
         settings.shard,
+        settings.special_tokens,
     )
     model = tapped_model(loaded, [sae for _, _, sae in named], [hook for hook, _, _ in named])
     rule = CountingRule.for_model(loaded.model, loaded.tokenizer, settings.skip_first_positions)

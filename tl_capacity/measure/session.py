@@ -64,6 +64,8 @@ class StreamRecord:
         if not isinstance(stream, TokenStream):
             return cls(source_of(stream), before.shard, before.settings)
         settings = {"context": stream.context, "bos": stream.bos, "batch_rows": stream.batch_rows}
+        if stream.special_tokens:
+            settings["special_tokens"] = True
         return cls(stream.name(), stream.shard, settings)
 
 

@@ -62,6 +62,11 @@ class MeasureSettings:
     prepend_bos: bool = option(
         True, "Begin each row with the tokenizer's BOS, as TransformerLens does.", "--bos/--no-bos"
     )
+    special_tokens: bool = option(
+        False,
+        "Read special tokens that are spelled in a text, such as <|endoftext|>, as these tokens. Default: as text.",
+        "--special-tokens",
+    )
     alive_threshold: float = option(1e-5, "A feature is alive where its firing rate exceeds this.")
     fvu_every: int = option(8, "Check the reconstruction on one document in this many.")
     skip_first_positions: int = option(0, "Do not count the first positions of each row.")

@@ -43,7 +43,12 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
         source = loaded.source(settings.source or "")
         # From the whole source, so that every shard is measured in the same basis.
         stream = TokenStream(
-            source, loaded.tokenizer, row_length(settings, loaded.model, []), settings.batch_rows, settings.prepend_bos
+            source,
+            loaded.tokenizer,
+            row_length(settings, loaded.model, []),
+            settings.batch_rows,
+            settings.prepend_bos,
+            special_tokens=settings.special_tokens,
         )
         fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(settings.device) for basis in bases}
     return [
@@ -71,6 +76,8 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
         (spec_of(measured, loaded.name),),
         source=provenance.source,
         context=context,
+        prepend_bos=provenance.settings.get("bos", 0) is not None,
+        special_tokens=bool(provenance.settings.get("special_tokens")),
         device=device,
     )
     [(_, _, sae)] = dictionaries(settings, loaded)

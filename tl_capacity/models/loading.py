@@ -7,6 +7,7 @@ runs code from a download is ever loaded.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -51,7 +52,7 @@ class LoadedModel:
     @cached_property
     def bridge(self) -> Any:
         """A TransformerBridge around the model, without asking a hub anything; made once, since it rewrites the model
-        in place.
+        in place. Its tokenizer is a copy: TransformerLens gives it special tokens that it lacks.
 
         Raises:
             CapacityError: where TransformerLens cannot bridge the architecture.
@@ -61,7 +62,7 @@ class LoadedModel:
         device = str(next(self.model.parameters()).device)
         try:
             return TransformerBridge.boot_transformers(
-                self.name, hf_model=self.model, tokenizer=self.tokenizer, device=device
+                self.name, hf_model=self.model, tokenizer=deepcopy(self.tokenizer), device=device
             )
         except (ValueError, KeyError, AttributeError, NotImplementedError) as problem:
             kind, reason = (

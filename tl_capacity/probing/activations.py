@@ -24,6 +24,7 @@ from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.text.counting import CountingRule
+from tl_capacity.text.tokenizing import bos_of, token_ids
 
 POOLINGS = ("mean", "last", "token")
 TOKENS_PER_TEXT = 8
@@ -173,9 +174,9 @@ def randomly_initialised(model: Any, seed: int = 0) -> Any:
 
 def _rows(tokenizer: Any, texts: Sequence[str], context: int, prepend_bos: bool) -> tuple[list[NDArray[np.int64]], int]:
     """Token ids of each text within the context, and how many were longer."""
-    bos = getattr(tokenizer, "bos_token_id", None) if prepend_bos else None
+    bos = bos_of(tokenizer) if prepend_bos else None
     first = [] if bos is None else [bos]
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = token_ids(tokenizer, list(texts))
     longer = sum(len(first) + len(ids) > context for ids in encoded)
     return [np.array([*first, *ids][:context], dtype=np.int64) for ids in encoded], longer
 

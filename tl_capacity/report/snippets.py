@@ -61,6 +61,7 @@ def stream_of(measurement: Measurement, tokenizer: Any, source: str | None = Non
         int(context or 256),
         batch_rows,
         settings.get("bos", 0) is not None,
+        special_tokens=bool(settings.get("special_tokens")),
     )
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tl_capacity.errors import TokenSourceError, plugin_code
 from tl_capacity.interfaces import TokenSource
 from tl_capacity.plugins import plugins
+from tl_capacity.text.tokenizing import bos_of, tokens_of_each, without_nulls
 
 PADDING = -1
 """Marks a padded place in `TokenBatch.tokens` until it is given to a model."""
@@ -76,16 +77,20 @@ class TokenStream:
         tokenizer: a Hugging Face tokenizer; not needed for rows of token ids.
         context: positions in a row, BOS included.
         batch_rows: rows in a batch.
-        prepend_bos: begin each row with the tokenizer's BOS, as TransformerLens does.
+        prepend_bos: begin each row with the tokenizer's BOS, or its EOS where it has no BOS, as TransformerLens does; a
+            row that begins with it already gets no second.
         shard: `(index, of)`: take the documents whose number is `index` modulo `of`.
+        special_tokens: read a special token that is spelled in a text, such as `<|endoftext|>`, as that token; by
+            default text is text.
     """
 
-    source: str | Sequence[str] | NDArray[np.int64]
+    source: str | Sequence[str | None] | NDArray[np.int64]
     tokenizer: Any = None
     context: int = 256
     batch_rows: int = 8
     prepend_bos: bool = True
     shard: tuple[int, int] = (0, 1)
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.context < 2 or self.batch_rows < 1:
@@ -101,9 +106,8 @@ class TokenStream:
 
     @property
     def bos(self) -> int | None:
-        """The id that begins each row, or None; id 0 is valid (GPT-NeoX)."""
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        return int(bos) if self.prepend_bos and bos is not None else None
+        """The id that begins each row, or None."""
+        return bos_of(self.tokenizer) if self.prepend_bos else None
 
     def name(self) -> str:
         """What the stream reads, for the record."""
@@ -138,22 +142,33 @@ class TokenStream:
                 if number % of == index:
                     yield number, ids[: self.context].astype(np.int64)
             return
-        bos = [] if self.bos is None else [self.bos]
-        body = self.context - len(bos)
         numbered = ((n, text) for n, text in enumerate(self._texts()) if n % of == index)
-        while some := list(islice(numbered, 64)):
-            # Half of a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark; tokenizers
-            # refuse it.
-            texts = [text.encode("utf-8", "replace").decode("utf-8") for _, text in some]
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-            for (number, _), ids in zip(some, encoded, strict=True):
-                for start in range(0, len(ids), body):
-                    yield number, np.array(bos + ids[start : start + body], dtype=np.int64)
+        for number, pieces in tokens_of_each(self.tokenizer, numbered, self.special_tokens):
+            for ids in self._cut(pieces):
+                yield number, ids
+
+    def _cut(self, pieces: Iterable[list[int]]) -> Iterator[NDArray[np.int64]]:
+        """The rows of one document, from its ids piece by piece."""
+        bos = [] if self.bos is None else [self.bos]
+        body, rest = self.context - len(bos), list[int]()
+        for ids in pieces:
+            rest += ids
+            whole = len(rest) // body * body
+            for start in range(0, whole, body):
+                yield _begun_with(bos, rest[start : start + body])
+            rest = rest[whole:]
+        if rest:
+            yield _begun_with(bos, rest)
 
     def _texts(self) -> Iterable[str]:
-        return documents(self.source) if isinstance(self.source, str) else list(self.source)
+        if isinstance(self.source, str):
+            return documents(self.source)
+        return without_nulls(self.source, "the stream", self.name())
+
+
+def _begun_with(bos: list[int], ids: list[int]) -> NDArray[np.int64]:
+    """A row that begins with BOS, once."""
+    return np.array(ids if ids[:1] == bos else bos + ids, dtype=np.int64)
 
 
 def documents(spec: str) -> Iterator[str]:
@@ -176,14 +191,8 @@ def documents(spec: str) -> Iterator[str]:
 
 
 def _documents_of(source: TokenSource, spec: str) -> Iterator[str]:
-    with plugin_code("token source", source.name, source.documents):
-        for text in source.documents(spec):
-            if not isinstance(text, str):
-                raise TokenSourceError(
-                    f"the token source {source.name!r} gave a {type(text).__name__} of {spec}, not a text: make its"
-                    " documents strings"
-                )
-            yield text
+    with plugin_code("token source", source.name, source):
+        yield from without_nulls(source.documents(spec), f"the token source {source.name!r}", spec)
 
 
 def source_of(stream: Any) -> str:
