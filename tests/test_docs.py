@@ -25,7 +25,8 @@ from commands import CHILDREN, concept_of, parse
 from tl_capacity import plugins
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
 
@@ -86,23 +87,36 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_contents() -> None:
     listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
     notebooks = {f"notebooks/{path.name}" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
-    assert listed == ({page.name for page in PAGES[1:]} - {"index.md"}) | notebooks
+    assert listed == ({page.name for page in PAGES if page not in OUTSIDE} - {"index.md"}) | notebooks
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each `tl-capacity …` and `make …` in a page's shell blocks."""
+    """The words of each command in a page's shell blocks that is of `tl-capacity`, `make` or the environment's own."""
     for _, content in blocks(page, "sh", "console"):
         for line in content.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ ").rstrip("& "), comments=True)
-            if words and words[0] in ("tl-capacity", "make"):
+            if words and (words[0] in ("tl-capacity", "make") or words[0].startswith(".venv/")):
                 yield words
+
+
+def make_targets() -> list[str]:
+    return re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_what_a_contributor_is_told_to_make_can_be_made() -> None:
+    """In sentences too: `make help-pages`."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md"))
+    told = set(re.findall(r"\bmake ([a-z][\w-]*)(?=`|\n|  )", text))
+    assert {"check", "fuzz", "help-pages"} <= told <= set(make_targets())
 
 
 @pytest.mark.parametrize("page", having("sh", "console"))
 def test_commands_exist(page: Path) -> None:
     for program, *arguments in commands(page):
         if program == "make":
-            assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), arguments
+            assert arguments[0] in make_targets()
+        elif program.startswith(".venv/"):
+            assert (ROOT / arguments[0]).is_file(), arguments
         else:
             parse(arguments)
 
@@ -127,6 +141,8 @@ INSTEAD = {"--concepts embedded": "--concepts question"}
 
 LEFT_OUT = {
     r"^make ": "minutes of what the pages' own commands do, or the tests themselves",
+    r"^\.venv/bin/pytest": "the tests themselves",
+    r"^\.venv/bin/python benchmarks": "minutes of a machine that does nothing else",
     r"^pip install": "an installation",
     r"^srun ": "needs a Slurm cluster of several machines",
     r"gpt2|EleutherAI/|google/|NeelNanda/": "a name on the hub, and tests have no network",
@@ -321,6 +337,8 @@ def test_what_is_left_out_is_there() -> None:
         "tl-capacity",
         "make",
         "pip",
+        ".venv/bin/pytest",
+        ".venv/bin/python",
         "srun",
         "accelerate",
         "torchrun",
