@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from tiny_families import CONFIGS, SHARED, SIZES, TOKENS
 from tokenizers import Tokenizer, models
@@ -114,6 +116,8 @@ def hooked(family: str) -> Any:
     return lens.eval()
 
 
+QUICK = {"gpt2", "gemma2", "olmo2"}
+"""One architecture of each way to place norms; the others are tried by the slow tests."""
 FORMS = {HUGGING_FACE: hugging_face, BRIDGE: bridge, HOOKED: hooked}
 
 
@@ -122,8 +126,14 @@ def form(family: str, name: str) -> Any:
     return FORMS[name](family)
 
 
-def has_form(family: str, name: str) -> bool:
-    return name != HOOKED or family not in WITHOUT_HOOKED
+def cases(families: Iterable[str], quick: Iterable[str] = QUICK) -> list[Any]:
+    """`(family, form)` as parameters of a test."""
+    return [
+        pytest.param(family, name, marks=[] if family in quick else [pytest.mark.slow])
+        for family in families
+        for name in FORMS
+        if name != HOOKED or family not in WITHOUT_HOOKED
+    ]
 
 
 @cache

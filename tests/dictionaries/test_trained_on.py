@@ -14,7 +14,7 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 from tiny_families import CONFIGS, TOKENS
-from tiny_forms import BRIDGE, FORMS, HOOKED, form, has_form, hugging_face, sides, tokenizer
+from tiny_forms import BRIDGE, FORMS, HOOKED, cases, form, hugging_face, sides, tokenizer
 
 import tl_capacity as tlc
 from tl_capacity.dictionaries.adapter import read_hook, target_hook
@@ -27,12 +27,7 @@ MODULES = {"gpt-neox": ("attention", "mlp"), "gpt2": ("attn", "mlp"), "opt": ("s
 BLOCKS = {"gpt2": "h", "opt": "decoder.layers"}
 """What modules are called that `sparsify` trains on, from the base model."""
 POST_NORM = ("gemma2", "gemma3", "olmo2")
-EVERYWHERE = [
-    pytest.param(family, name, marks=[pytest.mark.slow] if name == HOOKED and family in ("mistral", "qwen2") else [])
-    for family in CONFIGS
-    for name in FORMS
-    if has_form(family, name)
-]
+EVERYWHERE = cases(CONFIGS)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -113,8 +108,7 @@ def test_sparsify(tmp_path: Path, family: str, name: str) -> None:
     says="`layer`, `submodule_name`, `io`",
     obeyed="the submodule's own output is read, before any norm behind it, or its input where `io` says so",
 )
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("family", ["gpt-neox", *POST_NORM])
+@pytest.mark.parametrize(("family", "name"), cases(["gpt-neox", *POST_NORM], quick=["gemma2"]))
 def test_dictionary_learning(tmp_path: Path, family: str, name: str) -> None:
     attention, _ = MODULES.get(family, ("self_attn", "mlp"))
     submodules = {"resid_post_layer_1": "", "mlp_out_layer1": ".mlp", "attn_out_layer1": f".{attention}"}
@@ -136,8 +130,7 @@ def test_dictionary_learning(tmp_path: Path, family: str, name: str) -> None:
     says="`hook_name` with `model_class_name: AutoModelForCausalLM`",
     obeyed="the output of that module of the Hugging Face model is read, as SAELens' own proxy gives it",
 )
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2"])
+@pytest.mark.parametrize(("family", "name"), cases(["gpt2", "gemma2", "olmo2"], quick=["olmo2"]))
 def test_saelens_modules_of_transformers(family: str, name: str) -> None:
     attention, _ = MODULES.get(family, ("self_attn", "mlp"))
     block = f"{base(family)}.{BLOCKS.get(family, 'layers')}.1"
@@ -173,8 +166,7 @@ def test_gemma_scope_2_transcoders(make_sae: Any, name: str) -> None:
         torch.testing.assert_close(seen(model, hook), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("family", POST_NORM)
+@pytest.mark.parametrize(("family", "name"), cases(POST_NORM, quick=["gemma2"]))
 def test_latents_are_those_of_the_modules_own_output(tmp_path: Path, family: str, name: str) -> None:
     """From the folder to the counts: the tensor behind the norm gives others."""
     coder = sparsify(tmp_path / "layers.1.mlp")
@@ -191,8 +183,7 @@ def test_latents_are_those_of_the_modules_own_output(tmp_path: Path, family: str
     assert found.summary.arrays["counts"].sum(0).tolist() == counts["mlp"] != counts["post_feedforward_layernorm"]
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("family", POST_NORM)
+@pytest.mark.parametrize(("family", "name"), cases(POST_NORM, quick=["olmo2"]))
 def test_a_skip_transcoder_is_checked_against_the_modules_own_output(tmp_path: Path, family: str, name: str) -> None:
     coder = sparsify(tmp_path / "layers.1.mlp", transcode=True, skip_connection=True)
     with tlc.add_capacity_hooks(form(family, name), coder, fvu_every=1, mask_token_ids=[0]) as capacity:

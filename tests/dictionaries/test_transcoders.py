@@ -161,7 +161,6 @@ class TestBadInput:
     [
         "mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_3",
         "google/gemma-scope-2-1b-pt/clt/width_262k_l0_medium/params_layer_3",
-        "mntss/clt-gemma-2-2b-2.5M/3",
     ],
 )
 def test_cross_layer_transcoders_by_name(spec: str) -> None:

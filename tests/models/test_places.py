@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_families import TOKENS
-from tiny_forms import ARCHITECTURES, BRIDGE, FORMS, HOOKED, HUGGING_FACE, form, has_form, hugging_face, sides
+from tiny_forms import ARCHITECTURES, BRIDGE, FORMS, HOOKED, HUGGING_FACE, cases, form, hugging_face, sides
 
 from tl_capacity.errors import HookPointError
 from tl_capacity.models.hook_points import find_tap_point, hook_names
@@ -74,14 +74,7 @@ def check(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor
         assert (found[name] - expected[name]).abs().max() < 1e-4, name
 
 
-CASES = [
-    pytest.param(
-        family, name, marks=[pytest.mark.slow] if name == HOOKED and family in ("mistral", "qwen2", "phi3") else []
-    )
-    for family in TRANSFORMERS
-    for name in FORMS
-    if has_form(family, name)
-]
+CASES = cases(TRANSFORMERS)
 
 
 @pytest.mark.fidelity(
@@ -91,18 +84,13 @@ CASES = [
 )
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_every_hook_carries_what_transformers_modules_say(family: str, name: str) -> None:
-    expected = {f"blocks.1.{hook}": sides(family)[side] for hook, side in modules(family).items()}
-    check(tapped(form(family, name), expected), expected)
-
-
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_a_module_of_transformers_is_a_name_in_every_form(family: str, name: str) -> None:
-    """As `sparsify` names modules, from the base model, and SAELens, from the model with its head."""
+    """Modules are names too, as `sparsify` has them, from the base model, and SAELens, from the model with its head."""
     base = BLOCKS.get(family, "model.layers").partition(".")[0] + "."
     expected = {}
-    for side in modules(family).values():
+    for hook, side in modules(family).items():
         said = side.removesuffix(".output")
-        expected |= {said: sides(family)[side], said.removeprefix(base): sides(family)[side]}
+        for hook_name in (f"blocks.1.{hook}", said, said.removeprefix(base)):
+            expected[hook_name] = sides(family)[side]
     check(tapped(form(family, name), expected), expected)
 
 
