@@ -147,6 +147,7 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
     from sae_lens.load_model import HookedProxyLM
 
     from tl_capacity.models.hook_points import find_tap_point
+    from tl_capacity.models.places import lens_name
 
     model = loaded.model
     model.config.use_cache = False
@@ -160,7 +161,7 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
         if not module.endswith(".-1"):
             return HookedProxyLM(model, loaded.tokenizer, hook_names=[module]), module, model
     find_tap_point(loaded.bridge, hook)
-    return loaded.bridge, hook, loaded.bridge
+    return loaded.bridge, lens_name(loaded.bridge, hook), loaded.bridge
 
 
 def measure(

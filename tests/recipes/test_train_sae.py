@@ -159,6 +159,13 @@ def test_every_architecture_and_kind_of_hook(
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(64))
 
 
+@pytest.mark.slow
+def test_a_module_of_transformers(config: TrainSAEConfig) -> None:
+    sae, record = trained(replace(config, architecture="standard", hook="gpt_neox.layers.1.mlp", tokens=4_000))
+    assert sae.cfg.metadata.hook_name == "gpt_neox.layers.1.mlp"
+    assert record["heldout"]["explained_variance"]["value"] > 0
+
+
 def test_the_residual_streams_names_agree(config: TrainSAEConfig) -> None:
     """What a block reads is what the block before it wrote, so the two SAEs are one."""
     short = replace(config, tokens=2_000)
