@@ -95,6 +95,7 @@ class LatentBatch:
         sae: the dictionary.
         gradients: for each loss that an estimator asked for, its gradient ∂L/∂x at the hook point; L is in nats, summed
             over positions.
+        scale: by what `decode` multiplies each latent before its decoder vector; None for 1.
     """
 
     features: Int64[Tensor, " entry"]
@@ -109,10 +110,11 @@ class LatentBatch:
     counted: Bool[Tensor, "row position"]
     sae: Any
     gradients: Mapping[str, Float[Tensor, "token width"]] = field(default_factory=dict)
+    scale: Float[Tensor, " feature"] | None = None
 
     def latent_gradients(self, loss: str) -> Float64[Tensor, " entry"]:
-        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩, the error of the reconstruction held fixed (Marks et al. 2024,
-        arXiv:2403.19647).
+        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩ times its scale, the error of the reconstruction held fixed
+        (Marks et al. 2024, arXiv:2403.19647).
         """
         import torch
 
@@ -123,7 +125,8 @@ class LatentBatch:
         along = [
             (decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces
         ]
-        return torch.cat(along).to(self.values)
+        gradients = torch.cat(along).to(self.values)
+        return gradients if self.scale is None else gradients * self.scale.to(gradients)[self.features]
 
     def dense(self) -> Tensor:
         """Latents [token, feature] in float64; costs what the sparse form avoids."""

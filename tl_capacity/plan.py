@@ -236,7 +236,7 @@ def plan(
     place = max(range(len(needs)), key=lambda i: needs[i].width.value)
     decides, needed = hooks[place], int(needs[place].width.value)
     estimator = decides.estimator(importance)
-    unit = str(estimator.unit)
+    unit = decides.unit(importance)
     goal = (
         f"To keep {100 * keep:.4g}% of the features"
         if keep is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from tl_capacity.errors import DictionaryError
@@ -132,16 +132,38 @@ def unhooked(sae: Any) -> Iterator[None]:
             setattr(sae, name, point)
 
 
+def divides_by_decoder_norms(sae: Any) -> bool:
+    """Whether `decode` divides each latent by the norm of its decoder vector, an option of SAELens."""
+    return bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
+
+
 @torch.no_grad()
 def decoder_norms(sae: Any, device: torch.device) -> Float64[Tensor, " feature"]:
-    """The length of what each latent writes where it is 1."""
-    norms = torch.ones(len(sae.W_dec), dtype=torch.float64, device=device)
-    # Where the option is set, SAELens' decode divides by the norms.
-    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        # A few rows at a time and in place: a float64 copy of a wide decoder is larger than all else that is kept.
-        for rows, place in zip(torch.split(decoder_vectors(sae), 64), torch.split(norms, 64), strict=True):
-            torch.linalg.vector_norm(rows.to(device, torch.float64), dim=1, out=place)
-    return norms
+    """The length of what each latent writes where it is 1; zero for latents that write nothing."""
+    norms = torch.empty(len(sae.W_dec), dtype=torch.float64, device=device)
+    # A few rows at a time and in place: a float64 copy of a wide decoder is larger than all else that is kept.
+    for rows, place in zip(torch.split(decoder_vectors(sae), 64), torch.split(norms, 64), strict=True):
+        torch.linalg.vector_norm(rows.to(device, torch.float64), dim=1, out=place)
+    return norms.sign() if divides_by_decoder_norms(sae) else norms
+
+
+@torch.no_grad()
+def decoder_scale(sae: Any) -> Float[Tensor, " feature"] | None:
+    """By what `decode` multiplies each latent before it adds up decoder vectors; None where by nothing.
+
+    A decoder vector of norm 0 has the scale 0. SAELens divides by its norm, and what it writes is NaN for every token.
+    """
+    if not divides_by_decoder_norms(sae):
+        return None
+    norms = decoder_vectors(sae).norm(dim=1)
+    return torch.where(norms > 0, 1 / norms, 0.0)
+
+
+@torch.no_grad()
+def dead_latents(sae: Any) -> Bool[Tensor, " feature"] | None:
+    """The latents that write nothing, as their decoder vectors are zero; None where there are none."""
+    dead: Tensor = torch.linalg.vector_norm(decoder_vectors(sae), ord=torch.inf, dim=1) == 0
+    return dead if bool(dead.any()) else None
 
 
 def dictionary_digest(sae: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_capacity.dictionaries.adapter import decoder_bias, decoder_vectors, with_skip
+from tl_capacity.dictionaries.adapter import decoder_bias, decoder_scale, decoder_vectors, with_skip
 from tl_capacity.dictionaries.encoding import Entries, decoder_vectors_add_up
 
 
@@ -17,10 +17,11 @@ class Decoder:
 
     Attributes:
         linear: whether `decode` adds up decoder vectors; None until a latent was seen to be active.
+        scale: by what each latent is multiplied before its decoder vector; None for 1.
     """
 
     def __init__(self, sae: Any) -> None:
-        self.sae = sae
+        self.sae, self.scale = sae, decoder_scale(sae)
         self.linear: bool | None = None
 
     def settle(self, inputs: Float[Tensor, "token ..."]) -> None:
@@ -46,6 +47,7 @@ class Decoder:
         counts = torch.bincount(position, minlength=count)
         starts = torch.cumsum(counts, 0) - counts
         features, values = features[kept].to(decoder.device), values[kept].to(decoder.device, decoder.dtype)
+        values = values if self.scale is None else values * self.scale.to(values)[features]
         summed = nn.functional.embedding_bag(
             features, decoder, starts.to(decoder.device), mode="sum", per_sample_weights=values
         )

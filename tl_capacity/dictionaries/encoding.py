@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_capacity.dictionaries.adapter import decoder_bias, decoder_vectors
+from tl_capacity.dictionaries.adapter import dead_latents, decoder_bias, decoder_scale, decoder_vectors
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.runtime.scratch import Scratch
 
@@ -58,12 +58,15 @@ class Encoder:
     in `ACTIVATIONS` the products go into one block that is kept, some thousands of features after the others, and what
     is active is found there. Any other SAE, one with hooks on its latents, and one whose `encode` gave something else
     on the first tokens is asked for its own `encode`.
+
+    A latent whose decoder vector is zero writes nothing, so it is never active here.
     """
 
     def __init__(self, sae: SparseAutoencoder, scratch: Scratch | None = None) -> None:
         self.sae: Any = sae
         self.d_sae = int(sae.W_dec.shape[0])
         self._activation = ACTIVATIONS.get(type(sae).__name__)
+        self._dead = dead_latents(sae)
         self._checked = False
         self.scratch = scratch or Scratch()
         self.hold(DENSE_LATENTS if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
@@ -91,6 +94,12 @@ class Encoder:
         """The active latents of at most `chunk` tokens, some features or tokens after others, so that all need never be
         in memory; to be gone through under `torch.no_grad`.
         """
+        if self._dead is None:
+            return self._encoded_parts(inputs)
+        return (_without(self._dead, entries) for entries in self._encoded_parts(inputs))
+
+    def _encoded_parts(self, inputs: Tensor) -> Iterator[Entries]:
+        """As `parts`, with latents whose decoder vector is zero."""
         if not self._checked and len(inputs):
             self._checked = True
             if self._activation is not None and not self._agrees(self._activation.find, inputs[:CHECKED_TOKENS]):
@@ -181,6 +190,13 @@ def joined(parts: Sequence[Entries]) -> Entries:
     return tokens, features, values
 
 
+def _without(dead: Tensor, entries: Entries) -> Entries:
+    """The entries of latents that write something."""
+    tokens, features, values = entries
+    kept = torch.nonzero(~dead.to(features.device)[features]).view(-1)
+    return tokens[kept], features[kept], values[kept]
+
+
 def _largest(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest latents of each token [token, k], unordered, and their features.
 
@@ -233,19 +249,28 @@ def _encoded(sae: Any, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
-    """Whether `decode` adds up decoder vectors, seen on a few tokens [token, d_in], so that no architecture need be
-    known; None without an active latent.
+    """Whether `decode` adds up decoder vectors times `decoder_scale`, seen on a few tokens [token, d_in], so that no
+    architecture need be known; None without an active latent, or where what is written is not finite.
     """
-    few = inputs[:CHECKED_TOKENS]
-    latents = _encoded(sae, few).to_dense()
+    # One token after the other: what undoes the normalisation of a token remembers the last that was encoded.
+    pairs = []
+    for token in torch.split(inputs[:CHECKED_TOKENS], 1):
+        latent = sae.encode(token)
+        pairs.append((latent.to_dense(), sae.decode(latent).flatten(1)))
+    latents, written = (torch.cat(each) for each in zip(*pairs, strict=True))
     if not bool(latents.any()):
         return None
-    decoder, bias = decoder_vectors(sae), decoder_bias(sae)
-    written, summed = sae.decode(latents).flatten(1), latents.to(decoder) @ decoder
+    decoder, bias, scale = decoder_vectors(sae), decoder_bias(sae), decoder_scale(sae)
+    if scale is not None and not bool(scale.all()):
+        return True  # by definition: SAELens' own `decode` gives NaN
+    values = latents.to(decoder)
+    summed = (values if scale is None else values * scale) @ decoder
     summed = summed if bias is None else summed + bias
-    return written.shape == summed.shape and torch.allclose(
-        summed, written, rtol=1e-3, atol=1e-4 * float(written.abs().max())
-    )
+    if written.shape != summed.shape:
+        return False
+    if not bool(written.isfinite().all()):
+        return None
+    return torch.allclose(summed, written, rtol=1e-3, atol=1e-4 * float(written.abs().max()))
 
 
 def active_entries(latents: Tensor) -> Entries:

@@ -105,7 +105,7 @@ def read_dictionary_learning(folder: Path) -> Dictionary:
     if kind == "AutoEncoder" and {"W_enc", "b_enc", "W_dec"} <= renamed.keys():
         norms = renamed["W_dec"].norm(dim=1)
         renamed |= {
-            "W_dec": renamed["W_dec"] / norms[:, None],
+            "W_dec": renamed["W_dec"] / torch.where(norms > 0, norms, 1.0)[:, None],  # a row of norm 0 stays zero
             "W_enc": renamed["W_enc"] * norms,
             "b_enc": renamed["b_enc"] * norms,
         }

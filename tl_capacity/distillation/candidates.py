@@ -111,7 +111,7 @@ def predictions_of(measurement: Measurement, widths: Sequence[int], asked: tuple
                 )
                 refined = {floor.width: floor.predicted_floor for floor in floors}
                 naive = {floor.width: floor.naive_floor.value for floor in floors}
-                predictions.append(Prediction(*names, estimator.unit, refined, naive))
+                predictions.append(Prediction(*names, hook.unit(estimator.name), refined, naive))
     return predictions
 
 

@@ -13,7 +13,13 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from tl_capacity.dictionaries.adapter import check_dictionary, decoder_vectors, inputs_for, target_hook
+from tl_capacity.dictionaries.adapter import (
+    check_dictionary,
+    decoder_scale,
+    decoder_vectors,
+    inputs_for,
+    target_hook,
+)
 from tl_capacity.dictionaries.encoding import decoder_vectors_add_up
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
@@ -72,7 +78,7 @@ def ablation_kl(
         )
     point, chosen = reading_of(model, sae, hook).point, torch.tensor(list(latents), dtype=torch.int64)
     total, linear = torch.zeros(len(chosen), dtype=torch.float64), None
-    decoder = decoder_vectors(sae)
+    decoder, scale = decoder_vectors(sae), decoder_scale(sae)
     seen: list[Tensor] = []
     with evaluating(model), token_progress(len(tokens), progress, "ablating", "rows") as advance:
         for rows in torch.split(torch.arange(len(tokens)), rows_at_once):
@@ -89,6 +95,7 @@ def ablation_kl(
                     " choose another SAE"
                 )
             encoded = sae.encode(inputs).to_dense()
+            encoded = encoded if scale is None else encoded * scale
             # zᵢ [row, position, latent] of the chosen latents at counted tokens, zero elsewhere.
             strength = (
                 encoded[:, chosen.to(encoded.device)].unflatten(0, tuple(tokens[rows].shape)).cpu()

@@ -314,6 +314,7 @@ class CapacityHooks:
             estimators=tuple(estimator.name for estimator in tap.estimators),
             d_model=residual_width(self.model),
             notes=tap.notes,
+            linear=tap.linear,
         )
 
     def _provenance(self) -> Provenance:

@@ -105,6 +105,10 @@ class Tap:
         self.target_hook = target_hook(self.sae, self.hook)
         self._accumulating = accumulating(estimators)
         norms = decoder_norms(self.sae, self.device)
+        if not bool(norms.isfinite().all()):
+            raise DictionaryError(
+                f"the SAE at {self.hook} has NaN or infinite decoder weights: save it again, or choose another"
+            )
         self.statistics = FeatureStatistics.empty(self.d_sae, decoder_vectors(self.sae).shape[1], norms, self.device)
         self.statistics.state.update(empty_states(estimators, self.sae, self.device))
         self._open = OpenDocuments(self.d_sae, self.device)
@@ -113,6 +117,11 @@ class Tap:
     def has_seen(self) -> bool:
         """Whether any token has come by, counted or not."""
         return bool(self.statistics.tokens.sum() or self.statistics.masked.sum())
+
+    @property
+    def linear(self) -> bool | None:
+        """Whether the SAE writes the sum of its decoder vectors; None before a latent was seen to be active."""
+        return self._decoder.linear
 
     @counting
     def observe(
@@ -206,12 +215,17 @@ class Tap:
                 counted=tokens.counted,
                 sae=self.sae,
                 gradients=gradients,
+                scale=self._decoder.scale,
             )
             for estimator in self._accumulating:
                 accumulate(estimator, self.statistics.state, latents)
         if bool(checked.any()):
             targets = inputs[checked.to(inputs.device)]
             written = Written(self._decoder(entries, checked, targets), groups[checked])
+            if not bool(written.reconstruction.sum(dtype=torch.float32).isfinite()):
+                raise CapacityError(
+                    f"the SAE at {self.hook} writes NaN or infinite values in batch {batch}: check its weights"
+                )
             if self.target_hook is None:
                 self.statistics.update_reconstruction(
                     targets.flatten(1).to(self.device), written.reconstruction.to(self.device), written.groups

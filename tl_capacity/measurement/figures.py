@@ -84,7 +84,7 @@ def importance_figure(
     if not figure.data:
         raise CapacityError("no hook point has an alive feature of any importance: count more tokens")
     figure.update_xaxes(type="log", title="rank of the feature by importance", exponentformat="power", dtick=1)
-    value_axis(figure, f"importance ({unit_of(importance)} per token)")
+    value_axis(figure, f"importance ({lined.unit(importance)} per token)")
     figure.update_layout(legend={"y": 1.09 if widths else 1.02})
     return figure
 
@@ -128,8 +128,3 @@ def _curve_interval(hook: HookMeasurement, importance: str | None, ranks: NDArra
         return list(np.concatenate([values, np.full(max(0, ranks[-1] - len(values)), np.nan)])[ranks - 1])
 
     return s.estimates(at_ranks)
-
-
-def unit_of(importance: str | None) -> str:
-    """The unit of an importance estimator, the default one where none is named."""
-    return str(plugins().importance_estimators.named(importance).unit)

@@ -143,6 +143,7 @@ class Measurement:
                     "alive_threshold": h.summary.alive_threshold,
                     "estimators": list(h.estimators),
                     "d_model": h.d_model,
+                    "linear": h.linear,
                     "figures": recorded(h),
                     **({"notes": list(h.notes)} if h.notes else {}),
                 }
@@ -181,6 +182,7 @@ class Measurement:
                         d_model=typed_field({"d_model": None, **saved}, "d_model", (int, type(None))),
                         # Version 0.1 had none.
                         notes=tuple(map(str, typed_field({"notes": [], **saved}, "notes", list))),
+                        linear=typed_field({"linear": None, **saved}, "linear", (bool, type(None))),
                     )
                 )
             if not hooks or f"{len(hooks)}/counts" in arrays:
@@ -230,7 +232,9 @@ class Measurement:
             arrays = dict(together[0].summary.arrays)
             for other in together[1:]:
                 arrays = merge_sums(arrays, other.summary.arrays)
-            hooks.append(replace(together[0], summary=replace(together[0].summary, arrays=arrays)))
+            linear = next((hook.linear for hook in together if hook.linear is not None), None)
+            summary = replace(together[0].summary, arrays=arrays)
+            hooks.append(replace(together[0], summary=summary, linear=linear))
         whole = len(shards) == first.provenance.shard_count
         joined = replace(
             first.provenance,

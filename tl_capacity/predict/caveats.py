@@ -67,7 +67,8 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
     SAE does not even see.
 
     Compared in the same unit: E‖x − x̂‖² and the floor by the estimator that says its importances compare with it, both
-    squared activations per token.
+    squared activations per token. An SAE that normalises each token has its latents in another unit, and then nothing
+    is compared.
     """
     measured, registered = tuple(hooks), plugins()
     estimator = next((e for e in registered.importance_estimators if e.compares_with_reconstruction_error), None)
@@ -78,6 +79,12 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
     for hook in measured:
         error = hook.summary.reconstruction_error
         if error is None:
+            continue
+        if hook.linear is False:
+            sentences.append(
+                f"{name(hook)}: the SAE's own error is in {estimator.unit} and its floors are not, as its decode does"
+                " not add up its decoder vectors (it normalises each token, say), so the two are not compared"
+            )
             continue
         below = [f for f in hook_floors(hook, widths, estimator.name, chosen) if f.predicted_floor.value < error.value]
         if below:

@@ -103,7 +103,7 @@ def hook_floors(
 
     estimates = resampled(hook, importance, numbers)
     estimator = hook.estimator(importance)
-    return floor_predictions(hook.hook, widths, estimates, estimator.name, str(estimator.unit), law)
+    return floor_predictions(hook.hook, widths, estimates, estimator.name, hook.unit(importance), law)
 
 
 def sparsity(hook: HookMeasurement) -> float:

@@ -72,8 +72,8 @@ class Story:
 
     @property
     def unit(self) -> str:
-        """The unit of the importance."""
-        return str(self.importance.unit)
+        """The unit of the importance at the hook point of the verdict."""
+        return self.main.unit(self.importance.name)
 
     @property
     def folder(self) -> str:

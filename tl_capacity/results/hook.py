@@ -28,6 +28,8 @@ class HookMeasurement:
         estimators: importance estimators that accumulated a state of their own.
         d_model: dimensions of the model's residual stream; None where it is not known, as of version 0.1.
         notes: how the model or the text differs from what the SAE says it was trained on, a sentence each.
+        linear: whether the SAE writes the sum of its decoder vectors times its latents; false where its `decode` undoes
+            a normalisation of each token. None where it is not known, as of version 0.1.
     """
 
     hook: str
@@ -39,6 +41,7 @@ class HookMeasurement:
     estimators: tuple[str, ...] = ()
     d_model: int | None = None
     notes: tuple[str, ...] = ()
+    linear: bool | None = None
 
     @property
     def is_basis(self) -> bool:
@@ -75,6 +78,15 @@ class HookMeasurement:
         """
         order = np.argsort(-self.importance(importance), kind="stable")
         return np.asarray(np.flatnonzero(self.summary.alive)[order], dtype=np.int64)
+
+    def unit(self, name: str | None = None) -> str:
+        """The unit of an importance, of which a predicted floor is a sum.
+
+        Latents of an SAE that normalises each token are in units of the normalised token, whatever the estimator says.
+        """
+        estimator = self.estimator(name)
+        inside = estimator.compares_with_reconstruction_error and self.linear is False
+        return f"normalised {estimator.unit}" if inside else str(estimator.unit)
 
     def estimator(self, name: str | None = None) -> Any:
         """The registered estimator of that name, or the default one, checked to have accumulated what it needs.

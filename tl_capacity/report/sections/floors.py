@@ -49,7 +49,8 @@ def _predicted_figure(story: Story) -> go.Figure:
     if not labelled:
         raise CapacityError("no hook point has enough alive features for a prediction: count more tokens")
     compared = story.importance.compares_with_reconstruction_error
-    errors = {story.name(h): h.summary.reconstruction_error for h in story.measurement} if compared else {}
+    hooks = [h for h in story.measurement if compared and h.linear is not False]
+    errors = {story.name(h): h.summary.reconstruction_error for h in hooks}
     return figures.floors_figure(labelled, {name: error.value for name, error in errors.items() if error is not None})
 
 
