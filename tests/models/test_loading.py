@@ -305,6 +305,42 @@ class TestSAEs:
         assert name == "someone/saes/layer/1"
         assert int(sae.cfg.d_sae) == 32
 
+    def test_other_trainers_from_the_cache(self, cache: Path, tmp_path: Path) -> None:
+        """A repository's folder or file is read as one on disk is; its name says where it belongs."""
+        weights = {
+            "W_enc": torch.randn(8, 4),
+            "b_enc": torch.randn(8),
+            "W_dec": torch.randn(8, 4),
+            "b_dec": torch.randn(4),
+        }
+        linear = {"encoder.weight": weights["W_enc"], "encoder.bias": weights["b_enc"], "b_dec": weights["b_dec"]}
+        sparsify, learnt, traced = (tmp_path / name for name in ("sparsify", "learnt", "traced"))
+        for folder in (sparsify, learnt, traced):
+            folder.mkdir()
+        (sparsify / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 2, "d_in": 4}))
+        save_file({**linear, "W_dec": weights["W_dec"]}, sparsify / "sae.safetensors")
+        trainer = {"dict_class": "AutoEncoderTopK", "k": 2, "layer": 1, "submodule_name": "mlp_out_layer1"}
+        (learnt / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+        torch.save({**linear, "decoder.weight": weights["W_dec"].T}, learnt / "ae.pt")
+        (traced / "config.yaml").write_text("feature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n")
+        save_file(weights, traced / "layer_1.safetensors")
+        put_in_cache(cache, "someone/sparsify", sparsify, "layers.1.mlp")
+        put_in_cache(cache, "someone/learnt", learnt, "mlp/trainer_0")
+        put_in_cache(cache, "someone/traced", traced)
+        x = torch.randn(5, 4)
+        for spec, hook, subtracts in (
+            ("someone/sparsify/layers.1.mlp", "blocks.1.mlp.hook_out", True),
+            ("someone/learnt/mlp/trainer_0", "blocks.1.mlp.hook_out", True),
+            ("someone/traced/layer_1.safetensors", "blocks.1.mlp.hook_in", False),
+        ):
+            name, sae = load_sae(spec)
+            assert (name, sae.cfg.metadata.hook_name) == (spec, hook)
+            before = (x - weights["b_dec"] if subtracts else x) @ weights["W_enc"].T + weights["b_enc"]
+            z = sae.encode(x)
+            torch.testing.assert_close(z, torch.where(z > 0, before.relu(), 0))
+        with pytest.raises(DictionaryError, match=r"'layers\.2' of 'someone/sparsify' cannot be loaded"):
+            load_sae("someone/sparsify/layers.2")
+
     def test_a_known_release_that_is_not_there_offline(self, cache: Path) -> None:
         with pytest.raises(
             DictionaryError, match=r"of 'gpt2-small-res-jb' cannot be loaded \(no hub can be reached.*pass a folder"

@@ -23,7 +23,8 @@ TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 @checked
 def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, a file of
-    `circuit-tracer`'s, else `RELEASE/SAE_ID` of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub.
+    `circuit-tracer`'s, else `RELEASE/SAE_ID` of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub, of any
+    of these trainers.
 
     Returns:
         the SAE's name for the record, and the SAE.
@@ -55,6 +56,8 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
         with hub_or_cache():
             return spec, _described(SAE.from_pretrained(release, sae_id, device=device))
     except loading_errors() as problem:
+        if (downloaded := _of_another_trainer(release, sae_id)) is not None:
+            return spec, load_sae(str(downloaded), device)[1]
         raise DictionaryError(
             f"the SAE {sae_id!r} of {release!r} cannot be loaded ({reason_of(problem)}): check the name and the"
             " network, or pass a folder that SAELens saved"
@@ -130,6 +133,34 @@ def sae_lens_works() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _of_another_trainer(repository: str, name: str) -> Path | None:
+    """What a repository of the hub holds under a name where SAELens finds nothing: the folder of another trainer's
+    files, or a file of circuit-tracer's; None where it holds neither.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from tl_capacity.dictionaries import formats, transcoders
+
+    candidates = (
+        (f"{name}/{formats.SPARSIFY_WEIGHTS}", f"{name}/cfg.json"),
+        (f"{name}/{formats.DICTIONARY_LEARNING_WEIGHTS}", f"{name}/config.json"),
+        (name, str(Path(name).with_name(transcoders.CONFIG))),
+    )
+    if repository.count("/") != 1:
+        return None
+    with hub_or_cache():
+        for weights, config in candidates:
+            if not weights.endswith((".safetensors", ".pt")):
+                continue
+            try:
+                hf_hub_download(repository, config)
+                path = Path(hf_hub_download(repository, weights))
+            except loading_errors():
+                continue
+            return path if weights == name else path.parent
+    return None
 
 
 def _refuse_cross_layer(release: str, sae_id: str) -> None:

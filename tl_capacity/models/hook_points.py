@@ -142,7 +142,8 @@ def of_one_head(change: Change, head: int, name: str) -> Change:
         after = change(activation[:, :, head])
         if after is None:
             return None
-        return torch.cat([activation[:, :, :head], after[:, :, None], activation[:, :, head + 1 :]], dim=2)
+        others = activation.expand(len(after), *activation.shape[1:])  # one row may come back as several
+        return torch.cat([others[:, :, :head], after[:, :, None], others[:, :, head + 1 :]], dim=2)
 
     return changed
 
