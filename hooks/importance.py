@@ -138,10 +138,10 @@ class IntegratedGradients(ImportanceEstimator):
         attribution = batch.values * batch.latent_gradients(self.along.name)
         _add(state["signed"], batch, attribution)
         _add(state["absolute"], batch, attribution.abs())
-        gradient = batch.gradients[self.along.name].to(attribution)
+        gradient = _like(attribution, batch.gradients[self.along.name])
         bias = getattr(batch.sae, "b_dec", None)
-        grown = batch.activations.flatten(1).to(gradient) - (
-            0 if bias is None else bias.detach().flatten().to(gradient)
+        grown = _like(gradient, batch.activations.flatten(1)) - (
+            0 if bias is None else _like(gradient, bias.detach().flatten())
         )
         state["error"].index_add_(0, batch.token_groups, (grown * gradient).sum(1))
         state["error"].index_add_(0, batch.groups, -attribution)
@@ -154,6 +154,11 @@ def _zeros(names: tuple[str, ...], sae: SparseAutoencoder, groups: int, device: 
     import torch
 
     return {name: torch.zeros(groups, sae.W_dec.shape[0], dtype=torch.float64, device=device) for name in names}
+
+
+def _like(example: Tensor, values: Tensor) -> Tensor:
+    """Values in the type of an example, and where it is: moved first, as some devices have no float64."""
+    return values.to(example.device).to(example.dtype)
 
 
 def _add(total: Tensor, batch: LatentBatch, values: Tensor) -> None:

@@ -14,6 +14,7 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.settings import DistillSettings, HiddenMatch, LogitLoss
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.recipe import option, option_of, run_file, values_of
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class DistillConfig:
     context: int = option(256, "Positions in a row, BOS included.")
     special_tokens: bool = option_of(MeasureSettings, "special_tokens")
     seed: int = option_of(DistillSettings, "seed")
-    device: str = option("cpu", "Where teacher and students run.")
+    device: str = option(AUTO, f"Where teacher and students run: {DEVICE_HELP}")
     dtype: str = option("float32", "Of the teacher's weights; the students' are float32.")
     shard_teacher: bool = option(False, "Spread a teacher that was loaded on the CPU over the processes (FSDP).")
     mixed_precision: str = option_of(DistillSettings, "mixed_precision")

@@ -33,6 +33,7 @@ from tl_capacity.probing.probe_result import ProbeResult
 from tl_capacity.probing.rows import JSON_NAME
 from tl_capacity.recipe import already_there, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
@@ -79,7 +80,7 @@ class ProbeConfig:
     )
     batch_rows: int = option(32, "Texts in a forward pass.")
     seed: int = option(0, "Of folds, random weights, control labels and resamples.")
-    device: str = option("cpu", "Where the models run.")
+    device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads of the models; 0 leaves it to torch.")
 
 

@@ -21,6 +21,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, load_config, load_model
 from tl_capacity.recipe import option, option_of, run_file, values_of
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 from tl_capacity.storage.files import make_folder, read_kept, write_json
 from tl_capacity.storage.same_run import changed_fields
 
@@ -114,7 +115,7 @@ class PythiaFloorConfig:
         (), "Also probe teacher and students for these concepts, such as embedded (docs/probe.md); takes minutes more."
     )
     seed: int = option_of(DistillSettings, "seed")
-    device: str = option("cpu", "Where everything runs.")
+    device: str = option(AUTO, f"Where everything runs: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
     def whole(self) -> PythiaFloorConfig:

@@ -22,13 +22,14 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.setup import measured_dictionary, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.models.loading import LoadedModel, load_model
+from tl_capacity.models.loading import LoadedModel, load_measured_model, load_model
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery import Recovery, recovery_figure
 from tl_capacity.probing.recovery_row import JSON_NAME
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
@@ -57,7 +58,7 @@ class RecoverConfig:
     tau: float = option(0.95, "AUROC from which a feature counts as kept.")
     importance: str = option("second_moment", "Importance estimator of the predicted set.")
     random: bool = option(True, "Also read out students with random weights, the floor.")
-    device: str = option("cpu", "Where the models run.")
+    device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
 
@@ -85,7 +86,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
         torch.set_num_threads(config.threads)
     started = time.monotonic()
     provenance = measurement.provenance
-    teacher = load_model(provenance.model, device=config.device)
+    teacher = load_measured_model(provenance.model, provenance.revision, device=config.device)
     if provenance.revision not in (None, teacher.revision):
         raise CapacityError(
             f"{config.measurement} was measured with other weights than {provenance.model!r} has now: measure again"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_capacity.recipe import option
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "gated", "jumprelu")
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
@@ -41,7 +42,7 @@ class TrainSAEConfig:
         "float32",
         f"How the weights are stored, one of {', '.join(SAVE_DTYPES)}; they are computed with in float32 all the same.",
     )
-    device: str = option("cpu", "Where the model and the SAE run.")
+    device: str = option(AUTO, f"Where the model and the SAE run: {DEVICE_HELP}")
     seed: int = option(0, "Of the split, the order of the rows and the initial weights.")
 
     @property

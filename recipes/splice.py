@@ -17,10 +17,11 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.setup import measured_dictionary, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.models.loading import load_model
+from tl_capacity.models.loading import load_measured_model
 from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 from tl_capacity.show.tables import table
 from tl_capacity.splicing.splice import LOST, splice
 from tl_capacity.storage.digests import digest
@@ -49,7 +50,7 @@ class SpliceConfig:
     tokens: int = option(20_000, "Tokens to read.")
     lost: str = option("mean", f"What stands for a lost latent, one of {', '.join(LOST)}.")
     keep_error: bool = option(False, "Leave the SAE's own error in the stream.")
-    device: str = option("cpu", "Where the model runs.")
+    device: str = option(AUTO, f"Where the model runs: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
 
@@ -70,7 +71,7 @@ def main(config: SpliceConfig) -> Spliced | None:
     if config.threads:
         torch.set_num_threads(config.threads)
     provenance = measurement.provenance
-    teacher = load_model(provenance.model, device=config.device)
+    teacher = load_measured_model(provenance.model, provenance.revision, device=config.device)
     if provenance.revision not in (None, teacher.revision):
         raise CapacityError(
             f"{config.measurement} was measured with other weights than {provenance.model!r} has now: measure again"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tl_capacity.errors import CapacityError, TokenSourceError
 from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.plugins import plugins
 from tl_capacity.recipe import run_file, settings_of
+from tl_capacity.runtime.devices import device_named
 from tl_capacity.storage.files import make_folder, read_kept, write_json
 from tl_capacity.storage.folders import new_folder, written
 from tl_capacity.storage.same_run import earlier_values
@@ -40,6 +42,7 @@ def main(config: TrainSAEConfig) -> None:
     from tl_capacity.runtime.versions import library_versions
     from tl_capacity.text.counting import CountingRule, special_token_ids
 
+    config = replace(config, device=device_named(config.device))
     loaded = load_model(config.model, device=config.device)
     source = loaded.source(config.source)
     special = special_token_ids(loaded.model, loaded.tokenizer)

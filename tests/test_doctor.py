@@ -319,7 +319,7 @@ def test_settings_are_read_back_from_a_measurement(measured: Path, setup: Path, 
         1e-4,
     )
     assert cli(*arguments(measured, tmp_path / "other", *more))[0] == 0
-    read = settings_of(Measurement.load(tmp_path / "other"), tmp_path / "other", 7, "cpu")
+    read = settings_of(Measurement.load(tmp_path / "other"), tmp_path / "other", 7, "auto")
     wanted = MeasureSettings(
         model=str(measured / "model"),
         out=tmp_path / "other",

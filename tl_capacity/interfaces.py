@@ -125,8 +125,10 @@ class LatentBatch:
         along = [
             (decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces
         ]
-        gradients = torch.cat(along).to(self.values)
-        return gradients if self.scale is None else gradients * self.scale.to(gradients)[self.features]
+        gradients = torch.cat(along).to(self.values.device).to(self.values.dtype)
+        if self.scale is None:
+            return gradients
+        return gradients * self.scale.to(gradients.device).to(gradients.dtype)[self.features]
 
     def dense(self) -> Tensor:
         """Latents [token, feature] in float64; costs what the sparse form avoids."""

@@ -28,7 +28,7 @@ from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
 from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import NamedModel
-from tl_capacity.models.loading import LoadedModel, load_model
+from tl_capacity.models.loading import LoadedModel, load_measured_model, load_model
 from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
 from tl_capacity.text.datasets import load_dataset_rows
 from tl_capacity.text.streams import documents
@@ -103,6 +103,30 @@ class TestModels:
         loaded = load_model("someone/tiny")
         assert same_model(loaded, neox)
         assert loaded.revision == COMMIT
+
+    def test_a_revision_from_the_cache(
+        self, folder: Path, cache: Path, neox: Any, make_model: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        """As the steps of a Pythia are kept: branches of one repository, each with weights of its own."""
+        put_in_cache(cache, "someone/steps", folder)
+        early = make_model("gpt_neox", seed=1)
+        step = "f" * 40
+        home = cache / "models--someone--steps"
+        shutil.copytree(folder, home / "snapshots" / step)
+        early.save_pretrained(home / "snapshots" / step)
+        (home / "refs" / "step3000").write_text(step)
+        for revision, expected, commit in ((None, neox, COMMIT), ("step3000", early, step), (step, early, step)):
+            loaded = load_model("someone/steps", revision=revision)
+            assert same_model(loaded, expected)
+            assert loaded.revision == commit
+            again = load_measured_model("someone/steps", commit)
+            assert same_model(again, expected), "what was measured is what is shown later"
+        with pytest.raises(CapacityError, match="'someone/steps' at the revision 'step4000' cannot be loaded"):
+            load_model("someone/steps", revision="step4000")
+        for name in (str(folder), "embedded"):
+            with pytest.raises(CapacityError, match="and no hub id, so it has no revision 'step3000'"):
+                load_model(name, revision="step3000")
+            assert load_measured_model(name, load_model(name).revision).name == name
 
     def test_an_unknown_hub_id_offline(self, cache: Path) -> None:
         started = time.monotonic()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tl_capacity.cli.shared import AsJson, Importance, Law, MaxFvu, show, widths_in
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 
 
 def decompose(
@@ -72,7 +73,7 @@ def report(
         str | None, typer.Option(help="Text to show features on. Default: that which was measured.")
     ] = None,
     snippet_tokens: Annotated[int, typer.Option(help="How much of it to look through.")] = 20_000,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = AUTO,
 ) -> None:
     """Write one self-contained HTML page that shows everything that was found."""
     from tl_capacity.report import ReportSettings, Results, find_snippets, write_report

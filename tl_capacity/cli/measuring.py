@@ -29,6 +29,8 @@ EXAMINED = {
     "skip_first_positions": "As for measure.",
     "device": "As for measure.",
     "dtype": "As for measure.",
+    "revision": "As for measure.",
+    "device_map": "As for measure.",
     "max_fvu": None,
 }
 """The options of `measure` that `doctor` has too, and what its help says of them."""

@@ -143,7 +143,7 @@ def decoder_norms(sae: Any, device: torch.device) -> Float64[Tensor, " feature"]
     norms = torch.empty(len(sae.W_dec), dtype=torch.float64, device=device)
     # A few rows at a time and in place: a float64 copy of a wide decoder is larger than all else that is kept.
     for rows, place in zip(torch.split(decoder_vectors(sae), 64), torch.split(norms, 64), strict=True):
-        torch.linalg.vector_norm(rows.to(device, torch.float64), dim=1, out=place)
+        torch.linalg.vector_norm(rows.to(device).double(), dim=1, out=place)
     return norms.sign() if divides_by_decoder_norms(sae) else norms
 
 

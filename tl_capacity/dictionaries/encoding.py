@@ -94,6 +94,7 @@ class Encoder:
         """The active latents of at most `chunk` tokens, some features or tokens after others, so that all need never be
         in memory; to be gone through under `torch.no_grad`.
         """
+        inputs = inputs.to(self.sae.W_dec.device)  # the model may run elsewhere
         if self._dead is None:
             return self._encoded_parts(inputs)
         return (_without(self._dead, entries) for entries in self._encoded_parts(inputs))

@@ -12,7 +12,8 @@ from typing import Any
 from tl_capacity.errors import DictionaryError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.runtime.checks import checked
-from tl_capacity.runtime.hub import check_device, hub_or_cache, loading_errors, reason_of
+from tl_capacity.runtime.devices import device_named
+from tl_capacity.runtime.hub import hub_or_cache, loading_errors, reason_of
 
 NEAR = 0.75
 """How alike two names are, as difflib has it, before one is offered for the other."""
@@ -32,7 +33,7 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     Raises:
         DictionaryError: where there is no such SAE, or its files are damaged.
     """
-    check_device(device)
+    device = device_named(device)
     if not spec.strip():
         raise DictionaryError("no SAE is named: pass a folder, RELEASE/SAE_ID or OWNER/REPOSITORY/SAE_ID")
     folder = Path(spec).expanduser()

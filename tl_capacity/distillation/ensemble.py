@@ -13,6 +13,7 @@ from tl_capacity.distillation.data import Rows, model_inputs
 from tl_capacity.distillation.losses import HELDOUT_LOSS, MATCHES, Output, chunked_losses
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.students import output_of
+from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 
 
@@ -55,9 +56,11 @@ class Students(nn.Module):
         for output, maps in zip(outputs, self.maps, strict=True):
             terms = [
                 match.weight
-                * MATCHES[match.kind](to_teacher(output.states[match.hook]).float(), teacher.states[match.hook].float())
-                .double()
-                .sum()
+                * exact(
+                    MATCHES[match.kind](
+                        to_teacher(output.states[match.hook]).float(), teacher.states[match.hook].float()
+                    )
+                ).sum()
                 / total
                 for match, to_teacher in zip(self.settings.hidden, maps, strict=True)  # type: ignore[call-overload]
             ]
@@ -75,7 +78,7 @@ def heldout_losses(
 ) -> list[float]:
     """Forward KL from the teacher at T = 1 on the held-out rows, of each student, in nats per token."""
     students.eval()
-    total = torch.zeros(len(students.models), dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(len(students.models), dtype=torch.float64, device=exact_device(accelerator.device))
     for start in range(
         accelerator.process_index * settings.batch_rows,
         len(held.tokens),

@@ -24,6 +24,7 @@ from tl_capacity.distillation.settings import CHUNK_TOKENS, DIVERGENCES, MATCH_K
 from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.head import Head as Head
+from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 
 CACHED = 2**17
@@ -214,7 +215,7 @@ class _Student:
     ) -> None:
         # Under autocast the trunk's output is of lower precision.
         self.hidden, self.head = hidden.to(weight.dtype), Head(weight, bias, cap)
-        self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=exact_device(hidden.device))
         self.of_hidden = torch.empty_like(self.hidden) if with_gradient else None
         # Transposed, because a product with many columns is up to 1.8 times as fast as one with as many rows.
         self.of_weight = weight.new_zeros(weight.shape[::-1]) if with_gradient else None
@@ -237,7 +238,7 @@ class _Student:
         values = [
             self._replace_by_gradient(task, *some, *(buffer[: len(some[0])] for buffer in scratch)) for some in pieces
         ]
-        self.loss += torch.cat(values).double().sum() * (1 - task.loss.ce_weight) * task.loss.temperature**2
+        self.loss += exact(torch.cat(values)).sum() * (1 - task.loss.ce_weight) * task.loss.temperature**2
         if self.of_hidden is not None and self.of_weight is not None:
             # Without the text's own loss a factor of T is left for here: T² · ∂(logits/T)/∂logits.
             share = (1 if task.loss.ce_weight else task.loss.temperature) / task.total
@@ -259,7 +260,7 @@ class _Student:
         value, gradient = task.divergence(log_p, torch.exp(log_p, out=p), log_q, torch.exp(log_q, out=logits))
         if hard is not None:
             label = labels[:, None]
-            self.loss -= hard.gather(1, label).double().sum() * loss.ce_weight
+            self.loss -= exact(hard.gather(1, label)).sum() * loss.ce_weight
             of_hard = hard.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=hard.dtype))
             gradient.mul_((1 - loss.ce_weight) * temperature).add_(of_hard, alpha=loss.ce_weight)
         if slope is not None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.runtime.devices import exact
 from tl_capacity.runtime.processes import is_first
 from tl_capacity.runtime.progress import token_progress
 
@@ -188,7 +189,7 @@ def _cut(teacher: Any, student: Any, seen: Reading) -> _Cut:
         seen=seen,
         modules=modules,
         config=teacher.config,
-        basis=_basis(seen, modules, width).float(),
+        basis=_basis(seen, modules, width).float().to(embedding.device),
         wider=sqrt(int(teacher.config.hidden_size) / width),
         scale=_scale(teacher) / _scale(student),
         norm_of={reader: norm for norm, readers in seen.readers.items() for reader in readers},
@@ -217,9 +218,9 @@ def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
         outputs[y.data_ptr()] = (name, y)
         first.append(x)
         normed = (
-            nn.functional.layer_norm(x.double(), (width,))
+            nn.functional.layer_norm(exact(x), (width,))
             if isinstance(module, nn.LayerNorm)
-            else nn.functional.rms_norm(x.double(), (width,))
+            else nn.functional.rms_norm(exact(x), (width,))
         )
         flat = normed.flatten(0, -2)
         seen.second_moment[name] = seen.second_moment.get(name, 0) + flat.T @ flat
@@ -230,7 +231,7 @@ def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
             if name not in (readers := seen.readers[outputs[x.data_ptr()][0]]):
                 readers.append(name)
         elif _matrix(module).shape[0] == width and name not in reading:
-            seen.inner[name] = seen.inner.get(name, 0) + x.double().flatten(0, -2).square().sum(0)
+            seen.inner[name] = seen.inner.get(name, 0) + exact(x).flatten(0, -2).square().sum(0)
 
     with ExitStack() as watching, token_progress(tokens.numel(), is_first(), "reading the teacher's stream") as advance:
         for name, module in model.named_modules():
@@ -285,14 +286,14 @@ def _kept(
     than the teacher's.
     """
     weight, size = _matrix(modules[writer]), _matrix(student_modules[writer]).shape[1]
-    contribution = seen.inner[writer] * weight.double().square().sum(0)
+    contribution = seen.inner[writer] * exact(weight).square().sum(0)
     unit = 1
     if "attn" in writer or "attention" in writer:
         heads = _heads(config)
         if heads != _heads(student_config):
             return None
         unit = heads[0] * heads[1]
-    best = contribution.view(-1, unit).sum(1).topk(size // unit).indices.sort().values
+    best = contribution.view(-1, unit).sum(1).topk(size // unit).indices.sort().values.to(weight.device)
     return (best[:, None] * unit + torch.arange(unit, device=best.device)).flatten()
 
 

@@ -19,7 +19,8 @@ from tl_capacity.doctor.setup import (
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measure.setup import dictionaries, row_length, spec_of, tapped_model
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.models.loading import LoadedModel, load_model
+from tl_capacity.models.loading import LoadedModel, hub_revision, load_model
+from tl_capacity.runtime.devices import AUTO
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch, TokenStream
 
@@ -31,7 +32,7 @@ def examine(settings: MeasureSettings) -> list[Finding]:
     return list(_findings(settings))
 
 
-def examine_folder(folder: Path, tokens: int = MeasureSettings.tokens, device: str = "cpu") -> list[Finding]:
+def examine_folder(folder: Path, tokens: int = MeasureSettings.tokens, device: str = AUTO) -> list[Finding]:
     """Check the measurement or checkpoint in a folder, and that it could be gone on with: its files, and the model,
     SAEs and text that it names.
     """
@@ -69,6 +70,7 @@ def settings_of(measurement: Measurement, folder: Path, tokens: int, device: str
         shard=(p.shards[0], p.shard_count),
         device=device,
         dtype=p.dtype,
+        revision=hub_revision(p.model, p.revision),
     )
 
 
@@ -77,7 +79,13 @@ def _findings(settings: MeasureSettings, earlier: Measurement | None = None) -> 
     findings: list[Finding] = []
     loaded = saes = text = readable = None
     with refusal_found("model", findings):
-        loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        loaded = load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            revision=settings.revision,
+            device_map=settings.device_map,
+        )
         findings.append(model_finding(loaded, settings, earlier))
     if loaded is not None:
         with refusal_found("SAE", findings):

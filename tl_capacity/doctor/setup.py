@@ -10,7 +10,7 @@ from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest,
 from tl_capacity.doctor.finding import CHANGE, OK, STOP, Finding
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.models.forward import check_token_ids
+from tl_capacity.models.forward import check_token_ids, device_of
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
@@ -32,7 +32,7 @@ def model_finding(loaded: LoadedModel, settings: MeasureSettings, earlier: Measu
         "model",
         OK,
         f"{settings.model}: {loaded.model.config.model_type}, {parameters:,} parameters, {settings.dtype} on"
-        f" {settings.device}",
+        f" {device_of(loaded.model)}",
     )
 
 

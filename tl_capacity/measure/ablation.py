@@ -109,7 +109,7 @@ def ablation_kl(
                 )
                 with _edited(point, partial(_changed, change)):
                     ablated = _log_probabilities(model, tokens[rows][row])
-                total.index_add_(0, latent, (clean[row].exp() * (clean[row] - ablated)).sum((1, 2)).double().cpu())
+                total.index_add_(0, latent, (clean[row].exp() * (clean[row] - ablated)).sum((1, 2)).cpu().double())
             advance(int(rows[-1]) + 1)
     return total / int(counted.sum())
 

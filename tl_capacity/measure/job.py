@@ -69,7 +69,13 @@ def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenS
     """The model with its hook points tapped, and the text."""
     from tl_capacity.models.loading import load_model
 
-    loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    loaded = load_model(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        revision=settings.revision,
+        device_map=settings.device_map,
+    )
     named = dictionaries(settings, loaded)
     source = settings.source or loaded.corpus
     if source is None:

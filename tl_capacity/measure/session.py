@@ -38,7 +38,7 @@ from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
-from tl_capacity.models.forward import check_token_ids, drops_out, evaluating
+from tl_capacity.models.forward import check_token_ids, device_of, drops_out, evaluating
 from tl_capacity.models.hook_points import residual_width
 from tl_capacity.models.identity import Identity
 from tl_capacity.results.hook import HookMeasurement
@@ -291,7 +291,7 @@ class CapacityHooks:
         if self._gradients:
             kind = partial(GradientPass, wanted=self._gradients)
         begun = self._passes.begin(kind, self.rule.apply(batch))
-        ids = torch.from_numpy(batch.filled(self.rule.filler)).to(next(self.model.parameters()).device)
+        ids = torch.from_numpy(batch.filled(self.rule.filler)).to(device_of(self.model))
         with self._calls.paused():
             # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
             begun.run(self.model, ids, int(self._cursor.digest[:12], 16))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.options import internal, option, required
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 from tl_capacity.runtime.units import bytes_in
 
 MAX_FVU = "Refuse an SAE that leaves more of the variance unexplained; inf never refuses."
@@ -73,8 +74,14 @@ class MeasureSettings:
     shard: tuple[int, int] = option(
         (0, 1), "INDEX/OF: measure only every OF-th document, from INDEX on.", parse=shard_in, typed="0/1"
     )
-    device: str = option("cpu", "cpu, cuda, mps.")
+    device: str = option(AUTO, DEVICE_HELP)
     dtype: str = option("float32", "Of the model's weights: float32, bfloat16, float16.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub id, such as step3000 of a Pythia.")
+    device_map: str | None = option(
+        None,
+        "Spread the model over devices, CPU memory and disk: auto, balanced, sequential, or a JSON file of a device for"
+        " each module.",
+    )
     max_fvu: float = option(1.0, MAX_FVU)
     checkpoint_seconds: float = option(30.0, "Save a checkpoint this often.")
     max_memory: int | None = option(

@@ -13,10 +13,11 @@ from tl_capacity.dictionaries.releases import advice
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.provenance import Provenance
-from tl_capacity.models.forward import longest
+from tl_capacity.models.forward import device_of, longest
 from tl_capacity.models.places import hugging_face_place
 from tl_capacity.plugins import plugins
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.devices import device_named
 from tl_capacity.runtime.logs import log
 from tl_capacity.text.streams import TokenStream
 
@@ -32,7 +33,8 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
         raise CapacityError(
             f"no SAE was given for {settings.model!r}, and none comes with it: {advice(settings.model)}"
         )
-    wanted = [BasisSpec.parse(spec) or dictionary_named(spec, loaded, settings.device) for spec in specs]
+    device = device_named(settings.device)
+    wanted = [BasisSpec.parse(spec) or dictionary_named(spec, loaded, device) for spec in specs]
     bases = [basis for basis in wanted if isinstance(basis, BasisSpec)]
     saes = [loaded_sae for loaded_sae in wanted if not isinstance(loaded_sae, BasisSpec)]
     fitted: dict[BasisSpec, Any] = {}
@@ -50,7 +52,7 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
             settings.prepend_bos,
             special_tokens=settings.special_tokens,
         )
-        fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(settings.device) for basis in bases}
+        fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(device) for basis in bases}
     return [
         NamedDictionary(spec.hook, str(spec), fitted[spec]) if isinstance(spec, BasisSpec) else spec for spec in wanted
     ]
@@ -69,7 +71,7 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
     Raises:
         DictionaryError: where it cannot be found, or has other weights by now.
     """
-    context, device = provenance.settings.get("context"), str(next(loaded.model.parameters()).device)
+    context, device = provenance.settings.get("context"), str(device_of(loaded.model))
     settings = MeasureSettings(
         provenance.model,
         Path(),

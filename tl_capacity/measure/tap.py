@@ -28,6 +28,7 @@ from tl_capacity.interfaces import ImportanceEstimator, LatentBatch
 from tl_capacity.measure.documents import OpenDocuments
 from tl_capacity.measure.estimators import accumulate, accumulating, empty_states
 from tl_capacity.measure.statistics import FeatureStatistics
+from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountedTokens
 
@@ -48,7 +49,8 @@ def counting(method: Callable[Concatenate[Tap, Tensor, Arguments], Result]) -> C
         # It allows gradients again, so that `no_grad` comes after it.
         with torch.inference_mode(False), torch.no_grad(), ExitStack() as modes:
             for device in {activation.device.type, tap.device.type, tap.sae.W_dec.device.type}:
-                modes.enter_context(torch.autocast(device, enabled=False))
+                if torch.amp.is_autocast_available(device):
+                    modes.enter_context(torch.autocast(device, enabled=False))
             return method(tap, activation, *args, **kwargs)
 
     return counts
@@ -100,8 +102,7 @@ class Tap:
                 " point or model"
             )
         device = self.sae.W_dec.device
-        # MPS has no float64, so there the sums live on the CPU.
-        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.device = exact_device(device)
         self.target_hook = target_hook(self.sae, self.hook)
         self._accumulating = accumulating(estimators)
         norms = decoder_norms(self.sae, self.device)
@@ -143,7 +144,7 @@ class Tap:
             CapacityError: where an activation or a latent is not finite.
         """
         self._check(activation, tokens, batch)
-        norms = activation.float().flatten(2).square().sum(-1).double()
+        norms = exact(activation.float().flatten(2).square().sum(-1))
         self.statistics.update_masked(
             tokens.masked,
             counted_norm=norms[tokens.counted.to(norms.device)].sum(),
@@ -194,6 +195,9 @@ class Tap:
         gradients: Mapping[str, Tensor],
     ) -> Iterator[Written]:
         """Add some tokens to the sums; yields what a transcoder wrote for those that are checked."""
+        device = self.sae.W_dec.device  # the model may run elsewhere
+        inputs = inputs.to(device)
+        gradients = {loss: gradient.to(device) for loss, gradient in gradients.items()}
         groups, documents = tokens.groups.to(self.device)[rows], tokens.documents.tolist()
         checked = tokens.checked(self.fvu_every).to(self.device)[rows]
         self.statistics.update_tokens(groups)

@@ -51,7 +51,7 @@ def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position
 
     remove = point.watch(keep)
     try:
-        model(tokens.to(next(model.parameters()).device), **forward_options(model))
+        model(tokens.to(device_of(model)), **forward_options(model))
     except NothingMoreToSeeError:
         pass
     finally:
@@ -86,7 +86,8 @@ def longest(model: Any) -> int:
 def device_of(model: Any) -> torch.device:
     """Where a model takes its tokens: where its embedding is computed."""
     device: torch.device = next(model.parameters()).device
-    return device
+    # What Accelerate keeps elsewhere is on no device until it is needed; its hooks move the tokens there.
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the model") -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.forward import NothingMoreToSeeError, evaluating
+from tl_capacity.runtime.devices import exact, exact_device
 
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at a time."""
@@ -112,7 +113,7 @@ def divergences(
 
     Logits of `chunk` tokens exist at a time, those of the clean states once for all variants.
     """
-    found = torch.zeros(others.shape[:2], dtype=torch.float64, device=others.device)
+    found = torch.zeros(others.shape[:2], dtype=torch.float64, device=exact_device(others.device))
     vocabulary = len(head.weight)
     size = min(chunk, max(1, len(clean)))
     log_p, p, logits = clean.new_empty(3, size, vocabulary, dtype=torch.float32)
@@ -125,8 +126,8 @@ def divergences(
             head.logits(hidden[rows], logits[:count])
             for some in _pieces(count, vocabulary):
                 log_q = torch.log_softmax(logits[some], -1)
-                found[variant, start + some.start : start + some.stop] = torch.linalg.vecdot(
-                    p[some], torch.sub(log_p[some], log_q, out=log_q)
+                found[variant, start + some.start : start + some.stop] = exact(
+                    torch.linalg.vecdot(p[some], torch.sub(log_p[some], log_q, out=log_q))
                 )
     return found
 

@@ -7,6 +7,11 @@ runs code from a download is ever loaded.
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,10 +23,13 @@ from tl_capacity.errors import CapacityError, TokenSourceError
 from tl_capacity.interfaces import NamedModel
 from tl_capacity.plugins import plugins
 from tl_capacity.runtime.checks import checked
-from tl_capacity.runtime.hub import check_device, hub_or_cache, loading_errors, reason_of
+from tl_capacity.runtime.devices import AUTO, device_named, exact_device
+from tl_capacity.runtime.hub import hub_or_cache, loading_errors, reason_of
 from tl_capacity.storage.digests import files_digest
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Accelerate's ways to spread a model over devices."""
 LARGEST_TOKEN_ID = 2**31 - 1
 
 
@@ -59,6 +67,11 @@ class LoadedModel:
         """
         from transformer_lens.model_bridge import TransformerBridge
 
+        if hasattr(self.model, "hf_device_map"):
+            raise CapacityError(
+                f"{self.name!r} is spread over devices by a device map, which TransformerLens' bridge cannot take: tap"
+                " residual-stream hooks, or leave --device-map out"
+            )
         device = str(next(self.model.parameters()).device)
         try:
             return TransformerBridge.boot_transformers(
@@ -92,8 +105,23 @@ class LoadedModel:
 
 
 @checked
-def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
+def load_model(
+    spec: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+) -> LoadedModel:
     """Load `spec`: a name that a plugin registered, else a folder written by `save_pretrained`, else a hub id.
+
+    Args:
+        device: where it runs; `auto` for the first of CUDA, MPS and CPU that there is.
+        dtype: of its weights.
+        revision: branch, tag or commit of a hub id, such as `step3000` of a Pythia.
+        device_map: spreads the model over devices, and over CPU memory and disk where it does not fit, in place of
+            `device`: `auto` or another strategy of Accelerate's, a mapping from modules to devices, or a JSON file of
+            one.
 
     Raises:
         CapacityError: where nothing knows the name, or what it names is damaged, incomplete or no causal language
@@ -103,8 +131,22 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
 
     if dtype not in DTYPES:
         raise CapacityError(f"{dtype!r} is no dtype to run a model in: choose one of {', '.join(DTYPES)}")
-    check_device(device)
+    device = device_named(device)
+    if dtype == "float64" and exact_device(torch.device(device)) != torch.device(device):
+        raise CapacityError(f"the device {device!r} has no float64: choose another --dtype, or --device cpu")
     named = next((m for m in plugins().models if m.name == spec), None)
+    in_folder = named is None and Path(spec).expanduser().is_dir()
+    if revision is not None and (named is not None or in_folder):
+        raise CapacityError(
+            f"{spec!r} is {'a plugin' if named else 'a folder'}'s model and no hub id, so it has no revision"
+            f" {revision!r}: leave --revision out"
+        )
+    if device_map is not None and named is not None:
+        raise CapacityError(
+            f"the plugin's model {spec!r} is loaded by its plugin, which places it itself: leave --device-map out, or"
+            " save the model to a folder and pass that"
+        )
+    placed = _Placement.of(device_map)
     if named is not None:
         try:
             model, tokenizer = named.load()
@@ -120,15 +162,31 @@ def load_model(spec: str, *, device: str = "cpu", dtype: str = "float32") -> Loa
                 " uninstall it"
             ) from problem
         revision = named.revision
-    elif Path(spec).expanduser().is_dir():
+    elif in_folder:
         folder = Path(spec).expanduser()
-        model, tokenizer = load_folder(folder, dtype)
+        model, tokenizer = load_folder(folder, dtype, placed)
         revision = folder_digest(folder)
     else:
-        model, tokenizer = _load_from_hub(spec, dtype)
-        revision = _cached_commit(spec)
-    model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        model, tokenizer = _load_from_hub(spec, dtype, placed, revision)
+        revision = _cached_commit(spec, revision)
+    model = placed.settle(model) if device_map is not None else model.to(device=device, dtype=getattr(torch, dtype))
+    model = model.eval()
     return LoadedModel(model, tokenizer, spec, revision, named)
+
+
+def load_measured_model(name: str, revision: str | None, *, device: str = AUTO, dtype: str = "float32") -> LoadedModel:
+    """The model that a result names: of a hub id the very commit that was measured.
+
+    Raises:
+        CapacityError: as `load_model`.
+    """
+    return load_model(name, device=device, dtype=dtype, revision=hub_revision(name, revision))
+
+
+def hub_revision(name: str, revision: str | None) -> str | None:
+    """A model's recorded revision, where it can be asked for: that of a hub id."""
+    of_hub = not any(m.name == name for m in plugins().models) and not Path(name).expanduser().is_dir()
+    return revision if of_hub else None
 
 
 @checked
@@ -174,7 +232,7 @@ def load_tokenizer(spec: str) -> Any:
         ) from problem
 
 
-def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
+def load_folder(folder: Path, dtype: str = "float32", placed: _Placement | None = None) -> tuple[Any, Any]:
     """The causal language model and the tokenizer that `save_pretrained` wrote to `folder`.
 
     Raises:
@@ -191,7 +249,7 @@ def load_folder(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
             " format"
         )
     try:
-        return _pretrained(str(folder), dtype)
+        return _pretrained(str(folder), dtype, placed)
     except loading_errors() as problem:
         raise CapacityError(
             f"the model in {folder} cannot be loaded ({reason_of(problem)}): save it again with save_pretrained"
@@ -203,7 +261,7 @@ def folder_digest(folder: Path) -> str:
     return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
-def _load_from_hub(spec: str, dtype: str) -> tuple[Any, Any]:
+def _load_from_hub(spec: str, dtype: str, placed: _Placement, revision: str | None) -> tuple[Any, Any]:
     names = [m.name for m in plugins().models]
     near = get_close_matches(spec, names, n=1)
     meant = f"did you mean {near[0]!r}, " if near else f"use {', '.join(map(repr, names)) or 'a model of a plugin'} "
@@ -212,39 +270,94 @@ def _load_from_hub(spec: str, dtype: str) -> tuple[Any, Any]:
         raise CapacityError(f"there is no folder {spec!r}, and it is no hub id: {local}")
     try:
         with hub_or_cache():
-            return _pretrained(spec, dtype)
+            return _pretrained(spec, dtype, placed, revision)
     except loading_errors() as problem:
-        raise CapacityError(f"the model {spec!r} cannot be loaded ({reason_of(problem)}): {local}") from problem
+        at = f" at the revision {revision!r}" if revision else ""
+        raise CapacityError(f"the model {spec!r}{at} cannot be loaded ({reason_of(problem)}): {local}") from problem
 
 
-def _cached_commit(spec: str) -> str | None:
-    """The commit that the hub's cache holds as the main branch: the one just loaded."""
+def _cached_commit(spec: str, revision: str | None) -> str | None:
+    """The commit that the hub's cache holds as a revision, by default the main branch: the one just loaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(spec, "config.json")
+    path = try_to_load_from_cache(spec, "config.json", revision=revision)
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def _pretrained(source: str, dtype: str) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class _Placement:
+    """Where the parts of a model are put by Accelerate.
+
+    Attributes:
+        device_map: a strategy, or the device of each module.
+        offload: a folder for what is put on disk.
+    """
+
+    device_map: str | dict[str, str | int] | None = None
+    offload: str | None = None
+
+    @classmethod
+    def of(cls, device_map: str | Mapping[str, str | int] | None) -> _Placement:
+        """What was asked for.
+
+        Raises:
+            CapacityError: where it is no strategy, mapping or JSON file of one.
+        """
+        if device_map is None:
+            return cls()
+        if isinstance(device_map, str) and device_map not in STRATEGIES:
+            try:
+                device_map = json.loads(Path(device_map).expanduser().read_bytes())
+            except (OSError, ValueError) as problem:
+                raise CapacityError(
+                    f"the device map {device_map!r} is none ({reason_of(problem)}): pass one of"
+                    f' {", ".join(STRATEGIES)}, or a JSON file such as {{"model.embed_tokens": 0, …}}'
+                ) from problem
+            if not isinstance(device_map, dict):
+                raise CapacityError("the device map is no JSON object: give a device for each module")
+        return cls(device_map if isinstance(device_map, str) else dict(device_map), tempfile.mkdtemp(prefix="offload-"))
+
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` is told."""
+        return {} if self.device_map is None else {"device_map": self.device_map, "offload_folder": self.offload}
+
+    def settle(self, model: Any) -> Any:
+        """The model as it was placed; what was put on disk goes with it."""
+        if self.offload is not None:
+            weakref.finalize(model, shutil.rmtree, self.offload, True)
+        return model
+
+
+def _pretrained(
+    source: str, dtype: str, placed: _Placement | None = None, revision: str | None = None
+) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves the loading information out
     model, report = from_pretrained(
-        source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        source,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **({} if revision is None else {"revision": revision}),
+        **({} if placed is None else placed.options()),
     )
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights in their place
         raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(source, revision)
     _check_token_ids(model.config, tokenizer)
     return model, tokenizer
 
 
-def _tokenizer(source: str) -> Any:
+def _tokenizer(source: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, **({} if revision is None else {"revision": revision})
+        )
     except Exception as problem:
         if type(problem) is not Exception:  # all that the tokenizers library raises on a damaged file
             raise

@@ -23,6 +23,7 @@ from tl_capacity.probing.ranking import Ranking
 from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, split
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.devices import exact_device
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.storage.checkpoints import Checkpoint
@@ -100,8 +101,7 @@ class Passes:
         self.progress = progress and processes.first
         self.encoder = Encoder(sae)
         device = sae.W_dec.device
-        # MPS has no float64, so there the sums live on the CPU.
-        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.device = exact_device(device)
         alive = np.flatnonzero(measured.summary.alive)
         self.n_features = len(alive)
         self.place = torch.full((measured.summary.d_sae,), -1, dtype=torch.int64, device=self.device)

@@ -19,6 +19,7 @@ from tl_capacity.report.sections.method import method
 from tl_capacity.report.sections.verdict import intervals_apart, notes, tiles, verdict
 from tl_capacity.report.snippets import Snippets, stream_of, top_snippets
 from tl_capacity.report.story import ReportSettings, main_hook, report_widths, shown_latents, story_of
+from tl_capacity.runtime.devices import AUTO
 from tl_capacity.storage import files as storage
 
 CONTROLS = dict.fromkeys(c for c in range(32) if c not in (9, 10))
@@ -93,7 +94,7 @@ def find_snippets(
     model: str | None = None,
     source: str | None = None,
     tokens: int = 20_000,
-    device: str = "cpu",
+    device: str = AUTO,
 ) -> tuple[Snippets, str]:
     """The text on which the shown features are most active, and where there is none, why.
 
@@ -106,7 +107,7 @@ def find_snippets(
         CapacityError: where a model or a source that was named cannot be used; if it is only what the measurement
             names, that becomes the reason.
     """
-    from tl_capacity.models.loading import load_model
+    from tl_capacity.models.loading import load_measured_model, load_model
 
     measurement = results.measurement
     main_hook(measurement, settings)  # before a model is loaded, in case it is refused
@@ -114,7 +115,12 @@ def find_snippets(
         raise CapacityError(f"{tokens} tokens show no feature: read at least 1, or pass --no-snippets")
     shown = shown_latents(measurement, settings, report_widths(results, settings))
     try:
-        loaded = load_model(model or measurement.provenance.model, device=device, dtype=measurement.provenance.dtype)
+        p = measurement.provenance
+        loaded = (
+            load_model(model, device=device, dtype=p.dtype)
+            if model
+            else load_measured_model(p.model, p.revision, device=device, dtype=p.dtype)
+        )
         return top_snippets(loaded, measurement, shown, stream_of(measurement, loaded.tokenizer, source), tokens), ""
     except CapacityError as problem:
         if model or source:

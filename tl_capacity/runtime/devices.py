@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.runtime.hub import reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,9 @@ def device_named(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
-        reason = " ".join(str(problem).splitlines()[0].split()).rstrip(".:")
         raise CapacityError(
-            f"the device {device!r} cannot be used ({reason}): pass auto, cpu, or a device that torch reports"
+            f"the device {device!r} cannot be used ({reason_of(problem)}): pass auto, cpu, or a device that torch"
+            " reports"
         ) from problem
     return device
 

@@ -5,20 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tl_capacity.errors import CapacityError
-
 PROBE_SECONDS = 5.0
-
-
-def check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        raise CapacityError(
-            f"the device {device!r} cannot be used ({reason_of(problem)}): pass cpu, or a device that torch reports"
-        ) from problem
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from tl_capacity.runtime.devices import device_named
+
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -54,7 +56,7 @@ class Processes:
             return self
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device_named(device) == "cpu")
         return Processes(state.process_index, state.num_processes, state.device)
 
     @property
