@@ -83,7 +83,13 @@ class Reader:
 
 
 class Passes:
-    """The two passes over the stream: one fits readouts, the other judges them."""
+    """The two passes over the stream: one fits readouts, the other judges them.
+
+    Attributes:
+        tokens: counted tokens of each part.
+        widths: of every model's activations, after the first pass.
+        signed: whether a latent below zero was seen.
+    """
 
     def __init__(
         self,
@@ -107,6 +113,7 @@ class Passes:
         self.place = torch.full((measured.summary.d_sae,), -1, dtype=torch.int64, device=self.device)
         self.place[torch.from_numpy(alive).to(self.device)] = torch.arange(len(alive), device=self.device)
         self.tokens = dict.fromkeys((FIT, VALIDATION, HELD_OUT), 0)
+        self.signed = False
         self.widths: dict[str, int] = {}
 
     def fit(self, students: Sequence[str], checkpoint: Checkpoint) -> tuple[dict[str, Readout], dict[str, str]]:
@@ -143,7 +150,7 @@ class Passes:
         self, readouts: Mapping[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint
     ) -> dict[str, Ranking]:
         """Every readout's scores on the held-out documents."""
-        rankings = {name: Ranking(readout) for name, readout in readouts.items()}
+        rankings = {name: Ranking(readout, signed=self.signed) for name, readout in readouts.items()}
         for name, ranking in rankings.items():
             if kept := checkpoint.part(name):
                 ranking.go_on_from(kept)
@@ -174,11 +181,13 @@ class Passes:
         filler = self.rule.filler
         done = int(checkpoint.about.get("batches", 0))
         self.tokens |= checkpoint.about.get("tokens", {})
+        self.signed |= bool(checkpoint.about.get("signed"))
         checkpoint.tensors.clear()  # they live on in the sums
 
         def save(batches: int) -> None:
             tensors = {f"{name}/{key}": tensor for name, each in sums().items() for key, tensor in each.items()}
-            checkpoint.save(tensors, {"batches": batches, "tokens": {part: self.tokens[part] for part in parts}})
+            about = {"batches": batches, "tokens": {part: self.tokens[part] for part in parts}, "signed": self.signed}
+            checkpoint.save(tensors, about)
 
         number = 0
         with token_progress(None, self.progress, label) as advance:
@@ -199,6 +208,7 @@ class Passes:
         if number > done:
             save(number)
         self.tokens |= {p: int(self.processes.sum(torch.tensor(self.tokens[p]))) for p in parts}
+        self.signed = bool(self.processes.sum(torch.tensor(int(self.signed))))
         if missing := [p for p in parts if not self.tokens[p]]:
             raise TokenSourceError(
                 f"no document is left for {missing[0]}: of every ten, 6 fit, 1 chooses the ridge and 3 judge, so give"
@@ -211,6 +221,7 @@ class Passes:
         tokens, latents, values = joined(parts)
         if not bool(torch.isfinite(values.sum())):
             raise CapacityError(f"the SAE gives NaN or infinite latents in batch {number}: check its weights")
+        self.signed = self.signed or bool((values < 0).any())
         return Latents.from_entries((tokens, latents, values), self.place, self.n_features, len(inputs))
 
 

@@ -7,12 +7,13 @@ them, for every feature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.ridge import Latents, Readout
 from tl_capacity.probing.scores import Scores
 from tl_capacity.runtime.processes import Processes
@@ -34,9 +35,16 @@ FEATURES_AT_ONCE = 512
 class Ranking:
     """What a readout's scores on held-out tokens say of every feature, as sums over tokens; nothing of the size tokens
     · features is ever kept.
+
+    A latent that fires below zero is told by a low score, so firings of either sign are counted apart and each side is
+    scored in its own direction.
+
+    Args:
+        signed: whether latents have either sign, as those of AbsTopK SAEs and of bases. The readout then predicts z
+            itself, and max(0, ẑ) otherwise.
     """
 
-    def __init__(self, readout: Readout, groups: int = DOCUMENT_GROUPS) -> None:
+    def __init__(self, readout: Readout, groups: int = DOCUMENT_GROUPS, signed: bool = False) -> None:
         features, device = len(readout.weight), readout.weight.device
         still = readout.spread == 0
         self.readout, self.scale = readout, torch.where(still, 1.0, readout.spread)
@@ -50,6 +58,7 @@ class Ranking:
 
         self.tokens = 0
         self.all, self.firing = zeros(features, BINS, dtype=torch.int32), zeros(features, BINS, dtype=torch.int32)
+        self.negative = zeros(features, BINS, dtype=torch.int32) if signed else None
         self.z, self.zz, self.cross, self.squares = (zeros(features) for _ in range(4))
         self.ranks, self.firings = zeros(groups, features), zeros(groups, features)
 
@@ -74,44 +83,68 @@ class Ranking:
             features, tokens, values = latents.features[entries], latents.tokens[entries], latents.values[entries]
             entry = (features - first) * len(x) + tokens
             scores = torch.mm(self._weight[block], inputs)
-            rectified = scores.add(self._offset[block, None]).clamp_(min=0)
-            self.cross.index_add_(0, features, values * rectified.view(-1)[entry])
-            self.squares[block] += rectified.square_().sum(1, dtype=torch.float64)
+            predicted = scores.add(self._offset[block, None])
+            predicted = predicted.clamp_(min=0) if self.negative is None else predicted
+            self.cross.index_add_(0, features, values * predicted.view(-1)[entry])
+            self.squares[block] += predicted.square_().sum(1, dtype=torch.float64)
             bins = bins_of_(scores)
             fired = bins.view(-1)[entry].long()
             place = (features - first) * BINS + fired
-            self.firing[block].view(-1).index_add_(0, place, single.expand(len(place)))
+            below = None if self.negative is None else values < 0
+            for counts, some in self._sides(place, below):
+                counts[block].view(-1).index_add_(0, some, single.expand(len(some)))
             bins += torch.arange(0, len(bins) * BINS, BINS, dtype=torch.int32, device=bins.device)[:, None]
             self.all[block].view(-1).index_add_(0, bins.view(-1), single.expand(bins.numel()))
-            self._rank(block, place, features, groups[tokens])
+            self._rank(block, place, below, features, groups[tokens])
+
+    def _sides(self, place: Tensor, below: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The counts of firings above and below zero, each with the places of those among some firings."""
+        if self.negative is None or below is None:
+            yield self.firing, place
+        else:
+            yield self.firing, place[~below]
+            yield self.negative, place[below]
 
     def _rank(
         self,
         block: slice,
         place: Int64[Tensor, " entry"],
+        below: Bool[Tensor, " entry"] | None,
         features: Int64[Tensor, " entry"],
         groups: Int64[Tensor, " entry"],
     ) -> None:
-        """Each firing's share of silent tokens that score lower, among those scored so far: they are many, so it hardly
-        matters which.
+        """Each firing's share of silent tokens that score lower, or higher for a firing below zero, among those scored
+        so far: they are many, so it hardly matters which.
 
         AUROC is the mean of these over firings. Kept per document group, they say how much it varies with the documents
         that the firings are in.
         """
         silent = self.all[block] - self.firing[block]
-        below = (silent.cumsum(1) - 0.5 * silent) / silent.sum(1, keepdim=True).clamp(min=1)
+        silent = silent if self.negative is None else silent - self.negative[block]
+        lower = (silent.cumsum(1) - 0.5 * silent) / silent.sum(1, keepdim=True).clamp(min=1)
+        share = lower.view(-1)[place].double()
+        share = share if below is None else torch.where(below, 1 - share, share)
         group_and_feature = groups * self.ranks.shape[1] + features
-        self.ranks.view(-1).index_add_(0, group_and_feature, below.view(-1)[place].double())
+        self.ranks.view(-1).index_add_(0, group_and_feature, share)
         self.firings.view(-1).index_add_(0, group_and_feature, torch.ones_like(place, dtype=torch.float64))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The sums by name, to be kept."""
-        return {"tokens": torch.tensor(self.tokens), **{name: getattr(self, name) for name in SUMS}}
+        return {"tokens": torch.tensor(self.tokens), **{name: getattr(self, name) for name in self._sums}}
 
     def go_on_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the sums that a ranking by the same readout had."""
+        """Take the sums that a ranking by the same readout had.
+
+        Raises:
+            MeasurementError: where it did not tell firings of either sign apart.
+        """
+        if missing := set(self._sums) - tensors.keys():
+            raise MeasurementError(
+                f"the checkpoint lacks {', '.join(sorted(missing))}, as an earlier version wrote it: delete it, and"
+                " start again"
+            )
         self.tokens = int(tensors["tokens"])
-        for name in SUMS:
+        for name in self._sums:
             setattr(self, name, tensors[name].to(self.z.device))
 
     def over_all(self, processes: Processes) -> Ranking:
@@ -119,18 +152,25 @@ class Ranking:
         tokens of its own process.
         """
         self.tokens = int(processes.sum(torch.tensor(self.tokens)))
-        for name in SUMS:
+        for name in self._sums:
             setattr(self, name, processes.sum(getattr(self, name)))
         return self
+
+    @property
+    def _sums(self) -> tuple[str, ...]:
+        return SUMS if self.negative is None else (*SUMS, "negative")
 
     def scores(self) -> Scores:
         """How well each feature is told, by the tokens so far."""
         areas: list[tuple[Tensor, ...]] = []
-        for firing, every in zip(
-            torch.split(self.firing, FEATURES_AT_ONCE), torch.split(self.all, FEATURES_AT_ONCE), strict=True
-        ):
-            counts = firing.double(), (every - firing).double()
-            areas.append((*auroc_of(*counts), *average_precision_of(*counts)))
+        for first in range(0, len(self.firing), FEATURES_AT_ONCE):
+            block = slice(first, first + FEATURES_AT_ONCE)
+            firing, silent = self.firing[block], self.all[block] - self.firing[block]
+            if self.negative is None:
+                areas.append(_areas(firing.double(), silent.double()))
+            else:
+                negative = self.negative[block]
+                areas.append(_areas_of_both_sides(firing.double(), negative.double(), (silent - negative).double()))
         auroc, auroc_error, precision, precision_error = (torch.cat(pieces) for pieces in zip(*areas, strict=True))
         squares, cross = self.squares * self.scale.square(), self.cross * self.scale
         r2 = 1 - (squares - 2 * cross + self.zz) / (self.zz - self.z.square() / self.tokens)
@@ -144,6 +184,23 @@ class Ranking:
         scores |= {"ranks": self.ranks, "firings": self.firings}
         arrays = {name: array.cpu().numpy() for name, array in scores.items()}
         return Scores(**arrays, tokens=self.tokens, ridge=self.readout.ridge)
+
+
+def _areas(firing: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
+    """AUROC, its error, average precision and its error [feature]."""
+    return (*auroc_of(firing, silent), *average_precision_of(firing, silent))
+
+
+def _areas_of_both_sides(positive: Tensor, negative: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
+    """As `_areas`, of a random firing of either sign: firings above zero against silent tokens by the score, and those
+    below zero by the score turned round.
+    """
+    share = positive.sum(1) / (positive.sum(1) + negative.sum(1))
+    above, below = _areas(positive, silent), _areas(negative.flip(1), silent.flip(1))
+    return tuple(
+        torch.where(share == 1, up, torch.where(share == 0, down, share * up + (1 - share) * down))
+        for up, down in zip(above, below, strict=True)
+    )
 
 
 def bins_of_(scores: Float[Tensor, "*any"]) -> Tensor:

@@ -17,10 +17,13 @@ class Scores:
 
     Attributes:
         auroc, average_precision: of whether the feature fires, by the readout's score [feature]; NaN where it never
-            does.
+            does. Firings below zero are ranked by the score turned round, and the two sides are averaged by their
+            firings.
         auroc_error, average_precision_error: how far binning can have moved them [feature].
-        r2: of the rectified readout max(0, ẑ) against z [feature]; below 0 where the mean predicts better.
-        ranks: sums over firings of the share of silent tokens that score lower [group, feature].
+        r2: of the rectified readout max(0, ẑ), or of ẑ where latents have either sign, against z [feature]; below 0
+            where the mean predicts better.
+        ranks: sums over firings of the share of silent tokens that score lower, or higher for firings below zero
+            [group, feature].
         firings: on held-out tokens [group, feature].
         tokens: held-out tokens.
         ridge: the penalty that was chosen.
