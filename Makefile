@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TL4_INSTALL := $(BIN)/pip --quiet --disable-pip-version-check --python .venv-tl4/bin/python install --no-compile --constraint .venv-tl4/constraints.txt
 # One test file to a core at a time; what a file's tests share is then made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 CHECK_FORM := $(BIN)/check-jsonschema --quiet --builtin-schema
 WIDTHS := 16,24,32,48,64,96,128
 export HF_HUB_OFFLINE ?= 1
@@ -67,6 +67,7 @@ benchmarks: .venv/.test
 	$(BIN)/python benchmarks/distill.py
 	$(BIN)/python benchmarks/importance.py
 	$(BIN)/python benchmarks/probe.py
+	$(BIN)/python benchmarks/splice.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/toy.py
 

@@ -39,8 +39,10 @@ from tl_capacity.toy.result import SweepResult
 from tl_capacity.toy.sweep import SweepSettings
 from tl_capacity.toy.training import train
 
-EXAMPLES = 85
-"""Of each kind of file; 25 kinds make more than 2,000."""
+EXAMPLES = 110
+"""Of each kind of file whose loader is quick; with those that are measured more than 2,000."""
+MEASURED_EXAMPLES = 40
+"""Of each kind that is measured with, which takes far longer."""
 
 SWEEP = SweepSettings(
     features=(4,), alphas=(0.7,), teacher_widths=(2,), seeds=1, steps=2, evaluation_rows=16, distilled=False
@@ -103,16 +105,20 @@ KINDS = {
     "recoverability": Kind("r/recoverability.json", reported),
     "settings of pythia-floor": Kind("p/settings.json", lambda folder: read_kept(folder / "settings.json")),
     "concept": Kind("concept/concept.jsonl", lambda folder: load_concepts([str(folder / "concept.jsonl")])),
-    "SAE configuration": Kind("sae/cfg.json", measured("SAMPLES/model", "FOLDER")),
-    "SAE weights": Kind("sae/sae_weights.safetensors", measured("SAMPLES/model", "FOLDER")),
-    "TopK SAE configuration": Kind("topk/cfg.json", measured("SAMPLES/model", "FOLDER")),
-    "sparsify configuration": Kind("sparsify/cfg.json", measured("SAMPLES/model", f"{HOOK}=FOLDER")),
-    "dictionary_learning configuration": Kind("dictionary_learning/config.json", measured("SAMPLES/model", "FOLDER")),
+    "SAE configuration": Kind("sae/cfg.json", measured("SAMPLES/model", "FOLDER"), MEASURED_EXAMPLES),
+    "SAE weights": Kind("sae/sae_weights.safetensors", measured("SAMPLES/model", "FOLDER"), MEASURED_EXAMPLES),
+    "TopK SAE configuration": Kind("topk/cfg.json", measured("SAMPLES/model", "FOLDER"), MEASURED_EXAMPLES),
+    "sparsify configuration": Kind("sparsify/cfg.json", measured("SAMPLES/model", f"{HOOK}=FOLDER"), MEASURED_EXAMPLES),
+    "dictionary_learning configuration": Kind(
+        "dictionary_learning/config.json", measured("SAMPLES/model", "FOLDER"), MEASURED_EXAMPLES
+    ),
     "dictionary_learning weights": Kind("dictionary_learning/ae.pt", lambda folder: load_sae(str(folder))),
-    "model configuration": Kind("model/config.json", measured("FOLDER", "SAMPLES/sae")),
-    "model weights": Kind("model/model.safetensors", measured("FOLDER", "SAMPLES/sae"), 60),
-    "tokenizer": Kind("model/tokenizer.json", measured("FOLDER", "SAMPLES/sae"), 60),
-    "tokenizer configuration": Kind("model/tokenizer_config.json", measured("FOLDER", "SAMPLES/sae")),
+    "model configuration": Kind("model/config.json", measured("FOLDER", "SAMPLES/sae"), MEASURED_EXAMPLES),
+    "model weights": Kind("model/model.safetensors", measured("FOLDER", "SAMPLES/sae"), MEASURED_EXAMPLES),
+    "tokenizer": Kind("model/tokenizer.json", measured("FOLDER", "SAMPLES/sae"), MEASURED_EXAMPLES),
+    "tokenizer configuration": Kind(
+        "model/tokenizer_config.json", measured("FOLDER", "SAMPLES/sae"), MEASURED_EXAMPLES
+    ),
     "text": Kind("text/text.txt", text("text.txt"), 2 * EXAMPLES),
     "jsonl": Kind("text/text.jsonl", text("text.jsonl"), 2 * EXAMPLES),
     "gzip": Kind("text/text.jsonl.gz", text("text.jsonl.gz"), 2 * EXAMPLES),
