@@ -24,6 +24,7 @@ from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.rounding import whole_above
+from tl_capacity.runtime.units import per_token
 from tl_capacity.show.tables import html_table, table
 
 SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
@@ -173,7 +174,7 @@ class Plan:
 
     def cost_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the widths, as text."""
-        unit = f" ({self.unit} per token)" if self.unit else ""
+        unit = f" ({per_token(self.unit)})" if self.unit else ""
         header = [
             "width",
             "features kept",
@@ -240,7 +241,7 @@ def plan(
     goal = (
         f"To keep {100 * keep:.4g}% of the features"
         if keep is not None
-        else f"For a predicted floor of at most {target_loss:.4g} {unit} per token"
+        else f"For a predicted floor of at most {target_loss:.4g} {per_token(unit)}"
     )
     width = needed if config is None else _next_that_can_be_built(config, needed)
     shown = sorted({width, *(widths or ladder(decides.width))})

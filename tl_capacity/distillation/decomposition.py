@@ -24,6 +24,7 @@ from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
 from tl_capacity.results.estimate import Estimate, group_resamples
+from tl_capacity.runtime.units import per_token
 from tl_capacity.show.tables import html_table, plain, table
 
 SHOWN = 10
@@ -161,7 +162,7 @@ class Decomposition:
             "width",
             "seed",
             "observed floor, nats per token",
-            f"predicted, {self.unit} per token",
+            f"predicted, {per_token(self.unit)}",
             "C·predicted + B",
             self.fits[0].candidate.name,
         ]

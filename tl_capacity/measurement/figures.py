@@ -15,6 +15,7 @@ from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import hook_label, hook_named, middle
 from tl_capacity.results.summary import THRESHOLDS, Resample
+from tl_capacity.runtime.units import per_token
 from tl_capacity.show.figures import (
     GREY,
     SYMBOLS,
@@ -84,7 +85,7 @@ def importance_figure(
     if not figure.data:
         raise CapacityError("no hook point has an alive feature of any importance: count more tokens")
     figure.update_xaxes(type="log", title="rank of the feature by importance", exponentformat="power", dtick=1)
-    value_axis(figure, f"importance ({lined.unit(importance)} per token)")
+    value_axis(figure, f"importance ({per_token(lined.unit(importance))})")
     figure.update_layout(legend={"y": 1.09 if widths else 1.02})
     return figure
 

@@ -10,6 +10,7 @@ from tl_capacity.predict.floors import hook_floors
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.naming import told_apart
 from tl_capacity.runtime.rounding import whole_below
+from tl_capacity.runtime.units import per_token
 
 if TYPE_CHECKING:
     from tl_capacity.results.hook import HookMeasurement
@@ -91,7 +92,7 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
             listed = ", ".join(f"{f.width:,}" for f in below)
             sentences.append(
                 f"{name(hook)}: at width {listed} the {importance} floor is below the {hook.kind}'s own error of "
-                f"{error.show(significant(error.value, 3))} {estimator.unit} per token: "
+                f"{error.show(significant(error.value, 3))} {per_token(estimator.unit)}: "
                 f"what the {hook.kind} misses is larger than what the student is predicted to lose"
             )
     return sentences

@@ -11,6 +11,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.predict.floors import FloorPrediction
 from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.units import per_token
 from tl_capacity.show.figures import (
     GREY,
     colour_of,
@@ -67,7 +68,7 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
             line={"color": GREY, "width": 1, "dash": "dot"},
             **legend_entry("the SAE's own error E‖x − x̂‖²"),
         )
-    unit = f" ({floors[0].unit} per token)" if floors[0].unit else ""
+    unit = f" ({per_token(floors[0].unit)})" if floors[0].unit else ""
     value_axis(figure, f"predicted floor{unit}")
     width_axis(figure, [f.width for f in floors])
     return figure

@@ -15,6 +15,7 @@ from tl_capacity.interfaces import CapacityContext, CapacityLaw
 from tl_capacity.predict.laws import budgets, context_at, features_within
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.summary import Resample
+from tl_capacity.runtime.units import per_token
 
 if TYPE_CHECKING:
     from tl_capacity.results.hook import HookMeasurement
@@ -77,7 +78,7 @@ class FloorPrediction:
 
 def floor_cells(floors: Sequence[FloorPrediction]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of predicted floors, as text."""
-    unit = f" ({floors[0].unit} per token)" if floors and floors[0].unit else ""
+    unit = f" ({per_token(floors[0].unit)})" if floors and floors[0].unit else ""
     return ["hook", "width", "kept", "lost", f"predicted floor{unit}", "share of total"], [
         [
             f.hook,

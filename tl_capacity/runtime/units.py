@@ -32,3 +32,8 @@ def show_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:,.0f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def per_token(unit: str) -> str:
+    """A unit of importance, per token; one that says so already stays."""
+    return unit if unit.endswith("per token") else f"{unit} per token"

@@ -13,6 +13,7 @@ from tl_capacity.report import figures
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, sentence, share_cell
 from tl_capacity.report.sections.students import candidate_tables, observed_table, short
 from tl_capacity.report.story import Story
+from tl_capacity.runtime.units import per_token
 
 
 def floors(story: Story, empty: Section) -> Section:
@@ -27,7 +28,7 @@ def floors(story: Story, empty: Section) -> Section:
     )
     text = (
         "A student of width d_S keeps the F_S = min(⌊d_S · ĝ(α)⌋, F) most important features and loses the importance"
-        f" of the rest. The unit is {story.unit} per token"
+        f" of the rest. The unit is {per_token(story.unit)}"
     )
     text += (
         "."
@@ -100,7 +101,7 @@ def _tables(story: Story) -> list[PageTable]:
         "kept F_S",
         "lost",
         "share kept",
-        f"predicted floor, {story.unit} per token",
+        f"predicted floor, {per_token(story.unit)}",
         "share of all importance",
         "naive floor",
     ]

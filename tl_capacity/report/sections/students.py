@@ -14,6 +14,7 @@ from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, nu
 from tl_capacity.report.story import Story
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.results.naming import short_hook
+from tl_capacity.runtime.units import per_token
 
 CANDIDATES = 8
 """Of a decomposition that are shown before a click whatever they are."""
@@ -28,7 +29,7 @@ def observed_table(story: Story) -> PageTable:
         "L∞ of the fit, nats per token",
         "mean of the last tenth",
         "still falling by",
-        f"predicted, {story.unit} per token",
+        f"predicted, {per_token(story.unit)}",
     ]
     predicted = {} if story.decomposition is None else story.decomposition.predicted
     return PageTable("Observed floors", header, [_observed_row(floor, predicted) for floor in story.observed])

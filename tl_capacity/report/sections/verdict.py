@@ -13,6 +13,7 @@ from tl_capacity.report.story import Story
 from tl_capacity.results.columns import ALIVE, CRITICAL_WIDTH, FVU, L0
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.runtime.units import per_token
 
 
 def verdict(story: Story) -> list[str]:
@@ -35,7 +36,7 @@ def verdict(story: Story) -> list[str]:
         worth = floor.predicted_floor.show(significant(floor.predicted_floor.value))
         sentences.append(
             f"A student of width {floor.width:,} keeps about {percent(floor.kept_share)} of them; its predicted floor"
-            f" is {worth} {floor.unit} per token, {percent(floor.share)} of what all of them are worth."
+            f" is {worth} {per_token(floor.unit)}, {percent(floor.share)} of what all of them are worth."
         )
     if story.decomposition is not None:
         sentences.append(f"Of the students that were distilled: {short(story, story.decomposition.verdict())}.")
@@ -69,7 +70,7 @@ def tiles(story: Story) -> list[tuple[str, Cell]]:
     floor = _verdict_floor(story)
     if floor is not None:
         labelled.append(
-            (f"predicted floor at width {floor.width:,}, {floor.unit} per token", estimate_cell(floor.predicted_floor))
+            (f"predicted floor at width {floor.width:,}, {per_token(floor.unit)}", estimate_cell(floor.predicted_floor))
         )
     labelled.append((FVU.label, column_cell(FVU, hook)))
     return labelled
