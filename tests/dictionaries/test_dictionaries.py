@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from commands import Cli
 from conftest import BOS, D_MODEL
 from safetensors.torch import save_file
 from sklearn.decomposition import PCA
@@ -126,6 +127,18 @@ class TestSparsify:
         assert summary.arrays["counts"].sum() == (z != 0).sum()
         fvu = (targets - written).square().sum() / (targets - targets.mean(0)).square().sum()
         assert summary.fvu.value == pytest.approx(float(fvu), rel=1e-4)
+
+    @pytest.mark.parametrize("name", ["layers.1", "layers.1/seed0"])
+    def test_the_run_that_it_is_of(self, tmp_path: Path, name: str) -> None:
+        run = {"model": "EleutherAI/pythia-70m", "dataset": "NeelNanda/pile-10k", "ctx_len": 256}
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text(json.dumps(run))
+        said = load_sae(self.save(tmp_path / "run" / name, self.weights()))[1].cfg.metadata
+        assert (said.model_name, said.dataset_path, said.context_size) == tuple(run.values())
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"type": "x"}, "ctx_len": "long"}))
+        said = load_sae(str(tmp_path / "run" / name))[1].cfg.metadata
+        assert (said.model_name, said.dataset_path, said.context_size) == (None, None, None)
+        assert said.hook_name == HOOK
 
     @pytest.mark.parametrize(
         ("name", "transcodes", "reads", "writes"),
@@ -264,6 +277,7 @@ class TestDictionaryLearning:
         torch.testing.assert_close(sae.decode(z * norms), z @ decoder + self.b_dec, rtol=1e-4, atol=1e-5)
         assert sae.cfg.metadata.hook_name == HOOK
         assert sae.cfg.metadata.context_size == 128
+        assert sae.cfg.metadata.model_name == "EleutherAI/pythia-70m"
 
     def test_measured_like_any_other(self, tmp_path: Path, neox: Any, tokens: torch.Tensor) -> None:
         _, sae = load_sae(self.save(tmp_path / "trainer_0", "AutoEncoderTopK"))
@@ -326,6 +340,35 @@ class TestDictionaryLearning:
         with pytest.raises(DictionaryError, match="cannot be loaded"):
             load_sae(str(folder))
         assert not ran.exists()
+
+
+@pytest.mark.fidelity(
+    source="sparsify",
+    says="`model` and `ctx_len` of the run's `config.json`",
+    obeyed="another model is warned of; rows are as long as those it was trained on",
+)
+@pytest.mark.fidelity(
+    source="dictionary_learning",
+    says="`lm_name`, `ctx_len`",
+    obeyed="another model is warned of; rows are as long as those it was trained on",
+)
+@pytest.mark.parametrize("trainer", ["sparsify", "dictionary_learning"])
+def test_the_model_and_the_rows_that_it_names(
+    tmp_path: Path, setup: Path, cli: Cli, caplog: pytest.LogCaptureFixture, trainer: str
+) -> None:
+    if trainer == "sparsify":
+        folder = TestSparsify().save(tmp_path / "run" / "layers.1", TestSparsify().weights())
+        run = {"model": "EleutherAI/pythia-70m", "ctx_len": 12}
+        (tmp_path / "run" / "config.json").write_text(json.dumps(run))
+    else:
+        folder = TestDictionaryLearning().save(tmp_path / "trainer_0", "AutoEncoderTopK")
+        config = json.loads((tmp_path / "trainer_0" / "config.json").read_text())
+        (tmp_path / "trainer_0" / "config.json").write_text(json.dumps({**config, "buffer": {"ctx_len": 12}}))
+    options = ["--source", setup / "text.jsonl", "--tokens", "200", "--max-fvu", "inf", "--out", tmp_path / "out"]
+    code, _, error = cli("measure", "--model", setup / "model", "--sae", folder, *options)
+    assert code == 0, error
+    assert "was trained on 'EleutherAI/pythia-70m', by its own account" in caplog.text
+    assert tlc.Measurement.load(tmp_path / "out").provenance.settings["context"] == 12
 
 
 class TestSAELensFoldersWithoutSAELens:

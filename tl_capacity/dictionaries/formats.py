@@ -41,9 +41,28 @@ def read_sparsify(folder: Path) -> Dictionary:
         )
     transcodes = bool(config.get("transcode"))
     activation, k = _field(config, "activation", str) or "topk", _field(config, "k", int)
-    return Dictionary(
-        activation, _renamed(weights), sparsify_hooks(folder, transcodes), subtract_bias=not transcodes, k=k
-    )
+    metadata = _with_run(sparsify_hooks(folder, transcodes), folder)
+    return Dictionary(activation, _renamed(weights), metadata, subtract_bias=not transcodes, k=k)
+
+
+def _with_run(hooks: Metadata, folder: Path) -> Metadata:
+    """What the run's own `config.json`, above the folders of its modules, says of model and text; other files of that
+    name say nothing of the kind.
+    """
+    file = folder.absolute().parent / "config.json"
+    if re.fullmatch(r"seed\d+", folder.name):
+        file = file.parent.parent / file.name
+    run = read_json(file) if file.is_file() else {}
+    said = {ours: run[theirs] for theirs, (ours, kind) in SPARSIFY_RUN.items() if type(run.get(theirs)) is kind}
+    return replace(hooks, **said)
+
+
+SPARSIFY_RUN: dict[str, tuple[str, type]] = {
+    "model": ("model_name", str),
+    "dataset": ("dataset_path", str),
+    "ctx_len": ("context_size", int),
+}
+"""Fields of a run of `sparsify`, under the names that SAELens uses."""
 
 
 def sparsify_hooks(folder: Path, transcodes: bool) -> Metadata:
@@ -110,7 +129,7 @@ def read_dictionary_learning(folder: Path) -> Dictionary:
             "b_enc": renamed["b_enc"] * norms,
         }
     hooks = dictionary_learning_hooks(trainer, _field(buffer, "io", str) or "out")
-    metadata = replace(hooks, context_size=_field(buffer, "ctx_len", int))
+    metadata = replace(hooks, context_size=_field(buffer, "ctx_len", int), model_name=_field(trainer, "lm_name", str))
     return Dictionary(architecture, renamed, metadata, subtract_bias=subtract_bias, k=_field(trainer, "k", int))
 
 
