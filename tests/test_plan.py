@@ -212,6 +212,10 @@ def test_it_shows_itself(measured: Path) -> None:
     frame = answer.to_frame()
     assert list(frame.width) == [cost.width for cost in answer.costs]
     assert list(frame.kept_low) == [cost.kept.low for cost in answer.costs]
+    (drawn,) = answer.plot().data
+    lossy = [cost for cost in answer.costs if cost.floor.value > 0]
+    assert list(zip(drawn.x, drawn.y, strict=True)) == [(cost.width, cost.floor.value) for cost in lossy]
+    assert lossy
 
 
 def test_on_the_command_line(measured: Path, setup: Path, cli: Cli) -> None:

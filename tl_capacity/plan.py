@@ -151,6 +151,13 @@ class Plan:
         ]
         return pandas.DataFrame(flat)
 
+    def plot(self) -> Any:
+        """A plotly figure of the predicted floors against the student's width, the planned width marked."""
+        from tl_capacity.predict.figures import costs_figure
+
+        widths, floors = [cost.width for cost in self.costs], [cost.floor for cost in self.costs]
+        return costs_figure(widths, floors, self.unit, self.width)
+
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from rich.text import Text
 

@@ -433,8 +433,8 @@ class TestSweep:
 
     def test_save_and_load(self, tmp_path: Path) -> None:
         result = run(TINY)
-        result.save(tmp_path / "sweep")
-        loaded = SweepResult.load(tmp_path / "sweep")
+        loaded = SweepResult.load(str(result.save(tmp_path / "sweep")))
+        assert loaded.to_frame() is loaded.students
         assert (loaded.settings, loaded.seconds, loaded.versions, loaded.machine) == (
             result.settings,
             result.seconds,
@@ -444,6 +444,10 @@ class TestSweep:
         assert loaded.students.drop(columns="kept_set").equals(result.students.drop(columns="kept_set"))
         with pytest.raises(CapacityError, match="exists already"):
             result.save(tmp_path / "sweep")
+        direct = result.students[result.students.kind == "direct"]
+        achieved = [trace for trace in result.plot().data if trace.mode == "markers"]
+        drawn = sorted(float(y) for trace in achieved for y in trace.y)
+        assert drawn == pytest.approx(sorted(direct.groupby(["n", "alpha", "width"]).achieved_floor.mean()))
 
     @pytest.mark.parametrize(
         "damage", [lambda p: p.write_bytes(p.read_bytes()[:-40]), lambda p: p.unlink(), lambda p: p.write_text("{")]

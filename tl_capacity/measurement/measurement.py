@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.measurement.exports import page_writer
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, write_folder
 from tl_capacity.measurement.provenance import Provenance, provenance_from_json, typed_field
 from tl_capacity.results.columns import recorded
+from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.results.naming import hook_named
+from tl_capacity.results.naming import hook_named, told_apart
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.results.sums import check_sums, merge_sums
 from tl_capacity.runtime.checks import checked
@@ -54,6 +56,18 @@ class Measurement:
             CapacityError: where nothing was measured there, or several SAEs were: iterate to see each.
         """
         return hook_named(self.hooks, hook)
+
+    @property
+    def n_alive(self) -> dict[str, Estimate]:
+        """F of each hook point, the number of alive features; by the SAE's name where several were measured at one."""
+        name = told_apart(self.hooks)
+        return {name(hook): hook.n_alive for hook in self.hooks}
+
+    @property
+    def d_star(self) -> dict[str, Estimate]:
+        """d* of each hook point, in dimensions; by the SAE's name where several were measured at one."""
+        name = told_apart(self.hooks)
+        return {name(hook): hook.d_star for hook in self.hooks}
 
     @checked
     def budget(
@@ -107,6 +121,20 @@ class Measurement:
         return importance_figure(self, widths, importance, law, hook)
 
     plot_importance = plot
+
+    @checked
+    def report(self, path: str | Path, widths: Sequence[int] = ()) -> Path:
+        """Write one self-contained HTML page that shows the measurement, and return its path.
+
+        Args:
+            path: of the file.
+            widths: student widths that the page predicts floors of; by default some between a sixteenth of the hook
+                point's width and all of it.
+
+        Raises:
+            CapacityError: where the page cannot be written.
+        """
+        return page_writer()(self, Path(path), tuple(widths))
 
     @cached_property
     def warnings(self) -> list[str]:

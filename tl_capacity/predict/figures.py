@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from tl_capacity.errors import CapacityError
 from tl_capacity.predict.floors import FloorPrediction
 from tl_capacity.predict.spliced_curve import SplicedCurve
+from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.units import per_token
 from tl_capacity.show.figures import (
@@ -71,6 +72,29 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
     unit = f" ({per_token(floors[0].unit)})" if floors[0].unit else ""
     value_axis(figure, f"predicted floor{unit}")
     width_axis(figure, [f.width for f in floors])
+    return figure
+
+
+def costs_figure(widths: Sequence[int], floors: Sequence[Estimate], unit: str, chosen: int) -> go.Figure:
+    """Predicted floor of each student width that a plan looked at, with 95% intervals over documents; the planned width
+    is marked.
+    """
+    figure = new_figure()
+    drawn = [(width, floor) for width, floor in zip(widths, floors, strict=True) if floor.value > 0]
+    figure.add_scatter(
+        x=[width for width, _ in drawn],
+        y=[floor.value for _, floor in drawn],
+        error_y=error_bars([floor for _, floor in drawn], colour_of(0)),
+        mode="lines+markers",
+        line=line_of(0),
+        marker=marker_of(0),
+        **legend_entry("predicted floor"),
+    )
+    figure.add_vline(
+        x=chosen, line={"color": GREY, "width": 1, "dash": "dot"}, annotation={"text": f"width {chosen:,}"}
+    )
+    value_axis(figure, f"predicted floor{f' ({unit} per token)' if unit else ''}")
+    width_axis(figure, list(widths))
     return figure
 
 

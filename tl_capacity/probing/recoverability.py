@@ -8,7 +8,7 @@ from typing import Any
 
 from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.recovery_row import COUNTS, FIELDS, JSON_NAME, RecoveryRow
-from tl_capacity.storage.files import read_json, write_json
+from tl_capacity.storage.files import make_folder, read_json, write_json
 
 FIELDS |= {"n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens"}
 """Fields of a row that are no law's budget."""
@@ -42,13 +42,15 @@ class Recoverability:
             )
         return cls(tuple(RecoveryRow.from_json(row) for row in content))
 
-    def save(self, folder: str | Path) -> None:
-        """Write `recoverability.json` into a folder.
+    def save(self, folder: str | Path) -> Path:
+        """Write `recoverability.json` into a folder, and return the folder.
 
         Raises:
             CapacityError: where it cannot be written.
         """
+        make_folder(Path(folder))
         write_json(Path(folder) / JSON_NAME, self.to_json())
+        return Path(folder)
 
     @classmethod
     def load(cls, path: str | Path) -> Recoverability:

@@ -10,7 +10,7 @@ from typing import Any
 from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.fields import check_schema, finite, object_of, objects_of
 from tl_capacity.probing.rows import JSON_NAME, SCHEMA, ProbedConcept, ProbeRow, SparseRow
-from tl_capacity.storage.files import read_json, write_json
+from tl_capacity.storage.files import make_folder, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,15 @@ class Probes:
             finite(JSON_NAME, about.get("seconds")),
         )
 
-    def save(self, folder: str | Path) -> None:
-        """Write `probes.json` into a folder.
+    def save(self, folder: str | Path) -> Path:
+        """Write `probes.json` into a folder, and return the folder.
 
         Raises:
             CapacityError: where it cannot be written.
         """
+        make_folder(Path(folder))
         write_json(Path(folder) / JSON_NAME, self.to_json())
+        return Path(folder)
 
     @classmethod
     def load(cls, path: str | Path) -> Probes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tl_capacity import __version__
 from tl_capacity.errors import CapacityError
+from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.report.parts import sentence
 from tl_capacity.report.results import Results
 from tl_capacity.report.sections import all_sections
@@ -42,6 +43,16 @@ def write_report(
     storage.make_folder(path.parent)
     storage.write_bytes(path, page.encode())
     return path
+
+
+def measurement_page(measurement: Measurement, path: Path, widths: tuple[int, ...] = ()) -> Path:
+    """Write the page of one measurement, without text on which features are active; `Measurement.report` calls it.
+
+    Raises:
+        CapacityError: as `write_report`.
+    """
+    note = "Text on which features are active is shown by `tl-capacity report`, which runs the model."
+    return write_report(path, Results(measurement), ReportSettings(widths=widths), snippets_note=note)
 
 
 def report_page(

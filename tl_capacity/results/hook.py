@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tl_capacity.errors import MeasurementError
 from tl_capacity.interfaces import BASES, RESIDUAL_STREAM, ImportanceEstimator
 from tl_capacity.plugins import plugins
+from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.summary import FeatureSummary
 
 
@@ -61,6 +62,16 @@ class HookMeasurement:
     def kind(self) -> str:
         """What a sentence calls the dictionary: SAE or basis."""
         return "basis" if self.is_basis else "SAE"
+
+    @property
+    def n_alive(self) -> Estimate:
+        """F, the number of alive features, with its interval over documents."""
+        return self.summary.n_alive
+
+    @property
+    def d_star(self) -> Estimate:
+        """d* = F/g(α), the critical width in dimensions, with its interval over documents."""
+        return self.summary.critical_width
 
     def importance(self, name: str | None = None) -> NDArray[np.float64]:
         """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit; by the default

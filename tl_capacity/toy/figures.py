@@ -7,14 +7,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tl_capacity import theory
 from tl_capacity.errors import CapacityError
-from tl_capacity.results.estimate import Estimate
-from tl_capacity.show.figures import GREY, error_bars, line_of, marker_of, new_panels
+from tl_capacity.show.figures import line_of, marker_of, new_panels
+from tl_capacity.toy.achieved import GREY_LINE, add_achieved, floor_panels, panels_of
 from tl_capacity.toy.judging import cells
 from tl_capacity.toy.predictors import Predictor, predictors
-
-GREY_LINE = {"color": GREY, "width": 1}
 
 
 def floors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> go.Figure:
@@ -24,28 +21,11 @@ def floors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> g
         students: what `predictions` returned.
         chosen: the predictors of which those that say so are drawn; by default all there are.
     """
-    direct = students[students.kind == "direct"]
-    features, alphas = sorted(direct.n.unique()), sorted(direct.alpha.unique())
-    titles = [f"n = {n}, α = {alpha:g}" for n in features for alpha in alphas]
-    figure = new_panels(titles, len(alphas), horizontal_spacing=0.055, vertical_spacing=0.09)
-    for (n, alpha), panel in direct.groupby(["n", "alpha"]):
-        at = {"row": features.index(n) + 1, "col": alphas.index(alpha) + 1}
-        named = {"showlegend": at == {"row": 1, "col": 1}, **at}
-        by_width = panel.groupby("width")
-        achieved = by_width.achieved_floor.agg(["mean", "min", "max"])
-        spread = [Estimate(*row) for row in achieved.itertuples(index=False)]
-        figure.add_scatter(
-            x=achieved.index,
-            y=achieved["mean"],
-            error_y=error_bars(spread, "black"),
-            mode="markers",
-            name="achieved: mean, best to worst seed",
-            marker={"color": "black", "size": 5},
-            legendgroup="achieved",
-            **named,
-        )
+    figure = floor_panels(students)
+    for panel, at in panels_of(students):
+        add_achieved(figure, panel, at)
         for place, name in enumerate(drawn_names(chosen)):
-            predicted = by_width[name].mean()
+            predicted = panel.groupby("width")[name].mean()
             figure.add_scatter(
                 x=predicted.index,
                 y=predicted,
@@ -53,14 +33,9 @@ def floors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> g
                 name=name,
                 line=line_of(place),
                 legendgroup=name,
-                **named,
+                showlegend=at == {"row": 1, "col": 1},
+                **at,
             )
-        critical = theory.critical_width(float(n), float(alpha))
-        if critical <= achieved.index.max():
-            figure.add_vline(x=critical, line={**GREY_LINE, "dash": "dot"}, opacity=1, **at)
-    figure.update_yaxes(rangemode="tozero")
-    figure.update_xaxes(title="width d (dotted: d*)", row=len(features))
-    figure.update_yaxes(title="floor", col=1)
     return figure
 
 

@@ -78,14 +78,25 @@ class SweepResult:
     def stack(self, family: Family) -> Stack:
         return Stack(self.tensors[f"{family.name}.weights"], self.tensors[f"{family.name}.bias"])
 
-    def save(self, folder: Path) -> None:
-        """Write the result as a new folder: tensors in safetensors, everything else in JSON.
+    def to_frame(self) -> Any:
+        """One row for each student, as a pandas DataFrame; see `students`."""
+        return self.students
+
+    def plot(self) -> Any:
+        """A plotly figure of the achieved floors against the student's width, a panel for each n and α."""
+        from tl_capacity.toy.achieved import achieved_figure
+
+        return achieved_figure(self.students)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the result as a new folder, and return it: tensors in safetensors, everything else in JSON.
 
         Raises:
             CapacityError: where the folder exists or cannot be written.
         """
         from safetensors.torch import save
 
+        folder = Path(folder)
         if folder.exists():
             raise CapacityError(f"{folder} exists already: choose another folder, or delete it first")
         make_folder(folder.parent)
@@ -102,9 +113,10 @@ class SweepResult:
             }
             write_record(whole / "sweep.json", {"schema": SCHEMA, "students_sha256": digest(data), **content})
             os.rename(whole, folder)
+        return folder
 
     @classmethod
-    def load(cls, folder: Path) -> SweepResult:
+    def load(cls, folder: str | Path) -> SweepResult:
         """Read what `save` wrote.
 
         Raises:
@@ -113,6 +125,7 @@ class SweepResult:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
+        folder = Path(folder)
         try:
             content = read_record(folder / "sweep.json", SCHEMA)
             if content["schema"] != SCHEMA:
