@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any
+from pathlib import Path
 
 from tl_capacity.errors import PluginError
 
@@ -14,14 +14,14 @@ the file and student widths, and returns the file.
 """
 
 
-def page_writer() -> Callable[..., Any]:
+def page_writer() -> Callable[..., Path]:
     """What writes the HTML page of a measurement.
 
     Raises:
         PluginError: where no installed package offers one.
     """
     for entry in entry_points(group=GROUP, name="page"):
-        writer: Callable[..., Any] = entry.load()
+        writer: Callable[..., Path] = entry.load()
         return writer
     raise PluginError(
         f"no installed package has the entry point 'page' of the group {GROUP!r}: install tl-capacity again"
