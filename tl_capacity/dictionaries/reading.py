@@ -1,15 +1,19 @@
-"""Reading: the hook point of the model at hand that carries what a dictionary was trained on, and what differs."""
+"""Reading: the hook point of the model at hand that carries what a dictionary was trained on, and what differs.
+
+SAELens' metadata says with which keywords the dictionary's own model was loaded. Everything that runs a model and a
+dictionary asks here where the dictionary reads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tl_capacity.dictionaries.adapter import metadata_of, read_hook, target_hook
 from tl_capacity.dictionaries.tensors import tensor_notes
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
-from tl_capacity.models.processing import CHANGED, changes, ignores_the_mean, is_centred, normalises_after
+from tl_capacity.models.processing import CENTRING, PROCESSING, is_layer_norm, mean_is_ignored
 
 OTHER_WEIGHTS = ("revision", "checkpoint_index", "checkpoint_value", "checkpoint_label")
 """Keywords of SAELens' metadata that choose other weights of the same model."""
@@ -21,7 +25,7 @@ class Reading:
 
     Attributes:
         point: the place, which shows activations as those of the model that the dictionary was trained on.
-        processing: options of the weight processing that are made up for there.
+        processing: options of the weight processing that the dictionary asks for and these activations have.
         notes: what differs all the same, a sentence each.
     """
 
@@ -30,42 +34,33 @@ class Reading:
     notes: tuple[str, ...] = ()
 
 
-def processing_asked_for(sae: Any) -> Mapping[str, Any] | None:
-    """The keywords with which the dictionary's own model was loaded; None where the dictionary does not say."""
-    said = metadata_of(sae, "model_from_pretrained_kwargs")
-    return said if isinstance(said, Mapping) else None
-
-
 def reading_of(model: Any, sae: Any, hook: str) -> Reading:
     """The place of a hook point in a model, as an SAE's own account of its model has it.
 
     Raises:
         HookPointError: where the model has no such hook point.
     """
-    point, said = _of_its_head(find_tap_point(model, hook), sae, hook), processing_asked_for(sae)
+    point, said = _of_its_head(find_tap_point(model, hook), sae, hook), loaded_with(sae)
     tensor = tuple(tensor_notes(model, sae, hook))
     if said is None:
         return Reading(point, notes=tensor)
-    notes = [
-        f"{hook}: the SAE was trained on the model that {name} = {said[name]!r} chooses, by its own account: load"
-        " that one if this is another"
-        for name in OTHER_WEIGHTS
-        if said.get(name) is not None
-    ]
-    asked = [name for name in CHANGED if said.get(name) and changes(name, hook)]
-    centred = "center_writing_weights" in asked and ignores_the_mean(model) and not normalises_after(model)
-    for name in asked:
-        if name != "center_writing_weights":
-            notes.append(_not_to_be_had(hook, name))
-    if not asked and changes("center_writing_weights", hook) and is_centred(model):
-        notes.append(
-            f"{hook}: the SAE was trained on a model without weight processing, by its own account, and this one's"
-            " weights are centred: load it with HookedTransformer.from_pretrained_no_processing"
-        )
+    place, hooked = _carried_by(point), hasattr(model, "hook_dict")
+    changing = [name for name, processing in PROCESSING.items() if processing.changes.fullmatch(place)]
+    undergone = [name for name in changing if hooked and PROCESSING[name].undergone(model)]
+    asked = [name for name in changing if said.get(name)]
+    if CENTRING in asked and not is_layer_norm(model):
+        asked.remove(CENTRING)  # TransformerLens leaves such a model as it is
+    centred = CENTRING in asked and CENTRING not in undergone and mean_is_ignored(model)
+    had = [name for name in asked if name in undergone or (name == CENTRING and centred)]
     return Reading(
         replace(point, centred=True) if centred else point,
-        ("center_writing_weights",) if centred else (),
-        (*tensor, *notes),
+        tuple(had),
+        (
+            *tensor,
+            *(_not_undergone(hook, name) for name in asked if name not in had),
+            *(_not_asked_for(hook, name) for name in undergone if name not in asked),
+            *_other_weights(model, said, hook),
+        ),
     )
 
 
@@ -76,8 +71,55 @@ def _of_its_head(point: TapPoint, sae: Any, hook: str) -> TapPoint:
     return point if head is None else replace(point, head=int(head), width=None)
 
 
-def _not_to_be_had(hook: str, option: str) -> str:
-    return (
-        f"{hook}: the SAE was trained on a model processed with {option}, by its own account, which changes what is"
-        f" seen there: measure HookedTransformer.from_pretrained_no_processing(…, {option}=True) in a session"
+def loaded_with(sae: Any) -> Mapping[str, Any] | None:
+    """The keywords with which a dictionary's own model was loaded; None where it does not say which model that was."""
+    said = metadata_of(sae, "model_from_pretrained_kwargs")
+    if isinstance(said, Mapping):
+        return said
+    return {} if metadata_of(sae, "model_class_name") == "HookedTransformer" else None
+
+
+def processing_wanted(model: Any, saes: Sequence[Any], hooks: Sequence[str]) -> frozenset[str]:
+    """Options of the weight processing that must be done on the weights, for SAEs to see at hook points what they were
+    trained on; taking the mean away needs none where it is exact.
+    """
+    exact = mean_is_ignored(model) or not is_layer_norm(model)
+    return frozenset(
+        name
+        for sae, hook in zip(saes, hooks, strict=True)
+        for name, wanted in (loaded_with(sae) or {}).items()
+        if wanted and name in PROCESSING and PROCESSING[name].changes.fullmatch(hook)
+        if not (name == CENTRING and exact)
     )
+
+
+def _carried_by(point: TapPoint) -> str:
+    """The canonical name of a hook point: a bridge has one of its own for each that TransformerLens knows."""
+    name = getattr(point.module, "name", None)
+    is_known = isinstance(name, str) and any(p.changes.fullmatch(name) for p in PROCESSING.values())
+    return name if isinstance(name, str) and is_known else point.name
+
+
+def _not_undergone(hook: str, option: str) -> str:
+    return (
+        f"{hook}: the SAE was trained on a model with {option}, by its own account, and this one is without, where"
+        f" activations differ: load it with HookedTransformer.from_pretrained_no_processing(…, {option}=True)"
+    )
+
+
+def _not_asked_for(hook: str, option: str) -> str:
+    return (
+        f"{hook}: the SAE was trained on a model without {option}, by its own account, and this one is processed so,"
+        " where activations differ: load it with HookedTransformer.from_pretrained_no_processing"
+    )
+
+
+def _other_weights(model: Any, said: Mapping[str, Any], hook: str) -> Iterator[str]:
+    config = getattr(model, "cfg", None) if hasattr(model, "hook_dict") else getattr(model, "config", None)
+    for name in OTHER_WEIGHTS:
+        wanted = said.get(name)
+        if wanted is not None and getattr(config, name, None) != wanted:
+            yield (
+                f"{hook}: the SAE was trained on the weights that {name} = {wanted!r} chooses, by its own account: load"
+                " those if these are others"
+            )

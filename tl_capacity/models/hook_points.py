@@ -104,13 +104,15 @@ class TapPoint:
         return (edit_input if self.side == "input" else edit_output)(self.module, change)
 
 
-def about_the_mean(change: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+def about_the_mean(change: Change) -> Change:
     """A change of activations less their mean over the last dimension; the mean is added again."""
 
     def changed(activation: Tensor) -> Tensor | None:
-        mean = activation.mean(-1, keepdim=True)
-        after = change(activation - mean)
-        return None if after is None else after + mean
+        # In half precision a sum of a thousand entries, or a large mean taken from small entries, loses what matters.
+        exact = activation.float()
+        mean = exact.mean(-1, keepdim=True)
+        after = change((exact - mean).to(activation.dtype))
+        return None if after is None else (after + mean).to(activation.dtype)
 
     return changed
 

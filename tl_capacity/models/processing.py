@@ -1,4 +1,4 @@
-"""Weight processing of TransformerLens: what it does to activations, and whether a model at hand has undergone it.
+"""Weight processing of TransformerLens: which activations each option changes, and whether a model has undergone it.
 
 `HookedTransformer.from_pretrained` can rewrite a model so that it computes the same with simpler weights. Its logits
 stay, and some of its activations change.
@@ -7,56 +7,128 @@ stay, and some of its activations change.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-CENTRED = re.compile(
-    r"hook_embed|hook_pos_embed|(pos_)?embed\.hook_out"
-    r"|blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|hook_in|hook_out|(attn|mlp)\.hook_out)"
-)
-"""Hook points in the residual stream, or of what is written to it: `center_writing_weights` takes their mean away."""
+CENTRING = "center_writing_weights"
 
-CHANGED = {
-    "center_writing_weights": CENTRED,
-    "fold_value_biases": re.compile(r"blocks\.\d+\.attn\.hook_[vz]"),
-    "refactor_factored_attn_matrices": re.compile(r"blocks\.\d+\.attn\.hook_(q|k|v|z|rot_q|rot_k)"),
-    "fold_ln": re.compile(r"unembed\.hook_in|ln_final\.hook_out|blocks\.\d+\.(ln[12]|attn|mlp)\.hook_(in|out)"),
-    "center_unembed": re.compile(r"unembed\.hook_out"),
-}
-"""Which hook points each option of `HookedTransformer.from_pretrained_no_processing` changes."""
-
-CENTRED_WITHIN = 1e-5
-"""The mean of an embedding vector, over the largest entry of all, below which embeddings were centred."""
+CENTRED_WITHIN = 0.01
+"""Of the mean that independent entries have by chance, below which weights were centred; rounding to bfloat16 leaves a
+thousandth.
+"""
 
 
-def changes(option: str, hook: str) -> bool:
-    """Whether an option of the weight processing changes what a hook point carries."""
-    return option in CHANGED and CHANGED[option].fullmatch(hook) is not None
+@dataclass(frozen=True)
+class Processing:
+    """One option of `HookedTransformer.from_pretrained_no_processing`.
 
-
-def ignores_the_mean(model: nn.Module) -> bool:
-    """Whether everything that reads the residual stream normalises it by LayerNorm first, so that its mean over d_model
-    does not matter.
-
-    Then taking the mean away is what `center_writing_weights` does, exactly. With RMSNorm the mean matters, and
-    TransformerLens leaves the weights as they are.
+    Attributes:
+        changes: the hook points at which activations are others afterwards.
+        undergone: whether a model of TransformerLens was processed so, as far as its weights tell.
     """
-    kinds = {type(module).__name__ for module in model.modules()}
-    return any("LayerNorm" in kind for kind in kinds) and not any("RMSNorm" in kind for kind in kinds)
 
-
-def normalises_after(model: Any) -> bool:
-    """Whether a model's blocks normalise what they write instead of what they read, as OPT-350m's do."""
-    return getattr(getattr(model, "config", None), "do_layer_norm_before", True) is False
+    changes: re.Pattern[str]
+    undergone: Callable[[Any], bool]
 
 
 def is_centred(model: Any) -> bool:
-    """Whether the weights that write to the residual stream were centred, as `HookedTransformer.from_pretrained` does
-    unless told otherwise.
+    """Whether what is written to the residual stream has no mean over d_model."""
+    last = model.blocks[len(model.blocks) - 1]
+    written = [_weight(model, "W_E"), _weight(last, "mlp.W_out"), _weight(last, "attn.W_O")]
+    return is_layer_norm(model) and all(_has_no_mean(weight) for weight in written if weight is not None)
+
+
+def values_are_folded(model: Any) -> bool:
+    """Whether value biases are zero where output biases are not, as they are once they stand in for them."""
+    values, outputs = ([_weight(block, f"attn.{name}") for block in model.blocks] for name in ("b_V", "b_O"))
+    return not any(map(_is_not_zero, values)) and any(map(_is_not_zero, outputs)) and None not in values
+
+
+def norms_are_folded(model: Any) -> bool:
+    """Whether the weights of normalisations are in the layers that read them."""
+    if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre"):
+        return True
+    # A bridge keeps the norms with weights of 1.
+    norms = [_weight(block, "ln1.w") for block in model.blocks] if getattr(model, "compatibility_mode", False) else []
+    return bool(norms) and all(norm is not None and bool((norm == norm.flatten()[0]).all()) for norm in norms)
+
+
+def cannot_be_told(_: Any) -> bool:
+    """Whether a model was processed in a way that leaves no trace: nobody is accused of it."""
+    return False
+
+
+PROCESSING: Mapping[str, Processing] = {
+    CENTRING: Processing(
+        re.compile(
+            r"hook_embed|hook_pos_embed|(pos_)?embed\.hook_out|ln_final\.hook_in|blocks\.\d+\."
+            r"(hook_resid_(pre|mid|post)|hook_(attn|mlp)_(in|out)|hook_[qkv]_input|hook_in|hook_out|ln[12]\.hook_in"
+            r"|(attn|mlp)\.hook_out|attn\.(o\.hook_out|hook_hidden_states|hook_result)|mlp\.out\.hook_out)"
+        ),
+        is_centred,
+    ),
+    "fold_value_biases": Processing(
+        re.compile(r"blocks\.\d+\.attn\.(hook_[vz]|v\.hook_out|o\.hook_in)"), values_are_folded
+    ),
+    "refactor_factored_attn_matrices": Processing(
+        re.compile(r"blocks\.\d+\.attn\.(hook_(q|k|v|z|rot_q|rot_k)|[qkv]\.hook_out|o\.hook_in)"), cannot_be_told
+    ),
+    "fold_ln": Processing(
+        re.compile(
+            r"unembed\.hook_in|ln_final\.hook_out|blocks\.\d+\.(ln[12]\.hook_out|(attn|mlp)\.hook_in|attn\.[qkv]\.hook_in"
+            r"|mlp\.in\.hook_in)"
+        ),
+        norms_are_folded,
+    ),
+    "center_unembed": Processing(re.compile(r"unembed\.hook_out"), cannot_be_told),
+}
+"""By the name of the option."""
+
+
+def is_layer_norm(model: Any) -> bool:
+    """Whether a model normalises its residual stream by LayerNorm, which alone takes the mean away: TransformerLens
+    centres no other model's weights.
     """
-    embedding = getattr(model, "W_E", None) if hasattr(model, "hook_dict") else None
-    if not isinstance(embedding, Tensor) or not ignores_the_mean(model):
-        return False
-    rows = embedding.detach()[:1024].float()
-    return bool(rows.mean(-1).abs().max() <= CENTRED_WITHIN * rows.abs().max())
+    if hasattr(model, "hook_dict"):
+        kind, config = str(getattr(model.cfg, "normalization_type", "")), model.cfg
+        return kind.startswith("LN") and not getattr(config, "final_rms", False)
+    kinds = {type(module).__name__ for module in model.modules()}
+    return any("LayerNorm" in kind and kind not in RMS for kind in kinds) and not any("RMSNorm" in k for k in kinds)
+
+
+RMS = ("T5LayerNorm",)
+"""Normalisations that leave the mean, whatever their names say."""
+
+
+def mean_is_ignored(model: Any) -> bool:
+    """Whether the mean over d_model can be taken from a residual stream as `center_writing_weights` does, exactly: all
+    that reads the stream normalises it first by LayerNorm, and all that writes to it are weights.
+
+    BLOOM normalises its embedding, whose mean that option leaves; OPT-350m normalises what it writes.
+    """
+    config = getattr(model, "cfg", None) if hasattr(model, "hook_dict") else getattr(model, "config", None)
+    normalises_embedding = bool(getattr(config, "post_embedding_ln", False)) or any(
+        "LayerNorm" in type(module).__name__ and "embed" in name.lower() for name, module in model.named_modules()
+    )
+    normalises_late = getattr(config, "do_layer_norm_before", True) is False
+    return is_layer_norm(model) and not normalises_embedding and not normalises_late
+
+
+def _weight(owner: Any, path: str) -> Tensor | None:
+    for part in path.split("."):
+        owner = getattr(owner, part, None)
+    return owner.detach() if isinstance(owner, Tensor) else None
+
+
+def _has_no_mean(weight: Tensor) -> bool:
+    """Whether vectors [..., d_model] have a mean of zero, a thousand of them at most."""
+    rows = weight.flatten(0, -2)[:1024].float()
+    by_chance = rows.square().mean().sqrt() / rows.shape[-1] ** 0.5
+    return bool(rows.mean(-1).square().mean().sqrt() <= CENTRED_WITHIN * by_chance)
+
+
+def _is_not_zero(weight: Tensor | None) -> bool:
+    return weight is not None and bool(weight.any())
