@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     release, sae_id = _release_and_id(spec)
     _refuse_cross_layer(release, sae_id)
     try:
-        with hub_or_cache():
+        with hub_or_cache(), _own_account_is_read():
             return spec, _described(SAE.from_pretrained(release, sae_id, device=device))
     except loading_errors() as problem:
         if (downloaded := _of_another_trainer(release, sae_id)) is not None:
@@ -116,7 +118,16 @@ def _read_sae_lens(folder: Path) -> Any:
         return dictionaries.read_sae_lens(folder)
     from sae_lens import SAE
 
-    return _described(SAE.load_from_disk(folder, dtype="float32"))
+    with _own_account_is_read():
+        return _described(SAE.load_from_disk(folder, dtype="float32"))
+
+
+@contextmanager
+def _own_account_is_read() -> Iterator[None]:
+    """Without SAELens' advice on how to load the model: `reading_of` looks at the model at hand."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs", UserWarning)
+        yield
 
 
 def _described(sae: Any) -> Any:

@@ -6,7 +6,7 @@ dictionary asks here where the dictionary reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,14 +79,14 @@ def loaded_with(sae: Any) -> Mapping[str, Any] | None:
     return {} if metadata_of(sae, "model_class_name") == "HookedTransformer" else None
 
 
-def processing_wanted(model: Any, saes: Sequence[Any], hooks: Sequence[str]) -> frozenset[str]:
-    """Options of the weight processing that must be done on the weights, for SAEs to see at hook points what they were
-    trained on; taking the mean away needs none where it is exact.
+def processing_wanted(model: Any, places: Iterable[tuple[Any, str]]) -> frozenset[str]:
+    """Options by which a model's weights must be processed, so that SAEs see at hook points what they were trained on;
+    taking the mean away needs none where it is exact.
     """
     exact = mean_is_ignored(model) or not is_layer_norm(model)
     return frozenset(
         name
-        for sae, hook in zip(saes, hooks, strict=True)
+        for sae, hook in places
         for name, wanted in (loaded_with(sae) or {}).items()
         if wanted and name in PROCESSING and PROCESSING[name].changes.fullmatch(hook)
         if not (name == CENTRING and exact)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest, metadata_of, read_hook, target_hook
 from tl_capacity.dictionaries.bases import BasisSpec
+from tl_capacity.dictionaries.reading import processing_wanted
 from tl_capacity.dictionaries.releases import advice
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.models.forward import device_of, longest
 from tl_capacity.models.places import hugging_face_place
+from tl_capacity.models.processing import processed
 from tl_capacity.plugins import plugins
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import device_named
@@ -159,10 +161,14 @@ def context_of(model: Any, saes: Sequence[Any]) -> int:
 
 def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:
     """The Hugging Face model where its family has a place for every hook that is read or written, else a bridge around
-    it.
+    it; a `HookedTransformer` where SAEs were trained on weights that were processed, and activations show it.
     """
     outputs = [target_hook(sae, hook) for sae, hook in zip(saes, hooks, strict=True)]
     wanted = [*hooks, *more_hooks, *(o for o in outputs if o)]
+    written = [(sae, output) for sae, output in zip(saes, outputs, strict=True) if output]
+    places = [*zip(saes, hooks, strict=True), *written]
+    if options := processing_wanted(loaded.model, places):
+        return processed(loaded.model, loaded.tokenizer, options)
     if all(hugging_face_place(loaded.model, hook) for hook in wanted):
         return loaded.model
     return loaded.bridge

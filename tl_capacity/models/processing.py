@@ -7,11 +7,17 @@ stay, and some of its activations change.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.runtime.hub import reason_of
 
 CENTRING = "center_writing_weights"
 
@@ -115,6 +121,51 @@ def mean_is_ignored(model: Any) -> bool:
     )
     normalises_late = getattr(config, "do_layer_norm_before", True) is False
     return is_layer_norm(model) and not normalises_embedding and not normalises_late
+
+
+def processed(model: Any, tokenizer: Any, options: Collection[str]) -> Any:
+    """A `HookedTransformer` with the weights of a Hugging Face model, processed by some options and no others, as
+    `HookedTransformer.from_pretrained_no_processing` makes one of a published model.
+
+    Raises:
+        CapacityError: where TransformerLens cannot make one of it.
+    """
+    try:
+        from transformer_lens import HookedTransformer, loading_from_pretrained
+    except ImportError as problem:
+        raise CapacityError(
+            f"an SAE asks for a model with {_listed(options)}, which takes HookedTransformer, and this TransformerLens"
+            " has none: install transformer-lens<4"
+        ) from problem
+    try:
+        with TemporaryDirectory() as folder:
+            _write_configuration(model, Path(folder))
+            config = loading_from_pretrained.get_pretrained_model_config(
+                folder, device=str(model.device), dtype=model.dtype, fold_ln="fold_ln" in options
+            )
+            weights = loading_from_pretrained.get_pretrained_state_dict(folder, config, model, dtype=model.dtype)
+        lens = HookedTransformer(config, tokenizer, move_to_device=False)
+        lens.load_and_process_state_dict(weights, **{name: name in options for name in PROCESSING})
+    except (ValueError, KeyError, AttributeError, NotImplementedError, RuntimeError, OSError) as problem:
+        raise CapacityError(
+            f"an SAE asks for a model with {_listed(options)}, and TransformerLens makes no HookedTransformer of this"
+            f" {model.config.model_type!r} ({reason_of(problem)}): measure a processed model in a session, or leave"
+            " that SAE out"
+        ) from problem
+    return lens.to(model.device, print_details=False).eval()
+
+
+def _listed(options: Collection[str]) -> str:
+    return " and ".join(sorted(options))
+
+
+def _write_configuration(model: Any, folder: Path) -> None:
+    """A configuration that TransformerLens reads: it knows published models by name, and others by their class."""
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if not hasattr(config, "n_ctx") and (positions := getattr(config, "max_position_embeddings", None)):
+        config.n_ctx = positions  # GPT-2's files of old have it
+    config.save_pretrained(folder)
 
 
 def _weight(owner: Any, path: str) -> Tensor | None:
