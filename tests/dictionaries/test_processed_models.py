@@ -124,7 +124,7 @@ def test_activations_are_those_of_the_centred_model(
         reading = reading_of(model, trained_on(CENTRED, hook), hook)
         seen = activation_at(model, reading.point, TOKENS)
         assert seen is not None
-        assert not reading.notes
+        assert "by its own account" not in " ".join(reading.notes)
         if hook.endswith(("hook_normalized", "hook_attn_scores")) and name == "TransformerBridge":
             continue  # a bridge has the norm's weight there, and other numbers for minus infinity
         size = max(1.0, float(cache[hook].abs().max()))
@@ -304,3 +304,21 @@ def test_processing_that_only_hooked_transformer_has(
         capacity.run(stream, 500, progress=False)
     ours, theirs = (m.hooks[0].summary.arrays["counts"] for m in (measurement, capacity.measurement()))
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_session_says_what_it_makes_up_for(
+    gpt2: Any, trained_on: Callable[..., Any], processed: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with add_capacity_hooks(gpt2, trained_on(CENTRED)):
+        [made_up_for] = caplog.messages
+    assert made_up_for.startswith(f"{HOOK}: the SAE was trained on a model with center_writing_weights")
+    caplog.clear()
+    with add_capacity_hooks(processed(**CENTRED), trained_on(CENTRED)):
+        assert not caplog.messages
+    with add_capacity_hooks(processed(**CENTRED), trained_on({})):
+        assert "without center_writing_weights" in caplog.text
+
+
+def test_other_weights_of_a_model_are_asked_for(gpt2: Any, trained_on: Callable[..., Any]) -> None:
+    [note] = reading_of(gpt2, trained_on({"checkpoint_value": 3000}), HOOK).notes
+    assert "checkpoint_value = 3000" in note

@@ -25,6 +25,7 @@ class Metadata:
     hf_hook_name: str | None = None
     hf_hook_name_out: str | None = None
     model_name: str | None = None
+    model_class_name: str | None = None
     model_from_pretrained_kwargs: Mapping[str, Any] | None = None
     prepend_bos: bool | None = None
     seqpos_slice: Sequence[int | None] | None = None

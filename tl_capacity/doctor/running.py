@@ -139,7 +139,8 @@ def fit_finding(hook: str, sae: Any, fvu: float, inputs: Float[Tensor, "token d_
         f" sae.fold_activation_norm_scaling_factor({scale:.4g})"
     )
     centred = (
-        "centred over the dimensions: measure a HookedTransformer in a session, whose weights are processed to that end"
+        "centred over the dimensions: if it was trained on a model with center_writing_weights, say so in its"
+        ' cfg.json, with "model_from_pretrained_kwargs": {"center_writing_weights": true} in "metadata"'
     )
     normalised = {scaled: inputs * scale, centred: inputs - inputs.mean(-1, keepdim=True)}
     if target_hook(sae, hook) is None and not joins_heads(sae):

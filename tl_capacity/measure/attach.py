@@ -17,6 +17,7 @@ from tl_capacity.models.identity import Identity
 from tl_capacity.plugins import plugins
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked_but
+from tl_capacity.runtime.logs import log
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenStream
@@ -92,7 +93,11 @@ def add_capacity_hooks(
         if mask_token_ids is None
         else CountingRule.without(mask_token_ids, skip_first_positions)
     )
-    return attach(model, dictionaries_of(model, saes, text), rule, importance, alive_threshold, fvu_every)
+    capacity = attach(model, dictionaries_of(model, saes, text), rule, importance, alive_threshold, fvu_every)
+    for tap in capacity.taps:
+        for sentence in tap.differences():
+            log.warning(sentence)
+    return capacity
 
 
 def attach(

@@ -28,6 +28,7 @@ from tl_capacity.interfaces import ImportanceEstimator, LatentBatch
 from tl_capacity.measure.documents import OpenDocuments
 from tl_capacity.measure.estimators import accumulate, accumulating, empty_states
 from tl_capacity.measure.statistics import FeatureStatistics
+from tl_capacity.models.processing import CENTRING
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountedTokens
@@ -113,6 +114,16 @@ class Tap:
         self.statistics = FeatureStatistics.empty(self.d_sae, decoder_vectors(self.sae).shape[1], norms, self.device)
         self.statistics.state.update(empty_states(estimators, self.sae, self.device))
         self._open = OpenDocuments(self.d_sae, self.device)
+
+    def differences(self) -> tuple[str, ...]:
+        """How the model at hand differs from the one that the SAE was trained on, a sentence each: what is made up for,
+        and what is not.
+        """
+        made_up_for = (
+            f"{self.hook}: the SAE was trained on a model with {CENTRING}, by its own account, and this one is without:"
+            " activations are counted less their mean over d_model, which makes them the same"
+        )
+        return (*((made_up_for,) if self.point.centred else ()), *self.notes)
 
     @property
     def has_seen(self) -> bool:
