@@ -7,7 +7,7 @@ costs stands beside each estimate.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from tl_capacity.dictionaries.adapter import metadata_of
 from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import CapacityError, TokenSourceError
 from tl_capacity.measure.ablation import ablation_kl
 from tl_capacity.measure.attach import add_capacity_hooks
-from tl_capacity.models.loading import load_model
+from tl_capacity.models.defaults import row_length
+from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.recipe import option, run_file, settings_of
 from tl_capacity.results.estimate import pair_interval
 from tl_capacity.runtime.versions import library_versions
@@ -35,12 +37,18 @@ class CheckImportanceConfig:
     """Everything that decides the result."""
 
     model: str = option("embedded", "A model name, folder or hub id.")
-    hook: str = option("blocks.3.hook_resid_post", "The hook point, in TransformerLens' names.")
+    hook: str = option(
+        "",
+        "The hook point, in TransformerLens' names; by default the SAE's own, or the middle one of those that come with"
+        " the model.",
+    )
     sae: str = option("", "An SAE folder or RELEASE/SAE_ID; by default the one that comes with the model.")
     source: str = option("", "The token source; by default the corpus that belongs to the model.")
     importance: tuple[str, ...] = option(("gradient", "fisher", "second_moment", "firing_rate"), "Estimators to check.")
     rows: int = option(32, "Rows of text to ablate on; only rows that fill the context are taken.")
-    context: int = option(256, "Positions in a row, BOS included.")
+    context: int | None = option(
+        None, "Positions in a row, BOS included; by default what the model takes, at most 256."
+    )
     latents: int = option(
         100, "Latents to ablate, evenly spaced in the order of the first estimator's importance among those that fire."
     )
@@ -57,12 +65,9 @@ def main(config: CheckImportanceConfig) -> None:
             " estimator"
         )
     loaded = load_model(config.model)
-    named_saes = dict(loaded.named.saes) if loaded.named else {}
-    folder = config.sae or str(named_saes.get(config.hook, ""))
-    if not folder:
-        raise CapacityError(f"no SAE comes with {config.model} at {config.hook}: pass --sae")
-    _, sae = load_sae(folder)
-    rows = full_rows(TokenStream(loaded.source(config.source), loaded.tokenizer, context=config.context), config.rows)
+    config, sae = _with_dictionary(config, loaded)
+    context = row_length(loaded.model.config, config.context)
+    rows = full_rows(TokenStream(loaded.source(config.source), loaded.tokenizer, context=context), config.rows)
     started = time.monotonic()
     with add_capacity_hooks(
         loaded.model, {config.hook: sae}, importance=config.importance, alive_threshold=0.0
@@ -112,6 +117,27 @@ def main(config: CheckImportanceConfig) -> None:
             ],
         }
         write_json(config.out / "check_importance.json", content)
+
+
+def _with_dictionary(config: CheckImportanceConfig, loaded: LoadedModel) -> tuple[CheckImportanceConfig, Any]:
+    """The SAE to check with, and the settings with its hook point where none was given.
+
+    Raises:
+        CapacityError: where none comes with the model, or it does not name its hook point.
+    """
+    bundled = dict(loaded.named.saes) if loaded.named else {}
+    hook = config.hook
+    if not (hook or config.sae) and bundled:
+        hook = list(bundled)[len(bundled) // 2]
+    folder = config.sae or str(bundled.get(hook, ""))
+    if not folder:
+        where = f" at {hook}" if hook else ""
+        raise CapacityError(f"no SAE comes with {config.model}{where}: pass --sae")
+    _, sae = load_sae(folder)
+    hook = hook or str(metadata_of(sae, "hook_name") or "")
+    if not hook:
+        raise CapacityError(f"the SAE {folder} does not name its hook point: pass --hook")
+    return replace(config, hook=hook), sae
 
 
 def full_rows(stream: TokenStream, wanted: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.settings import DistillSettings, HiddenMatch, LogitLoss
@@ -22,7 +23,9 @@ class DistillConfig:
     """Everything that decides the students."""
 
     teacher: str = option("embedded", "A model name, folder or hub id.")
-    widths: tuple[int, ...] = option((16, 24, 32, 48, 64, 96, 128), "Student widths.")
+    widths: tuple[int, ...] = option(
+        (), "Student widths; by default seven, from an eighth of the teacher's to all of it."
+    )
     tokens: int = option_of(DistillSettings, "tokens")
     out: Path = option(Path("runs/distillation"), "The folder to write.")
     resume: bool = option(False, "Go on from the checkpoint in --out.")
@@ -49,7 +52,9 @@ class DistillConfig:
     schedule: str = option_of(DistillSettings, "schedule")
     weight_decay: float = option_of(DistillSettings, "weight_decay")
     batch_rows: int = option_of(DistillSettings, "batch_rows")
-    context: int = option(256, "Positions in a row, BOS included.")
+    context: int | None = option(
+        None, "Positions in a row, BOS included; by default what the teacher takes, at most 256."
+    )
     special_tokens: bool = option_of(MeasureSettings, "special_tokens")
     seed: int = option_of(DistillSettings, "seed")
     device: str = option(AUTO, f"Where teacher and students run: {DEVICE_HELP}")
@@ -82,6 +87,7 @@ def main(config: DistillConfig) -> DistillationRun:
     import torch
 
     from tl_capacity.distillation import distill
+    from tl_capacity.models.defaults import row_length
     from tl_capacity.models.loading import load_model
     from tl_capacity.text.streams import TokenStream
 
@@ -90,11 +96,14 @@ def main(config: DistillConfig) -> DistillationRun:
     settings = config.settings()
     teacher = load_model(config.teacher, device=config.device, dtype=config.dtype)
     text = partial(
-        TokenStream, tokenizer=teacher.tokenizer, context=config.context, special_tokens=config.special_tokens
+        TokenStream,
+        tokenizer=teacher.tokenizer,
+        context=row_length(teacher.model.config, config.context),
+        special_tokens=config.special_tokens,
     )
     run = distill(
         teacher,
-        config.widths,
+        config.widths or usual_widths(teacher.model.config),
         text(teacher.source(config.source)),
         heldout=text(config.heldout) if config.heldout else None,
         settings=settings,
@@ -107,6 +116,17 @@ def main(config: DistillConfig) -> DistillationRun:
     show(run)
     print(f"written to {config.out}")
     return run
+
+
+def usual_widths(config: Any) -> tuple[int, ...]:
+    """Widths of students where none are named: two to each octave from an eighth of the teacher's width on, or the
+    nearest that its family has.
+    """
+    from tl_capacity.distillation.students import nearest_widths
+    from tl_capacity.models.defaults import width_of
+    from tl_capacity.plan import ladder
+
+    return nearest_widths(config, ladder(width_of(config), octaves=3))
 
 
 def show(run: DistillationRun) -> None:

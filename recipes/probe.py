@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.measure.setup import measured_dictionary
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.defaults import middle_hook
 from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.probing.concepts import load_concepts
 from tl_capacity.probing.experiment import ProbeSettings, TappedModel, probe_models
@@ -51,7 +52,10 @@ class ProbeConfig:
         ("embedded",),
         "A model name, folder or hub id, or the folder of a distillation; may be repeated. The first is the teacher.",
     )
-    hook: str = option("blocks.3.hook_resid_post", "The hook point, in TransformerLens' names.")
+    hook: str = option(
+        "",
+        "The hook point, in TransformerLens' names; by default the residual stream after the teacher's middle layer.",
+    )
     concepts: tuple[str, ...] = option(
         ("embedded",),
         "Concepts, collections of them, .jsonl files or datasets ids; `tl-capacity plugins` lists the first two.",
@@ -97,7 +101,8 @@ def main(config: ProbeConfig) -> ProbeResult | None:
     processes = Processes.of_launch()
     folder = processes.own(config.out)
     state = folder.with_name(f"{folder.name}.checkpoint.safetensors")
-    if already_there(config.out / JSON_NAME, config.out / JSON_NAME, settings_of(config, "out")):
+    known = settings_of(config, "out") if config.hook else settings_of(config, "out", "hook")
+    if already_there(config.out / JSON_NAME, config.out / JSON_NAME, known):
         remove_checkpoint(state)
         return None
     processes = processes.connected(config.device)
@@ -107,6 +112,7 @@ def main(config: ProbeConfig) -> ProbeResult | None:
     concepts = load_concepts(config.concepts)
     measurement = None if config.measurement is None else Measurement.load(config.measurement)
     models = [load_model(name, device=config.device) for name in named(config.model)]
+    config = replace(config, hook=config.hook or middle_hook(models[0].model.config))
     # All of them before anything is collected, in case one lacks the hook.
     tapped = [TappedModel.at(model, config.hook) for model in models]
     sae, measured = _dictionary(config, models[0], measurement)

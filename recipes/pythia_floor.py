@@ -19,6 +19,7 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.settings import DistillSettings, LogitLoss
 from tl_capacity.errors import CapacityError
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.defaults import USUAL_CONTEXT, row_length
 from tl_capacity.models.loading import LoadedModel, load_config, load_model
 from tl_capacity.recipe import option, option_of, run_file, values_of
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
@@ -67,7 +68,9 @@ class PythiaFloorConfig:
     sae: tuple[str, ...] = option(
         (), "SAELens folders or release/sae_id, each optionally HOOK=…; by default all that come with the teacher."
     )
-    widths: tuple[int, ...] = option((16, 24, 32, 48, 64, 96, 128), "Student widths.")
+    widths: tuple[int, ...] = option(
+        (), "Student widths; by default seven, from an eighth of the teacher's to all of it."
+    )
     seeds: tuple[int, ...] = option_of(DistillSettings, "seeds", "Of the students' initial weights.")
     seeded_widths: tuple[int, ...] = option_of(DistillSettings, "seeded_widths")
     start: str = option_of(
@@ -107,7 +110,9 @@ class PythiaFloorConfig:
         DistillSettings, "heldout_tokens", "Predicted tokens that they are judged by.", default=None
     )
     batch_rows: int | None = option_of(DistillSettings, "batch_rows", "Rows in a step.", default=None)
-    context: int | None = option(None, "Positions in a row, BOS included.")
+    context: int | None = option(
+        None, "Positions in a row, BOS included; by default the preset's, or what the teacher takes."
+    )
     temperature: float = option_of(LogitLoss, "temperature", "Of the training loss.")
     lr: float = option_of(DistillSettings, "lr", "Peak learning rate.")
     schedule: str = option_of(DistillSettings, "schedule")
@@ -130,6 +135,21 @@ class PythiaFloorConfig:
             self, **{name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None}
         )
 
+    def fitted(self, teacher: Any) -> PythiaFloorConfig:
+        """With what fits the teacher, by its configuration, where nothing was given.
+
+        Raises:
+            CapacityError: on an unknown preset, or a longer context than the teacher takes.
+        """
+        from tl_capacity.recipes.distill import usual_widths
+
+        whole = self.whole()
+        return replace(
+            whole,
+            widths=self.widths or usual_widths(teacher),
+            context=row_length(teacher, self.context, usual=whole.context or USUAL_CONTEXT),
+        )
+
     def distill_settings(self) -> DistillSettings:
         """What decides the students, but for teacher, widths and text.
 
@@ -146,10 +166,11 @@ def main(config: PythiaFloorConfig) -> Decomposition:
     Raises:
         CapacityError: on settings that do not fit, a folder of other settings, or whatever a stage refuses.
     """
-    config = config.whole()
+    teacher_config = load_config(config.teacher)
+    config = config.fitted(teacher_config)
     _threads(config)
     if not _distilled(config):
-        check_students(config)
+        check_students(config, teacher_config)
     _same_settings(config)
     measurement = measure(config)
     predicted = measurement.budget(
@@ -205,7 +226,7 @@ def measure(config: PythiaFloorConfig) -> Measurement:
     )
 
 
-def check_students(config: PythiaFloorConfig) -> None:
+def check_students(config: PythiaFloorConfig, teacher_config: Any) -> None:
     """Refuse before the measurement what the distillation would refuse after it.
 
     Raises:
@@ -213,7 +234,7 @@ def check_students(config: PythiaFloorConfig) -> None:
     """
     from tl_capacity.distillation.students import new_students, student_config
 
-    teacher_config, settings = load_config(config.teacher), config.distill_settings()
+    settings = config.distill_settings()
     for width in config.widths:
         student_config(teacher_config, width)
     if len(settings.seeds) < 2 or settings.start != "truncated":

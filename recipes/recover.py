@@ -22,6 +22,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.setup import measured_dictionary, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.defaults import row_length
 from tl_capacity.models.loading import LoadedModel, load_measured_model, load_model
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.recoverability import Recoverability
@@ -101,7 +102,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
     stream = TokenStream(
         source,
         teacher.tokenizer,
-        int(provenance.settings.get("context", 256)),
+        int(provenance.settings.get("context") or row_length(teacher.model.config)),
         prepend_bos=provenance.settings.get("bos", 0) is not None,
         special_tokens=bool(provenance.settings.get("special_tokens")),
     )

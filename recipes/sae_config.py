@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tl_capacity.models.defaults import USUAL_CONTEXT, middle_hook, row_length
 from tl_capacity.recipe import option
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 
@@ -18,7 +19,9 @@ class TrainSAEConfig:
     """Everything that decides the SAE."""
 
     model: str = option("embedded", "A model name, folder or hub id.")
-    hook: str = option("blocks.3.hook_resid_post", "The hook point, in TransformerLens' names.")
+    hook: str = option(
+        "", "The hook point, in TransformerLens' names; by default the residual stream after the middle layer."
+    )
     source: str = option("", "The token source; by default the corpus that belongs to the model.")
     out: Path = option(Path("sae"), "The folder to write; checkpoints stand beside it until it is complete.")
     tokens: int = option(1_000_000, "Tokens to train on, special ones not counted; a shorter source is repeated.")
@@ -32,7 +35,9 @@ class TrainSAEConfig:
         1e-3, "Peak learning rate of Adam; it rises over the first 5% of the steps and falls to zero over the last 20%."
     )
     batch_tokens: int = option(1024, "Activations per training step.")
-    context: int = option(256, "Positions in a row, BOS included.")
+    context: int | None = option(
+        None, "Positions in a row, BOS included; by default what the model takes, at most 256."
+    )
     batch_rows: int = option(8, "Rows in one forward pass of the model.")
     dead_after_tokens: int = option(
         200_000, "A latent that was silent for so long counts as dead, and topk revives it."
@@ -50,10 +55,23 @@ class TrainSAEConfig:
         """Training steps."""
         return max(1, self.tokens // self.batch_tokens)
 
+    def fitted(self, model: Any) -> TrainSAEConfig:
+        """With what fits the model, by its configuration, where nothing was given.
+
+        Raises:
+            CapacityError: on a longer context than the model takes.
+        """
+        return replace(self, hook=self.hook or middle_hook(model), context=row_length(model, self.context))
+
+    @property
+    def positions(self) -> int:
+        """Positions in a row."""
+        return USUAL_CONTEXT if self.context is None else self.context
+
     @property
     def buffer_rows(self) -> int:
         """Rows whose activations are mixed with one another before they are trained on."""
-        return max(64, -(-4 * self.batch_tokens // self.context))
+        return max(64, -(-4 * self.batch_tokens // self.positions))
 
     @property
     def checkpoints_folder(self) -> Path:

@@ -106,7 +106,7 @@ def train(
         dataset_path=source,
         is_dataset_tokenized=True,
         streaming=False,
-        context_size=config.context,
+        context_size=config.positions,
         store_batch_size_prompts=config.batch_rows,
         n_batches_in_buffer=config.buffer_rows,
         training_tokens=config.steps * config.batch_tokens,

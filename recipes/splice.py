@@ -17,6 +17,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.setup import measured_dictionary, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.defaults import row_length
 from tl_capacity.models.loading import load_measured_model
 from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
@@ -85,7 +86,7 @@ def main(config: SpliceConfig) -> Spliced | None:
         stream = TokenStream(
             source,
             teacher.tokenizer,
-            int(provenance.settings.get("context", 256)),
+            int(provenance.settings.get("context") or row_length(teacher.model.config)),
             prepend_bos=provenance.settings.get("bos", 0) is not None,
             special_tokens=bool(provenance.settings.get("special_tokens")),
         )

@@ -44,9 +44,11 @@ def main(config: TrainSAEConfig) -> None:
 
     config = replace(config, device=device_named(config.device))
     loaded = load_model(config.model, device=config.device)
+    config = config.fitted(loaded.model.config)
+    _check_same(config)
     source = loaded.source(config.source)
     special = special_token_ids(loaded.model, loaded.tokenizer)
-    stream = TokenStream(source, loaded.tokenizer, context=config.context)
+    stream = TokenStream(source, loaded.tokenizer, context=config.positions)
     train_rows, heldout_rows = split_rows(stream, config, special)
     for rows in (train_rows, heldout_rows):
         check_token_ids(loaded.model, rows)
@@ -100,7 +102,7 @@ def split_rows(
         config.tokens
         + config.heldout_tokens
         + (NORM_BATCHES + 1) * config.batch_tokens
-        + config.buffer_rows * config.context
+        + config.buffer_rows * config.positions
     )
     rule = CountingRule.without(special)
     rows: list[NDArray[np.int32]] = []
@@ -108,7 +110,7 @@ def split_rows(
     counted: list[int] = []
     total = 0
     for batch in stream:
-        ids = np.full((len(batch.tokens), config.context), PADDING, dtype=np.int32)
+        ids = np.full((len(batch.tokens), config.positions), PADDING, dtype=np.int32)
         ids[:, : batch.tokens.shape[1]] = batch.tokens
         if not special:  # nothing to fill a short row with
             whole = (ids != PADDING).all(axis=1)
@@ -178,7 +180,7 @@ def measure(
     sae = SAE.load_from_disk(folder, device=config.device)
     with add_capacity_hooks(model, {config.hook: sae}, fvu_every=1, mask_token_ids=special) as capacity:
         summary = (
-            capacity.run(TokenStream(rows.astype(np.int64), context=config.context, batch_rows=config.batch_rows))
+            capacity.run(TokenStream(rows.astype(np.int64), context=config.positions, batch_rows=config.batch_rows))
             .measurement()[config.hook]
             .summary
         )
@@ -207,6 +209,10 @@ def _check(config: TrainSAEConfig) -> None:
     if config.out.exists():
         raise CapacityError(f"{config.out} exists already: choose another --out, or delete it first")
     make_folder(config.out.parent)
+
+
+def _check_same(config: TrainSAEConfig) -> None:
+    """Refuse to go on with a run of other settings."""
     kept = config.checkpoints_folder / "settings.json"
     if kept.is_file() and (changed := earlier_values(read_kept(kept), config.decisive(), all_of_them=True)):
         raise CapacityError(

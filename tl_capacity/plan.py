@@ -27,9 +27,6 @@ from tl_capacity.runtime.rounding import whole_above
 from tl_capacity.runtime.units import per_token
 from tl_capacity.show.tables import html_table, table
 
-SHARES = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
-"""Widths that are looked at where none are given, as shares of the teacher's: two to each octave."""
-
 
 @dataclass(frozen=True)
 class HookPlan:
@@ -236,6 +233,8 @@ def plan(
     Raises:
         CapacityError: where not exactly one goal is given or it is out of its domain, or a hook point has no sparsity.
     """
+    from tl_capacity.models.defaults import width_of
+
     check_goal(keep, target_loss)
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
     hooks = [h for h in measurement if hook in (None, h.hook)] or [measurement[str(hook)]]
@@ -252,8 +251,9 @@ def plan(
     )
     width = needed if config is None else _next_that_can_be_built(config, needed)
     shown = sorted({width, *(widths or ladder(decides.width))})
-    sizes = {} if config is None else _sizes(config, [*shown, int(config.hidden_size)])
-    teacher = sizes.get(int(config.hidden_size)) if config is not None else None
+    teacher_width = 0 if config is None else width_of(config)
+    sizes = {} if config is None else _sizes(config, [*shown, teacher_width])
+    teacher = sizes.get(teacher_width)
     costs = []
     for f in hook_floors(decides, shown, importance, chosen_law):
         total, body = sizes.get(f.width, (None, None))
@@ -284,11 +284,12 @@ def teacher_config(measurement: Measurement, model: str | None = None) -> Any:
         CapacityError: where `model` was given and cannot be found, or its family has no students.
     """
     from tl_capacity.distillation.students import student_config
+    from tl_capacity.models.defaults import width_of
     from tl_capacity.models.loading import load_config
 
     try:
         config = load_config(model or measurement.provenance.model)
-        student_config(config, int(config.hidden_size))
+        student_config(config, width_of(config))
     except CapacityError:
         if model:
             raise
@@ -296,9 +297,10 @@ def teacher_config(measurement: Measurement, model: str | None = None) -> Any:
     return config
 
 
-def ladder(width: int) -> tuple[int, ...]:
-    """Student widths to look at for a teacher of some width: two to each octave, from a sixteenth of it to all."""
-    return tuple(sorted({max(1, round(width * share)) for share in SHARES}))
+def ladder(width: int, octaves: int = 4) -> tuple[int, ...]:
+    """Student widths to look at for a teacher of some width: all of it, and two to each octave below."""
+    halves = [width / 2**octave for octave in range(octaves + 1)]
+    return tuple(sorted({max(1, round(step)) for half in halves for step in (half, 1.5 * half) if step <= width}))
 
 
 def _hook_plan(

@@ -16,7 +16,7 @@ from tl_capacity.distillation.ensemble import Students
 from tl_capacity.distillation.run import JSON_NAME, DistillationRun
 from tl_capacity.distillation.settings import HiddenMatch
 from tl_capacity.errors import CapacityError, HookPointError
-from tl_capacity.models.forward import check_token_ids
+from tl_capacity.models.forward import check_row_length, check_token_ids
 from tl_capacity.plugins import plugins
 from tl_capacity.storage.files import make_folder
 from tl_capacity.storage.same_run import changed_fields
@@ -44,14 +44,9 @@ def check_tokens(model: Any, *texts: Rows) -> None:
     Raises:
         CapacityError: names the id, or how many positions it has.
     """
-    positions = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
     for rows in texts:
         check_token_ids(model, rows.tokens[rows.tokens != PADDING], "the teacher")
-        if rows.tokens.shape[1] > positions:
-            raise CapacityError(
-                f"rows have {rows.tokens.shape[1]} positions, more than the teacher's {positions}: choose a shorter"
-                " context"
-            )
+        check_row_length(model, rows.tokens, "the teacher")
 
 
 def check_folder(folder: Path | None, resume: bool) -> None:

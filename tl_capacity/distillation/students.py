@@ -8,7 +8,7 @@ Wrap them afterwards.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from tl_capacity.distillation.losses import Output
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError, plugin_code
+from tl_capacity.models.defaults import width_of
 from tl_capacity.models.head import head_of, last_hidden
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.plugins import plugins
@@ -118,24 +119,11 @@ def student_config(config: Any, width: int) -> Any:
         CapacityError: where no family has a rule for the architecture, or its rule has no such width.
         PluginError: where the rule fails.
     """
-    family = plugins().family_of(config.model_type)
-    if family is None or family.student is None:
-        able = ", ".join(f.name for f in plugins().model_families if f.student is not None)
-        raise CapacityError(
-            f"no model family says how students of {config.model_type!r} are built: register one (docs/families.md);"
-            f" {able} have students"
-        )
-    with plugin_code("model family", family.name, family.student):
-        changes = family.student(config, width) if width >= 1 else None
+    changes = _changes(config, width)
     if changes is None:
-        with plugin_code("model family", family.name, family.student):
-            near = [
-                next((w for w in side if family.student(config, w) is not None), None)
-                for side in _around(width, int(config.hidden_size))
-            ]
-        shown = " and ".join(str(w) for w in near if w is not None)
+        shown = " and ".join(map(str, _nearest(config, width)))
         raise CapacityError(
-            f"the family {family.name} has no student of width {width}: the nearest that it has are {shown}"
+            f"the family {_family(config).name} has no student of width {width}: the nearest that it has are {shown}"
         )
     values = {
         k: v
@@ -146,16 +134,54 @@ def student_config(config: Any, width: int) -> Any:
     return type(config)(**(values | no_dropout | dict(changes)))
 
 
-def _around(width: int, teacher_width: int) -> tuple[range, range]:
-    """Widths below, nearest first, and above as far as a sure one: the teacher's own or a multiple."""
-    return range(width - 1, 0, -1), range(max(1, width + 1), max(0, width) + teacher_width + 1)
+def nearest_widths(config: Any, widths: Sequence[int]) -> tuple[int, ...]:
+    """The widths, each once; one that the teacher's family has no student of is the nearest that it has.
+
+    Raises:
+        CapacityError: where no family has a rule for the architecture.
+    """
+    able = {
+        width if _changes(config, width) is not None else min(_nearest(config, width), key=lambda w: abs(w - width))
+        for width in widths
+    }
+    return tuple(sorted(able))
+
+
+def _family(config: Any) -> Any:
+    """The family that says how students of an architecture are built."""
+    family = plugins().family_of(config.model_type)
+    if family is None or family.student is None:
+        able = ", ".join(f.name for f in plugins().model_families if f.student is not None)
+        raise CapacityError(
+            f"no model family says how students of {config.model_type!r} are built: register one (docs/families.md);"
+            f" {able} have students"
+        )
+    return family
+
+
+def _changes(config: Any, width: int) -> Mapping[str, Any] | None:
+    """What a student of some width has otherwise than its teacher; None where the family has none of that width."""
+    width_of(config)
+    family = _family(config)
+    with plugin_code("model family", family.name, family.student):
+        changes: Mapping[str, Any] | None = family.student(config, width) if width >= 1 else None
+    return changes
+
+
+def _nearest(config: Any, width: int) -> list[int]:
+    """The nearest widths below and above of which the family has students; above, the teacher's own or a multiple is a
+    sure one.
+    """
+    below, above = range(width - 1, 0, -1), range(max(1, width + 1), max(0, width) + width_of(config) + 1)
+    near = (next((w for w in side if _changes(config, w) is not None), None) for side in (below, above))
+    return [w for w in near if w is not None]
 
 
 def check_teacher(teacher: Any) -> None:
     """Whether a model can be distilled.
 
     Raises:
-        CapacityError: where it is no Hugging Face causal language model.
+        CapacityError: where it is no Hugging Face causal language model, or holds one beside others.
     """
     from transformers import PreTrainedModel
 
@@ -164,6 +190,7 @@ def check_teacher(teacher: Any) -> None:
         raise CapacityError(
             f"{type(teacher).__name__} cannot be distilled: pass a Hugging Face causal language model, unwrapped"
         )
+    width_of(model.config)
 
 
 def output_of(

@@ -38,7 +38,7 @@ from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
-from tl_capacity.models.forward import check_token_ids, device_of, drops_out, evaluating
+from tl_capacity.models.forward import check_row_length, check_token_ids, device_of, drops_out, evaluating
 from tl_capacity.models.hook_points import residual_width
 from tl_capacity.models.identity import Identity
 from tl_capacity.results.hook import HookMeasurement
@@ -172,6 +172,7 @@ class CapacityHooks:
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break  # the checkpoint that is gone on from had reached the end
                 check_token_ids(self.model, batch.ids)
+                check_row_length(self.model, batch.tokens)
                 self._attachment.check()
                 self._cursor = cursor
                 self._forward(batch)

@@ -14,6 +14,7 @@ from tl_capacity.dictionaries.releases import advice
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.provenance import Provenance
+from tl_capacity.models.defaults import row_length as fitting_row_length
 from tl_capacity.models.forward import device_of, longest
 from tl_capacity.models.places import hugging_face_place
 from tl_capacity.models.processing import processed
@@ -141,22 +142,15 @@ def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> in
     """Positions in a row: as asked for, else the shortest context of the SAEs' own, else 512; never more than the model
     has.
     """
-    if settings.context is not None:
-        if settings.context > (limit := longest(model)):
-            raise CapacityError(
-                f"--context {settings.context} is longer than the model's {limit} positions: choose at most that"
-            )
-        return settings.context
-    return context_of(model, saes)
+    return fitting_row_length(model.config, settings.context, usual=context_of(model, saes))
 
 
 def context_of(model: Any, saes: Sequence[Any]) -> int:
     """Positions in a row where none are asked for: the shortest context of the SAEs' own, else 512; never more than the
     model has.
     """
-    limit = longest(model)
-    contexts = [metadata_of(sae, "context_size") for sae in saes]
-    return min([limit, *(int(c) for c in contexts if c)] if any(contexts) else [limit, 512])
+    contexts = [int(size) for sae in saes if (size := metadata_of(sae, "context_size"))]
+    return min(longest(model), min(contexts, default=512))
 
 
 def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.models.defaults import longest_row
 from tl_capacity.models.hook_points import TapPoint
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -78,9 +79,7 @@ def embedding_of(model: Any) -> nn.Module:
 
 def longest(model: Any) -> int:
     """The most positions that a row of a model may have."""
-    config = getattr(model, "cfg", None) or getattr(model, "config", None)
-    names = ("n_ctx", "max_position_embeddings")
-    return next((int(value) for name in names if (value := getattr(config, name, None))), 2**31)
+    return longest_row(getattr(model, "cfg", None) or getattr(model, "config", None))
 
 
 def device_of(model: Any) -> torch.device:
@@ -103,6 +102,17 @@ def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the m
             f"the text has token id {strange[0]}, but {who}'s vocabulary has {vocabulary:,}: tokenise it with {who}'s"
             " own tokenizer"
         )
+
+
+def check_row_length(model: Any, rows: NDArray[np.integer[Any]], who: str = "the model") -> None:
+    """Whether a model has a position for each token of rows [row, position].
+
+    Raises:
+        CapacityError: where it has not.
+    """
+    limit = longest(model)
+    if rows.shape[1] > limit:
+        raise CapacityError(f"rows have {rows.shape[1]} positions, more than {who}'s {limit}: choose a shorter context")
 
 
 @contextmanager
