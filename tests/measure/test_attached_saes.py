@@ -144,6 +144,12 @@ class TestTheInputIsCounted:
             model.add_sae(sae, use_error_term=error_term)
         with tlc.add_capacity_hooks(model, [early, late]) as capacity:
             found = capacity.run(tokens.split(8)).measurement()
+        says = (
+            f"{LATER}: was counted while the model ran with the reconstruction of the SAE at {HOOK}, without its error"
+        )
+        assert [note.startswith(says) for note in found[LATER].notes] == ([] if error_term else [True])
+        assert set(found[LATER].notes) <= set(found.warnings)
+        assert not found[HOOK].notes
         given = counts_of(late, inputs_of(model, tokens, f"{end}.hook_sae_input"))
         np.testing.assert_array_equal(found[LATER].summary.arrays["counts"].sum(0), given)
         assert np.array_equal(given, clean) == error_term

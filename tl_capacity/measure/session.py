@@ -28,6 +28,7 @@ from tl_capacity.dictionaries.adapter import (
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.attachment import Attachment, weakly
+from tl_capacity.measure.behind import behind_note, reconstructed_before
 from tl_capacity.measure.by_name import stream_of
 from tl_capacity.measure.calls import Call, Calls
 from tl_capacity.measure.current import CurrentPasses
@@ -38,6 +39,7 @@ from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
+from tl_capacity.models.carried import carried_saes
 from tl_capacity.models.forward import check_row_length, check_token_ids, device_of, drops_out, evaluating
 from tl_capacity.models.hook_points import residual_width
 from tl_capacity.models.identity import Identity
@@ -93,6 +95,7 @@ class CapacityHooks:
         self._seen_training = False
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._attachment = Attachment(self)
+        self._behind: dict[Tap, set[str]] = {tap: set() for tap in taps}
         try:
             self._calls = Calls(model, weakly(self._on_call))
             self._attachment.add(self._calls.remove)
@@ -256,6 +259,7 @@ class CapacityHooks:
         """Begin a forward pass that somebody else runs, in whichever thread; returns the documents of its rows."""
         with self._passes.lock:
             self._attachment.check()
+            self._note_saes()
             goes_on = call.documents is not None
             first = self._cursor.rows
             documents = np.arange(first, first + len(call.tokens)) if call.documents is None else call.documents
@@ -286,8 +290,15 @@ class CapacityHooks:
         with self._passes.lock:
             self._passes.current(tap.hook).see_target(tap, activation)
 
+    def _note_saes(self) -> None:
+        """Keep in mind which SAEs the model carries in this pass."""
+        if carried_saes(self.model):
+            for tap in self.taps:
+                self._behind[tap].update(reconstructed_before(self.model, tap.point))
+
     def _forward(self, batch: TokenBatch) -> None:
         """One forward pass of `run`."""
+        self._note_saes()
         kind: Callable[..., StreamingPass | GradientPass] = StreamingPass
         if self._gradients:
             kind = partial(GradientPass, wanted=self._gradients)
@@ -314,7 +325,7 @@ class CapacityHooks:
             summary=FeatureSummary(sums, self.alive_threshold),
             estimators=tuple(estimator.name for estimator in tap.estimators),
             d_model=residual_width(self.model),
-            notes=tap.notes,
+            notes=(*tap.notes, *([behind_note(tap.hook, self._behind[tap])] if self._behind[tap] else [])),
             linear=tap.linear,
         )
 
