@@ -275,6 +275,14 @@ class ModelFamily:
     student: Callable[[Any, int], Mapping[str, Any] | None] | None = None
     places: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
 
+    def __post_init__(self) -> None:
+        for kind, inside in self.places.items():
+            if strange := [place for place in inside.values() if not place.endswith((".input", ".output"))]:
+                raise ValueError(
+                    f"the family {self.name!r} has no side of a module in its place {strange[0]!r} of {kind!r}: end it"
+                    " with .input or .output"
+                )
+
     def residual(self, hook_name: str) -> tuple[str, str] | None:
         """`(module path, "input" or "output")` that carries a residual-stream hook, or None where the hook is no
         residual stream.

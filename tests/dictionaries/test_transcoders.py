@@ -168,6 +168,14 @@ def test_cross_layer_transcoders_by_name(spec: str) -> None:
         load_sae(spec)
 
 
+def test_a_layer_that_saelens_loaded(models_by_kind: dict[str, Any], make_sae: Any) -> None:
+    """SAELens keeps nothing of a release but its number at Neuronpedia."""
+    layer = make_sae("transcoder", "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out")
+    layer.cfg.metadata.neuronpedia_id = "gemma-2-2b/1-clt-hp"
+    with pytest.raises(DictionaryError, match=r"the transcoder at blocks\.1\.hook_resid_pre is of a cross-layer"):
+        tlc.add_capacity_hooks(models_by_kind["HookedTransformer"], layer)
+
+
 @pytest.mark.fidelity(
     source="circuit-tracer",
     says="a cross-layer transcoder",

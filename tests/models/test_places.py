@@ -13,6 +13,7 @@ from tiny_families import TOKENS
 from tiny_forms import ARCHITECTURES, BRIDGE, FORMS, HOOKED, HUGGING_FACE, cases, form, hugging_face, sides
 
 from tl_capacity.errors import HookPointError
+from tl_capacity.interfaces import ModelFamily
 from tl_capacity.models.hook_points import find_tap_point, hook_names
 
 SPEC = importlib.util.spec_from_file_location("write_taps", Path(__file__).parents[2] / "docs" / "write_taps.py")
@@ -147,3 +148,5 @@ def test_bad_input() -> None:
             with pytest.raises(HookPointError, match=rf"'{said}' is no hook point of this model: "):
                 find_tap_point(form("gemma2", name), said)
     assert "blocks.1.mlp.hook_out" in hook_names(model)
+    with pytest.raises(ValueError, match=r"the family 'toy' has no side .* in its place 'mlp' of 'toy': end it with"):
+        ModelFamily("toy", ("toy",), "stack", places={"toy": {"mlp.hook_out": "mlp"}})

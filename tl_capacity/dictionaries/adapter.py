@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
+from tl_capacity.dictionaries.transcoders import cross_layer
 from tl_capacity.errors import DictionaryError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.storage.digests import tensors_digest
@@ -37,6 +38,9 @@ def check_dictionary(sae: Any, hook: str) -> None:
             f"the SAE at {hook} is a TemporalSAE, whose latents depend on the tokens before: choose one that encodes"
             " each token by itself"
         )
+    # All that SAELens keeps of which release it loaded.
+    if "clt" in str(metadata_of(sae, "neuronpedia_id") or "").lower().split("-"):
+        raise DictionaryError(cross_layer(f"the transcoder at {hook}"))
     normalisation = getattr(sae.cfg, "normalize_activations", "none")
     if normalisation in ("expected_average_only_in", "covariance_whitening"):
         fold = (
