@@ -37,6 +37,10 @@ class TokenSourceError(CapacityError):
     """A token source is missing, empty, unreadable or yields nothing to count."""
 
 
+class SourceCutOffError(TokenSourceError):
+    """A token source stopped in the midst of its text, as where the network failed; what came before was whole."""
+
+
 class MeasurementError(CapacityError):
     """A measurement on disk is damaged, of another schema, or does not fit what it is combined with."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_capacity.dictionaries.bases import LargestOfABasis
-from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.errors import CapacityError, MeasurementError, SourceCutOffError
 from tl_capacity.measure.attach import attach
 from tl_capacity.measure.memory import fit_memory
 from tl_capacity.measure.session import CapacityHooks
@@ -40,6 +40,7 @@ def measure(settings: MeasureSettings) -> Measurement:
 
     Raises:
         CapacityError: on anything that the user can mend; what was saved before stays.
+        SourceCutOffError: where the text stops in its midst; what was counted is saved.
     """
     earlier = _earlier(settings)
     with _attached(settings) as (capacity, stream):
@@ -51,7 +52,11 @@ def measure(settings: MeasureSettings) -> Measurement:
         if settings.max_memory is not None:
             fit_memory(capacity, settings.max_memory)
         checkpoints = _Checkpoints(settings)
-        capacity.run(stream, settings.tokens, progress=settings.progress, after_batch=checkpoints.after_batch)
+        try:
+            capacity.run(stream, settings.tokens, progress=settings.progress, after_batch=checkpoints.after_batch)
+        except SourceCutOffError:
+            checkpoints.save(capacity)
+            raise
         _refuse_bad_fit(capacity, settings.max_fvu)
         _refuse_bad_importance(capacity)
         measurement = capacity.measurement()
@@ -116,10 +121,16 @@ class _Checkpoints:
             _refuse_bad_importance(capacity)
             self.fit_checked = True
         if time.monotonic() - self.last >= self.settings.checkpoint_seconds:
-            measurement, extra = capacity.checkpoint()
-            write_folder(self.settings.out, measurement.to_json(), measurement.arrays() | extra, keep_previous=True)
-            log.info("checkpoint saved", extra=figures(folder=str(self.settings.out), tokens=capacity.n_tokens))
-            self.last = time.monotonic()
+            self.save(capacity)
+
+    def save(self, capacity: CapacityHooks) -> None:
+        """Save what was counted, if anything was."""
+        if capacity.n_tokens == 0:
+            return
+        measurement, extra = capacity.checkpoint()
+        write_folder(self.settings.out, measurement.to_json(), measurement.arrays() | extra, keep_previous=True)
+        log.info("checkpoint saved", extra=figures(folder=str(self.settings.out), tokens=capacity.n_tokens))
+        self.last = time.monotonic()
 
 
 def _refuse_bad_fit(capacity: CapacityHooks, max_fvu: float) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tl_capacity.errors import TokenSourceError
+from tl_capacity.errors import SourceCutOffError, TokenSourceError
 from tl_capacity.runtime.hub import hub_or_cache, reason_of
+
+READS = 2
+"""How often a part of a stream is asked for."""
 
 
 def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
@@ -16,6 +20,7 @@ def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         TokenSourceError: where there is no such data set or split, or a file cannot be read.
+        SourceCutOffError: where a stream stops after its first rows.
     """
     import datasets
 
@@ -26,12 +31,43 @@ def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
     path, config = name, None
     if not local and name.count("/") == 2:
         path, _, config = name.rpartition("/")
+    seen = 0
     try:
         with hub_or_cache(needed=not local):
             rows = datasets.load_dataset(path, config, split=split or "train", streaming=True)
-        yield from rows
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, datasets.exceptions.DatasetsError) as problem:
+        with _fewer_retries():
+            for row in rows:
+                seen += 1
+                yield row
+    except Exception as problem:  # libraries of files, tables and networks, each with classes of its own
+        if seen and not local:
+            raise SourceCutOffError(
+                f"the data set {spec!r} was cut off after {seen:,} rows ({_deepest(problem)}): run the same command"
+                " again when the network is back, measure with --resume"
+            ) from problem
         raise TokenSourceError(
             f"the data set {spec!r} cannot be read ({reason_of(problem)}): check its name and its files, or pass a"
             " local file (.txt, .jsonl, .parquet), a folder of such files, or an embedded corpus"
         ) from problem
+
+
+@contextmanager
+def _fewer_retries() -> Iterator[None]:
+    """Read again once where a stream is cut off. The hub's client has then tried six times itself; `datasets` would go
+    on for half an hour.
+    """
+    import datasets
+
+    before = datasets.config.STREAMING_READ_MAX_RETRIES
+    datasets.config.STREAMING_READ_MAX_RETRIES = READS
+    try:
+        yield
+    finally:
+        datasets.config.STREAMING_READ_MAX_RETRIES = before
+
+
+def _deepest(problem: BaseException) -> str:
+    """The reason behind all that was raised after it."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    return reason_of(problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from tl_capacity.errors import TokenSourceError
+from tl_capacity.errors import SourceCutOffError, TokenSourceError
 
 Number = TypeVar("Number")
 
@@ -128,16 +128,21 @@ def _groups(texts: Iterable[tuple[Number, str]]) -> Iterator[list[tuple[Number, 
     """Texts that are tokenized together; a long one stands alone."""
     group: list[tuple[Number, str]] = []
     characters = 0
-    for number, text in texts:
-        long = len(text) > CHARACTERS_AT_ONCE
-        if group and (long or len(group) == DOCUMENTS_AT_ONCE or characters + len(text) > GROUP_CHARACTERS):
-            yield group
-            group, characters = [], 0
-        group.append((number, text))
-        characters += len(text)
-        if long:
-            yield group
-            group, characters = [], 0
+    try:
+        for number, text in texts:
+            long = len(text) > CHARACTERS_AT_ONCE
+            if group and (long or len(group) == DOCUMENTS_AT_ONCE or characters + len(text) > GROUP_CHARACTERS):
+                yield group
+                group, characters = [], 0
+            group.append((number, text))
+            characters += len(text)
+            if long:
+                yield group
+                group, characters = [], 0
+    except SourceCutOffError:
+        if group:
+            yield group  # what was read before is whole
+        raise
     if group:
         yield group
 
