@@ -103,7 +103,7 @@ def main(config: DistillConfig) -> DistillationRun:
     )
     run = distill(
         teacher,
-        config.widths or usual_widths(teacher.model.config),
+        tuple(dict.fromkeys(config.widths)) or usual_widths(teacher.model.config),
         text(teacher.source(config.source)),
         heldout=text(config.heldout) if config.heldout else None,
         settings=settings,

@@ -146,7 +146,7 @@ class PythiaFloorConfig:
         whole = self.whole()
         return replace(
             whole,
-            widths=self.widths or usual_widths(teacher),
+            widths=tuple(dict.fromkeys(self.widths)) or usual_widths(teacher),
             context=row_length(teacher, self.context, usual=whole.context or USUAL_CONTEXT),
         )
 

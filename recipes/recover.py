@@ -163,7 +163,11 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
 
 def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:
     """What was measured at some hook points, or at the middle one."""
-    return [measurement[hook] for hook in hooks] if hooks else [measurement.hooks[len(measurement.hooks) // 2]]
+    return (
+        [measurement[hook] for hook in dict.fromkeys(hooks)]
+        if hooks
+        else [measurement.hooks[len(measurement.hooks) // 2]]
+    )
 
 
 def random_students(

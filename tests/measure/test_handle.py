@@ -16,7 +16,7 @@ import torch
 from conftest import BOS, HUGGING_FACE, KINDS, VOCAB, all_hooks
 
 import tl_capacity as tlc
-from tl_capacity.errors import CapacityError
+from tl_capacity.errors import CapacityError, HookPointError
 
 HOOK = "blocks.1.hook_resid_post"
 WAYS = ["HookedTransformer", "TransformerBridge", "gpt_neox"]
@@ -167,6 +167,49 @@ class TestHandles:
             pass
         with pytest.raises(CapacityError, match="were removed: attach new ones with add_capacity_hooks"), capacity:
             pass
+
+
+class TestGeneratingWithoutACache:
+    """Each step then runs over the whole sequence again."""
+
+    def test_tokens_that_are_counted_again_are_said_once(
+        self, models_by_kind: dict[str, Any], make_sae: Callable[..., Any], tokens: torch.Tensor
+    ) -> None:
+        model = models_by_kind["gpt_neox"]
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": BOS}
+        with tlc.add_capacity_hooks(model, make_sae("standard", HOOK)) as capacity:
+            with pytest.warns(UserWarning, match="counts them again .*generate with the cache"):
+                model.generate(tokens, use_cache=False, **options)
+            model.generate(tokens, use_cache=False, **options)  # warnings are errors in tests
+            counted = capacity.n_tokens
+            model.generate(tokens, use_cache=True, **options)
+        assert counted > 2 * (capacity.n_tokens - counted)
+
+    def test_a_hooked_transformer_shows_new_tokens_alone_and_says_what_to_do(
+        self, hooked: Any, make_sae: Callable[..., Any], tokens: torch.Tensor
+    ) -> None:
+        options = {"max_new_tokens": 3, "stop_at_eos": False, "verbose": False, "do_sample": False}
+        says = r"has 10 positions, of which only 1 .*use_past_kv_cache=True"
+        with (
+            tlc.add_capacity_hooks(hooked, make_sae("standard", HOOK), mask_token_ids=[]),
+            pytest.raises(HookPointError, match=says),
+        ):
+            hooked.generate(tokens, use_past_kv_cache=False, **options)
+        with tlc.add_capacity_hooks(hooked, make_sae("standard", HOOK), mask_token_ids=[]) as capacity:
+            hooked.generate(tokens, use_past_kv_cache=True, **options)
+        assert capacity.n_tokens == tokens.numel() + 2 * len(tokens)
+
+
+class TestEndedEarly:
+    def test_a_text_that_ends_before_the_tokens_asked_for_says_so(
+        self, neox: Any, make_sae: Callable[..., Any], tokens: torch.Tensor, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        counted = int((tokens != BOS).sum())
+        with tlc.add_capacity_hooks(neox, make_sae("standard", HOOK)) as capacity:
+            capacity.run(tokens, max_tokens=counted)
+            assert not caplog.records
+            capacity.run(tokens, max_tokens=1_000)
+        assert f"the text ended after {counted} tokens, and 1,000 were asked for" in caplog.text
 
 
 class TestThreads:

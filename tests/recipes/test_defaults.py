@@ -20,6 +20,7 @@ import tl_capacity as tlc
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun
 from tl_capacity.errors import CapacityError
+from tl_capacity.models.defaults import longest_row, middle_hook
 from tl_capacity.models.loading import load_config
 
 POSITIONS, WIDTH, LAYERS = 24, 24, 2
@@ -119,6 +120,50 @@ def test_importances_are_checked_at_the_saes_own_hook_point(
     found = json.loads((tmp_path / "check_importance.json").read_text())
     assert found["settings"]["hook"] == "blocks.0.hook_resid_post"
     assert found["tokens"] == 6 * (POSITIONS - 1)
+
+
+def test_a_width_that_is_given_twice_counts_once(small: Path) -> None:
+    from tl_capacity.cli.shared import widths_in
+    from tl_capacity.predict.curve import Curve
+
+    assert widths_in("16,8,16") == (16, 8)
+    curve = Curve("layer 1", np.arange(1.0, 9.0), 0.9)
+    assert [floor.width for floor in curve.floors([2, 4, 2])] == [2, 4]
+    fitted = PythiaFloorConfig(widths=(8, 8, 12)).fitted(load_config(str(small / "model")))
+    assert fitted.widths == (8, 12)
+
+
+def test_a_model_of_text_and_images_is_one_sentence(tokenizer: Any) -> None:
+    """Its configuration holds that of its text; it has no width of its own."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    from tl_capacity.distillation import distill
+
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": 16,
+        "max_position_embeddings": 20,
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 4,
+        "patch_size": 2,
+    }
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    says = "'gemma3' holds more than a text model: pass its text model alone, saved as 'gemma3_text'"
+    with pytest.raises(CapacityError, match=says):
+        distill(model, [8], torch.ones(20, 9, dtype=torch.int64))
+    with pytest.raises(CapacityError, match=says):
+        PythiaFloorConfig().fitted(model.config)
+    assert (longest_row(model.config), middle_hook(model.config)) == (20, "blocks.0.hook_resid_post")
 
 
 def test_a_stream_of_a_session_that_is_too_long_is_one_sentence(small: Path) -> None:

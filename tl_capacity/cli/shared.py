@@ -21,8 +21,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def widths_in(text: str) -> tuple[int, ...]:
-    """The student widths that were typed."""
-    return read("--widths", text, whole_numbers)
+    """The student widths that were typed, each once."""
+    return tuple(dict.fromkeys(read("--widths", text, whole_numbers)))
 
 
 def show(result: Any, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,12 +39,13 @@ class Call:
 
 class _Thread(threading.local):
     """What is known of the call that a thread is in: its mask and cache, token ids of which no call was made yet,
-    and whether it is looked at.
+    the rows of the call before, and whether it is looked at.
     """
 
     mask: Any = None
     cache: Any = None
     waiting: NDArray[np.int64] | None = None
+    before: NDArray[np.int64] | None = None
     watched = True
 
 
@@ -64,7 +66,7 @@ class Calls:
         """
         self._on_call, self._sequences = on_call, Sequences()
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._thread = _Thread()
+        self._thread, self._warned = _Thread(), False
         watched = [(model, self._see_options), (embedding_of(model), self._see_ids)]
         first_block = _block_with_cache(model)
         self._waits = first_block is not None
@@ -121,6 +123,7 @@ class Calls:
         present = _present(rows.shape, mask)
         if present is not None:
             rows[~present[:, -rows.shape[1] :]] = PADDING
+        self._warn_of_repetition(rows, cache)
         earlier = self._sequences.continued(cache, len(rows))
         documents = None if earlier is None else earlier.documents
         if earlier is None:
@@ -128,6 +131,18 @@ class Calls:
         documents = self._on_call(Call(rows, earlier.tokens, documents, present is not None))
         if documents is not None:
             self._sequences.note(cache, earlier.with_more(rows != PADDING, documents))
+
+    def _warn_of_repetition(self, rows: NDArray[np.int64], cache: Any) -> None:
+        """Say so, once, where a call begins with all the tokens of the call before."""
+        before, self._thread.before = self._thread.before, rows
+        longer = before is not None and cache is None and rows.shape == (len(before), before.shape[1] + 1)
+        if longer and not self._warned and bool((rows[:, :-1] == before).all()):
+            self._warned = True
+            warnings.warn(
+                "a call of the model begins with all the tokens of the call before, and counts them again (generate"
+                " without a cache?): generate with the cache, which counts each token once",
+                stacklevel=2,
+            )
 
 
 def _block_with_cache(model: Any) -> nn.Module | None:

@@ -46,6 +46,7 @@ from tl_capacity.models.identity import Identity
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.text.counting import CountingRule
@@ -184,6 +185,9 @@ class CapacityHooks:
                     after_batch(self)
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break
+        counted = self.n_tokens - earlier_tokens
+        if max_tokens is not None and counted < max_tokens:
+            log.warning(ended_early(counted, max_tokens))
         if self.n_tokens == 0:
             self.taps[0].statistics.compute(self.alive_threshold)  # raises, and says what was masked
         return self

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDictionary]:
     """Every SAE or basis asked for, or all SAEs that come with the model."""
     named = loaded.named
-    specs = list(settings.saes) or [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
+    bundled = [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
+    specs = list(dict.fromkeys(settings.saes)) or bundled
     if not specs:
         raise CapacityError(
             f"no SAE was given for {settings.model!r}, and none comes with it: {advice(settings.model)}"

@@ -177,6 +177,12 @@ class Tap:
         return written
 
     def _check(self, activation: Tensor, tokens: CountedTokens, batch: int) -> None:
+        rows, positions = tokens.counted.shape
+        if activation.shape[0] == rows and activation.shape[1] > positions and activation[0, 0].numel() == self.d_in:
+            raise HookPointError(
+                f"{self.hook} has {activation.shape[1]} positions, of which only {positions} came as token ids"
+                " (generate without a cache?): generate with use_past_kv_cache=True, which counts each token once"
+            )
         if activation.shape[:2] != tokens.counted.shape:
             raise HookPointError(
                 f"{self.hook} has shape {tuple(activation.shape)}, but the tokens have shape"

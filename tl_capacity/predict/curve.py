@@ -75,5 +75,6 @@ class Curve:
         """
         chosen = plugins().capacity_laws.named(law)
         at = CapacityContext(self.alpha, self.importance, self.hook_width, self.teacher_width)
-        numbers = floor_numbers(at, checked_widths(widths), chosen)
+        widths = checked_widths(widths)
+        numbers = floor_numbers(at, widths, chosen)
         return floor_predictions(self.name, widths, list(map(Estimate, numbers)), "as published", "", chosen)

@@ -96,7 +96,8 @@ def hook_floors(
     hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: CapacityLaw
 ) -> list[FloorPrediction]:
     """Predicted floors of one hook point, every figure with its document-bootstrap interval."""
-    if not checked_widths(widths):
+    widths = checked_widths(widths)
+    if not widths:
         return []
 
     def numbers(values: NDArray[np.float64], alpha: float) -> list[float]:
@@ -182,8 +183,8 @@ def floor_predictions(
     return predictions
 
 
-def checked_widths(widths: Sequence[int]) -> Sequence[int]:
-    """The widths, each of which is a student's.
+def checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    """The widths, each of which is a student's, each once.
 
     Raises:
         CapacityError: where one is below 1.
@@ -191,4 +192,4 @@ def checked_widths(widths: Sequence[int]) -> Sequence[int]:
     for width in widths:
         if width < 1:
             raise CapacityError(f"width {width} is no student width: pass whole numbers of at least 1")
-    return widths
+    return tuple(dict.fromkeys(widths))

@@ -92,7 +92,7 @@ class Spliced:
             CapacityError: where a width is below 1, or no curve is of these hook points and dictionaries.
         """
         chosen = plugins().capacity_laws.named(law)
-        checked_widths(widths)
+        widths = checked_widths(widths)
         floors = [
             _floor(curve, hook, width, chosen)
             for hook in hooks

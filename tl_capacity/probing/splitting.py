@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.text.documents import document_groups
 from tl_capacity.text.streams import PADDING, TokenBatch, as_batches
 
@@ -39,6 +40,8 @@ def split(stream: Any, parts: Sequence[str], max_tokens: int | None = None) -> I
     for part, some in waiting.items():
         if some:
             yield part, _stacked(some)
+    if max_tokens is not None and seen < max_tokens and FIT in parts:  # said once, of all readings of the text
+        log.warning(ended_early(seen, max_tokens))
 
 
 def parts_of(documents: NDArray[np.int64]) -> list[str]:

@@ -36,6 +36,11 @@ def figures(**values: Any) -> dict[str, dict[str, Any]]:
     return {"figures": values}
 
 
+def ended_early(tokens: int, asked: int) -> str:
+    """What to say where a text had fewer tokens than were asked for."""
+    return f"the text ended after {tokens:,} tokens, and {asked:,} were asked for: give a longer text, or ask for fewer"
+
+
 def configure(as_json: bool, quiet: bool) -> None:
     """Say what happens on standard error: as JSON lines, or nothing but errors, or neither; replaces what was
     configured before.

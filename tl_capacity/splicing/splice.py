@@ -37,6 +37,7 @@ from tl_capacity.predict.spliced import Spliced
 from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.splicing.variants import Variants
@@ -110,7 +111,7 @@ def splice(
         )
     if max_tokens is not None and max_tokens < 1:
         raise CapacityError(f"{max_tokens:,} tokens are nothing to splice on: ask for at least 1")
-    checked_widths(widths)
+    widths = checked_widths(widths)
     started = time.monotonic()
     pairs = list(_measured(measurement, saes))
     jobs = [
@@ -137,6 +138,8 @@ def splice(
                 job.read(ids, text)
             tokens += int(text.valid.sum())
             advance(tokens)
+    if max_tokens is not None and tokens < max_tokens:
+        log.warning(ended_early(tokens, max_tokens))
     curves = tuple(curve for job in jobs for curve in job.curves())
     about = {
         "model": measurement.provenance.model,
