@@ -22,7 +22,7 @@ from tl_capacity.measure.job import measure
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_config, load_model
-from tl_capacity.plan import ladder, plan, teacher_config
+from tl_capacity.plan import Plan, ladder, plan, teacher_config
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors
 from tl_capacity.results.estimate import document_resamples
@@ -164,6 +164,60 @@ def test_every_figure_of_a_floor_has_the_bootstraps_interval(measured: Path) -> 
         assert floor.naive_floor.value == pytest.approx(
             theory.naive_floor(hook.importance(), width, hook.summary.alpha.value)
         )
+
+
+def test_a_plan_is_the_same_when_it_is_loaded(setup: Path, measured: Path, tmp_path: Path) -> None:
+    measurement = Measurement.load(measured)
+    answer = plan(measurement, keep=0.5, law="equilibrium", config=load_config(str(setup / "model")))
+    assert answer.caveat == plugins().capacity_laws["equilibrium"].caveat
+    assert answer.save(tmp_path / "new") == tmp_path / "new"
+    loaded = Plan.load(tmp_path / "new")
+    assert loaded == Plan.load(tmp_path / "new" / "plan.json") == answer
+    assert loaded.to_json() == answer.to_json()
+    assert loaded.answer() == answer.answer()
+    unknown = plan(measurement, target_loss=0.0)
+    unknown.save(tmp_path)
+    assert Plan.load(tmp_path) == unknown
+
+
+def test_what_the_command_prints_is_a_plan_to_load(measured: Path, tmp_path: Path, cli: Cli) -> None:
+    _, out, _ = cli("plan", measured, "--keep", "0.9", "--json")
+    (tmp_path / "printed.json").write_text(out)
+    loaded = Plan.load(tmp_path / "printed.json")
+    assert loaded.to_json() == json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda content: content.pop("law"), "lacks or garbles 'law'"),
+        (lambda content: content.update(width=0), "lacks or garbles width = 0"),
+        (lambda content: content.update(width=True), "lacks or garbles width = True"),
+        (lambda content: content.update(hooks=[]), "lacks or garbles hooks or costs"),
+        (lambda content: content.update(hooks=3), "lacks or garbles hooks = 3"),
+        (lambda content: content["costs"].append(3), "lacks or garbles"),
+        (lambda content: content["costs"][0]["floor"].update(value=None), "lacks or garbles value = None"),
+        (lambda content: content["hooks"][0]["width"].update(value="8"), "lacks or garbles value = '8'"),
+        (lambda content: content.update(schema=2), "has schema 2, and this version reads up to 1: upgrade"),
+    ],
+)
+def test_a_plan_that_was_altered_is_refused(change: Any, says: str, tmp_path: Path) -> None:
+    plan(ZIPF, keep=0.5).save(tmp_path)
+    file = tmp_path / "plan.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(CapacityError, match=r"cannot be read as a plan|has schema"):
+        Plan.load(tmp_path)
+    del content["sha256_of_the_rest"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(CapacityError, match=says):
+        Plan.load(tmp_path)
+    file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(CapacityError, match="cannot be read as a plan"):
+        Plan.load(tmp_path)
+    with pytest.raises(CapacityError, match="cannot be read as a plan"):
+        Plan.load(tmp_path / "nowhere")
 
 
 def test_the_ladder_is_two_widths_an_octave() -> None:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import HOOK, Cli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from measurements import measurement_of_counts
 
 from tl_capacity import CapacityError, Measurement
 from tl_capacity.dictionaries.loading import load_sae
@@ -27,6 +29,7 @@ from tl_capacity.errors import PluginError
 from tl_capacity.measure.job import measure
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.models.loading import load_folder
+from tl_capacity.plan import Plan, plan
 from tl_capacity.predict.curve import Curve
 from tl_capacity.probing.concepts import load_concepts
 from tl_capacity.probing.recoverability import Recoverability
@@ -83,6 +86,11 @@ def measured(model: str, sae: str) -> Callable[[Path], object]:
     return load
 
 
+def planned(folder: Path) -> object:
+    found = Plan.load(folder)
+    return found.to_json(), found.to_frame(), found.cost_cells(), found.hook_cells()
+
+
 def reported(folder: Path) -> object:
     found = Results.load([folder])
     probes, recoverability = Probes.from_json(found.probes), Recoverability.from_json(found.recoverability)
@@ -101,6 +109,7 @@ KINDS = {
         "c/state.safetensors", lambda folder: Checkpoint(folder / "state.safetensors", SWEEP.to_json())
     ),
     "curve": Kind("curve/curve.json", lambda folder: Curve.load(folder / "curve.json").floors([1, 2])),
+    "plan": Kind("plan/plan.json", planned),
     "probes": Kind("r/probes.json", reported),
     "recoverability": Kind("r/recoverability.json", reported),
     "settings of pythia-floor": Kind("p/settings.json", lambda folder: read_kept(folder / "settings.json")),
@@ -160,8 +169,11 @@ def samples(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(SWEEP, folder / "c" / "state.safetensors")
     (folder / "curve").mkdir()
     (folder / "curve" / "curve.json").write_text(
-        json.dumps({"sorted_importance": [4.0, 2.0, 1.0], "alpha": 0.9, "F_alive": 3})
+        json.dumps({"sorted_importance": [4.0, 2.0, 1.0], "alpha": 0.9, "F_alive": 3, "d_model": 8})
     )
+    (folder / "plan").mkdir()
+    answer = plan(measurement_of_counts(np.full(100, 640)), keep=0.5, widths=[2, 4])
+    (folder / "plan" / "plan.json").write_text(json.dumps(answer.to_json()))
     _dictionaries(folder)
     _results(folder)
     passages = [f"passage {i} of a text, with words – and 字 – in it.\n\n" for i in range(30)]

@@ -1,11 +1,10 @@
-"""Plan: the smallest student width that keeps a share of the features, or stays below a predicted floor, and what each
-width costs in parameters.
+"""The smallest student width that keeps a share of the features, or stays below a predicted floor, found from a
+measurement and a teacher's configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 from math import isfinite
 from typing import Any
@@ -17,190 +16,15 @@ from tl_capacity import theory
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.plan.result import HookPlan, Plan, WidthCost
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors, resampled
 from tl_capacity.predict.laws import context_at, exact_width
-from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.rounding import whole_above
 from tl_capacity.runtime.units import per_token
-from tl_capacity.show.tables import html_table, table
-
-
-@dataclass(frozen=True)
-class HookPlan:
-    """What one hook point asks of a student.
-
-    Attributes:
-        hook, teacher_width: the hook point and its width d_T.
-        features: features that must be kept, of `alive`.
-        width: the smallest d_S that keeps them, a whole number, with its 95% interval over documents.
-    """
-
-    hook: str
-    teacher_width: int
-    features: int
-    alive: int
-    width: Estimate
-
-
-@dataclass(frozen=True)
-class WidthCost:
-    """What a student of one width keeps, and what it costs.
-
-    Attributes:
-        kept: share of the features at the deciding hook point that it keeps.
-        floor: its predicted floor there, in the importance's unit per token.
-        parameters, body_parameters: their number, and without embeddings and head; None where the model is not known or
-            its family has no such width.
-        share: `parameters` as a share of the teacher's.
-    """
-
-    width: int
-    kept: Estimate
-    floor: Estimate
-    parameters: int | None = None
-    body_parameters: int | None = None
-    share: float | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The answer; shows itself in a terminal and in a notebook.
-
-    Attributes:
-        goal: in words.
-        hooks: of each hook point; the one that needs the widest student decides.
-        width: the narrowest student that satisfies all and that the model's family can build.
-        costs: of that width and of others around it.
-    """
-
-    goal: str
-    unit: str
-    importance: str
-    law: str
-    hooks: tuple[HookPlan, ...]
-    width: int
-    costs: tuple[WidthCost, ...]
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def deciding(self) -> HookPlan:
-        """The hook point that needs the widest student."""
-        return max(self.hooks, key=lambda h: h.width.value)
-
-    def answer(self) -> str:
-        """The answer in one sentence."""
-        needed = self.deciding
-        built = (
-            f"; the narrowest from there on that its family can build is {self.width:,}"
-            if self.width != needed.width.value
-            else ""
-        )
-        narrower = (
-            ""
-            if needed.width.value <= needed.teacher_width
-            else f"; that is wider than the teacher's {needed.teacher_width:,}"
-        )
-        return (
-            f"{self.goal}, the smallest student width is {needed.width.show(',.0f')}, decided at"
-            f" {needed.hook}{built}{narrower}"
-        )
-
-    def notes(self) -> list[str]:
-        """What a reader must know before building it."""
-        caveat = plugins().capacity_laws[self.law].caveat
-        return [*self.remarks, *([f"{self.law}: {caveat}"] if caveat else [])]
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it."""
-        return {
-            "schema": 1,
-            "goal": self.goal,
-            "width": self.width,
-            "answer": self.answer(),
-            "importance": self.importance,
-            "unit": self.unit,
-            "law": self.law,
-            "hooks": [{**vars(h), "width": h.width.to_json()} for h in self.hooks],
-            "costs": [{**vars(c), "kept": c.kept.to_json(), "floor": c.floor.to_json()} for c in self.costs],
-            "notes": self.notes(),
-        }
-
-    def to_frame(self) -> Any:
-        """The widths and what they cost as a pandas DataFrame."""
-        import pandas
-
-        flat = [
-            {
-                "width": c.width,
-                **{
-                    f"{name}{suffix}": getattr(e, part)
-                    for name, e in (("kept", c.kept), ("floor", c.floor))
-                    for part, suffix in _PARTS
-                },
-                "parameters": c.parameters,
-                "body_parameters": c.body_parameters,
-                "share_of_teacher": c.share,
-            }
-            for c in self.costs
-        ]
-        return pandas.DataFrame(flat)
-
-    def plot(self) -> Any:
-        """A plotly figure of the predicted floors against the student's width, the planned width marked."""
-        from tl_capacity.predict.figures import costs_figure
-
-        widths, floors = [cost.width for cost in self.costs], [cost.floor for cost in self.costs]
-        return costs_figure(widths, floors, self.unit, self.width)
-
-    def __rich_console__(self, console: Any, options: Any) -> Any:
-        from rich.text import Text
-
-        yield Text(f"{self.answer()}\n")
-        yield table("What each hook point asks [95% interval over documents]", *self.hook_cells())
-        yield table(f"What each width costs; features and floor at {self.deciding.hook}", *self.cost_cells())
-        for note in self.notes():
-            yield Text(f"note: {note}")
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
-        return f"<p>{escape(self.answer())}</p>{html_table(*self.hook_cells())}{html_table(*self.cost_cells())}{notes}"
-
-    def hook_cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the hook points, as text."""
-        return ["hook", "features to keep", "alive", "smallest width"], [
-            [h.hook, f"{h.features:,}", f"{h.alive:,}", h.width.show(",.0f")] for h in self.hooks
-        ]
-
-    def cost_cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the widths, as text."""
-        unit = f" ({per_token(self.unit)})" if self.unit else ""
-        header = [
-            "width",
-            "features kept",
-            f"predicted floor{unit}",
-            "parameters",
-            "without embeddings",
-            "of the teacher's",
-        ]
-        return header, [
-            [
-                f"{c.width:,}{' ←' if c.width == self.width else ''}",
-                c.kept.show(".1%"),
-                c.floor.show(significant(c.floor.value)),
-                "unknown" if c.parameters is None else f"{c.parameters:,}",
-                "unknown" if c.body_parameters is None else f"{c.body_parameters:,}",
-                "unknown" if c.share is None else f"{c.share:.1%}",
-            ]
-            for c in self.costs
-        ]
-
-
-_PARTS = (("value", ""), ("low", "_low"), ("high", "_high"))
 
 
 @checked
@@ -260,7 +84,7 @@ def plan(
         share = total / teacher[0] if total is not None and teacher is not None else None
         costs.append(WidthCost(f.width, f.kept_share, f.predicted_floor, total, body, share))
     remarks = tuple(_remarks(measurement, sizes))
-    return Plan(goal, unit, estimator.name, chosen_law.name, needs, width, tuple(costs), remarks)
+    return Plan(goal, unit, estimator.name, chosen_law.name, needs, width, tuple(costs), remarks, chosen_law.caveat)
 
 
 def check_goal(keep: float | None, target_loss: float | None) -> None:

@@ -1,0 +1,8 @@
+"""Plan: the smallest student width that keeps a share of the features, or stays below a predicted floor, and what each
+width costs in parameters.
+"""
+
+from tl_capacity.plan.planning import check_goal, ladder, plan, teacher_config
+from tl_capacity.plan.result import HookPlan, Plan, WidthCost
+
+__all__ = ["HookPlan", "Plan", "WidthCost", "check_goal", "ladder", "plan", "teacher_config"]

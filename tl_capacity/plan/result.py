@@ -1,0 +1,297 @@
+"""Plan: the smallest student width for a goal, what each hook point asks, and what widths cost in parameters; saved as
+plan.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from tl_capacity.errors import MeasurementError
+from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.units import per_token
+from tl_capacity.show.tables import html_table, table
+from tl_capacity.storage.files import make_folder, read_record, write_record
+
+JSON_NAME = "plan.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class HookPlan:
+    """What one hook point asks of a student.
+
+    Attributes:
+        hook, teacher_width: the hook point and its width d_T.
+        features: features that must be kept, of `alive`.
+        width: the smallest d_S that keeps them, a whole number, with its 95% interval over documents.
+    """
+
+    hook: str
+    teacher_width: int
+    features: int
+    alive: int
+    width: Estimate
+
+
+@dataclass(frozen=True)
+class WidthCost:
+    """What a student of one width keeps, and what it costs.
+
+    Attributes:
+        kept: share of the features at the deciding hook point that it keeps.
+        floor: its predicted floor there, in the importance's unit per token.
+        parameters, body_parameters: their number, and without embeddings and head; None where the model is not known or
+            its family has no such width.
+        share: `parameters` as a share of the teacher's.
+    """
+
+    width: int
+    kept: Estimate
+    floor: Estimate
+    parameters: int | None = None
+    body_parameters: int | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; shows itself in a terminal and in a notebook.
+
+    Attributes:
+        goal: in words.
+        hooks: of each hook point; the one that needs the widest student decides.
+        width: the narrowest student that satisfies all and that the model's family can build.
+        costs: of that width and of others around it.
+        remarks: what a reader must know of the measurement.
+        caveat: where the law must not be trusted.
+    """
+
+    goal: str
+    unit: str
+    importance: str
+    law: str
+    hooks: tuple[HookPlan, ...]
+    width: int
+    costs: tuple[WidthCost, ...]
+    remarks: tuple[str, ...] = ()
+    caveat: str = ""
+
+    @property
+    def deciding(self) -> HookPlan:
+        """The hook point that needs the widest student."""
+        return max(self.hooks, key=lambda h: h.width.value)
+
+    def answer(self) -> str:
+        """The answer in one sentence."""
+        needed = self.deciding
+        built = (
+            f"; the narrowest from there on that its family can build is {self.width:,}"
+            if self.width != needed.width.value
+            else ""
+        )
+        narrower = (
+            ""
+            if needed.width.value <= needed.teacher_width
+            else f"; that is wider than the teacher's {needed.teacher_width:,}"
+        )
+        return (
+            f"{self.goal}, the smallest student width is {needed.width.show(',.0f')}, decided at"
+            f" {needed.hook}{built}{narrower}"
+        )
+
+    def notes(self) -> list[str]:
+        """What a reader must know before building it."""
+        return [*self.remarks, *([f"{self.law}: {self.caveat}"] if self.caveat else [])]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "schema": SCHEMA,
+            "goal": self.goal,
+            "width": self.width,
+            "answer": self.answer(),
+            "importance": self.importance,
+            "unit": self.unit,
+            "law": self.law,
+            "hooks": [{**vars(h), "width": h.width.to_json()} for h in self.hooks],
+            "costs": [{**vars(c), "kept": c.kept.to_json(), "floor": c.floor.to_json()} for c in self.costs],
+            "notes": self.notes(),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Plan:
+        """What `to_json` gave, checked.
+
+        Raises:
+            KeyError, TypeError, ValueError: where it lacks or garbles something.
+        """
+        of_law = f"{content['law']}: "
+        notes = [note for note in _field(content, "notes", list) if isinstance(note, str)]
+        hooks = tuple(
+            HookPlan(
+                _field(saved, "hook", str),
+                _width(saved, "teacher_width"),
+                _field(saved, "features", int),
+                _field(saved, "alive", int),
+                _estimate(saved, "width"),
+            )
+            for saved in _field(content, "hooks", list)
+        )
+        costs = tuple(
+            WidthCost(
+                _width(saved, "width"),
+                _estimate(saved, "kept"),
+                _estimate(saved, "floor"),
+                _field(saved, "parameters", (int, type(None))),
+                _field(saved, "body_parameters", (int, type(None))),
+                _field(saved, "share", (float, int, type(None))),
+            )
+            for saved in _field(content, "costs", list)
+        )
+        if not hooks or not costs:
+            raise ValueError("hooks or costs, of which it has none")
+        return cls(
+            goal=_field(content, "goal", str),
+            unit=_field(content, "unit", str),
+            importance=_field(content, "importance", str),
+            law=_field(content, "law", str),
+            hooks=hooks,
+            width=_width(content, "width"),
+            costs=costs,
+            remarks=tuple(note for note in notes if not note.startswith(of_law)),
+            caveat="".join(note.removeprefix(of_law) for note in notes if note.startswith(of_law)),
+        )
+
+    @checked
+    def save(self, folder: str | Path) -> Path:
+        """Write `plan.json` into a folder.
+
+        Raises:
+            CapacityError: where it cannot be written.
+        """
+        make_folder(Path(folder))
+        write_record(Path(folder) / JSON_NAME, self.to_json())
+        return Path(folder)
+
+    @classmethod
+    @checked
+    def load(cls, path: str | Path) -> Plan:
+        """Read the file, or the one in a folder.
+
+        Raises:
+            MeasurementError: where it cannot be read, is of a newer version, or was altered.
+        """
+        file = Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)
+        try:
+            content = read_record(file, SCHEMA)
+        except MeasurementError:
+            raise
+        except (OSError, ValueError, RecursionError) as problem:
+            raise MeasurementError(f"{file} cannot be read as a plan ({problem}): plan again") from problem
+        try:
+            return cls.from_json(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise MeasurementError(f"{file} lacks or garbles {problem}: it was altered, plan again") from problem
+
+    def plot(self) -> Any:
+        """A plotly figure of the predicted floors against the student's width, the planned width marked."""
+        from tl_capacity.predict.figures import costs_figure
+
+        widths, floors = [cost.width for cost in self.costs], [cost.floor for cost in self.costs]
+        return costs_figure(widths, floors, self.unit, self.width)
+
+    def to_frame(self) -> Any:
+        """The widths and what they cost as a pandas DataFrame."""
+        import pandas
+
+        flat = [
+            {
+                "width": c.width,
+                **{
+                    f"{name}{suffix}": getattr(e, part)
+                    for name, e in (("kept", c.kept), ("floor", c.floor))
+                    for part, suffix in _PARTS
+                },
+                "parameters": c.parameters,
+                "body_parameters": c.body_parameters,
+                "share_of_teacher": c.share,
+            }
+            for c in self.costs
+        ]
+        return pandas.DataFrame(flat)
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.text import Text
+
+        yield Text(f"{self.answer()}\n")
+        yield table("What each hook point asks [95% interval over documents]", *self.hook_cells())
+        yield table(f"What each width costs; features and floor at {self.deciding.hook}", *self.cost_cells())
+        for note in self.notes():
+            yield Text(f"note: {note}")
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
+        return f"<p>{escape(self.answer())}</p>{html_table(*self.hook_cells())}{html_table(*self.cost_cells())}{notes}"
+
+    def hook_cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the hook points, as text."""
+        return ["hook", "features to keep", "alive", "smallest width"], [
+            [h.hook, f"{h.features:,}", f"{h.alive:,}", h.width.show(",.0f")] for h in self.hooks
+        ]
+
+    def cost_cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the widths, as text."""
+        unit = f" ({per_token(self.unit)})" if self.unit else ""
+        header = [
+            "width",
+            "features kept",
+            f"predicted floor{unit}",
+            "parameters",
+            "without embeddings",
+            "of the teacher's",
+        ]
+        return header, [
+            [
+                f"{c.width:,}{' ←' if c.width == self.width else ''}",
+                c.kept.show(".1%"),
+                c.floor.show(significant(c.floor.value)),
+                "unknown" if c.parameters is None else f"{c.parameters:,}",
+                "unknown" if c.body_parameters is None else f"{c.body_parameters:,}",
+                "unknown" if c.share is None else f"{c.share:.1%}",
+            ]
+            for c in self.costs
+        ]
+
+
+_PARTS = (("value", ""), ("low", "_low"), ("high", "_high"))
+
+
+def _field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of a saved object, if it is there and of its type."""
+    if not isinstance(saved[name], kind) or isinstance(saved[name], bool):
+        raise TypeError(f"{name} = {saved[name]!r}")
+    return saved[name]
+
+
+def _width(saved: Mapping[str, Any], name: str) -> int:
+    width: int = _field(saved, name, int)
+    if width < 1:
+        raise ValueError(f"{name} = {width}")
+    return width
+
+
+def _estimate(saved: Mapping[str, Any], name: str) -> Estimate:
+    """A number with its interval, all finite."""
+    content = _field(saved, name, dict)
+    ends = (_field(content, end, (int, float, type(None))) for end in ("low", "high"))
+    estimate = Estimate(_field(content, "value", (int, float)), *ends)
+    if not all(end is None or isfinite(end) for end in vars(estimate).values()):
+        raise ValueError(f"{name} = {content}")
+    return estimate
