@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tl_capacity.dictionaries.dictionary import Metadata
 from tl_capacity.dictionaries.formats import dictionary_learning_hooks, sparsify_hooks
+from tl_capacity.dictionaries.transcoders import hook_of_layer
 from tl_capacity.plugins import plugins
 
 PAGE = Path(__file__).with_name("taps.md")
@@ -57,6 +58,10 @@ def formats() -> Iterator[tuple[str, str, Metadata]]:
     trainer = {"layer": 3, "submodule_name": "mlp_layer3"}
     yield "dictionary_learning", "the same of an MLP, `io: in`", dictionary_learning_hooks(trainer, "in")
     yield "dictionary_learning", "the same, `io: in_and_out`", dictionary_learning_hooks(trainer, "in_and_out")
+    config = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+    reads, writes = (hook_of_layer(config, name, "3") for name in config)
+    says = "`layer_3.safetensors`, `feature_input_hook: mlp.hook_in`, `feature_output_hook: hook_mlp_out`"
+    yield "circuit-tracer", says, Metadata(reads, writes)
 
 
 def format_table() -> Iterator[str]:

@@ -5,6 +5,7 @@ read and write.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def read_transcoder(file: Path) -> Dictionary:
     thresholds = [weights[name].flatten() for name in THRESHOLDS if name in weights]
     if thresholds:
         renamed["threshold"] = thresholds[0]
-    reads, writes = (_hook(config, name, layers[-1]) for name in ("feature_input_hook", "feature_output_hook"))
+    reads, writes = (hook_of_layer(config, name, layers[-1]) for name in ("feature_input_hook", "feature_output_hook"))
     model = config.get("model_name")
     metadata = Metadata(reads, writes, model_name=None if model is None else str(model))
     return Dictionary("jumprelu" if thresholds else "standard", renamed, metadata, subtract_bias=False)
@@ -102,8 +103,12 @@ def cross_layer(what: object) -> str:
     )
 
 
-def _hook(config: dict[str, Any], name: str, layer: str) -> str:
-    """A hook point in a layer's block, named with its block or without."""
+def hook_of_layer(config: Mapping[str, Any], name: str, layer: str) -> str:
+    """The hook point in a layer's block that a configuration names, with its block or without.
+
+    Raises:
+        ValueError: where it names none.
+    """
     hook = config.get(name)
     if not isinstance(hook, str) or not hook:
         raise ValueError(f"{CONFIG} has no {name}, which names a hook point such as mlp.hook_in")
