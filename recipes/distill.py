@@ -59,6 +59,7 @@ class DistillConfig:
     seed: int = option_of(DistillSettings, "seed")
     device: str = option(AUTO, f"Where teacher and students run: {DEVICE_HELP}")
     dtype: str = option("float32", "Of the teacher's weights; the students' are float32.")
+    revision: str | None = option_of(MeasureSettings, "revision")
     shard_teacher: bool = option(False, "Spread a teacher that was loaded on the CPU over the processes (FSDP).")
     mixed_precision: str = option_of(DistillSettings, "mixed_precision")
     checkpoint_seconds: float = option(60.0, "Save a checkpoint this often.")
@@ -94,7 +95,7 @@ def main(config: DistillConfig) -> DistillationRun:
     if config.threads:
         torch.set_num_threads(config.threads)
     settings = config.settings()
-    teacher = load_model(config.teacher, device=config.device, dtype=config.dtype)
+    teacher = load_model(config.teacher, device=config.device, dtype=config.dtype, revision=config.revision)
     text = partial(
         TokenStream,
         tokenizer=teacher.tokenizer,

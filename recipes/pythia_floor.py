@@ -18,6 +18,7 @@ from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.settings import DistillSettings, LogitLoss
 from tl_capacity.errors import CapacityError
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.defaults import USUAL_CONTEXT, row_length
 from tl_capacity.models.loading import LoadedModel, load_config, load_model
@@ -121,6 +122,7 @@ class PythiaFloorConfig:
     )
     seed: int = option_of(DistillSettings, "seed")
     device: str = option(AUTO, f"Where everything runs: {DEVICE_HELP}")
+    revision: str | None = option_of(MeasureSettings, "revision")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
     def whole(self) -> PythiaFloorConfig:
@@ -166,7 +168,11 @@ def main(config: PythiaFloorConfig) -> Decomposition:
     Raises:
         CapacityError: on settings that do not fit, a folder of other settings, or whatever a stage refuses.
     """
-    teacher_config = load_config(config.teacher)
+    if config.concepts and config.revision is not None:
+        raise CapacityError(
+            f"--concepts probes the teacher's main revision, and not {config.revision!r}: leave one of the two out"
+        )
+    teacher_config = load_config(config.teacher, config.revision)
     config = config.fitted(teacher_config)
     _threads(config)
     if not _distilled(config):
@@ -178,7 +184,7 @@ def main(config: PythiaFloorConfig) -> Decomposition:
     )  # before an hour of training, in case it is refused
     write_json(config.out / "predicted.json", [f.to_json() for f in predicted.floors])
     _print(predicted)
-    teacher = load_model(config.teacher, device=config.device)
+    teacher = load_model(config.teacher, device=config.device, revision=config.revision)
     if None not in (was := measurement.provenance.revision, teacher.revision) and was != teacher.revision:
         raise CapacityError(
             f"{config.teacher!r} is now {teacher.revision}, and was {was} when it was measured: get that one, or"
@@ -208,7 +214,6 @@ def main(config: PythiaFloorConfig) -> Decomposition:
 def measure(config: PythiaFloorConfig) -> Measurement:
     """The measurement, finished or continued."""
     from tl_capacity.measure.job import measure as run_measure
-    from tl_capacity.measure.settings import MeasureSettings
 
     if config.measurement is not None:
         return Measurement.load(config.measurement)
@@ -222,6 +227,7 @@ def measure(config: PythiaFloorConfig) -> Measurement:
             resume=True,
             importance=tuple(dict.fromkeys((*IMPORTANCES, config.importance))),
             device=config.device,
+            revision=config.revision,
         )
     )
 
@@ -241,7 +247,7 @@ def check_students(config: PythiaFloorConfig, teacher_config: Any) -> None:
         return
     import torch
 
-    teacher = load_model(config.teacher, device=config.device)
+    teacher = load_model(config.teacher, device=config.device, revision=config.revision)
     tokens = torch.from_numpy(next(iter(_stream(config, teacher))).tokens[:1]).clamp(min=0)
     for width in config.seeded_widths or config.widths:
         new_students(

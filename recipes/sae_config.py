@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.models.defaults import USUAL_CONTEXT, middle_hook, row_length
-from tl_capacity.recipe import option
+from tl_capacity.recipe import option, option_of
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "gated", "jumprelu")
@@ -48,6 +49,7 @@ class TrainSAEConfig:
         f"How the weights are stored, one of {', '.join(SAVE_DTYPES)}; they are computed with in float32 all the same.",
     )
     device: str = option(AUTO, f"Where the model and the SAE run: {DEVICE_HELP}")
+    revision: str | None = option_of(MeasureSettings, "revision")
     seed: int = option(0, "Of the split, the order of the rows and the initial weights.")
 
     @property

@@ -43,7 +43,7 @@ def main(config: TrainSAEConfig) -> None:
     from tl_capacity.text.counting import CountingRule, special_token_ids
 
     config = replace(config, device=device_named(config.device))
-    loaded = load_model(config.model, device=config.device)
+    loaded = load_model(config.model, device=config.device, revision=config.revision)
     config = config.fitted(loaded.model.config)
     _check_same(config)
     source = loaded.source(config.source)

@@ -239,3 +239,8 @@ def test_presets_decide_the_same_things() -> None:
     quick, demo, full = (PRESETS[name] for name in ("quick", "demo", "full"))
     assert quick.keys() == demo.keys() == full.keys()
     assert full["tokens"] >= 20_000_000
+
+
+def test_probing_a_revision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CapacityError, match="--concepts probes the teacher's main revision, and not 'step3000'"):
+        main(PythiaFloorConfig(out=tmp_path, concepts=("embedded",), revision="step3000"))

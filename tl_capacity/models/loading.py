@@ -190,7 +190,7 @@ def hub_revision(name: str, revision: str | None) -> str | None:
 
 
 @checked
-def load_config(spec: str) -> Any:
+def load_config(spec: str, revision: str | None = None) -> Any:
     """The configuration of the model that `load_model` would load; weights are read only where a plugin cannot but load
     them.
 
@@ -204,7 +204,11 @@ def load_config(spec: str) -> Any:
     folder = Path(spec).expanduser()
     try:
         with hub_or_cache(needed=not folder.is_dir()):
-            return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else spec, trust_remote_code=False)
+            return AutoConfig.from_pretrained(
+                str(folder) if folder.is_dir() else spec,
+                trust_remote_code=False,
+                **({} if revision is None else {"revision": revision}),
+            )
     except loading_errors() as problem:
         raise CapacityError(
             f"the configuration of {spec!r} cannot be loaded ({reason_of(problem)}): pass a registered name, a folder"
