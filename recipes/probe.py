@@ -34,7 +34,7 @@ from tl_capacity.probing.probe_result import ProbeResult
 from tl_capacity.probing.rows import JSON_NAME
 from tl_capacity.recipe import already_there, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
@@ -98,6 +98,7 @@ def main(config: ProbeConfig) -> ProbeResult | None:
         CapacityError: on an unknown model, concept or hook point, texts that cannot be probed, or a folder that already
             holds other probes.
     """
+    config = replace(config, device=device_named(config.device))  # is recorded
     processes = Processes.of_launch()
     folder = processes.own(config.out)
     state = folder.with_name(f"{folder.name}.checkpoint.safetensors")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tl_capacity.probing.recovery import Recovery, recovery_figure
 from tl_capacity.probing.recovery_row import JSON_NAME
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
@@ -73,6 +73,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
         CapacityError: where the measurement and the distillation are not of the same teacher, or on whatever reading
             refuses.
     """
+    config = replace(config, device=device_named(config.device))  # is recorded
     processes = Processes.of_launch()
     folder = processes.own(config.out)
     known = settings_of(config, "out") if config.source else settings_of(config, "out", "source")

@@ -6,7 +6,7 @@ writes KL against features kept. From that curve `floor`s of further widths and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from tl_capacity.models.loading import load_measured_model
 from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
+from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.show.tables import table
 from tl_capacity.splicing.splice import LOST, splice
 from tl_capacity.storage.digests import digest
@@ -65,6 +65,7 @@ def main(config: SpliceConfig) -> Spliced | None:
         CapacityError: where the measurement is of another model or SAE than there is now, or on whatever splicing
             refuses.
     """
+    config = replace(config, device=device_named(config.device))  # is recorded
     if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, settings_of(config, "out", "threads")):
         return None
     measurement = Measurement.load(config.measurement)
