@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_capacity.dictionaries.configurations import up_to_date, without_scaling
 from tl_capacity.dictionaries.dictionary import Dictionary, Metadata
 from tl_capacity.errors import DictionaryError
 
@@ -200,7 +201,7 @@ def read_sae_lens(folder: Path) -> Dictionary:
     """
     from safetensors.torch import load_file
 
-    config = read_json(folder / "cfg.json")
+    config = up_to_date(read_json(folder / "cfg.json"))
     architecture, said = str(config.get("architecture")), _field(config, "metadata", dict) or {}
     check_described(config, said)
     plain = (
@@ -213,9 +214,8 @@ def read_sae_lens(folder: Path) -> Dictionary:
         )
     metadata = Metadata(**{field.name: said.get(field.name) for field in fields(Metadata)})
     subtract_bias = bool(config.get("apply_b_dec_to_input", True))
-    return Dictionary(
-        architecture, load_file(folder / SAE_LENS_WEIGHTS), metadata, subtract_bias=subtract_bias, k=config.get("k")
-    )
+    weights = without_scaling(load_file(folder / SAE_LENS_WEIGHTS))
+    return Dictionary(architecture, weights, metadata, subtract_bias=subtract_bias, k=config.get("k"))
 
 
 def check_described(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from tl_capacity.dictionaries.configurations import with_activation
 from tl_capacity.errors import DictionaryError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.runtime.checks import checked
@@ -52,12 +53,16 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
             " pass a folder"
         )
     from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS, get_conversion_loader_name
 
     release, sae_id = _release_and_id(spec)
     _refuse_cross_layer(release, sae_id)
     try:
         with hub_or_cache(), _own_account_is_read():
-            return spec, _described(SAE.from_pretrained(release, sae_id, device=device))
+            converter = with_activation(NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(release)])
+            return spec, _described(SAE.from_pretrained(release, sae_id, device=device, converter=converter))
+    except DictionaryError:
+        raise
     except loading_errors() as problem:
         if (downloaded := _of_another_trainer(release, sae_id)) is not None:
             return spec, load_sae(str(downloaded), device)[1]
@@ -117,9 +122,10 @@ def _read_sae_lens(folder: Path) -> Any:
     if not sae_lens_works():
         return dictionaries.read_sae_lens(folder)
     from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 
     with _own_account_is_read():
-        return _described(SAE.load_from_disk(folder, dtype="float32"))
+        return _described(SAE.load_from_disk(folder, dtype="float32", converter=with_activation(sae_lens_disk_loader)))
 
 
 @contextmanager
