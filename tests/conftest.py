@@ -304,8 +304,9 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     """Runs `tl-capacity` in this process and returns exit code, standard output and standard error."""
+    from tl_capacity.runtime.logs import configure
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -316,7 +317,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
         out, err = capsys.readouterr()
         return int(stopped.value.code or 0), out, err
 
-    return run
+    yield run
+    configure(as_json=False, quiet=False)  # `--quiet` would be heeded by the tests that come after
 
 
 @pytest.fixture(scope="session")
