@@ -77,7 +77,7 @@ def test_a_healthy_set_up(settings: MeasureSettings) -> None:
         ({"saes": ("./nowhere",)}, "SAE", "there is no folder"),
         ({"saes": ()}, "SAE", "no SAE was given"),
         ({"source": "missing.txt"}, "text", "there is no file"),
-        ({"source": None}, "text", "no corpus belongs to"),
+        ({"source": None}, "text", "no text to measure"),
         ({"context": 64}, "text", "longer than the model's 32"),
     ],
 )

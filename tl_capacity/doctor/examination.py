@@ -14,15 +14,16 @@ from tl_capacity.doctor.setup import (
     context_finding,
     dictionary_finding,
     model_finding,
+    positions_findings,
     vocabulary_finding,
 )
 from tl_capacity.measure.settings import MeasureSettings
-from tl_capacity.measure.setup import dictionaries, row_length, spec_of, tapped_model
+from tl_capacity.measure.setup import dictionaries, rule_for, spec_of, stream_for, tapped_model
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, hub_revision, load_model
 from tl_capacity.runtime.devices import AUTO
 from tl_capacity.text.counting import CountingRule
-from tl_capacity.text.streams import TokenBatch, TokenStream
+from tl_capacity.text.streams import TokenBatch
 
 SAMPLE_TOKENS = 1_000
 
@@ -66,7 +67,8 @@ def settings_of(measurement: Measurement, folder: Path, tokens: int, device: str
         prepend_bos=p.settings.get("bos") is not None,
         special_tokens=bool(p.settings.get("special_tokens")),
         alive_threshold=measurement.hooks[0].summary.alive_threshold,
-        skip_first_positions=p.settings.get("skip_first_positions", 0),
+        # A slice of positions is the SAE's own, for which no option stands.
+        skip_first_positions=None if "stop_position" in p.settings else p.settings.get("skip_first_positions", 0),
         shard=(p.shards[0], p.shard_count),
         device=device,
         dtype=p.dtype,
@@ -93,9 +95,14 @@ def _findings(settings: MeasureSettings, earlier: Measurement | None = None) -> 
             findings += [dictionary_finding(dictionary, earlier) for dictionary in saes]
     if loaded is not None and saes is not None:
         with refusal_found("text", findings):
-            stream = _stream(settings, loaded, saes)
-            text = _sample(stream, CountingRule.for_model(loaded.model, loaded.tokenizer))
-            findings += [context_finding(stream.context, saes), bos_finding(stream, saes)]
+            stream = stream_for(settings, loaded, [d.sae for d in saes])
+            rule = rule_for(settings, loaded, [d.sae for d in saes])
+            text = _sample(stream, rule)
+            findings += [
+                context_finding(stream.context, saes),
+                bos_finding(stream, saes),
+                *positions_findings(rule, saes),
+            ]
     if loaded is not None and text is not None:
         with refusal_found("vocabulary", findings):
             findings.append(vocabulary_finding(text, loaded))
@@ -103,18 +110,6 @@ def _findings(settings: MeasureSettings, earlier: Measurement | None = None) -> 
     yield from findings
     if loaded is not None and saes is not None and readable is not None:
         yield from _run(settings, loaded, saes, readable)
-
-
-def _stream(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[NamedDictionary]) -> TokenStream:
-    return TokenStream(
-        loaded.source(settings.source or ""),
-        loaded.tokenizer,
-        row_length(settings, loaded.model, [d.sae for d in saes]),
-        settings.batch_rows,
-        settings.prepend_bos,
-        settings.shard,
-        settings.special_tokens,
-    )
 
 
 def _sample(stream: Iterable[TokenBatch], rule: CountingRule) -> list[TokenBatch]:
@@ -140,7 +135,7 @@ def _run(
     yield from findings
     if findings:
         return
-    rule = CountingRule.for_model(loaded.model, loaded.tokenizer, settings.skip_first_positions)
+    rule = rule_for(settings, loaded, [d.sae for d in saes])
     trial, fitting = Trial(settings, model, rule, batches), []
     for dictionary in saes:
         findings = list(tap_findings(trial, dictionary))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest, metadata_of
+from tl_capacity.dictionaries.rows import TrainedRows
 from tl_capacity.doctor.finding import CHANGE, OK, STOP, Finding
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.forward import check_token_ids, device_of
 from tl_capacity.models.loading import LoadedModel
+from tl_capacity.text.counting import EVERY_POSITION, CountingRule
 from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 UNKNOWN_SHARE = 0.01
@@ -72,6 +74,21 @@ def bos_finding(stream: TokenStream, dictionaries: Sequence[NamedDictionary]) ->
     if stream.bos is None:
         return Finding("BOS", OK, "rows begin without BOS")
     return Finding("BOS", OK, f"rows begin with BOS (id {stream.bos}), which is not counted")
+
+
+def positions_findings(rule: CountingRule, dictionaries: Sequence[NamedDictionary]) -> Iterator[Finding]:
+    """Whether the positions that count are some that the SAEs were trained on; nothing where that is all of them."""
+    for dictionary in dictionaries:
+        own = TrainedRows.of(dictionary.sae).positions
+        if not rule.positions.are_among(own):
+            yield Finding(
+                "positions",
+                CHANGE,
+                f"{rule.positions} are counted, and the SAE at {dictionary.hook} was trained on {own}: leave out"
+                " --skip-first-positions",
+            )
+        elif own != EVERY_POSITION:
+            yield Finding("positions", OK, f"{rule.positions} are counted, as the SAE at {dictionary.hook} was trained")
 
 
 def vocabulary_finding(sample: Sequence[TokenBatch], loaded: LoadedModel) -> Finding:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs
 from tl_capacity.dictionaries.reading import reading_of
+from tl_capacity.dictionaries.rows import counted_positions
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
 from tl_capacity.measure.by_name import dictionaries_of
@@ -37,7 +38,7 @@ class HookedModel(Protocol):
         alive_threshold: float = ...,
         fvu_every: int = ...,
         mask_token_ids: Iterable[int] | None = ...,
-        skip_first_positions: int = ...,
+        skip_first_positions: int | None = ...,
     ) -> CapacityHooks: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -53,7 +54,7 @@ def add_capacity_hooks(
     alive_threshold: float = 1e-5,
     fvu_every: int = 8,
     mask_token_ids: Iterable[int] | None = None,
-    skip_first_positions: int = 0,
+    skip_first_positions: int | None = None,
 ) -> CapacityHooks:
     """Tap a model's hook points and count what the SAEs' features do, until the handle is removed.
 
@@ -70,7 +71,7 @@ def add_capacity_hooks(
         fvu_every: check the reconstruction on one document in this many; 1 is all.
         mask_token_ids: ids not to count; by default every special token of the model's tokenizer, BOS among them.
         skip_first_positions: do not count the first positions of each row, whose activations have huge norms in many
-            models.
+            models; by default the positions count that the SAEs were trained on, where their metadata says so.
 
     Returns:
         A handle, itself a context manager.
@@ -79,9 +80,9 @@ def add_capacity_hooks(
         HookPointError: unknown hook point, or one of another width than the SAE's d_in.
         DictionaryError: an SAE that cannot be measured as it is, or no SAE at all.
     """
-    if skip_first_positions < 0 or fvu_every < 1:
+    if (skip_first_positions or 0) < 0 or fvu_every < 1:
         raise CapacityError(
-            f"skip_first_positions = {skip_first_positions} and fvu_every = {fvu_every} must be at least 0 and 1"
+            f"skip_first_positions = {skip_first_positions or 0} and fvu_every = {fvu_every} must be at least 0 and 1"
         )
     if isinstance(model, SparseAutoencoder):
         raise HookPointError(
@@ -89,11 +90,13 @@ def add_capacity_hooks(
             " to it"
         )
     rule = (
-        CountingRule.for_model(model, getattr(model, "tokenizer", None), skip_first_positions)
+        CountingRule.for_model(model, getattr(model, "tokenizer", None))
         if mask_token_ids is None
-        else CountingRule.without(mask_token_ids, skip_first_positions)
+        else CountingRule.without(mask_token_ids)
     )
-    capacity = attach(model, dictionaries_of(model, saes, text), rule, importance, alive_threshold, fvu_every)
+    dictionaries = dictionaries_of(model, saes, text)
+    rule = rule.at(counted_positions(skip_first_positions, [d.sae for d in dictionaries]))
+    capacity = attach(model, dictionaries, rule, importance, alive_threshold, fvu_every)
     for tap in capacity.taps:
         for sentence in tap.differences():
             log.warning(sentence)

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs, given_dictionaries, metadata_of, named_dictionary
+from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs, given_dictionaries, named_dictionary
 from tl_capacity.dictionaries.bases import BasisSpec
 from tl_capacity.dictionaries.releases import advice
+from tl_capacity.dictionaries.rows import default_bos
 from tl_capacity.errors import DictionaryError, TokenSourceError
 from tl_capacity.measure.setup import context_of, dictionary_named
 from tl_capacity.models.carried import carried_saes
@@ -45,10 +46,7 @@ def stream_of(model: Any, source: str, saes: Sequence[Any] = ()) -> TokenStream:
     Raises:
         TokenSourceError: where the model has no tokenizer and names none.
     """
-    bos = [metadata_of(sae, "prepend_bos") for sae in saes]
-    return TokenStream(
-        source, _tokenizer_of(model), context_of(model, saes), prepend_bos=not bos or not all(b is False for b in bos)
-    )
+    return TokenStream(source, _tokenizer_of(model), context_of(model, saes), prepend_bos=default_bos(saes))
 
 
 def _coming_with(model: Any) -> Mapping[str, str]:

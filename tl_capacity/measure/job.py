@@ -18,7 +18,7 @@ from tl_capacity.measure.attach import attach
 from tl_capacity.measure.memory import fit_memory
 from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
-from tl_capacity.measure.setup import dictionaries, row_length, tapped_model
+from tl_capacity.measure.setup import dictionaries, rule_for, stream_for, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, remove_leftovers, write_folder
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.identity import Identity
@@ -26,7 +26,6 @@ from tl_capacity.predict.caveats import advice_on_fit
 from tl_capacity.runtime.logs import figures, log
 from tl_capacity.runtime.progress import peak_memory
 from tl_capacity.storage.files import last_whole
-from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenStream
 
 if TYPE_CHECKING:
@@ -82,22 +81,9 @@ def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenS
         device_map=settings.device_map,
     )
     named = dictionaries(settings, loaded)
-    source = settings.source or loaded.corpus
-    if source is None:
-        raise CapacityError(
-            f"no text to measure {settings.model!r} on: name a file, a `datasets` id or `embedded` with --source"
-        )
-    stream = TokenStream(
-        source,
-        loaded.tokenizer,
-        row_length(settings, loaded.model, [sae for _, _, sae in named]),
-        settings.batch_rows,
-        settings.prepend_bos,
-        settings.shard,
-        settings.special_tokens,
-    )
-    model = tapped_model(loaded, [sae for _, _, sae in named], [hook for hook, _, _ in named])
-    rule = CountingRule.for_model(loaded.model, loaded.tokenizer, settings.skip_first_positions)
+    saes = [sae for _, _, sae in named]
+    stream, rule = stream_for(settings, loaded, saes), rule_for(settings, loaded, saes)
+    model = tapped_model(loaded, saes, [hook for hook, _, _ in named])
     identity = Identity(loaded.name, loaded.revision)
     with attach(
         model, named, rule, settings.importance or None, settings.alive_threshold, settings.fvu_every, identity

@@ -26,6 +26,7 @@ from tl_capacity.dictionaries.adapter import (
     dictionary_digest,
 )
 from tl_capacity.dictionaries.reading import reading_of
+from tl_capacity.dictionaries.rows import rows_differ
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.attachment import Attachment, weakly
 from tl_capacity.measure.behind import behind_note, reconstructed_before
@@ -60,6 +61,8 @@ class StreamRecord:
     source: str = Provenance.source
     shard: tuple[int, int] = (0, 1)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    begins_with_bos: bool | None = None
+    context: int | None = None
 
     @classmethod
     def describing(cls, stream: Any, before: StreamRecord) -> StreamRecord:
@@ -69,7 +72,8 @@ class StreamRecord:
         settings = {"context": stream.context, "bos": stream.bos, "batch_rows": stream.batch_rows}
         if stream.special_tokens:
             settings["special_tokens"] = True
-        return cls(stream.name(), stream.shard, settings)
+        bos, context = (stream.bos is not None, stream.context) if stream.is_text else (None, None)
+        return cls(stream.name(), stream.shard, settings, bos, context)
 
 
 class CapacityHooks:
@@ -329,7 +333,13 @@ class CapacityHooks:
             summary=FeatureSummary(sums, self.alive_threshold),
             estimators=tuple(estimator.name for estimator in tap.estimators),
             d_model=residual_width(self.model),
-            notes=(*tap.notes, *([behind_note(tap.hook, self._behind[tap])] if self._behind[tap] else [])),
+            notes=(
+                *tap.notes,
+                *([behind_note(tap.hook, self._behind[tap])] if self._behind[tap] else []),
+                *rows_differ(
+                    tap.sae, tap.hook, self._record.begins_with_bos, self._record.context, self.rule.positions
+                ),
+            ),
             linear=tap.linear,
         )
 
@@ -347,8 +357,7 @@ class CapacityHooks:
             tokens_digest=self._cursor.digest,
             settings={
                 **self._record.settings,
-                "masked_token_ids": list(self.rule.special_ids),
-                "skip_first_positions": self.rule.skip_first_positions,
+                **self.rule.settings,
                 "fvu_every": self.taps[0].fvu_every,
                 **({"processing": processing} if processing else {}),
             },

@@ -35,6 +35,7 @@ class MeasureSettings:
         source: None for the corpus that comes with a registered model.
         importance: none for the default estimator.
         context: None for the SAE's own, or 512, within the model's.
+        prepend_bos, skip_first_positions: None for what the SAEs' own metadata says.
         shard: its index, and how many there are.
         checkpoint_seconds: since the last one was saved.
         max_memory: in bytes.
@@ -60,8 +61,8 @@ class MeasureSettings:
     )
     context: int | None = option(None, "Positions in a row. Default: the SAE's own.")
     batch_rows: int = option(8, "Rows in a forward pass.")
-    prepend_bos: bool = option(
-        True, "Begin each row with the tokenizer's BOS, as TransformerLens does.", "--bos/--no-bos"
+    prepend_bos: bool | None = option(
+        None, "Begin each row with the tokenizer's BOS. Default: as the SAE's own rows, or with it.", "--bos/--no-bos"
     )
     special_tokens: bool = option(
         False,
@@ -70,7 +71,9 @@ class MeasureSettings:
     )
     alive_threshold: float = option(1e-5, "A feature is alive where its firing rate exceeds this.")
     fvu_every: int = option(8, "Check the reconstruction on one document in this many.")
-    skip_first_positions: int = option(0, "Do not count the first positions of each row.")
+    skip_first_positions: int | None = option(
+        None, "Do not count the first positions of each row. Default: count those that the SAE was trained on."
+    )
     shard: tuple[int, int] = option(
         (0, 1), "INDEX/OF: measure only every OF-th document, from INDEX on.", parse=shard_in, typed="0/1"
     )

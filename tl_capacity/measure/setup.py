@@ -11,6 +11,7 @@ from tl_capacity.dictionaries.adapter import NamedDictionary, dictionary_digest,
 from tl_capacity.dictionaries.bases import BasisSpec
 from tl_capacity.dictionaries.reading import processing_wanted
 from tl_capacity.dictionaries.releases import advice
+from tl_capacity.dictionaries.rows import advised_source, counted_positions, default_bos
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.provenance import Provenance
@@ -22,6 +23,7 @@ from tl_capacity.plugins import plugins
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import device_named
 from tl_capacity.runtime.logs import log
+from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenStream
 
 if TYPE_CHECKING:
@@ -46,14 +48,14 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
         model = tapped_model(
             loaded, [sae for _, _, sae in saes], [hook for hook, _, _ in saes], [basis.hook for basis in bases]
         )
-        source = loaded.source(settings.source or "")
+        source = text_source(settings, loaded, [sae for _, _, sae in saes])
         # From the whole source, so that every shard is measured in the same basis.
         stream = TokenStream(
             source,
             loaded.tokenizer,
             row_length(settings, loaded.model, []),
             settings.batch_rows,
-            settings.prepend_bos,
+            default_bos([sae for _, _, sae in saes]) if settings.prepend_bos is None else settings.prepend_bos,
             special_tokens=settings.special_tokens,
         )
         fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(device) for basis in bases}
@@ -137,6 +139,40 @@ def _warn_of_another_model(sae: str, trained_on: Any, loaded: LoadedModel) -> No
             f"the SAE {sae} was trained on {trained_on!r}, by its own account, and is measured on {loaded.name!r}: if"
             " that is another model, use its own SAE"
         )
+
+
+def text_source(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[Any]) -> str:
+    """The token source that was asked for, or else the one that belongs to the model.
+
+    Raises:
+        CapacityError: where there is neither; the text that the SAEs were trained on is offered.
+    """
+    source = settings.source or loaded.corpus
+    if not source:
+        raise CapacityError(
+            f"no text to measure {settings.model!r} on: name a file, a `datasets` id or `embedded` with"
+            f" --source{advised_source(saes)}"
+        )
+    return source
+
+
+def stream_for(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[Any]) -> TokenStream:
+    """The text to measure on, in rows as those that the SAEs were trained on, where nothing else is asked for."""
+    return TokenStream(
+        text_source(settings, loaded, saes),
+        loaded.tokenizer,
+        row_length(settings, loaded.model, saes),
+        settings.batch_rows,
+        default_bos(saes) if settings.prepend_bos is None else settings.prepend_bos,
+        settings.shard,
+        settings.special_tokens,
+    )
+
+
+def rule_for(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[Any]) -> CountingRule:
+    """Which tokens of that text count."""
+    rule = CountingRule.for_model(loaded.model, loaded.tokenizer)
+    return rule.at(counted_positions(settings.skip_first_positions, saes))
 
 
 def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:

@@ -140,8 +140,7 @@ def counting_rule(measurement: Measurement) -> CountingRule:
     """The rule by which the measured tokens counted."""
     from tl_capacity.text.counting import CountingRule
 
-    settings = measurement.provenance.settings
-    return CountingRule.without(settings.get("masked_token_ids", ()), settings.get("skip_first_positions", 0))
+    return CountingRule.recorded(measurement.provenance.settings)
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,7 @@ def splice(
         _Job(model, hook, sae, _wanted(hook, widths, importance, laws, kept, orders or {}), lost, keep_error)
         for hook, sae in pairs
     ]
-    rule = CountingRule.without(
-        measurement.provenance.settings.get("masked_token_ids", ()),
-        int(measurement.provenance.settings.get("skip_first_positions", 0)),
-    )
+    rule = CountingRule.recorded(measurement.provenance.settings)
     tokens = 0
     with ExitStack() as held, torch.no_grad():
         held.enter_context(evaluating(model))

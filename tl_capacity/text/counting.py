@@ -1,11 +1,11 @@
-"""Which tokens count: padding, special tokens and first positions do not. The only mask of the package."""
+"""Which tokens count: padding, special tokens and some positions do not. The only mask of the package."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,6 +23,32 @@ CHECK_SALT = 2**40
 """Added to document numbers, so that which documents are checked does not depend on the groups that they belong to."""
 
 
+class Positions(NamedTuple):
+    """Positions of a row: from `first` on, before `stop` where there is one, every `step`-th."""
+
+    first: int = 0
+    stop: int | None = None
+    step: int = 1
+
+    def __str__(self) -> str:
+        until = "on" if self.stop is None else f"to {self.stop - 1}"
+        return f"positions from {self.first} {until}" + (f", each {self.step}th" if self.step > 1 else "")
+
+    def have(self, place: Int[np.ndarray, "row position"]) -> Bool[np.ndarray, "row position"]:
+        """Which places, counted from 0, are among these positions."""
+        ends = np.inf if self.stop is None else self.stop
+        return np.asarray((place >= self.first) & (place < ends) & ((place - self.first) % self.step == 0))
+
+    def are_among(self, others: Positions) -> bool:
+        """Whether every one of these is one of the others."""
+        steps = self.step % others.step == 0 and (self.first - others.first) % others.step == 0
+        ends = others.stop is None or (self.stop is not None and self.stop <= others.stop)
+        return self.first >= others.first and ends and steps
+
+
+EVERY_POSITION = Positions()
+
+
 @dataclass(frozen=True)
 class CountingRule:
     """Which tokens of a text count.
@@ -30,10 +56,14 @@ class CountingRule:
     Attributes:
         special_ids: ids that do not count, such as BOS.
         skip_first_positions: so many positions at the beginning of each row do not count either.
+        stop_position: nor do positions from here on, where it is given.
+        position_step: nor do others than every so-manieth of those that are left.
     """
 
     special_ids: tuple[int, ...] = ()
     skip_first_positions: int = 0
+    stop_position: int | None = None
+    position_step: int = 1
 
     @classmethod
     def for_model(cls, model: Any, tokenizer: Any, skip_first_positions: int = 0) -> CountingRule:
@@ -44,6 +74,37 @@ class CountingRule:
     def without(cls, ids: Iterable[int], skip_first_positions: int = 0) -> CountingRule:
         """The rule by which every token counts but these ids."""
         return cls(tuple(sorted({int(i) for i in ids})), skip_first_positions)
+
+    @classmethod
+    def recorded(cls, settings: Mapping[str, Any]) -> CountingRule:
+        """The rule that a measurement's settings record."""
+        first, step = (int(settings.get(*field)) for field in (("skip_first_positions", 0), ("position_step", 1)))
+        rule = cls.without(settings.get("masked_token_ids", ()))
+        return rule.at(Positions(first, settings.get("stop_position"), step))
+
+    def at(self, positions: Positions) -> CountingRule:
+        """The same rule for some positions of each row and no others."""
+        return replace(
+            self,
+            skip_first_positions=positions.first,
+            stop_position=positions.stop,
+            position_step=positions.step,
+        )
+
+    @property
+    def positions(self) -> Positions:
+        """The positions that count."""
+        return Positions(self.skip_first_positions, self.stop_position, self.position_step)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a measurement records of it."""
+        more = {"stop_position": self.stop_position, "position_step": self.position_step}
+        return {
+            "masked_token_ids": list(self.special_ids),
+            "skip_first_positions": self.skip_first_positions,
+            **(more if self.positions[1:] != EVERY_POSITION[1:] else {}),
+        }
 
     @property
     def filler(self) -> int:
@@ -62,8 +123,8 @@ class CountingRule:
         padding = tokens == PADDING
         special = np.isin(tokens, self.special_ids) & ~padding
         first = 0 if before is None else before[:, None]
-        early = np.cumsum(~padding, axis=1) - 1 + first < self.skip_first_positions
-        return dict(zip(MASK_REASONS, (padding, special, early & ~padding & ~special), strict=True))
+        elsewhere = ~self.positions.have(np.cumsum(~padding, axis=1) - 1 + first)
+        return dict(zip(MASK_REASONS, (padding, special, elsewhere & ~padding & ~special), strict=True))
 
     def counted(self, tokens: Int[np.ndarray, "row position"]) -> Bool[np.ndarray, "row position"]:
         """Whether each token counts."""

@@ -109,6 +109,11 @@ class TokenStream:
         """The id that begins each row, or None."""
         return bos_of(self.tokenizer) if self.prepend_bos else None
 
+    @property
+    def is_text(self) -> bool:
+        """Whether rows are made here, from text, and not given as token ids."""
+        return not isinstance(self.source, np.ndarray)
+
     def name(self) -> str:
         """What the stream reads, for the record."""
         if isinstance(self.source, str):
