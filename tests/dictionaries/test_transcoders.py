@@ -217,6 +217,7 @@ def test_an_sae_of_one_head(models_by_kind: dict[str, Any], make_sae: Any, token
     fvu = (z - sae.decode(active)).square().sum() / (z - z.mean(0)).square().sum()
     assert found.summary.fvu.value == pytest.approx(float(fvu.detach()), rel=1e-3)
     assert found.importance("gradient").sum() > 0
+    assert found.notes == (f"{hook}: of the attention heads, the SAE knows head 2 alone, by its own account",)
     sae.cfg.metadata.hook_head_index = 7
     with (
         tlc.add_capacity_hooks(model, sae) as capacity,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tl_capacity.dictionaries.adapter import read_hook, target_hook
+from tl_capacity.dictionaries.adapter import metadata_of, read_hook, target_hook
 from tl_capacity.errors import HookPointError
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.models.places import family_place, walk
@@ -27,6 +27,9 @@ def tensor_notes(model: Any, sae: Any, hook: str) -> Iterator[str]:
             f"{hook}: the SAE was trained on {trained}, by its own account, and reads another tensor here: measure it"
             f" at {trained} if that was not meant"
         )
+    head = metadata_of(sae, "hook_head_index_out" if writes else "hook_head_index")
+    if head is not None:
+        yield f"{hook}: of the attention heads, the SAE knows head {head} alone, by its own account"
     if (found := NORMALIZED.fullmatch(hook)) and _is_layer_norm(walk(model, f"{found[1]}.{found[2]}")):
         yield (
             f"{hook} is before the norm's weight and bias in TransformerLens 3, and was behind them in TransformerLens"
