@@ -252,6 +252,33 @@ class TestThreads:
                 )
             np.testing.assert_array_equal(mine.summary.arrays["incidence"], theirs.summary.arrays["incidence"])
 
+    def test_sequences_that_several_threads_generate_are_a_document_each(
+        self, neox: Any, make_sae: Callable[..., Any], tokens: torch.Tensor
+    ) -> None:
+        sae, beginnings = make_sae("topk", HOOK), [tokens.roll(n, 1) for n in range(3)]
+
+        def generate(beginning: torch.Tensor) -> None:
+            with torch.no_grad():
+                neox.generate(beginning, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=BOS)
+
+        with tlc.add_capacity_hooks(neox, sae) as expected:
+            for beginning in beginnings:
+                generate(beginning)
+        together = threading.Barrier(3, timeout=20)
+
+        def meet(*_: Any) -> None:
+            together.wait()
+
+        with tlc.add_capacity_hooks(neox, sae) as capacity, ThreadPoolExecutor(3) as pool:
+            meeting = neox.gpt_neox.layers[0].register_forward_pre_hook(meet)
+            try:
+                list(pool.map(generate, beginnings))
+            finally:
+                meeting.remove()
+        mine, theirs = (handle.measurement()[HOOK].summary for handle in (capacity, expected))
+        assert (mine.n_tokens, mine.n_documents) == (theirs.n_tokens, theirs.n_documents)
+        np.testing.assert_array_equal(mine.arrays["incidence"], theirs.arrays["incidence"])
+
     def test_no_other_thread_calls_the_model_while_a_stream_is_counted(
         self, model: Any, make_sae: Callable[..., Any], tokens: torch.Tensor
     ) -> None:

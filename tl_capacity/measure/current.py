@@ -41,11 +41,14 @@ class CurrentPasses:
             CapacityError: where another thread is running over a stream.
         """
         self._check_turn()
-        thread = threading.get_ident()
-        self._incomplete += thread in self._latest and not self._reached_all(self._latest[thread])
+        self._forget(threading.get_ident())
+        if self._latest:
+            for ended in self._latest.keys() - {thread.ident for thread in threading.enumerate()}:
+                self._forget(ended)
         self.begun += 1
         begun = kind(self.begun, tokens, self._taps)
-        self._latest[thread] = begun
+        begun.beside(self._latest.values())
+        self._latest[threading.get_ident()] = begun
         return begun
 
     def current(self, hook: str) -> ForwardPass:
@@ -88,6 +91,10 @@ class CurrentPasses:
                     f"{tap.hook} did not fire in {self.begun} forward passes: the model does not run it, tap another"
                     " hook point"
                 )
+
+    def _forget(self, thread: int) -> None:
+        latest = self._latest.pop(thread, None)
+        self._incomplete += latest is not None and not self._reached_all(latest)
 
     def _reached_all(self, forward_pass: ForwardPass) -> bool:
         return all(map(forward_pass.fired, self._taps))

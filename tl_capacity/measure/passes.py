@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -29,6 +29,11 @@ class ForwardPass:
         self.number, self.tokens, self._taps = number, tokens, taps
         self._firings: Counter[Tap] = Counter()
         self._awaiting_target: dict[Tap, list[Written]] = {}
+        self._beside: Collection[ForwardPass] = ()
+
+    def beside(self, others: Collection[ForwardPass]) -> None:
+        """Leave the documents of other passes open, which other threads may go on with."""
+        self._beside = others
 
     def see(self, tap: Tap, activation: Tensor) -> None:
         """Take what a tap's hook point carries.
@@ -37,7 +42,8 @@ class ForwardPass:
             HookPointError: where it has fired before.
         """
         self._note_firing(tap)
-        self._keep(tap, tap.observe(activation.detach(), self.tokens, self.number))
+        elsewhere = {document for other in self._beside for document in other.tokens.unique_documents}
+        self._keep(tap, tap.observe(activation.detach(), self.tokens, self.number, open_elsewhere=elsewhere))
 
     def see_target(self, tap: Tap, activation: Tensor) -> None:
         """Take what the hook point carries that a tap's transcoder writes to."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -137,7 +137,12 @@ class Tap:
 
     @counting
     def observe(
-        self, activation: Tensor, tokens: CountedTokens, batch: int, gradients: Mapping[str, Tensor] = NO_GRADIENTS
+        self,
+        activation: Tensor,
+        tokens: CountedTokens,
+        batch: int,
+        gradients: Mapping[str, Tensor] = NO_GRADIENTS,
+        open_elsewhere: Collection[int] = (),
     ) -> list[Written]:
         """Count one forward pass's activations.
 
@@ -146,6 +151,7 @@ class Tap:
             tokens: which tokens count.
             batch: the number of the forward pass, for what is refused.
             gradients: those that estimators asked for, of the activation's shape.
+            open_elsewhere: documents that other threads read meanwhile; all but these and this pass' own have ended.
 
         Returns:
             What a transcoder wrote for the tokens that are checked; nothing for an SAE.
@@ -161,7 +167,7 @@ class Tap:
             counted_norm=norms[tokens.counted.to(norms.device)].sum(),
             masked_norm=norms[tokens.unwanted.to(norms.device)].sum(),
         )
-        self._open.end(self.statistics, but=tokens.unique_documents)
+        self._open.end(self.statistics, but={*tokens.unique_documents, *open_elsewhere})
         self._open.open(tokens.counted_documents)
         counted = tokens.counted.flatten().to(activation.device)
         inputs = inputs_for(self.sae, activation.flatten(0, 1)[counted])
