@@ -477,6 +477,50 @@ def test_padding_changes_nothing(teacher: Any) -> None:
     assert losses_of(whole) == losses_of(same)
 
 
+def test_padding_on_the_left_is_no_text(teacher: Any, tmp_path: Path) -> None:
+    """Rows that a mask pads on the left give the curves of the same rows padded at the end, and the held-out loss that
+    transformers' own models have with the mask.
+    """
+    from transformers import AutoModelForCausalLM
+
+    random, curves = np.random.default_rng(4), {}
+    lengths = random.integers(3, 12, size=30)
+    ids = torch.from_numpy(random.integers(1, 90, size=(30, 12)))
+    for side in ("left", "right"):
+        place = torch.arange(12) if side == "right" else 11 - torch.arange(12)
+        mask = (place < torch.from_numpy(lengths)[:, None]).long()
+        shift = np.zeros_like(lengths) if side == "right" else 12 - lengths
+        order = (np.arange(12) - shift[:, None]) % 12
+        text = {"input_ids": ids.gather(1, torch.from_numpy(order)), "attention_mask": mask}
+        settings_ = replace(SMALL, tokens=100)
+        curves[side] = distill(
+            teacher, [8], text, heldout=text, settings=settings_, out=tmp_path / side, progress=False
+        )
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / side / "students" / "width8-seed0")
+        run = curves[side]
+        rows = int((np.cumsum(lengths - 1) < run.heldout_tokens).sum()) + 1
+        assert run.heldout_tokens == int((lengths - 1)[:rows].sum())
+        given = {name: value[:rows] for name, value in text.items()}
+        predicts = (given["attention_mask"][:, :-1] * given["attention_mask"][:, 1:]).bool()
+        positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            log_p, log_q = (
+                m(**given, position_ids=positions).logits[:, :-1][predicts].double().log_softmax(-1)
+                for m in (teacher, model)
+            )
+        kl = float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"))
+        assert run["width8-seed0"].heldout_kl[-1] == pytest.approx(kl, rel=1e-4)
+    assert losses_of(curves["left"]) == losses_of(curves["right"])
+
+
+@pytest.mark.parametrize("side", ["begins", "ends"])
+def test_fillers_without_a_mask_are_said_to_be_text(side: str) -> None:
+    text = rows(4)
+    text[1] = [0, 0, 0, *text[1][3:]] if side == "begins" else [*text[1][:-3], 0, 0, 0]
+    with pytest.warns(UserWarning, match=f"a row {side} with 3 tokens of id 0, and no attention mask came with it"):
+        read(text, rows(4), 30, 10, False, special_ids=[0])
+
+
 def test_schedules_rise_and_fall() -> None:
     cosine, wsd = (
         np.array([replace(SMALL, schedule=name).rate(step, 100) for step in range(100)]) for name in ("cosine", "wsd")

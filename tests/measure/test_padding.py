@@ -109,6 +109,39 @@ class TestPaddingOnTheLeft:
                 model(batch["input_ids"])
 
 
+class TestPaddingWithoutAMask:
+    """EOS is a usual filler, and BOS in many models: what is assumed of rows of it is said."""
+
+    LEFT = torch.tensor([[BOS, BOS, BOS, 5, 9], [BOS, 7, 2, 8, 4]])
+    SAYS = "begins with 3 tokens of id 0, and no attention mask came with it: they are taken for text"
+
+    def test_run(self, model: Any, make_sae: Callable[..., Any]) -> None:
+        with tlc.add_capacity_hooks(model, make_sae("topk", HOOK)) as capacity:
+            with pytest.warns(UserWarning, match=self.SAYS):
+                capacity.run([self.LEFT, self.LEFT])
+            capacity.run({"input_ids": self.LEFT, "attention_mask": torch.ones_like(self.LEFT)})
+
+    def test_a_call(self, model: Any, make_sae: Callable[..., Any]) -> None:
+        """Once for each handle, and not where the caller has said what is padding."""
+        with tlc.add_capacity_hooks(model, make_sae("topk", HOOK)) as capacity, torch.no_grad():
+            model(self.LEFT, attention_mask=torch.ones_like(self.LEFT))
+            with pytest.warns(UserWarning, match=self.SAYS):
+                model(self.LEFT)
+            model(self.LEFT)
+        assert capacity.n_tokens == 3 * 6
+
+    def test_behind_a_row(self, neox: Any, make_sae: Callable[..., Any]) -> None:
+        """Nothing depends on it there, unless it is counted."""
+        rows = self.LEFT.flip(1)
+        with tlc.add_capacity_hooks(neox, make_sae("topk", HOOK)) as capacity:
+            assert capacity.run(rows).n_tokens == 6
+        with (
+            tlc.add_capacity_hooks(neox, make_sae("topk", HOOK), mask_token_ids=[]) as capacity,
+            pytest.warns(UserWarning, match=r"ends with 3 tokens of id 0, .* so that they count like others"),
+        ):
+            capacity.run(rows)
+
+
 class TestGeneration:
     @pytest.mark.parametrize("skip", [0, 3])
     def test_a_sequence_is_a_document(self, model: Any, make_sae: Callable[..., Any], skip: int) -> None:

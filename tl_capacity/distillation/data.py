@@ -4,6 +4,7 @@ others are trained on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tl_capacity.errors import TokenSourceError
 from tl_capacity.storage.digests import digest
-from tl_capacity.text.streams import PADDING, as_batches
+from tl_capacity.text.streams import PADDING, Fillers, as_batches
 
 HELDOUT_EVERY = 16
 """Where no held-out text is given, every so many-th document is held out until there is enough."""
@@ -65,21 +66,25 @@ class Rows:
         return max(1, round(tokens / (batch_rows * float(self.predicted.mean()))))
 
 
-def read(stream: Any, heldout: Any, tokens: int, heldout_tokens: int, repeat: bool) -> tuple[Rows, Rows]:
+def read(
+    stream: Any, heldout: Any, tokens: int, heldout_tokens: int, repeat: bool, special_ids: Sequence[int] = ()
+) -> tuple[Rows, Rows]:
     """Rows to train on, for `tokens` predicted tokens, and rows held out.
 
     Args:
         stream: a `TokenStream`, or whatever `as_batches` takes.
         heldout: another one; None holds out documents of the stream.
         repeat: whether a stream that is shorter than asked may be read several times.
+        special_ids: ids that may be padding in rows without an attention mask, which is warned of.
 
     Raises:
         TokenSourceError: where the stream is shorter than asked, or nothing is held out.
     """
+    fillers = Fillers(special_ids, special_ids)
     train: list[NDArray[np.int32]] = []
     held: list[NDArray[np.int32]] = []
     n_train, n_held, last_held = 0, 0, -1
-    for batch in as_batches(stream):
+    for batch in as_batches(stream, fillers=fillers):
         for document, row in zip(batch.documents, batch.tokens.astype(np.int32), strict=True):
             predicted = int((row != PADDING).sum()) - 1
             if predicted < 1:
@@ -93,7 +98,7 @@ def read(stream: Any, heldout: Any, tokens: int, heldout_tokens: int, repeat: bo
         if n_train >= tokens and (heldout is not None or n_held >= heldout_tokens):
             break
     if heldout is not None:
-        for batch in as_batches(heldout):
+        for batch in as_batches(heldout, fillers=fillers):
             rows = batch.tokens.astype(np.int32)
             held.extend(rows)
             n_held += int((rows != PADDING).sum()) - len(rows)

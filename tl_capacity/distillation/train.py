@@ -38,6 +38,7 @@ from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.digests import fingerprint
 from tl_capacity.storage.folders import new_folder, written
+from tl_capacity.text.counting import special_token_ids
 from tl_capacity.text.streams import PADDING, source_of
 
 
@@ -82,7 +83,14 @@ def distill(
     check_folder(folder, resume)
 
     # The text: read once, some whole documents of it held out.
-    train, held = data.read(stream, heldout, settings.tokens, settings.heldout_tokens, settings.repeat)
+    train, held = data.read(
+        stream,
+        heldout,
+        settings.tokens,
+        settings.heldout_tokens,
+        settings.repeat,
+        special_token_ids(model, tokenizer),
+    )
     check_tokens(model, train, held)
 
     # The teacher, frozen, and its students before training.

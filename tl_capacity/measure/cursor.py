@@ -8,7 +8,7 @@ from typing import Any
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.storage.digests import digest
-from tl_capacity.text.streams import TokenBatch, as_batches
+from tl_capacity.text.streams import Fillers, TokenBatch, as_batches
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,22 @@ class Cursor:
         return Cursor(self.rows + (0 if rows_go_on else len(batch.tokens)), digest(content))
 
 
-def batches_after(stream: Any, cursor: Cursor, again: bool) -> Iterator[tuple[TokenBatch, Cursor]]:
+def batches_after(
+    stream: Any, cursor: Cursor, again: bool, fillers: Fillers | None = None
+) -> Iterator[tuple[TokenBatch, Cursor]]:
     """The batches of a stream that are still to be counted, each with the cursor behind it.
 
     Args:
         stream: whatever `as_batches` takes.
         cursor: how far counting has come.
+        fillers: ids that may be padding in rows without a mask, which is warned of.
         again: go over the stream that was counted before, up to the cursor; else the stream adds to what was counted.
 
     Raises:
         CapacityError: where a stream that is gone over again does not begin with what was counted.
     """
     place = Cursor() if again else cursor
-    for batch in as_batches(stream, place.rows):
+    for batch in as_batches(stream, place.rows, fillers):
         before, place = place, place.after(batch)
         if again and before.rows < cursor.rows:
             if place.rows > cursor.rows or (place.rows == cursor.rows and place.digest != cursor.digest):

@@ -50,8 +50,8 @@ from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
-from tl_capacity.text.counting import CountingRule
-from tl_capacity.text.streams import TokenBatch, TokenStream, source_of
+from tl_capacity.text.counting import CountingRule, special_token_ids
+from tl_capacity.text.streams import Fillers, TokenBatch, TokenStream, source_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ class CapacityHooks:
         self._cursor, self._goes_over_again = Cursor(), False
         self._record = StreamRecord()
         self._passes = CurrentPasses(taps)
-        self._seen_training = False
+        self._seen_training = self._said_assumption = False
+        special = special_token_ids(model, getattr(model, "tokenizer", None))
+        self._fillers = Fillers(special, [token for token in special if token not in rule.special_ids])
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._attachment = Attachment(self)
         self._behind: dict[Tap, set[str]] = {tap: set() for tap in taps}
@@ -176,7 +178,7 @@ class CapacityHooks:
             for tap in self.taps:
                 tap.close_open_documents()
         with self._passes.running(), evaluating(self.model), token_progress(max_tokens, progress) as advance:
-            for batch, cursor in batches_after(stream, self._cursor, again):
+            for batch, cursor in batches_after(stream, self._cursor, again, self._fillers):
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break  # the checkpoint that is gone on from had reached the end
                 check_token_ids(self.model, batch.ids)
@@ -265,6 +267,9 @@ class CapacityHooks:
 
     def _on_call(self, call: Call) -> NDArray[np.int64]:
         """Begin a forward pass that somebody else runs, in whichever thread; returns the documents of its rows."""
+        if not call.masked and not self._said_assumption and (assumption := self._fillers.assumption(call.tokens)):
+            self._said_assumption = True
+            warnings.warn(assumption, stacklevel=2)
         with self._passes.lock:
             self._attachment.check()
             self._note_saes()

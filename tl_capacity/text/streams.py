@@ -7,6 +7,7 @@ n-th document.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,6 +23,10 @@ from tl_capacity.text.tokenizing import bos_of, tokens_of_each, without_nulls
 
 PADDING = -1
 """Marks a padded place in `TokenBatch.tokens` until it is given to a model."""
+
+
+SEVERAL = 3
+"""So many of one id at an end of a row may be padding."""
 
 
 @dataclass(frozen=True)
@@ -205,13 +210,47 @@ def source_of(stream: Any) -> str:
     return stream.name() if isinstance(stream, TokenStream) else "token ids given in a session"
 
 
-def as_batches(stream: Any, first_document: int = 0) -> Iterator[TokenBatch]:
+@dataclass(frozen=True)
+class Fillers:
+    """Ids that may be padding where no attention mask says so.
+
+    Attributes:
+        before: ids that matter in front of a row, such as every special one: the model attends to them.
+        behind: ids that matter behind it: those that are counted, or that students learn to predict.
+    """
+
+    before: Sequence[int] = ()
+    behind: Sequence[int] = ()
+
+    def assumption(self, tokens: NDArray[np.int64]) -> str | None:
+        """What is assumed of rows [row, position] that begin or end with one of these ids three times or more; None
+        where none does. Twice it stands where a packed text has EOS behind a row's BOS.
+        """
+        for ids, at_once, where, effect in (
+            (self.before, tokens, "begins", "the model attends to them"),
+            (self.behind, tokens[:, ::-1], "ends", "they count like others"),
+        ):
+            text = ~np.isin(at_once, (*ids, PADDING))
+            first = at_once[:, :1]
+            several = text.any(1) & np.isin(first[:, 0], ids) & (at_once[:, 1:SEVERAL] == first).all(1)
+            if several.any():
+                row = at_once[int(np.argmax(several))]
+                return (
+                    f"a row {where} with {int(np.argmax(row != row[0]))} tokens of id {row[0]}, and no attention mask"
+                    f" came with it: they are taken for text, so that {effect}; if they are padding, pass"
+                    " {'input_ids': …, 'attention_mask': …}"
+                )
+        return None
+
+
+def as_batches(stream: Any, first_document: int = 0, fillers: Fillers | None = None) -> Iterator[TokenBatch]:
     """Batches of a `TokenStream`, or of anything a notebook has at hand: a tensor of rows, a `datasets.Dataset`, an
     iterable of tensors or of `{"input_ids": …}`.
 
     Where rows come without document numbers, each row counts as a document of its own, numbered from `first_document`.
     Rows that an attention mask pads on the left begin at the first position here, so that a model without the mask does
-    with them what it does with the tokens alone.
+    with them what it does with the tokens alone. Rows without a mask that seem to be padded with one of the `fillers`
+    are warned of once.
 
     Raises:
         TokenSourceError: where something else than token ids comes, or nothing.
@@ -219,6 +258,10 @@ def as_batches(stream: Any, first_document: int = 0) -> Iterator[TokenBatch]:
     seen = 0
     for item in _items(stream):
         batch = item if isinstance(item, TokenBatch) else _batch(item, first_document + seen)
+        told = fillers is None or isinstance(item, TokenBatch) or _has_mask(item)
+        if not told and fillers is not None and (assumption := fillers.assumption(batch.tokens)):
+            warnings.warn(assumption, stacklevel=2)
+            fillers = None
         if batch.tokens.size == 0:
             continue
         seen += len(batch.tokens)
@@ -237,6 +280,10 @@ def _items(stream: Any) -> Iterable[Any]:
             f"{type(stream).__name__} is no stream of tokens: pass a TokenStream, or tokens of shape [row, position]"
         )
     return stream
+
+
+def _has_mask(item: Any) -> bool:
+    return isinstance(item, Mapping) and item.get("attention_mask") is not None
 
 
 def _batch(item: Any, first_document: int) -> TokenBatch:
