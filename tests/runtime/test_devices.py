@@ -17,6 +17,8 @@ from conftest import SAES
 from pretended import DEVICE, OnDevice, moved, pretended_device
 
 import tl_capacity as tlc
+from tl_capacity.distillation.losses import Output, chunked_losses
+from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.head import Head, divergences
 from tl_capacity.models.loading import load_model
@@ -70,6 +72,27 @@ def test_divergences_without_float64(without_float64: None) -> None:
     torch.testing.assert_close(wanted, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-4, atol=1e-5)
     with pretended_device():
         found = divergences(Head(OnDevice(weight), None, None), OnDevice(clean), OnDevice(others))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_losses_of_a_distillation_without_float64(without_float64: None, unchecked: None, ce_weight: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = ((9, 8), (50, 8), (9, 4), (50, 4))
+    numbers = [torch.randn(size, generator=draw) for size in sizes]
+    labels = torch.randint(50, (9,), generator=draw)
+
+    def losses(place: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        hidden, weight, student, student_weight = map(place, numbers)
+        teacher = Output(hidden, Head(weight, None))
+        students = [Output(student, Head(student_weight, None))]
+        with torch.no_grad():
+            return chunked_losses(teacher, students, place(labels), LogitLoss(ce_weight=ce_weight), chunk=4)
+
+    wanted = losses(lambda tensor: tensor)
+    with pretended_device():
+        found = losses(OnDevice)
+    assert wanted.dtype == found.dtype == torch.float64
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
