@@ -113,6 +113,10 @@ def test_a_tokenizer_without_bos(settings: MeasureSettings, setup: Path, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.bos_token = None
     tokenizer.save_pretrained(model)
+    # As in TransformerLens, a row then begins with EOS.
+    assert worst(examine(replace(settings, model=str(model))), "BOS").says.startswith("rows begin with BOS (id 0)")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
     assert "the tokenizer has none" in worst(examine(replace(settings, model=str(model))), "BOS").says
     assert worst(examine(replace(settings, model=str(model), prepend_bos=False)), "BOS").level == OK
 
