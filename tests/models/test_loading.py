@@ -311,8 +311,7 @@ class TestSAEs:
         }
         (files / "cfg.json").write_text(json.dumps(cfg))
         put_in_cache(cache, "jbloom/GPT2-Small-SAEs-Reformatted", files, "blocks.0.hook_resid_pre")
-        with pytest.warns(UserWarning, match="non-empty model_from_pretrained_kwargs"):
-            name, sae = load_sae("gpt2-small-res-jb/blocks.0.hook_resid_pre")
+        name, sae = load_sae("gpt2-small-res-jb/blocks.0.hook_resid_pre")
         assert name == "gpt2-small-res-jb/blocks.0.hook_resid_pre"
         assert sae.cfg.metadata.hook_name == "blocks.0.hook_resid_pre"
         x = torch.randn(5, 16)
@@ -351,11 +350,22 @@ class TestSAEs:
         put_in_cache(cache, "someone/sparsify", sparsify, "layers.1.mlp")
         put_in_cache(cache, "someone/learnt", learnt, "mlp/trainer_0")
         put_in_cache(cache, "someone/traced", traced)
+        paper = tmp_path / "paper"
+        paper.mkdir()
+        state = {
+            **{name: linear[name] for name in ("encoder.weight", "encoder.bias")},
+            "decoder.weight": weights["W_dec"].T,
+            "decoder.bias": torch.zeros(4),
+            "b_pre": weights["b_dec"],
+        }
+        torch.save({"model_state": state, "config": {"d_sae": 8}}, paper / "sae_layer12_final.pt")
+        put_in_cache(cache, "someone/paper", paper)
         x = torch.randn(5, 4)
         for spec, hook, subtracts in (
             ("someone/sparsify/layers.1.mlp", "blocks.1.mlp.hook_out", True),
             ("someone/learnt/mlp/trainer_0", "blocks.1.mlp.hook_out", True),
             ("someone/traced/layer_1.safetensors", "blocks.1.mlp.hook_in", False),
+            ("someone/paper/sae_layer12_final.pt", "blocks.12.hook_resid_post", True),
         ):
             name, sae = load_sae(spec)
             assert (name, sae.cfg.metadata.hook_name) == (spec, hook)

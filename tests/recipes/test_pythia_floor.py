@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from tl_capacity.recipes.pythia_floor import IMPORTANCES, PRESETS, PythiaFloorConfig, main, probe, train
 
@@ -233,6 +233,32 @@ def test_another_teacher_at_the_same_place_is_noticed(
         match=r"holds students of another teacher than .* is now: put its weights back, or choose another --out",
     ):
         train(PythiaFloorConfig(teacher=str(mine / "teacher"), out=run), load_model(str(mine / "teacher")))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_the_papers_own_dictionaries(setup: Path, tmp_path: Path) -> None:
+    """A file of the paper's training script takes the place of the same weights in SAELens' folder."""
+    sae = SAE.load_from_disk(setup / "sae")
+    state = {
+        "encoder.weight": sae.W_enc.T.contiguous(),
+        "encoder.bias": sae.b_enc,
+        "decoder.weight": sae.W_dec.T.contiguous(),
+        "decoder.bias": sae.b_dec,
+        "b_pre": torch.zeros_like(sae.b_dec),
+    }
+    weights = {name: value.detach() for name, value in state.items()}
+    torch.save({"model_state": weights, "config": {"d_sae": 64, "expansion": 2}}, tmp_path / "sae_layer01_final.pt")
+    predicted = {}
+    for name, path in (("theirs", tmp_path / "sae_layer01_final.pt"), ("saelens", setup / "sae")):
+        given = [str(path) if option == str(setup / "sae") else option for option in options(setup, tmp_path / name)]
+        decomposition = recipe.run(main, given)
+        assert decomposition is not None
+        predicted[name] = json.loads((tmp_path / name / "floors.json").read_text())
+    for mine, theirs in zip(*predicted.values(), strict=True):
+        assert mine["width"] == theirs["width"]
+        for figure in ("predicted_floor", "observed_floor"):
+            assert mine[figure] == pytest.approx(theirs[figure], rel=1e-4)
 
 
 def test_presets_decide_the_same_things() -> None:

@@ -49,7 +49,8 @@ class Dictionary(nn.Module):
     Args:
         architecture: a key of `ACTIVATIONS`.
         weights: `W_enc` [d_in, feature], `b_enc` [feature], `W_dec` [feature, d_out], `b_dec` [d_out], and what the
-            activation needs: `threshold`, `b_gate`, `r_mag`, `b_mag`; `W_skip` [d_out, d_in] of a skip transcoder.
+            activation needs: `threshold`, `b_gate`, `r_mag`, `b_mag`; `W_skip` [d_out, d_in] of a skip transcoder;
+            `b_pre` [d_in], which is taken from the input in b_dec's place.
         metadata: where it belongs.
         subtract_bias: whether b_dec is taken from the input, as in the formula.
         k: active latents per token, where the activation has that.
@@ -104,9 +105,9 @@ class Dictionary(nn.Module):
     def encode(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token feature"]:
         """Latents of activations."""
         x = x.to(self.W_enc)
-        return ACTIVATIONS[self.cfg.architecture](
-            self, torch.addmm(self.b_enc, x - self.b_dec if self.subtract_bias else x, self.W_enc)
-        )
+        if self.subtract_bias:
+            x = x - getattr(self, "b_pre", self.b_dec)
+        return ACTIVATIONS[self.cfg.architecture](self, torch.addmm(self.b_enc, x, self.W_enc))
 
     def decode(self, feature_acts: Float[Tensor, "token feature"]) -> Float[Tensor, "token d_out"]:
         """Activations of latents, without a skip connection's part."""

@@ -27,8 +27,8 @@ TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 @checked
 def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, a file of
-    `circuit-tracer`'s, else `RELEASE/SAE_ID` of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on the hub, of any
-    of these trainers.
+    `circuit-tracer`'s or of the paper's, else `RELEASE/SAE_ID` of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on
+    the hub, of any of these trainers.
 
     Returns:
         the SAE's name for the record, and the SAE.
@@ -39,9 +39,13 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
     device = device_named(device)
     if not spec.strip():
         raise DictionaryError("no SAE is named: pass a folder, RELEASE/SAE_ID or OWNER/REPOSITORY/SAE_ID")
+    from tl_capacity.dictionaries import paper
+
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return spec, _load_sae_folder(folder, device)
+    if folder.is_file() and folder.suffix in paper.SUFFIXES:
+        return spec, _read(folder, "the paper's training script", paper.read_paper_sae, device)
     if folder.is_file() and folder.suffix == ".safetensors":
         from tl_capacity.dictionaries import transcoders
 
@@ -155,25 +159,26 @@ def sae_lens_works() -> bool:
 
 def _of_another_trainer(repository: str, name: str) -> Path | None:
     """What a repository of the hub holds under a name where SAELens finds nothing: the folder of another trainer's
-    files, or a file of circuit-tracer's; None where it holds neither.
+    files, or a file of circuit-tracer's or the paper's; None where it holds neither.
     """
     from huggingface_hub import hf_hub_download
 
-    from tl_capacity.dictionaries import formats, transcoders
+    from tl_capacity.dictionaries import formats, paper, transcoders
 
-    candidates = (
+    candidates: tuple[tuple[str, str | None], ...] = (
         (f"{name}/{formats.SPARSIFY_WEIGHTS}", f"{name}/cfg.json"),
         (f"{name}/{formats.DICTIONARY_LEARNING_WEIGHTS}", f"{name}/config.json"),
-        (name, str(Path(name).with_name(transcoders.CONFIG))),
+        (name, None if name.endswith(paper.SUFFIXES) else str(Path(name).with_name(transcoders.CONFIG))),
     )
     if repository.count("/") != 1:
         return None
     with hub_or_cache():
         for weights, config in candidates:
-            if not weights.endswith((".safetensors", ".pt")):
+            if not weights.endswith((".safetensors", *paper.SUFFIXES)):
                 continue
             try:
-                hf_hub_download(repository, config)
+                if config is not None:
+                    hf_hub_download(repository, config)
                 path = Path(hf_hub_download(repository, weights))
             except loading_errors():
                 continue
