@@ -133,6 +133,21 @@ class TestTheInputIsCounted:
             np.testing.assert_array_equal(counted(capacity, hook), 3 * counts_of(sae, clean))
             assert capacity.measurement()[hook].summary.fvu.value == pytest.approx(fvu, rel=1e-4)
 
+    def test_of_attention_heads(
+        self, models: dict[str, Any], make_sae: Make, tokens: torch.Tensor, kind: str, error_term: bool
+    ) -> None:
+        """A bridge gives the SAE heads that are joined already, and SAELens tells the SAE so while it is attached."""
+        model, hook = models[kind], "blocks.1.attn.hook_z"
+        sae = make_sae("standard", hook, reshape_activations="hook_z")
+        clean = inputs_of(model, tokens, model.blocks[1].attn.hook_z.name).flatten(1)
+        with tlc.add_capacity_hooks(model, sae, fvu_every=1) as capacity:
+            model.add_sae(sae, use_error_term=error_term)
+            model(tokens)
+            capacity.run(tokens.split(8))
+            model.reset_saes()
+            model(tokens)
+            np.testing.assert_array_equal(counted(capacity, hook), 3 * counts_of(make_sae("standard", hook), clean))
+
     def test_behind_another_sae(
         self, models: dict[str, Any], make_sae: Make, tokens: torch.Tensor, kind: str, error_term: bool
     ) -> None:

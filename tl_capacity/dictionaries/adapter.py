@@ -102,7 +102,10 @@ def joins_heads(sae: Any) -> bool:
 
 def inputs_for(sae: Any, activations: Tensor) -> Tensor:
     """Activations [token, ...] as the SAE's `encode` takes them: [token, d_in], but where it joins the heads itself."""
-    return activations if joins_heads(sae) else activations.flatten(1)
+    if not joins_heads(sae):
+        return activations.flatten(1)
+    # Once SAELens has taken an SAE away from a bridge, its heads come joined there; joining one head changes nothing.
+    return activations if activations.ndim > 2 else activations[:, None]
 
 
 def decoder_vectors(sae: Any) -> Float[Tensor, "feature width"]:
