@@ -4,6 +4,7 @@ student keeps.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -377,6 +378,17 @@ def test_readouts_are_those_of_a_dense_regression_on_saved_activations(
         roc_auc_score(z[judged_on][:, feature] > 0, predictions[:, feature]) for feature in range(TEACHER_WIDTH)
     ]
     assert (abs(found.auroc - expected) <= found.auroc_error + 1e-4).all()
+
+
+def test_only_positions_that_the_sae_was_trained_on_are_read(
+    planted: Any, coordinates: Any, rows: torch.Tensor
+) -> None:
+    teacher, student, _ = planted
+    sae = copy.deepcopy(coordinates)
+    sae.cfg.metadata.seqpos_slice = (4, -8)
+    measured = measurement_of(teacher, sae, rows)
+    found = recovered(teacher, sae, {"a": student}, rows, measured)
+    assert sum(found.tokens.values()) == measured.summary.n_tokens == rows[:, slice(4, -8)].numel()
 
 
 def test_several_students_come_out_as_each_alone(

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from tl_capacity.dictionaries.adapter import dictionary_digest
+from tl_capacity.dictionaries.rows import counted_positions
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
 from tl_capacity.interfaces import CapacityLaw, SparseAutoencoder
 from tl_capacity.models.forward import evaluating
@@ -106,6 +107,7 @@ def recover_features(
         if mask_token_ids is None
         else CountingRule.without(mask_token_ids)
     )
+    rule = rule.at(counted_positions(None, [sae]))
     passes = Passes(readers, sae, measured, stream, rule, max_tokens, progress, processes)
     fitting, judging = checkpoints or (Checkpoint(None, {}), Checkpoint(None, {}))
     with ExitStack() as modes:
