@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from tl_capacity import Measurement
+from tl_capacity.measure.job import measure
+from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.text.streams import TokenStream
 from tl_capacity.text.tokenizing import bos_of, token_ids, tokens_in_pieces
@@ -84,6 +90,20 @@ def joined(pieces: Iterable[list[int]]) -> list[int]:
 
 def wrapped(tokenizer: Tokenizer, **special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path="local", **special)
+
+
+def tiny_model(tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return GPTNeoXForCausalLM(config)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
@@ -196,15 +216,7 @@ class TestBosOfTokenizersWithoutOne:
 
     def test_as_transformer_lens_has_it(self) -> None:
         tokenizer = wrapped(byte_level(), eos_token=END)
-        hf = GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=16,
-            )
-        )
+        hf = tiny_model(tokenizer)
         loaded = LoadedModel(hf, tokenizer, "local/x", None)
         stream = TokenStream([SENTENCES[0]], tokenizer)
         before = next(iter(stream)).tokens.tolist()
@@ -214,26 +226,14 @@ class TestBosOfTokenizersWithoutOne:
         assert before == next(iter(stream)).tokens.tolist() == bridge.to_tokens(SENTENCES[0], prepend_bos=True).tolist()
         assert bos_of(tokenizer) == bos_of(bridge.tokenizer) == tokenizer.eos_token_id
 
+    @pytest.mark.fidelity(
+        source="SAELens",
+        says="prepend_bos: true",
+        obeyed="a tokenizer without BOS puts its EOS before each row, as TransformerLens does",
+    )
     def test_the_fast_and_the_bridged_path(self, tmp_path: Path) -> None:
-        from sae_lens import StandardSAE, StandardSAEConfig
-        from sae_lens.saes.sae import SAEMetadata
-
-        from tl_capacity.measure.job import measure
-        from tl_capacity.measure.settings import MeasureSettings
-
-        torch.manual_seed(0)
         tokenizer = wrapped(byte_level(), eos_token=END)
-        GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=16,
-                eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=None,
-            )
-        ).save_pretrained(tmp_path / "model")
+        tiny_model(tokenizer).save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         (tmp_path / "text.txt").write_text("\n\n".join(SENTENCES), encoding="utf-8")
         found = {}
@@ -257,3 +257,25 @@ class TestBosOfTokenizersWithoutOne:
         assert fast.provenance.settings["bos"] == bridged.provenance.settings["bos"] == tokenizer.eos_token_id
         assert fast.hooks[0].summary.n_tokens == bridged.hooks[0].summary.n_tokens
         assert fast.hooks[0].summary.masked == bridged.hooks[0].summary.masked
+
+    def test_what_is_measured_with_control_tokens_says_so(self, tmp_path: Path, cli: Cli) -> None:
+        """On the command line; going on without the option is refused."""
+        tokenizer, hook = wrapped(byte_level(), eos_token=END), "blocks.0.hook_resid_post"
+        tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=32, metadata=SAEMetadata(hook_name=hook)))
+        sae.save_model(tmp_path / "sae")
+        (tmp_path / "text.txt").write_text(f"The cat {END} sat {END} on the mat.")
+        measured = {}
+        for out, options in (("text", []), ("control", ["--special-tokens"])):
+            command = ["measure", "--model", tmp_path / "model", "--sae", tmp_path / "sae", "--tokens", 1000]
+            command += ["--source", tmp_path / "text.txt", "--max-fvu", "inf", "--out", tmp_path / out, *options]
+            assert cli(*command)[0] == 0
+            measured[out] = Measurement.load(tmp_path / out)
+        assert {out: m.hooks[0].summary.masked["special"] for out, m in measured.items()} == {"text": 1, "control": 3}
+        assert "special_tokens" not in measured["text"].provenance.settings
+        assert measured["control"].provenance.settings["special_tokens"] is True
+        command[command.index(tmp_path / "control")] = tmp_path / "text"
+        code, _, err = cli(*command, "--resume")
+        assert code == 2
+        assert "settings" in err
