@@ -24,6 +24,8 @@ from tl_capacity.errors import DictionaryError
 from tl_capacity.measure.ablation import ablation_kl
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.predict.caveats import error_warnings
+from tl_capacity.predict.figures import floors_figure
+from tl_capacity.predict.floors import floor_cells
 from tl_capacity.probing.activations import collect
 
 MakeSAE = Callable[..., Any]
@@ -193,6 +195,18 @@ class TestUnits:
             floors = measurement.floors([8], "decoder_weighted", max_fvu=None)
             assert {floor.unit for floor in floors} == {"normalised activation²"}
             assert measurement[HOOK].unit("second_moment") == "latent²"
+
+    def test_two_units_in_one_table(self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
+        saes = {HOOK: make_sae("layer_norm", HOOK), "blocks.0.hook_resid_post": make_sae("standard", HOOK)}
+        with tlc.add_capacity_hooks(neox, saes, importance=["decoder_weighted"], fvu_every=1) as capacity:
+            found = capacity.run(tokens.split(8), progress=False).measurement()
+        floors = found.floors([8], "decoder_weighted", max_fvu=None)
+        header, rows = floor_cells(floors)
+        assert header[4] == "predicted floor"
+        ends = {row[0]: row[4] for row in rows}
+        assert ends[HOOK].endswith(" normalised activation²")
+        assert ends["blocks.0.hook_resid_post"].endswith("] activation²")
+        assert "(normalised activation² or activation² per token)" in str(floors_figure(floors).layout)
 
     def test_they_are_of_different_units(self, make_sae: MakeSAE) -> None:
         sae, x = make_sae("layer_norm", HOOK), inputs()

@@ -69,7 +69,8 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
             line={"color": GREY, "width": 1, "dash": "dot"},
             **legend_entry("the SAE's own error E‖x − x̂‖²"),
         )
-    unit = f" ({per_token(floors[0].unit)})" if floors[0].unit else ""
+    units = " or ".join(dict.fromkeys(floor.unit for floor in floors if floor.unit))
+    unit = f" ({per_token(units)})" if units else ""
     value_axis(figure, f"predicted floor{unit}")
     width_axis(figure, [f.width for f in floors])
     return figure

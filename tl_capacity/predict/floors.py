@@ -77,15 +77,16 @@ class FloorPrediction:
 
 
 def floor_cells(floors: Sequence[FloorPrediction]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of predicted floors, as text."""
-    unit = f" ({per_token(floors[0].unit)})" if floors and floors[0].unit else ""
+    """Header and rows of predicted floors, as text; the unit is beside each floor where there are several."""
+    units = {f.unit for f in floors}
+    unit = f" ({per_token(floors[0].unit)})" if len(units) == 1 and floors[0].unit else ""
     return ["hook", "width", "kept", "lost", f"predicted floor{unit}", "share of total"], [
         [
             f.hook,
             f"{f.width:,}",
             f"{f.features_kept.value:,.0f}",
             f"{f.features_lost.value:,.0f}",
-            f.predicted_floor.show(".4g"),
+            f.predicted_floor.show(".4g") + (f" {f.unit}" if len(units) > 1 else ""),
             f"{100 * f.share.value:.3g}%",
         ]
         for f in floors
