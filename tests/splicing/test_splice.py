@@ -274,3 +274,28 @@ def test_on_the_command_line(cli: Cli, setup: Path, tmp_path: Path) -> None:
     code, _, err = cli(*command[:4], "8", *command[5:])
     assert code == 2
     assert "of other settings (widths = [2, 4])" in err
+
+
+def test_a_plan_in_nats(cli: Cli, setup: Path, tmp_path: Path) -> None:
+    assert cli(*arguments(setup, tmp_path / "m"))[0] == 0
+    assert cli("run", "splice", tmp_path / "m", "--tokens", 400, "--out", tmp_path / "s")[0] == 0
+    measurement, result = Measurement.load(tmp_path / "m"), Spliced.load(tmp_path / "s")
+    [curve] = result
+    target = (curve.at(0).value + curve.error.value) / 2
+    command = ["plan", tmp_path / "m", "--splice", tmp_path / "s", "--json"]
+    code, out, err = cli(*command, "--target-loss", target)
+    assert code == 0, err
+    answer = json.loads(out)
+    width = int(answer["hooks"][0]["width"]["value"])
+    within, below = (next(iter(result.floors(measurement, [w]))).floor.value for w in (width, max(1, width - 1)))
+    assert within <= target
+    assert width == 1 or below > target
+    assert answer["unit"] == "nats per token"
+    shown = {cost["width"]: cost["floor"]["value"] for cost in answer["costs"]}
+    assert shown == {w: result.floors(measurement, [w])[0].floor.value for w in shown}
+    code, _, err = cli(*command, "--target-loss", curve.error.value / 2)
+    assert code == 2
+    assert "the dictionary is the limit and not the width" in err
+    code, _, err = cli(*command, "--keep", 0.5)
+    assert code == 2
+    assert "pass a target_loss" in err

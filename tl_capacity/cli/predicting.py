@@ -66,7 +66,11 @@ def plan(
     folder: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
     keep: Annotated[float | None, typer.Option(help="Share of the features to keep, as 0.95.")] = None,
     target_loss: Annotated[
-        float | None, typer.Option(help="Largest predicted floor, in the importance's unit per token.")
+        float | None,
+        typer.Option(help="Largest predicted floor, in the importance's unit per token; with --splice in nats."),
+    ] = None,
+    splice: Annotated[
+        Path | None, typer.Option(help="What run splice wrote of the measurement: floors in nats, nothing fitted.")
     ] = None,
     widths: Annotated[str, typer.Option(help="Also show what these widths cost.")] = "",
     hook: Annotated[
@@ -84,6 +88,7 @@ def plan(
     from tl_capacity.measurement.measurement import Measurement
     from tl_capacity.plan import check_goal, teacher_config
     from tl_capacity.plan import plan as make_plan
+    from tl_capacity.predict.spliced import Spliced
 
     check_goal(keep, target_loss)
     measurement = Measurement.load(folder)
@@ -97,5 +102,6 @@ def plan(
         law=law,
         max_fvu=max_fvu,
         config=teacher_config(measurement, model),
+        spliced=None if splice is None else Spliced.load(splice),
     )
     show(answer, as_json)

@@ -20,11 +20,18 @@ from tl_capacity.plan.result import HookPlan, Plan, WidthCost
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors, resampled
 from tl_capacity.predict.laws import context_at, exact_width
+from tl_capacity.predict.spliced import NATS, Spliced
+from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.rounding import whole_above
 from tl_capacity.runtime.units import per_token
+
+SPLICE_REMARK = (
+    "nothing in these nats was fitted to a student; docs/results/splice.md has how far such floors were from what"
+    " students reached, and how much they follow the dictionary's L0"
+)
 
 
 @checked
@@ -39,6 +46,7 @@ def plan(
     law: str | None = None,
     max_fvu: float | None = 1.0,
     config: Any = None,
+    spliced: Spliced | None = None,
 ) -> Plan:
     """The smallest student width for a goal, by the theorem; what else a student loses, training it will show.
 
@@ -53,9 +61,11 @@ def plan(
         max_fvu: refuse SAEs that leave more of the variance unexplained.
         config: the teacher's Hugging Face configuration, as `teacher_config` finds it, for the cost in parameters and
             for which widths can be built.
+        spliced: of this measurement: `target_loss` is then a KL in nats per token, and floors are read from its curves.
 
     Raises:
-        CapacityError: where not exactly one goal is given or it is out of its domain, or a hook point has no sparsity.
+        CapacityError: where not exactly one goal is given or it is out of its domain, a hook point has no sparsity, or
+            a spliced dictionary costs more than the goal with every latent kept.
     """
     from tl_capacity.models.defaults import width_of
 
@@ -63,15 +73,23 @@ def plan(
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
     hooks = [h for h in measurement if hook in (None, h.hook)] or [measurement[str(hook)]]
     chosen_law = plugins().capacity_laws.named(law)
-    needs = tuple(_hook_plan(each, keep, target_loss, importance, chosen_law) for each in hooks)
+    if spliced is not None:
+        hooks = [h for h in hooks if spliced.curve_of(h, importance) is not None]
+        if target_loss is None or not hooks:
+            raise CapacityError(
+                "a splice says what widths cost in nats at the hook points that it has: pass a target_loss"
+                " (--target-loss), and a splice of this measurement and importance"
+            )
+    needs = tuple(_hook_plan(each, keep, target_loss, importance, chosen_law, spliced) for each in hooks)
     place = max(range(len(needs)), key=lambda i: needs[i].width.value)
     decides, needed = hooks[place], int(needs[place].width.value)
     estimator = decides.estimator(importance)
-    unit = decides.unit(importance)
+    unit = decides.unit(importance) if spliced is None else NATS
     goal = (
         f"To keep {100 * keep:.4g}% of the features"
         if keep is not None
-        else f"For a predicted floor of at most {target_loss:.4g} {per_token(unit)}"
+        else f"For a {'predicted' if spliced is None else 'spliced'} floor of at most {target_loss:.4g}"
+        f" {per_token(unit)}"
     )
     width = needed if config is None else _next_that_can_be_built(config, needed)
     shown = sorted({width, *(widths or ladder(decides.width))})
@@ -79,11 +97,13 @@ def plan(
     sizes = {} if config is None else _sizes(config, [*shown, teacher_width])
     teacher = sizes.get(teacher_width)
     costs = []
+    in_nats = {} if spliced is None else _spliced_floors(spliced, decides, shown, importance, law)
     for f in hook_floors(decides, shown, importance, chosen_law):
         total, body = sizes.get(f.width, (None, None))
         share = total / teacher[0] if total is not None and teacher is not None else None
-        costs.append(WidthCost(f.width, f.kept_share, f.predicted_floor, total, body, share))
-    remarks = tuple(_remarks(measurement, sizes))
+        floor = in_nats.get(f.width, f.predicted_floor)
+        costs.append(WidthCost(f.width, f.kept_share, floor, total, body, share))
+    remarks = (*_remarks(measurement, sizes), *([] if spliced is None else [*spliced.notes(), SPLICE_REMARK]))
     return Plan(goal, unit, estimator.name, chosen_law.name, needs, width, tuple(costs), remarks, chosen_law.caveat)
 
 
@@ -127,9 +147,46 @@ def ladder(width: int, octaves: int = 4) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(step)) for half in halves for step in (half, 1.5 * half) if step <= width}))
 
 
-def _hook_plan(
-    hook: HookMeasurement, keep: float | None, target_loss: float | None, importance: str | None, law: CapacityLaw
+def _spliced_floors(
+    spliced: Spliced, hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: str | None
+) -> dict[int, Estimate]:
+    """The spliced floor of each width at a hook point."""
+    order = hook.estimator(importance).name
+    return {f.width: f.floor for f in spliced.floors([hook], widths, law) if f.order == order}
+
+
+def _spliced_plan(
+    hook: HookMeasurement, curve: SplicedCurve, target_loss: float, importance: str | None, law: CapacityLaw
 ) -> HookPlan:
+    needed = curve.features_for(target_loss)
+    if needed is None:
+        raise CapacityError(
+            f"no width is known to reach {target_loss:.4g} nats per token at {hook.hook}: the SAE's own reconstruction"
+            f" costs {curve.error.show('.3g')} there, so the dictionary is the limit and not the width; splice one that"
+            " reconstructs better"
+        )
+    at = context_at(hook, hook.importance(importance), hook.summary.alpha.value)
+    ends = (needed.value, needed.low, needed.high)
+    value, low, high = (
+        None if end is None else _whole_width(exact_width(law, int(whole_above(min(end, at.n_features))), at))
+        for end in ends
+    )
+    alive = int(hook.summary.n_alive.value)
+    return HookPlan(hook.hook, hook.width, int(needed.value), alive, Estimate(value or 1.0, low, high))
+
+
+def _hook_plan(
+    hook: HookMeasurement,
+    keep: float | None,
+    target_loss: float | None,
+    importance: str | None,
+    law: CapacityLaw,
+    spliced: Spliced | None,
+) -> HookPlan:
+    curve = None if spliced is None else spliced.curve_of(hook, importance)
+    if curve is not None and target_loss is not None:
+        return _spliced_plan(hook, curve, target_loss, importance, law)
+
     def needed(values: NDArray[np.float64]) -> int:
         if keep is not None:
             return int(whole_above(keep * len(values)))

@@ -78,6 +78,13 @@ class Spliced:
     def __iter__(self) -> Iterator[SplicedCurve]:
         return iter(self.curves)
 
+    def curve_of(self, hook: HookMeasurement, importance: str | None = None) -> SplicedCurve | None:
+        """The curve of a hook point and SAE by an importance, the default one where none is named; None where there is
+        none.
+        """
+        wanted = (hook.hook, hook.sae_digest, hook.estimator(importance).name)
+        return next((c for c in self.curves if (c.hook, c.sae_digest, c.order) == wanted), None)
+
     @checked
     def floors(
         self, hooks: Iterable[HookMeasurement], widths: Sequence[int], law: str | None = None
