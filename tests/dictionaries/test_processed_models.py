@@ -296,6 +296,7 @@ def test_processing_that_only_hooked_transformer_has(
     options = ("--model", folder / "model", "--sae", tmp_path / "sae", "--source", folder / "text.jsonl")
     code, out, err = cli("measure", *options, "--tokens", 500, "--out", tmp_path / "out", "--max-fvu", "inf")
     assert code == 0, out + err
+    assert "device" not in out  # TransformerLens prints that it moves a model
     measurement = Measurement.load(tmp_path / "out")
     assert measurement.provenance.settings["processing"] == {hook: ["fold_value_biases"]}
     assert not measurement.hooks[0].notes
@@ -322,3 +323,24 @@ def test_a_session_says_what_it_makes_up_for(
 def test_other_weights_of_a_model_are_asked_for(gpt2: Any, trained_on: Callable[..., Any]) -> None:
     [note] = reading_of(gpt2, trained_on({"checkpoint_value": 3000}), HOOK).notes
     assert "checkpoint_value = 3000" in note
+
+
+def test_where_a_transcoder_writes_is_looked_at_too(
+    make_sae: Callable[..., Any], processed: Callable[..., Any], gpt2: Any
+) -> None:
+    reads, writes = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+    transcoder = make_sae("transcoder", reads, writes)
+    transcoder.cfg.metadata.model_from_pretrained_kwargs = CENTRED
+    fvu = []
+    for model in (gpt2, processed(**CENTRED)):
+        with add_capacity_hooks(model, transcoder, fvu_every=1) as capacity:
+            capacity.run(TOKENS, progress=False)
+        [hook] = capacity.measurement()
+        assert not hook.notes
+        fvu.append(hook.summary.fvu.value)
+    assert fvu[0] == pytest.approx(fvu[1], rel=1e-5)
+    transcoder.cfg.metadata.model_from_pretrained_kwargs = {}
+    with add_capacity_hooks(processed(**CENTRED), transcoder) as capacity:
+        capacity.run(TOKENS, progress=False)
+    [note] = capacity.measurement().hooks[0].notes
+    assert note.startswith(f"{writes}: the SAE was trained on a model without center_writing_weights")

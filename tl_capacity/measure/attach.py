@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs
-from tl_capacity.dictionaries.reading import reading_of
+from tl_capacity.dictionaries.adapter import NamedDictionary, SAEs, target_hook
+from tl_capacity.dictionaries.reading import Reading, reading_of
 from tl_capacity.dictionaries.rows import counted_positions
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator, SparseAutoencoder
@@ -130,7 +131,14 @@ def attach(
             " two under two names"
         )
     scratch = Scratch()
-    taps = [Tap(reading_of(model, d.sae, d.hook), d, estimators, fvu_every, scratch) for d in dictionaries]
+    taps = [Tap(_reading(model, d), d, estimators, fvu_every, scratch) for d in dictionaries]
     if not taps:
         raise DictionaryError("no SAE was given: pass one, a list, or a mapping from hook point to SAE")
     return CapacityHooks(model, taps, alive_threshold, rule, identity or Identity.according_to(model))
+
+
+def _reading(model: Any, dictionary: NamedDictionary) -> Reading:
+    """Where a dictionary reads, with what differs there and, of a transcoder, where it writes."""
+    reading, written = reading_of(model, dictionary.sae, dictionary.hook), target_hook(dictionary.sae, dictionary.hook)
+    notes = () if written is None else reading_of(model, dictionary.sae, written).notes
+    return replace(reading, notes=tuple(dict.fromkeys((*reading.notes, *notes))))
