@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TL4_INSTALL := $(BIN)/pip --quiet --disable-pip-version-check --python .venv-tl4/bin/python install --no-compile --constraint .venv-tl4/constraints.txt
-# One test file to a core at a time; what a file's tests share is then made once.
+# A file's tests mostly stay in one process, where what they share is made once; who is done takes over others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 CHECK_FORM := $(BIN)/check-jsonschema --quiet --builtin-schema
 WIDTHS := 16,24,32,48,64,96,128

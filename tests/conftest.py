@@ -304,6 +304,14 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals from fewer resamples, for tests of other things: they cost more than all the rest there."""
+    from tl_capacity.results import estimate
+
+    monkeypatch.setattr(estimate, "REPLICATES", 20)
+
+
+@pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     """Runs `tl-capacity` in this process and returns exit code, standard output and standard error."""
     from tl_capacity.runtime.logs import configure

@@ -15,6 +15,8 @@ from commands import HOOK, Cli, arguments
 
 from tl_capacity import Measurement
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
+
 
 def test_measure_then_budget_then_floor(cli: Cli, setup: Path, tmp_path: Path) -> None:
     code, out, _ = cli(*arguments(setup, tmp_path / "m", "--sae", setup / "sae0", "--widths", "4,8"))

@@ -20,6 +20,8 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.job import measure
 from tl_capacity.measure.settings import MeasureSettings
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
+
 
 @pytest.fixture
 def settings(setup: Path, tmp_path: Path) -> MeasureSettings:

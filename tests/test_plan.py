@@ -27,6 +27,8 @@ from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors
 from tl_capacity.results.estimate import document_resamples
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
+
 LAW = plugins().capacity_laws["compressed_sensing"]
 ZIPF = measurement_of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))
 

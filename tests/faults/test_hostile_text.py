@@ -14,6 +14,8 @@ from commands import HOOK, Cli
 
 from tl_capacity import Measurement
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
+
 HOSTILE = {
     "html": "<script>alert('w2')</script> & <img src=x onerror=alert(1)> \"w3\" w4",
     "control": "w2 \x01\x07\x1b[31mw3\x1b[0m \r w4 \x7f \x85 \u2028 \u2029",

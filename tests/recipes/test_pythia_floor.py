@@ -22,6 +22,8 @@ from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_model
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
+
 HOOK = "blocks.1.hook_resid_post"
 WIDTHS = (4, 8, 12, 16, 24)
 

@@ -47,6 +47,8 @@ from tl_capacity.results.estimate import Estimate
 from tl_capacity.show import figures as kit
 from tl_capacity.show.palette import COLOURS
 
+pytestmark = pytest.mark.usefixtures("few_replicates")
+
 EVIL = "</script><script>document.title='taken'</script>"
 WIDTHS = (4, 8, 12, 16, 24)
 ORDER = [
