@@ -13,6 +13,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from pages import with_parts, write_or_check
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "ARCHITECTURE.md"
 OUTSIDE = {"hooks": "hooks", "recipes": "recipes"}
@@ -68,25 +70,11 @@ def module_lists() -> Iterator[str]:
 
 def page() -> str:
     """The page as it should be."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, lines in (("layers", layer_table()), ("modules", module_lists())):
-        begin, end = f"<!-- {name}: written by docs/write_architecture.py -->", f"<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n" + "\n".join(lines).rstrip() + f"\n\n{end}{rest.split(end)[1]}"
-    return text
+    return with_parts(PAGE, "write_architecture.py", {"layers": layer_table(), "modules": module_lists()})
 
 
 def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        print(f"{' '.join(arguments)!r} is no option: pass --check, or nothing to write {PAGE.name}", file=sys.stderr)
-        return 2
-    wanted = page()
-    if arguments and PAGE.read_text(encoding="utf-8") != wanted:
-        print(f"{PAGE.name} does not say what the code says: run `python docs/write_architecture.py`", file=sys.stderr)
-        return 1
-    if not arguments:
-        PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, "write_architecture.py", "the code says", page, arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pages import write_or_check
+
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
@@ -108,20 +110,11 @@ def page() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        print(f"{' '.join(arguments)!r} is no option: pass --check, or nothing to write {PAGE.name}", file=sys.stderr)
-        return 2
     try:
-        wanted = page()
+        return write_or_check(PAGE, "write_fidelity.py", "the tests show", page, arguments)
     except MarkError as problem:
         print(problem, file=sys.stderr)
         return 1
-    if arguments and PAGE.read_text(encoding="utf-8") != wanted:
-        print(f"{PAGE.name} does not say what the tests show: run `python docs/write_fidelity.py`", file=sys.stderr)
-        return 1
-    if not arguments:
-        PAGE.write_text(wanted, encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

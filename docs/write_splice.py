@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from write_results import RESULTS, filled, table
 
 from tl_capacity import Measurement, Spliced, theory
 from tl_capacity.distillation.observed import observed_floors
@@ -23,7 +24,6 @@ from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 
-RESULTS = Path(__file__).parent / "results"
 WIDTHS = (16, 20, 24, 32, 40, 48, 56, 64, 80, 96)
 NEW = (20, 40, 56, 80)
 """Widths of which no student had been trained when their floors were predicted."""
@@ -144,16 +144,15 @@ def write(runs: Path, distillations: list[Path]) -> None:
     page = RESULTS / "splice.md"
     text = page.read_text(encoding="utf-8")
     for name, law in (("budget", LAWS[0]), ("proportional", LAWS[1]), ("consistent", CONSISTENT)):
-        text = between(text, name, law_table(found, law))
+        text = filled(text, name, law_table(found, law), "docs/write_splice.py")
     page.write_text(text, encoding="utf-8")
 
 
 def law_table(found: list[dict[str, Any]], law: str) -> str:
     """A row for each dictionary, by one law, below what was observed."""
     mine = [row for row in found if row["law"] == law]
+    header = ["dictionary", "L0", "d*", *(f"d={width}" for width in WIDTHS), "all latents"]
     lines = [
-        ["dictionary", "L0", "d*", *(f"d={width}" for width in WIDTHS), "all latents"],
-        ["---"] * (len(WIDTHS) + 4),
         ["**observed**", "", "", *(number(observed_at(mine, width)) for width in WIDTHS), ""],
     ]
     for hook, name in dict.fromkeys((row["hook"], row["sae"]) for row in mine):
@@ -161,7 +160,7 @@ def law_table(found: list[dict[str, Any]], law: str) -> str:
         any_row = of[WIDTHS[0]]
         cells = [number(of[width]["predicted"]) for width in WIDTHS]
         lines.append([name, f"{any_row['l0']:.1f}", f"{any_row['d_star']:.0f}", *cells, number(any_row["error"])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(header, lines)
 
 
 def observed_at(found: list[dict[str, Any]], width: int) -> float | None:
@@ -172,13 +171,6 @@ def observed_at(found: list[dict[str, Any]], width: int) -> float | None:
 def number(value: float | None) -> str:
     """Three decimals, or that there is none yet."""
     return "not yet" if value is None else f"{value:.3f}"
-
-
-def between(text: str, name: str, content: str) -> str:
-    """A page with what stands between two marks replaced."""
-    start, end = f"<!-- {name}, by docs/write_splice.py -->", f"<!-- end of {name} -->"
-    before, _, rest = text.partition(start)
-    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:

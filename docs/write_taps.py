@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pages import with_parts, write_or_check
+
 from tl_capacity.dictionaries.dictionary import Metadata
 from tl_capacity.dictionaries.formats import dictionary_learning_hooks, sparsify_hooks
 from tl_capacity.dictionaries.transcoders import hook_of_layer
@@ -103,25 +105,11 @@ def family_table() -> Iterator[str]:
 
 def page() -> str:
     """The page as it should be."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, lines in (("formats", format_table()), ("families", family_table())):
-        begin, end = f"<!-- {name}: written by docs/write_taps.py -->", f"<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{rest.split(end)[1]}"
-    return text
+    return with_parts(PAGE, "write_taps.py", {"formats": format_table(), "families": family_table()})
 
 
 def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        print(f"{' '.join(arguments)!r} is no option: pass --check, or nothing to write {PAGE.name}", file=sys.stderr)
-        return 2
-    wanted = page()
-    if arguments and PAGE.read_text(encoding="utf-8") != wanted:
-        print(f"{PAGE.name} does not say what the code says: run `python docs/write_taps.py`", file=sys.stderr)
-        return 1
-    if not arguments:
-        PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, "write_taps.py", "the code says", page, arguments)
 
 
 if __name__ == "__main__":
