@@ -73,11 +73,11 @@ def tokens_in_pieces(
         size: characters in a piece.
         overlap: characters that two pieces share.
     """
-    start, end, first = 0, size, 0
-    piece = _encoded(tokenizer, [text[:end]], special_tokens)
     if not getattr(tokenizer, "is_fast", False):
         yield from token_ids(tokenizer, [text], special_tokens)
         return
+    start, end, first = 0, size, 0
+    piece = _encoded(tokenizer, [text[:end]], special_tokens)
     while end < len(text):
         next_start, next_end = end - overlap, end - overlap + size
         following = _encoded(tokenizer, [text[next_start:next_end]], special_tokens)
