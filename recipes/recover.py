@@ -19,11 +19,11 @@ from rich.console import Console
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.students import new_student
 from tl_capacity.errors import CapacityError
-from tl_capacity.measure.setup import measured_dictionary, tapped_model
+from tl_capacity.measure.setup import as_measured, measured_dictionary, measured_teacher, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.defaults import row_length
-from tl_capacity.models.loading import LoadedModel, load_measured_model, load_model
+from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery import Recovery, recovery_figure
@@ -37,7 +37,6 @@ from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
 from tl_capacity.storage.digests import digest, fingerprint
 from tl_capacity.storage.files import make_folder, write_bytes, write_json
 from tl_capacity.text.counting import special_token_ids
-from tl_capacity.text.streams import TokenStream
 
 ABOUT_NAME = "settings.json"
 
@@ -88,11 +87,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
         torch.set_num_threads(config.threads)
     started = time.monotonic()
     provenance = measurement.provenance
-    teacher = load_measured_model(provenance.model, provenance.revision, device=config.device)
-    if provenance.revision not in (None, teacher.revision):
-        raise CapacityError(
-            f"{config.measurement} was measured with other weights than {provenance.model!r} has now: measure again"
-        )
+    teacher = measured_teacher(config.measurement, provenance, config.device)
     if fingerprint(teacher.model) != run.fingerprint:
         raise CapacityError(
             f"{config.distillation} was distilled from {run.teacher!r} with other weights than {provenance.model!r} has"
@@ -100,13 +95,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
         )
     source = config.source or (run.heldout_source if run.heldout_source != run.source else provenance.source)
     mask = provenance.settings.get("masked_token_ids", special_token_ids(teacher.model, teacher.tokenizer))
-    stream = TokenStream(
-        source,
-        teacher.tokenizer,
-        int(provenance.settings.get("context") or row_length(teacher.model.config)),
-        prepend_bos=provenance.settings.get("bos", 0) is not None,
-        special_tokens=bool(provenance.settings.get("special_tokens")),
-    )
+    stream = as_measured(source, teacher.tokenizer, provenance, row_length(teacher.model.config))
     models = {
         s.name: load_model(str(config.distillation / "students" / s.name), device=config.device)
         for s in run

@@ -12,13 +12,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tl_capacity.dictionaries.adapter import NamedDictionary
-from tl_capacity.errors import CapacityError
-from tl_capacity.measure.setup import measured_dictionary, tapped_model
+from tl_capacity.measure.setup import as_measured, measured_dictionary, measured_teacher, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.defaults import row_length
-from tl_capacity.models.loading import load_measured_model
 from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
@@ -27,7 +24,6 @@ from tl_capacity.show.tables import table
 from tl_capacity.splicing.splice import LOST, splice
 from tl_capacity.storage.digests import digest
 from tl_capacity.storage.files import make_folder, write_json
-from tl_capacity.text.streams import TokenStream
 
 ABOUT_NAME = "settings.json"
 
@@ -73,31 +69,18 @@ def main(config: SpliceConfig) -> Spliced | None:
     if config.threads:
         torch.set_num_threads(config.threads)
     provenance = measurement.provenance
-    teacher = load_measured_model(provenance.model, provenance.revision, device=config.device)
-    if provenance.revision not in (None, teacher.revision):
-        raise CapacityError(
-            f"{config.measurement} was measured with other weights than {provenance.model!r} has now: measure again"
-        )
+    teacher = measured_teacher(config.measurement, provenance, config.device)
     source = config.source or ("embedded:heldout" if provenance.source == "embedded" else provenance.source)
-    dictionaries = [
-        NamedDictionary(hook.hook, hook.sae, measured_dictionary(hook, teacher, provenance)) for hook in hooks
-    ]
     parts = []
-    for hook, dictionary in zip(hooks, dictionaries, strict=True):
-        stream = TokenStream(
-            source,
-            teacher.tokenizer,
-            int(provenance.settings.get("context") or row_length(teacher.model.config)),
-            prepend_bos=provenance.settings.get("bos", 0) is not None,
-            special_tokens=bool(provenance.settings.get("special_tokens")),
-        )
+    for hook in hooks:
+        sae = measured_dictionary(hook, teacher, provenance)
         parts.append(
             splice(
-                tapped_model(teacher, [dictionary.sae], [hook.hook]),
+                tapped_model(teacher, [sae], [hook.hook]),
                 measurement,
-                stream,
+                as_measured(source, teacher.tokenizer, provenance, row_length(teacher.model.config)),
                 config.widths,
-                saes={hook.hook: dictionary.sae},
+                saes={hook.hook: sae},
                 importance=config.importance,
                 laws=config.law,
                 kept=config.kept,

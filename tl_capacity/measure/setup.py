@@ -71,6 +71,43 @@ def spec_of(measured: HookMeasurement, model: str) -> str:
     return name if BasisSpec.parse(name) else f"{measured.hook}={name}"
 
 
+def measured_teacher(folder: Path, provenance: Provenance, device: str) -> LoadedModel:
+    """The model that was measured, with the weights that it had.
+
+    Args:
+        folder: of the measurement, for the sentence where it has others.
+
+    Raises:
+        CapacityError: where it cannot be loaded, or has other weights by now.
+    """
+    from tl_capacity.models.loading import load_measured_model
+
+    teacher = load_measured_model(provenance.model, provenance.revision, device=device)
+    if provenance.revision not in (None, teacher.revision):
+        raise CapacityError(
+            f"{folder} was measured with other weights than {provenance.model!r} has now: measure again"
+        )
+    return teacher
+
+
+def as_measured(source: str, tokenizer: Any, provenance: Provenance, usual: int, batch_rows: int = 8) -> TokenStream:
+    """Text as rows of the kind that a measurement read: of the same length, with BOS or without, special tokens read or
+    not.
+
+    Args:
+        usual: positions in a row, where the measurement does not say.
+    """
+    settings = provenance.settings
+    return TokenStream(
+        source,
+        tokenizer,
+        int(settings.get("context") or usual),
+        batch_rows,
+        settings.get("bos", 0) is not None,
+        special_tokens=bool(settings.get("special_tokens")),
+    )
+
+
 def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenance: Provenance) -> Any:
     """The SAE or basis that was measured, found by its name and checked by its weights.
 

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import HookPointError, MeasurementError
+from tl_capacity.measure.setup import as_measured
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.defaults import USUAL_CONTEXT
 from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 if TYPE_CHECKING:
@@ -53,16 +55,8 @@ Snippets = Mapping[tuple[int, int], Sequence[Snippet]]
 
 def stream_of(measurement: Measurement, tokenizer: Any, source: str | None = None, batch_rows: int = 4) -> TokenStream:
     """The token stream that was measured, or one of another source cut in the same way."""
-    settings = measurement.provenance.settings
-    context = settings.get("context")
-    return TokenStream(
-        source or measurement.provenance.source,
-        tokenizer,
-        int(context or 256),
-        batch_rows,
-        settings.get("bos", 0) is not None,
-        special_tokens=bool(settings.get("special_tokens")),
-    )
+    provenance = measurement.provenance
+    return as_measured(source or provenance.source, tokenizer, provenance, USUAL_CONTEXT, batch_rows)
 
 
 def top_snippets(
