@@ -83,7 +83,8 @@ def splice(
 
     At every counted token the activation x becomes b_dec + Σ_{kept} zᵢ wᵢ + Σ_{lost} z̄ᵢ wᵢ, with z̄ᵢ from the
     measurement; the other tokens stay as they are. Then the rest of the teacher runs. No student is trained, and no
-    constant is fitted. The layers below the hook point run once for all variants, and the dictionary encodes once.
+    constant is fitted. Of each ranking the layers below the hook point run once and the dictionary encodes once, for as
+    many variants as `TOKENS_AT_ONCE` allows.
 
     Args:
         model: the teacher: a hooked or Hugging Face model.
@@ -168,6 +169,7 @@ class _Job:
         self.kl = [np.zeros((DOCUMENT_GROUPS, len(curve.kept))) for curve in wanted]
         self.tokens = np.zeros(DOCUMENT_GROUPS, dtype=np.int64)
         self._checked = False
+        self._made: dict[tuple[str, tuple[int, ...]], Variants] = {}
 
     def read(self, ids: Int[Tensor, "row position"], text: CountedTokens) -> None:
         """Add the tokens of a batch to every curve."""
@@ -227,15 +229,14 @@ class _Job:
             parts = []
             for start in range(0, len(curve.kept), per_pass):
                 kept = curve.kept[start : start + per_pass]
-                hidden = self._hidden(ids.to(device), spliced.to(device), curve.order, kept)
+                hidden = self._hidden(ids.to(device), spliced.to(device), self._variants(curve, kept))
                 hidden = hidden.view(len(kept) + 1, *ids.shape, -1)[:, :, :-1][:, predicting.to(device)]
                 parts.append(divergences(self.head, hidden[0], hidden[1:]))
             found.append(torch.cat(parts))
         return found
 
-    def _hidden(self, ids: Tensor, spliced: Tensor, order: NDArray[np.int64], kept: Sequence[int]) -> Tensor:
+    def _hidden(self, ids: Tensor, spliced: Tensor, variants: Variants) -> Tensor:
         """Last hidden states [rows, position, d_model] of the teacher and behind them of each variant."""
-        variants = self._variants(order, kept)
         read: list[Tensor] = []
         written: list[bool] = []
 
@@ -269,9 +270,13 @@ class _Job:
             )
         return hidden
 
-    def _variants(self, order: NDArray[np.int64], kept: Sequence[int]) -> Variants:
-        everything = [len(order) if number == self.hook.summary.n_alive.value else number for number in kept]
-        return Variants(self.sae, torch.from_numpy(order), everything, self.means, self.keep_error)
+    def _variants(self, curve: _Wanted, kept: tuple[int, ...]) -> Variants:
+        """The variants of a pass, made at the first batch that has it: what stands for the lost does not change."""
+        if (curve.name, kept) not in self._made:
+            alive, order = self.hook.summary.n_alive.value, torch.from_numpy(curve.order)
+            everything = [len(order) if number == alive else number for number in kept]
+            self._made[curve.name, kept] = Variants(self.sae, order, everything, self.means, self.keep_error)
+        return self._made[curve.name, kept]
 
     def _check(self, inputs: Tensor) -> None:
         """See on the first tokens whether the dictionary writes the sum of its decoder vectors."""
