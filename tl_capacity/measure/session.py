@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -103,6 +103,7 @@ class CapacityHooks:
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._attachment = Attachment(self)
         self._behind: dict[Tap, set[str]] = {tap: set() for tap in taps}
+        self._earlier_notes: dict[Tap, tuple[str, ...]] = {}
         try:
             self._calls = Calls(model, weakly(self._on_call))
             self._attachment.add(self._calls.remove)
@@ -260,7 +261,9 @@ class CapacityHooks:
                     "the earlier run was completed or its checkpoint was altered, so it cannot be resumed: choose"
                     " another folder"
                 )
-            tap.restore(measurement.hooks[i].summary.arrays, still_open)
+            earlier = measurement.hooks[i]
+            tap.restore(earlier.summary.arrays, still_open, earlier.linear)
+            self._earlier_notes[tap] = earlier.notes
         provenance = measurement.provenance
         self._cursor, self._goes_over_again = Cursor(provenance.cursor, provenance.tokens_digest), True
         self._earlier_seconds, self._started = provenance.seconds, time.monotonic()
@@ -338,14 +341,16 @@ class CapacityHooks:
             summary=FeatureSummary(sums, self.alive_threshold),
             estimators=tuple(estimator.name for estimator in tap.estimators),
             d_model=residual_width(self.model),
-            notes=(
-                *tap.notes,
-                *([behind_note(tap.hook, self._behind[tap])] if self._behind[tap] else []),
-                *rows_differ(
-                    tap.sae, tap.hook, self._record.begins_with_bos, self._record.context, self.rule.positions
-                ),
-            ),
+            notes=tuple(dict.fromkeys((*self._notes_on(tap), *self._earlier_notes.get(tap, ())))),
             linear=tap.linear,
+        )
+
+    def _notes_on(self, tap: Tap) -> Iterator[str]:
+        yield from tap.notes
+        if self._behind[tap]:
+            yield behind_note(tap.hook, self._behind[tap])
+        yield from rows_differ(
+            tap.sae, tap.hook, self._record.begins_with_bos, self._record.context, self.rule.positions
         )
 
     def _provenance(self) -> Provenance:

@@ -335,11 +335,14 @@ class Tap:
         return sums, {"open_documents": documents, "open_seen": seen}
 
     @outside_inference_mode
-    def restore(self, arrays: Mapping[str, NDArray[Any]], open_documents: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from a `snapshot` whose documents were left open."""
+    def restore(
+        self, arrays: Mapping[str, NDArray[Any]], open_documents: Mapping[str, NDArray[Any]], linear: bool | None
+    ) -> None:
+        """Go on from a `snapshot` whose documents were left open, and from what was seen of the SAE until then."""
         self.statistics = FeatureStatistics.from_tensors(
             {name: torch.from_numpy(value.copy()).to(self.device) for name, value in arrays.items()}
         )
         self._open = OpenDocuments.from_arrays(
             open_documents["open_documents"], open_documents["open_seen"], self.device
         )
+        self._decoder.linear = linear
