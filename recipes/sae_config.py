@@ -48,6 +48,11 @@ class TrainSAEConfig:
         "float32",
         f"How the weights are stored, one of {', '.join(SAVE_DTYPES)}; they are computed with in float32 all the same.",
     )
+    activations: Path | None = option(
+        None,
+        "Keep the model's activations in this folder and take them from there, so that several SAEs of one hook point"
+        " and text run the model once; 4 bytes a token and dimension.",
+    )
     device: str = option(AUTO, f"Where the model and the SAE run: {DEVICE_HELP}")
     revision: str | None = option_of(MeasureSettings, "revision")
     seed: int = option(0, "Of the split, the order of the rows and the initial weights.")
@@ -85,5 +90,5 @@ class TrainSAEConfig:
         return {
             name: value
             for name, value in asdict(self).items()
-            if name not in ("out", "device", "save_dtype", "checkpoints")
+            if name not in ("out", "device", "save_dtype", "checkpoints", "activations")
         }

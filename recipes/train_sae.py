@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tl_capacity.recipes.kept_activations import KeptActivations
 from tl_capacity.recipes.sae_config import ARCHITECTURES, SAVE_DTYPES, TrainSAEConfig
 from tl_capacity.recipes.sae_runner import NORM_BATCHES, save_unit_norm, train
 
@@ -55,6 +56,9 @@ def main(config: TrainSAEConfig) -> None:
 
     torch.manual_seed(config.seed)
     hooked, hook_in_model, watched = hooked_model(loaded, config.hook)
+    if config.activations is not None:
+        about = {"model": config.model, "revision": loaded.revision, "hook": config.hook}
+        hooked = KeptActivations(hooked, config.activations, about)
     started = time.monotonic()
     sae = train(config, hooked, hook_in_model, source, train_rows, special)
     seconds = round(time.monotonic() - started, 1)
@@ -67,7 +71,7 @@ def main(config: TrainSAEConfig) -> None:
         write_json(
             folder / "training.json",
             {
-                "settings": settings_of(config, "out"),
+                "settings": settings_of(config, "out", "activations"),
                 "source": source,
                 "model_revision": loaded.revision,
                 "d_in": int(sae.cfg.d_in),

@@ -175,6 +175,32 @@ def test_the_residual_streams_names_agree(config: TrainSAEConfig) -> None:
     assert all(torch.equal(post[name], pre[name]) for name in post)
 
 
+def test_kept_activations_give_the_same_sae_and_run_the_model_once(
+    config: TrainSAEConfig, forwards: list[Any], tmp_path: Path
+) -> None:
+    """Of two SAEs of one hook point the second only has the model run to be measured; a damaged file is made again."""
+    keeping = replace(config, tokens=3_000, activations=tmp_path / "activations")
+    plain, _ = trained(replace(config, tokens=3_000, out=tmp_path / "plain"))
+    forwards.clear()
+    first, record = trained(keeping)
+    ran = len(forwards)
+    files = sorted(keeping.activations.glob("*.safetensors"))  # type: ignore[union-attr]
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    forwards.clear()
+    again, _ = trained(replace(keeping, out=tmp_path / "again"))
+    measured = ran - len(files)
+    assert len(forwards) == measured + 1 < ran
+    forwards.clear()
+    trained(replace(keeping, k=4, out=tmp_path / "sparser"))
+    assert len(forwards) == measured
+    for sae in (first, again):
+        for name, weights in plain.state_dict().items():
+            torch.testing.assert_close(sae.state_dict()[name], weights, rtol=0, atol=0)
+    assert "activations" not in record["settings"]
+    with pytest.raises(CapacityError, match=f"keeps activations of something else .hook = {HOOK}.: choose"):
+        main(replace(keeping, hook="blocks.0.hook_resid_post", out=tmp_path / "elsewhere"))
+
+
 def test_half_precision_on_disk_is_float32_in_use(config: TrainSAEConfig) -> None:
     main(replace(config, tokens=2_000))
     sae, _ = trained(replace(config, tokens=2_000, save_dtype="float16", out=config.out.with_name("half")))
