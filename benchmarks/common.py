@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -45,8 +46,15 @@ class Prepared:
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int, each: int = 1) -> dict[str, float]:
-    """Median seconds of each candidate; one warm-up, then all take turns of `each` steps, so that drift of the machine
-    hits all alike.
+    """Median seconds of each candidate; see `interleaved`."""
+    return {name: statistics.median(values) for name, values in interleaved(candidates, repetitions, each).items()}
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], repetitions: int, each: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every repetition of each candidate; one warm-up, then all take turns of `each` steps, so that drift of
+    the machine hits all alike.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions + 1):
@@ -57,7 +65,27 @@ def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int, ea
                     step()
                     if repetition:
                         times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians, and its interval as a row shows it."""
+
+    value: float
+    interval: str
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> Ratio:
+    """The ratio of the medians of two candidates that took turns, with a 95% bootstrap interval over their turns."""
+    draws, turns = random.Random(0), range(len(times))
+    replicates = []
+    for _ in range(2_000):
+        drawn = draws.choices(turns, k=len(times))
+        replicates.append(statistics.median(times[i] for i in drawn) / statistics.median(others[i] for i in drawn))
+    replicates.sort()
+    low, high = replicates[50], replicates[-51]
+    return Ratio(statistics.median(times) / statistics.median(others), f"[{low:.3f}, {high:.3f}]")
 
 
 def arguments(description: str | None, repetitions: int, **numbers: int) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Verbs that judge the prediction: decompose and report."""
+"""Verbs that judge the prediction: decompose, observe and report."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from typing import Annotated
 
 import typer
 
-from tl_capacity.cli.shared import AsJson, Importance, Law, MaxFvu, show, widths_in
+from tl_capacity.cli.shared import AsJson, Importance, Law, MaxFvu, print_notes, show, widths_in
+from tl_capacity.distillation.observing import ObserveSettings
+from tl_capacity.options import command_with
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
+from tl_capacity.show.tables import table
+from tl_capacity.show.terminal import console, print_json
 
 
 def decompose(
     measurement: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
     distillation: Annotated[
-        Path, typer.Argument(help="A distillation of it, as `tl-capacity run distill --out` wrote it.")
+        Path,
+        typer.Argument(
+            help="Students of it, as `tl-capacity run distill --out` or `tl-capacity observe --out` wrote it."
+        ),
     ],
     hook: Annotated[
         str | None, typer.Option(help="The hook point to predict from. Default: the middle one of those measured.")
@@ -42,6 +49,25 @@ def decompose(
         max_fvu=max_fvu,
     )
     show(decomposition, as_json)
+
+
+@command_with(ObserveSettings)
+def observe(settings: ObserveSettings, as_json: AsJson = False) -> None:
+    """Judge students that somebody else made: their KL from the teacher on held-out text, of every document."""
+    from tl_capacity.distillation.observed import judged_cells
+    from tl_capacity.distillation.observed_by_name import observe_named
+    from tl_capacity.distillation.observed_table import judged_json, judged_notes, judged_title
+    from tl_capacity.runtime.processes import is_first
+
+    run = observe_named(settings)
+    if not is_first():
+        return
+    if as_json:
+        print_json(judged_json(run))
+        return
+    console().print(table(judged_title(run), *judged_cells(run)))
+    print_notes(judged_notes(run))
+    typer.echo(f"written to {settings.out}")
 
 
 def report(

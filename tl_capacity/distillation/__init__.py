@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from tl_capacity.runtime.lazy import lazily
 
 if TYPE_CHECKING:
+    from tl_capacity.distillation.judged import Judged as Judged
+    from tl_capacity.distillation.observation import observe as observe
     from tl_capacity.distillation.observed import ObservedFloor as ObservedFloor
     from tl_capacity.distillation.observed import observed_floors as observed_floors
     from tl_capacity.distillation.run import DistillationRun as DistillationRun

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tl_capacity.distillation.judged import Judged
+
+GIVEN = "given"
+"""The start of a student that somebody else trained: it was judged as it came."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +23,16 @@ class StudentCurve:
         name: of its folder under `students/`, where the run was saved.
         width: d_S.
         seed: of its initial weights.
-        start: "random", or "teacher" for the control of the teacher's width that began with its weights.
+        start: "random"; "truncated"; "teacher" for the control of the teacher's width that began with its weights; or
+            "given" for a student that somebody else trained.
         parameters, body_parameters: their number, and without embeddings and head.
         tokens: predicted tokens seen at each evaluation.
         heldout_kl: forward KL from the teacher at T = 1 on held-out text, in nats per token, at each evaluation.
         train_loss: mean training loss since the evaluation before; NaN-free, so it has one entry less than the others,
             which begin before the first step.
+        place: folder or hub id of a given student; others lie in the run's own folder.
+        revision: of its weights: a commit of the hub, or a digest of the files.
+        judged: how a given student predicts each held-out document; its one evaluation is the mean.
     """
 
     name: str
@@ -33,6 +44,14 @@ class StudentCurve:
     tokens: tuple[int, ...] = ()
     heldout_kl: tuple[float, ...] = ()
     train_loss: tuple[float, ...] = ()
+    place: str = ""
+    revision: str | None = None
+    judged: Judged | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether somebody else trained it."""
+        return self.start == GIVEN
 
     def losses(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
         """Both losses by name."""
@@ -41,3 +60,31 @@ class StudentCurve:
     def curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Tokens and held-out KL [evaluation], without the one before training."""
         return np.array(self.tokens[1:], dtype=np.int64), np.array(self.heldout_kl[1:], dtype=np.float64)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that is known of it, flat but for what it was judged by."""
+        content = asdict(replace(self, judged=None))
+        content["judged"] = None if self.judged is None else self.judged.to_json()
+        return {name: value for name, value in content.items() if name not in _OF_THE_GIVEN or value}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> StudentCurve:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: where it is damaged.
+        """
+        series = {
+            name: tuple(kind(x) for x in content[name])
+            for name, kind in (("tokens", int), ("heldout_kl", float), ("train_loss", float))
+        }
+        if len(series["tokens"]) != len(series["heldout_kl"]) or list(series["tokens"]) != sorted(
+            set(series["tokens"])
+        ):
+            raise ValueError(f"the curve of {content['name']} is not whole")
+        judged = content.get("judged")
+        return cls(**{**content, **series, "judged": None if judged is None else Judged.from_json(judged)})
+
+
+_OF_THE_GIVEN = ("place", "revision", "judged")
+"""Fields that only a given student has, and earlier versions do not know."""

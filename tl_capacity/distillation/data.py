@@ -4,7 +4,7 @@ others are trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,9 +28,15 @@ SHOWN_ROWS = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of token ids [row, position], `PADDING` behind their ends; 4 bytes a token, all in memory."""
+    """Rows of token ids, `PADDING` behind their ends; 4 bytes a token, all in memory.
+
+    Attributes:
+        tokens: token ids [row, position].
+        documents: number of the document that each row is from [row], where it is known.
+    """
 
     tokens: NDArray[np.int32]
+    documents: NDArray[np.int64] | None = None
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -98,12 +104,8 @@ def read(
         if n_train >= tokens and (heldout is not None or n_held >= heldout_tokens):
             break
     if heldout is not None:
-        for batch in as_batches(heldout, fillers=fillers):
-            rows = batch.tokens.astype(np.int32)
-            held.extend(rows)
-            n_held += int((rows != PADDING).sum()) - len(rows)
-            if n_held >= heldout_tokens:
-                break
+        held = [row for _, row in first_rows(heldout, heldout_tokens, fillers=fillers)]
+        n_held = sum(int((row != PADDING).sum()) - 1 for row in held)
     if n_held < 1:
         raise TokenSourceError(
             "there is no held-out text to judge the students by: give some, or a stream of several documents"
@@ -119,6 +121,40 @@ def read(
             " allow it to be repeated"
         )
     return Rows(_table(train)), Rows(_table(held))
+
+
+def first_rows(
+    stream: Any, tokens: int, every: int = 1, fillers: Fillers | None = None
+) -> Iterator[tuple[int, NDArray[np.int32]]]:
+    """`(document, token ids)` of the first rows of a stream, until they have so many predicted tokens.
+
+    Args:
+        every: read only documents whose number is a multiple of this, and the last of them whole; with `HELDOUT_EVERY`
+            they are those that `read` holds out. With 1 whole batches are read.
+    """
+    seen, last = 0, -1
+    for batch in as_batches(stream, fillers=fillers):
+        for document, row in zip(batch.documents.tolist(), batch.tokens.astype(np.int32), strict=True):
+            predicted = int((row != PADDING).sum()) - 1
+            if every > 1 and (document % every or predicted < 1 or (seen >= tokens and document != last)):
+                continue
+            seen, last = seen + predicted, document
+            yield document, row
+        if seen >= tokens and (every == 1 or int(batch.documents[-1]) > last):
+            return
+
+
+def read_to_judge(stream: Any, tokens: int, every: int = 1, special_ids: Sequence[int] = ()) -> Rows:
+    """Rows to judge students by, with their documents; see `first_rows`.
+
+    Raises:
+        TokenSourceError: where no document has two tokens.
+    """
+    rows = list(first_rows(stream, tokens, every, Fillers(special_ids, special_ids)))
+    kept = [(document, row) for document, row in rows if int((row != PADDING).sum()) > 1]
+    if not kept:
+        raise TokenSourceError("the text has no token that another one follows: give documents of two tokens or more")
+    return Rows(_table([row for _, row in kept]), np.array([document for document, _ in kept], dtype=np.int64))
 
 
 def first_whole_rows(text: Rows) -> Int[Tensor, "row position"]:

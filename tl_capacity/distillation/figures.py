@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tl_capacity.distillation.candidates import Candidate, without_default_law
-from tl_capacity.distillation.curves import StudentCurve
+from tl_capacity.distillation.curves import GIVEN, StudentCurve
 from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors, power_law
 from tl_capacity.errors import CapacityError
@@ -76,7 +76,7 @@ def observed_figure(
         mode="markers",
         marker=marker_of(0, 9),
         cliponaxis=False,  # a floor of zero lies on the axis
-        **legend_entry("observed, L∞ of the fit" if which == "fit" else "observed, mean of the last tenth"),
+        **legend_entry(_what_was_observed(students, which)),
     )
     controls = [f for f in floors if f.start == "teacher"]
     if controls:
@@ -160,6 +160,13 @@ def curves_figure(run: Iterable[StudentCurve], floors: Sequence[ObservedFloor] |
     figure.update_xaxes(type="log", title="predicted tokens trained on", tickvals=ticks, tickformat="~s")
     figure.update_yaxes(title="held-out KL (nats per token)", rangemode="tozero")
     return figure
+
+
+def _what_was_observed(students: Sequence[ObservedFloor], which: str) -> str:
+    """What the points of a figure are."""
+    if all(student.start == GIVEN for student in students):
+        return "observed, as they came"
+    return "observed, L∞ of the fit" if which == "fit" else "observed, mean of the last tenth"
 
 
 def short_candidate(candidate: Candidate) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tl_capacity.distillation.curves import GIVEN
 from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor
 
@@ -84,8 +85,15 @@ def floor_notes(observed: Sequence[ObservedFloor], which: str, floors: Mapping[i
     """
     notes = []
     means = [np.mean(sorted(floors[width])) for width in sorted(floors)]
+    given = sum(floor.start == GIVEN for floor in observed)
     if any(np.diff(np.array(means)) > 0):
-        notes.append("the observed floors do not fall with the width: train longer, or on more text")
+        advice = "they were not trained alike" if given else "train longer, or on more text"
+        notes.append(f"the observed floors do not fall with the width: {advice}")
+    if given:
+        notes.append(
+            f"{given} students were judged as they came: their loss is taken as their floor, and more training may"
+            " lower it"
+        )
     if which != "fit":
         return notes
     falling = sum(floor.low is not None and floor.falling > 0.1 * floor.value for floor in observed)
@@ -95,7 +103,7 @@ def floor_notes(observed: Sequence[ObservedFloor], which: str, floors: Mapping[i
             " extrapolated, and too low where the learning rate fell to zero: train longer, and see whether the mean"
             " of the last tenth says the same"
         )
-    unfitted = sum(floor.low is None and floor.start != "teacher" for floor in observed)
+    unfitted = sum(floor.low is None and floor.start not in ("teacher", GIVEN) for floor in observed)
     if unfitted:
         notes.append(
             f"{unfitted} students have too few evaluations for a fit: their floor is the mean of the last tenth of"

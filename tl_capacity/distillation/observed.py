@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.distillation.curves import StudentCurve
+from tl_capacity.distillation.curves import GIVEN, StudentCurve
 from tl_capacity.results.estimate import Estimate, block_resample, percentile_interval
 
 OBSERVED = ("fit", "last_tenth")
@@ -24,6 +24,15 @@ many.
 """
 
 
+JUDGED = {
+    "kl": ("KL(teacher ‖ student), nats per token", ".4f"),
+    "cross_entropy": ("its cross-entropy", ".4f"),
+    "above_teacher": ("above the teacher's", ".4f"),
+    "agreement": ("top-1 agreement", ".4f"),
+}
+"""The figures that a table shows of a student that was judged as it came, with their headings and formats."""
+
+
 @dataclass(frozen=True)
 class ObservedFloor:
     """The floor of one student.
@@ -31,7 +40,8 @@ class ObservedFloor:
     Attributes:
         value, low, high: L∞ of the fit L(t) = L∞ + a·t^−b to the held-out curve, with its 95% interval (moving-block
             bootstrap of the residuals), in nats per token; without an interval and equal to `last_tenth` where there
-            are too few evaluations to fit.
+            are too few evaluations to fit. Of a student that somebody else trained, its loss as it came, with a 95%
+            interval over documents: no curve says where it would end.
         last_tenth, last_tenth_low, last_tenth_high: mean held-out loss over the last tenth of training, as the paper
             takes it, with its interval likewise.
         a, b: of the fit, with t as a share of the whole training; 0 without a fit.
@@ -78,8 +88,19 @@ def observed_floors(run: Iterable[StudentCurve]) -> list[ObservedFloor]:
 
 def observed_floor(student: StudentCurve) -> ObservedFloor:
     """The floor of one student, deterministic."""
-    tokens, losses = student.curve()
     who: dict[str, Any] = {"name": student.name, "width": student.width, "seed": student.seed, "start": student.start}
+    if student.given:
+        kl = Estimate(student.heldout_kl[-1]) if student.judged is None else student.judged.figures["kl"]
+        return ObservedFloor(
+            **who,
+            value=kl.value,
+            low=kl.low,
+            high=kl.high,
+            last_tenth=kl.value,
+            last_tenth_low=kl.low,
+            last_tenth_high=kl.high,
+        )
+    tokens, losses = student.curve()
     share = tokens / tokens[-1]
     last_tenth = float(losses[share > 0.9].mean())
     fitted = share >= SKIPPED_SHARE
@@ -116,18 +137,32 @@ def observed_floor(student: StudentCurve) -> ObservedFloor:
 def floor_cells(floors: Sequence[ObservedFloor]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of observed floors, as text."""
     header = ["student", "width", "L∞ of the fit", "last tenth", "still falling by", "a", "b"]
+    return header, [[f.name, f"{f.width:,}", *_cells(f)] for f in floors]
+
+
+def judged_cells(students: Iterable[StudentCurve]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the students that were judged as they came, as text."""
+    header = ["student", "width d_S", "parameters", *(heading for heading, _ in JUDGED.values())]
     return header, [
         [
-            f.name,
-            f"{f.width:,}",
-            "not fitted" if f.low is None else f"{f.value:.4f} [{f.low:.4f}, {f.high:.4f}]",
-            f"{f.last_tenth:.4f}",
-            "" if f.low is None else f"{f.falling:.4f}",
-            "" if f.low is None else f"{f.a:.3g}",
-            "" if f.low is None else f"{f.b:.2f}",
+            student.name,
+            f"{student.width:,}",
+            f"{student.parameters:,}",
+            *(student.judged.figures[name].show(digits) for name, (_, digits) in JUDGED.items()),
         ]
-        for f in floors
+        for student in students
+        if student.judged is not None
     ]
+
+
+def _cells(floor: ObservedFloor) -> list[str]:
+    """What a table says of a floor behind the student's name and width."""
+    if floor.start == GIVEN:
+        return ["not trained here", Estimate(floor.value, floor.low, floor.high).show(".4f"), "", "", ""]
+    if floor.low is None:
+        return ["not fitted", f"{floor.last_tenth:.4f}", "", "", ""]
+    fit = f"{floor.value:.4f} [{floor.low:.4f}, {floor.high:.4f}]"
+    return [fit, f"{floor.last_tenth:.4f}", f"{floor.falling:.4f}", f"{floor.a:.3g}", f"{floor.b:.2f}"]
 
 
 def power_law(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ disk, read without importing torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.storage import files as storage
 
-SCHEMA = 1
+SCHEMA = 2
+"""The newest that is read. Students of one's own are written as schema 1, which earlier versions read too."""
 JSON_NAME = "distillation.json"
 
 
@@ -55,10 +56,10 @@ class DistillationRun:
 
     def __repr__(self) -> str:
         tokens = self.students[0].tokens[-1] if self.students and self.students[0].tokens else 0
-        return (
-            f"DistillationRun({self.teacher} into {', '.join(s.name for s in self.students)}; {tokens:,} tokens of"
-            f" {self.source})"
-        )
+        names = ", ".join(s.name for s in self.students)
+        if self.observed:
+            return f"DistillationRun({self.teacher} beside {names}; judged on {self.heldout_tokens:,} tokens)"
+        return f"DistillationRun({self.teacher} into {names}; {tokens:,} tokens of {self.source})"
 
     def __getitem__(self, name: str) -> StudentCurve:
         by_name = {student.name: student for student in self.students}
@@ -71,11 +72,30 @@ class DistillationRun:
         """The widths of the students, controls left out, in ascending order."""
         return tuple(sorted({s.width for s in self.students if s.start != "teacher"}))
 
+    @property
+    def observed(self) -> bool:
+        """Whether all students were judged as they came, and none was trained."""
+        return bool(self.students) and all(student.given for student in self.students)
+
+    def place_of(self, name: str, folder: str | Path) -> str:
+        """Where a student's weights lie: a folder or a hub id.
+
+        Args:
+            name: of the student.
+            folder: that the run was saved in.
+
+        Raises:
+            CapacityError: where there is no such student.
+        """
+        return self[name].place or str(Path(folder) / "students" / name)
+
     def plot(self) -> Any:
-        """A plotly figure of the held-out curves with their asymptotes; see `report.figures.curves_figure`."""
+        """A plotly figure of the held-out curves with their asymptotes, see `report.figures.curves_figure`; of students
+        that were judged as they came, of their losses.
+        """
         from tl_capacity.distillation.figures import curves_figure
 
-        return curves_figure(self)
+        return self.plot_floors() if self.observed else curves_figure(self)
 
     def plot_floors(self) -> Any:
         """A plotly figure of the observed floors against the student's width; `decompose(measurement, run).plot()`
@@ -87,25 +107,39 @@ class DistillationRun:
         return observed_figure(observed_floors(self))
 
     def to_frame(self) -> Any:
-        """The held-out curves as a pandas DataFrame, one row for each evaluation of each student."""
+        """The held-out curves as a pandas DataFrame, one row for each evaluation of each student; students that were
+        judged as they came have one, with its interval and the other figures.
+        """
         import pandas
 
         rows = [
-            {"student": s.name, "width": s.width, "seed": s.seed, "start": s.start, "tokens": tokens, "heldout_kl": kl}
+            {
+                "student": s.name,
+                "width": s.width,
+                "seed": s.seed,
+                "start": s.start,
+                "tokens": tokens,
+                "heldout_kl": kl,
+                **({} if s.judged is None else s.judged.flat()),
+            }
             for s in self.students
             for tokens, kl in zip(s.tokens, s.heldout_kl, strict=True)
         ]
         return pandas.DataFrame(rows)
 
     def _repr_html_(self) -> str:
-        from tl_capacity.distillation.observed import floor_cells, observed_floors
+        from tl_capacity.distillation.observed import floor_cells, judged_cells, observed_floors
         from tl_capacity.show.tables import html_table
 
+        if self.observed:
+            return html_table(*judged_cells(self))
         return html_table(*floor_cells(observed_floors(self)))
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
-        return {"schema": SCHEMA, **asdict(self)}
+        content = {each.name: getattr(self, each.name) for each in fields(self)}
+        students = [student.to_json() for student in self.students]
+        return {"schema": SCHEMA if any(s.given for s in self.students) else 1, **content, "students": students}
 
     def save(self, folder: str | Path) -> Path:
         """Write `distillation.json` into a folder, whole or not at all.
@@ -128,7 +162,7 @@ class DistillationRun:
         if not path.is_file():
             raise MeasurementError(
                 f"{folder} is no distillation: it has no {JSON_NAME}; pass a folder that `tl-capacity run distill"
-                " --out` wrote"
+                " --out` or `tl-capacity observe --out` wrote"
             )
         try:
             return cls.from_json(storage.read_record(path, SCHEMA))
@@ -145,17 +179,7 @@ class DistillationRun:
                 f"the distillation has schema {content['schema']!r}, and this version reads up to {SCHEMA}: upgrade"
                 " tl-capacity"
             )
-        students = []
-        for saved in content["students"]:
-            series = {
-                name: tuple(kind(x) for x in saved[name])
-                for name, kind in (("tokens", int), ("heldout_kl", float), ("train_loss", float))
-            }
-            if len(series["tokens"]) != len(series["heldout_kl"]) or list(series["tokens"]) != sorted(
-                set(series["tokens"])
-            ):
-                raise ValueError(f"the curve of {saved['name']} is not whole")
-            students.append(StudentCurve(**{**saved, **series}))
+        students = [StudentCurve.from_json(saved) for saved in content["students"]]
         if not students:
             raise ValueError("it has no students")
         return cls(

@@ -124,7 +124,7 @@ def divergences(
         torch.exp(log_p[:count], out=p[:count])
         for variant, hidden in enumerate(others):
             head.logits(hidden[rows], logits[:count])
-            for some in _pieces(count, vocabulary):
+            for some in cached_pieces(count, vocabulary):
                 log_q = torch.log_softmax(logits[some], -1)
                 found[variant, start + some.start : start + some.stop] = exact(
                     torch.linalg.vecdot(p[some], torch.sub(log_p[some], log_q, out=log_q))
@@ -132,8 +132,8 @@ def divergences(
     return found
 
 
-def _pieces(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """A few tokens at a time, whose logits stay in the cache."""
+def cached_pieces(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """A few of some tokens at a time, whose logits stay in the cache."""
     at_once = torch.get_num_threads() * max(1, CACHED_LOGITS // vocabulary)
     for start in range(0, tokens, at_once):
         yield slice(start, min(start + at_once, tokens))

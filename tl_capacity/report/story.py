@@ -123,7 +123,7 @@ def story_of(results: Results, settings: ReportSettings, snippets: Snippets, sni
             max_fvu=None,
         )
     except CapacityError as problem:
-        evaluated = all(len(student.tokens) > 1 for student in results.run)
+        evaluated = all(student.given or len(student.tokens) > 1 for student in results.run)
         return replace(story, observed=observed_floors(results.run) if evaluated else (), undecomposed=str(problem))
     return replace(story, observed=decomposition.observed, decomposition=decomposition)
 

@@ -73,7 +73,12 @@ def _with_observed(story: Story, section: Section) -> Section:
     """The section with observed floors, and with what explains them where that could be asked."""
     if story.observed:
         figure = figures.observed_figure(story.observed, story.decomposition, story.settings.observed)
-        caption = "Observed floors of the distilled students, in nats per token, with 95% intervals of the fit."
+        observed = story.results.run is not None and story.results.run.observed
+        caption = (
+            "Losses of the students as they came, in nats per token, with 95% intervals over documents."
+            if observed
+            else "Observed floors of the distilled students, in nats per token, with 95% intervals of the fit."
+        )
         section = replace(
             section,
             figures=[*section.figures, ("observed-floors", figure, caption)],

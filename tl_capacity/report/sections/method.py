@@ -20,7 +20,8 @@ def method(story: Story) -> list[tuple[str, Entries]]:
         ("Predictions", _predicted(story)),
     ]
     if story.results.run is not None:
-        groups.append(("Distillation", _distilled(story.results.run)))
+        title = "Students as they came" if story.results.run.observed else "Distillation"
+        groups.append((title, _distilled(story.results.run)))
     return groups
 
 
@@ -62,6 +63,8 @@ def _predicted(story: Story) -> Entries:
 
 
 def _distilled(run: DistillationRun) -> Entries:
+    if run.observed:
+        return _judged(run)
     intervals = (
         "95%: of floors, moving-block bootstrap of what the fit leaves; of C, B and exponent, bootstrap over widths and"
         " seeds"
@@ -71,5 +74,17 @@ def _distilled(run: DistillationRun) -> Entries:
         ("text", f"{run.source}; held out: {run.heldout_tokens:,} tokens of {run.heldout_source or run.source}"),
         ("settings", settings_text(run.settings)),
         ("intervals", intervals),
+        ("time", f"{run.seconds:,.0f} s"),
+    ]
+
+
+def _judged(run: DistillationRun) -> Entries:
+    """Of students that were judged as they came."""
+    return [
+        ("teacher", f"{run.teacher}, d = {run.teacher_width:,}"),
+        ("students", "; ".join(f"{s.name}: {s.place or 'given in a session'}, {s.revision or ''}" for s in run)),
+        ("text", f"{run.heldout_tokens:,} tokens of {run.heldout_source}"),
+        ("settings", settings_text(run.settings)),
+        ("intervals", "95%, bootstrap over documents"),
         ("time", f"{run.seconds:,.0f} s"),
     ]

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tl_capacity.distillation.candidates import without_default_law
+from tl_capacity.distillation.curves import GIVEN
 from tl_capacity.distillation.decomposition import Decomposition
 from tl_capacity.distillation.fitting import Fit
-from tl_capacity.distillation.observed import ObservedFloor
+from tl_capacity.distillation.observed import ObservedFloor, judged_cells
+from tl_capacity.distillation.observed_table import judged_notes, judged_title
 from tl_capacity.report import figures
-from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, text_cell
+from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, sentence, text_cell
 from tl_capacity.report.story import Story
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.results.naming import short_hook
@@ -37,7 +39,9 @@ def observed_table(story: Story) -> PageTable:
 
 def _observed_row(floor: ObservedFloor, predicted: Mapping[int, Estimate]) -> list[Cell]:
     control = floor.start == "teacher"
-    if floor.low is None:
+    if floor.start == GIVEN:
+        fit, falling = Cell("not trained here", order=floor.value), Cell("")
+    elif floor.low is None:
         fit, falling = Cell("not fitted", order=floor.value), Cell("")
     else:
         fit = estimate_cell(Estimate(floor.value, floor.low, floor.high), ".4f")
@@ -107,6 +111,11 @@ def curves(story: Story, empty: Section) -> Section:
             missing="There are no training curves, as no distillation was given: once there is one, name its folder.",
             command=command,
         )
+    if run.observed:
+        header, rows = judged_cells(run)
+        cells = [[text_cell(row[0]), *(Cell(cell) for cell in row[1:])] for row in rows]
+        notes = [sentence(note) for note in judged_notes(run)]
+        return replace(empty, text=notes, tables=[PageTable(judged_title(run), header, cells)])
     text = [
         f"{run.teacher}, d = {run.teacher_width:,}, distilled on {run.students[0].tokens[-1]:,} tokens of"
         f" {run.source or 'text'}; judged in nats per token at temperature 1 on {run.heldout_tokens:,} held-out tokens."

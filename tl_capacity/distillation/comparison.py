@@ -1,0 +1,184 @@
+"""Comparison of next-token distributions: a teacher's with those of any students, from hidden states, a chunk of tokens
+at a time, so that the logits of a batch never exist at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from tl_capacity.errors import CapacityError
+from tl_capacity.models.forward import forward_options
+from tl_capacity.models.head import CHUNK_TOKENS, Head, cached_pieces, check_head, head_of, last_hidden
+from tl_capacity.runtime.devices import exact, exact_device
+from tl_capacity.runtime.scratch import Scratch
+
+
+@runtime_checkable
+class Logits(Protocol):
+    """What turns a model's hidden states into logits."""
+
+    def logits(
+        self, hidden: Float[Tensor, "token width"], out: Float[Tensor, "token vocabulary"]
+    ) -> Float[Tensor, "token vocabulary"]:
+        """Logits of some tokens, into `out`."""
+        ...
+
+
+class LogitsThemselves:
+    """Stands in for the head of a model whose hidden states are its logits already."""
+
+    def logits(
+        self, hidden: Float[Tensor, "token width"], out: Float[Tensor, "token vocabulary"]
+    ) -> Float[Tensor, "token vocabulary"]:
+        """The first of them, into `out`."""
+        return out.copy_(hidden[:, : out.shape[1]])
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model predicts behind some tokens.
+
+    Attributes:
+        hidden: hidden states behind its last norm.
+        head: what turns them into logits.
+    """
+
+    hidden: Float[Tensor, "token width"]
+    head: Logits
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that predicts the next token.
+
+    Attributes:
+        model: a Hugging Face or TransformerLens causal language model.
+        vocabulary: logits that it has.
+        head: what turns its last hidden states into logits; None for an architecture in which nothing linear does, of
+            which the logits are computed row by row.
+    """
+
+    model: Any
+    vocabulary: int
+    head: Head | None
+
+    @classmethod
+    def of(cls, model: Any, row: Int[Tensor, "one position"]) -> Predictor:
+        """A model that can be run, with its head where it has one, as is seen on a row of tokens."""
+        with torch.no_grad():
+            output = model(row[:, :2], **forward_options(model))
+        vocabulary = int(getattr(output, "logits", output).shape[-1])
+        try:
+            head = head_of(model)
+            if not isinstance(head.weight, Tensor) or len(head.weight) != vocabulary:
+                raise CapacityError("its head is no matrix")  # as where it was quantised
+            check_head(model, row, "judged")
+        except (CapacityError, AttributeError, RuntimeError, TypeError):
+            return cls(model, vocabulary, None)
+        return cls(model, vocabulary, head)
+
+    def __call__(
+        self, tokens: Int[Tensor, "row position"], counted: Bool[Tensor, "row position"], vocabulary: int
+    ) -> Predicted:
+        """What it predicts at the counted positions. Rows are padded on the right, where causal models do not look.
+
+        Args:
+            vocabulary: logits to keep, the first so many.
+        """
+        if self.head is None:
+            output = self.model(tokens, **forward_options(self.model))
+            return Predicted(getattr(output, "logits", output)[counted][:, :vocabulary], LogitsThemselves())
+        head = self.head
+        if vocabulary < self.vocabulary:
+            bias = None if head.bias is None else head.bias[:vocabulary]
+            head = Head(head.weight[:vocabulary], bias, head.cap)
+        return Predicted(last_hidden(self.model, tokens)[counted], head)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Some tokens as a teacher and its students predict them.
+
+    Attributes:
+        kl: KL(teacher ‖ student) at T = 1, in nats.
+        cross_entropy: −log of the probability that each student gives to the token that came.
+        teacher_cross_entropy: the same of the teacher.
+        agreement: whether student and teacher find the same token likeliest.
+    """
+
+    kl: Float64[Tensor, "student token"]
+    cross_entropy: Float64[Tensor, "student token"]
+    teacher_cross_entropy: Float64[Tensor, " token"]
+    agreement: Bool[Tensor, "student token"]
+
+    def figures(self) -> Float64[Tensor, "figure student token"]:
+        """All of them as numbers, in the order of `judged.MEANS`."""
+        own = self.teacher_cross_entropy.expand_as(self.kl)
+        return torch.stack([self.kl, self.cross_entropy, own, self.agreement.to(self.kl)])
+
+
+@torch.no_grad()
+def compare_models(
+    predictors: Sequence[Predictor],
+    tokens: Int[Tensor, "row position"],
+    counted: Bool[Tensor, "row position"],
+    labels: Int[Tensor, " token"],
+    vocabulary: int,
+    scratch: Scratch,
+) -> Compared:
+    """Compare what several models, the teacher first, predict at the counted positions of some rows; see `compare`."""
+    teacher, *students = (predictor(tokens, counted, vocabulary) for predictor in predictors)
+    return compare(teacher, students, labels, vocabulary, scratch)
+
+
+@torch.no_grad()
+def compare(
+    teacher: Predicted,
+    students: Sequence[Predicted],
+    labels: Int[Tensor, " token"],
+    vocabulary: int,
+    scratch: Scratch,
+    chunk: int = CHUNK_TOKENS,
+) -> Compared:
+    """Compare the next-token distributions of a teacher and its students.
+
+    Logits of `chunk` tokens exist at a time, those of the teacher once for all students.
+
+    Args:
+        labels: the token that came after each.
+        vocabulary: logits that all of them have.
+        scratch: memory for them, kept from one call to the next.
+    """
+    shape, device = (len(students), len(labels)), labels.device
+    kl, cross_entropy = (torch.zeros(shape, dtype=torch.float64, device=exact_device(device)) for _ in range(2))
+    own = torch.zeros(len(labels), dtype=torch.float64, device=exact_device(device))
+    agreement = torch.zeros(shape, dtype=torch.bool, device=device)
+    size = min(chunk, max(1, len(labels)))
+    buffers = scratch.take(4 * size * vocabulary, torch.empty(0, device=device)).view(4, size, vocabulary)
+    for start in range(0, len(labels), size):
+        rows = slice(start, min(start + size, len(labels)))
+        log_p, p, logits, log_q = (buffer[: rows.stop - start] for buffer in buffers)
+        label = labels[rows, None]
+        teacher.head.logits(teacher.hidden[rows], logits)
+        likeliest = logits.argmax(-1, keepdim=True)
+        for some in cached_pieces(len(label), vocabulary):
+            torch.log_softmax(logits[some], -1, out=log_p[some])
+            torch.exp(log_p[some], out=p[some])
+        own[rows] = exact(-log_p.gather(1, label)[:, 0])
+        for number, student in enumerate(students):
+            student.head.logits(student.hidden[rows], logits)
+            for some in cached_pieces(len(label), vocabulary):
+                at = slice(start + some.start, start + some.stop)
+                torch.log_softmax(logits[some], -1, out=log_q[some])
+                best = log_q[some].amax(-1, keepdim=True)
+                agreement[number, at] = (log_q[some].gather(1, likeliest[some]) >= best)[:, 0]
+                cross_entropy[number, at] = exact(-log_q[some].gather(1, label[some])[:, 0])
+                difference = torch.sub(log_p[some], log_q[some], out=log_q[some])
+                kl[number, at] = exact(torch.linalg.vecdot(p[some], difference))
+    return Compared(kl, cross_entropy, own, agreement)
