@@ -8,6 +8,8 @@ from fractions import Fraction
 from tl_capacity.errors import CapacityError
 
 BYTES = {"MB": 10**6, "GB": 10**9}
+NATS = "nats per token"
+"""The unit of a student's KL. A predicted floor in it needs no factor."""
 
 
 def bytes_in(text: str) -> int:
