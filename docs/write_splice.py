@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 from write_results import RESULTS, filled, table
 
-from tl_capacity import Measurement, Spliced, theory
+from tl_capacity import Measurement, Spliced
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.plugins import plugins
+from tl_capacity.predict.laws import context_at, kept_features
 from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
@@ -28,7 +30,8 @@ WIDTHS = (16, 20, 24, 32, 40, 48, 56, 64, 80, 96)
 NEW = (20, 40, 56, 80)
 """Widths of which no student had been trained when their floors were predicted."""
 TEACHER_WIDTH = 128
-LAWS = ("d·g(α)", "F·d_S/d_T")
+LAWS = {"d·g(α)": "compressed_sensing", "F·d_S/d_T": "proportional"}
+BUDGET, SHARE = LAWS
 CONSISTENT = "d·g(α), interpolated to d* = d_T"
 
 
@@ -44,10 +47,8 @@ def curves(runs: Path) -> Iterator[tuple[HookMeasurement, SplicedCurve, dict[str
 
 def kept(law: str, hook: HookMeasurement, width: int) -> int:
     """Features that a width keeps."""
-    alive = hook.summary.n_alive.value
-    if law == LAWS[0]:
-        return int(theory.kept_features(width, hook.summary.alpha.value, int(alive)))
-    return min(int(alive * width / TEACHER_WIDTH), int(alive))
+    at = context_at(hook, hook.importance(), hook.summary.alpha.value)
+    return kept_features(plugins().capacity_laws[LAWS[law]], width, at)
 
 
 def rows(runs: Path) -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ def consistent(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """
     groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for row in found:
-        if row["law"] == LAWS[0] and row["architecture"] == "topk":
+        if row["law"] == BUDGET and row["architecture"] == "topk":
             groups.setdefault((row["hook"], row["d_sae"], row["width"]), []).append(row)
     for (hook, d_sae, width), members in groups.items():
         members.sort(key=lambda row: row["d_star"])
@@ -143,7 +144,7 @@ def write(runs: Path, distillations: list[Path]) -> None:
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = RESULTS / "splice.md"
     text = page.read_text(encoding="utf-8")
-    for name, law in (("budget", LAWS[0]), ("proportional", LAWS[1]), ("consistent", CONSISTENT)):
+    for name, law in (("budget", BUDGET), ("proportional", SHARE), ("consistent", CONSISTENT)):
         text = filled(text, name, law_table(found, law), "docs/write_splice.py")
     page.write_text(text, encoding="utf-8")
 

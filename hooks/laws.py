@@ -1,4 +1,4 @@
-"""Capacity laws: how many features of sparsity α one dimension holds."""
+"""Capacity laws: how many features a width holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tl_capacity import theory
 from tl_capacity.hookspecs import hookimpl
-from tl_capacity.interfaces import CapacityLaw
+from tl_capacity.interfaces import CapacityContext, CapacityLaw
 
 
 class CompressedSensing(CapacityLaw):
@@ -42,6 +42,19 @@ class Equilibrium(CapacityLaw):
         return float(1.03 * theory.capacity(alpha) ** exponent)
 
 
+class Proportional(CapacityLaw):
+    """F · d_S/d_T: a teacher of width d_T holds its F features, so a student of width d_S holds the same share of them
+    as its width is of the teacher's, whatever their sparsity.
+    """
+
+    name = "proportional"
+    summary = "F·d_S/d_T, the share of the features that the width is of the teacher's"
+    caveat = "keeps more features the larger the dictionary is: compare dictionaries of one size"
+
+    def kept(self, width: int, at: CapacityContext) -> float:
+        return at.n_features * width / at.teacher_width
+
+
 def importance_slope(importance: NDArray[np.float64]) -> float:
     """s of the power law Iᵢ ∝ i^−s that fits the sorted positive importances best, by least squares in log–log; 0 for
     fewer than two.
@@ -56,3 +69,4 @@ def importance_slope(importance: NDArray[np.float64]) -> float:
 def register_capacity_laws(register: Callable[[CapacityLaw], None]) -> None:
     register(CompressedSensing())
     register(Equilibrium())
+    register(Proportional())

@@ -357,7 +357,7 @@ def test_plugins_shows_what_a_law_is_and_its_caveat(command: Cli) -> None:
     (row,) = (row for row in listed if row["name"] == "equilibrium")
     assert (row["summary"], row["caveat"]) == (law.summary, law.caveat)
     assert ["summary" in row for row in listed] == [True] * len(listed)
-    assert [row["name"] for row in listed if "caveat" in row] == ["equilibrium"]
+    assert [row["name"] for row in listed if "caveat" in row] == ["equilibrium", "proportional"]
     shown = " ".join(command("plugins")[1].replace("│", " ").split())
     assert law.summary in shown
 

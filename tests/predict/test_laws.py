@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,6 @@ from tl_capacity.report.edges import edges
 
 COUNTS, TOKENS = np.arange(1, 201) * 64, 64_000
 """So that all 200 features are alive, and their L0 is 20.1."""
-
-
-class Proportional(CapacityLaw):
-    """F · d_S / d_T."""
-
-    name, summary, caveat = "proportional", "F·d_S/d_T", "for comparison"
-
-    def kept(self, width: int, at: CapacityContext) -> float:
-        return at.n_features * width / at.teacher_width
 
 
 class Squared(CapacityLaw):
@@ -85,7 +77,7 @@ class Even(CapacityLaw):
 @pytest.fixture
 def laws() -> Iterator[dict[str, CapacityLaw]]:
     """Registered for one test."""
-    registered = {law.name: law for law in (Proportional(), Squared(), Few(), Looking())}
+    registered = {law.name: law for law in (Squared(), Few(), Looking())}
 
     class Plugin:
         @hookimpl
@@ -98,17 +90,16 @@ def laws() -> Iterator[dict[str, CapacityLaw]]:
     unregister_plugin(name)
 
 
-@pytest.mark.usefixtures("laws")
 def test_a_law_of_the_share_of_the_teachers_width() -> None:
     measurement = measurement_of_counts(COUNTS, tokens=TOKENS)
     hook = measurement.hooks[0]
     assert (hook.width, hook.teacher_width, int(hook.summary.n_alive.value)) == (16, 16, 200)
     values = np.sort(hook.importance())[::-1]
     for prediction in measurement.floors([1, 3, 8, 16, 32], law="proportional"):
-        kept = min(200, floor(200 * prediction.width / 16))
+        kept = min(200, floor(Fraction(200 * prediction.width, 16)))
         assert prediction.features_kept.value == kept
         assert prediction.predicted_floor.value == pytest.approx(values[kept:].sum(), abs=1e-12)
-        assert prediction.caveat == "for comparison"
+        assert prediction.caveat == plugins().capacity_laws["proportional"].caveat
     budget = measurement.budget((4,), law="proportional")
     assert budget.to_frame().budget[0] == 200
     answer = plan(measurement, keep=0.5, law="proportional")
@@ -163,7 +154,16 @@ def test_a_measurement_whose_width_of_the_model_is_garbled_is_refused(tmp_path: 
             Measurement.load(tmp_path)
 
 
-@pytest.mark.usefixtures("laws")
+@given(st.integers(1, 2**22), st.integers(1, 2**15), st.data())
+def test_the_proportional_law_is_exact(features: int, teacher: int, data: st.DataObject) -> None:
+    """⌊F · d_S/d_T⌋ in whole numbers: a student of the teacher's width keeps every feature, and half of it half."""
+    width = data.draw(st.integers(1, 2 * teacher))
+    at = CapacityContext(0.9, np.zeros(features), 4 * teacher, teacher)
+    assert kept_features(plugins().capacity_laws["proportional"], width, at) == min(
+        features * width // teacher, features
+    )
+
+
 def test_a_bare_curve_says_the_teachers_width_or_refuses(tmp_path: Path, cli: Cli) -> None:
     curve = {"sorted_importance": [3.0, 2.0, 1.0, 0.5], "alpha": 0.5}
     path = tmp_path / "curve.json"

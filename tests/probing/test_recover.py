@@ -462,7 +462,7 @@ def test_the_budget_of_any_registered_law_is_kept(
     finally:
         unregister_plugin("halves")
     (row,) = Recoverability.load(tmp_path).rows
-    assert list(row.budgets) == ["compressed_sensing", "equilibrium", name]
+    assert list(row.budgets) == ["compressed_sensing", "equilibrium", "proportional", name]
     assert row.budgets[name].value == 0.5 * STUDENT_WIDTH
     assert row.counts["kept"].value == 8
     assert row.labelled[f"budget by the {name} law"] == row.budgets[name]

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from tl_capacity.errors import CapacityError
 from tl_capacity.show.figures import line_of, marker_of, new_panels
 from tl_capacity.toy.achieved import GREY_LINE, add_achieved, floor_panels, panels_of
-from tl_capacity.toy.judging import cells
+from tl_capacity.toy.judging import cells, said
 from tl_capacity.toy.predictors import Predictor, predictors
 
 
@@ -21,10 +21,10 @@ def floors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> g
         students: what `predictions` returned.
         chosen: the predictors of which those that say so are drawn; by default all there are.
     """
-    figure = floor_panels(students)
+    figure, names = floor_panels(students), drawn_names(students[students.kind == "direct"], chosen)
     for panel, at in panels_of(students):
         add_achieved(figure, panel, at)
-        for place, name in enumerate(drawn_names(chosen)):
+        for place, name in enumerate(names):
             predicted = panel.groupby("width")[name].mean()
             figure.add_scatter(
                 x=predicted.index,
@@ -46,7 +46,8 @@ def predictors_figure(students: Any, chosen: Sequence[Predictor] | None = None) 
     Args:
         students, chosen: as in `floors_figure`.
     """
-    rows, names = cells(students), drawn_names(chosen)
+    rows = cells(students)
+    names = drawn_names(rows, chosen)
     figure = new_panels(names, len(names), horizontal_spacing=0.05, shared_yaxes=True)
     for column, name in enumerate(names, start=1):
         figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=GREY_LINE, showlegend=False, row=1, col=column)
@@ -67,9 +68,9 @@ def predictors_figure(students: Any, chosen: Sequence[Predictor] | None = None) 
     return figure
 
 
-def drawn_names(chosen: Sequence[Predictor] | None) -> list[str]:
-    """The names of the predictors that figures show, of all there are where none are given."""
-    return [predictor.name for predictor in (predictors() if chosen is None else chosen) if predictor.drawn]
+def drawn_names(rows: Any, chosen: Sequence[Predictor] | None) -> list[str]:
+    """The names of the predictors that figures show of some rows, of all there are where none are given."""
+    return said(rows, [each for each in (predictors() if chosen is None else chosen) if each.drawn])
 
 
 def png(figure: go.Figure, width: int, height: int) -> bytes:

@@ -77,13 +77,14 @@ def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
 
     Args:
         rows: students or cells that carry predictions.
+        names: of the predictors; by default all that say something of these rows.
 
     Returns:
         A pandas DataFrame with the columns `predictor`, `stratum`, `count` and the five accuracies.
     """
     import pandas
 
-    names = [p.name for p in predictors()] if names is None else names
+    names = said(rows, predictors()) if names is None else names
     judged = [
         {
             "predictor": name,
@@ -95,6 +96,13 @@ def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
         for stratum, chosen in strata(rows).items()
     ]
     return pandas.DataFrame(judged, columns=["predictor", "stratum", "count", *ACCURACIES])
+
+
+def said(rows: Any, chosen: Sequence[Predictor]) -> list[str]:
+    """The names of those predictors that say something of some row, of all where there is no row: a law that looks at
+    the teacher's width says nothing of students of the data itself.
+    """
+    return [predictor.name for predictor in chosen if not len(rows) or rows[predictor.name].notna().any()]
 
 
 def strata(rows: Any) -> dict[str, Any]:
