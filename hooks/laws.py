@@ -1,4 +1,4 @@
-"""Capacity laws: how many features a width holds."""
+"""Capacity laws: how many features a width holds. The floors that follow from it are registered here as well."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from tl_capacity.hooks.floor_predictors import BUILT_IN
 
 from tl_capacity import theory
 from tl_capacity.hookspecs import hookimpl
-from tl_capacity.interfaces import CapacityContext, CapacityLaw
+from tl_capacity.interfaces import CapacityContext, CapacityLaw, FloorPredictor
 
 
 class CompressedSensing(CapacityLaw):
@@ -70,3 +71,9 @@ def register_capacity_laws(register: Callable[[CapacityLaw], None]) -> None:
     register(CompressedSensing())
     register(Equilibrium())
     register(Proportional())
+
+
+@hookimpl
+def register_floor_predictors(register: Callable[[FloorPredictor], None]) -> None:
+    for predictor in BUILT_IN:
+        register(predictor)

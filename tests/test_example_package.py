@@ -93,11 +93,12 @@ def bloom(folder: Path) -> Path:
     return folder / "bloom"
 
 
-def test_all_five_are_listed(command: Command) -> None:
+def test_all_six_are_listed(command: Command) -> None:
     found = json.loads(command("plugins", "--json"))
     assert {(row["kind"], row["name"]) for row in found["plugins"] if row["from"] == "example"} == {
         ("importance estimator", "mean_ablation"),
         ("capacity law", "antipodal"),
+        ("floor predictor", "lost_share"),
         ("model family", "bloom"),
         ("concept", "asks"),
         ("recipe", "compare-importance"),

@@ -73,6 +73,7 @@ def test_built_ins_come_through_entry_points() -> None:
     assert not found.failures
     assert {"second_moment", "decoder_weighted", "firing_rate"} <= set(found.importance_estimators.items)
     assert {"compressed_sensing", "equilibrium", "proportional"} <= set(found.capacity_laws.items)
+    assert {"importance", "splice", "rank_bound", "1/d"} <= set(found.floor_predictors.items)
     assert found.importance_estimators.origins["second_moment"] == "importance"
     assert {"embedded", "smollm2-135m"} <= set(found.models.items)
     assert {"embedded-teacher", "train-sae"} <= set(found.recipes.items)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tl_capacity.distillation.observation import observe as observe
     from tl_capacity.errors import CapacityError as CapacityError
     from tl_capacity.interfaces import CapacityLaw as CapacityLaw
+    from tl_capacity.interfaces import FloorPredictor as FloorPredictor
     from tl_capacity.interfaces import ImportanceEstimator as ImportanceEstimator
     from tl_capacity.measure.attach import HookedModel as HookedModel
     from tl_capacity.measure.attach import add_capacity_hooks as add_capacity_hooks
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from tl_capacity.measurement.measurement import Measurement as Measurement
     from tl_capacity.models.loading import load_model as load_model
     from tl_capacity.plugins import register_importance_estimator as register_importance_estimator
+    from tl_capacity.predict.forecasts import Forecasts as Forecasts
+    from tl_capacity.predict.predictors import forecasts_of as forecasts_of
     from tl_capacity.predict.spliced import Spliced as Spliced
     from tl_capacity.splicing.splice import splice as splice
     from tl_capacity.text.streams import TokenStream as TokenStream

@@ -11,6 +11,7 @@ import pluggy
 from tl_capacity.interfaces import (
     CapacityLaw,
     Concept,
+    FloorPredictor,
     ImportanceEstimator,
     ModelFamily,
     NamedModel,
@@ -30,6 +31,11 @@ def register_importance_estimators(register: Callable[[ImportanceEstimator], Non
 @hookspec
 def register_capacity_laws(register: Callable[[CapacityLaw], None]) -> None:
     """Add laws that say how many features a dimension holds."""
+
+
+@hookspec
+def register_floor_predictors(register: Callable[[FloorPredictor], None]) -> None:
+    """Add ways to predict the loss that a student of some width ends at."""
 
 
 @hookspec

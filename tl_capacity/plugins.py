@@ -23,12 +23,14 @@ from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import (
     CapacityLaw,
     Concept,
+    FloorPredictor,
     ImportanceEstimator,
     ModelFamily,
     NamedModel,
     Recipe,
     TokenSource,
 )
+from tl_capacity.interfaces.floors import problem_with
 from tl_capacity.storage.digests import digest
 
 FILE = "tl_capacity_plugin_"
@@ -53,12 +55,14 @@ class Registry(Generic[Item]):
     Attributes:
         kind: what a sentence calls such an object.
         needs: attributes that each of them has.
+        problem_with: says of an object what else is wrong with it, and what to do; None where nothing is.
     """
 
     kind: str
     items: dict[str, Item] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ("name",)
+    problem_with: Callable[[object], str | None] = lambda item: None
 
     def lacking(self, item: object) -> str | None:
         """The first of the attributes it needs that an object does not have; None where it has all."""
@@ -75,6 +79,8 @@ class Registry(Generic[Item]):
                 f"plugin {origin!r} registers the class {item.__name__} itself: register an object of it,"
                 f" {item.__name__}()"
             )
+        if problem := self.problem_with(item):
+            raise PluginError(f"plugin {origin!r} registers a {self.kind} {name!r} {problem}")
         if name in self.items:
             raise PluginError(
                 f"plugins {self.origins[name]!r} and {origin!r} both register a {self.kind} named {name!r}: rename or"
@@ -136,6 +142,9 @@ class Plugins:
         default_factory=lambda: Registry("importance estimator", needs=("name", "unit"))
     )
     capacity_laws: Registry[CapacityLaw] = field(default_factory=lambda: Registry("capacity law"))
+    floor_predictors: Registry[FloorPredictor] = field(
+        default_factory=lambda: Registry("floor predictor", needs=("name", "unit"), problem_with=problem_with)
+    )
     model_families: Registry[ModelFamily] = field(default_factory=lambda: Registry("model family"))
     models: Registry[NamedModel] = field(default_factory=lambda: Registry("model"))
     token_sources: Registry[TokenSource] = field(default_factory=lambda: Registry("token source"))

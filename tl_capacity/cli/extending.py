@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ def plugins(as_json: AsJson = False) -> None:
             "from": registry.origins[name],
             "summary": str(getattr(item, "summary", "")),
             **({"caveat": str(item.caveat)} if getattr(item, "caveat", "") else {}),
+            **_claims(item),
         }
         for registry in registered.registries().values()
         for name, item in registry.items.items()
@@ -33,12 +34,36 @@ def plugins(as_json: AsJson = False) -> None:
         print_json({"plugins": objects, "failures": registered.failures})
         return
     rows = [
-        [each["kind"], each["name"], each["from"], "; ".join(filter(None, [each["summary"], each.get("caveat")]))]
+        [
+            each["kind"],
+            each["name"],
+            each["from"],
+            "; ".join(filter(None, [each["summary"], each.get("caveat"), _in_words(each)])),
+        ]
         for each in objects
     ]
     console().print(table("Plugins", ["kind", "name", "from", "what it is"], rows, right=False))
     for origin, problem in registered.failures.items():
         print_text(f"failed: {origin}: {problem}", style="red")
+
+
+def _claims(item: Any) -> dict[str, Any]:
+    """What a floor predictor says of itself; nothing of anything else."""
+    from tl_capacity.interfaces import FloorPredictor
+
+    if not isinstance(item, FloorPredictor):
+        return {}
+    return {name: getattr(item, name) for name in ("unit", "constants", "needs_model", "knows_features", "is_bound")}
+
+
+def _in_words(claims: dict[str, Any]) -> str:
+    """The same as a reader needs it."""
+    if "constants" not in claims:
+        return ""
+    fitted = "nothing is fitted" if not claims["constants"] else f"constants fitted: {claims['constants']}"
+    said = [f"unit: {claims['unit']}", fitted]
+    said += ["needs the model"] * claims["needs_model"] + ["knows no features"] * (not claims["knows_features"])
+    return ", ".join(said + ["a lower bound"] * claims["is_bound"])
 
 
 def run(

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tl_capacity import CapacityLaw, ImportanceEstimator, hookimpl
-from tl_capacity.interfaces import Concept, ModelFamily, Recipe
+from tl_capacity.interfaces import Concept, FloorPredictor, ModelFamily, Recipe
 from tl_capacity_example.concepts import ASKS
 from tl_capacity_example.estimator import MeanAblation
 from tl_capacity_example.family import BLOOM
 from tl_capacity_example.law import Antipodal
+from tl_capacity_example.predictor import LostShare
 
 
 @hookimpl
@@ -27,6 +28,11 @@ def register_model_families(register: Callable[[ModelFamily], None]) -> None:
 @hookimpl
 def register_capacity_laws(register: Callable[[CapacityLaw], None]) -> None:
     register(Antipodal())
+
+
+@hookimpl
+def register_floor_predictors(register: Callable[[FloorPredictor], None]) -> None:
+    register(LostShare())
 
 
 @hookimpl
