@@ -4,6 +4,7 @@
 GPT-NeoX teacher d=768, 12 layers, vocabulary 50,304, random weights; a student d=128, or five; batches of 8×256 tokens,
 float32, two threads. Both sides run the same forward passes (SDPA), clip, and step AdamW; *four GEMMs* are the head's
 own products (logits of both, gradients of the student's hidden states and head), into buffers that are there already.
+Features are kept of a dictionary of 24,576 latents.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ import torch
 from common import Row, arguments, at_most, growth_apart, medians, peak_growth_mb, report
 from torch.nn import functional as F
 
+from tl_capacity.dictionaries.chosen import chosen_latents
+from tl_capacity.dictionaries.dictionary import Dictionary
 from tl_capacity.distillation.ensemble import Students
+from tl_capacity.distillation.keeping import Kept
 from tl_capacity.distillation.losses import Head, Output, chunked_losses
-from tl_capacity.distillation.settings import CHUNK_TOKENS, DistillSettings, LogitLoss
+from tl_capacity.distillation.settings import CHUNK_TOKENS, DistillSettings, KeepFeatures, LogitLoss
 from tl_capacity.distillation.students import new_student, output_of
+from tl_capacity.models.forward import activation_at
+from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.runtime.scratch import Scratch
 
 D_TEACHER, LAYERS, VOCABULARY, ROWS, CONTEXT, WIDTH = 768, 12, 50_304, 8, 256, 128
 WIDTHS = (64, 128, 256, 384, 512)
+HOOK, LATENTS, CHOSEN = "blocks.6.hook_resid_post", 24_576, 200
 SETTINGS = DistillSettings(loss=LogitLoss(temperature=2.0))  # the paper's
 
 
@@ -53,9 +60,24 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def ours(of: Any, widths: Sequence[int], tokens: torch.Tensor) -> Callable[[], object]:
+def kept(of: Any, tokens: torch.Tensor) -> Kept:
+    """200 features of a dictionary of random weights, each of which fires on about 1% of the tokens."""
+    point = find_tap_point(of, HOOK)
+    seen = activation_at(of, point, tokens)
+    assert seen is not None
+    activations = seen.flatten(0, 1)
+    random = torch.Generator().manual_seed(3)
+    encoder = torch.randn(D_TEACHER, LATENTS, generator=random) / D_TEACHER**0.5
+    threshold = (activations @ encoder).topk(len(activations) // 100, dim=0).values[-1].clamp(min=1e-3)
+    weights = {"W_enc": encoder, "W_dec": encoder.T, "b_enc": torch.zeros(LATENTS), "b_dec": torch.zeros(D_TEACHER)}
+    sae = Dictionary("jumprelu", {**weights, "threshold": threshold}, subtract_bias=False)
+    features = tuple(range(CHOSEN))
+    return Kept(KeepFeatures(HOOK, features), point, chosen_latents(sae, features, activations))
+
+
+def ours(of: Any, widths: Sequence[int], tokens: torch.Tensor, keep: Sequence[Kept] = ()) -> Callable[[], object]:
     """A step as `distill` takes it."""
-    students = Students([new_student(of, width) for width in widths], D_TEACHER, SETTINGS)
+    students = Students([new_student(of, width) for width in widths], D_TEACHER, SETTINGS, keep)
     optimiser = adamw(students)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, -1] = False
@@ -63,7 +85,7 @@ def ours(of: Any, widths: Sequence[int], tokens: torch.Tensor) -> Callable[[], o
 
     def step() -> object:
         with torch.no_grad():
-            target = output_of(of, tokens, mask)
+            target = output_of(of, tokens, mask, students.hooks, students.points)
         losses = students(tokens, mask, labels, target, len(labels))
         losses.sum().backward()
         for parameters in students.parameters_of_each():
@@ -188,6 +210,7 @@ def main() -> None:
         {
             "step, five students at once": ours(of, WIDTHS, tokens),
             **{f"step, student of {width}": ours(of, (width,), tokens) for width in WIDTHS},
+            f"step, student of {WIDTH}, {CHOSEN} features kept": ours(of, (WIDTH,), tokens, [kept(of, tokens)]),
             **{f"plain loop, student of {width}": plain(of, width, tokens) for width in WIDTHS},
         },
         asked.repetitions,
@@ -203,6 +226,11 @@ def main() -> None:
         at_most("growth of peak RSS / plain loop", growth["chunks"] / growth["plain loop"], 0.25),
         at_most("head / its four bare GEMMs", seconds["head"] / seconds["its four GEMMs"], 1.30),
         at_most("gradient against float64, in 1e-6", 1e6 * gradient_error(), 10),
+        at_most(
+            f"step with {CHOSEN} features kept / step",
+            seconds[f"step, student of {WIDTH}, {CHOSEN} features kept"] / seconds[f"step, student of {WIDTH}"],
+            1.10,
+        ),
         at_most("five students in one run / five runs", together / alone, 0.65),
         at_most("five students in one run / five plain loops", together / loops, 0.42),
     ]

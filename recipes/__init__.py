@@ -25,6 +25,11 @@ RECIPES = (
         "tl_capacity.recipes.embedded_teacher:main",
     ),
     Recipe(
+        "placement",
+        "What does it cost, in nats, to choose which features students keep?",
+        "tl_capacity.recipes.placement:main",
+    ),
+    Recipe(
         "pythia-floor",
         "Measure, predict, distil and compare: are the predicted floors those observed?",
         "tl_capacity.recipes.pythia_floor:main",

@@ -6,13 +6,13 @@ Also under `accelerate launch -m tl_capacity run distill …`, where each proces
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tl_capacity.distillation.run import DistillationRun
-from tl_capacity.distillation.settings import DistillSettings, HiddenMatch, LogitLoss
+from tl_capacity.distillation.settings import DistillSettings, HiddenMatch, KeepFeatures, LogitLoss
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.recipe import option, option_of, run_file, values_of
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
@@ -40,6 +40,15 @@ class DistillConfig:
     repeat: bool = option_of(DistillSettings, "repeat")
     seeds: tuple[int, ...] = option_of(DistillSettings, "seeds")
     seeded_widths: tuple[int, ...] = option_of(DistillSettings, "seeded_widths")
+    keep: tuple[str, ...] = option_of(DistillSettings, "keep")
+    keep_weight: float = option_of(KeepFeatures, "weight")
+    keep_hook: str = option(
+        "", "Where a concept's features are, or those of a file that names no hook; by default the middle SAE's."
+    )
+    concept_features: int = option(16, "How many features carry a concept, as the k-sparse probe finds them.")
+    sae: tuple[str, ...] = option(
+        (), "Dictionaries of the features to keep, as for measure; by default those that come with the teacher."
+    )
     start: str = option_of(DistillSettings, "start")
     control: bool = option_of(DistillSettings, "control")
     loss: str = option_of(LogitLoss, "divergence")
@@ -67,7 +76,7 @@ class DistillConfig:
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
     def settings(self) -> DistillSettings:
-        """What decides the students, but for teacher, widths and text.
+        """What decides the students, but for teacher, widths, text, and the features to keep.
 
         Raises:
             CapacityError: on a value outside its domain.
@@ -75,6 +84,7 @@ class DistillConfig:
         settings = values_of(self, DistillSettings)
         settings["loss"] = LogitLoss(**values_of(self, LogitLoss))
         settings["hidden"] = tuple(HiddenMatch.parse(text) for text in self.hidden)
+        settings["keep"] = ()  # for which the teacher is needed
         return DistillSettings(**settings)
 
 
@@ -86,6 +96,7 @@ def main(config: DistillConfig) -> DistillationRun:
             is no longer finite.
     """
     import torch
+    from tl_capacity.recipes.wanted_features import named_saes, wanted_features
 
     from tl_capacity.distillation import distill
     from tl_capacity.models.defaults import row_length
@@ -96,6 +107,8 @@ def main(config: DistillConfig) -> DistillationRun:
         torch.set_num_threads(config.threads)
     settings = config.settings()
     teacher = load_model(config.teacher, device=config.device, dtype=config.dtype, revision=config.revision)
+    saes = named_saes(config.sae, teacher, config.keep)
+    keep = wanted_features(config.keep, teacher, saes, config.keep_hook, config.keep_weight, config.concept_features)
     text = partial(
         TokenStream,
         tokenizer=teacher.tokenizer,
@@ -107,7 +120,8 @@ def main(config: DistillConfig) -> DistillationRun:
         tuple(dict.fromkeys(config.widths)) or usual_widths(teacher.model.config),
         text(teacher.source(config.source)),
         heldout=text(config.heldout) if config.heldout else None,
-        settings=settings,
+        settings=replace(settings, keep=keep),
+        saes=saes,
         out=config.out,
         resume=config.resume,
         shard_teacher=config.shard_teacher,

@@ -130,6 +130,7 @@ SHORT = {
     "run check-importance": "--rows 2 --latents 3 --context 32",
     "run distill": "--tokens 2000 --heldout-tokens 500 --evaluations 2 --context 32",
     "run probe": "--context 32 --no-baselines",
+    "run placement": "--tokens 2000 --heldout-tokens 500 --evaluations 2 --context 32 --judge-tokens 20000",
     "run pythia-floor": "--tokens 2000 --measure-tokens 1000 --heldout-tokens 500 --evaluations 2 --context 32",
     "run recover": "--tokens 20000",
     "run toy-sweep": "--steps 3 --seeds 1",
@@ -156,6 +157,7 @@ EARLIER = {
     "doctor": ["runs/embedded"],
     "estimators": ["explained.py"],
     "families": ["toy_family.py", "toy", "toy-sae", "texts.jsonl"],
+    "keep": ["features.json"],
     "many-machines": ["model", "sae", "texts.jsonl"],
     "observe": ["my-model", "runs/students"],
     "plan": ["runs/demo"],
@@ -280,6 +282,8 @@ def earlier(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "curve.json").write_text(
         json.dumps({"sorted_importance": [1 / rank for rank in range(1, 5001)], "alpha": 0.99})
     )
+    few = {"hook": "blocks.3.hook_resid_post", "features": [3, 17, 40]}
+    (folder / "features.json").write_text(json.dumps(few))
     letters = [f"{'Hello' if i % 2 else 'Goodbye'}, this is the letter of number {i}." for i in range(300)]
     (folder / "letters.csv").write_text("letter\n" + "".join(f'"{letter}"\n' for letter in letters))
     # One that has a block 12, and knows the English words in which concepts are told.

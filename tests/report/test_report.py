@@ -60,6 +60,7 @@ ORDER = [
     "training",
     "probes",
     "recoverability",
+    "placement",
     "features",
     "method",
 ]

@@ -104,10 +104,12 @@ class Dictionary(nn.Module):
 
     def encode(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token feature"]:
         """Latents of activations."""
+        return ACTIVATIONS[self.cfg.architecture](self, torch.addmm(self.b_enc, self.process_sae_in(x), self.W_enc))
+
+    def process_sae_in(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
+        """What the encoder's product is taken of, under SAELens' name."""
         x = x.to(self.W_enc)
-        if self.subtract_bias:
-            x = x - getattr(self, "b_pre", self.b_dec)
-        return ACTIVATIONS[self.cfg.architecture](self, torch.addmm(self.b_enc, x, self.W_enc))
+        return x - getattr(self, "b_pre", self.b_dec) if self.subtract_bias else x
 
     def decode(self, feature_acts: Float[Tensor, "token feature"]) -> Float[Tensor, "token d_out"]:
         """Activations of latents, without a skip connection's part."""

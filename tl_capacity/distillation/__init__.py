@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tl_capacity.distillation.run import DistillationRun as DistillationRun
     from tl_capacity.distillation.settings import DistillSettings as DistillSettings
     from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
+    from tl_capacity.distillation.settings import KeepFeatures as KeepFeatures
     from tl_capacity.distillation.settings import LogitLoss as LogitLoss
     from tl_capacity.distillation.train import distill as distill
 

@@ -10,22 +10,34 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_capacity.distillation.data import Rows, model_inputs
+from tl_capacity.distillation.keeping import Kept
 from tl_capacity.distillation.losses import HELDOUT_LOSS, MATCHES, Output, chunked_losses
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.students import output_of
+from tl_capacity.errors import HookPointError
+from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 
 
 class Students(nn.Module):
-    """All students, and the maps of each from its hidden states to the teacher's, as one module: so DDP sums all their
-    gradients in one pass.
+    """All students, and what each learns beside itself, as one module: so DDP sums all their gradients in one pass.
+
+    Attributes:
+        hooks: where teacher and students are read, besides their last hidden states.
+        points: where the teacher is read for features to keep, by the names of its states there.
+        maps: of each student, from its hidden states to the teacher's.
+        readouts: of each student, of the features to keep.
     """
 
-    def __init__(self, models: Sequence[Any], teacher_width: int, settings: DistillSettings) -> None:
+    def __init__(
+        self, models: Sequence[Any], teacher_width: int, settings: DistillSettings, kept: Sequence[Kept] = ()
+    ) -> None:
         super().__init__()
         self.models, self.settings, self.scratch = nn.ModuleList(models), settings, Scratch()
         self.hooks = tuple(match.hook for match in settings.hidden)
+        self.kept = tuple(kept)
+        self.points = {each.state: each.point for each in self.kept}
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             self.maps = nn.ModuleList(
@@ -36,6 +48,9 @@ class Students(nn.Module):
                 )
                 for m in models
             )
+        self.readouts = nn.ModuleList(
+            nn.ModuleList(each.new_readout(_width_at(m, each.hook)) for each in self.kept) for m in models
+        )
 
     def forward(
         self,
@@ -46,12 +61,20 @@ class Students(nn.Module):
         total: int,
     ) -> Float[Tensor, " student"]:
         """The training loss of each student, in float64: its sum over these tokens, divided by `total`."""
-        outputs = [output_of(model, tokens, counted, self.hooks) for model in self.models]
+        hooks = tuple(dict.fromkeys((*self.hooks, *(each.hook for each in self.kept))))
+        outputs = [output_of(model, tokens, counted, hooks) for model in self.models]
         losses = chunked_losses(
             teacher, outputs, labels, self.settings.loss, total, self.settings.chunk_tokens, self.scratch
         )
-        if not self.hooks:
+        if not hooks:
             return losses
+        terms = self._matched(teacher, outputs, total), self._told(teacher, outputs, total)
+        return losses + sum(term for term in terms if term is not None)
+
+    def _matched(self, teacher: Output, outputs: Sequence[Output], total: int) -> Float[Tensor, " student"] | None:
+        """What each student's hidden states add to its loss."""
+        if not self.hooks:
+            return None
         matched = []
         for output, maps in zip(outputs, self.maps, strict=True):
             terms = [
@@ -65,11 +88,42 @@ class Students(nn.Module):
                 for match, to_teacher in zip(self.settings.hidden, maps, strict=True)  # type: ignore[call-overload]
             ]
             matched.append(torch.stack(terms).sum())
-        return losses + torch.stack(matched)
+        return torch.stack(matched)
+
+    def _told(self, teacher: Output, outputs: Sequence[Output], total: int) -> Float[Tensor, " student"] | None:
+        """What the features that each student is to keep add to its loss; their latents are made once for all."""
+        if not self.kept:
+            return None
+        latents = [each.latents(teacher.states[each.state]) for each in self.kept]
+        told = []
+        for output, readouts in zip(outputs, self.readouts, strict=True):
+            read = [
+                readout(output.states[each.hook].flatten(1))
+                for each, readout in zip(self.kept, readouts, strict=True)  # type: ignore[call-overload]
+            ]
+            terms = [each.loss(said, z, total) for each, said, z in zip(self.kept, read, latents, strict=True)]
+            told.append(torch.stack(terms).sum())
+        return torch.stack(told)
 
     def parameters_of_each(self) -> list[list[nn.Parameter]]:
-        """The parameters of each student, its maps included."""
-        return [[*model.parameters(), *maps.parameters()] for model, maps in zip(self.models, self.maps, strict=True)]
+        """The parameters of each student, its maps and readouts included."""
+        each = zip(self.models, self.maps, self.readouts, strict=True)
+        return [[*model.parameters(), *maps.parameters(), *readouts.parameters()] for model, maps, readouts in each]
+
+
+def _width_at(student: Any, hook: str) -> int:
+    """Dimensions of a student's activations at a hook point.
+
+    Raises:
+        HookPointError: where it has no such hook point, or nothing says how wide it is there.
+    """
+    width = find_tap_point(student, hook).width
+    if width is None:
+        raise HookPointError(
+            f"features cannot be kept at {hook!r}, as no configuration says how wide a student is there: choose a hook"
+            " point such as blocks.1.hook_resid_post"
+        )
+    return width
 
 
 @torch.no_grad()

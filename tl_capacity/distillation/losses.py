@@ -283,3 +283,31 @@ def cosine(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token 
 
 MATCHES = dict(zip(MATCH_KINDS, (mean_square, cosine), strict=True))
 """How far mapped student states are from teacher states, by the name that `HiddenMatch` has for it."""
+
+
+def feature_loss(
+    logits: Float[Tensor, "token chosen"],
+    values: Float[Tensor, "token chosen"],
+    latents: Float[Tensor, "token chosen"],
+    rate: Float[Tensor, " chosen"],
+    square: Float[Tensor, " chosen"],
+) -> Float[Tensor, " token"]:
+    """How little a readout tells of some features: ½ · mean over features of CE(σ(u), f) / H(p) + f (v − z)² / E[z²].
+
+    f is 1 where a feature fires, z ≠ 0, and CE the cross-entropy of the readout's logit u. H(p) is the entropy of its
+    firing rate, so the first term is 1 on average where the readout knows no more than the rate. The second is of the
+    tokens on which the feature fires, and 1 on average where v = 0. Both are 0 where all is told, so that rare and
+    frequent features, weak and strong ones, weigh alike.
+
+    Args:
+        logits: u of each feature: whether it fires.
+        values: v: how strongly, where it does.
+        latents: z of the teacher.
+        rate: p, the share of the tokens on which each feature fires, above 0 and below 1.
+        square: E[z²] of each feature over all tokens, above 0.
+    """
+    fires = (latents != 0).to(logits.dtype)
+    entropy = -(torch.xlogy(rate, rate) + torch.xlogy(1 - rate, 1 - rate))
+    firing = F.binary_cross_entropy_with_logits(logits, fires, reduction="none") / entropy
+    strength = fires * (values - latents).square() / square
+    return (firing + strength).mean(-1) / 2

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.options import internal, option
+from tl_capacity.storage.files import read_json
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 MATCH_KINDS = ("mse", "cosine")
@@ -95,6 +98,70 @@ class HiddenMatch:
 
 
 @dataclass(frozen=True)
+class KeepFeatures:
+    """Also keep some features of a dictionary of the teacher: the student's activation at the hook point is trained so
+    that a linear readout, learned beside the student, tells when each of them fires and how strongly.
+
+    Attributes:
+        hook: where the teacher's dictionary reads, and where the student is read.
+        features: numbers of the features in the dictionary.
+        weight: of the loss, in nats per token: what a student pays of which the readout tells nothing.
+
+    Raises:
+        CapacityError: where no feature is named, or one twice, or the weight is not positive.
+    """
+
+    hook: str
+    features: tuple[int, ...]
+    weight: float = option(
+        1.0, "Of the loss of kept features: what a student pays, in nats per token, of which they cannot be read."
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(int(feature) for feature in self.features))  # numpy's are no JSON
+        if not self.features:
+            raise CapacityError(f"no feature is named that shall be kept at {self.hook}: name one at least")
+        if twice := sorted({feature for feature in self.features if self.features.count(feature) > 1}):
+            raise CapacityError(f"feature {twice[0]} is named twice to be kept at {self.hook}: name each feature once")
+        if min(self.features) < 0:
+            raise CapacityError(f"{min(self.features)} is no number of a feature at {self.hook}: they begin with 0")
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise CapacityError(
+                f"weight = {self.weight:g} keeps no features at {self.hook}: choose a number above 0, such as 1"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path, hook: str = "") -> tuple[KeepFeatures, ...]:
+        """What a JSON file names: an object with `hook` and `features`, or a list of such objects.
+
+        Args:
+            hook: where an object names none, or the file is a bare list of features.
+
+        Raises:
+            CapacityError: where it cannot be read, or names no features.
+        """
+        content = read_json(Path(path))
+        whole = content if isinstance(content, list) and content and isinstance(content[0], dict) else [content]
+        return tuple(cls._of_json(path, part, hook) for part in whole)
+
+    @classmethod
+    def _of_json(cls, path: str | Path, part: Any, hook: str) -> KeepFeatures:
+        features = part.get("features") if isinstance(part, dict) else part
+        hook = part.get("hook", hook) if isinstance(part, dict) else hook
+        if not isinstance(features, list) or not all(type(feature) is int for feature in features):
+            raise CapacityError(
+                f'{path} names no features: write {{"hook": "blocks.3.hook_resid_post", "features": [17, 40]}}'
+            )
+        if not (isinstance(hook, str) and hook):
+            raise CapacityError(f'{path} does not say where its features are: add "hook": "blocks.3.hook_resid_post"')
+        return cls(hook, tuple(features))
+
+    def weighing(self, weight: float) -> KeepFeatures:
+        """The same with another weight."""
+        return replace(self, weight=weight)
+
+
+@dataclass(frozen=True)
 class DistillSettings:
     """Everything that decides the students, but for teacher, widths and text.
 
@@ -104,6 +171,7 @@ class DistillSettings:
         seeded_widths: the only widths that are, if any are named; the others are trained with the first seed.
         loss: between the next-token distributions.
         hidden: hidden states to match besides.
+        keep: features of the teacher's dictionaries to keep besides.
         start: of the students' weights: "random", or "truncated", the teacher's in the leading directions of its
             stream.
         control: also train a student of the teacher's width that starts with its weights.
@@ -130,6 +198,11 @@ class DistillSettings:
     )
     loss: LogitLoss = internal(LogitLoss())
     hidden: tuple[HiddenMatch, ...] = option((), "Hidden states to match besides, as HOOK=mse or HOOK=cosine*0.5.")
+    keep: tuple[KeepFeatures, ...] = option(
+        (),
+        "Features of the teacher to keep besides: a JSON file with hook and features, or concept:NAME for those that"
+        " carry a concept.",
+    )
     start: str = option(
         "random",
         "Of the students' weights: random, or truncated, the teacher's in the leading directions of its residual"
@@ -168,6 +241,10 @@ class DistillSettings:
                 f"warmup = {self.warmup:g} and decay = {self.decay:g} are no shares of one run: choose numbers from 0"
                 " to 1 that add up to at most 1"
             )
+        if len({keep.hook for keep in self.keep}) < len(self.keep):
+            hooks = [keep.hook for keep in self.keep]
+            twice = next(hook for hook in hooks if hooks.count(hook) > 1)
+            raise CapacityError(f"features are to be kept at {twice} twice over: name them together, once")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise CapacityError(f"seeds = {self.seeds} are not one or several different numbers: pass each seed once")
 

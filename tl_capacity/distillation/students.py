@@ -24,7 +24,7 @@ from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError, plugin_code
 from tl_capacity.models.defaults import width_of
 from tl_capacity.models.head import head_of, last_hidden
-from tl_capacity.models.hook_points import find_tap_point
+from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.plugins import plugins
 
 STARTS = ("random", "truncated", "teacher")
@@ -194,18 +194,27 @@ def check_teacher(teacher: Any) -> None:
 
 
 def output_of(
-    model: Any, tokens: Int[Tensor, "row position"], counted: Bool[Tensor, "row position"], hooks: Sequence[str] = ()
+    model: Any,
+    tokens: Int[Tensor, "row position"],
+    counted: Bool[Tensor, "row position"],
+    hooks: Sequence[str] = (),
+    points: Mapping[str, TapPoint] | None = None,
 ) -> Output:
     """Hidden states of the counted positions, also at some hook points, and the head. Rows are padded on the right,
     where causal models do not look.
+
+    Args:
+        hooks: hook points, by whose names the states there are kept.
+        points: places that were found already, by the names under which the states there are kept.
 
     Raises:
         HookPointError: where the model has no such hook point.
     """
     states: dict[str, Tensor] = {}
     with ExitStack() as watching:
-        for hook in hooks:
-            watching.callback(find_tap_point(model, hook).watch(partial(_keep, states, hook, counted)))
+        places = {hook: find_tap_point(model, hook) for hook in hooks} | dict(points or {})
+        for name, point in places.items():
+            watching.callback(point.watch(partial(_keep, states, name, counted)))
         hidden = last_hidden(model, tokens)[counted]
     return Output(hidden, head_of(model), states)
 
@@ -221,5 +230,5 @@ def parameters_of(model: nn.Module) -> tuple[int, int]:
     )
 
 
-def _keep(states: dict[str, Tensor], hook: str, counted: Tensor, activation: Tensor) -> None:
-    states[hook] = activation[counted]
+def _keep(states: dict[str, Tensor], name: str, counted: Tensor, activation: Tensor) -> None:
+    states[name] = activation[counted]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,13 @@ from torch import nn
 
 from tl_capacity.distillation import checkpoint, data
 from tl_capacity.distillation.ensemble import Students, heldout_losses
+from tl_capacity.distillation.keeping import (
+    dictionaries_of,
+    digests_of,
+    drowned,
+    features_to_keep,
+    over_budget,
+)
 from tl_capacity.distillation.processes import new_accelerator, shard
 from tl_capacity.distillation.refusals import (
     check_finite,
@@ -34,6 +41,7 @@ from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.students import check_teacher, new_students, output_of
 from tl_capacity.models.head import check_head
 from tl_capacity.models.loading import LoadedModel
+from tl_capacity.runtime.logs import log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.digests import fingerprint
@@ -49,6 +57,7 @@ def distill(
     *,
     heldout: Any = None,
     settings: DistillSettings | None = None,
+    saes: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     shard_teacher: bool = False,
@@ -63,6 +72,8 @@ def distill(
         widths: d_S of each student.
         stream: a `TokenStream`, or rows of token ids [row, position]; teacher and students see exactly these tokens.
         heldout: text to judge the students by; None holds out documents of `stream`.
+        saes: dictionaries of the teacher by hook point, whose features `settings.keep` names; by default those that
+            come with the teacher.
         out: a folder for the result, the students (each as `save_pretrained` writes it) and checkpoints; None keeps the
             result in memory only.
         resume: go on from the checkpoint in `out`.
@@ -80,6 +91,7 @@ def distill(
     name, tokenizer, model = _named(teacher)
     check_teacher(model)
     check_hidden(model, settings.hidden)
+    dictionaries = dictionaries_of(teacher, settings.keep, saes)
     check_folder(folder, resume)
 
     # The text: read once, some whole documents of it held out.
@@ -110,7 +122,7 @@ def distill(
         heldout_digest=held.digest,
         train_digest=train.digest,
         distinct_tokens=int(train.predicted.sum()),
-        settings=json.loads(json.dumps(asdict(settings))),
+        settings=_recorded(settings, dictionaries),
         versions=library_versions(),
         complete=False,
     )
@@ -118,9 +130,12 @@ def distill(
         finished = DistillationRun.load(folder)
         check_same(finished, run)
         return finished
+    kept = features_to_keep(model, settings.keep, dictionaries, train, settings.batch_rows)
+    for note in over_budget(kept, run.widths, run.teacher_width):
+        log.warning(note)
     if shard_teacher:
         shard(model, accelerator)
-    students = Students(models, model.config.hidden_size, settings)
+    students = Students(models, model.config.hidden_size, settings, kept)
     students.to(accelerator.device)
     first_row = torch.from_numpy(held.tokens[:1].clip(min=0).astype(np.int64)).to(accelerator.device)
     for model_or_student in (model, *models):
@@ -153,6 +168,8 @@ def distill(
                 check_weights(state.run.students, students, state.step, folder)
             if evaluating:
                 state.record(heldout_losses(model, students, held, settings, accelerator))
+                for note in drowned(state.run.students) if kept and accelerator.is_main_process else ():
+                    log.warning(note)
                 accelerator.log(
                     {f"{s.name}/{name}": curve[-1] for s in state.run.students for name, curve in s.losses() if curve},
                     step=state.tokens,
@@ -170,7 +187,7 @@ def distill(
             rows = rows[accelerator.process_index :: accelerator.num_processes]
             tokens, counted, labels = data.model_inputs(rows, accelerator.device)
             with torch.no_grad():
-                target = output_of(model, tokens, counted, students.hooks)
+                target = output_of(model, tokens, counted, students.hooks, students.points)
             losses = ddp_students(tokens, counted, labels, target, predicted)
             # Each process has a part of the sum, and DDP takes the mean of their gradients.
             accelerator.backward(losses.sum() * accelerator.num_processes)
@@ -201,6 +218,15 @@ def _named(teacher: Any) -> tuple[str, Any, Any]:
     if isinstance(teacher, LoadedModel):
         return teacher.name, teacher.tokenizer, teacher.model
     return getattr(teacher, "name_or_path", "") or type(teacher).__name__, None, teacher
+
+
+def _recorded(settings: DistillSettings, dictionaries: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the students, as JSON; which features they keep, and of which dictionaries, only where they do."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    if not settings.keep:
+        del content["keep"]  # so that a run from before there was such a setting goes on
+        return content
+    return content | {"dictionaries": digests_of(dictionaries)}
 
 
 def _save(folder: Path, run: DistillationRun, models: Sequence[Any], tokenizer: Any) -> None:

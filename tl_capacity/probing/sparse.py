@@ -154,6 +154,30 @@ def most_telling(
     return np.argsort(-t, kind="stable")[: min(k, int(varies.sum()))]
 
 
+def carrying_features(
+    latents: Activations, concept: LabelledTexts, k: int, among: Bool[np.ndarray, " feature"] | None = None
+) -> tuple[int, ...]:
+    """Numbers of the k features that carry a concept, as its k-sparse probe chooses them on the training split: the
+    most telling first.
+
+    Args:
+        latents: of the concept's texts: what `collect(…, sae=…)` gives.
+        among: the only features to choose from [feature]; None for all.
+
+    Raises:
+        CapacityError: where fewer than k of them tell the classes apart.
+    """
+    train = concept.splits[latents.texts] == "train"
+    telling = most_telling(latents.values[train], concept.labels[latents.texts][train], latents.width)
+    chosen = tuple(int(feature) for feature in telling if among is None or among[feature])[:k]
+    if k < 1 or len(chosen) < k:
+        raise CapacityError(
+            f"{k:,} features cannot carry the concept {concept.name!r}, of which {len(chosen):,} tell anything: ask for"
+            f" a number from 1 to {len(chosen):,}"
+        )
+    return chosen
+
+
 def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | None:
     """The widest student whose probe is less accurate than the teacher's by more than resampled documents explain, the
     whole 95% interval below zero; None where there is none.

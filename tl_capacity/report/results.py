@@ -12,11 +12,12 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import MeasurementError
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.placement.result import JSON_NAME as PLACEMENT_JSON
 from tl_capacity.probing.recovery_row import JSON_NAME as RECOVERABILITY_JSON
 from tl_capacity.probing.rows import JSON_NAME as PROBES_JSON
 from tl_capacity.storage.files import read_json
 
-FILES = (MEASUREMENT_JSON, DISTILLATION_JSON, PROBES_JSON, RECOVERABILITY_JSON)
+FILES = (MEASUREMENT_JSON, DISTILLATION_JSON, PROBES_JSON, RECOVERABILITY_JSON, PLACEMENT_JSON)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Results:
 
     Attributes:
         folder: of the measurement, for the commands that the page suggests.
-        probes, recoverability: the JSON that their recipes wrote, which their sections check.
+        probes, recoverability, placement: the JSON that their recipes wrote, which their sections check.
         run_folder: of the distillation, for the same commands.
     """
 
@@ -34,6 +35,7 @@ class Results:
     run: DistillationRun | None = None
     probes: Any = None
     recoverability: Any = None
+    placement: Any = None
     run_folder: str = "runs/students"
 
     @classmethod
@@ -67,6 +69,7 @@ class Results:
             DistillationRun.load(files[DISTILLATION_JSON].parent) if DISTILLATION_JSON in files else None,
             read_json(files[PROBES_JSON]) if PROBES_JSON in files else None,
             read_json(files[RECOVERABILITY_JSON]) if RECOVERABILITY_JSON in files else None,
+            read_json(files[PLACEMENT_JSON]) if PLACEMENT_JSON in files else None,
             **({"run_folder": str(files[DISTILLATION_JSON].parent)} if DISTILLATION_JSON in files else {}),
         )
 

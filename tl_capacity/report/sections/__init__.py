@@ -12,6 +12,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.report.parts import Section, sentence
 from tl_capacity.report.sections.floors import floors
 from tl_capacity.report.sections.measurement import firing_rates, importance, layers, suite
+from tl_capacity.report.sections.placement import placement
 from tl_capacity.report.sections.probes import probes
 from tl_capacity.report.sections.recoverability import recoverability
 from tl_capacity.report.sections.students import curves
@@ -26,6 +27,7 @@ SECTIONS: tuple[tuple[Section, Callable[[Story, Section], Section]], ...] = (
     (Section("training", "Training curves and where they are heading"), curves),
     (Section("probes", "What students still know: probes"), probes),
     (Section("recoverability", "Features that students kept"), recoverability),
+    (Section("placement", "What choosing the kept features costs"), placement),
 )
 """The sections with figures and tables in their order, empty, and what fills each."""
 
