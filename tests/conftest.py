@@ -200,14 +200,19 @@ def all_hooks(model: Any) -> dict[str, list[int]]:
     return found
 
 
+@pytest.fixture(scope="session")
+def hooks_by_kind(models_by_kind: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
+    """The hooks that the shared models have before any test; each test is held to them."""
+    return {kind: all_hooks(model) for kind, model in models_by_kind.items()}
+
+
 @pytest.fixture(autouse=True)
 def unchanged_models(request: pytest.FixtureRequest) -> Iterator[None]:
     """No test may leave a hook on a shared model."""
     if "models_by_kind" not in request.fixturenames:
         yield
         return
-    models_by_kind = request.getfixturevalue("models_by_kind")
-    before = {kind: all_hooks(model) for kind, model in models_by_kind.items()}
+    models_by_kind, before = request.getfixturevalue("models_by_kind"), request.getfixturevalue("hooks_by_kind")
     yield
     assert {kind: all_hooks(model) for kind, model in models_by_kind.items()} == before
 

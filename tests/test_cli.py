@@ -120,6 +120,7 @@ def test_floor_of_the_published_curve(cli: Cli, published_curve: Path) -> None:
         assert f["features_kept"] == kept[f["width"]]
 
 
+@pytest.mark.slow
 def test_shards_merge_to_the_whole(cli: Cli, setup: Path, tmp_path: Path) -> None:
     everything = 10**6
     cli(*arguments(setup, tmp_path / "whole", tokens=everything))

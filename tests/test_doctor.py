@@ -262,6 +262,7 @@ def test_a_folder_that_is_whole(measured: Path, cli: Cli) -> None:
     assert "holds a measurement that has ended" in json.loads(out)[0]["says"]
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_basis(measured: Path, cli: Cli) -> None:
     """A basis has no file: it is fitted to the text again, and is the same."""
     basis = f"pca:{HOOK},k=4"

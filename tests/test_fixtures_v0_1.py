@@ -328,6 +328,7 @@ def test_a_report_of_everything(tmp_path: Path) -> None:
         assert shown in page
 
 
+@pytest.mark.slow
 def test_probing_is_gone_on_with(cli: Cli, here: Path) -> None:
     models = ("--model", "teacher", "--model", "floors/distillation", "--sae", "sae", "--measurement", "measurement")
     probe = ("--quiet", "run", "probe", *models, "--hook", HOOK, "--concepts", "concept.jsonl", "--threads", 1)
@@ -344,6 +345,7 @@ def test_probing_is_gone_on_with(cli: Cli, here: Path) -> None:
     assert [row["features"] for row in found["sparse"]] == [row["features"] for row in before["sparse"]]
 
 
+@pytest.mark.slow
 def test_recovering_is_gone_on_with(cli: Cli, here: Path) -> None:
     recover = ("--quiet", "run", "recover", "measurement", "floors/distillation", "--hook", HOOK)
     text = ("--source", "text.jsonl", "--tokens", 2500, "--threads", 1)

@@ -107,6 +107,7 @@ def test_what_a_width_costs_is_what_its_student_has(setup: Path, measured: Path)
     assert {8, 16, 32, answer.width} == {cost.width for cost in answer.costs}
 
 
+@pytest.mark.slow
 def test_a_width_that_cannot_be_built_gives_way_to_the_next(setup: Path, measured: Path) -> None:
     config, measurement = load_config(str(setup / "model")), Measurement.load(measured)
     shares = np.linspace(0.2, 1, 5)

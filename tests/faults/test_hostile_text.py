@@ -84,6 +84,7 @@ class Seen(HTMLParser):
             self.elements[-1][2].append(data)
 
 
+@pytest.mark.slow
 def test_in_a_report(tmp_path: Path, cli: Cli) -> None:
     """In snippets, by a tokenizer that gives every byte back: it is there as text, none of it is an element, and
     control characters are escaped.

@@ -44,6 +44,7 @@ def test_what_asks_is_noticed() -> None:
     assert run("import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)").returncode == 99
 
 
+@pytest.mark.slow
 def test_import() -> None:
     names = (
         "tl_capacity, tl_capacity.cli, tl_capacity.measure.session, tl_capacity.doctor, tl_capacity.distillation,"

@@ -323,6 +323,7 @@ class TestIntegratedGradients:
         ):
             np.testing.assert_allclose(found[name], values.numpy(), rtol=2e-3, atol=1e-3 * float(values.abs().max()))
 
+    @pytest.mark.slow
     def test_attributions_and_error_sum_to_the_loss_difference(
         self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor
     ) -> None:

@@ -149,6 +149,7 @@ class TestActivations:
             dense = sae.encode(own_activations("gpt_neox", neox, ids)[1:]).mean(0)
             torch.testing.assert_close(torch.from_numpy(values), dense.detach(), rtol=1e-3, atol=1e-4)
 
+    @pytest.mark.slow
     def test_only_one_vector_of_each_text_is_kept(
         self, neox: Any, tokenizer: Any, concept: LabelledTexts, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -124,6 +124,7 @@ def test_a_rerun_keeps_what_is_finished(setup: Path, finished: Path, capsys: pyt
     assert (finished / "floors.json").read_text() == floors
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_measurement_can_be_given(setup: Path, finished: Path, tmp_path: Path) -> None:
     recipe.run(main, options(setup, tmp_path, "--measurement", str(finished / "measurement")))
@@ -131,6 +132,7 @@ def test_a_measurement_can_be_given(setup: Path, finished: Path, tmp_path: Path)
     assert json.loads((tmp_path / "floors.json").read_text()) == json.loads((finished / "floors.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_students_are_probed_where_concepts_are_named(setup: Path, finished: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(1)
@@ -216,6 +218,7 @@ def test_damaged_files_are_refused(setup: Path, finished: Path, tmp_path: Path) 
             recipe.run(main, options(setup, run))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_another_teacher_at_the_same_place_is_noticed(
     setup: Path, tmp_path: Path, make_model: Callable[..., Any]

@@ -113,6 +113,7 @@ def test_another_kind_of_log(cli: Cli) -> None:
     assert "choose text or json" in err
 
 
+@pytest.mark.slow
 def test_no_colour_and_no_bar_into_a_file(setup: Path, tmp_path: Path) -> None:
     environment = {
         name: value
