@@ -108,7 +108,6 @@ class PCATail(Run):
     summary = "variance outside the d_S leading components"
     constants = 1
     needs_model = False
-    made_by = "tl-capacity measure with --sae pca:HOOK besides"
 
     def floors(self, widths: Sequence[int], at: FloorContext) -> Sequence[float | WithInterval | None] | None:
         if at.spectrum is None:

@@ -66,7 +66,7 @@ def test_shown() -> None:
     header, rows = forecasts().cells()
     assert header[-2:] == ["16", "32"]
     assert rows[0][-2:] == ["1.500 [1.250, 1.750]", "0.5000 [0.2500, 0.7500]"]
-    assert rows[2][header.index("unit")] == "latent² per token"
+    assert rows[2][header.index("unit")] == "latent²"
     assert forecasts(RECORDS[2:3]).cells()[0] == ["predictor", "unit", "32"]
     html = forecasts()._repr_html_()
     assert not re.search("<(i|sae|law|order|b)>", html)

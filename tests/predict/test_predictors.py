@@ -82,6 +82,7 @@ def spliced(measurement: Measurement, groups: int = DOCUMENT_GROUPS) -> Spliced:
     )
 
 
+@pytest.mark.usefixtures("few_replicates")
 def test_features_say_what_the_predicted_floors_say(measurement: Measurement) -> None:
     found = forecasts_of(measurement, WIDTHS)
     refined = {record: record.floor for record in found if record.predictor == "importance"}
@@ -116,6 +117,7 @@ def test_rivals_that_only_the_width_decides(measurement: Measurement) -> None:
     assert not forecasts_of(measurement, [3], parameters={4: 1}).floors("power law in parameters")
 
 
+@pytest.mark.usefixtures("few_replicates")
 def test_splice_is_read_off_the_curve(measurement: Measurement) -> None:
     curves = spliced(measurement)
     found = [record for record in forecasts_of(measurement, WIDTHS, curves) if record.predictor == "splice"]
@@ -179,10 +181,7 @@ def test_a_basis_of_the_largest_coordinates_has_no_spectrum(neox: Any, tokens: t
         measured = capacity.run(tokens, progress=False).measurement()
     found = forecasts_of(measured, [4])
     assert not found.floors("pca_tail", HOOKS[1])
-    assert (
-        "nothing is known here of pca_tail: run tl-capacity measure with --sae pca:HOOK besides, and pass what it"
-        in (" ".join(found.notes))
-    )
+    assert any(re.search("nothing is known here of .*pca_tail.*: run tl-capacity run rivals", n) for n in found.notes)
 
 
 @pytest.mark.parametrize(

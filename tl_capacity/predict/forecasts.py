@@ -16,7 +16,7 @@ from tl_capacity.predict.spliced import JSON_NAME as SPLICE_NAME
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.runtime.checks import checked
-from tl_capacity.runtime.units import NATS, per_token
+from tl_capacity.runtime.units import NATS
 from tl_capacity.show.tables import html_table, plain, table
 from tl_capacity.storage.files import make_folder, read_record, write_record
 
@@ -231,12 +231,12 @@ class Forecasts:
         """
         from tl_capacity.show.figures import series_figure
 
-        units = {per_token(each.unit) for each in self.records}
+        units = {each.unit for each in self.records}
         unit = units.pop() if len(units) == 1 else NATS
         rows = [
             {**each.to_json(), "series": ", ".join(filter(None, each.series))}
             for each in sorted(self.records, key=lambda each: each.width)
-            if per_token(each.unit) == unit
+            if each.unit == unit
         ]
         return series_figure(rows, f"forecast floor ({unit})")
 
@@ -248,7 +248,7 @@ class Forecasts:
         header = ["predictor", "hook", "SAE", "law", "order", "unit", *(f"{width:,}" for width in widths)]
         rows = []
         for names, by_width in self.series.items():
-            units = dict.fromkeys(per_token(each.unit) for each in by_width.values())
+            units = dict.fromkeys(each.unit for each in by_width.values())
             shown = [by_width[width].floor if width in by_width else None for width in widths]
             cells = ["" if floor is None else floor.show(significant(floor.value)) for floor in shown]
             predictor, hook, sae, law, order = names
