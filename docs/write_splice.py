@@ -18,6 +18,7 @@ import numpy as np
 from write_results import RESULTS, filled, table
 
 from tl_capacity import Measurement, Spliced
+from tl_capacity.distillation.effective import effective_widths
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.plugins import plugins
@@ -146,6 +147,7 @@ def write(runs: Path, distillations: list[Path]) -> None:
     text = page.read_text(encoding="utf-8")
     for name, law in (("budget", BUDGET), ("proportional", SHARE), ("consistent", CONSISTENT)):
         text = filled(text, name, law_table(found, law), "docs/write_splice.py")
+    text = filled(text, "worth", worth_table(runs, seen), "docs/write_splice.py")
     page.write_text(text, encoding="utf-8")
 
 
@@ -162,6 +164,21 @@ def law_table(found: list[dict[str, Any]], law: str) -> str:
         cells = [number(of[width]["predicted"]) for width in WIDTHS]
         lines.append([name, f"{any_row['l0']:.1f}", f"{any_row['d_star']:.0f}", *cells, number(any_row["error"])])
     return table(header, lines)
+
+
+def worth_table(runs: Path, seen: dict[int, list[float]]) -> str:
+    """A row for each dictionary: the features that students of each width are worth, for each of their dimensions."""
+    widths = sorted(seen)
+    law = plugins().capacity_laws[LAWS[BUDGET]]
+    lines = []
+    for hook, curve, _ in curves(runs):
+        by_width = {width: tuple(map(Estimate, seen[width])) for width in widths}
+        rows = effective_widths(hook, curve, by_width, law)
+        worth = ["not reached" if r.per_dimension is None else r.per_dimension.show(".1f") for r in rows]
+        summary = hook.summary
+        figures = [f"{summary.critical_width.value:.0f}", f"{summary.capacity.value:.1f}"]
+        lines.append([Path(hook.sae).name, *figures, *worth])
+    return table(["dictionary", "d*", "g(α)", *(f"d={width}" for width in widths)], lines)
 
 
 def observed_at(found: list[dict[str, Any]], width: int) -> float | None:

@@ -1,12 +1,18 @@
-"""Measurements of which the counts are given, without model or text."""
+"""Measurements of which the counts are given, and curves and students of which the losses are, without model or
+text.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tl_capacity.distillation.curves import StudentCurve
+from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.text.counting import MASK_REASONS
@@ -47,3 +53,61 @@ def measurement_of_counts(
         for i, each in enumerate(counts)
     ]
     return Measurement(tuple(hooks))
+
+
+KEPT = (0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 200)
+
+
+def curve_at(
+    hook: HookMeasurement,
+    kl: Callable[[float], float],
+    kept: Sequence[int] = KEPT,
+    groups: int = DOCUMENT_GROUPS,
+    order: str = "second_moment",
+) -> SplicedCurve:
+    """A curve at a hook point of which `kl` says the mean at each number of kept features; documents differ by a
+    factor.
+    """
+    alive = int(hook.summary.n_alive.value)
+    numbers = tuple(sorted({min(number, alive) for number in kept} | {alive}))
+    factors = np.random.default_rng(1).gamma(50.0, 1 / 50, size=groups)
+    factors /= factors.mean()
+    tokens = np.zeros(DOCUMENT_GROUPS, dtype=np.int64)
+    tokens[:groups] = 100
+    sums = np.zeros((DOCUMENT_GROUPS, len(numbers)))
+    sums[:groups] = 100 * factors[:, None] * np.array([kl(number) for number in numbers])
+    return SplicedCurve(
+        hook.hook,
+        hook.sae,
+        hook.sae_digest,
+        hook.architecture,
+        hook.width,
+        order,
+        "mean",
+        False,
+        numbers,
+        sums,
+        tokens,
+    )
+
+
+def students_with(
+    floors: Mapping[int, Sequence[float]], teacher: str = "unnamed model", teacher_width: int = 16
+) -> DistillationRun:
+    """Students whose held-out loss was the same from the first step on: of each width one for each floor."""
+    curves = [
+        StudentCurve(
+            f"width{width}-seed{seed}",
+            width,
+            seed,
+            "random",
+            100 * width,
+            10 * width,
+            tuple(range(0, 600, 100)),
+            (floor,) * 6,
+            (1.0,) * 5,
+        )
+        for width, of_seeds in floors.items()
+        for seed, floor in enumerate(of_seeds)
+    ]
+    return DistillationRun(tuple(curves), teacher, teacher_width)

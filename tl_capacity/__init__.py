@@ -18,6 +18,7 @@ from tl_capacity.runtime.lazy import lazily
 if TYPE_CHECKING:
     from tl_capacity import theory as theory
     from tl_capacity.dictionaries.loading import load_sae as load_sae
+    from tl_capacity.distillation.effective import effective_capacity as effective_capacity
     from tl_capacity.distillation.observation import observe as observe
     from tl_capacity.errors import CapacityError as CapacityError
     from tl_capacity.interfaces import CapacityLaw as CapacityLaw

@@ -17,7 +17,7 @@ import typer
 
 from tl_capacity import __version__
 from tl_capacity.cli.extending import plugins, run
-from tl_capacity.cli.judging import decompose, observe, report
+from tl_capacity.cli.judging import decompose, effective, observe, report
 from tl_capacity.cli.measuring import doctor, hooks, measure, merge
 from tl_capacity.cli.predicting import budget, floor, plan
 from tl_capacity.errors import CapacityError, reporting_errors
@@ -80,7 +80,7 @@ def root(
                 logger.error(f"the plugin file {path} failed and is left out ({problem})")
 
 
-for verb in (measure, budget, floor, decompose, observe, doctor, report, plan, merge, plugins, hooks):
+for verb in (measure, budget, floor, decompose, effective, observe, doctor, report, plan, merge, plugins, hooks):
     app.command()(verb)
 app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})(run)
 

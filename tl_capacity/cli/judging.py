@@ -1,4 +1,4 @@
-"""Verbs that judge the prediction: decompose, observe and report."""
+"""Verbs that judge the prediction: decompose, effective, observe and report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tl_capacity.cli.shared import AsJson, Importance, Law, MaxFvu, print_notes, show, widths_in
+from tl_capacity.cli.shared import AsJson, Importance, Law, MaxFvu, Splice, print_notes, show, widths_in
 from tl_capacity.distillation.observing import ObserveSettings
 from tl_capacity.options import command_with
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
@@ -51,6 +51,45 @@ def decompose(
     show(decomposition, as_json)
 
 
+def effective(
+    measurement: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
+    distillation: Annotated[
+        Path, typer.Argument(help="A distillation of it, as `tl-capacity run distill --out` wrote it.")
+    ],
+    splice: Splice = None,
+    hook: Annotated[str | None, typer.Option(help="Only this hook point. Default: all that were spliced.")] = None,
+    importance: Annotated[
+        str | None, typer.Option(help="Only this order of the features. Default: all that were spliced.")
+    ] = None,
+    law: Law = None,
+    observed: Annotated[
+        str, typer.Option(help="last_tenth: what the students reached; fit: where their held-out curves are heading.")
+    ] = "last_tenth",
+    as_json: AsJson = False,
+) -> None:
+    """Say how many features the students of each width are worth, for each of their dimensions, beside g(α)."""
+    from tl_capacity.distillation.effective import effective_capacity
+    from tl_capacity.distillation.run import DistillationRun
+    from tl_capacity.errors import CapacityError
+    from tl_capacity.measurement.measurement import Measurement
+    from tl_capacity.measurement.splices import splice_of
+
+    measured = Measurement.load(measurement)
+    spliced, notes = splice_of(measured, measurement, splice)
+    if spliced is None:
+        raise CapacityError(
+            notes[0]
+            if notes
+            else f"no splice of this measurement lies beside it: run tl-capacity run splice {measurement}, and pass"
+            " what it wrote with --splice"
+        )
+    students = DistillationRun.load(distillation)
+    show(
+        effective_capacity(measured, spliced, students, hook=hook, importance=importance, law=law, observed=observed),
+        as_json,
+    )
+
+
 @command_with(ObserveSettings)
 def observe(settings: ObserveSettings, as_json: AsJson = False) -> None:
     """Judge students that somebody else made: their KL from the teacher on held-out text, of every document."""
@@ -74,8 +113,8 @@ def report(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="A measurement, and with it a distillation, probes, recoverability: folders or JSON files, in any"
-            " order."
+            help="A measurement, and with it a distillation, probes, recoverability, a splice: folders or JSON files,"
+            " in any order."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
@@ -89,6 +128,7 @@ def report(
         typer.Option(help="The hook point that the verdict is about. Default: the middle one of those measured."),
     ] = None,
     observed: Annotated[str, typer.Option(help="As for decompose: fit or last_tenth.")] = "fit",
+    splice: Splice = None,
     snippets: Annotated[
         bool, typer.Option(help="Show the text on which features are most active; runs the model.")
     ] = True,
@@ -104,7 +144,7 @@ def report(
     """Write one self-contained HTML page that shows everything that was found."""
     from tl_capacity.report import ReportSettings, Results, find_snippets, write_report
 
-    shown = Results.load(results)
+    shown = Results.load(results, splice)
     settings = ReportSettings(widths_in(widths), importance, law, hook, observed)
     examples, note = (
         find_snippets(shown, settings, model, source, snippet_tokens, device)

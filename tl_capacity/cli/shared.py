@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,12 @@ Importance = Annotated[
     str | None, typer.Option(help="Importance estimator; `tl-capacity plugins` lists them. Default: the paper's.")
 ]
 Law = Annotated[str | None, typer.Option(help="Capacity law; `tl-capacity plugins` lists them. Default: the paper's.")]
+Splice = Annotated[
+    Path | None,
+    typer.Option(
+        help="What `tl-capacity run splice` wrote of the measurement, for floors in nats. Default: the one beside it."
+    ),
+]
 MaxFvu = Annotated[float, typer.Option(help=MAX_FVU)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from tl_capacity.errors import CapacityError
 from tl_capacity.predict.floors import FloorPrediction
 from tl_capacity.predict.spliced_curve import SplicedCurve
+from tl_capacity.predict.spliced_floor import SplicedFloor
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.units import per_token
@@ -144,9 +145,12 @@ def suite_figure(hooks: Iterable[HookMeasurement]) -> go.Figure:
     return figure
 
 
-def spliced_figure(curves: Sequence[SplicedCurve]) -> go.Figure:
+def spliced_figure(curves: Sequence[SplicedCurve], floors: Sequence[SplicedFloor] = ()) -> go.Figure:
     """KL of the spliced teacher against the number of features that stay, a line for each curve, with 95% intervals
     over documents; dotted, what every latent gives.
+
+    Args:
+        floors: of student widths, each marked on its curve.
 
     Raises:
         CapacityError: where there is no curve.
@@ -169,6 +173,18 @@ def spliced_figure(curves: Sequence[SplicedCurve]) -> go.Figure:
             **legend_entry(name),
         )
         figure.add_hline(y=estimates[-1].value, line={"color": colour_of(place), "width": 1, "dash": "dot"})
+        mine = [f for f in floors if (f.hook, f.sae, f.order) == (curve.hook, curve.sae, curve.order)]
+        if mine:
+            figure.add_scatter(
+                x=[floor.features_kept for floor in mine],
+                y=[floor.floor.value for floor in mine],
+                text=[f"{floor.width:,}" for floor in mine],
+                hovertemplate="width %{text} keeps %{x:,}: %{y:.3g} nats per token",
+                mode="markers",
+                marker={**marker_of(place, 12), "symbol": f"{marker_of(place)['symbol']}-open"},
+                showlegend=False,
+                **legend_entry(f"widths at {name}"),
+            )
     figure.update_xaxes(title="features kept")
     figure.update_yaxes(title="KL, nats per token", rangemode="tozero")
     return figure

@@ -16,51 +16,17 @@ from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import checked_widths, sparsity
 from tl_capacity.predict.laws import context_at, kept_features
 from tl_capacity.predict.spliced_curve import SplicedCurve
-from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.predict.spliced_floor import SplicedFloor as SplicedFloor
+from tl_capacity.predict.spliced_floor import floor_cells as floor_cells
+from tl_capacity.results.estimate import significant
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.units import NATS as NATS
 from tl_capacity.show.tables import html_table, table
 from tl_capacity.storage.files import make_folder, read_json, write_json
 
 JSON_NAME = "splice.json"
 SCHEMA = 1
-NATS = "nats per token"
-
-
-@dataclass(frozen=True)
-class SplicedFloor:
-    """The floor of one width by one capacity law, in nats per token: nothing of it is fitted to students.
-
-    Attributes:
-        hook, sae, order: of the curve that it was read from.
-        law: the capacity law that says how many features the width keeps.
-        width: d_S.
-        features_kept: F_S.
-        floor: KL(teacher ‖ teacher with those features only), with its interval over documents.
-    """
-
-    hook: str
-    sae: str
-    order: str
-    law: str
-    width: int
-    features_kept: int
-    floor: Estimate
-
-    def to_json(self) -> dict[str, Any]:
-        """A flat object."""
-        return {
-            "hook": self.hook,
-            "sae": self.sae,
-            "order": self.order,
-            "law": self.law,
-            "width": self.width,
-            "features_kept": self.features_kept,
-            "predicted_floor": self.floor.value,
-            "predicted_low": self.floor.low,
-            "predicted_high": self.floor.high,
-            "unit": NATS,
-        }
 
 
 @dataclass(frozen=True)
@@ -208,17 +174,9 @@ class Spliced:
 _TITLE = "KL(teacher ‖ teacher with only the most important features) [95% interval over documents]"
 
 
-def floor_cells(floors: Sequence[SplicedFloor]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of floors, as text."""
-    return ["hook", "order", "law", "width", "kept", f"floor ({NATS})"], [
-        [f.hook, f.order, f.law, f"{f.width:,}", f"{f.features_kept:,}", f.floor.show(significant(f.floor.value))]
-        for f in floors
-    ]
-
-
 def _floor(curve: SplicedCurve, hook: HookMeasurement, width: int, law: CapacityLaw) -> SplicedFloor:
     # An order of the user's own has no importances that a law could look at.
     ranked_by = curve.order if curve.order in plugins().importance_estimators else None
     at = context_at(hook, hook.importance(ranked_by), sparsity(hook))
     kept = min(kept_features(law, width, at), curve.alive)
-    return SplicedFloor(hook.hook, hook.sae, curve.order, law.name, width, kept, curve.at(kept))
+    return SplicedFloor(hook.hook, hook.sae, curve.order, law.name, width, kept, curve.alive, curve.at(kept))

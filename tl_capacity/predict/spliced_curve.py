@@ -75,18 +75,31 @@ class SplicedCurve:
             )
         return self._estimate(lambda curves: _interpolated(self.kept, curves, np.array([float(kept)]))[:, 0])
 
-    def features_for(self, kl: int | float) -> Estimate | None:
+    def values(self, kept: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+        """KL in nats per token [number] where so many features stay, for several numbers at once, without intervals."""
+        return np.asarray(_interpolated(self.kept, self.mean[None], np.asarray(kept, dtype=np.float64))[0])
+
+    def features_for(self, kl: int | float, draws: NDArray[np.float64] | None = None) -> Estimate | None:
         """How many features must stay for a KL of at most so many nats per token, with its interval over documents;
         None where not even all of them reach it.
+
+        Args:
+            kl: in nats per token.
+            draws: [replicate] the same KL drawn anew for each of `replicates`, where it is itself uncertain.
         """
         grid: NDArray[np.float64] = np.unique(np.round(np.geomspace(1, self.alive + 1, GRID)) - 1)
 
-        def smallest(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-            reached = _interpolated(self.kept, curves, grid) <= kl
+        def smallest(curves: NDArray[np.float64], most: NDArray[np.float64]) -> NDArray[np.float64]:
+            reached = _interpolated(self.kept, curves, grid) <= most[:, None]
             return np.where(reached.any(1), grid[reached.argmax(1)], np.nan)
 
-        found = self._estimate(smallest)
-        return found if isfinite(found.value) else None
+        value = float(smallest(self.mean[None], np.array([float(kl)]))[0])
+        if not isfinite(value):
+            return None
+        if self.replicates is None:
+            return Estimate(value)
+        most = np.full(len(self.replicates), float(kl)) if draws is None else draws
+        return estimate_around(value, smallest(self.replicates, most)).within(0.0, float(self.alive))
 
     @property
     def error(self) -> Estimate:
