@@ -160,13 +160,14 @@ EARLIER = {
     "keep": ["features.json"],
     "many-machines": ["model", "sae", "texts.jsonl"],
     "observe": ["my-model", "runs/students"],
-    "plan": ["runs/demo"],
+    "plan": ["runs/demo", "runs/students"],
     "plugins": ["my_plugin.py", "mine.py", "letters.csv", "runs/embedded"],
     "predict": ["runs/embedded", "curve.json"],
     "probe": ["runs/embedded", "runs/students", "my-model", "reviews.jsonl"],
     "README": ["my-model", "my-sae", "my-texts.jsonl"],
     "report": ["runs/students", "runs/recover", "runs/pythia-floor"],
     "sources": ["notes.txt"],
+    "splice": ["runs/students"],
 }
 """What a page takes for granted: the reader's own files, and results of other pages."""
 

@@ -2,7 +2,9 @@
 width costs in parameters.
 """
 
-from tl_capacity.plan.planning import check_goal, ladder, plan, teacher_config
+from tl_capacity.plan.answers import MethodPlan
+from tl_capacity.plan.costs import ladder, teacher_config
+from tl_capacity.plan.planning import check_goal, plan
 from tl_capacity.plan.result import HookPlan, Plan, WidthCost
 
-__all__ = ["HookPlan", "Plan", "WidthCost", "check_goal", "ladder", "plan", "teacher_config"]
+__all__ = ["HookPlan", "MethodPlan", "Plan", "WidthCost", "check_goal", "ladder", "plan", "teacher_config"]

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from tl_capacity.errors import MeasurementError
+from tl_capacity.plan.answers import MethodPlan, method_cells
+from tl_capacity.plan.fields import estimate_field, field, width_field
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import per_token
@@ -48,6 +49,8 @@ class WidthCost:
         parameters, body_parameters: their number, and without embeddings and head; None where the model is not known or
             its family has no such width.
         share: `parameters` as a share of the teacher's.
+        corrected: the floor in nats per token as observed students correct it; None without students, or where they
+            say nothing.
     """
 
     width: int
@@ -56,6 +59,7 @@ class WidthCost:
     parameters: int | None = None
     body_parameters: int | None = None
     share: float | None = None
+    corrected: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,14 @@ class Plan:
 
     Attributes:
         goal: in words.
-        hooks: of each hook point; the one that needs the widest student decides.
+        hooks: of each hook point; the one that needs the widest student decides. Empty where the prediction that was
+            asked for says nothing in nats.
         width: the narrowest student that satisfies all and that the model's family can build.
         costs: of that width and of others around it.
         remarks: what a reader must know of the measurement.
         caveat: where the law must not be trusted.
+        methods: of a goal in nats, what every method says of it.
+        headline: of such a goal, the answer in words.
     """
 
     goal: str
@@ -80,6 +87,8 @@ class Plan:
     costs: tuple[WidthCost, ...]
     remarks: tuple[str, ...] = ()
     caveat: str = ""
+    methods: tuple[MethodPlan, ...] = ()
+    headline: str = ""
 
     @property
     def deciding(self) -> HookPlan:
@@ -87,7 +96,9 @@ class Plan:
         return max(self.hooks, key=lambda h: h.width.value)
 
     def answer(self) -> str:
-        """The answer in one sentence."""
+        """The answer in one sentence; of a goal in nats in as many as its doubts take."""
+        if self.headline:
+            return self.headline
         needed = self.deciding
         built = (
             f"; the narrowest from there on that its family can build is {self.width:,}"
@@ -120,6 +131,7 @@ class Plan:
             "law": self.law,
             "hooks": [{**vars(h), "width": h.width.to_json()} for h in self.hooks],
             "costs": [{**vars(c), "kept": c.kept.to_json(), "floor": c.floor.to_json()} for c in self.costs],
+            "methods": [method.to_json() for method in self.methods],
             "notes": self.notes(),
         }
 
@@ -131,40 +143,44 @@ class Plan:
             KeyError, TypeError, ValueError: where it lacks or garbles something.
         """
         of_law = f"{content['law']}: "
-        notes = [note for note in _field(content, "notes", list) if isinstance(note, str)]
+        notes = [note for note in field(content, "notes", list) if isinstance(note, str)]
         hooks = tuple(
             HookPlan(
-                _field(saved, "hook", str),
-                _width(saved, "teacher_width"),
-                _field(saved, "features", int),
-                _field(saved, "alive", int),
-                _estimate(saved, "width"),
+                field(saved, "hook", str),
+                width_field(saved, "teacher_width"),
+                field(saved, "features", int),
+                field(saved, "alive", int),
+                estimate_field(saved, "width"),
             )
-            for saved in _field(content, "hooks", list)
+            for saved in field(content, "hooks", list)
         )
         costs = tuple(
             WidthCost(
-                _width(saved, "width"),
-                _estimate(saved, "kept"),
-                _estimate(saved, "floor"),
-                _field(saved, "parameters", (int, type(None))),
-                _field(saved, "body_parameters", (int, type(None))),
-                _field(saved, "share", (float, int, type(None))),
+                width_field(saved, "width"),
+                estimate_field(saved, "kept"),
+                estimate_field(saved, "floor"),
+                field(saved, "parameters", (int, type(None))),
+                field(saved, "body_parameters", (int, type(None))),
+                field(saved, "share", (float, int, type(None))),
+                field({"corrected": None, **saved}, "corrected", (float, int, type(None))),
             )
-            for saved in _field(content, "costs", list)
+            for saved in field(content, "costs", list)
         )
-        if not hooks or not costs:
+        methods = tuple(map(MethodPlan.from_json, field({"methods": [], **content}, "methods", list)))
+        if not (hooks or methods) or not costs:
             raise ValueError("hooks or costs, of which it has none")
         return cls(
-            goal=_field(content, "goal", str),
-            unit=_field(content, "unit", str),
-            importance=_field(content, "importance", str),
-            law=_field(content, "law", str),
+            goal=field(content, "goal", str),
+            unit=field(content, "unit", str),
+            importance=field(content, "importance", str),
+            law=field(content, "law", str),
             hooks=hooks,
-            width=_width(content, "width"),
+            width=width_field(content, "width"),
             costs=costs,
             remarks=tuple(note for note in notes if not note.startswith(of_law)),
             caveat="".join(note.removeprefix(of_law) for note in notes if note.startswith(of_law)),
+            methods=methods,
+            headline=field(content, "answer", str) if methods else "",
         )
 
     @checked
@@ -229,8 +245,8 @@ class Plan:
         from rich.text import Text
 
         yield Text(f"{self.answer()}\n")
-        yield table("What each hook point asks [95% interval over documents]", *self.hook_cells())
-        yield table(f"What each width costs; features and floor at {self.deciding.hook}", *self.cost_cells())
+        for title, header, rows in self.tables():
+            yield table(title, header, rows)
         for note in self.notes():
             yield Text(f"note: {note}")
 
@@ -238,7 +254,18 @@ class Plan:
         from html import escape
 
         notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
-        return f"<p>{escape(self.answer())}</p>{html_table(*self.hook_cells())}{html_table(*self.cost_cells())}{notes}"
+        tables = "".join(f"<p>{escape(title)}</p>{html_table(header, rows)}" for title, header, rows in self.tables())
+        return f"<p>{escape(self.answer())}</p>{tables}{notes}"
+
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """Title, header and rows of each table, as text."""
+        at = f"; features and floor at {self.deciding.hook}" if self.hooks else ""
+        tables = [(f"What each width costs{at}", *self.cost_cells())]
+        if self.hooks:
+            tables.insert(0, ("What each hook point asks [95% interval over documents]", *self.hook_cells()))
+        if self.methods:
+            tables.insert(0, ("What each method says [95% interval over documents]", *method_cells(self.methods)))
+        return tables
 
     def hook_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the hook points, as text."""
@@ -257,11 +284,15 @@ class Plan:
             "without embeddings",
             "of the teacher's",
         ]
+        corrected = any(c.corrected is not None for c in self.costs)
+        if corrected:
+            header.insert(3, "corrected by students (nats per token)")
         return header, [
             [
                 f"{c.width:,}{' ←' if c.width == self.width else ''}",
                 c.kept.show(".1%"),
                 c.floor.show(significant(c.floor.value)),
+                *([_number(c.corrected)] if corrected else []),
                 "unknown" if c.parameters is None else f"{c.parameters:,}",
                 "unknown" if c.body_parameters is None else f"{c.body_parameters:,}",
                 "unknown" if c.share is None else f"{c.share:.1%}",
@@ -273,25 +304,5 @@ class Plan:
 _PARTS = (("value", ""), ("low", "_low"), ("high", "_high"))
 
 
-def _field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    """A field of a saved object, if it is there and of its type."""
-    if not isinstance(saved[name], kind) or isinstance(saved[name], bool):
-        raise TypeError(f"{name} = {saved[name]!r}")
-    return saved[name]
-
-
-def _width(saved: Mapping[str, Any], name: str) -> int:
-    width: int = _field(saved, name, int)
-    if width < 1:
-        raise ValueError(f"{name} = {width}")
-    return width
-
-
-def _estimate(saved: Mapping[str, Any], name: str) -> Estimate:
-    """A number with its interval, all finite."""
-    content = _field(saved, name, dict)
-    ends = (_field(content, end, (int, float, type(None))) for end in ("low", "high"))
-    estimate = Estimate(_field(content, "value", (int, float)), *ends)
-    if not all(end is None or isfinite(end) for end in vars(estimate).values()):
-        raise ValueError(f"{name} = {content}")
-    return estimate
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:{significant(value)}}"

@@ -1,0 +1,98 @@
+"""Writes tl_capacity/predict/record.json, how far predictions in nats were from students: `python docs/write_record.py
+[runs]`.
+
+Spliced floors and what students reached come from docs/results/splice.json. With the folder of the runs that
+results/splice.md names, summed importances in nats are read from `nats`, a measurement, and other predictors' floors
+from every `forecasts.json`; without it their rows stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from tl_capacity import Measurement
+from tl_capacity.plan.methods import methods_of
+from tl_capacity.predict.forecasts import JSON_NAME as FORECASTS_JSON
+from tl_capacity.predict.forecasts import Forecasts
+from tl_capacity.predict.record import SCHEMA, Check
+from tl_capacity.predict.spliced_floor import PREDICTOR
+from tl_capacity.runtime.units import NATS
+
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "tl_capacity" / "predict" / "record.json"
+SPLICE = ROOT / "docs" / "results" / "splice.json"
+LAWS = {"d·g(α)": "compressed_sensing", "F·d_S/d_T": "proportional"}
+"""The laws as results/splice.md calls them; its interpolation over dictionaries is no law of one."""
+TEACHER, TEACHER_WIDTH = "embedded", 128
+
+
+def spliced() -> Iterator[Check]:
+    """Every spliced floor of a width that was observed."""
+    for row in json.loads(SPLICE.read_text(encoding="utf-8")):
+        if row["law"] in LAWS and row["observed"] is not None:
+            yield Check(
+                PREDICTOR,
+                "second_moment",
+                LAWS[row["law"]],
+                row["teacher"],
+                TEACHER_WIDTH,
+                row["hook"],
+                row["sae"],
+                row["width"],
+                round(row["predicted"], 4),
+                round(row["observed"], 4),
+            )
+
+
+def others(runs: Path) -> Iterator[Check]:
+    """Summed importances in nats, and the floors of other predictors, at the widths that were observed."""
+    observed = {check.width: check.observed for check in spliced()}
+    widths = np.array(sorted(observed))
+    measurement = Measurement.load(runs / "nats")
+    forecasts = [Forecasts.load(path) for path in sorted(runs.rglob(FORECASTS_JSON))]
+    for method in methods_of(measurement.hooks, (), None, forecasts):
+        for width, predicted in zip(widths, method.floors(widths), strict=True):
+            if method.unit == NATS and np.isfinite(predicted):
+                yield Check(
+                    method.predictor,
+                    method.importance,
+                    method.law,
+                    TEACHER,
+                    TEACHER_WIDTH,
+                    method.hook,
+                    Path(method.sae).name,
+                    int(width),
+                    round(float(predicted), 4),
+                    observed[int(width)],
+                )
+
+
+def write(runs: Path | None) -> None:
+    """Replace the file."""
+    before = json.loads(RECORD.read_text(encoding="utf-8"))["checks"]
+    kept = [row for row in before if row["predictor"] != PREDICTOR]
+    further = kept if runs is None else [asdict(check) for check in others(runs)]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    head = {
+        "schema": SCHEMA,
+        "written_by": "python docs/write_record.py runs",
+        "commit": commit.stdout.strip(),
+        "pages": ["docs/results/splice.md", "docs/results/embedded_floor.md"],
+    }
+    checks = [*(asdict(check) for check in spliced()), *further]
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in checks)
+    start = json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}")
+    RECORD.write_text(f'{start},\n "checks": [\n{rows}\n]\n}}\n', encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
