@@ -57,6 +57,8 @@ ORDER = [
     "firing-rates",
     "suite",
     "floors",
+    "spliced",
+    "effective",
     "training",
     "probes",
     "recoverability",
@@ -323,7 +325,7 @@ def test_what_is_missing_says_how_to_get_it(lone: Measurement) -> None:
     blocks = re.findall(r"<pre><code>(.*?)</code></pre>", text, re.DOTALL)
     commands = [line.replace("&#39;", "'") for block in blocks for line in block.splitlines()]
     assert len(commands) >= 7
-    assert len(re.findall(r'<div class="missing">\s*<p>', text)) == len(ORDER) - 5
+    assert len(re.findall(r'<(?:div|details) class="missing">\s*<(?:p|summary)>', text)) == len(ORDER) - 5
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "tl-capacity"

@@ -12,12 +12,16 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import MeasurementError
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.measurement.splices import splice_of
 from tl_capacity.placement.result import JSON_NAME as PLACEMENT_JSON
+from tl_capacity.predict.spliced import JSON_NAME as SPLICE_JSON
+from tl_capacity.predict.spliced import Spliced
 from tl_capacity.probing.recovery_row import JSON_NAME as RECOVERABILITY_JSON
 from tl_capacity.probing.rows import JSON_NAME as PROBES_JSON
+from tl_capacity.report.parts import sentence
 from tl_capacity.storage.files import read_json
 
-FILES = (MEASUREMENT_JSON, DISTILLATION_JSON, PROBES_JSON, RECOVERABILITY_JSON, PLACEMENT_JSON)
+FILES = (MEASUREMENT_JSON, DISTILLATION_JSON, PROBES_JSON, RECOVERABILITY_JSON, PLACEMENT_JSON, SPLICE_JSON)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Results:
         folder: of the measurement, for the commands that the page suggests.
         probes, recoverability, placement: the JSON that their recipes wrote, which their sections check.
         run_folder: of the distillation, for the same commands.
+        spliced: of the measurement.
+        splice_note: why there is none, where several could be meant.
     """
 
     measurement: Measurement
@@ -37,11 +43,16 @@ class Results:
     recoverability: Any = None
     placement: Any = None
     run_folder: str = "runs/students"
+    spliced: Spliced | None = None
+    splice_note: str = ""
 
     @classmethod
-    def load(cls, paths: Sequence[Path]) -> Results:
+    def load(cls, paths: Sequence[Path], splice: Path | None = None) -> Results:
         """Read results from folders or JSON files, in any order; a folder may hold them itself or one folder deeper, as
         `pythia-floor` writes them.
+
+        Args:
+            splice: of the measurement; None for one among the paths, or else the one that lies beside the measurement.
 
         Raises:
             MeasurementError: where there is no measurement, something is given twice or cannot be read, or a path holds
@@ -63,14 +74,19 @@ class Results:
                 f"there is no measurement in {', '.join(map(str, paths))}: pass a folder that `tl-capacity measure"
                 " --out` wrote"
             )
+        folder = files[MEASUREMENT_JSON].parent
+        measurement = Measurement.load(folder)
+        spliced, said = splice_of(measurement, folder, splice or files.get(SPLICE_JSON))
         return cls(
-            Measurement.load(files[MEASUREMENT_JSON].parent),
-            str(files[MEASUREMENT_JSON].parent),
+            measurement,
+            str(folder),
             DistillationRun.load(files[DISTILLATION_JSON].parent) if DISTILLATION_JSON in files else None,
             read_json(files[PROBES_JSON]) if PROBES_JSON in files else None,
             read_json(files[RECOVERABILITY_JSON]) if RECOVERABILITY_JSON in files else None,
             read_json(files[PLACEMENT_JSON]) if PLACEMENT_JSON in files else None,
             **({"run_folder": str(files[DISTILLATION_JSON].parent)} if DISTILLATION_JSON in files else {}),
+            spliced=spliced,
+            splice_note="".join(map(sentence, said)) if spliced is None else "",
         )
 
 

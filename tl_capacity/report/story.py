@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tl_capacity.distillation.decomposition import Decomposition, decompose
+from tl_capacity.distillation.effective import EffectiveCapacity, worth_of
 from tl_capacity.distillation.observed import OBSERVED, ObservedFloor, observed_floors
+from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw, ImportanceEstimator
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.measurement.splices import check_splice
 from tl_capacity.plan import ladder
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import FloorPrediction, hook_floors
+from tl_capacity.predict.spliced_floor import SplicedFloor
 from tl_capacity.report.edges import Edge, edges
 from tl_capacity.report.results import Results
 from tl_capacity.report.snippets import Snippets
@@ -49,6 +53,8 @@ class Story:
         floors, edges: by the place of a hook point in the measurement; none where it has no sparsity.
         observed: floors of the distilled students.
         decomposition: of the observed floors; where there is none, `undecomposed` says why.
+        spliced_floors: of the widths, read from the splice.
+        effective: what the students are worth by the splice.
         snippets_note: why there are no snippets.
     """
 
@@ -63,6 +69,8 @@ class Story:
     observed: Sequence[ObservedFloor] = ()
     decomposition: Decomposition | None = None
     undecomposed: str = ""
+    spliced_floors: Sequence[SplicedFloor] = ()
+    effective: EffectiveCapacity | None = None
     snippets: Snippets = field(default_factory=dict)
     snippets_note: str = ""
 
@@ -108,23 +116,57 @@ def story_of(results: Results, settings: ReportSettings, snippets: Snippets, sni
     floors = {place: hook_floors(hook, widths, importance.name, law) for place, hook in sparse.items()}
     around = {place: edges(hook, widths, importance.name, law) for place, hook in sparse.items()}
     story = Story(
-        results, settings, widths, importance, law, main, floors, around, snippets=snippets, snippets_note=snippets_note
+        results,
+        settings,
+        widths,
+        importance,
+        law,
+        main,
+        floors,
+        around,
+        spliced_floors=_spliced_floors(results, widths, law),
+        snippets=snippets,
+        snippets_note=snippets_note,
     )
-    if results.run is None:
+    return story if results.run is None else _with_effective(_with_observed(story, results.run))
+
+
+def _spliced_floors(results: Results, widths: Sequence[int], law: CapacityLaw) -> list[SplicedFloor]:
+    """The floors of the widths, read from the splice.
+
+    Raises:
+        MeasurementError: where the splice is of another measurement.
+    """
+    if results.spliced is None:
+        return []
+    check_splice(results.spliced, results.measurement)
+    return results.spliced.floors(results.measurement, widths, law.name)
+
+
+def _with_effective(story: Story) -> Story:
+    """The story with what its students are worth, where there is a splice."""
+    spliced, students = story.results.spliced, [floor for floor in story.observed if floor.start != "teacher"]
+    if spliced is None or not students:
         return story
+    return replace(story, effective=worth_of(story.measurement, spliced, students, law=story.law.name))
+
+
+def _with_observed(story: Story, run: DistillationRun) -> Story:
+    """The story with the floors of its students, and what explains them."""
+    measurement, settings = story.measurement, story.settings
     try:
         decomposition = decompose(
             measurement,
-            results.run,
-            hook=lone_hook(measurement, main),
-            importance=importance.name,
-            law=law.name,
+            run,
+            hook=lone_hook(measurement, story.main),
+            importance=story.importance.name,
+            law=story.law.name,
             observed=settings.observed,
             max_fvu=None,
         )
     except CapacityError as problem:
-        evaluated = all(student.given or len(student.tokens) > 1 for student in results.run)
-        return replace(story, observed=observed_floors(results.run) if evaluated else (), undecomposed=str(problem))
+        evaluated = all(student.given or len(student.tokens) > 1 for student in run)
+        return replace(story, observed=observed_floors(run) if evaluated else (), undecomposed=str(problem))
     return replace(story, observed=decomposition.observed, decomposition=decomposition)
 
 

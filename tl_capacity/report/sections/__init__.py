@@ -15,6 +15,7 @@ from tl_capacity.report.sections.measurement import firing_rates, importance, la
 from tl_capacity.report.sections.placement import placement
 from tl_capacity.report.sections.probes import probes
 from tl_capacity.report.sections.recoverability import recoverability
+from tl_capacity.report.sections.spliced import effective, spliced
 from tl_capacity.report.sections.students import curves
 from tl_capacity.report.story import Story
 
@@ -24,6 +25,8 @@ SECTIONS: tuple[tuple[Section, Callable[[Story, Section], Section]], ...] = (
     (Section("firing-rates", "How often features fire"), firing_rates),
     (Section("suite", "Critical width and the dictionary's L0"), suite),
     (Section("floors", "Predicted and observed floors"), floors),
+    (Section("spliced", "Floors in nats with nothing fitted"), spliced),
+    (Section("effective", "Features that students are worth"), effective),
     (Section("training", "Training curves and where they are heading"), curves),
     (Section("probes", "What students still know: probes"), probes),
     (Section("recoverability", "Features that students kept"), recoverability),

@@ -7,13 +7,15 @@ from collections.abc import Sequence, Set
 
 from tl_capacity.predict.caveats import error_warnings
 from tl_capacity.predict.floors import FloorPrediction
+from tl_capacity.predict.record import records
+from tl_capacity.predict.spliced_floor import SplicedFloor, kept_whole
 from tl_capacity.report.parts import Cell, column_cell, estimate_cell, percent, sentence
 from tl_capacity.report.sections.students import short
 from tl_capacity.report.story import Story
 from tl_capacity.results.columns import ALIVE, CRITICAL_WIDTH, FVU, L0
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.runtime.units import per_token
+from tl_capacity.runtime.units import NATS, per_token
 
 
 def verdict(story: Story) -> list[str]:
@@ -38,6 +40,13 @@ def verdict(story: Story) -> list[str]:
             f"A student of width {floor.width:,} keeps about {percent(floor.kept_share)} of them; its predicted floor"
             f" is {worth} {per_token(floor.unit)}, {percent(floor.share)} of what all of them are worth."
         )
+    spliced = _verdict_spliced(story)
+    if spliced is not None:
+        worth = spliced.floor.show(significant(spliced.floor.value))
+        sentences.append(
+            f"The teacher itself, with no more features than width {spliced.width:,} may keep, loses {worth} {NATS};"
+            " nothing of this is fitted to a student."
+        )
     if story.decomposition is not None:
         sentences.append(f"Of the students that were distilled: {short(story, story.decomposition.verdict())}.")
     return sentences
@@ -58,6 +67,12 @@ def _verdict_floor(story: Story) -> FloorPrediction | None:
     """The floor of the width that is nearest to half of the hook point's."""
     predicted = story.floors.get(story.main_place, ())
     return min(predicted, key=lambda f: abs(f.width - story.main.width / 2), default=None)
+
+
+def _verdict_spliced(story: Story) -> SplicedFloor | None:
+    """The spliced floor at the main hook point, by the importance asked for, of the width nearest to half of it."""
+    of_main = [f for f in story.spliced_floors if (f.hook, f.order) == (story.main.hook, story.importance.name)]
+    return min(of_main, key=lambda f: abs(f.width - story.main.width / 2), default=None)
 
 
 def tiles(story: Story) -> list[tuple[str, Cell]]:
@@ -85,6 +100,10 @@ def notes(story: Story) -> list[str]:
     said = _said_once(warnings, {name for h in measurement for name in (h.hook, h.sae, f"{h.hook}, {h.sae}")})
     said += [f"{story.law.name}: {story.law.caveat}"] if story.law.caveat else []
     said += story.decomposition.notes()[1:] if story.decomposition is not None else []
+    if story.results.spliced is not None:
+        said += [*story.results.spliced.notes(), *kept_whole(story.spliced_floors)]
+        said += records(floor.key for floor in story.spliced_floors)
+    said += story.effective.notes() if story.effective is not None else []
     return [sentence(note) for note in said]
 
 
