@@ -44,7 +44,7 @@ def forward(student: Any, stream: list[torch.Tensor]) -> Callable[[], object]:
     from tl_capacity.text.counting import CountingRule
     from tl_capacity.text.streams import as_batches
 
-    reader, rule = Reader.at_hook(student, HOOK, "the student"), CountingRule()
+    reader, rule = Reader.at_hook(student, HOOK, "the student", "student"), CountingRule()
     return lambda: [reader(rule.apply(batch), batch, 0, number) for number, batch in enumerate(as_batches(stream))]
 
 

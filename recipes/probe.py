@@ -20,16 +20,17 @@ import torch
 
 from tl_capacity.dictionaries.adapter import dictionary_digest
 from tl_capacity.dictionaries.loading import load_sae
-from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
+from tl_capacity.distillation.named_students import NamedStudent, is_run, students_named
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.measure.setup import measured_dictionary
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.defaults import middle_hook
-from tl_capacity.models.loading import LoadedModel, load_model
+from tl_capacity.models.loading import LoadedModel
 from tl_capacity.probing.concepts import load_concepts
 from tl_capacity.probing.experiment import ProbeSettings, TappedModel, probe_models
+from tl_capacity.probing.layers import named_hooks, possible_hooks
 from tl_capacity.probing.probe_result import ProbeResult
 from tl_capacity.probing.rows import JSON_NAME
 from tl_capacity.recipe import already_there, option, run_file, settings_of
@@ -37,7 +38,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
-from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
+from tl_capacity.storage.checkpoints import Checkpoint, checkpoint_in, gone_if_refused, remove_checkpoint
 from tl_capacity.storage.digests import digest
 from tl_capacity.storage.files import make_folder, write_bytes
 
@@ -50,7 +51,14 @@ class ProbeConfig:
 
     model: tuple[str, ...] = option(
         ("embedded",),
-        "A model name, folder or hub id, or the folder of a distillation; may be repeated. The first is the teacher.",
+        "A model name, folder or hub id, or the folder of a distillation or of observed students; may be repeated. The"
+        " first is the teacher.",
+    )
+    student_hook: tuple[str, ...] = option(
+        (),
+        "Where students are read, as HOOK or STUDENT=HOOK; may be repeated. By default where the teacher is, and with"
+        " other layers than it has at the best of all, by the validation texts.",
+        repeated=True,
     )
     hook: str = option(
         "",
@@ -87,6 +95,10 @@ class ProbeConfig:
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads of the models; 0 leaves it to torch.")
 
+    def decisive(self, *without: str) -> dict[str, Any]:
+        """The settings that decide the result, without some; one that earlier versions had not only where given."""
+        return settings_of(self, "out", *([] if self.student_hook else ["student_hook"]), *without)
+
 
 def main(config: ProbeConfig) -> ProbeResult | None:
     """Probe models for concepts, and write accuracy and AUROC beside their baselines.
@@ -100,11 +112,10 @@ def main(config: ProbeConfig) -> ProbeResult | None:
     """
     config = replace(config, device=device_named(config.device))  # is recorded
     processes = Processes.of_launch()
-    folder = processes.own(config.out)
-    state = folder.with_name(f"{folder.name}.checkpoint.safetensors")
-    known = settings_of(config, "out") if config.hook else settings_of(config, "out", "hook")
+    known = config.decisive(*([] if config.hook else ["hook"]))
     if already_there(config.out / JSON_NAME, config.out / JSON_NAME, known):
-        remove_checkpoint(state)
+        for left in config.out.glob("*.checkpoint.safetensors"):
+            remove_checkpoint(left)
         return None
     processes = processes.connected(config.device)
     if config.threads:
@@ -112,25 +123,37 @@ def main(config: ProbeConfig) -> ProbeResult | None:
     started = time.monotonic()
     concepts = load_concepts(config.concepts)
     measurement = None if config.measurement is None else Measurement.load(config.measurement)
-    models = [load_model(name, device=config.device) for name in named(config.model)]
+    names = named(config.model)
+    models = [student.load(config.device) for student in names.values()]
     config = replace(config, hook=config.hook or middle_hook(models[0].model.config))
     # All of them before anything is collected, in case one lacks the hook.
-    tapped = [TappedModel.at(model, config.hook) for model in models]
+    read_at = named_hooks(config.student_hook, list(names)[1:])
+    hooks = [
+        (read_at[name],) if name in read_at else possible_hooks(models[0].model, model.model, config.hook)
+        for name, model in zip(names, models, strict=True)
+    ]
+    tapped = [TappedModel.at(model, *each) for model, each in zip(models, hooks, strict=True)]
     sae, measured = _dictionary(config, models[0], measurement)
     texts = digest(
         "\n".join(
             repr((c.name, c.texts, c.labels.tolist(), c.documents.tolist(), c.splits.tolist())) for c in concepts
         ).encode()
     )
-    decides = settings_of(config, "out") | {"weights": [model.revision for model in models], "texts": texts}
-    make_folder(config.out)
+    decides = config.decisive() | {"weights": [model.revision for model in models], "texts": texts}
+    beside = processes.own(config.out)
+    state = checkpoint_in(
+        config.out,
+        processes.own(Path("probes")).name,
+        beside=beside.with_name(f"{beside.name}.checkpoint.safetensors"),
+    )
     checkpoint = Checkpoint(state, decides)
     settings = ProbeSettings(**{field.name: getattr(config, field.name) for field in fields(ProbeSettings)})
-    result = probe_models(settings, concepts, tapped, sae, measured, checkpoint, processes)
+    with gone_if_refused([state]):
+        result = probe_models(settings, concepts, tapped, sae, measured, checkpoint, processes)
     if processes.first:
         versions = library_versions() | {"scikit-learn": importlib.metadata.version("scikit-learn")}
         about = {
-            "settings": settings_of(config, "out"),
+            "settings": config.decisive(),
             "versions": versions,
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -142,24 +165,19 @@ def main(config: ProbeConfig) -> ProbeResult | None:
     return result
 
 
-def named(models: Sequence[str]) -> list[str]:
-    """The models that are meant: a distillation stands for its teacher, unless another model comes first, and its
-    students, controls left out.
+def named(models: Sequence[str]) -> dict[str, NamedStudent]:
+    """The models that are meant, by short names: a distillation stands for its teacher, unless another model comes
+    first, and its students, controls left out.
 
     Raises:
-        CapacityError: where none is named.
+        CapacityError: where none is named, or one twice.
     """
-    names: list[str] = []
-    for name in models:
-        if (Path(name) / DISTILLATION_JSON).is_file():
-            run = DistillationRun.load(name)
-            names += [] if names else [run.teacher]
-            names += [str(Path(name) / "students" / student.name) for student in run if student.start != "teacher"]
-        else:
-            names.append(name)
-    if not names:
+    specs = list(models)
+    if specs and is_run(specs[0]):
+        specs.insert(0, DistillationRun.load(specs[0]).teacher)
+    if not specs:
         raise CapacityError("no model is named: pass --model, the teacher first")
-    return names
+    return students_named(specs)
 
 
 def write(result: ProbeResult, about: Mapping[str, Any], out: Path) -> None:

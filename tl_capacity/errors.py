@@ -41,6 +41,10 @@ class SourceCutOffError(TokenSourceError):
     """A token source stopped in the midst of its text, as where the network failed; what came before was whole."""
 
 
+class NotWrittenError(CapacityError):
+    """A file or a folder cannot be written, as where the disk is full; what was there before is whole."""
+
+
 class MeasurementError(CapacityError):
     """A measurement on disk is damaged, of another schema, or does not fit what it is combined with."""
 

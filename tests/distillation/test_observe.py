@@ -27,7 +27,7 @@ from transformers import (
 
 import tl_capacity as tlc
 from tl_capacity.distillation import DistillationRun, Judged, observe, observed_floors
-from tl_capacity.distillation.observed_by_name import students_named
+from tl_capacity.distillation.named_students import students_named
 from tl_capacity.errors import CapacityError, TokenSourceError
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.text.streams import TokenStream

@@ -140,7 +140,7 @@ def whole_sweep(out: Path) -> None:
 
 
 def whole_checkpoint(out: Path) -> None:
-    for state in out.parent.glob(f"{out.name}.*checkpoint.safetensors"):
+    for state in out.glob("*.checkpoint.safetensors"):
         load_file(state)
     for record in out.glob("*.json"):
         json.loads(record.read_bytes())
@@ -243,8 +243,8 @@ def checkpoints(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     records = {
         "measure": "killed/measurement.json",
         "distil": "killed/checkpoint.json",
-        "probe": "killed.checkpoint.safetensors",
-        "recover": f"killed.{HOOK}.fit.checkpoint.safetensors",
+        "probe": "killed/probes.checkpoint.safetensors",
+        "recover": f"killed/{HOOK}.fit.checkpoint.safetensors",
         "toy": "killed.checkpoint.safetensors",
     }
 
@@ -288,8 +288,8 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "statistics": ("measure", lambda folder: last_tensors(folder / "killed" / "measurement.json", "statistics")),
     "checkpoint.json": ("distil", lambda folder: folder / "killed" / "checkpoint.json"),
     "students' weights": ("distil", lambda folder: last_tensors(folder / "killed" / "checkpoint.json", "file")),
-    "probes": ("probe", lambda folder: folder / "killed.checkpoint.safetensors"),
-    "sums of readouts": ("recover", lambda folder: folder / f"killed.{HOOK}.fit.checkpoint.safetensors"),
+    "probes": ("probe", lambda folder: folder / "killed" / "probes.checkpoint.safetensors"),
+    "sums of readouts": ("recover", lambda folder: folder / "killed" / f"{HOOK}.fit.checkpoint.safetensors"),
     "toy checkpoint": ("toy", lambda folder: folder / "killed.checkpoint.safetensors"),
 }
 

@@ -31,10 +31,11 @@ from tl_capacity.recipes import probe as recipe
 from tl_capacity.recipes.concept_candidates import Candidate
 
 from tl_capacity import add_capacity_hooks, hookimpl, theory
-from tl_capacity.errors import CapacityError, HookPointError, PluginError
+from tl_capacity.errors import CapacityError, PluginError
 from tl_capacity.interfaces import Concept, LabelledText
 from tl_capacity.measure.job import measure
 from tl_capacity.measure.settings import MeasureSettings
+from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
 from tl_capacity.probing import (
     Activations,
@@ -674,7 +675,7 @@ def folders(
     make_sae: Callable[..., Any],
     tokenizer: Any,
 ) -> Path:
-    """A teacher, a narrower and a shallower model of the same tokenizer, a concept file and an SAE."""
+    """A teacher, a narrower, a shallower and a deeper model of the same tokenizer, a concept file and an SAE."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     root = tmp_path_factory.mktemp("probe")
@@ -684,6 +685,7 @@ def folders(
         ("teacher", make_model("gpt2")),
         ("narrow", GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=3, **shared))),
         ("shallow", GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, **shared))),
+        ("deep", GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=4, initializer_range=0.5, **shared))),
     ):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -811,12 +813,50 @@ class TestRecipe:
         with pytest.raises(CapacityError, match=r"already holds a probes\.json"):
             recipe.main(config_of(folders, tmp_path, "teacher"))
 
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            (HOOK, r"shallow: 'blocks\.1\.hook_resid_post' is no hook point"),
+            ("shallow=blocks.9.hook_resid_post", r"shallow: 'blocks\.9\.hook_resid_post' is no hook point"),
+            (f"deep={HOOK}", "--student-hook .* is for no student: choose one of shallow"),
+        ],
+    )
     def test_a_student_without_the_hook_is_named_before_anything_is_written(
-        self, folders: Path, tmp_path: Path
+        self, given: str, says: str, folders: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(HookPointError, match=r"shallow: 'blocks\.1\.hook_resid_post' is no hook point"):
-            recipe.main(config_of(folders, tmp_path / "out", "teacher", "shallow"))
+        config = config_of(folders, tmp_path / "out", "teacher", "shallow", student_hook=(given,))
+        with pytest.raises(CapacityError, match=says):
+            recipe.main(config)
         assert not (tmp_path / "out").exists()
+
+    def test_a_student_of_other_layers_is_read_where_the_validation_texts_are_told_best(
+        self, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = config_of(folders, tmp_path / "out", "teacher", "deep", "shallow", baselines=False)
+        recipe.main(config)
+        [concept] = load_concepts(config.concepts)
+        deep, missed = load_model(str(folders / "deep")), {}
+        for hook in [f"blocks.{layer}.hook_resid_post" for layer in range(4)]:
+            activations = {concept.name: collect(deep.model, hook, concept.texts, tokenizer=deep.tokenizer)}
+            [probe] = fit_probes(activations, [concept], split="validation", control=False)
+            missed[hook] = 1 - probe.auroc.value
+        best = min(missed, key=missed.__getitem__)
+        rows = {row.model: row for row in Probes.load(tmp_path / "out").rows}
+        assert [rows[model].hook for model in ("teacher", "deep", "shallow")] == [
+            HOOK,
+            best,
+            "blocks.0.hook_resid_post",
+        ]
+        said = capsys.readouterr().out
+        assert f"note: deep was read at {best}, the best of 4 on the validation texts" in said
+        assert "note: shallow was read at blocks.0.hook_resid_post\n" in said
+        named = config_of(
+            folders, tmp_path / "named", "teacher", "deep", baselines=False, student_hook=("blocks.3.hook_resid_post",)
+        )
+        recipe.main(named)
+        assert {row.model: row.hook for row in Probes.load(tmp_path / "named").rows}[
+            "deep"
+        ] == "blocks.3.hook_resid_post"
 
     def test_a_distillation_stands_for_its_students(self, tmp_path: Path) -> None:
         from tl_capacity.distillation.curves import StudentCurve
@@ -826,8 +866,9 @@ class TestRecipe:
             StudentCurve(name, 8, 0, start, 1, 1) for name, start in (("w8", "random"), ("control", "teacher"))
         )
         DistillationRun(students, teacher="embedded").save(tmp_path)
-        assert recipe.named([str(tmp_path)]) == ["embedded", str(tmp_path / "students" / "w8")]
-        assert recipe.named(["other", str(tmp_path)]) == ["other", str(tmp_path / "students" / "w8")]
+        for first, teacher in (([], "embedded"), (["other"], "other")):
+            models = recipe.named([*first, str(tmp_path)])
+            assert [model.place for model in models.values()] == [teacher, str(tmp_path / "students" / "w8")]
         with pytest.raises(CapacityError, match="no model is named"):
             recipe.named([])
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import students_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -24,7 +25,7 @@ from sklearn.metrics import average_precision_score, r2_score, roc_auc_score
 from tl_capacity.recipes.recover import main
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tl_capacity import hookimpl, recipe
 from tl_capacity.distillation.run import DistillationRun
@@ -32,6 +33,7 @@ from tl_capacity.errors import CapacityError, DictionaryError, HookPointError, M
 from tl_capacity.interfaces import CapacityLaw
 from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import register_plugin, unregister_plugin
 from tl_capacity.probing.ranking import BINS, Ranking, auroc_of, average_precision_of, bins_of_
 from tl_capacity.probing.recover import recover_features
@@ -42,6 +44,7 @@ from tl_capacity.probing.scores import Scores
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, parts_of, split
 from tl_capacity.results.estimate import document_resamples
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.storage import checkpoints
 from tl_capacity.text.streams import PADDING, TokenStream
 
 HOOK = "blocks.0.hook_resid_post"
@@ -519,6 +522,53 @@ def test_seeds_of_a_width_are_not_joined(
     assert all(len(set(trace.x)) == len(trace.x) or trace.mode == "markers" for trace in own)
 
 
+@pytest.mark.usefixtures("few_replicates", "unchecked")
+def test_the_best_layer_is_that_of_dense_regressions_on_the_documents_that_fit(
+    planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor
+) -> None:
+    """scikit-learn's errors at each layer, without a look at the documents that judge."""
+    teacher, _, measured = planted
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32}
+    deep = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=3, **sizes, initializer_range=0.7))
+    rows = rows[:120]
+    found = recovered(teacher, coordinates, {"deep": deep.eval(), "alike": planted[1]}, rows, measured)
+    parts = np.array(parts_of(np.arange(len(rows))))
+    with torch.no_grad():
+        states = deep.model(rows, output_hidden_states=True).hidden_states[1:]
+        # Behind the last layer transformers gives the normed state.
+        seen: list[torch.Tensor] = []
+        remove = deep.model.layers[2].register_forward_hook(lambda *_: seen.append(_[2]))
+        deep.model(rows)
+        remove.remove()
+    last = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    z = {
+        part: embedding[rows[torch.from_numpy(parts == part)].flatten()].double().numpy() for part in (FIT, VALIDATION)
+    }
+    expected = {}
+    for layer, state in enumerate([*states[:2], last]):
+        x = {part: state[torch.from_numpy(parts == part)].flatten(0, 1).double().numpy() for part in (FIT, VALIDATION)}
+        errors = []
+        for ridge in RIDGES:
+            alpha = ridge * ((x[FIT] - x[FIT].mean(0)) ** 2).sum(0).mean()
+            left = z[VALIDATION] - Ridge(alpha=alpha).fit(x[FIT], z[FIT]).predict(x[VALIDATION])
+            spread = ((z[VALIDATION] - z[VALIDATION].mean(0)) ** 2).sum(0)
+            errors.append(((left**2).sum(0) / spread).mean())
+        expected[f"blocks.{layer}.hook_resid_post"] = min(errors)
+    row = {row.student: row for row in found.rows}["deep"]
+    assert row.tried == pytest.approx(expected, rel=1e-4)
+    assert row.student_hook == min(expected, key=expected.__getitem__)
+    assert f"deep was read at {row.student_hook}, the best of 3 on the documents that fit" in found.notes()
+    assert f"deep (d=8, {row.student_hook}, chosen)" in [cells[0] for cells in found.cells()[1]]
+    saved = Recoverability.from_json(json.loads(json.dumps(found.to_json()))).rows
+    assert {row.student: (row.student_hook, row.tried) for row in saved}["deep"] == (row.student_hook, row.tried)
+    assert "student_hook" not in {row["student"]: row for row in found.to_json()}["alike"]
+    named = recovered(
+        teacher, coordinates, {"deep": deep}, rows, measured, student_hooks={"deep": "blocks.1.hook_resid_post"}
+    )
+    assert (named.rows[0].student_hook, named.rows[0].tried) == ("blocks.1.hook_resid_post", {})
+
+
 def test_models_are_left_as_they_were(planted: Any, coordinates: Any, rows: torch.Tensor) -> None:
     teacher, student, measured = planted
     student.train()
@@ -538,16 +588,26 @@ def test_models_are_left_as_they_were(planted: Any, coordinates: Any, rows: torc
         ({"random": {"b": None}}, CapacityError, "random weights are given for b, which is no student"),
         ({"max_tokens": 0}, CapacityError, "0 tokens are nothing to read features from"),
         ({"max_tokens": -5}, CapacityError, "-5 tokens are nothing to read"),
-        ({"max_tokens": 100}, TokenSourceError, "no document is left for"),
+        (
+            {"max_tokens": 100},
+            TokenSourceError,
+            "^no document is left for validation, as --tokens 100 reads 8 documents, and of every ten 6 fit, 1 chooses"
+            " the ridge and 3 judge: ask for --tokens 512 or more$",
+        ),
+        (
+            {"stream": torch.zeros(3, 8).long()},
+            TokenSourceError,
+            "as the text has 3 documents, .*: give more documents$",
+        ),
     ],
 )
 def test_bad_input(
     planted: Any, coordinates: Any, rows: torch.Tensor, change: dict[str, Any], kind: type[Exception], says: str
 ) -> None:
     teacher, student, measured = planted
-    students = change.pop("students", {"a": student})
+    given = {"students": {"a": student}, "stream": rows, **change}
     with pytest.raises(kind, match=says):
-        recovered(teacher, coordinates, students, rows, measured, **change)
+        recovered(teacher, coordinates, measured=measured, **given)
 
 
 def test_a_stream_that_can_be_read_once(planted: Any, coordinates: Any, rows: torch.Tensor) -> None:
@@ -571,10 +631,13 @@ def test_a_student_without_the_hook(
     )
     with add_capacity_hooks(teacher, sae) as capacity:
         measured = capacity.run(tokens, progress=False).measurement()["blocks.2.hook_resid_post"]
+    hook = "blocks.2.hook_resid_post"
     with pytest.raises(
         HookPointError, match=r"the student 'shallow' cannot be read at blocks\.2\.hook_resid_post: .* is no hook point"
     ):
-        recover_features(teacher, sae, {"shallow": shallow}, tokens, measured=measured)
+        recover_features(teacher, sae, {"shallow": shallow}, tokens, measured=measured, student_hooks={"shallow": hook})
+    with pytest.raises(CapacityError, match="a hook point is named for other, which is no student"):
+        recover_features(teacher, sae, {"shallow": shallow}, tokens, measured=measured, student_hooks={"other": hook})
 
 
 def test_nan_activations(planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor) -> None:
@@ -679,3 +742,115 @@ def test_the_recipe_wants_both_folders_of_one_teacher(saved: tuple[Path, Path], 
     replace(DistillationRun.load(saved[1]), fingerprint="0").save(tmp_path)
     with pytest.raises(CapacityError, match="was distilled from 'embedded' with other weights than 'embedded' has now"):
         recipe.run(main, [str(saved[0]), str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def recovering(setup: Path, students: Path, out: Path, *more: object) -> list[str]:
+    given = ["--source", setup / "text.jsonl", "--hook", "blocks.1.hook_resid_post", "--tau", 0.8, "--out", out, *more]
+    return [str(each) for each in (setup / "measured-for-any-student", students, *given)]
+
+
+@pytest.fixture(scope="module")
+def measured_setup(setup: Path) -> Path:
+    """The tiny model of `setup`, measured."""
+    from tl_capacity.measure.job import measure
+    from tl_capacity.measure.settings import MeasureSettings
+
+    measure(
+        MeasureSettings(
+            str(setup / "model"),
+            setup / "measured-for-any-student",
+            (str(setup / "sae"),),
+            tokens=2_000,
+            source=str(setup / "text.jsonl"),
+            progress=False,
+        )
+    )
+    return setup
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_replicates", "unchecked")
+def test_any_student_is_read_out_as_a_distilled_one(measured_setup: Path, tmp_path: Path) -> None:
+    from tl_capacity.distillation.observation import observe
+
+    setup, distilled = measured_setup, students_of(measured_setup)
+    folder = distilled / "students" / "width8-seed0"
+    teacher, student = load_model(str(setup / "model")), load_model(str(folder))
+    stream = TokenStream(str(setup / "text.jsonl"), teacher.tokenizer, context=32)
+    observe(teacher, {"width8-seed0": student}, stream, tokens=100, out=tmp_path / "observed", progress=False)
+    found = {}
+    for name, students in (("distilled", distilled), ("folder", folder), ("observed", tmp_path / "observed")):
+        recipe.run(main, recovering(setup, students, tmp_path / name, "--tokens", 6_000, "--no-random"))
+        rows = json.loads((tmp_path / name / "recoverability.json").read_text())
+        [found[name]] = [row for row in rows if row["width"] == 8]
+        assert not list((tmp_path / name).glob("*checkpoint*"))
+    assert found["folder"] == found["observed"] == found["distilled"]
+    student.model.get_input_embeddings().weight.data.add_(1)
+    student.model.save_pretrained(tmp_path / "changed")
+    run = DistillationRun.load(tmp_path / "observed")
+    moved = replace(run, students=(replace(run.students[0], place=str(tmp_path / "changed")),))
+    student.tokenizer.save_pretrained(tmp_path / "changed")
+    moved.save(tmp_path / "moved")
+    with pytest.raises(CapacityError, match="changed has other weights than when `tl-capacity observe` judged it"):
+        recipe.run(main, recovering(setup, tmp_path / "moved", tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("few_replicates", "unchecked")
+def test_a_refused_run_leaves_nothing_and_its_advice_works(measured_setup: Path, tmp_path: Path) -> None:
+    setup, students, out = measured_setup, students_of(measured_setup), tmp_path / "out"
+    long = tmp_path / "long.jsonl"
+    words = [json.loads(line)["text"] for line in (setup / "text.jsonl").read_text().splitlines()]
+    texts = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]  # 560 tokens each
+    long.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    more = ("--source", long, "--no-random")
+    with pytest.raises(TokenSourceError, match=r"no document is left for .*: ask for --tokens \d+ or more$") as refused:
+        recipe.run(main, recovering(setup, students, out, *more, "--tokens", 600))
+    assert list(tmp_path.iterdir()) == [long]
+    enough = re.findall(r"--tokens (\d+) or more", str(refused.value))[0]
+    recipe.run(main, recovering(setup, students, out, *more, "--tokens", enough))
+    assert (out / "recoverability.json").exists()
+
+
+@pytest.mark.usefixtures("few_replicates", "unchecked")
+def test_a_run_that_is_refused_on_the_way_keeps_no_checkpoint(
+    measured_setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, out = measured_setup, tmp_path / "out"
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    student = load_model(str(students_of(setup) / "students" / "width8-seed0"))
+    with torch.no_grad():
+        student.model.get_input_embeddings().weight[60] = float("nan")  # a rare word
+    for part in (student.model, student.tokenizer):
+        part.save_pretrained(tmp_path / "broken")
+    with pytest.raises(CapacityError, match=r"the student 'broken' has NaN or infinite activations at .* in batch"):
+        recipe.run(main, recovering(setup, tmp_path / "broken", out, "--no-random"))
+    assert not list(out.glob("*"))
+    whole = students_of(setup) / "students" / "width8-seed0"
+    recipe.run(main, recovering(setup, whole, out, "--no-random", "--tokens", 6_000))
+
+
+def test_a_student_of_other_tokens_is_refused_before_the_first_pass(measured_setup: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    student = load_model(str(students_of(measured_setup) / "students" / "width8-seed0"))
+    student.model.save_pretrained(folder)
+    student.tokenizer.save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w5"], vocabulary["w6"] = vocabulary["w6"], vocabulary["w5"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CapacityError, match="the student 'other' needs other tokens than the teacher"):
+        recipe.run(main, recovering(measured_setup, folder, tmp_path / "out"))
+    with pytest.raises(
+        HookPointError, match=r"the student 'width8-seed0' cannot be read .*: name another --student-hook"
+    ):
+        recipe.run(
+            main,
+            recovering(
+                measured_setup,
+                students_of(measured_setup),
+                tmp_path / "out",
+                "--student-hook",
+                "width8-seed0=blocks.7.hook_resid_post",
+            ),
+        )
+    assert not (tmp_path / "out").exists()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tl_capacity.errors import CapacityError
+from tl_capacity.errors import CapacityError, NotWrittenError, SourceCutOffError
 from tl_capacity.storage import checkpoints
-from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
+from tl_capacity.storage.checkpoints import Checkpoint, checkpoint_in, gone_if_refused, remove_checkpoint
 from tl_capacity.storage.digests import tensors_digest
 
 SETTINGS = {"models": ["a", "b"], "seed": 1}
@@ -81,3 +81,28 @@ def test_the_hash_is_of_the_content() -> None:
     assert tensors_digest(tensors, "x") != tensors_digest(tensors, "y")
     assert tensors_digest(tensors, "x") != tensors_digest({**tensors, "a": torch.arange(3.0).view(1, 3)}, "x")
     assert len({tensors_digest({"a": torch.from_numpy(np.eye(3)[i])}, "x") for i in range(3)}) == 3
+
+
+def test_one_that_lies_beside_the_folder_is_moved_into_it(tmp_path: Path) -> None:
+    """As 0.1 left it, with the one before."""
+    beside = tmp_path / "out.fit.checkpoint.safetensors"
+    for number in (1.0, 2.0):
+        Checkpoint(beside, SETTINGS).save({"a": torch.tensor([number])}, {})
+    path = checkpoint_in(tmp_path / "out", "fit", beside)
+    assert path == tmp_path / "out" / "fit.checkpoint.safetensors"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert Checkpoint(path, SETTINGS).tensors["a"] == 2
+    path.write_bytes(b"damaged")
+    assert Checkpoint(path, SETTINGS).tensors["a"] == 1
+    assert checkpoint_in(tmp_path / "out", "fit", beside) == path
+
+
+@pytest.mark.parametrize(
+    ("problem", "stays"),
+    [(CapacityError, False), (NotWrittenError, True), (SourceCutOffError, True), (KeyboardInterrupt, True)],
+)
+def test_what_the_same_command_can_go_on_from_stays(path: Path, problem: type[BaseException], stays: bool) -> None:
+    Checkpoint(path, SETTINGS).save({"a": torch.zeros(1)}, {})
+    with pytest.raises(problem), gone_if_refused([path]):
+        raise problem("no")
+    assert path.exists() == stays

@@ -35,8 +35,8 @@ from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.digests import fingerprint
 from tl_capacity.text.counting import special_token_ids
-from tl_capacity.text.same_tokens import reading_difference, token_difference
-from tl_capacity.text.streams import PADDING, TokenStream, source_of
+from tl_capacity.text.same_tokens import check_same_tokens, last_token
+from tl_capacity.text.streams import PADDING, source_of
 
 
 @checked
@@ -86,7 +86,7 @@ def observe(
     judge = _Party.of("the teacher", teacher)
     parties = [_Party.of(f"the student {name!r}", student) for name, student in students.items()]
     for party in parties:
-        _check_same_tokens(judge, party, stream)
+        check_same_tokens(judge.tokenizer, party.tokenizer, party.who, stream)
     rows = read_to_judge(
         stream, tokens, HELDOUT_EVERY if held_out else 1, special_token_ids(judge.model, judge.tokenizer)
     )
@@ -195,24 +195,6 @@ class _Party:
         )
 
 
-def _check_same_tokens(judge: _Party, party: _Party, stream: Any) -> None:
-    """Refuse a student whose tokenizer is another than the teacher's, as far as both have one.
-
-    Raises:
-        CapacityError: names what differs.
-    """
-    if judge.tokenizer is None or party.tokenizer is None:
-        return
-    difference = token_difference(judge.tokenizer, party.tokenizer)
-    if difference is None and isinstance(stream, TokenStream) and stream.is_text:
-        difference = reading_difference(stream, party.tokenizer)
-    if difference is not None:
-        raise CapacityError(
-            f"{party.who} needs other tokens than the teacher ({difference}): judge a student that has the teacher's"
-            " tokenizer"
-        )
-
-
 def _common_vocabulary(parties: Sequence[_Party], predictors: Sequence[Predictor], rows: Rows) -> int:
     """How many logits all models have; says so where some have more.
 
@@ -222,7 +204,7 @@ def _common_vocabulary(parties: Sequence[_Party], predictors: Sequence[Predictor
     devices = {str(device_of(party.model)) for party in parties}
     if len(devices) > 1:
         raise CapacityError(f"the models are on {' and '.join(sorted(devices))}: move them to one device")
-    last = max(int(rows.tokens.max()), _last_token(parties[0].tokenizer))
+    last = max(int(rows.tokens.max()), last_token(parties[0].tokenizer))
     for party, predictor in zip(parties, predictors, strict=True):
         if predictor.vocabulary <= last:
             raise CapacityError(
@@ -238,14 +220,6 @@ def _common_vocabulary(parties: Sequence[_Party], predictors: Sequence[Predictor
     if wider:
         log.warning(f"{', '.join(wider)}: all models are compared on the first {common:,}, which they have in common")
     return common
-
-
-def _last_token(tokenizer: Any) -> int:
-    """The largest id of a tokenizer's own vocabulary, without tokens that were added; −1 where there is none."""
-    if tokenizer is None:
-        return -1
-    added = tokenizer.get_added_vocab()
-    return max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=-1)
 
 
 def _judge(

@@ -4,41 +4,19 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
+from tl_capacity.distillation.named_students import students_named
 from tl_capacity.distillation.observation import check_new, observe
 from tl_capacity.distillation.observing import ObserveSettings
-from tl_capacity.distillation.run import JSON_NAME, DistillationRun
+from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.defaults import USUAL_CONTEXT, longest_row
-from tl_capacity.models.loading import LoadedModel, hub_revision, load_model
+from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.text.streams import TokenStream
-
-
-@dataclass(frozen=True)
-class StudentName:
-    """Where a student lies.
-
-    Attributes:
-        place: a folder, a hub id, or a name that a plugin registered.
-        revision: branch, tag or commit of a hub id.
-    """
-
-    place: str
-    revision: str | None = None
-
-    def load(self, device: str, dtype: str = "float32") -> LoadedModel:
-        """The student with its tokenizer.
-
-        Raises:
-            CapacityError: where it cannot be loaded.
-        """
-        return load_model(self.place, device=device, dtype=dtype, revision=self.revision)
 
 
 def observe_named(settings: ObserveSettings) -> DistillationRun:
@@ -72,43 +50,6 @@ def observe_named(settings: ObserveSettings) -> DistillationRun:
         out=settings.out,
         processes=processes,
     )
-
-
-def students_named(specs: Iterable[str]) -> dict[str, StudentName]:
-    """Students by short names that differ: a folder's or a hub id's last part, with the part before it where two have
-    the same. The folder of a distillation stands for its students, controls left out.
-
-    Raises:
-        CapacityError: where one is named twice.
-    """
-    places: dict[str, StudentName] = {}
-    for spec in specs:
-        if (Path(spec) / JSON_NAME).is_file():
-            run = DistillationRun.load(spec)
-            for student in run:
-                if student.start != "teacher":
-                    place = run.place_of(student.name, spec)
-                    places.setdefault(place, StudentName(place, hub_revision(place, student.revision)))
-        elif spec in places:
-            raise CapacityError(f"the student {spec!r} is named twice: name each once")
-        else:
-            place, at, revision = spec.rpartition("@")
-            known = Path(spec).expanduser().exists() or not at
-            places[spec] = StudentName(spec) if known else StudentName(place, revision)
-    return dict(zip(_short(list(places)), places.values(), strict=True))
-
-
-def _short(places: list[str]) -> list[str]:
-    """The last parts of some places, as many of each as tell it from the others."""
-    parts = [[part for part in place.split("/") if part not in ("", ".", "..")] or [place] for place in places]
-    shown = [1] * len(places)
-    while True:
-        names = ["/".join(own[-count:]) for own, count in zip(parts, shown, strict=True)]
-        alike = [i for i, name in enumerate(names) if names.count(name) > 1 and shown[i] < len(parts[i])]
-        if not alike:
-            return names if len(set(names)) == len(names) else places
-        for i in alike:
-            shown[i] += 1
 
 
 def _context(asked: int | None, models: Mapping[str, LoadedModel]) -> int:

@@ -33,6 +33,13 @@ def middle_hook(config: Any) -> str:
     return f"blocks.{int(text_config(config).num_hidden_layers) // 2}.hook_resid_post"
 
 
+def layers_of(model: Any) -> int | None:
+    """How many layers a model has, by its configuration; None where that does not say."""
+    config = getattr(model, "cfg", None) or text_config(getattr(model, "config", None))
+    layers = next((n for name in ("n_layers", "num_hidden_layers") if (n := getattr(config, name, None))), None)
+    return None if layers is None else int(layers)
+
+
 def width_of(config: Any) -> int:
     """Dimensions of a model's residual stream.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,6 @@ class NothingMoreToSeeError(Exception):
     """Ends a forward pass whose rest nobody looks at."""
 
 
-@torch.no_grad()
 def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position"]) -> Tensor | None:
     """Run a model up to a hook point and return what it carries [row, position, ...]; None where the hook point does
     not fire.
@@ -43,21 +43,31 @@ def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position
     Raises:
         CapacityError: where a token is not in the model's vocabulary.
     """
+    return activations_at(model, [point], tokens)[0]
+
+
+@torch.no_grad()
+def activations_at(model: Any, points: Sequence[TapPoint], tokens: Int[Tensor, "row position"]) -> list[Tensor | None]:
+    """Run a model once, up to the last of some hook points, and return what each carries [row, position, ...]; None
+    where one does not fire.
+
+    Raises:
+        CapacityError: where a token is not in the model's vocabulary.
+    """
     check_token_ids(model, tokens.numpy(force=True))
-    seen: list[Tensor] = []
+    seen: dict[int, Tensor] = {}
 
-    def keep(activation: Tensor) -> None:
-        seen.append(activation.detach())
-        raise NothingMoreToSeeError
+    def keep(place: int, activation: Tensor) -> None:
+        seen[place] = activation.detach()
+        if len(seen) == len(points):
+            raise NothingMoreToSeeError
 
-    remove = point.watch(keep)
-    try:
-        model(tokens.to(device_of(model)), **forward_options(model))
-    except NothingMoreToSeeError:
-        pass
-    finally:
-        remove()
-    return seen[0] if seen else None
+    with ExitStack() as watching:
+        for place, point in enumerate(points):
+            watching.callback(point.watch(partial(keep, place)))
+        with suppress(NothingMoreToSeeError):
+            model(tokens.to(device_of(model)), **forward_options(model))
+    return [seen.get(place) for place in range(len(points))]
 
 
 def embedding_of(model: Any) -> nn.Module:

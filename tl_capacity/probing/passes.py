@@ -17,7 +17,7 @@ from tl_capacity.dictionaries.adapter import inputs_for
 from tl_capacity.dictionaries.encoding import Encoder, joined
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
-from tl_capacity.models.forward import activation_at
+from tl_capacity.models.forward import activations_at
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.probing.ranking import Ranking
 from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
@@ -35,49 +35,78 @@ TEACHER, RANDOM = "teacher", "with random weights"
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that is run up to one hook point."""
+    """A model that is run up to one hook point, or to the last of several.
+
+    Attributes:
+        who: the model, in a sentence.
+        points: hook points, by the names under which their activations are handed on.
+    """
 
     who: str
     model: Any
-    point: TapPoint
+    points: Mapping[str, TapPoint]
 
     @classmethod
-    def at_hook(cls, model: Any, hook: str, who: str, sae: Any = None) -> Reader:
+    def at_hook(cls, model: Any, hook: str, who: str, name: str, sae: Any = None) -> Reader:
         """A reader of a model at a hook point; with an SAE, of the activations that this was trained on.
 
         Raises:
             HookPointError: where the model has no such hook point.
         """
+        if sae is None:
+            return cls.at_hooks(model, {name: hook}, who)
         try:
-            return cls(who, model, find_tap_point(model, hook) if sae is None else reading_of(model, sae, hook).point)
+            return cls(who, model, {name: reading_of(model, sae, hook).point})
         except HookPointError as problem:
             raise HookPointError(f"{who} cannot be read at {hook}: {problem}") from problem
 
-    def __call__(
-        self, batch: CountedTokens, tokens: TokenBatch, filler: int, number: int
-    ) -> Float[Tensor, "token ..."]:
-        """Activations of the counted tokens.
+    @classmethod
+    def at_hooks(cls, model: Any, hooks: Mapping[str, str], who: str) -> Reader:
+        """A reader of a model at several hook points.
+
+        Args:
+            hooks: by the names under which their activations are handed on.
 
         Raises:
-            HookPointError: where the hook point does not fire, or gives no vector per token.
+            HookPointError: where the model lacks one.
+        """
+        points = {}
+        for name, hook in hooks.items():
+            try:
+                points[name] = find_tap_point(model, hook)
+            except HookPointError as problem:
+                raise HookPointError(f"{who} cannot be read at {hook}: {problem}") from problem
+        return cls(who, model, points)
+
+    def __call__(
+        self, batch: CountedTokens, tokens: TokenBatch, filler: int, number: int
+    ) -> dict[str, Float[Tensor, "token ..."]]:
+        """Activations of the counted tokens at each hook point.
+
+        Raises:
+            HookPointError: where a hook point does not fire, or gives no vector per token.
             CapacityError: where an activation is NaN or infinite.
         """
         ids = torch.from_numpy(np.where(tokens.tokens == PADDING, filler, tokens.tokens))
-        seen = activation_at(self.model, self.point, ids)
+        seen = activations_at(self.model, list(self.points.values()), ids)
+        return {
+            name: self._counted(point.name, activation, batch, number)
+            for (name, point), activation in zip(self.points.items(), seen, strict=True)
+        }
+
+    def _counted(self, point: str, seen: Tensor | None, batch: CountedTokens, number: int) -> Tensor:
+        """The vectors of the counted tokens, checked."""
         if seen is None or seen.shape[:2] != batch.counted.shape:
             what = (
                 "did not fire"
                 if seen is None
                 else f"has shape {tuple(seen.shape)} for tokens of shape {tuple(batch.counted.shape)}"
             )
-            raise HookPointError(
-                f"{self.point.name} of {self.who} {what}: choose a hook point with one vector per token"
-            )
+            raise HookPointError(f"{point} of {self.who} {what}: choose a hook point with one vector per token")
         counted = seen.flatten(0, 1)[batch.counted.flatten().to(seen.device)]
         if not bool(torch.isfinite(counted.sum(dtype=torch.float32))):
             raise CapacityError(
-                f"{self.who} has NaN or infinite activations at {self.point.name} in batch {number}: check its"
-                " dtype and weights"
+                f"{self.who} has NaN or infinite activations at {point} in batch {number}: check its dtype and weights"
             )
         return counted
 
@@ -93,7 +122,7 @@ class Passes:
 
     def __init__(
         self,
-        readers: Mapping[str, Reader],
+        readers: Sequence[Reader],
         sae: Any,
         measured: HookMeasurement,
         stream: Any,
@@ -101,14 +130,22 @@ class Passes:
         max_tokens: int | None,
         progress: bool,
         processes: Processes,
+        most_features: int | None = None,
     ) -> None:
+        """
+        Args:
+            readers: of the teacher and all others; each hook point has a name of its own, the teacher's is `TEACHER`.
+            most_features: read out at most so many of the alive features, evenly spaced; None for all.
+        """
         self.processes = processes
         self.readers, self.sae, self.stream, self.rule, self.max_tokens = readers, sae, stream, rule, max_tokens
+        self.names = [name for reader in readers for name in reader.points]
         self.progress = progress and processes.first
         self.encoder = Encoder(sae)
         device = sae.W_dec.device
         self.device = exact_device(device)
         alive = np.flatnonzero(measured.summary.alive)
+        alive = alive if most_features is None else alive[:: max(1, -(-len(alive) // most_features))]
         self.n_features = len(alive)
         self.place = torch.full((measured.summary.d_sae,), -1, dtype=torch.int64, device=self.device)
         self.place[torch.from_numpy(alive).to(self.device)] = torch.arange(len(alive), device=self.device)
@@ -118,13 +155,25 @@ class Passes:
 
     def fit(self, students: Sequence[str], checkpoint: Checkpoint) -> tuple[dict[str, Readout], dict[str, str]]:
         """The readout of every model and of the teacher's principal components, and whose activations each reads."""
+        moments = self.moments(checkpoint, "fitting readouts")
+        readouts, sources = {}, {name: name for name in self.names}
+        for width in {self.widths[name] for name in students}:
+            training, validation = moments[FIT, TEACHER], moments[VALIDATION, TEACHER]
+            readouts[components_of(width)] = fit(training, validation, principal_axes(training, width))
+            sources[components_of(width)] = TEACHER
+        for name in self.names:
+            readouts[name] = fit(moments.pop((FIT, name)), moments.pop((VALIDATION, name)))
+        return readouts, sources
+
+    def moments(self, checkpoint: Checkpoint, label: str) -> dict[tuple[str, str], Moments]:
+        """The sums of the documents that fit and of those that choose, by part and hook point's name."""
         moments: dict[tuple[str, str], Moments] = {}
-        for part, name in product((FIT, VALIDATION), self.readers):
+        for part, name in product((FIT, VALIDATION), self.names):
             if kept := checkpoint.part(f"{part}/{name}"):
                 moments[part, name] = Moments.of_tensors(kept, self.device)
         for part, activations, latents, _ in self._batches(
             (FIT, VALIDATION),
-            "fitting readouts",
+            label,
             checkpoint,
             lambda: {"/".join(key): sums.to_tensors() for key, sums in moments.items()},
         ):
@@ -134,17 +183,10 @@ class Passes:
                 moments[part, name].update(x, latents)
         # A process that had no batch does not know how wide the models are.
         self.widths = dict(ChainMap(*self.processes.gather({name: len(sums.x) for (_, name), sums in moments.items()})))
-        for part, name in product((FIT, VALIDATION), self.readers):
+        for part, name in product((FIT, VALIDATION), self.names):
             mine = moments.get((part, name)) or Moments.zeros(self.widths[name], self.n_features, self.device)
             moments[part, name] = mine.over_all(self.processes)
-        readouts, sources = {}, {name: name for name in self.readers}
-        for width in {self.widths[name] for name in students}:
-            training, validation = moments[FIT, TEACHER], moments[VALIDATION, TEACHER]
-            readouts[components_of(width)] = fit(training, validation, principal_axes(training, width))
-            sources[components_of(width)] = TEACHER
-        for name in self.readers:
-            readouts[name] = fit(moments.pop((FIT, name)), moments.pop((VALIDATION, name)))
-        return readouts, sources
+        return moments
 
     def judge(
         self, readouts: Mapping[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint
@@ -197,7 +239,9 @@ class Passes:
                 batch = self.rule.apply(tokens)
                 if not batch.n_counted:
                     continue
-                activations = {name: reader(batch, tokens, filler, number) for name, reader in self.readers.items()}
+                activations = {
+                    name: x for reader in self.readers for name, x in reader(batch, tokens, filler, number).items()
+                }
                 latents = self._latents(activations[TEACHER], number)
                 self.tokens[part] += batch.n_counted
                 groups = batch.groups[batch.row_of_token].to(self.device)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tl_capacity.probing.concepts import LabelledTexts
 from tl_capacity.probing.probes import Probe
+from tl_capacity.probing.read_at import ReadAt
 from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, ProbedConcept, ProbeRow
 from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.probing.sparse import SparseProbe, falls_at
@@ -32,6 +33,7 @@ class Probed:
         width: of the model, or of the student that the baseline stands beside.
         probes: one for each concept.
         truncated: texts that did not fit the context, by concept.
+        read_at: where it was read, if elsewhere than the teacher, or if that was chosen of several hook points.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Probed:
     width: int
     probes: tuple[Probe, ...]
     truncated: dict[str, int]
+    read_at: ReadAt | None = None
 
     def rows(self) -> list[ProbeRow]:
         """The numbers for each concept."""
@@ -87,6 +90,11 @@ class ProbeResult:
         few = [probe.concept for probe in teacher.probes if probe.accuracy.low is None]
         cut = sum(teacher.truncated.values())
         notes = [f"{cut:,} texts were longer than the context, and only their beginning was read"] if cut else []
+        notes += [
+            f"{probed.model} was read at {probed.read_at.says('the validation texts')}"
+            for probed in self.trained
+            if probed.read_at is not None
+        ]
         if few:
             notes.append(
                 f"{', '.join(few)}: fewer than {MIN_GROUPS_FOR_INTERVAL} documents to test on, too few for intervals:"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from tl_capacity.dictionaries.adapter import dictionary_digest
@@ -20,8 +21,12 @@ from tl_capacity.interfaces import CapacityLaw, SparseAutoencoder
 from tl_capacity.models.forward import evaluating
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.laws import budgets, context_at, knows_enough
+from tl_capacity.probing.layers import choose_layers, possible_hooks
 from tl_capacity.probing.passes import RANDOM, TEACHER, Passes, Reader, components_of
+from tl_capacity.probing.read_at import ReadAt
 from tl_capacity.probing.recovery import TAU, Recovery, StudentRecovery
+from tl_capacity.probing.ridge import CHOOSING_FEATURES
+from tl_capacity.probing.splitting import check_parts
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.processes import ALONE, Processes
@@ -45,6 +50,8 @@ def recover_features(
     progress: bool = True,
     processes: Processes = ALONE,
     checkpoints: tuple[Checkpoint, Checkpoint] | None = None,
+    student_hooks: Mapping[str, str] | None = None,
+    trying: Checkpoint | None = None,
 ) -> Recovery:
     """How well linear readouts of students' activations predict each alive feature of the teacher's SAE on held-out
     documents.
@@ -55,7 +62,8 @@ def recover_features(
     Args:
         teacher: a hooked or Hugging Face model.
         sae: the SAE that was measured.
-        students: models by name, read at the hook point of the same name.
+        students: models by name, read at the hook point of the same name. One that has more layers than the teacher,
+            or fewer, is read at whichever of its layers tells the features best on the documents that fit.
         stream: a `TokenStream`, rows of token ids [row, position], or another iterable of batches that can be gone over
             twice.
         measured: of the teacher with the SAE: which features are alive, their importance and sparsity.
@@ -68,6 +76,8 @@ def recover_features(
         processes: that share the batches; each gets the result.
         checkpoints: of this process, for the pass that fits readouts and for the one that judges them; both go on from
             where they left off.
+        student_hooks: where students are read, by their names; others as said above.
+        trying: a checkpoint of the pass that tries layers, where there is one.
 
     Raises:
         HookPointError: where a model lacks the hook point, or it does not fire.
@@ -82,6 +92,10 @@ def recover_features(
         raise CapacityError(f"tau = {tau:g} is no AUROC to ask for: choose one from 0.5, which chance gives, to 1")
     if not students:
         raise CapacityError("there is no student to read features from: pass a mapping from names to models")
+    if unknown := set(student_hooks or {}) - set(students):
+        raise CapacityError(
+            f"a hook point is named for {', '.join(sorted(unknown))}, which is no student: use the students' names"
+        )
     if unknown := set(random or {}) - set(students):
         raise CapacityError(
             f"random weights are given for {', '.join(sorted(unknown))}, which is no student: use the students' names"
@@ -97,27 +111,61 @@ def recover_features(
     started = time.monotonic()
     estimator = measured.estimator(importance).name
     laws = _laws(measured, estimator)
-    readers = {TEACHER: Reader.at_hook(teacher, measured.hook, "the teacher", sae)}
-    for name, model in students.items():
-        readers[name] = Reader.at_hook(model, measured.hook, f"the student {name!r}")
-    for name, model in (random or {}).items():
-        readers[f"{name} {RANDOM}"] = Reader.at_hook(model, measured.hook, f"the student {name!r} with random weights")
+    of_teacher = Reader.at_hook(teacher, measured.hook, "the teacher", TEACHER, sae)
+    given = student_hooks or {}
+    hooks = {
+        name: (given[name],) if name in given else possible_hooks(teacher, model, measured.hook)
+        for name, model in students.items()
+    }
+    trials = [
+        Reader.at_hooks(students[name], {f"{name} at {hook}": hook for hook in several}, f"the student {name!r}")
+        for name, several in hooks.items()
+    ]
     rule = (
         CountingRule.for_model(teacher, getattr(teacher, "tokenizer", None))
         if mask_token_ids is None
         else CountingRule.without(mask_token_ids)
     )
     rule = rule.at(counted_positions(None, [sae]))
-    passes = Passes(readers, sae, measured, stream, rule, max_tokens, progress, processes)
+    check_parts(stream, rule, max_tokens)
     fitting, judging = checkpoints or (Checkpoint(None, {}), Checkpoint(None, {}))
+    passes_of = partial(
+        Passes,
+        sae=sae,
+        measured=measured,
+        stream=stream,
+        rule=rule,
+        max_tokens=max_tokens,
+        progress=progress,
+        processes=processes,
+    )
     with ExitStack() as modes:
-        for reader in readers.values():
-            modes.enter_context(evaluating(reader.model))
+        for model in (teacher, *students.values(), *(random or {}).values()):
+            modes.enter_context(evaluating(model))
+        read_at = {name: ReadAt(several[0], {}) for name, several in hooks.items()}
+        if trying_some := [reader for reader in trials if len(reader.points) > 1]:
+            passes = passes_of([of_teacher, *trying_some], most_features=CHOOSING_FEATURES)
+            to_choose = {name: several for name, several in hooks.items() if len(several) > 1}
+            read_at |= choose_layers(passes, to_choose, trying or Checkpoint(None, {}))
+        readers = [of_teacher]
+        for name, model in students.items():
+            readers.append(Reader.at_hook(model, read_at[name].hook, f"the student {name!r}", name))
+        for name, model in (random or {}).items():
+            who = f"the student {name!r} with random weights"
+            readers.append(Reader.at_hook(model, read_at[name].hook, who, f"{name} {RANDOM}"))
+        passes = passes_of(readers)
         readouts, sources = passes.fit(tuple(students), fitting)
         rankings = passes.judge(readouts, sources, judging)
     scores = {name: ranking.scores() for name, ranking in rankings.items()}
     recovered = [
-        StudentRecovery(name, width, scores[name], scores.get(f"{name} {RANDOM}"), scores[components_of(width)])
+        StudentRecovery(
+            name,
+            width,
+            scores[name],
+            scores.get(f"{name} {RANDOM}"),
+            scores[components_of(width)],
+            None if read_at[name] == ReadAt(measured.hook, {}) else read_at[name],
+        )
         for name, width in ((name, passes.widths[name]) for name in students)
     ]
     return Recovery(

@@ -10,7 +10,7 @@ from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.recovery_row import COUNTS, FIELDS, JSON_NAME, RecoveryRow
 from tl_capacity.storage.files import make_folder, read_json, write_json
 
-FIELDS |= {"n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens"}
+FIELDS |= {"n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens", "student_hook", "tried"}
 """Fields of a row that are no law's budget."""
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tl_capacity.interfaces import CapacityContext, CapacityLaw
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.laws import budgets, context_at, kept_features
+from tl_capacity.probing.read_at import ReadAt
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery_row import COUNTS, RecoveryRow
 from tl_capacity.probing.scores import Scores
@@ -44,6 +45,7 @@ class StudentRecovery:
         student: readout of the student.
         random: of the same student with random weights; None where none was given.
         pca: of the teacher's leading principal components, as many as the student is wide.
+        read_at: the hook point that it was read at, where that is not the teacher's or was chosen; None else.
     """
 
     name: str
@@ -51,6 +53,7 @@ class StudentRecovery:
     student: Scores
     random: Scores | None
     pca: Scores
+    read_at: ReadAt | None = None
 
 
 @dataclass(frozen=True)
@@ -202,11 +205,17 @@ class Recovery:
     def notes(self) -> list[str]:
         """What a reader must know before trusting these figures."""
         groups = int((self.teacher.firings.sum(1) > 0).sum())
+        notes = [
+            f"{student.name} was read at {student.read_at.says('the documents that fit')}"
+            for student in self.students
+            if student.read_at is not None
+        ]
         if groups >= MIN_GROUPS_FOR_INTERVAL:
-            return []
+            return notes
         return [
+            *notes,
             f"features fire in {groups} of {DOCUMENT_GROUPS} groups of held-out documents, too few for intervals: read"
-            " more documents"
+            " more documents",
         ]
 
     def to_frame(self) -> Any:
@@ -235,7 +244,7 @@ class Recovery:
         return context_at(self.measured, self.importances, self.measured.summary.alpha.value)
 
     def _row(self, student: StudentRecovery) -> RecoveryRow:
-        readouts = _readouts(self, student)
+        readouts, elsewhere = _readouts(self, student), student.read_at
         return RecoveryRow(
             student=student.name,
             width=student.width,
@@ -252,6 +261,8 @@ class Recovery:
                 tau: {name: float(self.kept(scores, tau).sum()) for name, scores in readouts.items()} for tau in TAUS
             },
             tokens=dict(self.tokens),
+            student_hook=None if elsewhere is None else elsewhere.hook,
+            tried={} if elsewhere is None else dict(elsewhere.tried),
         )
 
     def _typical(self, scores: Scores) -> dict[str, float]:
@@ -296,7 +307,8 @@ def _cells(row: RecoveryRow) -> list[str]:
             if readout in row.readouts
         )
         typical.append(f"{student} ({' – '.join(others)})")
-    return [f"{row.student} (d={row.width})", *counts, *budgets, f"{predicted} ({by_chance})", *typical]
+    where = "" if row.student_hook is None else f", {row.student_hook}{', chosen' if row.tried else ''}"
+    return [f"{row.student} (d={row.width}{where})", *counts, *budgets, f"{predicted} ({by_chance})", *typical]
 
 
 def _shown(value: float | None) -> str:

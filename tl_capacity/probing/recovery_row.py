@@ -58,6 +58,8 @@ class RecoveryRow:
         readouts: what is typical of each readout, by the names in `TYPICAL`.
         by_tau: at each τ, how many features each readout finds.
         tokens: counted tokens by what they were used for.
+        student_hook: where the student was read, if not at `hook`, or if that was chosen.
+        tried: where it was chosen, the error of each hook point that was tried, on the documents that fit.
     """
 
     student: str
@@ -73,6 +75,8 @@ class RecoveryRow:
     readouts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     by_tau: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
+    student_hook: str | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def medians(self) -> dict[str, dict[str, float]]:
@@ -135,6 +139,7 @@ class RecoveryRow:
             },
             "readouts": self.typical(),
             "tokens": dict(self.tokens),
+            **({} if self.student_hook is None else {"student_hook": self.student_hook, "tried": dict(self.tried)}),
         }
 
     @classmethod
@@ -181,6 +186,8 @@ class RecoveryRow:
                 float(tau): numbers_of(JSON_NAME, object_of(by_tau, tau)) for tau in by_tau if TAU_KEY.fullmatch(tau)
             },
             tokens={part: int(tokens) for part, tokens in numbers_of(JSON_NAME, object_of(row, "tokens")).items()},
+            student_hook=None if row.get("student_hook") is None else str(row["student_hook"]),
+            tried=numbers_of(JSON_NAME, object_of(row, "tried")),
         )
 
 

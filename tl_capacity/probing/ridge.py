@@ -213,6 +213,16 @@ def choose_ridge(training: Moments, validation: Moments, ridges: Sequence[float]
     Raises:
         CapacityError: where none of the features fires there.
     """
+    errors = ridge_errors(training, validation, ridges)
+    return min(errors, key=errors.__getitem__)
+
+
+def ridge_errors(training: Moments, validation: Moments, ridges: Sequence[float] = RIDGES) -> dict[float, float]:
+    """The mean over features of Σ(z − ẑ)² / Σ(z − z̄)² on `validation`, of a readout of `training` with each penalty.
+
+    Raises:
+        CapacityError: where none of the features fires there.
+    """
     variance = validation.centred().zz if validation.tokens else torch.zeros_like(validation.zz)
     firing = torch.nonzero((variance > 0) & (training.zz > 0)).view(-1)
     if not len(firing):
@@ -228,7 +238,7 @@ def choose_ridge(training: Moments, validation: Moments, ridges: Sequence[float]
         squared = about.zz - 2 * (weight * about.zx).sum(1) + ((weight @ about.xx) * weight).sum(1)
         return float((squared / variance).mean())
 
-    return min(ridges, key=error)
+    return {ridge: error(ridge) for ridge in ridges}
 
 
 def principal_axes(moments: Moments, dimensions: int) -> Float64[Tensor, "width dimension"]:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tl_capacity.errors import TokenSourceError
 from tl_capacity.runtime.logs import ended_early, log
+from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.documents import document_groups
 from tl_capacity.text.streams import PADDING, TokenBatch, as_batches
 
@@ -42,6 +44,38 @@ def split(stream: Any, parts: Sequence[str], max_tokens: int | None = None) -> I
             yield part, _stacked(some)
     if max_tokens is not None and seen < max_tokens and FIT in parts:  # said once, of all readings of the text
         log.warning(ended_early(seen, max_tokens))
+
+
+def check_parts(stream: Any, rule: CountingRule, max_tokens: int | None = None) -> None:
+    """See that every part gets a token that counts, without running a model: text is read only until all have one.
+
+    Raises:
+        TokenSourceError: where one gets none; says how many tokens are enough.
+    """
+    missing, short = set(TENTHS), set[str]()
+    seen, few, documents = 0, 0, set[int]()
+    for batch in as_batches(stream):
+        counted = [bool(row.any()) for row in rule.counted(batch.tokens)]
+        documents |= set(batch.documents.tolist())
+        missing -= {part for part, some in zip(parts_of(batch.documents), counted, strict=True) if some}
+        seen += int((batch.tokens != PADDING).sum())
+        if max_tokens is not None and seen >= max_tokens and missing and not short:
+            short, few = set(missing), len(documents)
+        if not missing:
+            break
+    part = next((part for part in (FIT, VALIDATION, HELD_OUT) if part in (missing or short)), None)
+    if part is None:
+        return
+    halves = "6 fit, 1 chooses the ridge and 3 judge"
+    if missing:
+        raise TokenSourceError(
+            f"no document is left for {part}, as the text has {len(documents):,} documents, and of every ten {halves}:"
+            " give more documents"
+        )
+    raise TokenSourceError(
+        f"no document is left for {part}, as --tokens {max_tokens} reads {few:,} documents, and of every ten {halves}:"
+        f" ask for --tokens {seen} or more"
+    )
 
 
 def parts_of(documents: NDArray[np.int64]) -> list[str]:

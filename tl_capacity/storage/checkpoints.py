@@ -1,20 +1,22 @@
-"""The state of something that takes long, in one file beside its result: replaced as it goes on, and deleted when the
-result is written.
+"""The state of something that takes long, in one file in the folder of its result: replaced as it goes on, and deleted
+when the result is written, or when the run is refused.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tl_capacity.errors import CapacityError
+from tl_capacity.errors import CapacityError, NotWrittenError, SourceCutOffError
 from tl_capacity.storage.digests import tensors_digest
-from tl_capacity.storage.files import last_whole, previous, write_bytes
+from tl_capacity.storage.files import last_whole, make_folder, previous, write_bytes
 from tl_capacity.storage.same_run import earlier_values
 
 SECONDS = 30.0
@@ -70,6 +72,7 @@ class Checkpoint:
         if self.path is None:
             return
         started = time.monotonic()
+        make_folder(self.path.parent)
         texts = {"settings": json.dumps(self.settings), "about": json.dumps(about)}
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_bytes(
@@ -101,3 +104,35 @@ def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint and the one before, now that the result is there."""
     for old in (path, previous(path)):
         old.unlink(missing_ok=True)
+
+
+def checkpoint_in(folder: Path, name: str, beside: Path) -> Path:
+    """Where a checkpoint is kept: in the folder of the result.
+
+    Earlier versions kept it beside that folder; one that lies there is moved.
+
+    Args:
+        name: of the file, without `.checkpoint.safetensors`.
+        beside: where an earlier version kept it.
+    """
+    path = folder / f"{name}.checkpoint.safetensors"
+    for old, new in ((previous(beside), previous(path)), (beside, path)):
+        if old.exists() and not path.exists():
+            make_folder(folder)
+            os.replace(old, new)
+    return path
+
+
+@contextmanager
+def gone_if_refused(paths: Sequence[Path]) -> Iterator[None]:
+    """Delete checkpoints where what is done meanwhile is refused: the next command has other settings, to which they do
+    not belong. They stay where the same command can go on: after a kill, a full disk, or a source that was cut off.
+    """
+    try:
+        yield
+    except (NotWrittenError, SourceCutOffError):
+        raise
+    except CapacityError:
+        for path in paths:
+            remove_checkpoint(path)
+        raise

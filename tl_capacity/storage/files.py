@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.errors import CapacityError, MeasurementError, NotWrittenError
 from tl_capacity.runtime.logs import log
 from tl_capacity.storage.digests import digest
 
@@ -25,7 +25,7 @@ def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
     `previous`.
 
     Raises:
-        CapacityError: where the disk is full or the folder cannot be written; whatever was at `path` stays.
+        NotWrittenError: where the disk is full or the folder cannot be written; whatever was at `path` stays.
     """
     if keep_previous and path.exists():
         write_bytes(previous(path), path.read_bytes())
@@ -39,7 +39,7 @@ def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
         os.replace(temporary, path)
     except OSError as problem:
         _discard(temporary)
-        raise CapacityError(
+        raise NotWrittenError(
             f"{path} cannot be written ({problem.strerror}): free space or choose another folder; what was there before"
             " is whole"
         ) from problem
@@ -168,12 +168,14 @@ def make_folder(path: Path) -> None:
     """Create a folder and its parents.
 
     Raises:
-        CapacityError: where a file is in the way or the parent cannot be written.
+        NotWrittenError: where a file is in the way or the parent cannot be written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise CapacityError(f"the folder {path} cannot be made ({problem.strerror}): choose another --out") from problem
+        raise NotWrittenError(
+            f"the folder {path} cannot be made ({problem.strerror}): choose another --out"
+        ) from problem
 
 
 def read_kept(path: Path) -> dict[str, Any]:

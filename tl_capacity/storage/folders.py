@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tl_capacity.errors import CapacityError
+from tl_capacity.errors import NotWrittenError
 from tl_capacity.runtime.hub import reason_of
 from tl_capacity.storage.files import make_folder
 
@@ -22,7 +22,7 @@ def written(place: Path) -> Iterator[None]:
     into the sentence of `storage.write_bytes`.
 
     Raises:
-        CapacityError: from an OSError, or from what safetensors and torch make of one.
+        NotWrittenError: from an OSError, or from what safetensors and torch make of one.
     """
     from safetensors import SafetensorError
 
@@ -32,7 +32,7 @@ def written(place: Path) -> Iterator[None]:
         # Of a disk that is full, torch says only that its file has not the length that it should have.
         full = shutil.disk_usage(place.parent).free < FULL_BYTES
         reason = "No space left on device" if full else getattr(problem, "strerror", None) or reason_of(problem)
-        raise CapacityError(
+        raise NotWrittenError(
             f"{place} cannot be written ({reason}): free space or choose another folder; what was there before is whole"
         ) from problem
 
@@ -45,7 +45,7 @@ def new_folder(place: Path) -> Iterator[Path]:
     A process that was killed meanwhile leaves it, and the next that writes to `place` begins it anew.
 
     Raises:
-        CapacityError: where the disk is full or the folder cannot be written.
+        NotWrittenError: where the disk is full or the folder cannot be written.
     """
     unfinished = place.with_name(f".writing-{place.name}")
     make_folder(place.parent)

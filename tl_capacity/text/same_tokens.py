@@ -8,10 +8,42 @@ from typing import Any
 
 import numpy as np
 
+from tl_capacity.errors import CapacityError
 from tl_capacity.text.streams import TokenStream
 
 COMPARED_BATCHES = 4
 """Of a text, which both tokenizers read."""
+
+
+def check_same_tokens(tokenizer: Any, other: Any, who: str, stream: Any = None) -> None:
+    """Refuse a student whose tokenizer is another than its teacher's; nothing is known where either has none.
+
+    Args:
+        tokenizer, other: the teacher's and the student's.
+        who: the student, in a sentence.
+        stream: a `TokenStream` of text, of which both read the first rows.
+
+    Raises:
+        CapacityError: names what differs.
+    """
+    if tokenizer is None or other is None:
+        return
+    difference = token_difference(tokenizer, other)
+    if difference is None and isinstance(stream, TokenStream) and stream.is_text:
+        difference = reading_difference(stream, other)
+    if difference is not None:
+        raise CapacityError(
+            f"{who} needs other tokens than the teacher ({difference}): judge a student that has the teacher's"
+            " tokenizer"
+        )
+
+
+def last_token(tokenizer: Any) -> int:
+    """The largest id of a tokenizer's own vocabulary, without tokens that were added; −1 where there is none."""
+    if tokenizer is None:
+        return -1
+    added = tokenizer.get_added_vocab()
+    return max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=-1)
 
 
 def token_difference(tokenizer: Any, other: Any) -> str | None:

@@ -1,0 +1,86 @@
+"""Named students: those that folders, hub ids and distillations stand for, by short names, and how each is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tl_capacity.distillation.curves import StudentCurve
+from tl_capacity.distillation.run import JSON_NAME, DistillationRun
+from tl_capacity.errors import CapacityError
+from tl_capacity.models.loading import LoadedModel, hub_revision, load_model
+
+
+@dataclass(frozen=True)
+class NamedStudent:
+    """Where a student lies, and what is known of it.
+
+    Attributes:
+        place: a folder, a hub id, or a name that a plugin registered.
+        revision: branch, tag or commit of a hub id.
+        curve: what a distillation says of it, where it was named by one.
+    """
+
+    place: str
+    revision: str | None = None
+    curve: StudentCurve | None = None
+
+    @property
+    def distilled(self) -> StudentCurve | None:
+        """What the distillation says of it that trained it; None of a student that somebody else made."""
+        return None if self.curve is None or self.curve.given else self.curve
+
+    def load(self, device: str, dtype: str = "float32") -> LoadedModel:
+        """The student with its tokenizer.
+
+        Raises:
+            CapacityError: where it cannot be loaded, or has other weights than when it was judged.
+        """
+        loaded = load_model(self.place, device=device, dtype=dtype, revision=self.revision)
+        if self.curve is not None and self.curve.revision not in (None, loaded.revision):
+            raise CapacityError(
+                f"{self.place} has other weights than when `tl-capacity observe` judged it: judge it again"
+            )
+        return loaded
+
+
+def is_run(spec: str | Path) -> bool:
+    """Whether a name is the folder of a distillation."""
+    return (Path(spec) / JSON_NAME).is_file()
+
+
+def students_named(specs: Iterable[str]) -> dict[str, NamedStudent]:
+    """Students by short names that differ: a folder's or a hub id's last part, with the part before it where two have
+    the same. The folder of a distillation stands for its students, controls left out.
+
+    Raises:
+        CapacityError: where one is named twice.
+    """
+    students: dict[str, NamedStudent] = {}
+    for spec in specs:
+        if is_run(spec):
+            run = DistillationRun.load(spec)
+            named = [(run.place_of(curve.name, spec), curve) for curve in run if curve.start != "teacher"]
+            new = {place: NamedStudent(place, hub_revision(place, curve.revision), curve) for place, curve in named}
+        else:
+            place, at, revision = spec.rpartition("@")
+            as_it_is = not at or Path(spec).expanduser().exists()
+            new = {spec: NamedStudent(spec) if as_it_is else NamedStudent(place, revision)}
+        if twice := students.keys() & new.keys():
+            raise CapacityError(f"{min(twice)!r} is named twice: name each once")
+        students |= new
+    return dict(zip(_short(list(students)), students.values(), strict=True))
+
+
+def _short(places: list[str]) -> list[str]:
+    """The last parts of some places, as many of each as tell it from the others."""
+    parts = [[part for part in place.split("/") if part not in ("", ".", "..")] or [place] for place in places]
+    shown = [1] * len(places)
+    while True:
+        names = ["/".join(own[-count:]) for own, count in zip(parts, shown, strict=True)]
+        alike = [i for i, name in enumerate(names) if names.count(name) > 1 and shown[i] < len(parts[i])]
+        if not alike:
+            return names if len(set(names)) == len(names) else places
+        for i in alike:
+            shown[i] += 1
