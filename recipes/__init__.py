@@ -41,6 +41,11 @@ RECIPES = (
     ),
     Recipe("recover", "Which features of the teacher did its students keep?", "tl_capacity.recipes.recover:main"),
     Recipe(
+        "rivals",
+        "What do floors say that know nothing of features, and what can no student beat?",
+        "tl_capacity.recipes.rivals:main",
+    ),
+    Recipe(
         "splice",
         "What does the teacher lose, in nats, with only the features that a width may keep?",
         "tl_capacity.recipes.splice:main",

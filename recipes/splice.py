@@ -15,6 +15,7 @@ from rich.console import Console
 from tl_capacity.measure.setup import as_measured, measured_dictionary, measured_teacher, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.models.defaults import row_length
 from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
@@ -70,7 +71,7 @@ def main(config: SpliceConfig) -> Spliced | None:
         torch.set_num_threads(config.threads)
     provenance = measurement.provenance
     teacher = measured_teacher(config.measurement, provenance, config.device)
-    source = config.source or ("embedded:heldout" if provenance.source == "embedded" else provenance.source)
+    source = text_to_judge_on(config.source, provenance)
     parts = []
     for hook in hooks:
         sae = measured_dictionary(hook, teacher, provenance)
@@ -99,6 +100,11 @@ def main(config: SpliceConfig) -> Spliced | None:
     spliced.save(config.out)
     print(f"written to {config.out}")
     return spliced
+
+
+def text_to_judge_on(given: str, provenance: Provenance) -> str:
+    """The text that was asked for, or else the one measured on; of the embedded teacher its held-out part."""
+    return given or ("embedded:heldout" if provenance.source == "embedded" else provenance.source)
 
 
 def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:

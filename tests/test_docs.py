@@ -133,6 +133,7 @@ SHORT = {
     "run placement": "--tokens 2000 --heldout-tokens 500 --evaluations 2 --context 32 --judge-tokens 20000",
     "run pythia-floor": "--tokens 2000 --measure-tokens 1000 --heldout-tokens 500 --evaluations 2 --context 32",
     "run recover": "--tokens 20000",
+    "run rivals": "--tokens 300 --fit-tokens 500 --iterations 2",
     "run toy-sweep": "--steps 3 --seeds 1",
     "run train-sae": "--tokens 2000 --heldout-tokens 500 --d-sae 128",
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import Cli, arguments
 from conftest import BOS, KINDS
-from torch.nn import functional as F
+from dense import kl_per_token, logits_with
 
 from tl_capacity import CapacityError, Measurement, add_capacity_hooks, splice
 from tl_capacity.dictionaries.adapter import decoder_vectors
@@ -23,7 +23,6 @@ from tl_capacity.predict.spliced import Spliced
 
 MakeSAE = Callable[..., Any]
 HOOK = "blocks.1.hook_resid_post"
-BLOCKS = {"gpt_neox": "gpt_neox.layers.1", "gpt2": "transformer.h.1", "llama": "model.layers.1"}
 
 
 def measured(model: Any, saes: Any, tokens: torch.Tensor, masked: tuple[int, ...] = (BOS,)) -> Measurement:
@@ -35,26 +34,6 @@ def measured(model: Any, saes: Any, tokens: torch.Tensor, masked: tuple[int, ...
 def spliced(model: Any, sae: Any, tokens: torch.Tensor, hook: str = HOOK, **options: Any) -> tuple[Spliced, Any]:
     measurement = measured(model, {hook: sae}, tokens)
     return splice(model, measurement, tokens, saes={hook: sae}, progress=False, **options), measurement[hook]
-
-
-@torch.no_grad()
-def logits_with(model: Any, hook: str, change: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> Any:
-    """Logits of the whole model with a hook point's activation changed, by the library's own hooks."""
-    if hasattr(model, "hook_dict"):
-        name = hook if hook in model.hook_dict else hook.replace("hook_resid_post", "hook_out")
-        return model.run_with_hooks(tokens, fwd_hooks=[(name, lambda activation, hook: change(activation))])
-    handle = model.get_submodule(BLOCKS[model.config.model_type]).register_forward_hook(
-        lambda _, args, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-    )
-    logits = model(tokens).logits
-    handle.remove()
-    return logits
-
-
-def kl_per_token(clean: torch.Tensor, other: torch.Tensor) -> float:
-    """Over the positions that have a next token, in float64."""
-    p, q = clean[:, :-1].double().log_softmax(-1), other[:, :-1].double().log_softmax(-1)
-    return float(F.kl_div(q, p, log_target=True, reduction="sum") / p[..., 0].numel())
 
 
 def dense(

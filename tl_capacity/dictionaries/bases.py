@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from tl_capacity.dictionaries.dictionary import DictionaryConfig, Metadata
+from tl_capacity.dictionaries.moments import Moments, principal_components
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import BASES
 from tl_capacity.models.forward import activation_at, evaluating
@@ -87,20 +88,16 @@ class BasisSpec:
             )
         if not self.needs_text:
             return NeuronBasis(first.shape[1], self.hook, self.k)
-        # About the first batch's mean, because Σxxᵀ − n·μμᵀ loses digits where the mean is much larger than the spread.
-        origin = first.double().mean(0)
-        count, total, products = 0, torch.zeros_like(origin), torch.zeros(len(origin), len(origin), dtype=torch.float64)
+        moments = Moments()
         with token_progress(tokens, progress and is_first(), f"fitting {self}") as advance:
             for x in chain([first], seen):
-                centred = x.double() - origin
-                count, total, products = count + len(x), total + centred.sum(0), products + centred.T @ centred
-                advance(count)
-                if count >= tokens:
+                moments.add(x)
+                advance(moments.count)
+                if moments.count >= tokens:
                     break
-        if not bool(torch.isfinite(products).all()):
+        if not moments.finite:
             raise CapacityError(f"{self.hook} has NaN or infinite activations: check the model's dtype and weights")
-        shift = total / count
-        return PCABasis(origin + shift, products / count - torch.outer(shift, shift), self.hook, self.k)
+        return PCABasis(moments.mean, moments.covariance, self.hook, self.k)
 
 
 def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Tensor, "token d"]]:
@@ -202,8 +199,5 @@ class PCABasis(LargestOfABasis):
     def __init__(
         self, mean: Float64[Tensor, " d"], covariance: Float64[Tensor, "d d"], hook: str, k: int | None = None
     ) -> None:
-        components = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)  # eigh sorts by rising variance
-        # An eigenvector's sign is arbitrary; its largest entry is made positive, so that the same activations always
-        # give the same basis.
-        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-        super().__init__("pca", (components * largest.sign()).float().contiguous(), mean.float(), hook, k)
+        _, components = principal_components(covariance)
+        super().__init__("pca", components.float().contiguous(), mean.float(), hook, k)

@@ -70,6 +70,23 @@ def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
     return weights
 
 
+def group_means(sums: NDArray[np.float64], tokens: NDArray[np.int64]) -> list[Estimate]:
+    """Sums over document groups [group, column] as means per token, each with its interval by the document bootstrap;
+    of what is never negative.
+
+    Args:
+        tokens: [group] tokens of each document group.
+    """
+    means, weights = sums.sum(0) / tokens.sum(), document_resamples(tokens)
+    if weights is None:
+        return [Estimate(max(0.0, float(mean))) for mean in means]
+    replicates = (weights @ sums) / (weights @ tokens)[:, None]
+    return [
+        estimate_around(max(0.0, float(mean)), column).within(0.0)
+        for mean, column in zip(means, replicates.T, strict=True)
+    ]
+
+
 def cluster_bootstrap(
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     clusters: NDArray[Any],

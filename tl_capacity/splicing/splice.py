@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Float64, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.forward import check_token_ids, evaluating
-from tl_capacity.models.head import check_head, divergences, head_of, last_hidden
+from tl_capacity.models.head import check_head, head_of
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import checked_widths, sparsity
 from tl_capacity.predict.laws import context_at, kept_features
@@ -40,16 +40,23 @@ from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
+from tl_capacity.splicing.running import (
+    TOKENS_AT_ONCE,
+    DivergenceSums,
+    RowsOfText,
+    check_finite_activations,
+    hidden_states,
+    rows_at_once,
+    rows_of,
+    variant_divergences,
+)
 from tl_capacity.splicing.variants import Variants
 from tl_capacity.text.counting import CountedTokens, CountingRule
-from tl_capacity.text.documents import DOCUMENT_GROUPS
 from tl_capacity.text.streams import as_batches, source_of
 
 LOST = ("mean", "zero")
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
 """Of the alive features, kept where nothing else is asked for; none and all come besides."""
-TOKENS_AT_ONCE = 4096
-"""Tokens of all variants that run through the model's upper layers together."""
 SAEs = Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]] | Sequence[SparseAutoencoder] | SparseAutoencoder
 
 
@@ -166,26 +173,17 @@ class _Job:
         self.encoder, self.head = Encoder(sae), head_of(model)
         means = hook.summary.arrays["sums"].sum(0) / hook.summary.n_tokens
         self.means = torch.from_numpy(means if lost == "mean" else np.zeros_like(means)).float()
-        self.kl = [np.zeros((DOCUMENT_GROUPS, len(curve.kept))) for curve in wanted]
-        self.tokens = np.zeros(DOCUMENT_GROUPS, dtype=np.int64)
+        self.sums = [DivergenceSums(len(curve.kept)) for curve in wanted]
         self._checked = False
         self._made: dict[tuple[str, tuple[int, ...]], Variants] = {}
 
     def read(self, ids: Int[Tensor, "row position"], text: CountedTokens) -> None:
         """Add the tokens of a batch to every curve."""
-        lengths = text.valid.sum(1)
-        at_once = self._rows_at_once(int(lengths.max()))
-        for start in range(0, len(ids), at_once):
-            rows = slice(start, start + at_once)
-            longest = int(lengths[rows].max())
-            predicting = text.valid[rows, 1:longest]  # whether each position's next token is there
-            if not predicting.any():
-                continue
-            kl = self._kl(ids[rows, :longest], text.counted[rows, :longest], predicting)
-            groups = text.groups[rows][predicting.nonzero()[:, 0]].numpy()
-            np.add.at(self.tokens, groups, 1)
-            for sums, values in zip(self.kl, kl, strict=True):
-                np.add.at(sums, groups, values.T.cpu().numpy())
+        variants = max(len(curve.kept) for curve in self.wanted)
+        at_once = rows_at_once([self.target], int(text.valid.sum(1).max()), variants)
+        for rows in rows_of(ids, text, at_once):
+            for curve, sums in zip(self.wanted, self.sums, strict=True):
+                sums.add(self._kl(curve, rows), rows.groups)
 
     def curves(self) -> Iterator[SplicedCurve]:
         """What was summed.
@@ -193,10 +191,10 @@ class _Job:
         Raises:
             CapacityError: where nothing was.
         """
-        if not self.tokens.sum():
-            raise CapacityError("the text has no token that is followed by another: splice on longer text")
         hook = self.hook
-        for curve, kl in zip(self.wanted, self.kl, strict=True):
+        for curve, sums in zip(self.wanted, self.sums, strict=True):
+            if not sums.tokens.sum():
+                raise CapacityError("the text has no token that is followed by another: splice on longer text")
             yield SplicedCurve(
                 hook.hook,
                 hook.sae,
@@ -207,38 +205,24 @@ class _Job:
                 self.lost,
                 self.keep_error,
                 curve.kept,
-                kl,
-                self.tokens,
+                sums.kl,
+                sums.tokens,
             )
 
-    def _rows_at_once(self, longest: int) -> int:
-        """Rows in one forward pass. Only where the whole residual stream passes can several go together: elsewhere what
-        comes back is added to a stream that has one row, which goes with any number.
-        """
-        if self.target.centred or not self.target.carries_the_stream:
-            return 1
-        variants = max(len(curve.kept) for curve in self.wanted) + 1
-        return max(1, TOKENS_AT_ONCE // (longest * variants))
+    def _kl(self, curve: _Wanted, rows: RowsOfText) -> Float64[Tensor, "variant token"]:
+        """KL of a curve's variants at the predicting positions."""
+        per_pass = max(1, TOKENS_AT_ONCE // rows.ids.numel() - 1)
+        parts = []
+        for start in range(0, len(curve.kept), per_pass):
+            hidden = self._hidden(rows, self._variants(curve, curve.kept[start : start + per_pass]))
+            parts.append(variant_divergences(self.head, hidden, rows.predicting))
+        return torch.cat(parts)
 
-    def _kl(self, ids: Tensor, spliced: Tensor, predicting: Tensor) -> list[Tensor]:
-        """KL of each curve's variants at the predicting positions, [variant, token] each."""
-        device = _device(self.model)
-        per_pass = max(1, TOKENS_AT_ONCE // ids.numel() - 1)
-        found = []
-        for curve in self.wanted:
-            parts = []
-            for start in range(0, len(curve.kept), per_pass):
-                kept = curve.kept[start : start + per_pass]
-                hidden = self._hidden(ids.to(device), spliced.to(device), self._variants(curve, kept))
-                hidden = hidden.view(len(kept) + 1, *ids.shape, -1)[:, :, :-1][:, predicting.to(device)]
-                parts.append(divergences(self.head, hidden[0], hidden[1:]))
-            found.append(torch.cat(parts))
-        return found
-
-    def _hidden(self, ids: Tensor, spliced: Tensor, variants: Variants) -> Tensor:
-        """Last hidden states [rows, position, d_model] of the teacher and behind them of each variant."""
+    def _hidden(self, rows: RowsOfText, variants: Variants) -> Float[Tensor, "one_more row position d_model"]:
+        """Last hidden states of the teacher and behind them of each variant."""
         read: list[Tensor] = []
-        written: list[bool] = []
+        device = _device(self.model)
+        spliced = rows.counted.to(device)
 
         def replace(x: Tensor) -> Tensor:
             if not read:
@@ -248,27 +232,14 @@ class _Job:
                 )
             inputs = inputs_for(self.sae, read[0][spliced])
             self._check(inputs)
-            written.append(True)
             flat = x.flatten(2)
             new = variants(flat[spliced], inputs, joined(list(self.encoder.entries(inputs))))
-            if not bool(torch.isfinite(new).all()):
-                raise CapacityError(f"the activations at {self.target.name} are NaN or infinite: check the model")
-            rows: Tensor = variants.edited(flat, spliced, new).unflatten(2, x.shape[2:])
-            return rows
+            check_finite_activations(self.target.name, new)
+            edited: Tensor = variants.edited(flat, spliced, new).unflatten(2, x.shape[2:])
+            return edited
 
-        with ExitStack() as hooks:
-            hooks.callback(self.source.watch(read.append))
-            hooks.callback(self.target.edit(replace))
-            hidden = last_hidden(self.model, ids)
-        if not written:
-            raise HookPointError(
-                f"{self.target.name} did not fire before the model's head: splice at a hook point that the model runs"
-            )
-        if len(hidden) != (variants.n + 1) * len(ids):
-            raise HookPointError(
-                f"nothing of {self.target.name} reaches the model's head: splice at another hook point"
-            )
-        return hidden
+        watched = [(self.source, read.append)]
+        return hidden_states(self.model, rows.ids.to(device), variants.n, [(self.target, replace)], watched)
 
     def _variants(self, curve: _Wanted, kept: tuple[int, ...]) -> Variants:
         """The variants of a pass, made at the first batch that has it: what stands for the lost does not change."""
