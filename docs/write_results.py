@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from tl_capacity import Measurement
-from tl_capacity.distillation.decomposition import decompose
+from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.distillation.standings import candidate_cells, league_cells
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery_row import COUNT_LABELS
 from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED
@@ -67,25 +68,21 @@ def floors(runs: Runs) -> str:
     )
 
 
+def decomposed(runs: Runs) -> Decomposition:
+    return decompose(Measurement.load(runs.folder / "nats"), runs.distillation("full/distillation"))
+
+
+def league(runs: Runs) -> str:
+    """The verdicts, and the league of the mean of the last tenth."""
+    decomposition = decomposed(runs)
+    verdicts = "".join(f"- {verdict[:1].upper()}{verdict[1:]}.\n" for verdict in decomposition.verdicts().values())
+    return f"{verdicts}\n{table(*league_cells(decomposition.groups, lambda candidate: candidate.name))}"
+
+
 def candidates(runs: Runs) -> str:
-    decomposition = decompose(
-        Measurement.load(runs.folder / "nats"), runs.distillation("full/distillation"), observed="last_tenth"
-    )
-    body = [
-        [
-            rank,
-            fit.candidate.name,
-            f"{fit.error:.4f}",
-            f"{fit.r2:.4f}",
-            "" if fit.c is None else fit.c.show(".3g"),
-            fit.b.show(".3g"),
-        ]
-        for rank, fit in decomposition.shown()
-    ]
-    return (
-        table(["rank", "candidate", "error", "R²", "C", "B"], body)
-        + f"\n{len(decomposition.fits)} candidates in all.\n"
-    )
+    decomposition = decomposed(runs)
+    header, rows = candidate_cells(decomposition.shown(), decomposition.chosen, lambda candidate: candidate.name)
+    return table(header, rows) + f"\n{len(decomposition.fits)} candidates in all.\n"
 
 
 def tokens(runs: Runs) -> str:
@@ -247,7 +244,13 @@ def few_features(runs: Runs) -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[Runs], str]]] = {
-    "embedded_floor.md": {"floors": floors, "candidates": candidates, "tokens": tokens, "starts": starts},
+    "embedded_floor.md": {
+        "floors": floors,
+        "league": league,
+        "candidates": candidates,
+        "tokens": tokens,
+        "starts": starts,
+    },
     "probing.md": {"features": features, "concepts": concepts, "baselines": baselines, "few features": few_features},
 }
 

@@ -98,7 +98,8 @@ class PythiaFloorConfig:
     importance: str = option("second_moment", "Importance estimator of the prediction.")
     law: str = option("compressed_sensing", "Capacity law of the prediction.")
     observed: str = option(
-        "fit", "Observed floor: fit, where the held-out curve is heading, or last_tenth, its mean at the end."
+        "last_tenth",
+        "Observed floor: last_tenth, the mean of the held-out curve at its end, or fit, where it is heading.",
     )
     measure_tokens: int | None = option(None, "Tokens to measure on.")
     tokens: int | None = option_of(

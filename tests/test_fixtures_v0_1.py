@@ -242,23 +242,47 @@ def test_a_distillation_is_gone_on_with(cli: Cli, here: Path) -> None:
 def decomposition() -> Decomposition:
     results = Results.load([FIXTURES / "measurement", FIXTURES / "floors"])
     assert results.run is not None
-    return decompose(results.measurement, results.run)
+    return decompose(results.measurement, results.run, observed="fit")
+
+
+def has_what_0_1_had(content: dict[str, Any]) -> None:
+    """Of what 0.1 wrote of a decomposition: the floors, and every candidate with its figures.
+
+    Since then the naive floor has another name, the constant is a factor instead of B, other floors are candidates too,
+    and the answer is that of a league.
+    """
+    before = read(FIXTURES / "floors" / "decomposition.json")
+    same(
+        {name: content[name] for name in ("observed", "which", "unit", "predicted")},
+        {name: before[name] for name in ("observed", "which", "unit", "predicted")},
+        FITTED,
+    )
+    now = {candidate["name"]: candidate for candidate in content["candidates"]}
+    for old in before["candidates"]:
+        if old["name"] == "constant":
+            same(now["constant, B = 0"]["C"], old["B"], FITTED)
+            continue
+        new = now[old["name"].replace("naive floor", "naive")]
+        names = ("r2", "leave_one_width_out_error", "fitted_floors")
+        if old["exponent"] is None:
+            names = (*names, "C", "B", "exponent")
+        # An exponent was one of a list with 0.2% between them, and is searched for now.
+        rel = FITTED if old["exponent"] is None else 1e-3
+        same({name: new[name] for name in names}, {name: old[name] for name in names}, rel)
 
 
 def test_a_decomposition(decomposition: Decomposition) -> None:
-    name = f"naive floor, compressed_sensing at {HOOK}"
-    assert decomposition.winner is not None
-    assert (decomposition.winner.candidate.name, len(decomposition.fits)) == (name, 36)
-    assert decomposition.winner.error == pytest.approx(0.0011646743868992501, rel=FITTED)
+    fits = {fit.candidate.name: fit for fit in decomposition.fits}
+    assert fits[f"naive, compressed_sensing at {HOOK}"].error == pytest.approx(0.0011646743868992501, rel=FITTED)
     assert decomposition.chosen.c is not None
     assert decomposition.chosen.c.value == pytest.approx(0.07398153659610052, rel=FITTED)
     assert decomposition.chosen.b.value == pytest.approx(0.0010747872143748297, rel=FITTED)
-    assert "comes 29 of 36, with 0.0278" in decomposition.verdict()
+    assert decomposition.chosen.error == pytest.approx(0.0278, abs=5e-5)
 
 
 def test_what_pythia_floor_wrote(decomposition: Decomposition) -> None:
     folder = FIXTURES / "floors"
-    same(decomposition.to_json(), read(folder / "decomposition.json"), FITTED)
+    has_what_0_1_had(decomposition.to_json())
     same(decomposition.table_of_floors(), read(folder / "floors.json"), FITTED)
     predicted = Measurement.load(FIXTURES / "measurement").floors((2, 4, 6, 8, 10))
     same([f.to_json() for f in predicted], read(folder / "predicted.json"))
@@ -268,7 +292,19 @@ def test_pythia_floor_takes_its_folder_as_finished(cli: Cli, here: Path) -> None
     before = read(here / "floors" / "floors.json")
     sizes = ("--tokens", 6000, "--heldout-tokens", 400, "--evaluations", 12, "--batch-rows", 4, "--context", 16)
     of = ("--teacher", "teacher", "--source", "text.jsonl", "--measurement", "measurement", "--out", "floors")
-    code, _, err = cli("--quiet", "run", "pythia-floor", *of, "--widths", "2,4,6,8,10", "--start", "random", *sizes)
+    code, _, err = cli(
+        "--quiet",
+        "run",
+        "pythia-floor",
+        *of,
+        "--widths",
+        "2,4,6,8,10",
+        "--start",
+        "random",
+        "--observed",
+        "fit",
+        *sizes,
+    )
     assert (code, err) == (0, "")
     same(read(here / "floors" / "floors.json"), before, FITTED)
 
@@ -290,7 +326,6 @@ def test_pythia_floor_takes_its_folder_as_finished(cli: Cli, here: Path) -> None
             "plan-loss.stdout.json",
             DIGITS,
         ),
-        ("decompose measurement floors/distillation", "floors/decomposition.json", FITTED),
     ],
 )
 def test_what_commands_print(cli: Cli, here: Path, command: str, printed: str, rel: float) -> None:
@@ -299,6 +334,12 @@ def test_what_commands_print(cli: Cli, here: Path, command: str, printed: str, r
     # 0.1 wrote a unit twice.
     expected = json.loads((here / printed).read_text(encoding="utf-8").replace("per token per token", "per token"))
     same(json.loads(out), expected, rel)
+
+
+def test_what_decompose_prints(cli: Cli, here: Path) -> None:
+    code, out, err = cli("--quiet", "decompose", "measurement", "floors/distillation", "--observed", "fit", "--json")
+    assert (code, err) == (0, "")
+    has_what_0_1_had(json.loads(out))
 
 
 def test_a_report_of_everything(tmp_path: Path) -> None:

@@ -94,16 +94,16 @@ def test_what_it_writes_fits_together(finished: Path) -> None:
     for floor in floors:
         width = floor["width"]
         assert (floor["observed_floor"], floor["observed_low"], floor["observed_high"]) == (
-            observed[width].value,
-            observed[width].low,
-            observed[width].high,
+            observed[width].last_tenth,
+            observed[width].last_tenth_low,
+            observed[width].last_tenth_high,
         )
         assert floor["predicted_floor"] == predicted[width]
     decomposition = json.loads((finished / "decomposition.json").read_text())
     names = {candidate["name"] for candidate in decomposition["candidates"]}
     for importance in ("gradient", "fisher"):
         assert f"{importance}, compressed_sensing at {HOOK}, C = 1" in names
-    assert decomposition["winner"] in names
+    assert decomposition["winner"] in (*names, None)
     assert [row["predicted_floor"] for row in json.loads((finished / "predicted.json").read_text())] == list(
         predicted.values()
     )

@@ -29,8 +29,20 @@ def decompose(
     importance: Importance = None,
     law: Law = None,
     observed: Annotated[
-        str, typer.Option(help="fit: where the held-out curve is heading; last_tenth: its mean at the end.")
-    ] = "fit",
+        str,
+        typer.Option(
+            help="last_tenth: the mean of the held-out curve at its end; fit: where it is heading. The verdict by the"
+            " other stands beside."
+        ),
+    ] = "last_tenth",
+    given: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with",
+            help="Floors for which the teacher was run: a folder with splice.json or forecasts.json, or the file."
+            " Repeatable.",
+        ),
+    ] = None,
     max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
@@ -38,6 +50,7 @@ def decompose(
     from tl_capacity.distillation.decomposition import decompose as run_decompose
     from tl_capacity.distillation.run import DistillationRun
     from tl_capacity.measurement.measurement import Measurement
+    from tl_capacity.predict.forecasts import spliced_and_forecasts
 
     decomposition = run_decompose(
         Measurement.load(measurement),
@@ -47,6 +60,7 @@ def decompose(
         law=law,
         observed=observed,
         max_fvu=max_fvu,
+        forecasts=[told for path in given or () for told in spliced_and_forecasts(path) if told is not None],
     )
     show(decomposition, as_json)
 
@@ -127,7 +141,7 @@ def report(
         str | None,
         typer.Option(help="The hook point that the verdict is about. Default: the middle one of those measured."),
     ] = None,
-    observed: Annotated[str, typer.Option(help="As for decompose: fit or last_tenth.")] = "fit",
+    observed: Annotated[str, typer.Option(help="As for decompose: last_tenth or fit.")] = "last_tenth",
     splice: Splice = None,
     snippets: Annotated[
         bool, typer.Option(help="Show the text on which features are most active; runs the model.")

@@ -1,27 +1,21 @@
-"""Candidates: everything that might explain observed floors, predictions of the measured features as well as rivals
-that know nothing of features.
+"""Candidates: everything that might explain observed floors. Some know the teacher's features; their rivals know none.
+
+A shape is what one floor predictor says of the student widths. A candidate is a shape with none to three constants to
+fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.errors import MeasurementError
-from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.curve import Curve
-from tl_capacity.predict.floors import hook_floors
-from tl_capacity.predict.laws import context_at, knows_enough
-from tl_capacity.results.estimate import Estimate
-from tl_capacity.results.hook import HookMeasurement
-
-NATS = "nats per token"
-"""The unit of the observed floors. A prediction in it needs no C."""
+from tl_capacity.predict.forecasts import Forecast, Forecasts
+from tl_capacity.results.naming import LAYER
+from tl_capacity.runtime.units import NATS
 
 
 @dataclass(frozen=True)
@@ -31,129 +25,182 @@ class Points:
     Attributes:
         widths: d_S.
         floors: in nats per token.
-        parameters: of the students' bodies, without embeddings and head.
     """
 
     widths: NDArray[np.float64]
     floors: NDArray[np.float64]
-    parameters: NDArray[np.float64]
 
-    def take(self, places: NDArray[Any]) -> Points:
-        """Some of the points, by place or by mask."""
-        return Points(self.widths[places], self.floors[places], self.parameters[places])
+
+@dataclass(frozen=True)
+class Form:
+    """What is fitted of observed = C · x^s + B; the rest is C = 1, B = 0, s = 1.
+
+    Attributes:
+        suffix: what a candidate's name ends with.
+    """
+
+    free_c: bool
+    free_b: bool
+    free_exponent: bool
+    suffix: str
+
+    @property
+    def constants(self) -> int:
+        """How many constants are fitted."""
+        return self.free_c + self.free_b + self.free_exponent
+
+
+AS_IS = Form(False, False, False, ", as it is")
+FACTOR = Form(True, False, False, ", B = 0")
+OFFSET = Form(False, True, False, ", C = 1")
+LINE = Form(True, True, False, "")
+PURE_POWER = Form(True, False, True, ", B = 0")
+POWER = Form(True, True, True, ", any power")
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What a floor predictor says of the student widths.
+
+    Attributes:
+        name: the predictor's, with what it looked at.
+        x: the floor at each width, in `unit`.
+        knows_features: whether it rests on the teacher's features.
+        unit: in nats per token it is a claim that needs no constant.
+        hook, importance, law: what it looked at, where it distinguishes them.
+        is_bound: whether it is a bound that no student can be below, and so no forecast as it is.
+        free_exponent: whether its exponent is always fitted.
+    """
+
+    name: str
+    x: Mapping[int, float]
+    knows_features: bool = True
+    unit: str = ""
+    hook: str = ""
+    importance: str = ""
+    law: str = ""
+    is_bound: bool = False
+    free_exponent: bool = False
+
+    def at(self, widths: NDArray[np.float64]) -> NDArray[np.float64]:
+        """x [width] at some widths."""
+        return np.array([self.x[int(width)] for width in widths])
+
+    def is_power_of(self, other: Shape) -> bool:
+        """Whether it is another shape's x to some power, times a factor."""
+        x, others = (np.array([shape.x[width] for width in self.x]) for shape in (self, other))
+        if len(x) < 3 or min(x.min(), others.min()) <= 0 or not np.ptp(others):
+            return False
+        slope, offset = np.polyfit(np.log(others), np.log(x), 1)
+        return bool(np.allclose(slope * np.log(others) + offset, np.log(x), atol=1e-9))
+
+    def candidates(self, powers: Sequence[Shape] = ()) -> list[Candidate]:
+        """The shape with every choice of constants that makes sense: C, C and B, and an exponent too; in nats also as
+        it is and with B alone. What is the same at every width has one constant.
+
+        Args:
+            powers: shapes with a free exponent; a power of one of them has no exponent of its own.
+        """
+        if self.free_exponent:
+            forms: tuple[Form, ...] = (PURE_POWER, POWER)
+        elif not self.knows_features and len(set(self.x.values())) == 1:
+            forms = (FACTOR,)
+        else:
+            without_factor = (*(() if self.is_bound else (AS_IS,)), OFFSET) if self.unit == NATS else ()
+            exponent = () if any(self.is_power_of(shape) for shape in powers) else (POWER,)
+            forms = (*without_factor, FACTOR, LINE, *exponent)
+        return [Candidate(self, form) for form in forms]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One explanation of the observed floors: observed = C · x + B, or C · x^−s + B with the exponent s free.
+    """One explanation of the observed floors: a shape, and what of C · x^s + B is fitted."""
 
-    Attributes:
-        name: what explains them.
-        kind: "prediction" (refined floor), "naive floor" or "rival".
-        x: x [student] of some points.
-        free_exponent: whether s is fitted too.
-        as_is: whether C = 1 and only B is fitted: the claim of a prediction in nats per token.
-        hook, importance, law, unit: of a prediction.
+    shape: Shape
+    form: Form
+
+    @property
+    def name(self) -> str:
+        """The shape's name, with what is not fitted or an exponent that is."""
+        plain = self.form is POWER and self.shape.free_exponent
+        return f"{self.shape.name}{'' if plain else self.form.suffix}"
+
+    @property
+    def constants(self) -> int:
+        """How many constants are fitted."""
+        return self.form.constants
+
+
+def shapes_of(forecasts: Forecasts, widths: Sequence[int]) -> dict[tuple[str, str, str, str, str], Shape]:
+    """A shape for each series of forecasts that has a floor at every one of these widths, by what the series is of."""
+    whole = {series: by_width for series, by_width in forecasts.series.items() if set(widths) <= set(by_width)}
+    saes: dict[str, set[str]] = {}
+    for _, hook, sae, _, _ in whole:
+        saes.setdefault(hook, set()).add(sae)
+    return {
+        series: _shape(by_width, several_saes=len(saes[series[1]] - {""}) > 1) for series, by_width in whole.items()
+    }
+
+
+def _shape(by_width: Mapping[int, Forecast], several_saes: bool) -> Shape:
+    first = next(iter(by_width.values()))
+    predictor = plugins().floor_predictors[first.predictor]
+    named = "" if predictor is plugins().floor_predictors.default else first.predictor
+    place = f" at {first.hook}" if first.hook else ""
+    if several_saes and first.sae:
+        place += f", {first.sae}"
+    return Shape(
+        ", ".join(filter(None, (named, first.order, first.law))) + place,
+        {width: forecast.floor.value for width, forecast in by_width.items()},
+        knows_features=predictor.knows_features,
+        unit=first.unit,
+        hook=first.hook,
+        importance=first.order,
+        law=first.law,
+        is_bound=predictor.is_bound,
+        free_exponent=predictor.exponent_is_free,
+    )
+
+
+def added_rivals(constants: int, number: int, widths: NDArray[np.float64]) -> list[Candidate]:
+    """So many further curves over the width that know nothing of features.
+
+    With one or two constants they are d^−s, the exponents s from 0.1 to 4. With three the exponent is fitted, so they
+    are (d + δ)^−s, the shifts δ from a tenth of the narrowest width to a hundred times it: between a power law and an
+    exponential. Either grid is even in its logarithm. With no constant there is none, as such a curve is not in nats.
     """
-
-    name: str
-    kind: str
-    x: Callable[[Points], NDArray[np.float64]]
-    free_exponent: bool = False
-    as_is: bool = False
-    hook: str = ""
-    importance: str = ""
-    law: str = ""
-    unit: str = ""
-
-
-RIVALS = (
-    Candidate("constant", "rival", lambda points: np.zeros(len(points.widths))),
-    Candidate("1/d", "rival", lambda points: 1 / points.widths),
-    Candidate("power law in d", "rival", lambda points: points.widths, free_exponent=True),
-    Candidate("power law in parameters", "rival", lambda points: points.parameters, free_exponent=True),
-)
-"""What knows nothing of features. The last is the scaling law of Kaplan et al. 2020 (arXiv:2001.08361), parameters
-without embeddings, plus a constant.
-"""
+    if not constants:
+        return []
+    if constants == POWER.constants:
+        shifts = widths.min() * np.geomspace(0.1, 100, number)
+        return [
+            Candidate(_over_widths(f"1/(d + {shift:.3g})^s", 1 / (widths + shift), widths), POWER) for shift in shifts
+        ]
+    form = FACTOR if constants == FACTOR.constants else LINE
+    return [Candidate(_over_widths(f"1/d^{s:.3g}", widths**-s, widths), form) for s in np.geomspace(0.1, 4, number)]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Predicted floors [width] of one hook point, importance and law, and the naive ones beside them."""
-
-    hook: str
-    importance: str
-    law: str
-    unit: str
-    floors: Mapping[int, Estimate]
-    naive: Mapping[int, float]
+def _over_widths(name: str, x: NDArray[np.float64], widths: NDArray[np.float64]) -> Shape:
+    by_width = {int(width): float(value) for width, value in zip(widths, x, strict=True)}
+    return Shape(name, by_width, knows_features=False)
 
 
-def predictions_of(measurement: Measurement, widths: Sequence[int], asked: tuple[str, str, str]) -> list[Prediction]:
-    """The predictions of every hook point, every importance that the measurement allows, and every law.
-
-    Only the one that is asked for (hook, importance, law) has intervals, as they take long.
+def short_names(candidates: Iterable[Candidate]) -> Callable[[Candidate], str]:
+    """How candidates are called where there is little room: `layer N` for their hook points where all of them are the
+    same but for their layer, and without the law where it is the default one.
     """
-    predictions = []
-    for hook in measurement:
-        for estimator in plugins().importance_estimators:
-            if not _is_measured(hook, estimator.name):
-                continue
-            at = context_at(hook, hook.importance(estimator.name), hook.summary.alpha.value)
-            curve = Curve(hook.hook, at.importance, at.alpha, at.hook_width, at.teacher_width)
-            for law in plugins().capacity_laws:
-                names = (hook.hook, estimator.name, law.name)
-                if names != asked and not knows_enough(law, at):
-                    continue
-                floors = (
-                    hook_floors(hook, widths, estimator.name, law) if names == asked else curve.floors(widths, law.name)
-                )
-                refined = {floor.width: floor.predicted_floor for floor in floors}
-                naive = {floor.width: floor.naive_floor.value for floor in floors}
-                predictions.append(Prediction(*names, hook.unit(estimator.name), refined, naive))
-    return predictions
+    matches = {hook: LAYER.fullmatch(hook) for hook in {c.shape.hook for c in candidates} - {""}}
+    alike = len({match and match[2] for match in matches.values()}) == 1
 
+    def short(candidate: Candidate) -> str:
+        hook = candidate.shape.hook
+        match = matches.get(hook) if alike else None
+        name = without_default_law(candidate.name)
+        return name if match is None else name.replace(f" at {hook}", f" at layer {match[1]}")
 
-def candidates_of(predictions: Sequence[Prediction]) -> list[Candidate]:
-    """The refined floor of each prediction, and the naive one of each hook point and law.
-
-    The naive one is that of the first importance: others change little but a factor.
-    """
-    candidates, with_naive = [], set[tuple[str, str]]()
-    for prediction in predictions:
-        hook, law = prediction.hook, prediction.law
-        refined = Candidate(
-            f"{prediction.importance}, {law} at {hook}",
-            "prediction",
-            _looked_up({width: floor.value for width, floor in prediction.floors.items()}),
-            hook=hook,
-            importance=prediction.importance,
-            law=law,
-            unit=prediction.unit,
-        )
-        candidates.append(refined)
-        if prediction.unit == NATS:
-            candidates.append(replace(refined, name=f"{refined.name}, C = 1", as_is=True))
-        if (hook, law) not in with_naive:
-            with_naive.add((hook, law))
-            naive = _looked_up(prediction.naive)
-            candidates.append(Candidate(f"naive floor, {law} at {hook}", "naive floor", naive, hook=hook, law=law))
-    return candidates
+    return short
 
 
 def without_default_law(text: str) -> str:
     """A candidate's name, or a sentence with such names, without the capacity law where it is the default one."""
     return text.replace(f", {plugins().capacity_laws.default.name}", "")
-
-
-def _is_measured(hook: HookMeasurement, importance: str) -> bool:
-    try:
-        hook.estimator(importance)
-    except MeasurementError:
-        return False
-    return True
-
-
-def _looked_up(floors: Mapping[int, float]) -> Callable[[Points], NDArray[np.float64]]:
-    return lambda points: np.array([floors[int(width)] for width in points.widths])

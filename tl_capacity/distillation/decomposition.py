@@ -1,46 +1,58 @@
 """Decomposition of observed floors: observed(d_S) = C · predicted(d_S) + B, with intervals, and beside it everything
 else that might explain them as well.
 
-Candidates are ranked by leave-one-width-out error, as R² of a straight line through a handful of points says little:
-1/d alone has R² 0.992 on the published predicted floors of the paper (arXiv:2604.04037).
+What knows the teacher's features and what knows none meet in a league (`league.py`), as R² of a straight line through a
+handful of points says little: 1/d alone has R² 0.992 on the published predicted floors of the paper (arXiv:2604.04037).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from tl_capacity.distillation import notes
-from tl_capacity.distillation.candidates import NATS, RIVALS, Points, Prediction, candidates_of, predictions_of
-from tl_capacity.distillation.fitting import Fit, fit_candidate
+from tl_capacity.distillation.candidates import LINE, Candidate, Points, Shape, shapes_of, short_names
+from tl_capacity.distillation.fitting import Fit, fit_candidates
+from tl_capacity.distillation.league import Group, league
+from tl_capacity.distillation.left_out import floor_noise
 from tl_capacity.distillation.observed import OBSERVED, ObservedFloor, observed_floors
 from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.distillation.standings import candidate_cells, league_cells
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.floors import hook_floors
+from tl_capacity.predict.forecasts import Forecasts
+from tl_capacity.predict.predictors import forecasts_of
+from tl_capacity.predict.spliced import Spliced
 from tl_capacity.results.estimate import Estimate, group_resamples
-from tl_capacity.runtime.units import per_token
+from tl_capacity.runtime.units import NATS, per_token
 from tl_capacity.show.tables import html_table, plain, table
 
-SHOWN = 10
-"""Candidates that the table shows whatever they are."""
+SHOWN = 3
+"""Candidates of each group that the table shows whatever they are."""
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Observed floors, and every candidate fitted to them, best first; shows itself in a terminal.
+    """Observed floors, and every candidate fitted to them; shows itself in a terminal.
 
     Attributes:
         observed: of each student, controls included.
-        which: "fit" (L∞) or "last_tenth": what was taken as the observed floor.
-        fits: by leave-one-width-out error, smallest first; those that could not be fitted last.
-        chosen: the prediction that was asked for: hook, importance and law.
+        which: "last_tenth" or "fit" (L∞): what was taken as the observed floor.
+        fits: by leave-one-width-out error, smallest first, those that could not be fitted last; in no order where
+            there are too few widths for one.
+        chosen: the prediction that was asked for, with C and B fitted.
         predicted: its floors [width].
+        leagues: for each way to read the floor, the candidates in groups of equally many fitted constants, and which
+            side is ahead; no group below five widths.
+        remarks: what is known of the candidates besides, a sentence each.
     """
 
     observed: tuple[ObservedFloor, ...]
@@ -48,16 +60,37 @@ class Decomposition:
     fits: tuple[Fit, ...]
     chosen: Fit
     predicted: Mapping[int, Estimate]
+    leagues: Mapping[str, tuple[Group, ...]]
+    remarks: tuple[str, ...] = ()
 
     @property
     def unit(self) -> str:
         """Of the prediction that was asked for."""
-        return self.chosen.candidate.unit
+        return self.chosen.candidate.shape.unit
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The league of the observed floor that was asked for."""
+        return self.leagues[self.which]
 
     @property
     def winner(self) -> Fit | None:
-        """The candidate with the smallest error; None where too few widths make one."""
-        return self.fits[0] if self.fits[0].error is not None and len(self.predicted) >= notes.MIN_WIDTHS else None
+        """The candidate that explains the floors best: of the sides that are ahead in their group, the best candidate
+        of the one with the smallest error. None where no side is ahead of the other.
+        """
+        leaders = [group.leader for group in self.groups if group.leader is not None]
+        leader = min(leaders, key=lambda side: side.error.value, default=None)
+        return None if leader is None else self._fit_of(leader.best)
+
+    @property
+    def best(self) -> tuple[Fit | None, Fit | None]:
+        """The best candidate with C and B that knows features, and the best rival; None where there is none, or too few
+        widths to say.
+        """
+        group = next((group for group in self.groups if group.constants == LINE.constants), None)
+        sides = (None, None) if group is None else (group.features, group.rivals)
+        features, rivals = (None if side is None else self._fit_of(side.best) for side in sides)
+        return features, rivals
 
     @property
     def students(self) -> tuple[ObservedFloor, ...]:
@@ -65,59 +98,94 @@ class Decomposition:
         return tuple(floor for floor in self.observed if floor.start != "teacher")
 
     def verdict(self) -> str:
-        """Which candidate explains the floors best, and where the prediction that was asked for stands."""
-        return notes.verdict(self.fits, self.winner, self.chosen, len(self.predicted))
+        """Whether knowing the teacher's features helps to predict a left-out width, by the floor that was asked for."""
+        return self.verdicts()[self.which]
+
+    def verdicts(self) -> dict[str, str]:
+        """The verdict for each way to read the floor, that which was asked for first."""
+        return {
+            which: notes.verdict(self.leagues[which], notes.reading(self.observed, which), len(self.predicted))
+            for which in self._readings
+        }
+
+    @property
+    def _short(self) -> Callable[[Candidate], str]:
+        return short_names(fit.candidate for fit in self.fits)
+
+    @property
+    def _readings(self) -> tuple[str, ...]:
+        """The ways to read the floor, that which was asked for first."""
+        return (self.which, *(which for which in OBSERVED if which != self.which))
 
     def notes(self) -> list[str]:
-        """What a reader must know before believing the figures, the verdict first."""
+        """What a reader must know before believing the figures, the verdicts first."""
         floors: dict[int, list[float]] = defaultdict(list)
         for student in self.students:
             floors[student.width].append(student.taken_as(self.which).value)
+        asked = next((group for group in self.groups if self.chosen.candidate in group.places), None)
+        noisy = bool(len(floor_noise(self.students, self.which)))
         return [
-            self.verdict(),
-            *notes.ranking_notes(self.fits, self.winner, len(self.predicted)),
-            *notes.prediction_notes(self.chosen, self.in_nats()),
+            *dict.fromkeys(self.verdicts().values()),
+            *notes.ranking_notes(asked, self.chosen, noisy),
+            *notes.prediction_notes(self.chosen, self.in_nats(), floors),
             *notes.floor_notes(self.observed, self.which, floors),
+            *self.remarks,
         ]
 
-    def shown(self, most: int = SHOWN) -> list[tuple[int, Fit]]:
-        """The candidates that a table needs, with their places: the best, the rivals, the best naive floor, and every
-        importance at the hook point and by the law asked for, C fitted and C = 1.
+    def shown(self, most: int = SHOWN) -> list[tuple[str, Fit]]:
+        """The candidates that a table needs, each with its place and the place's interval: of each group the best, the
+        best rival and the shape asked for; with C and B also every importance at the hook point and by the law asked
+        for. Without places, and no others, where there are too few widths to rank.
         """
-        naive = next((fit for fit in self.fits if fit.candidate.kind == "naive floor"), None)
-        return [
-            (place, fit)
-            for place, fit in enumerate(self.fits, 1)
-            if place <= most or fit.candidate.kind == "rival" or fit is naive or self._is_beside_chosen(fit)
-        ]
+        if not self.groups:
+            return [("", fit) for fit in self.fits if fit is self.chosen or fit in self.in_nats()]
+        shown = []
+        for group in self.groups:
+            fits = [fit for fit in self.fits if fit.candidate in group.places]
+            rival = next((fit for fit in fits if not fit.candidate.shape.knows_features), None)
+            shown += [
+                (group.places[fit.candidate].show(".0f"), fit)
+                for rank, fit in enumerate(fits)
+                if rank < most
+                or fit is rival
+                or fit.candidate.shape is self.chosen.candidate.shape
+                or (fit.candidate.form is LINE and self._is_beside_chosen(fit))
+            ]
+        return shown
 
     def in_nats(self) -> list[Fit]:
-        """The predictions in nats per token at the hook point and by the law asked for, C fitted: they are right where
-        it is 1.
+        """The predictions in nats per token at the hook point and by the law asked for, with C and B fitted: they are
+        right where C is 1 and B is 0.
         """
         return [
             fit
             for fit in self.fits
-            if self._is_beside_chosen(fit) and fit.candidate.unit == NATS and not fit.candidate.as_is
+            if fit.candidate.form is LINE and fit.candidate.shape.unit == NATS and self._is_beside_chosen(fit)
         ]
 
     def _is_beside_chosen(self, fit: Fit) -> bool:
         """Whether a fit is a prediction at the hook point and by the law asked for, of whatever importance."""
-        asked, candidate = self.chosen.candidate, fit.candidate
-        return candidate.kind == "prediction" and (candidate.hook, candidate.law) == (asked.hook, asked.law)
+        asked, shape = self.chosen.candidate.shape, fit.candidate.shape
+        return shape.knows_features and (shape.hook, shape.law) == (asked.hook, asked.law)
+
+    def _fit_of(self, candidate: Candidate) -> Fit:
+        return next(fit for fit in self.fits if fit.candidate == candidate)
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
+        verdicts = self.verdicts()
         return {
             "schema": 1,
+            "verdict": self.verdict(),
+            "verdicts": verdicts,
             "observed": [floor.to_json() for floor in self.observed],
             "which": self.which,
             "predicted": {str(width): estimate.to_json() for width, estimate in self.predicted.items()},
             "unit": self.unit,
             "chosen": self.chosen.to_json(),
             "winner": None if self.winner is None else self.winner.candidate.name,
-            "verdict": self.verdict(),
-            "notes": self.notes()[1:],
+            "league": {which: [group.to_json() for group in self.leagues[which]] for which in verdicts},
+            "notes": [note for note in self.notes() if note not in verdicts.values()],
             "candidates": [fit.to_json() for fit in self.fits],
         }
 
@@ -147,60 +215,51 @@ class Decomposition:
                 "width": student.width,
                 "seed": student.seed,
                 "observed_floor": student.taken_as(self.which).value,
-                "observed_low": student.low if self.which == "fit" else None,
-                "observed_high": student.high if self.which == "fit" else None,
+                "observed_low": student.taken_as(self.which).low,
+                "observed_high": student.taken_as(self.which).high,
                 "predicted_floor": self.predicted[student.width].value,
             }
             for student in self.students
         ]
 
     def _repr_html_(self) -> str:
-        return html_table(*self._cells()) + "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
+        answers = "".join(f"<p>{escape(verdict)}</p>" for verdict in dict.fromkeys(self.verdicts().values()))
+        tables = [league_cells(self.groups, self._short)] if self.groups else []
+        tables.append(candidate_cells(self.shown(), self.chosen, self._short))
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.to_json()["notes"])
+        return answers + "".join(html_table(*cells) for cells in tables) + notes
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
+        for verdict in dict.fromkeys(self.verdicts().values()):
+            yield f"[bold]{plain(verdict[:1].upper() + verdict[1:])}.[/bold]"
+        yield table(f"Observed floors and {self.chosen.candidate.name}", *self._floor_cells())
+        if self.groups:
+            title = "Error at a left-out width, nats per token, of the candidate chosen without it [95% interval]"
+            yield table(title, *league_cells(self.groups, self._short))
+        shown = candidate_cells(self.shown(), self.chosen, self._short)
+        yield table("Candidates: observed = C · candidate^exponent + B; error at a left-out width", *shown)
+        for note in self.to_json()["notes"]:
+            yield f"[yellow]note:[/yellow] {plain(note)}"
+
+    def _floor_cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the students, both readings of each floor side by side."""
+        readings = {notes.reading(self.observed, which): which for which in self._readings}
         header = [
             "width",
             "seed",
-            "observed floor, nats per token",
+            *(f"{reading}, nats per token" for reading in readings),
             f"predicted, {per_token(self.unit)}",
             "C·predicted + B",
-            self.fits[0].candidate.name,
         ]
-        rows = [
-            [
-                f"{row['width']:,}",
-                str(row["seed"]),
-                Estimate(row["observed_floor"], row["observed_low"], row["observed_high"]).show(".4f"),
-                self.predicted[row["width"]].show(".4g"),
-                f"{self.chosen.fitted[row['width']]:.4f}",
-                f"{self.fits[0].fitted[row['width']]:.4f}",
-            ]
-            for row in self.table_of_floors()
-        ]
-        yield table(
-            f"Observed floors ({'L∞ of the fit' if self.which == 'fit' else 'mean of the last tenth'}) and"
-            f" {self.chosen.candidate.name}",
-            header,
-            rows,
-        )
-        yield table("Candidates: observed = C · candidate + B, best first", *self._cells())
-        for note in self.notes():
-            yield f"[yellow]note:[/yellow] {plain(note)}"
-
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the candidates that a table needs, as text."""
-        header = ["place", "candidate", "leave-one-width-out error, nats per token", "R²", "C", "B", "exponent"]
         return header, [
             [
-                f"{place}{', asked for' if fit is self.chosen else ''}",
-                fit.candidate.name,
-                fit.show_error(),
-                "too few widths" if fit.r2 is None else f"{fit.r2:.4f}",
-                "" if fit.c is None else fit.c.show(".3g"),
-                fit.b.show(".3g"),
-                "" if fit.exponent is None else fit.exponent.show(".2f"),
+                f"{student.width:,}",
+                str(student.seed),
+                *(student.taken_as(which).show(".4f") for which in readings.values()),
+                self.predicted[student.width].show(".4g"),
+                f"{self.chosen.fitted[student.width]:.4f}",
             ]
-            for place, fit in self.shown()
+            for student in self.students
         ]
 
 
@@ -211,73 +270,114 @@ def decompose(
     hook: str | None = None,
     importance: str | None = None,
     law: str | None = None,
-    observed: str = "fit",
+    observed: str = "last_tenth",
     max_fvu: float | None = 1.0,
+    forecasts: Sequence[Spliced | Forecasts] = (),
 ) -> Decomposition:
     """Fit observed floors to predicted ones, and to every rival.
+
+    What every registered floor predictor says is a candidate, at each hook point, importance and law that it
+    distinguishes.
 
     Args:
         measurement: of the teacher.
         run: its students.
-        hook: the hook point whose prediction is asked for; by default the measured one in the middle. All others are
-            candidates as well.
-        importance, law: of that prediction; None for the default ones. All others that the measurement allows are
-            candidates as well.
-        observed: "fit" for L∞ of each curve's fit, or "last_tenth" for the mean over the last tenth of training, as the
-            paper has it.
+        hook: the hook point whose prediction is asked for; by default the measured one in the middle.
+        importance, law: of that prediction; None for the default ones.
+        observed: "last_tenth" for the mean over the last tenth of training, which students did reach, or "fit" for L∞
+            of each curve's fit, which is extrapolated. The verdict by the other stands beside.
         max_fvu: refuse SAEs that leave more of the variance unexplained.
+        forecasts: floors for which the teacher was run, as `tlc.splice` gave them or folders hold them.
 
     Raises:
-        CapacityError: where there is no such hook point, importance, law or observed floor, or the two do not belong
+        CapacityError: where there is no such hook point, importance, law or observed floor, or they do not belong
             together.
     """
     if observed not in OBSERVED:
         raise CapacityError(f"{observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
     if not run.complete:
         raise MeasurementError("the distillation has not ended: resume it with --resume")
-    if run.teacher != measurement.provenance.model:
+    teacher = measurement.provenance.model
+    if run.teacher != teacher:
         raise MeasurementError(
-            f"the measurement is of {measurement.provenance.model!r} and the distillation of {run.teacher!r}: decompose"
-            " the floors of one teacher"
+            f"the measurement is of {teacher!r} and the distillation of {run.teacher!r}: decompose the floors of one"
+            " teacher"
         )
+    for told in forecasts:
+        if (other := told.about.get("model", teacher)) != teacher:
+            what = "splice" if isinstance(told, Spliced) else "forecasts"
+            raise MeasurementError(
+                f"the measurement is of {teacher!r} and the {what} of {other!r}: decompose the floors of one teacher"
+            )
     asked_hook = measurement[hook] if hook is not None else measurement.hooks[len(measurement.hooks) // 2]
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
-    asked = (asked_hook.hook, asked_hook.estimator(importance).name, plugins().capacity_laws.named(law).name)
+    chosen_law = plugins().capacity_laws.named(law)
     floors = observed_floors(run)
     if not run.widths:
         raise MeasurementError("the distillation has no students but the control: distil some widths")
-    parameters = {student.name: student.body_parameters for student in run}
-    return decompose_floors(floors, parameters, predictions_of(measurement, run.widths, asked), asked, observed)
+    predicted = hook_floors(asked_hook, run.widths, importance, chosen_law)
+    parameters = {student.width: student.body_parameters for student in run if student.start != "teacher"}
+    everything = forecasts_of(
+        measurement,
+        run.widths,
+        Spliced(tuple(curve for told in forecasts if isinstance(told, Spliced) for curve in told)),
+        Forecasts(tuple(each for told in forecasts if isinstance(told, Forecasts) for each in told)),
+        parameters=parameters,
+    )
+    asked = (
+        plugins().floor_predictors.default.name,
+        asked_hook.hook,
+        asked_hook.sae,
+        chosen_law.name,
+        asked_hook.estimator(importance).name,
+    )
+    return decompose_floors(
+        floors, everything, asked, observed, {floor.width: floor.predicted_floor for floor in predicted}
+    )
 
 
 def decompose_floors(
     floors: Sequence[ObservedFloor],
-    parameters: Mapping[str, int],
-    predictions: Sequence[Prediction],
-    asked: tuple[str, str, str],
-    observed: str = "fit",
+    forecasts: Forecasts,
+    asked: tuple[str, str, str, str, str],
+    observed: str = "last_tenth",
+    predicted: Mapping[int, Estimate] | None = None,
 ) -> Decomposition:
-    """The same from floors and predictions as such.
+    """The same from floors and forecasts as such.
 
     Args:
-        parameters: of each student's body, by the student's name.
-        asked: hook, importance and law of the prediction that is asked for.
-        observed: "fit" or "last_tenth", as in `decompose`.
+        asked: predictor, hook, SAE, law and importance of the prediction that is asked for.
+        observed: "last_tenth" or "fit", as in `decompose`.
+        predicted: its floors with their intervals; by default as in the forecasts.
     """
     students = [floor for floor in floors if floor.start != "teacher"]
-    points = Points(
-        np.array([student.width for student in students], dtype=np.float64),
-        np.array([student.taken_as(observed).value for student in students], dtype=np.float64),
-        np.array([parameters[student.name] for student in students], dtype=np.float64),
-    )
-    replicates = group_resamples(points.widths)
-    fits = [fit_candidate(candidate, points, replicates) for candidate in (*RIVALS, *candidates_of(predictions))]
-    prediction = next(p for p in predictions if (p.hook, p.importance, p.law) == asked)
-    chosen = next(
-        fitted
-        for fitted in fits
-        if (fitted.candidate.hook, fitted.candidate.importance, fitted.candidate.law) == asked
-        and not fitted.candidate.as_is
-    )
-    ranked = tuple(sorted(fits, key=lambda fitted: (fitted.error is None, fitted.error or 0.0)))
-    return Decomposition(tuple(floors), observed, ranked, chosen, prediction.floors)
+    widths = sorted({student.width for student in students})
+    shapes = shapes_of(forecasts, widths)
+    powers = [shape for shape in shapes.values() if shape.free_exponent]
+    candidates = list(chain.from_iterable(shape.candidates(powers) for shape in shapes.values()))
+    readings = {which: _points(students, which) for which in OBSERVED}
+    points = readings[observed]
+    fits = fit_candidates(candidates, points, group_resamples(points.widths))
+    leagues = {which: league(candidates, readings[which], floor_noise(students, which)) for which in OBSERVED}
+    chosen = next(fit for fit in fits if fit.candidate.shape is shapes[asked] and fit.candidate.form is LINE)
+    if leagues[observed]:
+        fits.sort(key=lambda fit: (fit.error is None, fit.error or 0.0))
+    if predicted is None:
+        predicted = {width: forecast.floor for width, forecast in forecasts.series[asked].items()}
+    remarks = (*forecasts.notes, *_left_out(forecasts, shapes, widths))
+    return Decomposition(tuple(floors), observed, tuple(fits), chosen, predicted, leagues, remarks)
+
+
+def _points(students: Sequence[ObservedFloor], which: str) -> Points:
+    widths = np.array([student.width for student in students], dtype=np.float64)
+    return Points(widths, np.array([student.taken_as(which).value for student in students], dtype=np.float64))
+
+
+def _left_out(forecasts: Forecasts, shapes: Mapping[Any, Shape], widths: Sequence[int]) -> list[str]:
+    """A sentence for each forecast that says nothing of some width that was distilled."""
+    return [
+        f"{', '.join(filter(None, series))} says nothing of width"
+        f" {', '.join(str(width) for width in widths if width not in by_width)}, so it is no candidate"
+        for series, by_width in forecasts.series.items()
+        if series not in shapes
+    ]

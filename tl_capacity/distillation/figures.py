@@ -9,13 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import plotly.graph_objects as go
 
-from tl_capacity.distillation.candidates import Candidate, without_default_law
+from tl_capacity.distillation.candidates import short_names
 from tl_capacity.distillation.curves import GIVEN, StudentCurve
 from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor, observed_floors, power_law
 from tl_capacity.errors import CapacityError
 from tl_capacity.results.estimate import Estimate
-from tl_capacity.results.naming import LAYER
 from tl_capacity.show.figures import (
     DASHES,
     GREY,
@@ -44,20 +43,17 @@ class Explained(Protocol):
     def chosen(self) -> Fit: ...
 
     @property
-    def winner(self) -> Fit | None: ...
-
-    @property
-    def fits(self) -> Sequence[Fit]: ...
+    def best(self) -> tuple[Fit | None, Fit | None]: ...
 
 
 def observed_figure(
-    floors: Sequence[ObservedFloor], decomposition: Explained | None = None, which: str = "fit"
+    floors: Sequence[ObservedFloor], decomposition: Explained | None = None, which: str = "last_tenth"
 ) -> go.Figure:
-    """Observed floors against width, with their 95% intervals; of a decomposition also the prediction asked for and the
-    best candidates.
+    """Observed floors against width, with their 95% intervals; of a decomposition also the prediction asked for, the
+    best candidate that knows features and the best rival, each with two fitted constants.
 
     Args:
-        which: "fit" for L∞ or "last_tenth"; a decomposition has its own.
+        which: "last_tenth", or "fit" for L∞; a decomposition has its own.
 
     Raises:
         CapacityError: where there is no student but the control.
@@ -88,9 +84,11 @@ def observed_figure(
             marker=marker,
             **legend_entry("control from the teacher's weights"),
         )
-    for place, (fit, role) in enumerate(_drawn_fits(decomposition), 1):
+    drawn = _drawn_fits(decomposition)
+    short = short_names(fit.candidate for fit, _ in drawn)
+    for place, (fit, role) in enumerate(drawn, 1):
         widths = sorted(fit.fitted)
-        label = f"{role}: {short_candidate(fit.candidate)}"
+        label = f"{role}: {short(fit.candidate)}"
         figure.add_scatter(
             x=widths,
             y=[fit.fitted[width] for width in widths],
@@ -169,23 +167,15 @@ def _what_was_observed(students: Sequence[ObservedFloor], which: str) -> str:
     return "observed, L∞ of the fit" if which == "fit" else "observed, mean of the last tenth"
 
 
-def short_candidate(candidate: Candidate) -> str:
-    """A candidate's name with its hook point's short one, and without the law where it is the default one."""
-    layer = LAYER.fullmatch(candidate.hook)
-    short = f"layer {layer[1]}" if layer is not None else candidate.hook
-    return without_default_law(candidate.name).replace(f" at {candidate.hook}", f" at {short}")
-
-
 def _drawn_fits(decomposition: Explained | None) -> list[tuple[Fit, str]]:
     """The fits worth a line, each with its role; a fit that has two is drawn once."""
     if decomposition is None:
         return []
-    chosen, winner = decomposition.chosen, decomposition.winner
-    roles = [(chosen, "asked for")]
-    if winner is not None and winner is not chosen:
-        roles.append((winner, "best"))
-    rival = next(fit for fit in decomposition.fits if fit.candidate.kind == "rival")
-    if rival is not winner:
+    features, rival = decomposition.best
+    roles = [(decomposition.chosen, "asked for")]
+    if features is not None and features is not decomposition.chosen:
+        roles.append((features, "best that knows features"))
+    if rival is not None:
         roles.append((rival, "best rival"))
     return roles
 

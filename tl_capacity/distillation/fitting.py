@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.distillation.candidates import Candidate, Points
+from tl_capacity.distillation.candidates import Candidate, Form, Points
 from tl_capacity.results.estimate import Estimate, percentile_estimate
 
-EXPONENTS = np.geomspace(0.02, 8, 3000)
-"""Among which the exponent of a power law is looked for: 0.2% apart."""
+EXPONENTS = np.geomspace(0.02, 8, 40)
+"""Among which the exponent of a power law is looked for: 17% apart."""
+REFINEMENTS = (1.0, 0.1)
+"""Then the top of a parabola through three exponents, so many times that distance apart, is taken, once for each."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,13 @@ class Fit:
 
     Attributes:
         c, b: C and B with 95% intervals (bootstrap over widths and, within a width, over seeds), C in nats per token
-            for each unit of x; C is None where x is the same at all widths, and has no interval where it was not
-            fitted.
+            for each unit of x; C is None where x is the same at all widths. What was not fitted, and what had too few
+            widths, has no interval.
         exponent: s with its interval, where it was free.
         r2: share of the variance explained; None where there is none, as at a single width.
         error: leave-one-width-out error: root mean square, over widths, of the mean observed floor less the one that
             the other widths predict, in nats per token; None where too few widths are left to fit.
-        fitted: C · x + B at each width, in nats per token.
+        fitted: C · x^s + B at each width, in nats per token.
     """
 
     candidate: Candidate
@@ -45,13 +47,15 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """A flat object."""
+        shape = self.candidate.shape
         return {
             "name": self.candidate.name,
-            "kind": self.candidate.kind,
-            "hook": self.candidate.hook,
-            "importance": self.candidate.importance,
-            "law": self.candidate.law,
-            "unit": self.candidate.unit,
+            "kind": "prediction" if shape.knows_features else "rival",
+            "constants": self.candidate.constants,
+            "hook": shape.hook,
+            "importance": shape.importance,
+            "law": shape.law,
+            "unit": shape.unit,
             "C": None if self.c is None else self.c.to_json(),
             "B": self.b.to_json(),
             "exponent": None if self.exponent is None else self.exponent.to_json(),
@@ -61,88 +65,165 @@ class Fit:
         }
 
 
-def fit_candidate(candidate: Candidate, points: Points, replicates: NDArray[np.float64]) -> Fit:
-    """Fit a candidate by least squares, every student counting the same.
+def fit_candidates(candidates: Sequence[Candidate], points: Points, replicates: NDArray[np.float64]) -> list[Fit]:
+    """Fit candidates by least squares, every student counting the same.
 
     Args:
         replicates: [replicate, student] how often each student counts, as `group_resamples` of the widths draws it.
     """
-    widths = np.unique(points.widths)
-    free_c = bool(np.ptp(candidate.x(points)) > 0) and not candidate.as_is
-    enough = len(widths) > 1 + free_c + candidate.free_exponent
-    everybody = np.ones((1, len(points.widths)))
-    # Of a single width nothing is left without it, and nothing can be fitted to that.
-    without_each = (points.widths != widths[:, None])[: len(widths) if enough else 0].astype(np.float64)
-    # Solved in one go, as the search for an exponent costs about as much for many rows as for one.
-    solved = _solve(candidate, points, np.concatenate([everybody, without_each, replicates]))
-    (c, b, exponent), left_out, drawn = (
-        solved[0],
-        solved[1 : 1 + len(without_each)],
-        solved[1 + len(without_each) :],
-    )
-    values = _values(candidate, points, solved[0])
-    error = None
-    if enough:
-        misses = [
-            (points.floors - _values(candidate, points, numbers))[points.widths == width].mean()
-            for width, numbers in zip(widths, left_out, strict=True)
-        ]
-        error = float(np.sqrt(np.mean(np.square(misses))))
-    spread = float(np.square(points.floors - points.floors.mean()).sum())
+    fits: dict[Candidate, Fit] = {}
+    for form in dict.fromkeys(candidate.form for candidate in candidates):
+        alike = [candidate for candidate in candidates if candidate.form is form]
+        fits |= zip(alike, _fit_form(form, alike, points, replicates), strict=True)
+    return [fits[candidate] for candidate in candidates]
 
-    def estimate(value: float, column: int, with_interval: bool) -> Estimate:
-        return percentile_estimate(value, drawn[:, column]) if with_interval else Estimate(float(value))
+
+def _fit_form(
+    form: Form, candidates: Sequence[Candidate], points: Points, replicates: NDArray[np.float64]
+) -> list[Fit]:
+    """Candidates that have the same constants to fit."""
+    widths, at_width = np.unique(points.widths, return_inverse=True)
+    of_width = np.eye(len(widths))[at_width]
+    x = np.stack([candidate.shape.at(widths) for candidate in candidates])
+    means = (points.floors @ of_width) / of_width.sum(0)
+    # Solved in one go, as the search for an exponent costs about as much for many rows as for one.
+    everybody, without_each = np.ones((1, len(points.widths))), points.widths != widths[:, None]
+    weights = np.concatenate([everybody, without_each[: len(widths) if len(widths) > 1 else 0], replicates])
+    solved = solve(form, x, weights @ of_width, ((weights * points.floors) @ of_width)[:, None])[:, :, 0]
+    fits = []
+    for candidate, shape, rows in zip(candidates, x, solved.swapaxes(0, 1), strict=True):
+        free_c = form.free_c and bool(np.ptp(shape) > 0 if form.free_b or form.free_exponent else shape.any())
+        enough = len(widths) > free_c + form.free_b + form.free_exponent
+        misses = None
+        if enough:
+            left_out = rows[1 : len(widths) + 1] if len(widths) > 1 else rows[:1]
+            misses = means - np.diagonal(values_at(left_out, shape))
+        drawn = rows[len(rows) - len(replicates) :] if enough else None
+        has_c = free_c or not form.free_c
+        fits.append(_fit(candidate, points, values_at(rows[0], shape)[at_width], rows[0], drawn, misses, has_c))
+    return fits
+
+
+def _fit(
+    candidate: Candidate,
+    points: Points,
+    values: NDArray[np.float64],
+    numbers: NDArray[np.float64],
+    drawn: NDArray[np.float64] | None,
+    misses: NDArray[np.float64] | None,
+    has_c: bool,
+) -> Fit:
+    """A fit from what was solved.
+
+    Args:
+        values: C · x^s + B of each student.
+        numbers, drawn: `[C, B, s]`, and of each replicate; None for no intervals.
+        misses: observed less predicted floor of each width that was left out; None where too few are left.
+        has_c: whether there is a C.
+    """
+    form = candidate.form
+    spread = float(np.square(points.floors - points.floors.mean()).sum())
+    several = len(np.unique(points.widths)) > 1
+
+    def estimate(column: int, fitted: bool) -> Estimate:
+        value = float(numbers[column])
+        return percentile_estimate(value, drawn[:, column]) if fitted and drawn is not None else Estimate(value)
 
     return Fit(
         candidate,
-        c=estimate(c, 0, enough and free_c) if free_c or candidate.as_is else None,
-        b=estimate(b, 1, enough),
-        exponent=estimate(exponent, 2, enough) if candidate.free_exponent and len(widths) > 1 else None,
-        r2=1 - float(np.square(points.floors - values).sum()) / spread if spread and len(widths) > 1 else None,
-        error=error,
-        fitted={int(width): float(values[points.widths == width][0]) for width in widths},
+        c=estimate(0, form.free_c) if has_c else None,
+        b=estimate(1, form.free_b),
+        exponent=estimate(2, True) if form.free_exponent and has_c and several else None,
+        r2=1 - float(np.square(points.floors - values).sum()) / spread if spread and several else None,
+        error=None if misses is None else float(np.sqrt(np.mean(np.square(misses)))),
+        fitted={int(width): float(values[points.widths == width][0]) for width in np.unique(points.widths)},
     )
 
 
-def _solve(candidate: Candidate, points: Points, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`[C, B, s]` by least squares, a row for each row of weights [replicate, student]."""
-    x, y = candidate.x(points), points.floors
-    no_exponent = np.full(len(weights), -1.0)
-    if candidate.as_is:
-        return np.stack([np.ones(len(weights)), weights @ (y - x) / weights.sum(1), no_exponent], 1)
-    if not candidate.free_exponent:
-        return np.stack([*_line(x, y, weights), no_exponent], 1)
-    # The best C and B of each exponent are a straight line's, so only the exponent is searched for.
-    best, smallest = np.zeros((len(weights), 3)), np.full(len(weights), np.inf)
-    for s in EXPONENTS:
-        power = _power(x, s)
-        c, b = _line(power, y, weights)
-        left = (weights * np.square(y - c[:, None] * power - b[:, None])).sum(1)
-        better = left < smallest
-        best[better], smallest[better] = np.stack([c, b, np.full_like(c, s)], 1)[better], left[better]
-    return best
+def values_at(numbers: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """C · x^s + B [..., width] of numbers `[C, B, s]` [..., 3]."""
+    c, b, s = np.moveaxis(numbers[..., None, :], -1, 0)
+    return np.asarray(c * x**s + b)
 
 
-def _values(candidate: Candidate, points: Points, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-    """C · x + B, or C · x^−s + B, of each point."""
-    x = candidate.x(points)
-    return np.asarray(numbers[0] * (_power(x, numbers[2]) if candidate.free_exponent else x) + numbers[1])
+def solve(
+    form: Form, x: NDArray[np.float64], counts: NDArray[np.float64], totals: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """`[C, B, s]` by least squares, every student counting the same [row, shape, replicate, 3].
 
-
-def _power(x: NDArray[np.float64], s: float) -> NDArray[np.float64]:
-    return np.asarray(x**-s)
-
-
-def _line(
-    x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`(C, B)` of the weighted least-squares line of each row of weights; C is 0 where x is the same everywhere, as
-    nothing tells what it is.
+    Args:
+        x: [shape, width], not negative.
+        counts: [row, width] how many students count at each width.
+        totals: [row, replicate, width] the sum of their floors.
     """
-    total = weights.sum(1)
-    mean_x, mean_y = weights @ x / total, weights @ y / total
-    centred = weights * (x - mean_x[:, None])
-    spread, product = centred @ x, centred @ y
-    varies = spread > 1e-12 * (weights @ x**2)  # below it is what rounding leaves of zero
-    c = np.divide(product, spread, out=np.zeros_like(total), where=varies)
-    return c, mean_y - c * mean_x
+    c, b, s = np.ones((3, len(counts), len(x), totals.shape[1]))
+    if form.free_exponent:
+        largest = np.maximum(x.max(1), np.finfo(float).tiny)[:, None]  # a power of thousands is no number any more
+        s = _exponents(x / largest, counts, totals, form.free_b)
+        c, b = _lines((x / largest)[:, None] ** s[..., None], counts, totals, form.free_b)
+        c = c / largest**s
+    elif form.free_c:
+        c, b = _lines(x[None, :, None], counts, totals, form.free_b)
+    elif form.free_b:
+        offsets = totals.sum(-1)[:, None] - (counts @ x.T)[..., None]
+        b = offsets / counts.sum(1)[:, None, None]
+    else:
+        b = 0 * b
+    return np.stack(np.broadcast_arrays(c, b, s), -1)
+
+
+def _lines(
+    x: NDArray[np.float64], counts: NDArray[np.float64], totals: NDArray[np.float64], free_b: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`(C, B)` [row, shape, replicate] of least-squares lines, through zero where B is not free; C is 0 where nothing
+    tells what it is, as where x is the same everywhere.
+
+    Args:
+        x: [row or 1, shape, replicate or 1, width].
+    """
+    mean_x, products, spread = _moments(x, counts, totals, free_b)
+    c = np.divide(products, spread, out=np.zeros_like(products), where=spread > 0)
+    mean_y = (totals.sum(-1) / counts.sum(1)[:, None])[:, None]
+    return c, (mean_y - c * mean_x if free_b else np.zeros_like(c))
+
+
+def _moments(
+    x: NDArray[np.float64], counts: NDArray[np.float64], totals: NDArray[np.float64], centred: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Mean of x, Σ (x − mean)·y and Σ (x − mean)², each [row, shape, replicate or 1], or without the mean; the last is
+    0 where it is what rounding leaves of 0.
+    """
+    mean_x = np.einsum("rskw,rw->rsk", x, counts) / counts.sum(1)[:, None, None]
+    moved = x - mean_x[..., None] if centred else np.broadcast_to(x, (len(counts), *x.shape[1:]))
+    spread = np.einsum("rskw,rskw,rw->rsk", moved, moved, counts)
+    varies = spread > 1e-12 * np.einsum("rskw,rskw,rw->rsk", x, x, counts)
+    same = x.shape[2] == 1  # in every replicate, which makes it a matrix product
+    products = moved[:, :, 0] @ totals.swapaxes(1, 2) if same else np.einsum("rskw,rkw->rsk", moved, totals)
+    return mean_x, products, np.where(varies, spread, 0)
+
+
+def _exponents(
+    x: NDArray[np.float64], counts: NDArray[np.float64], totals: NDArray[np.float64], free_b: bool
+) -> NDArray[np.float64]:
+    """The exponents [row, shape, replicate] whose power of x leaves the least to a straight line."""
+
+    def explained(powers: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What each line explains of the sum of squares."""
+        _, products, spread = _moments(powers, counts, totals, free_b)
+        return np.divide(np.square(products), spread, out=np.zeros_like(products), where=spread > 0)
+
+    shape = (len(counts), len(x), totals.shape[1])
+    best, most = np.ones(shape), np.full(shape, -np.inf)
+    for s in EXPONENTS:
+        score = explained((x**s)[None, :, None])
+        better = score > most
+        best[better], most[better] = s, score[better]
+    apart = np.log(EXPONENTS[1] / EXPONENTS[0])
+    for share in REFINEMENTS:
+        below, there, above = (
+            explained(x[:, None] ** (best * np.exp(k * share * apart))[..., None]) for k in (-1, 0, 1)
+        )
+        bend = below - 2 * there + above
+        top = np.divide(below - above, 2 * bend, out=np.zeros_like(bend), where=bend < 0)
+        best = best * np.exp(share * apart * np.clip(top, -2, 2))
+    return np.clip(best, EXPONENTS[0], EXPONENTS[-1])

@@ -1,4 +1,4 @@
-"""Notes on a decomposition: what a reader must know before believing its figures."""
+"""Notes on a decomposition: its answer in words, and what a reader must know before believing its figures."""
 
 from __future__ import annotations
 
@@ -8,61 +8,89 @@ import numpy as np
 
 from tl_capacity.distillation.curves import GIVEN
 from tl_capacity.distillation.fitting import Fit
+from tl_capacity.distillation.league import FEATURES, MIN_WIDTHS, NEITHER, RIVALS, Group
 from tl_capacity.distillation.observed import ObservedFloor
+from tl_capacity.results.estimate import Estimate
 
-MIN_WIDTHS = 5
-"""Fewer widths than this cannot tell a law with two or three free numbers from another."""
+READINGS = {"last_tenth": "the mean of the last tenth", "fit": "L∞ of the fit"}
+"""How the ways to read a floor off a curve are called."""
+AS_THEY_CAME = "the loss of the students as they came"
+"""The same of students that somebody else trained, which have no curve."""
+C_WITHIN = 0.1
+"""How far from 1 the estimate of C may be where a prediction in nats is called right."""
+B_WITHIN = 0.1
+"""The same of B from 0, as a share of the mean observed floor."""
+NUMBERS = ("no", "one", "two", "three")
 
 
-def verdict(fits: Sequence[Fit], winner: Fit | None, chosen: Fit, n_widths: int) -> str:
-    """Which candidate explains the floors best, and where the prediction that was asked for stands.
+def reading(observed: Sequence[ObservedFloor], which: str) -> str:
+    """What was taken as the floor, in words."""
+    students = [floor for floor in observed if floor.start != "teacher"]
+    return AS_THEY_CAME if all(student.start == GIVEN for student in students) else READINGS[which]
+
+
+def verdict(groups: Sequence[Group], taken: str, n_widths: int) -> str:
+    """Whether knowing the teacher's features helps to predict a left-out width, in one sentence.
 
     Args:
-        fits: best first.
-        winner: the first of them; None where too few widths make one.
+        groups: by the number of fitted constants.
+        taken: what was taken as the floor, in words.
     """
-    if winner is None:
+    if n_widths < MIN_WIDTHS:
         widths = "1 width is" if n_widths == 1 else f"{n_widths} widths are"
         return f"{widths} too few to say which law holds: observe at least {MIN_WIDTHS}"
-    place = next(place for place, fit in enumerate(fits, 1) if fit is chosen)
-    best = (
-        f"{winner.candidate.name} explains the floors best, with a leave-one-width-out error of"
-        f" {winner.show_error()} nats per token"
-    )
-    if winner is chosen:
-        return f"{best}; it is the prediction asked for"
-    return f"{best}; {chosen.candidate.name} comes {place} of {len(fits)}, with {chosen.show_error()}"
+    sentences = {
+        FEATURES: "candidates that know features of the teacher predict a left-out width better than those that know"
+        " none, with {}",
+        RIVALS: "candidates that know no features predict a left-out width better than those that do, with {}",
+        NEITHER: "candidates that know features of the teacher and those that know none are not distinguishable, with"
+        " {}",
+        None: "with {} there is only one side",
+    }
+    said = [
+        sentence.format(_constants([group.constants for group in groups if group.ahead == ahead]))
+        for ahead, sentence in sentences.items()
+        if any(group.ahead == ahead for group in groups)
+    ]
+    return f"by {taken}, {'; '.join(said)}"
 
 
-def ranking_notes(fits: Sequence[Fit], winner: Fit | None, n_widths: int) -> list[str]:
-    """How far the first place can be trusted."""
-    if winner is None:
+def _constants(numbers: Sequence[int]) -> str:
+    """`one and two fitted constants`."""
+    words = [NUMBERS[number] for number in numbers]
+    listed = f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+    return f"{listed} fitted constant{'' if list(numbers) == [1] else 's'}"
+
+
+def ranking_notes(group: Group | None, chosen: Fit, noisy: bool) -> list[str]:
+    """Where the prediction that was asked for stands, and what the intervals do not know.
+
+    Args:
+        group: that of the prediction that was asked for; None where too few widths make a ranking.
+        noisy: whether anything is known of how the floors of one width differ.
+    """
+    if group is None:
         return []
-    notes = []
-    rival = next(fit for fit in fits if fit.candidate.kind == "rival")
-    if winner is not rival:
+    place, last = group.places[chosen.candidate], max(place.value for place in group.places.values())
+    notes = [
+        f"{chosen.candidate.name}, asked for, misses a left-out width by {chosen.show_error()} nats per token: place"
+        f" {place.show('.0f')} of {last:.0f} with {_constants([group.constants])}"
+    ]
+    if not noisy:
         notes.append(
-            f"of the candidates that know nothing of features, {rival.candidate.name} is the best, with an error of"
-            f" {rival.show_error()} nats per token"
+            "no width has a second seed and no curve an interval, so the league's intervals are over widths alone"
         )
-    notes.append(
-        f"the best of {len(fits)} candidates was chosen by its error on {n_widths} widths: on others expect a larger"
-        " one"
-    )
     return notes
 
 
-def prediction_notes(chosen: Fit, in_nats: Sequence[Fit]) -> list[str]:
-    """Whether predictions in nats per token are right as they are, and whether C of the one asked for makes sense."""
-    notes = []
-    for fit in in_nats:
-        if fit.c is not None and fit.c.low is not None and fit.c.high is not None:
-            right = (
-                "1 is inside, so it may be right as it is"
-                if fit.c.low <= 1 <= fit.c.high
-                else "1 is outside, so it is not right as it is"
-            )
-            notes.append(f"{fit.candidate.name} predicts nats per token, and C = {fit.c.show('.3g')}: {right}")
+def prediction_notes(chosen: Fit, in_nats: Sequence[Fit], floors: Mapping[int, Sequence[float]]) -> list[str]:
+    """Whether predictions in nats per token are right as they are, and whether C of the one asked for makes sense.
+
+    Args:
+        in_nats: the fits with C and B.
+        floors: the observed floors of each width.
+    """
+    notes = [_right(fit, floors) for fit in in_nats if fit.c is not None]
     if chosen.c is None:
         notes.append(
             f"{chosen.candidate.name} predicts the same floor at all widths, so there is no C: distil narrower students"
@@ -73,6 +101,30 @@ def prediction_notes(chosen: Fit, in_nats: Sequence[Fit]) -> list[str]:
             " fall"
         )
     return notes
+
+
+def _right(fit: Fit, floors: Mapping[int, Sequence[float]]) -> str:
+    """Whether a prediction in nats per token is right as it is, with C = 1 and B = 0."""
+    assert fit.c is not None
+    name, n_widths = fit.candidate.name, len(floors)
+    told = f"{name} predicts nats per token, and C = {fit.c.show('.3g')}, B = {fit.b.show('.3g')}"
+    if n_widths < MIN_WIDTHS:
+        widths = "1 width is" if n_widths == 1 else f"{n_widths} widths are"
+        return f"{told}: {widths} too few to say whether it is right as it is"
+    mean = float(np.mean([np.mean(values) for values in floors.values()]))
+    wrong = [
+        f"{number} must be within {within:.2g} of {truth:g}, with {truth:g} in its interval"
+        for number, estimate, truth, within in (("C", fit.c, 1.0, C_WITHIN), ("B", fit.b, 0.0, B_WITHIN * abs(mean)))
+        if not _is_about(estimate, truth, within)
+    ]
+    return f"{told}: " + (
+        f"it is not right as it is, where {' and '.join(wrong)}" if wrong else "it may be right as it is"
+    )
+
+
+def _is_about(estimate: Estimate, truth: float, within: float) -> bool:
+    inside = estimate.low is not None and estimate.high is not None and estimate.low <= truth <= estimate.high
+    return inside and abs(estimate.value - truth) <= within
 
 
 def floor_notes(observed: Sequence[ObservedFloor], which: str, floors: Mapping[int, Sequence[float]]) -> list[str]:
@@ -94,15 +146,19 @@ def floor_notes(observed: Sequence[ObservedFloor], which: str, floors: Mapping[i
             f"{given} students were judged as they came: their loss is taken as their floor, and more training may"
             " lower it"
         )
-    if which != "fit":
-        return notes
     falling = sum(floor.low is not None and floor.falling > 0.1 * floor.value for floor in observed)
     if falling:
-        notes.append(
-            f"{falling} students have not come near their floor (more than a tenth of it above at the end), so it is"
-            " extrapolated, and too low where the learning rate fell to zero: train longer, and see whether the mean"
-            " of the last tenth says the same"
+        meaning = (
+            "L∞ is extrapolated, and too low where the learning rate fell to zero"
+            if which == "fit"
+            else "the mean of the last tenth is an upper bound of it"
         )
+        notes.append(
+            f"{falling} students have not come near their floor (more than a tenth of it above at the end), so"
+            f" {meaning}: train longer"
+        )
+    if which != "fit":
+        return notes
     unfitted = sum(floor.low is None and floor.start not in ("teacher", GIVEN) for floor in observed)
     if unfitted:
         notes.append(

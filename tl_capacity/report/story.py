@@ -34,14 +34,14 @@ class ReportSettings:
             it.
         importance, law: of the predictions; None for the default ones.
         hook: the hook point that the verdict is about; None for the middle one.
-        observed: "fit" or "last_tenth", as in `decompose`.
+        observed: "last_tenth" or "fit", as in `decompose`.
     """
 
     widths: tuple[int, ...] = ()
     importance: str | None = None
     law: str | None = None
     hook: str | None = None
-    observed: str = "fit"
+    observed: str = "last_tenth"
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def _with_observed(story: Story, run: DistillationRun) -> Story:
             law=story.law.name,
             observed=settings.observed,
             max_fvu=None,
+            forecasts=[] if story.results.spliced is None else [story.results.spliced],
         )
     except CapacityError as problem:
         evaluated = all(student.given or len(student.tokens) > 1 for student in run)

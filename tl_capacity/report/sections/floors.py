@@ -88,13 +88,10 @@ def _with_observed(story: Story, section: Section) -> Section:
     if decomposition is None:
         reason = f"Predicted and observed floors could not be compared: {story.undecomposed}"
         return replace(section, missing=sentence(reason))
-    conclusion = (
-        f"{short(story, decomposition.verdict())}. Error and R² are of these widths alone, which are too few for an"
-        " interval."
-    )
+    answers = dict.fromkeys(decomposition.verdicts().values())
     return replace(
         section,
-        text=[*section.text, conclusion],
+        text=[*section.text, *(sentence(short(story, answer)) for answer in answers)],
         tables=[*section.tables, *candidate_tables(story, decomposition)],
     )
 

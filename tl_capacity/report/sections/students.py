@@ -1,4 +1,4 @@
-"""What the distilled students showed: their training curves, observed floors, and which candidate explains these."""
+"""What the distilled students showed: their training curves, observed floors, and what explains these."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tl_capacity.distillation.decomposition import Decomposition
 from tl_capacity.distillation.fitting import Fit
 from tl_capacity.distillation.observed import ObservedFloor, judged_cells
 from tl_capacity.distillation.observed_table import judged_notes, judged_title
+from tl_capacity.distillation.standings import league_cells
 from tl_capacity.report import figures
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, sentence, text_cell
 from tl_capacity.report.story import Story
@@ -18,8 +19,8 @@ from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.results.naming import short_hook
 from tl_capacity.runtime.units import per_token
 
-CANDIDATES = 8
-"""Of a decomposition that are shown before a click whatever they are."""
+CANDIDATES = 2
+"""Of each number of fitted constants that are shown before a click whatever they are."""
 
 
 def observed_table(story: Story) -> PageTable:
@@ -58,36 +59,50 @@ def _observed_row(floor: ObservedFloor, predicted: Mapping[int, Estimate]) -> li
 
 
 def candidate_tables(story: Story, decomposition: Decomposition) -> list[PageTable]:
-    """The best candidates with those that they are to be compared with, and folded all of them."""
-    header = ["place", "candidate", "error, nats per token", "R²", "C", "B, nats per token", "exponent"]
-    rows = {
-        place: [number_cell(place), *_candidate_row(story, fit, fit is decomposition.chosen)]
-        for place, fit in enumerate(decomposition.fits, 1)
-    }
-    first = [rows[place] for place, _ in decomposition.shown(CANDIDATES)]
-    title = (
-        "What explains the observed floors: observed = C · candidate + B, the smallest error at a width that was left"
-        " out first"
+    """The league, the best candidates with those that they are to be compared with, and folded all of them; below five
+    widths nothing is ranked.
+    """
+    header = ["constants", "place", "candidate", "error, nats per token", "R²", "C", "B, nats per token", "exponent"]
+
+    def row(place: str, fit: Fit) -> list[Cell]:
+        return [*_place_cells(place, fit), *_candidate_row(story, fit, fit is decomposition.chosen)]
+
+    first = [row(place, fit) for place, fit in decomposition.shown(CANDIDATES)]
+    title = "Candidates: observed = C · candidate^exponent + B"
+    if not decomposition.groups:
+        return [PageTable(title, header, first)]
+    columns, cells = league_cells(decomposition.groups, lambda candidate: short(story, candidate.name))
+    league = PageTable(
+        "Error at a left-out width, nats per token, of the candidate chosen without it",
+        columns,
+        [[text_cell(cell) for cell in line] for line in cells],
     )
-    tables = [PageTable(title, header, first)]
-    if len(first) < len(rows):
-        tables.append(PageTable(f"All {len(rows)} candidates", header, list(rows.values()), folded=True))
+    tables = [league, PageTable(f"{title}, the smallest error at a left-out width first", header, first)]
+    everything = [row(place, fit) for place, fit in decomposition.shown(len(decomposition.fits))]
+    if len(first) < len(everything):
+        tables.append(PageTable(f"All {len(everything)} candidates", header, everything, folded=True))
     return tables
 
 
-def _candidate_row(story: Story, fit: Fit, chosen: bool) -> list[Cell]:
-    if fit.c is None:
-        c = Cell("")
-    elif fit.candidate.as_is:
-        c = Cell("1", "fixed", 1.0)
-    else:
-        c = estimate_cell(fit.c, significant(fit.c.value, 3))
+def _place_cells(place: str, fit: Fit) -> list[Cell]:
+    """How many constants a candidate fits, and its place among those with as many."""
+    number, _, interval = place.partition(" ")
     return [
-        text_cell(short(story, fit.candidate.name), f"{fit.candidate.kind}{', asked for' if chosen else ''}"),
+        number_cell(fit.candidate.constants),
+        Cell(number, interval, int(number) if number else float("inf")),
+    ]
+
+
+def _candidate_row(story: Story, fit: Fit, chosen: bool) -> list[Cell]:
+    form, side = fit.candidate.form, "knows features" if fit.candidate.shape.knows_features else "rival"
+    c = Cell("") if fit.c is None else estimate_cell(fit.c, significant(fit.c.value, 3))
+    b = estimate_cell(fit.b, significant(fit.b.value, 3))
+    return [
+        text_cell(short(story, fit.candidate.name), f"{side}{', asked for' if chosen else ''}"),
         Cell("too few widths", order=float("inf")) if fit.error is None else Cell(f"{fit.error:.4f}", order=fit.error),
         Cell("too few widths", order=float("-inf")) if fit.r2 is None else Cell(f"{fit.r2:.4f}", order=fit.r2),
-        c,
-        estimate_cell(fit.b, significant(fit.b.value, 3)),
+        c if form.free_c else Cell("1", "fixed", 1.0),
+        b if form.free_b else Cell("0", "fixed", 0.0),
         Cell("") if fit.exponent is None else estimate_cell(fit.exponent, ".2f"),
     ]
 
@@ -119,7 +134,7 @@ def curves(story: Story, empty: Section) -> Section:
     text = [
         f"{run.teacher}, d = {run.teacher_width:,}, distilled on {run.students[0].tokens[-1]:,} tokens of"
         f" {run.source or 'text'}; judged in nats per token at temperature 1 on {run.heldout_tokens:,} held-out tokens."
-        " Not the last value is the floor but where the curve is heading."
+        " The mean of the last tenth is what students reached; L∞ is where the curve is heading."
     ]
     caption = "Thin dotted lines are the fits L∞ + a·t^−b, thin dashed ones their asymptotes L∞."
     figure = figures.curves_figure(run, story.observed)
