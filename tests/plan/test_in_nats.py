@@ -5,7 +5,7 @@ widths has it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from measurements import curve_at, measurement_of_counts, students_with
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.hookspecs import hookimpl
+from tl_capacity.interfaces import FloorContext, FloorPredictor
 from tl_capacity.plan import MethodPlan, Plan, plan
 from tl_capacity.plan.answers import BOUND, UNCHECKED
-from tl_capacity.plugins import plugins
+from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
 from tl_capacity.predict.forecasts import Forecast, Forecasts
 from tl_capacity.predict.laws import context_at, kept_features
 from tl_capacity.predict.record import all_checks, record_of
@@ -200,6 +202,40 @@ def test_forecasts_stand_beside_it() -> None:
     for target in (3.0, 0.2):  # outside of what was forecast
         answer = plan(MEASURED, target_loss=target, spliced=SPLICED, forecasts=[forecasts("pca_splice", floors)])
         assert said_by(answer, "pca_splice").width is None
+
+
+class Halves(FloorPredictor):
+    """A predictor of somebody else's, in nats with nothing fitted."""
+
+    name = "halves"
+    knows_features = False
+
+    def floors(self, widths: Sequence[int], at: FloorContext) -> list[float]:
+        return [4 / width for width in widths]
+
+
+class Fitted(Halves):
+    """One that needs a factor, and so says nothing of a loss."""
+
+    name = "fitted"
+    constants = 1
+
+
+def test_a_registered_predictor_in_nats_is_a_method() -> None:
+    class Plugin:
+        @hookimpl
+        def register_floor_predictors(self, register: Callable[[FloorPredictor], None]) -> None:
+            register(Halves())
+            register(Fitted())
+
+    register_plugin(Plugin(), "halves")
+    try:
+        answer = plan(MEASURED, target_loss=0.6, spliced=SPLICED)
+    finally:
+        unregister_plugin("halves")
+    assert said_by(answer, "halves").width == Estimate(7.0)
+    assert "fitted" not in {each.method for each in answer.methods}
+    assert "halves" not in {each.method for each in plan(MEASURED, target_loss=0.6, spliced=SPLICED).methods}
 
 
 def first_of(floors: dict[int, float], shift: float) -> float:

@@ -12,7 +12,8 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.plan.answers import MethodPlan, decisive, headline, method_plan, observed_plan, widest_prediction
 from tl_capacity.plan.asked import Asked
 from tl_capacity.plan.calibration import Corrected, Observed, observed_alone
-from tl_capacity.plan.methods import Method, methods_of, widest_of_each
+from tl_capacity.plan.costs import ladder
+from tl_capacity.plan.methods import Method, further_forecasts, methods_of, widest_of_each
 from tl_capacity.plan.result import HookPlan
 from tl_capacity.predict.forecasts import Forecasts
 from tl_capacity.predict.spliced import Spliced
@@ -69,7 +70,9 @@ class InNats:
         """Every method that a measurement and the evidence allow."""
         # Students turn whatever unit into nats; without them it says nothing of a loss.
         further = [] if evidence.observed is None else [asked.importance]
-        every = methods_of(hooks, further, evidence.spliced, evidence.forecasts)
+        widths = ladder(max(hook.teacher_width or hook.width for hook in hooks))
+        registered = further_forecasts(hooks, evidence.spliced, evidence.forecasts, widths)
+        every = methods_of(hooks, further, evidence.spliced, (*evidence.forecasts, registered))
         return cls(target, asked, tuple(widest_of_each(every, target)), evidence.forecasts, evidence.observed)
 
     @cached_property

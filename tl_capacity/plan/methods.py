@@ -18,6 +18,7 @@ from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import resampled
 from tl_capacity.predict.forecasts import Forecasts
 from tl_capacity.predict.laws import budgets, context_at, exact_width, features_within, knows_enough
+from tl_capacity.predict.predictors import forecasts_of
 from tl_capacity.predict.record import Record, record_of
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.predict.spliced_curve import SplicedCurve
@@ -118,6 +119,24 @@ def methods_of(
     for each in forecasts:
         methods += forecast_methods(each, {hook.hook for hook in hooks}, teacher_width)
     return methods
+
+
+def further_forecasts(
+    hooks: Sequence[HookMeasurement], spliced: Spliced | None, forecasts: Sequence[Forecasts], widths: Sequence[int]
+) -> Forecasts:
+    """What further registered floor predictors say in nats with nothing fitted: those that neither read a splice or an
+    importance, as a plan does itself, nor are among the forecasts.
+    """
+    known = {PREDICTOR, IMPORTANCE, *(each.predictor for every in forecasts for each in every)}
+    asked = [
+        predictor
+        for predictor in plugins().floor_predictors
+        if predictor.unit == NATS and not predictor.constants and predictor.name not in known
+    ]
+    if not asked:
+        return Forecasts(())
+    said = forecasts_of(tuple(hooks), widths, spliced, predictors=asked)
+    return Forecasts(said.records)  # those that say nothing are no note of a plan
 
 
 def widest_of_each(methods: Iterable[Method], target: float) -> list[Method]:

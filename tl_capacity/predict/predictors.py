@@ -38,6 +38,7 @@ def forecasts_of(
     forecasts: Forecasts | None = None,
     *,
     parameters: Mapping[int, int] | None = None,
+    predictors: Iterable[FloorPredictor] | None = None,
 ) -> Forecasts:
     """What every registered floor predictor says of some student widths.
 
@@ -50,6 +51,7 @@ def forecasts_of(
         spliced: what `tl_capacity.splice` gave for this teacher.
         forecasts: floors for which the teacher was run before.
         parameters: of a student's body, by width.
+        predictors: those to ask; by default all that are registered.
 
     Raises:
         CapacityError: where a width is below 1.
@@ -57,7 +59,8 @@ def forecasts_of(
     """
     widths = checked_widths(widths)
     contexts = list(contexts_of(tuple(measurement), spliced, forecasts, parameters or {}))
-    said = [(predictor, list(_records(predictor, widths, contexts))) for predictor in plugins().floor_predictors]
+    asked = plugins().floor_predictors if predictors is None else predictors
+    said = [(predictor, list(_records(predictor, widths, contexts))) for predictor in asked]
     silent = [predictor for predictor, records in said if widths and not records]
     return Forecasts(tuple(chain.from_iterable(records for _, records in said)), notes=tuple(_missing(silent)))
 

@@ -1,0 +1,69 @@
+"""Draws docs/results/worth.webp, the features that students are worth by each dictionary: `python
+docs/make_worth_picture.py runs`.
+
+From what the commands of docs/results/splice.md have written, in headless Chromium; needs chromium, chromedriver and
+selenium.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+import tempfile
+from pathlib import Path
+
+import plotly.graph_objects as go
+from write_results import RESULTS
+from write_splice import curves, observed
+
+from tl_capacity.distillation.effective import effective_widths
+from tl_capacity.plugins import plugins
+from tl_capacity.results.estimate import Estimate
+from tl_capacity.show.figures import add_series, line_of, marker_of, new_figure
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from chromium import started
+
+SIZE = (1000, 520)
+
+
+def worth(runs: Path) -> go.Figure:
+    """Features per dimension against d*, a line for each width of students, and g(α) dotted."""
+    by_width = {width: tuple(map(Estimate, floors)) for width, floors in sorted(observed([]).items())}
+    law, figure = plugins().capacity_laws.default, new_figure()
+    measured = [(hook, effective_widths(hook, curve, by_width, law)) for hook, curve, _ in curves(runs)]
+    measured.sort(key=lambda pair: pair[0].summary.critical_width.value)
+    stars = [hook.summary.critical_width.value for hook, _ in measured]
+    for place, width in enumerate(by_width):
+        rows = [(star, row) for star, (_, found) in zip(stars, measured, strict=True) for row in found]
+        drawn = [(round(star), r.per_dimension) for star, r in rows if r.width == width and r.per_dimension is not None]
+        name = f"students of width {width}"
+        add_series(figure, [x for x, _ in drawn], [y for _, y in drawn], name, line_of(place), marker_of(place))
+    theory = [hook.summary.capacity.value for hook, _ in measured]
+    dotted = {"color": "#444444", "dash": "dot", "width": 2}
+    figure.add_scatter(x=stars, y=theory, mode="lines", line=dotted, name="g(α), the theorem's")
+    figure.add_vline(x=measured[0][0].teacher_width, line={"color": "#444444", "width": 1.5})
+    figure.update_xaxes(title="critical width d* of the dictionary (dimensions); the line is the teacher's width")
+    figure.update_yaxes(title="features per dimension", rangemode="tozero")
+    return figure
+
+
+def main() -> None:
+    """Draw it and take its picture."""
+    browser = started()
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "figure.html"
+        worth(Path(sys.argv[1])).write_html(
+            page, config={"displayModeBar": False}, default_width=SIZE[0], default_height=SIZE[1]
+        )
+        browser.get(page.as_uri())
+        clip = {"x": 8, "y": 8, "width": SIZE[0], "height": SIZE[1], "scale": 1.5}
+        picture = browser.execute_cdp_cmd(
+            "Page.captureScreenshot", {"format": "webp", "quality": 80, "clip": clip, "captureBeyondViewport": True}
+        )
+    browser.quit()
+    (RESULTS / "worth.webp").write_bytes(base64.b64decode(picture["data"]))
+
+
+if __name__ == "__main__":
+    main()
