@@ -1,5 +1,5 @@
 """Writes tl_capacity/predict/record.json, how far predictions in nats were from students: `python docs/write_record.py
-[runs]`.
+[runs]`, which `python docs/write_splice.py runs` does as well.
 
 Spliced floors and what students reached come from docs/results/splice.json. With the folder of the runs that
 results/splice.md names, summed importances in nats are read from `nats`, a measurement, and other predictors' floors
@@ -75,10 +75,10 @@ def others(runs: Path) -> Iterator[Check]:
 
 
 def write(runs: Path | None) -> None:
-    """Replace the file."""
+    """Replace the file; without `nats` among the runs, rows of other predictors than the splice stay as they are."""
     before = json.loads(RECORD.read_text(encoding="utf-8"))["checks"]
     kept = [row for row in before if row["predictor"] != PREDICTOR]
-    further = kept if runs is None else [asdict(check) for check in others(runs)]
+    further = kept if runs is None or not (runs / "nats").exists() else [asdict(check) for check in others(runs)]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,5 @@
-"""Writes docs/results/splice.json and the tables of docs/results/splice.md: `python docs/write_splice.py runs`.
+"""Writes docs/results/splice.json, the tables of docs/results/splice.md and the package's record of how far such
+predictions were off: `python docs/write_splice.py runs`.
 
 The folder holds what the commands that the page names have written: `saes/NAME`, dictionaries that train-sae trained,
 `splice/*`, measurements of them, and beside each `splice/*-s`, its splice. A prediction that stands in splice.json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from write_record import write as write_record
 from write_results import RESULTS, filled, table
 
 from tl_capacity import Measurement, Spliced
@@ -198,3 +200,4 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 if __name__ == "__main__":
     write(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
+    write_record(Path(sys.argv[1]))
