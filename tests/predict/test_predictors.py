@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from measurements import measurement_of_counts
 
 from tl_capacity import FloorPredictor, Measurement, add_capacity_hooks, forecasts_of, hookimpl
 from tl_capacity.dictionaries.bases import PCABasis
-from tl_capacity.errors import CapacityError, PluginError
+from tl_capacity.errors import CapacityError, MeasurementError, PluginError
 from tl_capacity.interfaces import CapacityContext, FloorContext
 from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
 from tl_capacity.predict.forecasts import Forecast, Forecasts
@@ -150,6 +151,16 @@ def test_what_the_model_was_run_for_is_read_from_forecasts(measurement: Measurem
     assert found.floors("rank_bound") == {4: Estimate(0.125)}
     assert [r.floor for r in forecasts_of((), [4], forecasts=known) if r.predictor == "rank_bound"] == [Estimate(0.125)]
     assert not [record for record in found if record.predictor == "truncated_start"]
+
+
+def test_where_floors_come_from_is_kept(measurement: Measurement) -> None:
+    curves = replace(spliced(measurement, 2), about={"model": "mine", "tokens": 100})
+    known = Forecasts((Forecast("rank_bound", 4, Estimate(0.5)),), {"model": "mine"}, ("not certified",))
+    found = forecasts_of(measurement, [4], curves, known)
+    assert found.about == {"model": "mine", "spliced": curves.about, "forecasts": known.about}
+    assert {"not certified", *curves.notes()} < set(found.notes)
+    with pytest.raises(MeasurementError, match="are of the teacher 'another' and not of 'mine'"):
+        forecasts_of(measurement, [4], curves, replace(known, about={"model": "another"}))
 
 
 @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge"])

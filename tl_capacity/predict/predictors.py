@@ -43,7 +43,7 @@ def forecasts_of(
     """What every registered floor predictor says of some student widths.
 
     A predictor is asked once for each hook point, importance and law that it says its floors vary with. The
-    notes name those that say nothing, and what they lack.
+    notes are those of what is given, and name the predictors that say nothing, with what they lack.
 
     Args:
         measurement: of the teacher, or some of its hook points.
@@ -55,14 +55,24 @@ def forecasts_of(
 
     Raises:
         CapacityError: where a width is below 1.
+        MeasurementError: where `spliced` and `forecasts` are of two teachers.
         PluginError: where a predictor fails, or gives numbers that are no floors; its message names the predictor.
     """
     widths = checked_widths(widths)
+    given = {name: dict(each.about) for name, each in (("spliced", spliced), ("forecasts", forecasts)) if each}
+    teacher = next((about["model"] for about in given.values() if "model" in about), None)
+    if forecasts and teacher is not None:
+        forecasts.check_teacher(teacher)
     contexts = list(contexts_of(tuple(measurement), spliced, forecasts, parameters or {}))
     asked = plugins().floor_predictors if predictors is None else predictors
     said = [(predictor, list(_records(predictor, widths, contexts))) for predictor in asked]
     silent = [predictor for predictor, records in said if widths and not records]
-    return Forecasts(tuple(chain.from_iterable(records for _, records in said)), notes=tuple(_missing(silent)))
+    notes = [*(spliced.notes() if spliced else ()), *(forecasts.notes if forecasts else ()), *_missing(silent)]
+    return Forecasts(
+        tuple(chain.from_iterable(records for _, records in said)),
+        given if teacher is None else {"model": teacher, **given},
+        tuple(dict.fromkeys(notes)),
+    )
 
 
 def constants_of(forecast: Forecast) -> int:
