@@ -25,6 +25,7 @@ from tl_capacity.probing import load_concepts
 from tl_capacity.text.streams import documents
 
 PAGE = Path(__file__).parent.parent / "docs" / "plugins.md"
+V0_1 = Path(__file__).parent / "fixtures" / "v0_1"
 Plugin = Callable[..., Path]
 
 
@@ -63,10 +64,10 @@ def command(cli: Cli) -> Cli:
     return run
 
 
-def one_file() -> str:
-    """The plugin file of the documentation, from its text alone."""
+def one_file(holding: str = "class ThirdMoment") -> str:
+    """A plugin file of the documentation, from its text alone."""
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    (code,) = (block for block in blocks if "class ThirdMoment" in block)
+    (code,) = (block for block in blocks if holding in block)
     return str(code)
 
 
@@ -132,6 +133,33 @@ def test_the_file_of_the_documentation_does_all_that_it_says(command: Cli, setup
     code, out, err = command("--plugin", mine, "run", "kept", "out", "--widths", "8,16", "--law", "in_proportion")
     assert code == 0, err
     assert out == "".join(f"{HOOK}, width {w}: {len(alive) * w // 32}\n" for w in (8, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked", "few_replicates")
+def test_a_predictor_of_the_documentation_is_a_candidate(command: Cli, plugin: Plugin) -> None:
+    mine = plugin(one_file("class ImportanceAtTheEdge"), "edge.py")
+    decompose = ("decompose", V0_1 / "measurement", V0_1 / "floors" / "distillation", "--max-fvu", "inf", "--json")
+    code, out, err = command("--plugin", mine, *decompose)
+    assert code == 0, err
+    found = json.loads(out)
+    candidates = {candidate["name"]: candidate for candidate in found["candidates"]}
+    edges = [candidate for name, candidate in candidates.items() if name.startswith("edge, ")]
+    assert {candidate["kind"] for candidate in edges} == {"prediction"}
+    assert {candidate["constants"] for candidate in edges} >= {1, 2, 3}
+    floors = [student for student in found["observed"] if student["start"] != "teacher"]
+    x = np.array([float(student["width"]) ** -2 for student in floors])
+    y = np.array([student["last_tenth"] for student in floors])
+    factor, line = candidates["1/d², B = 0"], candidates["1/d²"]
+    assert {factor["kind"], line["kind"]} == {"rival"}
+    assert factor["C"]["value"] == pytest.approx((x @ y) / (x @ x))
+    assert (line["C"]["value"], line["B"]["value"]) == pytest.approx(tuple(np.polyfit(x, y, 1)))
+    broken = plugin(mine.read_text().replace("width**-2", 'float("nan")'), "broken.py")
+    code, out, err = command("--plugin", broken, *decompose)
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: the floor predictor '1/d²' gives nan at width 2, but a finite number of at least 0 is needed: mend it\n"
+    )
 
 
 def test_a_measurement_whose_estimator_is_not_loaded_says_so(command: Cli, setup: Path, plugin: Plugin) -> None:
