@@ -147,7 +147,7 @@ def main(config: PlacementConfig) -> Placement | None:
     provenance = measurement.provenance
     teacher = measured_teacher(config.measurement, provenance, config.device)
     measured, keep, concept, sae = chosen(config, measurement, teacher)
-    widths = config.widths or (max(1, measured.teacher_width // 4),)
+    widths = tuple(dict.fromkeys(config.widths)) or (max(1, measured.teacher_width // 4),)
     heldout = heldout_source(config.heldout, provenance.source)
     runs = {weight: train(config, teacher, widths, keep, weight, sae, heldout) for weight in weights}
     processes = Processes.of_launch().connected(config.device)
@@ -255,7 +255,7 @@ def train(
     ]
     return distill(
         teacher,
-        tuple(dict.fromkeys(widths)),
+        widths,
         texts[0],
         heldout=texts[1] if heldout != source else None,
         settings=config.settings(keep, weight),

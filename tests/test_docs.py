@@ -284,7 +284,7 @@ def earlier(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "curve.json").write_text(
         json.dumps({"sorted_importance": [1 / rank for rank in range(1, 5001)], "alpha": 0.99})
     )
-    few = {"hook": "blocks.3.hook_resid_post", "features": [3, 17, 40]}
+    few = {"hook": "blocks.3.hook_resid_post", "features": [716, 772, 1682]}
     (folder / "features.json").write_text(json.dumps(few))
     letters = [f"{'Hello' if i % 2 else 'Goodbye'}, this is the letter of number {i}." for i in range(300)]
     (folder / "letters.csv").write_text("letter\n" + "".join(f'"{letter}"\n' for letter in letters))

@@ -282,7 +282,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_bytes(
 def test_a_concept_is_probed_and_the_figure_and_report_show_it(
     measured: Path, setup: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    keep = ["--keep", f"concept:{concept_of(setup)}", "--concept-features", 3, "--widths", 8, "--seeds", 0]
+    keep = ["--keep", f"concept:{concept_of(setup)}", "--concept-features", 3]
     code, said, err = cli(*command(measured, setup, tmp_path / "out", *keep))
     assert code == 0, err
     placement = Placement.load(tmp_path / "out")
