@@ -82,6 +82,7 @@ def planted_sae() -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_planted_features_are_kept_where_they_are_asked_for_and_cost_what_they_say(tmp_path: Path) -> None:
     """A student of width 4 tells at most four of eight independent bits: the half-spaces of more than n bits cannot
     split n dimensions into all of their combinations. By itself it keeps the four that say most of the next token;
@@ -95,7 +96,7 @@ def test_planted_features_are_kept_where_they_are_asked_for_and_cost_what_they_s
     with add_capacity_hooks(teacher, {PLANTED_HOOK: sae}, mask_token_ids=()) as capacity:
         measured = capacity.run(text[:200], progress=False).measurement()[PLANTED_HOOK]
     students, models = [], {}
-    for weight in (0.0, 10.0):
+    for weight in (0.0, 100.0):
         keep = (KeepFeatures(PLANTED_HOOK, (4, 5, 6, 7), weight),) if weight else ()
         run = distill(
             teacher,
@@ -123,7 +124,7 @@ def test_planted_features_are_kept_where_they_are_asked_for_and_cost_what_they_s
         assert 0.75 * 4 * information(lost) < found.kl.value < 4 * information(lost)
     assert with_them.paid is not None
     assert with_them.per_feature is not None
-    assert with_them.paid.value == pytest.approx(price, rel=0.2)
+    assert with_them.paid.value == pytest.approx(price, rel=0.15)
     assert with_them.per_feature.value == pytest.approx(with_them.paid.value / 4)
 
 

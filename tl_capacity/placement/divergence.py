@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tl_capacity.distillation.comparison import Predictor, compare_models
 from tl_capacity.distillation.data import model_inputs
-from tl_capacity.distillation.losses import HELDOUT_LOSS, Output, chunked_losses
-from tl_capacity.distillation.students import output_of
+from tl_capacity.models.forward import device_of
 from tl_capacity.runtime.processes import ALONE, Processes
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.scratch import Scratch
@@ -30,27 +30,24 @@ def divergence_by_group(
     """Sums over tokens of KL(teacher ‖ student) at T = 1 for each student, and the number of these tokens [group].
 
     Args:
-        teacher, students: Hugging Face causal language models in evaluation mode.
+        teacher, students: models of one vocabulary, in evaluation mode.
         batches: rows of token ids with their documents, each of one document.
         processes: that share the batches; each gets the sums.
     """
-    device, scratch = next(teacher.parameters()).device, Scratch()
     sums = torch.zeros(len(students), DOCUMENT_GROUPS, dtype=torch.float64)
     tokens = torch.zeros(DOCUMENT_GROUPS, dtype=torch.int64)
+    predictors: list[Predictor] = []
+    device, scratch = device_of(teacher), Scratch()
     with token_progress(None, progress and processes.first, "judging students") as advance:
         for number, batch in enumerate(batches):
             if number % processes.count != processes.index:
                 continue
             ids, counted, labels = model_inputs(batch.tokens, device)
-            outputs = [output_of(model, ids, counted) for model in (teacher, *students.values())]
-            start = 0
-            for group, size in zip(document_groups(batch.documents).tolist(), counted.sum(1).tolist(), strict=True):
-                row = slice(start, start + size)
-                some = [Output(output.hidden[row], output.head) for output in outputs]
-                losses = chunked_losses(some[0], some[1:], labels[row], HELDOUT_LOSS, total=1, scratch=scratch)
-                sums[:, group] += losses.cpu()
-                tokens[group] += size
-                start += size
+            predictors = predictors or [Predictor.of(model, ids[:1]) for model in (teacher, *students.values())]
+            kl = compare_models(predictors, ids, counted, labels, predictors[0].vocabulary, scratch).kl
+            groups = torch.from_numpy(document_groups(batch.documents)).repeat_interleave(counted.sum(1).cpu())
+            sums.index_add_(1, groups, kl.cpu())
+            tokens += torch.bincount(groups, minlength=DOCUMENT_GROUPS)
             advance(int(tokens.sum()))
     sums, tokens = processes.sum(sums), processes.sum(tokens)
     return dict(zip(students, sums.numpy(), strict=True)), tokens.numpy()

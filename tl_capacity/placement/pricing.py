@@ -122,20 +122,35 @@ def prices_of(
         for weight in sorted({student.weight for student in here}):
             mine = [student for student in here if student.weight == weight]
             budget = float(budgets(law, [width], at)[0])
-            prices.append(_price(mine, [figures[s.name] for s in mine], [without[s.seed] for s in mine], budget))
+            most = float((chosen & recovery.judged).sum()), float((~chosen & recovery.judged).sum())
+            before = [without[s.seed] for s in mine]
+            prices.append(_price(mine, [figures[s.name] for s in mine], before, budget, most))
     return tuple(prices)
 
 
 def teacher_figures(recovery: Recovery, chosen: NDArray[np.bool_], probe: Probe | None) -> dict[str, Estimate]:
     """What readouts of the teacher itself find, and its probe's accuracy."""
     among = {"chosen": chosen & recovery.judged, "others": ~chosen & recovery.judged}
-    found = {name: _count(recovery.teacher, recovery.tau, some).estimate for name, some in among.items()}
+    found = {
+        name: _count(recovery.teacher, recovery.tau, some).estimate.within(0.0, float(some.sum()))
+        for name, some in among.items()
+    }
     return found if probe is None else {**found, "probe": probe.accuracy}
 
 
 def _price(
-    students: Sequence[PricedStudent], figures: Sequence[_Figures], without: Sequence[_Figures], budget: float
+    students: Sequence[PricedStudent],
+    figures: Sequence[_Figures],
+    without: Sequence[_Figures],
+    budget: float,
+    most: tuple[float, float],
 ) -> Price:
+    """The price of the students of one width and weight.
+
+    Args:
+        figures, without: of these students, and of those of the same seeds that were trained without.
+        most: how many chosen and other features could be judged.
+    """
     chosen, others, kl = (Tally.mean([getattr(f, name) for f in figures]) for name in ("chosen", "others", "kl"))
     probes = [student.probe for student in students if student.probe is not None]
     by_seed: Mapping[str, tuple[float, ...]] = {
@@ -146,9 +161,9 @@ def _price(
         "weight": students[0].weight,
         "seeds": tuple(student.seed for student in students),
         "budget": budget,
-        "chosen": chosen.estimate,
-        "others": others.estimate,
-        "kl": kl.estimate,
+        "chosen": chosen.estimate.within(0.0, most[0]),
+        "others": others.estimate.within(0.0, most[1]),
+        "kl": kl.estimate.within(0.0),
         "probe": _accuracy(probes) if probes else None,
         "by_seed": {**by_seed, **({"probe": tuple(p.accuracy.value for p in probes)} if probes else {})},
     }
