@@ -20,7 +20,7 @@ from chromium import BROWSER, DRIVER, MISSING, opened, started
 from commands import HOOK, Cli, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measurements import measurement_of_counts
+from measurements import curve_at, measurement_of_counts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +36,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.spliced import Spliced
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.report import ReportSettings, Results, find_snippets, report_page, write_report
@@ -179,8 +180,14 @@ PROBES = {
 
 @pytest.fixture(scope="module")
 def full(measurement: Measurement, folder: Path) -> Results:
+    curve = curve_at(measurement.hooks[1], lambda kept: 0.05 + 3 * (1 - np.log1p(kept) / np.log1p(64)))
     return Results(
-        measurement, str(folder / "measurement"), distilled(measurement.provenance.model), PROBES, RECOVERABILITY
+        measurement,
+        str(folder / "measurement"),
+        distilled(measurement.provenance.model),
+        PROBES,
+        RECOVERABILITY,
+        spliced=Spliced((curve,)),
     )
 
 
@@ -214,7 +221,7 @@ def assert_drawn(browser: Any, width: int, scheme: str) -> None:
     """No complaint, every figure drawn, nothing wider than the window, nothing fetched, and the colours asked for."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
     plots = browser.find_elements("css selector", ".plot")
-    assert len(plots) >= 8
+    assert len(plots) >= 10
     assert all(plot.find_elements("css selector", "svg.main-svg .trace") for plot in plots)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert (

@@ -17,7 +17,10 @@ from tl_capacity.distillation.effective import effective_capacity
 from tl_capacity.errors import MeasurementError
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.predict.spliced import Spliced
-from tl_capacity.report import Results, report_page
+from tl_capacity.report import ReportSettings, Results, report_page
+from tl_capacity.report.parts import Section
+from tl_capacity.report.sections import all_sections
+from tl_capacity.report.story import story_of
 from tl_capacity.storage.digests import digest
 
 pytestmark = pytest.mark.usefixtures("few_replicates")
@@ -39,6 +42,12 @@ def section(page: str, name: str) -> str:
     return page.split(f'<section id="{name}">')[1].split("</section>")[0]
 
 
+def filled(results: Results, name: str) -> Section:
+    """A section before it is put into a page."""
+    sections = all_sections(story_of(results, ReportSettings(), {}, ""))
+    return next(each for each in sections if each.id == name)
+
+
 def numbers(trace: dict[str, Any], axis: str) -> list[float]:
     """What a trace has on an axis, which plotly may have packed."""
     values = trace[axis]
@@ -49,8 +58,12 @@ def numbers(trace: dict[str, Any], axis: str) -> list[float]:
     return list(values)
 
 
-def test_the_curve_and_the_floors_are_those_of_the_splice() -> None:
-    page = report_page(Results(MEASURED, run=STUDENTS, spliced=SPLICED))
+@pytest.fixture(scope="module")
+def page() -> str:
+    return report_page(Results(MEASURED, run=STUDENTS, spliced=SPLICED))
+
+
+def test_the_curve_and_the_floors_are_those_of_the_splice(page: str) -> None:
     curve, marked = figures(page)["spliced"]["data"][:2]
     assert numbers(curve, "x") == list(CURVE.kept)
     assert numbers(curve, "y") == pytest.approx([CURVE.at(kept).value for kept in CURVE.kept])
@@ -64,8 +77,7 @@ def test_the_curve_and_the_floors_are_those_of_the_splice() -> None:
     assert "with every latent kept the KL is" in page
 
 
-def test_what_students_are_worth_is_drawn_beside_the_law() -> None:
-    page = report_page(Results(MEASURED, run=STUDENTS, spliced=SPLICED))
+def test_what_students_are_worth_is_drawn_beside_the_law(page: str) -> None:
     found = effective_capacity(MEASURED, SPLICED, STUDENTS)
     worth = figures(page)["effective"]["data"][0]
     assert numbers(worth, "x") == list(WIDTHS)
@@ -80,11 +92,11 @@ def test_without_a_splice_or_students_one_line_says_how() -> None:
         assert "<figure>" not in section(nothing, name)
         assert section(nothing, name).count('<details class="missing"><summary>') == 1
         assert "tl-capacity run splice" in section(nothing, name)
-    unobserved = report_page(Results(MEASURED, spliced=SPLICED))
-    assert "<figure>" in section(unobserved, "spliced")
-    assert "tl-capacity run distill" in section(unobserved, "effective")
-    beyond = report_page(Results(MEASURED, run=students_with({8: [0.01]}), spliced=SPLICED))
-    assert "Students of no width are worth a number of features" in section(beyond, "effective")
+    unobserved = Results(MEASURED, spliced=SPLICED)
+    assert filled(unobserved, "spliced").figures
+    assert filled(unobserved, "effective").command.startswith("tl-capacity run distill")
+    beyond = Results(MEASURED, run=students_with({8: [0.01]}), spliced=SPLICED)
+    assert filled(beyond, "effective").missing.startswith("Students of no width are worth a number of features")
 
 
 def test_of_a_splice_of_another_measurement_there_is_no_page() -> None:
@@ -98,17 +110,22 @@ def test_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
     Spliced((CURVE,), {"measured": measured}).save(tmp_path / "beside")
     SPLICED.save(tmp_path / "far" / "away")
     page = tmp_path / "page.html"
-    for more in ([], ["--splice", tmp_path / "far" / "away"], [tmp_path / "far"]):
-        code, _, err = cli("report", tmp_path / "m", *more, "--no-snippets", "-o", page)
-        assert code == 0, err
-        assert 'data-figure="spliced"' in page.read_text()
+    for paths, named in (
+        ([tmp_path / "m"], None),
+        ([tmp_path / "m"], tmp_path / "far" / "away"),
+        ([tmp_path / "m", tmp_path / "far"], None),
+    ):
+        assert Results.load(paths, named).spliced is not None
+    code, _, err = cli("report", tmp_path / "m", "--splice", tmp_path / "far" / "away", "--no-snippets", "-o", page)
+    assert code == 0, err
+    assert 'data-figure="spliced"' in page.read_text()
     code, _, err = cli("report", tmp_path / "m", "--splice", tmp_path / "m", "--no-snippets", "-o", page)
     assert code == 2
     assert err.count("\n") == 1
     Spliced((CURVE,), {"measured": measured}).save(tmp_path / "another")
-    code, _, err = cli("report", tmp_path / "m", "--no-snippets", "-o", page)
-    assert code == 0, err
-    assert "choose one with --splice" in section(page.read_text(), "spliced")
+    several = Results.load([tmp_path / "m"])
+    assert several.spliced is None
+    assert "choose one with --splice" in filled(several, "spliced").missing
 
 
 def test_floors_in_nats_beside_the_others(tmp_path: Path, cli: Cli) -> None:
