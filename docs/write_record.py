@@ -2,8 +2,8 @@
 [runs]`, which `python docs/write_splice.py runs` does as well.
 
 Spliced floors and what students reached come from docs/results/splice.json. With the folder of the runs that
-results/splice.md names, summed importances in nats are read from `nats`, a measurement, and other predictors' floors
-from every `forecasts.json`; without it their rows stay as they are.
+results/splice.md names, summed importances in nats are read from `nats`, the measurement that embedded_floor.md names,
+and other predictors' floors from `rivals`, what `tl-capacity run rivals` wrote of it; without them their rows stay.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ def spliced() -> Iterator[Check]:
 
 
 def others(runs: Path) -> Iterator[Check]:
-    """Summed importances in nats, and the floors of other predictors, at the widths that were observed."""
+    """Summed importances in nats, and the floors of rivals where they are there, at the widths that were observed."""
     observed = {check.width: check.observed for check in spliced()}
     widths = np.array(sorted(observed))
-    measurement = Measurement.load(runs / "nats")
-    forecasts = [Forecasts.load(path) for path in sorted(runs.rglob(FORECASTS_JSON))]
-    for method in methods_of(measurement.hooks, (), None, forecasts):
+    rivals = [Forecasts.load(runs / "rivals")] if (runs / "rivals" / FORECASTS_JSON).exists() else []
+    for method in methods_of(Measurement.load(runs / "nats").hooks, (), None, rivals):
         for width, predicted in zip(widths, method.floors(widths), strict=True):
-            if method.unit == NATS and np.isfinite(predicted):
+            if method.unit == NATS and not method.is_bound and np.isfinite(predicted):
                 yield Check(
                     method.predictor,
                     method.importance,
@@ -75,21 +74,23 @@ def others(runs: Path) -> Iterator[Check]:
 
 
 def write(runs: Path | None) -> None:
-    """Replace the file; without `nats` among the runs, rows of other predictors than the splice stay as they are."""
+    """Replace the file; rows of predictors that are not among the runs stay as they are."""
+    checks = list(spliced())
+    if runs is not None and (runs / "nats").exists():
+        checks += others(runs)
+    new = {check.predictor for check in checks}
     before = json.loads(RECORD.read_text(encoding="utf-8"))["checks"]
-    kept = [row for row in before if row["predictor"] != PREDICTOR]
-    further = kept if runs is None or not (runs / "nats").exists() else [asdict(check) for check in others(runs)]
+    kept = [row for row in before if row["predictor"] not in new]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     head = {
         "schema": SCHEMA,
-        "written_by": "python docs/write_record.py runs",
+        "written_by": "python docs/write_splice.py runs",
         "commit": commit.stdout.strip(),
         "pages": ["docs/results/splice.md", "docs/results/embedded_floor.md"],
     }
-    checks = [*(asdict(check) for check in spliced()), *further]
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in checks)
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in (*map(asdict, checks), *kept))
     start = json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}")
     RECORD.write_text(f'{start},\n "checks": [\n{rows}\n]\n}}\n', encoding="utf-8")
 
