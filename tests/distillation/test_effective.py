@@ -163,10 +163,7 @@ def test_several_curves_are_told_apart() -> None:
         (HOOK.hook, HOOK.sae, "second_moment"),
         (HOOK.hook, HOOK.sae, "random"),
     ]
-    assert [trace.name.split(":")[0] for trace in found.plot().data][::2] == [
-        f"{HOOK.hook}, second_moment",
-        f"{HOOK.hook}, random",
-    ]
+    assert [trace.name for trace in found.plot().data][::2] == ["second_moment", "random"]
     asked = effective_capacity(MEASURED, both, students_with(planted(5.0)), importance="random")
     assert asked.rows == found.rows[len(WIDTHS) :]
 

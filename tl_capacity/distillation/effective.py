@@ -6,7 +6,7 @@ for the same KL. Divided by d_S, that measures the capacity function on a langua
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -26,6 +26,7 @@ from tl_capacity.predict.spliced import Spliced
 from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.estimate import Estimate, estimate_around, significant
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS
 from tl_capacity.show.tables import html_table, plain, table
@@ -94,13 +95,19 @@ class EffectiveCapacity:
 
     def verdict(self) -> list[str]:
         """For each curve a sentence: what the students are worth, and what the law says."""
-        return [_verdict(rows, self.law) for rows in self.series().values()]
+        name = self.named()
+        return [_verdict(name(rows[0].hook, rows[0].sae), rows, self.law) for rows in self.series().values()]
+
+    def named(self) -> Callable[[str, str], str]:
+        """Names the hook point of a row, with its SAE where several stand there."""
+        return places_told_apart((row.hook, row.sae) for row in self.rows)
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting the figures."""
+        name = self.named()
         beyond = [
             f"students of width {row.width:,} reached {_nats(row.observed)}, and with every feature kept the spliced"
-            f" teacher at {row.hook} has {_nats(row.error)}: no number of this dictionary's features is"
+            f" teacher at {name(row.hook, row.sae)} has {_nats(row.error)}: no number of this dictionary's features is"
             " worth as much"
             for row in self.rows
             if row.features is None
@@ -159,10 +166,11 @@ class EffectiveCapacity:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a table, as text."""
+        name = self.named()
         header = ["hook", "order", "width", f"observed ({NATS})", "features worth", "per dimension", self.law]
         return header, [
             [
-                row.hook,
+                name(row.hook, row.sae),
                 row.order,
                 f"{row.width:,}",
                 row.observed.show(significant(row.observed.value)),
@@ -301,10 +309,10 @@ def _nats(estimate: Estimate) -> str:
     return f"{estimate.show(significant(estimate.value, 3))} {NATS}"
 
 
-def _verdict(rows: Sequence[EffectiveWidth], law: str) -> str:
+def _verdict(place: str, rows: Sequence[EffectiveWidth], law: str) -> str:
     """What students are worth by one curve, in a sentence."""
     worth = {row.width: row.per_dimension for row in rows if row.per_dimension is not None}
-    where = f"At {rows[0].hook}, features in the order of {rows[0].order}:"
+    where = f"At {place}, features in the order of {rows[0].order}:"
     if not worth:
         return f"{where} students of no width are worth a number of features that the dictionary has"
     values = [estimate.value for estimate in worth.values()]

@@ -11,6 +11,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.show.figures import (
     add_series,
     colour_of,
+    distinct_labels,
     legend_entry,
     line_of,
     marker_of,
@@ -42,7 +43,7 @@ def effective_figure(found: Effective) -> go.Figure:
             "students of no width are worth a number of features that the dictionary has: splice one that reconstructs"
             " better"
         )
-    figure, labels = new_figure(), _labels(list(series))
+    figure, labels = new_figure(), distinct_labels(list(series))
     for place, (label, rows) in enumerate(zip(labels, series.values(), strict=True)):
         worth = [row for row in rows if row.per_dimension is not None]
         name = legend_entry(label)["name"]
@@ -54,15 +55,10 @@ def effective_figure(found: Effective) -> go.Figure:
             y=[row.expected.value for row in rows],
             mode="lines",
             line={"color": colour_of(place), "width": 1, "dash": "dot"},
-            **legend_entry(f"{label}: {found.law}"),
+            showlegend=place == 0,
+            hovertemplate=f"{name}: %{{y:.3g}} by {found.law}<extra></extra>",
+            **legend_entry(found.law if len(labels) == 1 else f"dotted: {found.law}"),
         )
     figure.update_yaxes(title="features per dimension", rangemode="tozero")
     width_axis(figure, [row.width for rows in series.values() for row in rows])
     return figure
-
-
-def _labels(names: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Each curve's hook point, and what else tells it from the others."""
-    several = [len(set(column)) > 1 for column in zip(*names, strict=True)]
-    several[0] = True
-    return [", ".join(part for part, told in zip(name, several, strict=True) if told) for name in names]

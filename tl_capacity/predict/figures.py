@@ -17,6 +17,7 @@ from tl_capacity.runtime.units import per_token
 from tl_capacity.show.figures import (
     GREY,
     colour_of,
+    distinct_labels,
     error_bars,
     legend_entry,
     line_of,
@@ -158,10 +159,9 @@ def spliced_figure(curves: Sequence[SplicedCurve], floors: Sequence[SplicedFloor
     if not curves:
         raise CapacityError("there is no curve to draw: splice a hook point")
     figure = new_figure()
-    several_orders = len({curve.order for curve in curves}) > 1
-    for place, curve in enumerate(curves):
+    labels = distinct_labels([(curve.hook, curve.sae, curve.order) for curve in curves])
+    for place, (curve, name) in enumerate(zip(curves, labels, strict=True)):
         estimates = [curve.at(kept) for kept in curve.kept]
-        name = f"{curve.hook}, {curve.order}" if several_orders else curve.hook
         figure.add_scatter(
             x=list(curve.kept),
             y=[estimate.value for estimate in estimates],
@@ -186,5 +186,5 @@ def spliced_figure(curves: Sequence[SplicedCurve], floors: Sequence[SplicedFloor
                 **legend_entry(f"widths at {name}"),
             )
     figure.update_xaxes(title="features kept")
-    figure.update_yaxes(title="KL, nats per token", rangemode="tozero")
+    value_axis(figure, "KL, nats per token")
     return figure

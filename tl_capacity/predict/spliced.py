@@ -20,6 +20,7 @@ from tl_capacity.predict.spliced_floor import SplicedFloor as SplicedFloor
 from tl_capacity.predict.spliced_floor import floor_cells as floor_cells
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS as NATS
 from tl_capacity.show.tables import html_table, table
@@ -81,9 +82,11 @@ class Spliced:
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting the curves."""
+        name = places_told_apart((curve.hook, curve.sae) for curve in self.curves)
         notes = [
-            f"{curve.hook}: with every latent kept the KL is {curve.error.show(significant(curve.error.value))}"
-            f" {NATS}: no width's floor read here is lower, so below that the dictionary is the limit and not the width"
+            f"{name(curve.hook, curve.sae)}: with every latent kept the KL is"
+            f" {curve.error.show(significant(curve.error.value))} {NATS}: no width's floor read here is lower, so"
+            " below that the dictionary is the limit and not the width"
             for curve in self.curves
             if not curve.keep_error
         ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.units import NATS
 
 PREDICTOR = "splice"
@@ -59,8 +60,16 @@ class SplicedFloor:
 
 def floor_cells(floors: Sequence[SplicedFloor]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of floors, as text."""
+    name = places_told_apart((f.hook, f.sae) for f in floors)
     return ["hook", "order", "law", "width", "kept", f"floor ({NATS})"], [
-        [f.hook, f.order, f.law, f"{f.width:,}", f"{f.features_kept:,}", f.floor.show(significant(f.floor.value))]
+        [
+            name(f.hook, f.sae),
+            f.order,
+            f.law,
+            f"{f.width:,}",
+            f"{f.features_kept:,}",
+            f.floor.show(significant(f.floor.value)),
+        ]
         for f in floors
     ]
 
@@ -70,11 +79,16 @@ def kept_whole(floors: Iterable[SplicedFloor]) -> list[str]:
     dictionary's own reconstruction costs, whatever the width.
     """
     groups: dict[tuple[str, str, str], list[int]] = {}
-    for floor in floors:
+    said = list(floors)
+    name = places_told_apart((floor.hook, floor.sae) for floor in said)
+    for floor in said:
+        widths = groups.setdefault((name(floor.hook, floor.sae), floor.order, floor.law), [])
         if floor.features_kept == floor.alive:
-            groups.setdefault((floor.hook, floor.order, floor.law), []).append(floor.width)
-    return [
-        f"{hook}: by {law} every feature fits into width {', '.join(f'{width:,}' for width in sorted(widths))}, so the"
+            widths.append(floor.width)
+    notes = [
+        f"{where}: by {law} every feature fits into width {', '.join(f'{width:,}' for width in sorted(widths))}, so the"
         " floor there is the dictionary's own error"
-        for (hook, _, law), widths in groups.items()
+        for (where, _, law), widths in groups.items()
+        if widths
     ]
+    return list(dict.fromkeys(notes))

@@ -65,3 +65,19 @@ def told_apart(hooks: Iterable[HookMeasurement]) -> Callable[[HookMeasurement], 
         return hook.sae if hook.hook in hook.sae else f"{hook.hook}, {hook.sae}"
 
     return name
+
+
+def places_told_apart(places: Iterable[tuple[str, str]]) -> Callable[[str, str], str]:
+    """Names a hook point by itself, and with its SAE where several stand there.
+
+    Args:
+        places: hook point and SAE of whatever is shown, each as often as it likes.
+    """
+    saes_at = Counter(hook for hook, _ in set(places))
+
+    def name(hook: str, sae: str) -> str:
+        if saes_at[hook] <= 1:
+            return hook
+        return sae if hook in sae else f"{hook}, {sae}"
+
+    return name

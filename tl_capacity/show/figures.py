@@ -159,6 +159,13 @@ def label_above(figure: go.Figure, x: float, text: str) -> None:
     )
 
 
+def distinct_labels(names: Sequence[tuple[str, ...]]) -> list[str]:
+    """A label for each of some series: the parts of its name that differ between them, or its first part."""
+    differ = [len(set(column)) > 1 for column in zip(*names, strict=True)]
+    told = differ if any(differ) else [True]
+    return [", ".join(part for part, shown in zip(name, told, strict=False) if shown) for name in names]
+
+
 def legend_entry(label: str) -> dict[str, Any]:
     return {"name": shown(label)}
 

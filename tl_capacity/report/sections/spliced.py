@@ -13,6 +13,9 @@ from tl_capacity.report.story import Story
 from tl_capacity.results.naming import short_hook
 from tl_capacity.runtime.units import NATS
 
+SENTENCES = 3
+"""Curves that get a sentence each; of more the table says it."""
+
 
 def spliced(story: Story, empty: Section) -> Section:
     """KL of the spliced teacher against the features that stay, with the floor of each width."""
@@ -48,13 +51,14 @@ def effective(story: Story, empty: Section) -> Section:
         return replace(
             empty, missing=missing, command=_splice_command(story) if spliced_too else _distil_command(story)
         )
+    verdicts = found.verdict()
     caption = (
         "Features that the spliced teacher must keep for the KL that students reached (mean of the last tenth of"
         f" training), divided by d_S, with 95% intervals; dotted, what {found.law} says."
     )
     return replace(
         empty,
-        text=[sentence(said) for said in found.verdict()],
+        text=[sentence(said) for said in (verdicts if len(verdicts) <= SENTENCES else [])],
         figures=[("effective", found.plot(), caption)],
         tables=[
             PageTable(
@@ -74,9 +78,15 @@ def _floor_table(story: Story) -> PageTable:
     return PageTable(title, header, rows, folded=len(rows) > 12)
 
 
+def _place(story: Story, place: SplicedFloor | EffectiveWidth) -> Cell:
+    """A hook point, with its SAE beneath it where several were measured there."""
+    several = sum(hook.hook == place.hook for hook in story.measurement) > 1
+    return text_cell(short_hook(story.measurement, place.hook), place.sae if several else "")
+
+
 def _floor_row(story: Story, floor: SplicedFloor) -> list[Cell]:
     return [
-        text_cell(short_hook(story.measurement, floor.hook)),
+        _place(story, floor),
         text_cell(floor.order),
         number_cell(floor.width),
         number_cell(floor.features_kept),
@@ -86,7 +96,7 @@ def _floor_row(story: Story, floor: SplicedFloor) -> list[Cell]:
 
 def _worth_row(story: Story, row: EffectiveWidth) -> list[Cell]:
     return [
-        text_cell(short_hook(story.measurement, row.hook)),
+        _place(story, row),
         text_cell(row.order),
         number_cell(row.width),
         estimate_cell(row.observed),
