@@ -9,6 +9,7 @@ first. The figures need plotly's static export (`pip install kaleido`) and Chrom
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -20,14 +21,19 @@ from typing import Any
 import numpy as np
 
 from tl_capacity import Measurement
-from tl_capacity.distillation.decomposition import Decomposition, decompose
-from tl_capacity.distillation.observed import observed_floors
+from tl_capacity.distillation.candidates import short_names
+from tl_capacity.distillation.decomposition import Decomposition, decompose_floors
+from tl_capacity.distillation.observed import ObservedFloor, observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.standings import candidate_cells, league_cells
+from tl_capacity.models.loading import load_config
+from tl_capacity.plan.costs import parameters_of_widths
+from tl_capacity.predict.predictors import forecasts_of
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery_row import COUNT_LABELS
 from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED
 from tl_capacity.probing.saved_probes import Probes
+from tl_capacity.results.naming import middle
 from tl_capacity.show.figures import series_figure
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,20 +74,45 @@ def floors(runs: Runs) -> str:
     )
 
 
-def decomposed(runs: Runs) -> Decomposition:
-    return decompose(Measurement.load(runs.folder / "nats"), runs.distillation("full/distillation"))
+def printed_floors() -> list[ObservedFloor]:
+    """The floors as the page prints them, so that the league can be made without the distillation."""
+    number, interval = r"([\d.]+)", r"([\d.]+) \[([\d.]+), ([\d.]+)\]"
+    row = re.compile(rf"^\| (\d+) \| (\d+) \| {number} \| {interval} \|", re.MULTILINE)
+    return [
+        ObservedFloor(
+            f"width{w}-seed{s}", int(w), int(s), "truncated", float(fit), float(low), float(high), float(last)
+        )
+        for w, s, last, fit, low, high in row.findall((RESULTS / "embedded_floor.md").read_text(encoding="utf-8"))
+    ]
+
+
+def decomposed(runs: Runs, observed: str = "last_tenth") -> Decomposition:
+    measurement, floors = Measurement.load(runs.folder / "nats"), printed_floors()
+    widths = sorted({floor.width for floor in floors})
+    costs = parameters_of_widths(load_config("embedded"), widths)
+    parameters = {width: body for width, (_, body) in costs.items()}
+    hook = middle(measurement)
+    forecasts = forecasts_of(measurement, widths, parameters=parameters)
+    return decompose_floors(
+        floors, forecasts, ("importance", hook.hook, hook.sae, "compressed_sensing", "second_moment"), observed
+    )
 
 
 def league(runs: Runs) -> str:
-    """The verdicts, and the league of the mean of the last tenth."""
-    decomposition = decomposed(runs)
-    verdicts = "".join(f"- {verdict[:1].upper()}{verdict[1:]}.\n" for verdict in decomposition.verdicts().values())
-    return f"{verdicts}\n{table(*league_cells(decomposition.groups, lambda candidate: candidate.name))}"
+    """The verdict for each way to read the floor, with its league."""
+    parts = []
+    for observed in ("last_tenth", "fit"):
+        decomposition = decomposed(runs, observed)
+        verdict = decomposition.verdict()
+        cells = league_cells(decomposition.groups, short_names(fit.candidate for fit in decomposition.fits))
+        parts.append(f"**{verdict[:1].upper()}{verdict[1:]}.**\n\n{table(*cells)}")
+    return "\n".join(parts)
 
 
 def candidates(runs: Runs) -> str:
     decomposition = decomposed(runs)
-    header, rows = candidate_cells(decomposition.shown(), decomposition.chosen, lambda candidate: candidate.name)
+    short = short_names(fit.candidate for fit in decomposition.fits)
+    header, rows = candidate_cells(decomposition.shown(), decomposition.chosen, short)
     return table(header, rows) + f"\n{len(decomposition.fits)} candidates in all.\n"
 
 

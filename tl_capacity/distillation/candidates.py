@@ -174,7 +174,7 @@ def added_rivals(constants: int, number: int, widths: NDArray[np.float64]) -> li
     if constants == POWER.constants:
         shifts = widths.min() * np.geomspace(0.1, 100, number)
         return [
-            Candidate(_over_widths(f"1/(d + {shift:.3g})^s", 1 / (widths + shift), widths), POWER) for shift in shifts
+            Candidate(_over_widths(f"1/(d + {shift:.3g})", 1 / (widths + shift), widths), POWER) for shift in shifts
         ]
     form = FACTOR if constants == FACTOR.constants else LINE
     return [Candidate(_over_widths(f"1/d^{s:.3g}", widths**-s, widths), form) for s in np.geomspace(0.1, 4, number)]

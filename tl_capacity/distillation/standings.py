@@ -17,7 +17,7 @@ def league_cells(groups: Sequence[Group], short: Callable[[Candidate], str]) -> 
     Args:
         short: how a candidate is called.
     """
-    header = ["constants", "who is ahead", "features", "rivals", "rivals − features", "tries each"]
+    header = ["constants", "who is ahead", "features", "rivals", "rivals − features", "tries each", "with own tries"]
     return header, [
         [
             str(group.constants),
@@ -26,6 +26,7 @@ def league_cells(groups: Sequence[Group], short: Callable[[Candidate], str]) -> 
             _side(group.rivals, short),
             "" if group.difference is None else group.difference[0].show(".4f"),
             f"{group.tries:,}" if group.tries else "",
+            "" if group.difference is None else group.difference[1].show(".4f"),
         ]
         for group in groups
     ]
