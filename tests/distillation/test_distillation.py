@@ -277,6 +277,13 @@ def test_the_heldout_loss_is_the_kl_of_the_saved_student_on_rows_it_never_saw(
         assert student.heldout_kl[-1] == pytest.approx(
             float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")), rel=1e-4, abs=1e-6
         )
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).view(len(held), -1).sum(1)
+        parts = zip(held.split(SMALL.batch_rows), kl.split(SMALL.batch_rows), strict=True)
+        expected = [(rows[:, 1:].numel(), float(sums.sum())) for rows, sums in parts]
+        assert [count for count, _ in student.heldout_parts] == [count for count, _ in expected]
+        nats = [part for _, part in student.heldout_parts]
+        assert nats == pytest.approx([part for _, part in expected], rel=1e-3, abs=1e-4)
+        assert sum(nats) / run.heldout_tokens == student.heldout_kl[-1]
 
 
 def test_a_student_comes_out_as_if_it_were_alone(finished: tuple[DistillationRun, Path], teacher: Any) -> None:

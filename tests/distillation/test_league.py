@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -26,8 +27,9 @@ from tl_capacity.distillation.candidates import (
     Shape,
     added_rivals,
 )
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.league import FEATURES, NEITHER, RIVALS, Group, league
-from tl_capacity.distillation.left_out import Errors, best_of_subset, errors_of, floor_noise
+from tl_capacity.distillation.left_out import Errors, best_of_subset, errors_of, floor_noise, text_noise
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.runtime.units import NATS
 
@@ -276,3 +278,29 @@ def test_noise_is_pooled_over_the_widths_with_several_seeds() -> None:
     spread = floor_noise(told, "fit").std(0)
     assert spread[0] == pytest.approx(0.4 / (2 * 1.96), rel=0.3)
     assert spread[1] == 0
+
+
+def test_the_held_out_text_is_resampled_for_all_students_together() -> None:
+    random = np.random.default_rng(0)
+    tokens = random.integers(50, 100, 12)
+    observed = students(10 / WIDTHS, 1, 0.0, 0)
+    hard = random.uniform(0.5, 1.5, 12)  # the same documents are hard for everybody
+    curves = [
+        StudentCurve(
+            floor.name, floor.width, 0, "random", 1, 1,
+            heldout_parts=tuple((int(n), float(n * floor.last_tenth * h)) for n, h in zip(tokens, hard, strict=True)),
+        )
+        for floor in observed
+    ]  # fmt: skip
+    noise = text_noise(observed, curves)
+    assert noise is not None
+    assert noise == pytest.approx(floor_noise(observed, "last_tenth", curves))
+    shares = noise / np.array([floor.last_tenth for floor in observed])
+    assert shares == pytest.approx(np.repeat(shares[:, :1], len(WIDTHS), 1))
+    many = np.random.default_rng(5).integers(0, 12, (20_000, 12))
+    expected = ((tokens * hard)[many].sum(1) / tokens[many].sum(1)).std()
+    assert shares[:, 0].std() == pytest.approx(expected, rel=0.4)
+    assert text_noise(observed, curves[1:]) is None
+    other = replace(curves[0], heldout_parts=curves[0].heldout_parts[:-1])
+    assert text_noise(observed, [other, *curves[1:]]) is None
+    assert text_noise(observed, [replace(curve, heldout_parts=curve.heldout_parts[:7]) for curve in curves]) is None

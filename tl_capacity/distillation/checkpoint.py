@@ -51,17 +51,24 @@ class State:
         """The run has taken so long until now."""
         self.run = replace(self.run, seconds=seconds)
 
-    def record(self, heldout_kl: list[float]) -> None:
-        """Add an evaluation to every student's curve."""
+    def record(self, sums: list[list[float]], tokens: list[int]) -> None:
+        """Add an evaluation to every student's curve.
+
+        Args:
+            sums: [part, student] KL in nats of each part of the held-out text.
+            tokens: [part] predicted tokens.
+        """
         students = []
-        for i, (student, kl) in enumerate(zip(self.run.students, heldout_kl, strict=True)):
+        for i, student in enumerate(self.run.students):
+            parts = tuple((count, part[i]) for count, part in zip(tokens, sums, strict=True))
             trained = (self.losses[i] / self.since,) if self.since else ()
             students.append(
                 replace(
                     student,
                     tokens=(*student.tokens, self.tokens),
-                    heldout_kl=(*student.heldout_kl, kl),
+                    heldout_kl=(*student.heldout_kl, sum(part for _, part in parts) / sum(tokens)),
                     train_loss=(*student.train_loss, *trained),
+                    heldout_parts=parts,
                 )
             )
         self.run, self.losses, self.since = replace(self.run, students=tuple(students)), [], 0

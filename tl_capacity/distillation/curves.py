@@ -30,6 +30,8 @@ class StudentCurve:
         heldout_kl: forward KL from the teacher at T = 1 on held-out text, in nats per token, at each evaluation.
         train_loss: mean training loss since the evaluation before; NaN-free, so it has one entry less than the others,
             which begin before the first step.
+        heldout_parts: predicted tokens and KL in nats of each part of the held-out text, rows that follow one another,
+            at the last evaluation; their sum is what the curve ends with. Empty where an earlier version wrote it.
         place: folder or hub id of a given student; others lie in the run's own folder.
         revision: of its weights: a commit of the hub, or a digest of the files.
         judged: how a given student predicts each held-out document; its one evaluation is the mean.
@@ -44,6 +46,7 @@ class StudentCurve:
     tokens: tuple[int, ...] = ()
     heldout_kl: tuple[float, ...] = ()
     train_loss: tuple[float, ...] = ()
+    heldout_parts: tuple[tuple[int, float], ...] = ()
     place: str = ""
     revision: str | None = None
     judged: Judged | None = None
@@ -61,11 +64,23 @@ class StudentCurve:
         """Tokens and held-out KL [evaluation], without the one before training."""
         return np.array(self.tokens[1:], dtype=np.int64), np.array(self.heldout_kl[1:], dtype=np.float64)
 
+    def kl_by_part(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Predicted tokens and KL in nats [part] of the parts of the held-out text that can be resampled: documents of
+        a given student, else `heldout_parts`; None where none were kept.
+        """
+        if self.judged is not None:
+            tokens = np.array(self.judged.tokens, dtype=np.float64)
+            return tokens, tokens * np.array(self.judged.kl)
+        if not self.heldout_parts:
+            return None
+        tokens, sums = np.array(self.heldout_parts, dtype=np.float64).T
+        return tokens, sums
+
     def to_json(self) -> dict[str, Any]:
         """All that is known of it, flat but for what it was judged by."""
         content = asdict(replace(self, judged=None))
         content["judged"] = None if self.judged is None else self.judged.to_json()
-        return {name: value for name, value in content.items() if name not in _OF_THE_GIVEN or value}
+        return {name: value for name, value in content.items() if name not in _NEWER or value}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> StudentCurve:
@@ -83,8 +98,16 @@ class StudentCurve:
         ):
             raise ValueError(f"the curve of {content['name']} is not whole")
         judged = content.get("judged")
-        return cls(**{**content, **series, "judged": None if judged is None else Judged.from_json(judged)})
+        parts = tuple((int(tokens), float(kl)) for tokens, kl in content.get("heldout_parts", ()))
+        return cls(
+            **{
+                **content,
+                **series,
+                "heldout_parts": parts,
+                "judged": None if judged is None else Judged.from_json(judged),
+            }
+        )
 
 
-_OF_THE_GIVEN = ("place", "revision", "judged")
-"""Fields that only a given student has, and earlier versions do not know."""
+_NEWER = ("heldout_parts", "place", "revision", "judged")
+"""Fields that earlier versions do not know, written where there is something in them."""

@@ -43,6 +43,10 @@ class Rows:
         """Predicted tokens of each row: all but the first."""
         return np.asarray(np.maximum((self.tokens != PADDING).sum(1) - 1, 0), dtype=np.int64)
 
+    def in_parts(self, rows: int) -> list[int]:
+        """Predicted tokens of so many rows that follow one another, and of the next so many, to the end."""
+        return [int(self.predicted[start : start + rows].sum()) for start in range(0, len(self.tokens), rows)]
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the rows."""

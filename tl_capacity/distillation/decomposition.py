@@ -18,9 +18,10 @@ import numpy as np
 
 from tl_capacity.distillation import notes
 from tl_capacity.distillation.candidates import LINE, Candidate, Points, Shape, shapes_of, short_names
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.fitting import Fit, fit_candidates
 from tl_capacity.distillation.league import Group, league
-from tl_capacity.distillation.left_out import floor_noise
+from tl_capacity.distillation.left_out import floor_noise, text_noise
 from tl_capacity.distillation.observed import OBSERVED, ObservedFloor, observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.standings import candidate_cells, league_cells
@@ -123,10 +124,9 @@ class Decomposition:
         for student in self.students:
             floors[student.width].append(student.taken_as(self.which).value)
         asked = next((group for group in self.groups if self.chosen.candidate in group.places), None)
-        noisy = bool(len(floor_noise(self.students, self.which)))
         return [
             *dict.fromkeys(self.verdicts().values()),
-            *notes.ranking_notes(asked, self.chosen, noisy),
+            *notes.ranking_notes(asked, self.chosen),
             *notes.prediction_notes(self.chosen, self.in_nats(), floors),
             *notes.floor_notes(self.observed, self.which, floors),
             *self.remarks,
@@ -331,9 +331,8 @@ def decompose(
         chosen_law.name,
         asked_hook.estimator(importance).name,
     )
-    return decompose_floors(
-        floors, everything, asked, observed, {floor.width: floor.predicted_floor for floor in predicted}
-    )
+    refined = {floor.width: floor.predicted_floor for floor in predicted}
+    return decompose_floors(floors, everything, asked, observed, refined, run.students)
 
 
 def decompose_floors(
@@ -342,6 +341,7 @@ def decompose_floors(
     asked: tuple[str, str, str, str, str],
     observed: str = "last_tenth",
     predicted: Mapping[int, Estimate] | None = None,
+    curves: Sequence[StudentCurve] = (),
 ) -> Decomposition:
     """The same from floors and forecasts as such.
 
@@ -349,6 +349,7 @@ def decompose_floors(
         asked: predictor, hook, SAE, law and importance of the prediction that is asked for.
         observed: "last_tenth" or "fit", as in `decompose`.
         predicted: its floors with their intervals; by default as in the forecasts.
+        curves: of the students, whose losses on the parts of the held-out text are resampled.
     """
     students = [floor for floor in floors if floor.start != "teacher"]
     widths = sorted({student.width for student in students})
@@ -358,13 +359,15 @@ def decompose_floors(
     readings = {which: _points(students, which) for which in OBSERVED}
     points = readings[observed]
     fits = fit_candidates(candidates, points, group_resamples(points.widths))
-    leagues = {which: league(candidates, readings[which], floor_noise(students, which)) for which in OBSERVED}
+    noise = {which: floor_noise(students, which, curves) for which in OBSERVED}
+    leagues = {which: league(candidates, readings[which], noise[which]) for which in OBSERVED}
     chosen = next(fit for fit in fits if fit.candidate.shape is shapes[asked] and fit.candidate.form is LINE)
     if leagues[observed]:
         fits.sort(key=lambda fit: (fit.error is None, fit.error or 0.0))
     if predicted is None:
         predicted = {width: forecast.floor for width, forecast in forecasts.series[asked].items()}
-    remarks = (*forecasts.notes, *_left_out(forecasts, shapes, widths))
+    unknown = notes.noise_notes(students, text_noise(students, curves) is None) if leagues[observed] else []
+    remarks = (*unknown, *forecasts.notes, *_left_out(forecasts, shapes, widths))
     return Decomposition(tuple(floors), observed, tuple(fits), chosen, predicted, leagues, remarks)
 
 

@@ -129,20 +129,21 @@ def _width_at(student: Any, hook: str) -> int:
 @torch.no_grad()
 def heldout_losses(
     teacher: Any, students: Students, held: Rows, settings: DistillSettings, accelerator: Any
-) -> list[float]:
-    """Forward KL from the teacher at T = 1 on the held-out rows, of each student, in nats per token."""
+) -> list[list[float]]:
+    """Forward KL from the teacher at T = 1 on the held-out rows, a sum in nats for each student and each part of the
+    text: `batch_rows` rows that follow one another [part, student].
+    """
     students.eval()
-    total = torch.zeros(len(students.models), dtype=torch.float64, device=exact_device(accelerator.device))
-    for start in range(
-        accelerator.process_index * settings.batch_rows,
-        len(held.tokens),
-        accelerator.num_processes * settings.batch_rows,
-    ):
+    starts = range(0, len(held.tokens), settings.batch_rows)
+    size = (len(starts), len(students.models))
+    sums = torch.zeros(size, dtype=torch.float64, device=exact_device(accelerator.device))
+    for part in range(accelerator.process_index, len(starts), accelerator.num_processes):
+        start = starts[part]
         tokens, counted, labels = model_inputs(
             held.trimmed(slice(start, start + settings.batch_rows)), accelerator.device
         )
         outputs = [output_of(model, tokens, counted) for model in (teacher, *students.models)]
-        total += chunked_losses(
+        sums[part] = chunked_losses(
             outputs[0],
             outputs[1:],
             labels,
@@ -152,5 +153,5 @@ def heldout_losses(
             scratch=students.scratch,
         )
     students.train()
-    kl: list[float] = (accelerator.reduce(total, "sum") / int(held.predicted.sum())).tolist()
-    return kl
+    everywhere: list[list[float]] = accelerator.reduce(sums, "sum").tolist()
+    return everywhere

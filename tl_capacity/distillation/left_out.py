@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from tl_capacity.distillation.candidates import Candidate, Form, Points
+from tl_capacity.distillation.curves import GIVEN, StudentCurve
 from tl_capacity.distillation.fitting import solve
 from tl_capacity.distillation.observed import ObservedFloor
+from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL
 
 NOISE_DRAWS = 32
 """Replicates of the observed floors; in each, every candidate is fitted and chosen anew."""
@@ -134,13 +136,19 @@ def _misses(
     return misses
 
 
-def floor_noise(students: Sequence[ObservedFloor], which: str) -> NDArray[np.float64]:
-    """What the mean observed floors of the widths may be off by [replicate, width]: how seeds differ, and how well each
-    curve says its floor.
+def floor_noise(
+    students: Sequence[ObservedFloor], which: str, curves: Iterable[StudentCurve] = ()
+) -> NDArray[np.float64]:
+    """What the mean observed floors of the widths may be off by [replicate, width]: how seeds differ, how well each
+    curve says its floor, and which documents the students were judged on.
 
     A width seldom has many seeds, so deviations from the mean of a width are pooled over all widths that have several
     (each times √(n/(n − 1)), as the mean took one degree of freedom), and each student draws one. To that comes normal
-    noise as wide as the student's own interval. No replicate where neither is known.
+    noise as wide as the student's own interval, and what the students' losses differ by on a resample of the held-out
+    text, the same one for all of them. No replicate where nothing of this is known.
+
+    Args:
+        curves: of the students, with the loss on each part of the held-out text where it was kept.
     """
     widths, at_width = np.unique([student.width for student in students], return_inverse=True)
     floors = [student.taken_as(which) for student in students]
@@ -148,14 +156,32 @@ def floor_noise(students: Sequence[ObservedFloor], which: str) -> NDArray[np.flo
     errors = np.array(
         [0.0 if f.low is None or f.high is None else (f.high - f.low) / (2 * norm.ppf(0.975)) for f in floors]
     )
+    text = text_noise(students, curves)
+    if text is not None:
+        errors[[student.start == GIVEN for student in students]] = 0  # whose intervals are over documents
     of_width = np.eye(len(widths))[at_width]
     seeds = of_width.sum(0)
     several = (seeds > 1)[at_width]
     deviations = (values - ((values @ of_width) / seeds)[at_width])[several]
     pool = deviations * np.sqrt(seeds / np.maximum(seeds - 1, 1))[at_width][several]
-    if not len(pool) and not errors.any():
+    if not len(pool) and not errors.any() and text is None:
         return np.zeros((0, len(widths)))
     random = np.random.default_rng(0)
     size = (NOISE_DRAWS, len(students))
     drawn = (random.choice(pool, size) if len(pool) else 0) + errors * random.normal(size=size)
-    return np.asarray(drawn @ of_width / seeds)
+    return np.asarray((drawn if text is None else drawn + text) @ of_width / seeds)
+
+
+def text_noise(students: Sequence[ObservedFloor], curves: Iterable[StudentCurve]) -> NDArray[np.float64] | None:
+    """How far each student's loss on a resample of the parts of the held-out text is from that on all of it [replicate,
+    student]; None where the students were not judged on the same parts, or on fewer than eight.
+    """
+    by_name = {curve.name: curve.kl_by_part() for curve in curves}
+    parts = [part for student in students if (part := by_name.get(student.name)) is not None]
+    if len(parts) < len(students) or any(not np.array_equal(tokens, parts[0][0]) for tokens, _ in parts):
+        return None
+    tokens, sums = parts[0][0], np.stack([sums for _, sums in parts], 1)
+    if len(tokens) < MIN_GROUPS_FOR_INTERVAL:
+        return None
+    counts = np.random.default_rng(1).multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), NOISE_DRAWS)
+    return np.asarray((counts @ sums) / (counts @ tokens)[:, None] - sums.sum(0) / tokens.sum())

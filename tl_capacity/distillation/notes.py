@@ -62,25 +62,33 @@ def _constants(numbers: Sequence[int]) -> str:
     return f"{listed} fitted constant{'' if list(numbers) == [1] else 's'}"
 
 
-def ranking_notes(group: Group | None, chosen: Fit, noisy: bool) -> list[str]:
-    """Where the prediction that was asked for stands, and what the intervals do not know.
+def ranking_notes(group: Group | None, chosen: Fit) -> list[str]:
+    """Where the prediction that was asked for stands.
 
     Args:
-        group: that of the prediction that was asked for; None where too few widths make a ranking.
-        noisy: whether anything is known of how the floors of one width differ.
+        group: that of the prediction; None where too few widths make a ranking.
     """
     if group is None:
         return []
     place, last = group.places[chosen.candidate], max(place.value for place in group.places.values())
-    notes = [
+    return [
         f"{chosen.candidate.name}, asked for, misses a left-out width by {chosen.show_error()} nats per token: place"
         f" {place.show('.0f')} of {last:.0f} with {_constants([group.constants])}"
     ]
-    if not noisy:
-        notes.append(
-            "no width has a second seed and no curve an interval, so the league's intervals are over widths alone"
-        )
-    return notes
+
+
+def noise_notes(students: Sequence[ObservedFloor], one_text: bool) -> list[str]:
+    """What the league's intervals do not know.
+
+    Args:
+        one_text: whether the students' losses on parts of the held-out text are not known.
+    """
+    widths = [student.width for student in students]
+    unknown = [
+        *(["how seeds differ, as no width has two"] if len(widths) == len(set(widths)) else []),
+        *(["which documents were held out, as their losses were not kept"] if one_text else []),
+    ]
+    return [f"the league's intervals do not know {' and '.join(unknown)}"] if unknown else []
 
 
 def prediction_notes(chosen: Fit, in_nats: Sequence[Fit], floors: Mapping[int, Sequence[float]]) -> list[str]:

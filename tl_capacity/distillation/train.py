@@ -167,7 +167,9 @@ def distill(
             if evaluating or saving:
                 check_weights(state.run.students, students, state.step, folder)
             if evaluating:
-                state.record(heldout_losses(model, students, held, settings, accelerator))
+                state.record(
+                    heldout_losses(model, students, held, settings, accelerator), held.in_parts(settings.batch_rows)
+                )
                 for note in drowned(state.run.students) if kept and accelerator.is_main_process else ():
                     log.warning(note)
                 accelerator.log(
