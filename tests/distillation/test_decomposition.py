@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -24,10 +24,11 @@ from tl_capacity.distillation.decomposition import Decomposition, decompose, dec
 from tl_capacity.distillation.fitting import Fit, fit_candidates
 from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.interfaces import FloorContext
+from tl_capacity.hookspecs import hookimpl
+from tl_capacity.interfaces import FloorContext, FloorPredictor
 from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.plugins import plugins
+from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
 from tl_capacity.predict.forecasts import Forecast, Forecasts
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.predict.spliced_curve import SplicedCurve
@@ -468,3 +469,34 @@ def test_forecasts_for_which_the_teacher_was_run_are_candidates(
     with pytest.raises(SystemExit) as done:
         main(["decompose", *paths[:2], "--with", paths[1]])
     assert (done.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_predictor_of_ones_own_is_a_candidate(measured: Measurement, run: DistillationRun) -> None:
+    class Cube(FloorPredictor):
+        """1/d_S³."""
+
+        name = "1/d³"
+        unit = "1/dimension³"
+        constants = 1
+        knows_features = False
+        varies_with = ()
+
+        def floors(self, widths: Sequence[int], at: FloorContext) -> list[float]:
+            return [width**-3 for width in widths]
+
+    class Plugin:
+        @hookimpl
+        def register_floor_predictors(self, register: Callable[[FloorPredictor], None]) -> None:
+            register(Cube())
+
+    register_plugin(Plugin(), "cube")
+    try:
+        found = decompose(measured, run, max_fvu=None)
+    finally:
+        unregister_plugin("cube")
+    fits = {fit.candidate.name: fit for fit in found.fits}
+    assert {"1/d³, B = 0", "1/d³"} <= set(fits)
+    assert "1/d³, any power" not in fits  # which is the power law in d
+    assert not fits["1/d³"].candidate.shape.knows_features
+    assert fits["1/d³"].candidate in next(group for group in found.groups if group.constants == 2).places
