@@ -75,6 +75,7 @@ def test_every_law_is_read_from_the_splice(target: float) -> None:
     assert "nats per token" in answer.answer()
     assert "pass them with --calibrate" in answer.answer()
     assert "nats per token per token" not in json.dumps(answer.to_json())
+    assert answer.plot().layout.yaxis.title.text == "predicted floor (nats per token)"
 
 
 def test_how_far_it_was_off_makes_a_range() -> None:
@@ -183,6 +184,8 @@ def test_an_importance_of_another_unit_is_corrected_and_says_no_width_of_its_own
         lambda width: factor * float(theory.refined_floor(HOOK.importance(), width, alpha)), 0.4
     )
     assert answer.hooks == ()
+    with pytest.raises(CapacityError, match="says nothing in nats, so no hook point decided"):
+        _ = answer.deciding
     assert answer.answer().startswith("For a floor of at most 0.4 nats per token, students of widths 1 to 8 say width")
 
 

@@ -110,6 +110,8 @@ def methods_of(
     """
     methods = []
     for hook in hooks:
+        if not 0 < hook.summary.alpha.value < 1:
+            continue  # no law says anything there
         for curve in spliced or ():
             if (curve.hook, curve.sae_digest) == (hook.hook, hook.sae_digest):
                 methods += [spliced_method(hook, curve, law) for law in _laws(hook, _ranked_by(curve))]

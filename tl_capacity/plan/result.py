@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_capacity.errors import MeasurementError
+from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.plan.answers import MethodPlan, method_cells
 from tl_capacity.plan.fields import estimate_field, field, width_field
 from tl_capacity.results.estimate import Estimate, significant
@@ -92,7 +92,16 @@ class Plan:
 
     @property
     def deciding(self) -> HookPlan:
-        """The hook point that needs the widest student."""
+        """The hook point that needs the widest student.
+
+        Raises:
+            CapacityError: where the prediction that was asked for says nothing in nats, so that students decided.
+        """
+        if not self.hooks:
+            raise CapacityError(
+                f"{self.importance} is in {self.unit} and says nothing in nats, so no hook point decided: look at"
+                " methods"
+            )
         return max(self.hooks, key=lambda h: h.width.value)
 
     def answer(self) -> str:

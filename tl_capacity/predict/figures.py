@@ -96,7 +96,7 @@ def costs_figure(widths: Sequence[int], floors: Sequence[Estimate], unit: str, c
     figure.add_vline(
         x=chosen, line={"color": GREY, "width": 1, "dash": "dot"}, annotation={"text": f"width {chosen:,}"}
     )
-    value_axis(figure, f"predicted floor{f' ({unit} per token)' if unit else ''}")
+    value_axis(figure, f"predicted floor{f' ({per_token(unit)})' if unit else ''}")
     width_axis(figure, list(widths))
     return figure
 
