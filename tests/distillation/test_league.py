@@ -239,16 +239,16 @@ def test_a_planted_prediction_in_nats_needs_no_constant() -> None:
     assert alone.difference[1].low > 0
 
 
-def test_noise_is_not_distinguishable() -> None:
-    """Floors that have nothing to do with any candidate: neither side is ahead, in nearly all draws."""
+@pytest.mark.parametrize("draws", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_noise_is_not_distinguishable(draws: int) -> None:
+    """Floors that have nothing to do with any candidate: no side is ahead in any group, in nearly all draws."""
     shapes = [*feature_shapes(6), *rival_shapes()]
     claims = 0
-    draws = 20
     for seed in range(draws):
         floors = np.random.default_rng(seed).uniform(0.2, 1.0, len(WIDTHS))
         groups = played(shapes, students(floors, 2, 0.02, seed))
         claims += any(group.ahead != NEITHER for group in groups.values())
-    assert claims <= 0.1 * draws
+    assert claims <= 0.13 * draws
 
 
 def test_too_few_widths_make_no_league() -> None:
