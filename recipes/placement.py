@@ -8,7 +8,7 @@ where it was; under `accelerate launch -m tl_capacity run placement …` the pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -41,7 +41,7 @@ from tl_capacity.probing.probes import Probe, fit_probes
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.recovery import Recovery
 from tl_capacity.probing.sparse import carrying_features
-from tl_capacity.probing.splitting import HELD_OUT, split
+from tl_capacity.probing.splitting import HELD_OUT, check_parts, split
 from tl_capacity.recipe import already_there, argument, option, option_of, run_file, settings_of, values_of
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import middle
@@ -51,7 +51,7 @@ from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
 from tl_capacity.storage.digests import digest
 from tl_capacity.storage.files import make_folder, write_bytes, write_json
-from tl_capacity.text.counting import special_token_ids
+from tl_capacity.text.counting import CountingRule, special_token_ids
 from tl_capacity.text.streams import TokenStream
 
 ABOUT_NAME, FIGURE_NAME = "settings.json", "placement.html"
@@ -149,6 +149,9 @@ def main(config: PlacementConfig) -> Placement | None:
     measured, keep, concept, sae = chosen(config, measurement, teacher)
     widths = tuple(dict.fromkeys(config.widths)) or (max(1, measured.teacher_width // 4),)
     heldout = heldout_source(config.heldout, provenance.source)
+    text = as_measured(heldout, teacher.tokenizer, provenance, row_length(teacher.model.config))
+    masked = provenance.settings.get("masked_token_ids", special_token_ids(teacher.model, teacher.tokenizer))
+    check_parts(text, CountingRule.without(masked), config.judge_tokens, "--judge-tokens")  # before hours of training
     runs = {weight: train(config, teacher, widths, keep, weight, sae, heldout) for weight in weights}
     processes = Processes.of_launch().connected(config.device)
     models = {
@@ -158,8 +161,7 @@ def main(config: PlacementConfig) -> Placement | None:
         for weight, run in runs.items()
         for student in run
     }
-    text = as_measured(heldout, teacher.tokenizer, provenance, row_length(teacher.model.config))
-    recovery = recover(config, measurement, measured, teacher, models, sae, text, processes)
+    recovery = recover(config, measured, teacher, models, sae, text, masked, processes)
     kl, tokens = divergence_by_group(
         teacher.model,
         {name: model.model for name, model in models.items()},
@@ -268,12 +270,12 @@ def train(
 
 def recover(
     config: PlacementConfig,
-    measurement: Measurement,
     measured: HookMeasurement,
     teacher: LoadedModel,
     models: Mapping[str, LoadedModel],
     sae: Any,
     text: TokenStream,
+    masked: Sequence[int],
     processes: Processes,
 ) -> Recovery:
     """What readouts find in all the students."""
@@ -284,9 +286,6 @@ def recover(
         "weights": [loaded.revision for loaded in (teacher, *models.values())],
         "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes()),
     }
-    masked = measurement.provenance.settings.get(
-        "masked_token_ids", special_token_ids(teacher.model, teacher.tokenizer)
-    )
     return recover_features(
         teacher.model,
         sae,

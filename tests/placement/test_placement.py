@@ -340,6 +340,7 @@ def test_an_altered_price_list_is_refused(placed: Path, tmp_path: Path, spoil: C
         (["--keep", "concept:nothing"], "nothing"),
         (["--keep", "{features}", "--weights", "-1"], "--weights -1 is no weight of a loss"),
         (["--keep", "{features}", "--weights", "nan"], "--weights nan is no weight of a loss"),
+        (["--keep", "{features}", "--judge-tokens", "200"], "ask for --judge-tokens"),
         (["--keep", "{features}", "--lr", "-1"], "lr = -1.0 trains nothing"),
         (["--keep", "{features}", "--widths", "17"], "no student of width 17"),
     ],

@@ -46,8 +46,11 @@ def split(stream: Any, parts: Sequence[str], max_tokens: int | None = None) -> I
         log.warning(ended_early(seen, max_tokens))
 
 
-def check_parts(stream: Any, rule: CountingRule, max_tokens: int | None = None) -> None:
+def check_parts(stream: Any, rule: CountingRule, max_tokens: int | None = None, option: str = "--tokens") -> None:
     """See that every part gets a token that counts, without running a model: text is read only until all have one.
+
+    Args:
+        option: that `max_tokens` was given by, for the sentence.
 
     Raises:
         TokenSourceError: where one gets none; says how many tokens are enough.
@@ -73,8 +76,8 @@ def check_parts(stream: Any, rule: CountingRule, max_tokens: int | None = None) 
             " give more documents"
         )
     raise TokenSourceError(
-        f"no document is left for {part}, as --tokens {max_tokens} reads {few:,} documents, and of every ten {halves}:"
-        f" ask for --tokens {seen} or more"
+        f"no document is left for {part}, as {option} {max_tokens} reads {few:,} documents, and of every ten {halves}:"
+        f" ask for {option} {seen} or more"
     )
 
 
