@@ -114,8 +114,14 @@ def test_every_layer_at_once(
     assert not forecasts.floors("pca_tail", HOOK), "the variance outside is a hook point's own"
 
 
-@pytest.mark.parametrize("hook", ["blocks.1.hook_mlp_out", "blocks.1.attn.hook_z", "blocks.0.hook_resid_pre"])
-@pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge"])
+@pytest.mark.parametrize(
+    ("kind", "hook"),
+    [
+        ("HookedTransformer", "blocks.1.attn.hook_z"),
+        ("HookedTransformer", "blocks.0.hook_resid_pre"),
+        ("TransformerBridge", "blocks.1.hook_mlp_out"),
+    ],
+)
 def test_off_the_stream(
     models_by_kind: dict[str, Any], tokens: torch.Tensor, text: torch.Tensor, kind: str, hook: str
 ) -> None:

@@ -1,0 +1,98 @@
+"""Writes docs/results/rivals.json and the tables of docs/results/rivals.md: `python docs/write_rivals.py runs/rivals`.
+
+The folder is what the command that the page names has written. A rank bound that is above what a student reached would
+be no bound, and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from write_results import RESULTS, filled, table
+from write_splice import observed
+
+from tl_capacity.predict.forecasts import Forecasts
+
+PAGE = RESULTS / "rivals.md"
+
+
+def reached() -> dict[int, list[float]]:
+    """The mean of the last tenth of every committed student of a width, of 20 million tokens and of 4."""
+    losses = observed([])
+    for row in json.loads((RESULTS / "embedded_floor_4m.json").read_text(encoding="utf-8")):
+        losses.setdefault(row["width"], []).append(row["last_tenth"])
+    return losses
+
+
+def check(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> None:
+    """Refuse a bound that a student is below.
+
+    Raises:
+        ValueError: names the width.
+    """
+    for width, floor in forecasts.floors("rank_bound").items():
+        if width in losses and floor.value > min(losses[width]):
+            raise ValueError(
+                f"a student of width {width} reached {min(losses[width]):.4f}, below the rank bound {floor.value:.4f}:"
+                " the search has not settled, so allow more --iterations"
+            )
+
+
+def rows(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> list[dict[str, Any]]:
+    """A row for each record, and what students of its width reached."""
+    return [{**record.to_json(), "observed_seeds": losses.get(record.width, [])} for record in forecasts]
+
+
+def floors_table(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> str:
+    """A row for each predictor and hook point, a column for each width."""
+    widths = sorted({record.width for record in forecasts})
+    students = [f"{sum(losses[w]) / len(losses[w]):.3f}" if w in losses else "not yet" for w in widths]
+    lines: list[list[Any]] = [["**observed**", "", *students]]
+    for (predictor, hook, *_), by_width in forecasts.series.items():
+        values = [by_width[width].floor.value for width in widths]
+        form = ",.0f" if predictor == "pca_tail" else ".3f"
+        lines.append([f"`{predictor}`", hook and f"`{hook}`", *(f"{value:{form}}" for value in values)])
+    return table(["predictor", "hook point", *(f"d={width}" for width in widths)], lines)
+
+
+def bound_table(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> str:
+    """The bound beside the lowest student of each width, and what an extrapolation of its curve gave."""
+    fits: dict[int, list[dict[str, Any]]] = {}
+    for row in json.loads((RESULTS / "embedded_floor.json").read_text(encoding="utf-8")):
+        fits.setdefault(row["width"], []).append(row)
+    lines = []
+    for width, floor in forecasts.floors("rank_bound").items():
+        if width not in losses:
+            continue
+        searched = forecasts.about["parts"]["rank_bound"]["searches"][str(width)]
+        fit = min(fits[width], key=lambda row: float(row["observed_floor"]))
+        lines.append(
+            [
+                width,
+                floor.show(".4f"),
+                f"{min(losses[width]):.3f}",
+                f"{fit['observed_floor']:.3f} [{fit['observed_low']:.3f}, {fit['observed_high']:.3f}]",
+                searched["iterations"],
+                f"{searched['gain']:.1%}",
+            ]
+        )
+    header = ["width", "rank bound", "lowest student", "lowest L∞ of a fit", "iterations", "gained in the last twenty"]
+    return table(header, lines)
+
+
+def main(folder: str) -> None:
+    forecasts, losses = Forecasts.load(folder), observed([])
+    check(forecasts, reached())
+    text = json.dumps(rows(forecasts, losses), indent=1, ensure_ascii=False) + "\n"
+    (RESULTS / "rivals.json").write_text(text, encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    for name, content in (("floors", floors_table), ("bounds", bound_table)):
+        page = filled(page, name, content(forecasts, losses), "docs/write_rivals.py")
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
