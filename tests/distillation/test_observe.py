@@ -14,6 +14,8 @@ import tiny_families
 import torch
 from commands import Cli, arguments, students_of
 from conftest import D_MODEL
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import (
@@ -27,6 +29,7 @@ from transformers import (
 
 import tl_capacity as tlc
 from tl_capacity.distillation import DistillationRun, Judged, observe, observed_floors
+from tl_capacity.distillation.comparison import likeliest
 from tl_capacity.distillation.named_students import students_named
 from tl_capacity.errors import CapacityError, TokenSourceError
 from tl_capacity.models.loading import LoadedModel
@@ -94,6 +97,14 @@ def test_a_student_of_another_family_is_judged_as_by_hand(family: str, of: str) 
     assert set(run["b"].judged.agreement) == {1.0}
     assert (run["a"].width, run["a"].start, run.teacher_width) == (32, "given", 32)
     assert run.heldout_tokens == sum(LENGTHS) - 12
+
+
+@given(st.integers(1, 1_100), st.integers(0, 1_000), st.sampled_from([3.0, 1e6]))
+@settings(max_examples=40, deadline=None)
+def test_the_likeliest_token_is_the_first_with_the_largest_logit(vocabulary: int, seed: int, levels: float) -> None:
+    random = torch.Generator().manual_seed(seed)
+    logits = (torch.rand(5, vocabulary, generator=random) * levels).floor() - levels / 2  # with ties
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
 
 
 def test_modes_are_left_as_they_were_and_no_hook_stays() -> None:
@@ -308,7 +319,7 @@ def test_predictions_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("options", "says"),
     [
         (["--source", "x.txt"], "no student is named: pass --student"),
         (["--student", "model"], "no text is named: pass --source"),
@@ -324,14 +335,14 @@ def test_predictions_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_on_the_command_line(
-    given: list[Any], says: str, setup: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    options: list[Any], says: str, setup: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("model", "text.jsonl"):
         Path(name).symlink_to(setup / name)
     Path("full").mkdir()
     Path("full/distillation.json").write_text("{}")
-    code, _, err = cli("observe", "--teacher", "model", "--out", "out", *given)
+    code, _, err = cli("observe", "--teacher", "model", "--out", "out", *options)
     assert code == 2
     assert says in err
     assert err.count("\n") == 1
