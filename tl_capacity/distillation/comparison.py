@@ -178,10 +178,12 @@ def compare(
     own = torch.zeros(len(labels), dtype=torch.float64, device=exact_device(device))
     agreement = torch.zeros(shape, dtype=torch.bool, device=device)
     size = min(chunk, max(1, len(labels)))
-    buffers = scratch.take(4 * size * vocabulary, torch.empty(0, device=device)).view(4, size, vocabulary)
+    at_once = next(cached_pieces(size, vocabulary)).stop
+    buffers = scratch.take((3 * size + at_once) * vocabulary, torch.empty(0, device=device)).view(-1, vocabulary)
+    *whole, piece = torch.split(buffers, [size, size, size, at_once])
     for start in range(0, len(labels), size):
         rows = slice(start, min(start + size, len(labels)))
-        log_p, p, logits, log_q = (buffer[: rows.stop - start] for buffer in buffers)
+        log_p, p, logits = (buffer[: rows.stop - start] for buffer in whole)
         label = labels[rows, None]
         teacher.head.logits(teacher.hidden[rows], logits)
         best_token = likeliest(logits)[:, None]
@@ -193,10 +195,10 @@ def compare(
             student.head.logits(student.hidden[rows], logits)
             for some in cached_pieces(len(label), vocabulary):
                 at = slice(start + some.start, start + some.stop)
-                torch.log_softmax(logits[some], -1, out=log_q[some])
-                best = log_q[some].amax(-1, keepdim=True)
-                agreement[number, at] = (log_q[some].gather(1, best_token[some]) >= best)[:, 0]
-                cross_entropy[number, at] = exact(-log_q[some].gather(1, label[some])[:, 0])
-                difference = torch.sub(log_p[some], log_q[some], out=log_q[some])
+                log_q = torch.log_softmax(logits[some], -1, out=piece[: some.stop - some.start])
+                best = log_q.amax(-1, keepdim=True)
+                agreement[number, at] = (log_q.gather(1, best_token[some]) >= best)[:, 0]
+                cross_entropy[number, at] = exact(-log_q.gather(1, label[some])[:, 0])
+                difference = torch.sub(log_p[some], log_q, out=log_q)
                 kl[number, at] = exact(torch.linalg.vecdot(p[some], difference))
     return Compared(kl, cross_entropy, own, agreement)

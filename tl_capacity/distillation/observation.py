@@ -83,25 +83,10 @@ def observe(
     folder = None if out is None else Path(out)
     check_new(folder)
     started = time.monotonic()
-    judge = _Party.of("the teacher", teacher)
-    parties = [_Party.of(f"the student {name!r}", student) for name, student in students.items()]
-    for party in parties:
-        check_same_tokens(judge.tokenizer, party.tokenizer, party.who, stream)
-    rows = read_to_judge(
-        stream, tokens, HELDOUT_EVERY if held_out else 1, special_token_ids(judge.model, judge.tokenizer)
-    )
-    for party in (judge, *parties):
-        check_token_ids(party.model, rows.tokens[rows.tokens != PADDING], party.who)
-        check_row_length(party.model, rows.tokens, party.who)
-    if (predicted := int(rows.predicted.sum())) < tokens:
-        log.warning(ended_early(predicted, tokens))
-    with ExitStack() as modes:
-        for party in (judge, *parties):
-            modes.enter_context(evaluating(party.model))
-        first = torch.from_numpy(rows.trimmed(slice(0, 1))).to(device_of(judge.model))
-        predictors = [Predictor.of(party.model, first) for party in (judge, *parties)]
-        vocabulary = _common_vocabulary((judge, *parties), predictors, rows)
-        judged = _judge(predictors, rows, vocabulary, batch_rows, progress, processes)
+    judge = Party.of("the teacher", teacher)
+    parties = [Party.of(f"the student {name!r}", student) for name, student in students.items()]
+    rows = rows_to_judge(judge, parties, stream, tokens, held_out)
+    judged, predictors, vocabulary = judge_students(judge, parties, rows, batch_rows, progress, processes)
     run = DistillationRun(
         students=tuple(
             party.as_student(name, seen) for name, party, seen in zip(students, parties, judged, strict=True)
@@ -110,7 +95,7 @@ def observe(
         teacher_width=judge.width,
         fingerprint=fingerprint(judge.model),
         heldout_source=source_of(stream),
-        heldout_tokens=predicted,
+        heldout_tokens=int(rows.predicted.sum()),
         heldout_digest=rows.digest,
         settings={
             "tokens": tokens,
@@ -140,8 +125,8 @@ def check_new(folder: Path | None) -> None:
 
 
 @dataclass(frozen=True)
-class _Party:
-    """The teacher or a student.
+class Party:
+    """The teacher or a student that is judged.
 
     Attributes:
         who: in a sentence.
@@ -157,7 +142,7 @@ class _Party:
     revision: str | None = None
 
     @classmethod
-    def of(cls, who: str, given: Any) -> _Party:
+    def of(cls, who: str, given: Any) -> Party:
         """What was passed, which may be loaded already.
 
         Raises:
@@ -195,7 +180,56 @@ class _Party:
         )
 
 
-def _common_vocabulary(parties: Sequence[_Party], predictors: Sequence[Predictor], rows: Rows) -> int:
+def rows_to_judge(judge: Party, students: Sequence[Party], stream: Any, tokens: int, held_out: bool = False) -> Rows:
+    """The rows that students are judged on, which all models can read.
+
+    Args:
+        judge: the teacher.
+        stream, tokens, held_out: as for `observe`.
+
+    Raises:
+        CapacityError: where a student needs other tokens, or shorter rows.
+        TokenSourceError: where the text has no token to predict.
+    """
+    for party in students:
+        check_same_tokens(judge.tokenizer, party.tokenizer, party.who, stream)
+    rows = read_to_judge(
+        stream, tokens, HELDOUT_EVERY if held_out else 1, special_token_ids(judge.model, judge.tokenizer)
+    )
+    for party in (judge, *students):
+        check_token_ids(party.model, rows.tokens[rows.tokens != PADDING], party.who)
+        check_row_length(party.model, rows.tokens, party.who)
+    if (predicted := int(rows.predicted.sum())) < tokens:
+        log.warning(ended_early(predicted, tokens))
+    return rows
+
+
+def judge_students(
+    judge: Party,
+    students: Sequence[Party],
+    rows: Rows,
+    batch_rows: int = 8,
+    progress: bool = False,
+    processes: Processes = ALONE,
+) -> tuple[list[Judged], list[Predictor], int]:
+    """Each student judged on some rows; how the teacher and they predict; and how many logits were compared.
+
+    Models are left in the modes that they were in.
+
+    Raises:
+        CapacityError: where a model predicts NaN, or too few tokens, or they are on several devices.
+    """
+    parties = (judge, *students)
+    with ExitStack() as modes:
+        for party in parties:
+            modes.enter_context(evaluating(party.model))
+        first = torch.from_numpy(rows.trimmed(slice(0, 1))).to(device_of(judge.model))
+        predictors = [Predictor.of(party.model, first) for party in parties]
+        vocabulary = _common_vocabulary(parties, predictors, rows)
+        return _judge(predictors, rows, vocabulary, batch_rows, progress, processes), predictors, vocabulary
+
+
+def _common_vocabulary(parties: Sequence[Party], predictors: Sequence[Predictor], rows: Rows) -> int:
     """How many logits all models have; says so where some have more.
 
     Raises:
