@@ -3,17 +3,19 @@
 
 GPT-NeoX teacher d=768, 12 layers, vocabulary 50,304, random weights, and a student d=128 or d=384; batches of 8×256
 tokens, float32, two threads. *Bare* is both models' forward pass with all of their logits, and nothing done to these.
-Judging gives KL, both cross-entropies and agreement of every token.
+Judging gives KL, both cross-entropies and agreement of every token. `--cpu 1` counts the processor's time of one thread,
+for a machine that does other things besides.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import Row, arguments, at_most, growth_apart, interleaved, median_ratio, peak_growth_mb, report
-from distill import VOCABULARY, teacher, token_ids
+from distill import ROWS, VOCABULARY, teacher, token_ids
 
 from tl_capacity.distillation.comparison import Predictor, compare_models
 from tl_capacity.distillation.students import new_student
@@ -59,20 +61,22 @@ def pair(width: int) -> list[Any]:
 
 
 def main() -> None:
-    asked = arguments(__doc__, 5)
+    asked = arguments(__doc__, 5, rows=ROWS, cpu=0)
     if asked.memory_of:
         print(memory(asked.memory_of))
         return
 
     growth = growth_apart(__file__, ("judging", "bare"))
-    tokens, times = token_ids(), dict[str, list[float]]()
+    if asked.cpu:
+        torch.set_num_threads(1)
+    tokens, times = token_ids(asked.rows), dict[str, list[float]]()
     for width in WIDTHS:
         models = pair(width)
         ways = {
             f"judging, student of {width}": judging(models, tokens),
             f"bare, student of {width}": bare(models, tokens),
         }
-        times |= interleaved(ways, asked.repetitions)
+        times |= interleaved(ways, asked.repetitions, clock=time.process_time if asked.cpu else time.perf_counter)
     rows: list[Row] = []
     for width in WIDTHS:
         ratio = median_ratio(times[f"judging, student of {width}"], times[f"bare, student of {width}"])
