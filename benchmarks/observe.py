@@ -3,8 +3,8 @@
 
 GPT-NeoX teacher d=768, 12 layers, vocabulary 50,304, random weights, and a student d=128 or d=384; batches of 8×256
 tokens, float32, two threads. *Bare* is both models' forward pass with all of their logits, and nothing done to these.
-Judging gives KL, both cross-entropies and agreement of every token. `--cpu 1` counts the processor's time of one thread,
-for a machine that does other things besides.
+Judging gives KL, both cross-entropies and agreement of every token. `--cpu 1` counts the processor's time of one
+thread, for a machine that does other things besides.
 """
 
 from __future__ import annotations
