@@ -65,6 +65,7 @@ site: .venv/.docs
 benchmarks: .venv/.test
 	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/observe.py
 	$(BIN)/python benchmarks/importance.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/splice.py

@@ -190,6 +190,7 @@ def test_students_of_a_distillation_have_its_last_loss(setup: Path, tmp_path: Pa
         assert run.place_of(student.name, "elsewhere") == str((distilled / "students" / student.name).resolve())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_replicates", "unchecked")
 def test_what_reads_a_distillation_reads_it(setup: Path, tmp_path: Path, cli: Cli) -> None:
     out, measured = distilled_and_observed(setup, tmp_path, cli), tmp_path / "measured"

@@ -829,6 +829,7 @@ class TestRecipe:
             recipe.main(config)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.slow
     def test_a_student_of_other_layers_is_read_where_the_validation_texts_are_told_best(
         self, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
