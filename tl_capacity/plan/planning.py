@@ -84,7 +84,7 @@ def plan(
         needs = asked.keeping(float(keep or 0)) if target_loss is None else asked.within(target_loss)
         return _planned(measurement, asked, _goal(keep, target_loss, asked), needs, config, widths)
     in_nats = InNats.of(target_loss, asked, hooks, evidence)
-    goal = f"For a floor of at most {target_loss:.4g} {NATS}"
+    goal = f"For a predicted floor of at most {target_loss:.4g} {NATS}"
     return _planned(measurement, asked, goal, in_nats.needs, config, widths, in_nats)
 
 

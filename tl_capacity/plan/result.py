@@ -61,6 +61,11 @@ class WidthCost:
     share: float | None = None
     corrected: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, and the corrected floor where there is one."""
+        fields = {name: value for name, value in vars(self).items() if name != "corrected" or value is not None}
+        return {**fields, "kept": self.kept.to_json(), "floor": self.floor.to_json()}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -139,8 +144,8 @@ class Plan:
             "unit": self.unit,
             "law": self.law,
             "hooks": [{**vars(h), "width": h.width.to_json()} for h in self.hooks],
-            "costs": [{**vars(c), "kept": c.kept.to_json(), "floor": c.floor.to_json()} for c in self.costs],
-            "methods": [method.to_json() for method in self.methods],
+            "costs": [cost.to_json() for cost in self.costs],
+            **({"methods": [method.to_json() for method in self.methods]} if self.methods else {}),
             "notes": self.notes(),
         }
 
