@@ -153,7 +153,7 @@ class StoppedError(Exception):
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     teacher: Any, sae: Any, features: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = replace(SMALL, tokens=600, keep=(KeepFeatures(HOOK, features),))
+    keep = replace(SMALL, tokens=420, evaluations=2, keep=(KeepFeatures(HOOK, features),))
     whole = trained(teacher, sae, keep, out=tmp_path / "whole", checkpoint_seconds=0.0)
     take, taken = torch.optim.AdamW.step, []
 
@@ -276,6 +276,7 @@ def command(setup: Path, out: Path, *more: object) -> list[object]:
     return ["run", "distill", *given, *small, "--out", out, *more]
 
 
+@pytest.mark.slow
 def test_the_command_keeps_the_features_of_a_file_and_of_a_concept(cli: Cli, setup: Path, tmp_path: Path) -> None:
     (tmp_path / "f.json").write_text(json.dumps({"features": [0, 1, 2]}))
     keep = ["--keep", tmp_path / "f.json", "--keep-weight", 0.5]

@@ -127,8 +127,8 @@ def report(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="A measurement, and with it a distillation, probes, recoverability, a splice: folders or JSON files,"
-            " in any order."
+            help="A measurement, and with it a distillation, probes, recoverability, a splice, a price list: folders or"
+            " JSON files, in any order."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
