@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from write_record import write as write_record
 from write_results import RESULTS, filled, table
 
-from tl_capacity import Measurement, Spliced
+from tl_capacity import Measurement, Spliced, theory
 from tl_capacity.distillation.effective import effective_widths
 from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
@@ -36,6 +37,9 @@ TEACHER_WIDTH = 128
 LAWS = {"d·g(α)": "compressed_sensing", "F·d_S/d_T": "proportional"}
 BUDGET, SHARE = LAWS
 CONSISTENT = "d·g(α), interpolated to d* = d_T"
+PAPERS = {8: (31_006, 234.9), 12: (28_665, 218.29), 16: (29_169, 248.96)}
+"""F and L0 of the paper's dictionaries (arXiv:2604.04037), by layer."""
+PAPERS_WIDTH = 1_024
 
 
 def curves(runs: Path) -> Iterator[tuple[HookMeasurement, SplicedCurve, dict[str, Any]]]:
@@ -150,6 +154,8 @@ def write(runs: Path, distillations: list[Path]) -> None:
     for name, law in (("budget", BUDGET), ("proportional", SHARE), ("consistent", CONSISTENT)):
         text = filled(text, name, law_table(found, law), "docs/write_splice.py")
     text = filled(text, "worth", worth_table(runs, seen), "docs/write_splice.py")
+    text = filled(text, "spread", spread_table(found), "docs/write_splice.py")
+    text = filled(text, "paper", paper_table(), "docs/write_splice.py")
     page.write_text(text, encoding="utf-8")
 
 
@@ -181,6 +187,37 @@ def worth_table(runs: Path, seen: dict[int, list[float]]) -> str:
         figures = [f"{summary.critical_width.value:.0f}", f"{summary.capacity.value:.1f}"]
         lines.append([Path(hook.sae).name, *figures, *worth])
     return table(["dictionary", "d*", "g(α)", *(f"d={width}" for width in widths)], lines)
+
+
+def spread_table(found: list[dict[str, Any]]) -> str:
+    """How far each rule's predictions lie apart over dictionaries, and from what students reached."""
+    lines = []
+    for law in (*LAWS, CONSISTENT):
+        for width in WIDTHS:
+            of = [row for row in found if (row["law"], row["width"]) == (law, width)]
+            values = np.array([row["predicted"] for row in of])
+            if not len(values):
+                continue
+            low, middle, high = values.min(), np.median(values), values.max()
+            reached = observed_at(of, width)
+            off = "not yet" if reached is None else f"{middle / reached - 1:+.0%}"
+            spread = [f"{low:.3f}", f"{middle:.3f}", f"{high:.3f}", f"{high / low:.2f}"]
+            lines.append([law, str(width), str(len(values)), *spread, number(reached), off])
+    header = ["rule", "width", "dictionaries", "lowest", "median", "highest", "highest / lowest", "observed"]
+    return table([*header, "median / observed − 1"], lines)
+
+
+def paper_table() -> str:
+    """The paper's dictionaries, and the L0 at which each would have d* = d_T with as many features."""
+    lines = []
+    for layer, (alive, l0) in PAPERS.items():
+        star = float(theory.critical_width(alive, theory.sparsity(l0, alive)))
+        consistent_l0 = brentq(
+            lambda x, alive=alive: theory.critical_width(alive, theory.sparsity(x, alive)) - PAPERS_WIDTH, 1, l0
+        )
+        cells = [f"{alive:,}", f"{l0:.1f}", f"{star:,.0f}", f"{star / PAPERS_WIDTH:.2f}", f"{consistent_l0:.1f}"]
+        lines.append([str(layer), *cells, f"{l0 / consistent_l0 - 1:+.0%}"])
+    return table(["layer", "F", "L0", "d*", "d*/d_T", "L0 where d* = d_T", "L0 is off by"], lines)
 
 
 def observed_at(found: list[dict[str, Any]], width: int) -> float | None:
