@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tl_capacity import theory
+from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import FloorContext, FloorPredictor, WithInterval
 
 SPLICE = "tl-capacity run splice"
@@ -183,17 +184,20 @@ class PowerOfParameters(InWidth):
         return [1 / known[width] if width in known else None for width in widths] if known else None
 
 
-BUILT_IN: tuple[FloorPredictor, ...] = (
-    Importance(),
-    Naive(),
-    Splice(),
-    PCASplice(),
-    PCATail(),
-    TruncatedStart(),
-    RankBound(),
-    Constant(),
-    OneOverWidth(),
-    OneOverRootWidth(),
-    PowerOfWidth(),
-    PowerOfParameters(),
-)
+@hookimpl
+def register_floor_predictors(register: Callable[[FloorPredictor], None]) -> None:
+    for predictor in (
+        Importance(),
+        Naive(),
+        Splice(),
+        PCASplice(),
+        PCATail(),
+        TruncatedStart(),
+        RankBound(),
+        Constant(),
+        OneOverWidth(),
+        OneOverRootWidth(),
+        PowerOfWidth(),
+        PowerOfParameters(),
+    ):
+        register(predictor)

@@ -1,4 +1,4 @@
-"""Capacity laws: how many features a width holds. The floors that follow from it are registered here as well."""
+"""Capacity laws: how many features a width holds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from tl_capacity.hooks.floor_predictors import BUILT_IN
 
 from tl_capacity import theory
 from tl_capacity.hookspecs import hookimpl
-from tl_capacity.interfaces import CapacityContext, CapacityLaw, FloorPredictor
+from tl_capacity.interfaces import CapacityContext, CapacityLaw
 
 
 class CompressedSensing(CapacityLaw):
@@ -71,9 +70,3 @@ def register_capacity_laws(register: Callable[[CapacityLaw], None]) -> None:
     register(CompressedSensing())
     register(Equilibrium())
     register(Proportional())
-
-
-@hookimpl
-def register_floor_predictors(register: Callable[[FloorPredictor], None]) -> None:
-    for predictor in BUILT_IN:
-        register(predictor)
