@@ -74,6 +74,7 @@ def test_it_logs_what_observe_finds(make_model: Callable[..., Any], tmp_path: Pa
     assert told[5]["capacity/still_to_go"] == pytest.approx((last - 0.01) / (first - 0.01))
 
 
+@pytest.mark.slow
 def test_training_is_as_without_it(make_model: Callable[..., Any], tmp_path: Path) -> None:
     """The student has dropout, so that a draw too many, or a mode that stays, would show."""
     teacher, fingerprints, losses = make_model("gpt2"), [], []

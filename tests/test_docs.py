@@ -54,6 +54,7 @@ def own_plugins() -> Iterator[None]:
             plugins.unregister_plugin(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", having("python"))
 @pytest.mark.usefixtures("own_plugins")
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

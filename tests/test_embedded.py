@@ -85,6 +85,7 @@ def test_architecture_is_pythias(teacher: Any) -> None:
     assert teacher.tokenizer.bos_token_id == 0
 
 
+@pytest.mark.slow
 def test_heldout_loss_is_the_recorded_one(teacher: Any) -> None:
     record = json.loads((FOLDER / "training.json").read_text())
     losses: list[float] = []
@@ -102,6 +103,7 @@ def test_heldout_loss_is_the_recorded_one(teacher: Any) -> None:
     assert record["record"][-1]["heldout_loss"] < record["record"][0]["heldout_loss"] - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
 def test_saes_are_sparse_and_explain_the_stream(measured: Measurement, layer: int) -> None:
     summary = measured[f"blocks.{layer}.hook_resid_post"].summary
@@ -115,6 +117,7 @@ def test_saes_are_sparse_and_explain_the_stream(measured: Measurement, layer: in
     )
 
 
+@pytest.mark.slow
 def test_measuring_by_name_equals_measuring_a_bridge(measured: Measurement, teacher: Any) -> None:
     saes = {f"blocks.{layer}.hook_resid_post": load_sae(str(FOLDER / "saes" / f"layer{layer}"))[1] for layer in LAYERS}
     wrapped = load_model("embedded").bridge

@@ -288,6 +288,7 @@ def test_what_pythia_floor_wrote(decomposition: Decomposition) -> None:
     same([f.to_json() for f in predicted], read(folder / "predicted.json"))
 
 
+@pytest.mark.slow
 def test_pythia_floor_takes_its_folder_as_finished(cli: Cli, here: Path) -> None:
     before = read(here / "floors" / "floors.json")
     sizes = ("--tokens", 6000, "--heldout-tokens", 400, "--evaluations", 12, "--batch-rows", 4, "--context", 16)
@@ -350,6 +351,7 @@ def test_what_decompose_prints(cli: Cli, here: Path) -> None:
     has_what_0_1_had(json.loads(out))
 
 
+@pytest.mark.slow
 def test_a_report_of_everything(tmp_path: Path) -> None:
     results = Results.load([FIXTURES / name for name in ("recovered", "probes", "floors", "measurement")])
     assert results.run is not None

@@ -374,6 +374,7 @@ def test_what_does_not_belong_together_is_refused(measured: Measurement, run: Di
         decompose(measured, replace(run, students=control), max_fvu=None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_the_command(
     measured: Measurement, run: DistillationRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -420,6 +421,7 @@ def test_a_single_width_explains_nothing() -> None:
         Console(width=200).print(found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_forecasts_for_which_the_teacher_was_run_are_candidates(
     measured: Measurement, run: DistillationRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -117,6 +117,7 @@ def test_chunks_are_exact_against_the_definition(
     assert teacher.hidden.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.floats(0, 1), st.floats(0.5, 4), st.floats(0, 1), st.integers(0, 1000))
@@ -368,6 +369,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(teacher: Any, 
     assert all(bool(torch.isfinite(tensor).all()) for tensor in kept[1].values())
 
 
+@pytest.mark.slow
 def test_hidden_states_are_matched_through_a_learned_map(teacher: Any) -> None:
     hook = "blocks.1.hook_resid_post"
     plain = distill(teacher, [16], train_tokens(), settings=SMALL, progress=False)
@@ -622,6 +624,7 @@ def test_the_floor_of_an_exact_power_law_is_found(floor: float, a: float, b: flo
     assert found[0] == pytest.approx(floor, abs=0.02 + 0.02 * a / b)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_floor_about_as_often_as_they_say() -> None:
     covered = [
         f.low <= 1.0 <= f.high
@@ -654,6 +657,7 @@ def test_floors_without_a_fit_are_the_mean_of_the_last_tenth() -> None:
     assert noisy.last_tenth_high - noisy.last_tenth_low < noisy.high - noisy.low
 
 
+@pytest.mark.slow
 def test_floors_of_a_run_are_the_same_each_time(finished: tuple[DistillationRun, Path]) -> None:
     run, _ = finished
     floors = observed_floors(run)

@@ -150,6 +150,7 @@ class StoppedError(Exception):
     """What ends a run in its middle."""
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     teacher: Any, sae: Any, features: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,7 @@ def test_nothing_was_read(hub: Hub) -> None:
     assert not isinstance(refused.value, SourceCutOffError)
 
 
+@pytest.mark.slow
 def test_a_measurement_goes_on(hub: Hub, setup: Path, tmp_path: Path, cli: Cli) -> None:
     assert cli(*arguments(setup, tmp_path / "whole"))[0] == 0
     whole = Measurement.load(tmp_path / "whole")

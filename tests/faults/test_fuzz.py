@@ -374,6 +374,7 @@ def as_many(examples: int) -> int:
     return examples * settings().max_examples // 100
 
 
+@pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.parametrize("name", KINDS)
 def test_no_loader_raises_anything_else(

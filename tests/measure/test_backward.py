@@ -149,6 +149,7 @@ def test_fisher_is_half_the_expected_squared_score(neox: Any, make_sae: MakeSAE,
     assert found.sum() == pytest.approx(float(expected.sum()), rel=0.1)
 
 
+@pytest.mark.slow
 def test_fisher_predicts_the_kl_of_small_changes(neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
     """Weakening one firing by ε changes the output by a KL of ε² times its term, here with the exact Fisher
     information.

@@ -194,6 +194,7 @@ def shards(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[]
     return lambda: list(parts)
 
 
+@pytest.mark.slow
 def test_shards_merge_in_any_order(shards: Callable[[], list[Measurement]], whole: Path, tmp_path: Path) -> None:
     for number, order in enumerate(permutations(range(4))):
         joined = Measurement.merge([shards()[i] for i in order])

@@ -128,6 +128,7 @@ def small_model(kind: str = "gpt_neox") -> Any:
 
 
 class TestCompiled:
+    @pytest.mark.slow
     def test_what_we_run_ourselves_runs_past_no_hook(self, graphs: Graphs, make_sae: MakeSAE, tokenizer: Any) -> None:
         """A graph that was made before keeps to the hooks of that time."""
         model, sae, texts = small_model(), make_sae("standard", HOOK), ["w1 w2 w3", "w4 w5"]

@@ -448,6 +448,7 @@ class TestTheModelIsLeftAlone:
         assert seen == [1], "somebody else's hook must outlive ours"
         model.reset_hooks()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "gpt_neox"])
     def test_no_leak_over_many_cycles(self, models_by_kind: dict[str, Any], make_sae: MakeSAE, kind: str) -> None:
         model, sae = models_by_kind[kind], make_sae("standard", HOOK, d_sae=8)

@@ -549,6 +549,7 @@ class TestNetwork:
             assert time.monotonic() - started < 10
         assert constants.HF_HUB_OFFLINE is False
 
+    @pytest.mark.slow
     def test_an_id_that_the_hub_does_not_know(self, hub: str) -> None:
         answer = run_python(
             "from tl_capacity.models.loading import load_model\n"

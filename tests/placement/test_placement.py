@@ -199,6 +199,7 @@ def placed(measured: Path, setup: Path) -> Path:
     return measured / "whole"
 
 
+@pytest.mark.slow
 def test_the_price_list_is_what_loops_over_logits_and_the_features_file_say(
     placed: Path, measured: Path, setup: Path
 ) -> None:

@@ -703,6 +703,7 @@ def config_of(folders: Path, out: Path, *models: str, **changes: Any) -> recipe.
 
 
 class TestRecipe:
+    @pytest.mark.slow
     def test_writes_probes_of_models_and_baselines(
         self,
         folders: Path,
@@ -883,6 +884,7 @@ class TestRecipe:
         assert run(keep, ["--model", "a", "--model", "b,c"]).model == ("a", "b", "c")
         assert run(keep, []).model == ("embedded",)
 
+    @pytest.mark.slow
     def test_a_measurement_names_its_sae_and_ranks_its_features(
         self, folders: Path, make_sae: Callable[..., Any], tmp_path: Path
     ) -> None:

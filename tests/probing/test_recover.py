@@ -394,6 +394,7 @@ def test_only_positions_that_the_sae_was_trained_on_are_read(
     assert sum(found.tokens.values()) == measured.summary.n_tokens == rows[:, slice(4, -8)].numel()
 
 
+@pytest.mark.slow
 def test_several_students_come_out_as_each_alone(
     planted: Any, embedding: torch.Tensor, coordinates: Any, rows: torch.Tensor
 ) -> None:
@@ -697,6 +698,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "measurement", folder / "students"
 
 
+@pytest.mark.slow
 def test_the_recipe(saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         *map(str, saved),

@@ -12,6 +12,7 @@ from tl_capacity import recipe
 from tl_capacity.errors import CapacityError, TokenSourceError
 
 
+@pytest.mark.slow
 def test_fisher_is_near_the_kl_of_ablations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.run(
         main,

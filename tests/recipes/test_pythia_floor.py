@@ -109,6 +109,7 @@ def test_what_it_writes_fits_together(finished: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_rerun_keeps_what_is_finished(setup: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = [finished / "measurement" / "measurement.json", finished / "distillation" / "distillation.json"]

@@ -119,6 +119,7 @@ def test_what_is_written(config: TrainSAEConfig, make_model: Callable[..., Any],
     assert record["heldout"]["latents_that_fired"] == int((latents != 0).any(0).sum())
 
 
+@pytest.mark.slow
 def test_training_explains_more(config: TrainSAEConfig) -> None:
     _, start = trained(replace(config, lr=1e-9, out=config.out.with_name("start")))
     _, end = trained(config)
@@ -175,6 +176,7 @@ def test_the_residual_streams_names_agree(config: TrainSAEConfig) -> None:
     assert all(torch.equal(post[name], pre[name]) for name in post)
 
 
+@pytest.mark.slow
 def test_kept_activations_give_the_same_sae_and_run_the_model_once(
     config: TrainSAEConfig, forwards: list[Any], tmp_path: Path
 ) -> None:
@@ -282,6 +284,7 @@ def interrupted(
         unregister_plugin("stopping-plugin")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     config: TrainSAEConfig, forwards: list[Any], make_model: Callable[..., Any], tokenizer: Any
 ) -> None:

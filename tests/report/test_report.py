@@ -240,6 +240,7 @@ def assert_drawn(browser: Any, width: int, scheme: str) -> None:
     assert axis == ink
 
 
+@pytest.mark.slow
 def test_it_is_drawn_without_an_error_and_fits_a_desktop(desktop: Any) -> None:
     assert_drawn(desktop, 1280, "light")
 
@@ -798,6 +799,7 @@ def test_files_of_another_kind_or_version_are_refused() -> None:
     assert "has the width -1, which is no whole number of dimensions" in text
 
 
+@pytest.mark.slow
 def test_probes_and_recoverability_show_floor_and_ceiling(full: Results) -> None:
     text = report_page(full)
     sections = dict(re.findall(r'<section id="([^"]+)">(.*?)</section>', text, re.DOTALL))

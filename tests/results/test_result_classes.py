@@ -95,12 +95,14 @@ class TestShortcuts:
             assert n_alive == found.n_alive == found.summary.n_alive
         assert measurement.d_star["blocks.0.hook_resid_post"] == measurement["blocks.0.hook_resid_post"].d_star
 
+    @pytest.mark.slow
     def test_floors_and_frames(self, measurement: Any) -> None:
         floors = measurement.floors([4, 8], max_fvu=None)
         assert floors == list(measurement.budget([4, 8], max_fvu=None).floors)
         assert len(floors) == 6
         assert list(measurement.budget(max_fvu=None).to_frame()["hook"]) == [found.hook for found in measurement]
 
+    @pytest.mark.slow
     def test_the_report(self, measurement: Any, tmp_path: Path, unchecked: None) -> None:
         path = measurement.report(str(tmp_path / "deep" / "page.html"), widths=[4, 8])
         assert path == tmp_path / "deep" / "page.html"

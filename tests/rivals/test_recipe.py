@@ -33,6 +33,7 @@ def command(measured: Path, out: Path, *more: object) -> list[object]:
     return ["run", "rivals", measured, "--tokens", 900, "--fit-tokens", 900, "--iterations", 5, "--out", out, *more]
 
 
+@pytest.mark.slow
 def test_it_writes_what_the_predictors_say(cli: Cli, setup: Path, measured: Path, tmp_path: Path) -> None:
     code, out, err = cli(*command(measured, tmp_path / "r", "--widths", "4,8", "--every-layer"))
     assert code == 0, err

@@ -17,6 +17,7 @@ def test_a_unit_is_per_token_once(unit: str) -> None:
     assert per_token(unit).startswith(unit)
 
 
+@pytest.mark.slow
 def test_no_command_says_it_twice(cli: Cli, setup: Path, tmp_path: Path) -> None:
     names = [e.name for e in plugins().importance_estimators if e.name != "integrated_gradients"]
     measured = arguments(setup, tmp_path / "m", *(o for n in names for o in ("--importance", n)), tokens=500)

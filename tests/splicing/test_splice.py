@@ -255,6 +255,7 @@ def test_on_the_command_line(cli: Cli, setup: Path, tmp_path: Path) -> None:
     assert "of other settings (widths = [2, 4])" in err
 
 
+@pytest.mark.slow
 def test_a_plan_in_nats(cli: Cli, setup: Path, tmp_path: Path) -> None:
     assert cli(*arguments(setup, tmp_path / "m"))[0] == 0
     assert cli("run", "splice", tmp_path / "m", "--tokens", 400, "--out", tmp_path / "s")[0] == 0

@@ -192,6 +192,7 @@ class TestTraining:
         assert (result.students.achieved_floor < 1e-5).all()
         np.testing.assert_allclose(result.tensors["n1.direct.weights"].abs().flatten(), 1, atol=0.01)
 
+    @pytest.mark.slow
     def test_two_sparse_features_share_a_dimension_as_antipodes(self) -> None:
         """n = 2, d = 1: W = (1, −1), b = 0 fails only where both are active: E[x₂²]-like terms of
         probability (1−α)².
@@ -232,6 +233,7 @@ class TestTraining:
         )
         assert (result.students.kept == 1).any()
 
+    @pytest.mark.slow
     def test_as_wide_as_there_are_features_nothing_is_lost(self) -> None:
         settings = SweepSettings(
             features=(3,),
@@ -471,6 +473,7 @@ class TestSweep:
         assert len(student_list(result)) == len(students.query("kind == 'direct'"))
         assert any(f"{len(result.diverged)} students diverged" in claim for claim in claims(result, students))
 
+    @pytest.mark.slow
     def test_the_report(self) -> None:
         result = run(replace(TINY, steps=200))
         students = predictions(result)
@@ -518,6 +521,7 @@ class TestSweep:
         with pytest.raises(CapacityError, match="belongs to other settings"):
             train(TINY, checkpoint)
 
+    @pytest.mark.slow
     def test_the_recipe(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = [
             "--features",
