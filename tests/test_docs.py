@@ -163,7 +163,7 @@ EARLIER = {
     "many-machines": ["model", "sae", "texts.jsonl"],
     "observe": ["my-model", "runs/students"],
     "plan": ["runs/demo", "runs/students"],
-    "plugins": ["my_plugin.py", "mine.py", "letters.csv", "runs/embedded"],
+    "plugins": ["my_plugin.py", "mine.py", "edge.py", "letters.csv", "runs/embedded", "runs/students"],
     "predict": ["runs/embedded", "curve.json"],
     "probe": ["runs/embedded", "runs/students", "my-model", "reviews.jsonl"],
     "README": ["my-model", "my-sae", "my-texts.jsonl"],
@@ -182,6 +182,7 @@ EMBEDDED = ROOT / "hooks" / "embedded" / "model"
 FILES = {
     "explained.py": ("estimators", "ImportanceEstimator"),
     "mine.py": ("plugins", "ThirdMoment"),
+    "edge.py": ("plugins", "ImportanceAtTheEdge"),
     "my_plugin.py": ("plugins", "MeanActivation"),
     "toy_family.py": ("families", "Toy"),
 }
