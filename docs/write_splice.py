@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
+from write_record import LAWS, TEACHER_WIDTH
 from write_record import write as write_record
 from write_results import RESULTS, filled, table
 
@@ -33,8 +34,6 @@ from tl_capacity.results.hook import HookMeasurement
 WIDTHS = (16, 20, 24, 32, 40, 48, 56, 64, 80, 96)
 NEW = (20, 40, 56, 80)
 """Widths of which no student had been trained when their floors were predicted."""
-TEACHER_WIDTH = 128
-LAWS = {"d·g(α)": "compressed_sensing", "F·d_S/d_T": "proportional"}
 BUDGET, SHARE = LAWS
 CONSISTENT = "d·g(α), interpolated to d* = d_T"
 PAPERS = {8: (31_006, 234.9), 12: (28_665, 218.29), 16: (29_169, 248.96)}

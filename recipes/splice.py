@@ -21,7 +21,7 @@ from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
-from tl_capacity.show.tables import table
+from tl_capacity.show.tables import table, terminal_notes
 from tl_capacity.splicing.splice import LOST, splice
 from tl_capacity.storage.digests import digest
 from tl_capacity.storage.files import make_folder, write_json
@@ -123,8 +123,8 @@ def _say(part: Spliced, hook: HookMeasurement, config: SpliceConfig) -> None:
         return
     floors = [floor for law in (config.law or (None,)) for floor in part.floors([hook], config.widths, law)]
     console.print(table("Floors with nothing fitted [95% interval over documents]", *floor_cells(floors)))
-    for note in part.notes():
-        console.print(f"[yellow]note:[/yellow] {note}")
+    for note in terminal_notes(part.notes()):
+        console.print(note)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import written
 from conftest import BOS
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
@@ -88,13 +89,6 @@ def saved(whole: Measurement, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy of a saved measurement, to be spoilt."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-def written(measurement: Measurement) -> dict[str, Any]:
-    """All that its JSON file says, but for the time that it took."""
-    content = measurement.to_json()
-    del content["provenance"]["seconds"]
-    return content
 
 
 def assert_same_sums(one: Measurement, other: Measurement, tolerance: float = 0.0) -> None:

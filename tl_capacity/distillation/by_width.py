@@ -19,8 +19,13 @@ ByWidth = Mapping[int, Sequence[Estimate]]
 """Observed floors in nats per token of each student of a width, in ascending order of the widths."""
 
 
-def check_students(measurement: Measurement, run: DistillationRun) -> None:
+def check_students(
+    measurement: Measurement, run: DistillationRun, advice: str = "pass students of the teacher that was measured"
+) -> None:
     """Refuse students of another teacher than was measured, and such as are still trained.
+
+    Args:
+        advice: what to do about another teacher.
 
     Raises:
         MeasurementError: names both teachers.
@@ -29,8 +34,7 @@ def check_students(measurement: Measurement, run: DistillationRun) -> None:
         raise MeasurementError("the distillation has not ended: resume it with --resume")
     if run.teacher != measurement.provenance.model:
         raise MeasurementError(
-            f"the measurement is of {measurement.provenance.model!r} and the distillation of {run.teacher!r}: pass"
-            " students of the teacher that was measured"
+            f"the measurement is of {measurement.provenance.model!r} and the distillation of {run.teacher!r}: {advice}"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tl_capacity.distillation import notes
+from tl_capacity.distillation.by_width import check_students
 from tl_capacity.distillation.candidates import LINE, Candidate, Points, Shape, shapes_of, short_names
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.fitting import Fit, fit_candidates
@@ -34,7 +35,7 @@ from tl_capacity.predict.predictors import forecasts_of
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.results.estimate import Estimate, group_resamples
 from tl_capacity.runtime.units import NATS, per_token
-from tl_capacity.show.tables import html_table, plain, table
+from tl_capacity.show.tables import html_notes, html_table, plain, table, terminal_notes
 
 SHOWN = 3
 """Candidates of each group that the table shows whatever they are."""
@@ -226,7 +227,7 @@ class Decomposition:
         answers = "".join(f"<p>{escape(verdict)}</p>" for verdict in dict.fromkeys(self.verdicts().values()))
         tables = [league_cells(self.groups, self._short)] if self.groups else []
         tables.append(candidate_cells(self.shown(), self.chosen, self._short))
-        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.to_json()["notes"])
+        notes = html_notes(self.to_json()["notes"])
         return answers + "".join(html_table(*cells) for cells in tables) + notes
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
@@ -238,8 +239,7 @@ class Decomposition:
             yield table(title, *league_cells(self.groups, self._short))
         shown = candidate_cells(self.shown(), self.chosen, self._short)
         yield table("Candidates: observed = C · candidate^exponent + B; error at a left-out width", *shown)
-        for note in self.to_json()["notes"]:
-            yield f"[yellow]note:[/yellow] {plain(note)}"
+        yield from terminal_notes(self.to_json()["notes"])
 
     def _floor_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the students, both readings of each floor side by side."""
@@ -295,20 +295,13 @@ def decompose(
     """
     if observed not in OBSERVED:
         raise CapacityError(f"{observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
-    if not run.complete:
-        raise MeasurementError("the distillation has not ended: resume it with --resume")
+    advice = "decompose the floors of one teacher"
+    check_students(measurement, run, advice)
     teacher = measurement.provenance.model
-    if run.teacher != teacher:
-        raise MeasurementError(
-            f"the measurement is of {teacher!r} and the distillation of {run.teacher!r}: decompose the floors of one"
-            " teacher"
-        )
     for told in forecasts:
         if (other := told.about.get("model", teacher)) != teacher:
             what = "splice" if isinstance(told, Spliced) else "forecasts"
-            raise MeasurementError(
-                f"the measurement is of {teacher!r} and the {what} of {other!r}: decompose the floors of one teacher"
-            )
+            raise MeasurementError(f"the measurement is of {teacher!r} and the {what} of {other!r}: {advice}")
     asked_hook = measurement[hook] if hook is not None else measurement.hooks[len(measurement.hooks) // 2]
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
     chosen_law = plugins().capacity_laws.named(law)

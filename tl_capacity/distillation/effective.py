@@ -29,7 +29,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS
-from tl_capacity.show.tables import html_table, plain, table
+from tl_capacity.show.tables import html_notes, html_table, plain, table, terminal_notes
 
 
 @dataclass(frozen=True)
@@ -185,15 +185,11 @@ class EffectiveCapacity:
         for sentence in self.verdict():
             yield plain(f"{sentence}\n")
         yield table(_TITLE, *self.cells())
-        for note in self.notes():
-            yield f"[yellow]note:[/yellow] {plain(note)}"
+        yield from terminal_notes(self.notes())
 
     def _repr_html_(self) -> str:
-        verdict, notes = (
-            "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
-            for sentences in (self.verdict(), [f"note: {note}" for note in self.notes()])
-        )
-        return f"{verdict}<p>{escape(_TITLE)}</p>{html_table(*self.cells())}{notes}"
+        verdict = "".join(f"<p>{escape(sentence)}</p>" for sentence in self.verdict())
+        return f"{verdict}<p>{escape(_TITLE)}</p>{html_table(*self.cells())}{html_notes(self.notes())}"
 
 
 _TITLE = "Features that students are worth, for each of their dimensions [95% interval]"
@@ -270,14 +266,12 @@ def effective_widths(
     in one is easy in the other, and the interval is too wide rather than too narrow.
     """
     widths = list(by_width)
-    # An order of the user's own has no importances that a law could look at.
-    ranked_by = curve.order if curve.order in plugins().importance_estimators else None
 
     def expected(values: Any, alpha: float) -> list[float]:
         return list(budgets(law, widths, context_at(hook, values, alpha)) / np.array(widths))
 
     rows = []
-    for width, at_width in zip(widths, resampled(hook, ranked_by, expected), strict=True):
+    for width, at_width in zip(widths, resampled(hook, curve.importance, expected), strict=True):
         students = by_width[width]
         mean = float(np.mean([student.value for student in students]))
         drawn = None if curve.replicates is None else drawn_means(students, len(curve.replicates))

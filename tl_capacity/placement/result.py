@@ -11,8 +11,8 @@ from typing import Any
 from tl_capacity.errors import MeasurementError
 from tl_capacity.placement.price import ESTIMATES, NATS, Price, numbers_of
 from tl_capacity.results.estimate import Estimate, significant
-from tl_capacity.show.tables import html_table, table
-from tl_capacity.storage.files import make_folder, read_json, write_json
+from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
+from tl_capacity.storage.files import file_in, read_json, save_into
 
 JSON_NAME = "placement.json"
 SCHEMA = 1
@@ -145,9 +145,7 @@ class Placement:
         Raises:
             CapacityError: where it cannot be written.
         """
-        make_folder(Path(folder))
-        write_json(Path(folder) / JSON_NAME, self.to_json())
-        return Path(folder)
+        return save_into(folder, JSON_NAME, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Placement:
@@ -156,7 +154,7 @@ class Placement:
         Raises:
             MeasurementError: where it cannot be read, or is none, as in `from_json`.
         """
-        return cls.from_json(read_json(Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)))
+        return cls.from_json(read_json(file_in(path, JSON_NAME)))
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a row for each width and weight."""
@@ -201,12 +199,10 @@ class Placement:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield table(self.title(), *self.cells())
-        for note in self.notes():
-            yield f"[yellow]note:[/yellow] {note}"
+        yield from terminal_notes(self.notes())
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
-        return f"<p>{escape(self.title())}</p>{html_table(*self.cells())}{notes}"
+        return f"<p>{escape(self.title())}</p>{html_table(*self.cells())}{html_notes(self.notes())}"
 
     def __repr__(self) -> str:
         return f"Placement({len(self.features):,} features at {self.hook}; widths {', '.join(map(str, self.widths))})"

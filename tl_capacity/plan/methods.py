@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity import theory
-from tl_capacity.errors import MeasurementError
 from tl_capacity.interfaces import CapacityContext, CapacityLaw
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import resampled
 from tl_capacity.predict.forecasts import Forecasts
 from tl_capacity.predict.laws import budgets, context_at, exact_width, features_within, knows_enough
-from tl_capacity.predict.predictors import forecasts_of
+from tl_capacity.predict.predictors import forecasts_of, importances_of
 from tl_capacity.predict.record import Record, record_of
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.predict.spliced_curve import SplicedCurve
@@ -114,7 +113,7 @@ def methods_of(
             continue  # no law says anything there
         for curve in spliced or ():
             if (curve.hook, curve.sae_digest) == (hook.hook, hook.sae_digest):
-                methods += [spliced_method(hook, curve, law) for law in _laws(hook, _ranked_by(curve))]
+                methods += [spliced_method(hook, curve, law) for law in _laws(hook, curve.importance)]
         for importance in _importances(hook, set(importances)):
             methods += [importance_method(hook, importance, law) for law in _laws(hook, importance)]
     teacher_width = max((hook.teacher_width or hook.width for hook in hooks), default=1)
@@ -156,7 +155,7 @@ def widest_of_each(methods: Iterable[Method], target: float) -> list[Method]:
 
 def spliced_method(hook: HookMeasurement, curve: SplicedCurve, law: CapacityLaw) -> Method:
     """Floors read from a curve of the spliced teacher, by some law."""
-    at = context_at(hook, hook.importance(_ranked_by(curve)), hook.summary.alpha.value)
+    at = context_at(hook, hook.importance(curve.importance), hook.summary.alpha.value)
 
     def floors(widths: NDArray[np.int64]) -> NDArray[np.float64]:
         return curve.values(np.minimum(features_within(budgets(law, widths.tolist(), at), at.n_features), curve.alive))
@@ -227,6 +226,7 @@ def forecast_methods(forecasts: Forecasts, hooks: set[str], teacher_width: int) 
     """A method for each series of forecasts in nats, of these hook points or of the whole model, interpolated between
     its widths.
     """
+    predictors = plugins().floor_predictors
     for (predictor, hook, sae, law, order), by_width in forecasts.series.items():
         if all(each.unit == NATS for each in by_width.values()) and (not hook or hook in hooks):
             ends = [
@@ -245,7 +245,7 @@ def forecast_methods(forecasts: Forecasts, hooks: set[str], teacher_width: int) 
                 NATS,
                 partial(between, ends[0]),
                 partial(_forecast_width, known, ends),
-                is_bound=_is_bound(predictor),
+                is_bound=predictor in predictors and predictors[predictor].is_bound,
             )
 
 
@@ -287,27 +287,10 @@ def _forecast_width(known: NDArray[np.int64], ends: Sequence[NDArray[np.float64]
 
 def _importances(hook: HookMeasurement, further: set[str]) -> Iterator[str]:
     """The importances that were measured at a hook point, those in nats and further ones."""
-    for estimator in plugins().importance_estimators:
-        try:
-            hook.estimator(estimator.name)
-        except MeasurementError:
-            continue
-        if hook.unit(estimator.name) == NATS or estimator.name in further:
-            yield estimator.name
+    yield from (name for name in importances_of(hook) if hook.unit(name) == NATS or name in further)
 
 
 def _laws(hook: HookMeasurement, importance: str | None) -> Iterator[CapacityLaw]:
     """The capacity laws that know enough of a hook point."""
     at = context_at(hook, hook.importance(importance), hook.summary.alpha.value)
     yield from (law for law in plugins().capacity_laws if knows_enough(law, at))
-
-
-def _ranked_by(curve: SplicedCurve) -> str | None:
-    """The importance by which a curve's features are ranked; an order of the user's own has none."""
-    return curve.order if curve.order in plugins().importance_estimators else None
-
-
-def _is_bound(predictor: str) -> bool:
-    """Whether a predictor says of itself that no student is below its floors."""
-    known = plugins().floor_predictors
-    return predictor in known and bool(getattr(known[predictor], "is_bound", False))

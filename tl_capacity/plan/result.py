@@ -15,8 +15,8 @@ from tl_capacity.plan.fields import estimate_field, field, width_field
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import per_token
-from tl_capacity.show.tables import html_table, table
-from tl_capacity.storage.files import make_folder, read_record, write_record
+from tl_capacity.show.tables import html_notes, html_table, table
+from tl_capacity.storage.files import file_in, read_record, save_into, write_record
 
 JSON_NAME = "plan.json"
 SCHEMA = 1
@@ -204,9 +204,7 @@ class Plan:
         Raises:
             CapacityError: where it cannot be written.
         """
-        make_folder(Path(folder))
-        write_record(Path(folder) / JSON_NAME, self.to_json())
-        return Path(folder)
+        return save_into(folder, JSON_NAME, self.to_json(), write_record)
 
     @classmethod
     @checked
@@ -216,7 +214,7 @@ class Plan:
         Raises:
             MeasurementError: where it cannot be read, is of a newer version, or was altered.
         """
-        file = Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)
+        file = file_in(path, JSON_NAME)
         try:
             content = read_record(file, SCHEMA)
         except MeasurementError:
@@ -267,7 +265,7 @@ class Plan:
     def _repr_html_(self) -> str:
         from html import escape
 
-        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
+        notes = html_notes(self.notes())
         tables = "".join(f"<p>{escape(title)}</p>{html_table(header, rows)}" for title, header, rows in self.tables())
         return f"<p>{escape(self.answer())}</p>{tables}{notes}"
 

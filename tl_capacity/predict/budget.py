@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 from tl_capacity.errors import CapacityError
@@ -32,7 +31,7 @@ from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import told_apart
 from tl_capacity.results.summary import Resample
-from tl_capacity.show.tables import html_table, plain, table
+from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
 
 HOOKS_IN_A_TABLE = 3
 """Hook points that fit a terminal; more follow in further tables."""
@@ -145,14 +144,13 @@ class Budget:
         if self.floors:
             first = self.floors[0]
             yield table(f"Predicted floors: importance {first.importance}, law {first.law}", *floor_cells(self.floors))
-        for warning in self.notes():
-            yield f"[yellow]note:[/yellow] {plain(warning)}"
+        yield from terminal_notes(self.notes())
 
     def _repr_html_(self) -> str:
         parts = [html_table(*self.cells()), *(html_table(*suite.cells()) for suite in suites(self.hooks))]
         if self.floors:
             parts.append(html_table(*floor_cells(self.floors)))
-        parts += [f"<p>note: {escape(w)}</p>" for w in self.notes()]
+        parts.append(html_notes(self.notes()))
         return "".join(parts)
 
     def notes(self) -> list[str]:

@@ -17,8 +17,8 @@ from tl_capacity.predict.spliced import Spliced
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS
-from tl_capacity.show.tables import html_table, plain, table
-from tl_capacity.storage.files import make_folder, read_record, write_record
+from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
+from tl_capacity.storage.files import file_in, read_record, save_into, write_record
 
 JSON_NAME = "forecasts.json"
 SCHEMA = 1
@@ -193,9 +193,7 @@ class Forecasts:
         Raises:
             CapacityError: where it cannot be written.
         """
-        make_folder(Path(folder))
-        write_record(Path(folder) / JSON_NAME, self.to_json())
-        return Path(folder)
+        return save_into(folder, JSON_NAME, self.to_json(), write_record)
 
     @classmethod
     @checked
@@ -205,7 +203,7 @@ class Forecasts:
         Raises:
             MeasurementError: where it cannot be read, is of a newer version, or was altered.
         """
-        file = Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)
+        file = file_in(path, JSON_NAME)
         try:
             return cls.from_json(read_record(file, SCHEMA))
         except MeasurementError:
@@ -258,12 +256,10 @@ class Forecasts:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield table(_TITLE, *self.cells())
-        for note in self.notes:
-            yield f"[yellow]note:[/yellow] {plain(note)}"
+        yield from terminal_notes(self.notes)
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes)
-        return f"<p>{escape(_TITLE)}</p>{html_table(*self.cells())}{notes}"
+        return f"<p>{escape(_TITLE)}</p>{html_table(*self.cells())}{html_notes(self.notes)}"
 
 
 _TITLE = "Forecast floors by student width [95% interval over documents]"

@@ -23,8 +23,8 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS as NATS
-from tl_capacity.show.tables import html_table, table
-from tl_capacity.storage.files import make_folder, read_json, write_json
+from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
+from tl_capacity.storage.files import file_in, read_json, save_into
 
 JSON_NAME = "splice.json"
 SCHEMA = 1
@@ -105,9 +105,7 @@ class Spliced:
         Raises:
             CapacityError: where it cannot be written.
         """
-        make_folder(Path(folder))
-        write_json(Path(folder) / JSON_NAME, self.to_json())
-        return Path(folder)
+        return save_into(folder, JSON_NAME, self.to_json())
 
     @classmethod
     @checked
@@ -117,7 +115,7 @@ class Spliced:
         Raises:
             MeasurementError: where it cannot be read, is of a newer version, or was altered.
         """
-        file = Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)
+        file = file_in(path, JSON_NAME)
         content = read_json(file)
         try:
             if content["schema"] != SCHEMA:
@@ -166,20 +164,16 @@ class Spliced:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield table(_TITLE, *self.cells())
-        for note in self.notes():
-            yield f"[yellow]note:[/yellow] {note}"
+        yield from terminal_notes(self.notes())
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
-        return f"<p>{escape(_TITLE)}</p>{html_table(*self.cells())}{notes}"
+        return f"<p>{escape(_TITLE)}</p>{html_table(*self.cells())}{html_notes(self.notes())}"
 
 
 _TITLE = "KL(teacher ‖ teacher with only the most important features) [95% interval over documents]"
 
 
 def _floor(curve: SplicedCurve, hook: HookMeasurement, width: int, law: CapacityLaw) -> SplicedFloor:
-    # An order of the user's own has no importances that a law could look at.
-    ranked_by = curve.order if curve.order in plugins().importance_estimators else None
-    at = context_at(hook, hook.importance(ranked_by), sparsity(hook))
+    at = context_at(hook, hook.importance(curve.importance), sparsity(hook))
     kept = min(kept_features(law, width, at), curve.alive)
     return SplicedFloor(hook.hook, hook.sae, curve.order, law.name, width, kept, curve.alive, curve.at(kept))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError
+from tl_capacity.plugins import plugins
 from tl_capacity.results.estimate import Estimate, document_resamples, estimate_around
 
 GRID = 2_000
@@ -48,6 +49,13 @@ class SplicedCurve:
     def alive(self) -> int:
         """F, the number of alive features."""
         return self.kept[-1]
+
+    @property
+    def importance(self) -> str | None:
+        """The estimator by which features were ranked; None of an order of the user's own, which has no importances
+        that a law could look at.
+        """
+        return self.order if self.order in plugins().importance_estimators else None
 
     @cached_property
     def mean(self) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.recovery_row import COUNTS, FIELDS, JSON_NAME, RecoveryRow
-from tl_capacity.storage.files import make_folder, read_json, write_json
+from tl_capacity.storage.files import file_in, read_json, save_into
 
 FIELDS |= {"n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens", "student_hook", "tried"}
 """Fields of a row that are no law's budget."""
@@ -48,9 +48,7 @@ class Recoverability:
         Raises:
             CapacityError: where it cannot be written.
         """
-        make_folder(Path(folder))
-        write_json(Path(folder) / JSON_NAME, self.to_json())
-        return Path(folder)
+        return save_into(folder, JSON_NAME, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Recoverability:
@@ -59,7 +57,7 @@ class Recoverability:
         Raises:
             MeasurementError: where it cannot be read, or is none, as in `from_json`.
         """
-        return cls.from_json(read_json(Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)))
+        return cls.from_json(read_json(file_in(path, JSON_NAME)))
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a row for each student: counts with their intervals, budgets, overlap and medians."""

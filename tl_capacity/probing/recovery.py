@@ -23,7 +23,7 @@ from tl_capacity.probing.scores import Scores
 from tl_capacity.probing.splitting import HELD_OUT
 from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
 from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.show.tables import html_table, table
+from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
 from tl_capacity.storage.files import write_bytes
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
@@ -229,12 +229,10 @@ class Recovery:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield table(self.title(), *self.cells())
-        for note in self.notes():
-            yield f"[yellow]note:[/yellow] {note}"
+        yield from terminal_notes(self.notes())
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes())
-        return f"<p>{escape(self.title())}</p>{html_table(*self.cells())}{notes}"
+        return f"<p>{escape(self.title())}</p>{html_table(*self.cells())}{html_notes(self.notes())}"
 
     def __repr__(self) -> str:
         return f"Recovery({self.hook}; {len(self.features):,} features in {', '.join(s.name for s in self.students)})"

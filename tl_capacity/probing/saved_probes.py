@@ -10,7 +10,7 @@ from typing import Any
 from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.fields import check_schema, finite, object_of, objects_of
 from tl_capacity.probing.rows import JSON_NAME, SCHEMA, ProbedConcept, ProbeRow, SparseRow
-from tl_capacity.storage.files import make_folder, read_json, write_json
+from tl_capacity.storage.files import file_in, read_json, save_into
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ class Probes:
         Raises:
             CapacityError: where it cannot be written.
         """
-        make_folder(Path(folder))
-        write_json(Path(folder) / JSON_NAME, self.to_json())
-        return Path(folder)
+        return save_into(folder, JSON_NAME, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Probes:
@@ -90,7 +88,7 @@ class Probes:
         Raises:
             MeasurementError: where it cannot be read, or is none, as in `from_json`.
         """
-        return cls.from_json(read_json(Path(path) / JSON_NAME if Path(path).is_dir() else Path(path)))
+        return cls.from_json(read_json(file_in(path, JSON_NAME)))
 
     def to_frame(self) -> Any:
         """A pandas DataFrame, one row for each concept and model or baseline."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -39,3 +39,14 @@ def plain(text: str) -> str:
     from rich.markup import escape as escape_markup
 
     return escape_markup(text)
+
+
+def terminal_notes(notes: Iterable[str]) -> Iterator[str]:
+    """What a reader must know, a line of a terminal each, in which no bracket of a note is markup."""
+    for note in notes:
+        yield f"[yellow]note:[/yellow] {plain(note)}"
+
+
+def html_notes(notes: Iterable[str]) -> str:
+    """The same as paragraphs for a notebook, escaped."""
+    return "".join(f"<p>note: {escape(note)}</p>" for note in notes)

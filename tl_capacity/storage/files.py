@@ -178,6 +178,22 @@ def make_folder(path: Path) -> None:
         ) from problem
 
 
+def save_into(folder: str | Path, name: str, content: Any, write: Callable[[Path, Any], None] = write_json) -> Path:
+    """Write a result's file into its folder, which is made; returns the folder.
+
+    Raises:
+        CapacityError: where it cannot be written.
+    """
+    make_folder(Path(folder))
+    write(Path(folder) / name, content)
+    return Path(folder)
+
+
+def file_in(path: str | Path, name: str) -> Path:
+    """The file of a result that is given by its folder or by itself."""
+    return Path(path) / name if Path(path).is_dir() else Path(path)
+
+
 def read_kept(path: Path) -> dict[str, Any]:
     """The JSON object that a recipe keeps beside its results.
 
