@@ -25,13 +25,19 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from chromium import started
 
 SIZE = (1000, 520)
+LATENTS = 2_048
+"""Dictionaries of this size are drawn: those of another size have another g(α) at the same d*."""
 
 
 def worth(runs: Path) -> go.Figure:
     """Features per dimension against d*, a line for each width of students, and g(α) dotted."""
     by_width = {width: tuple(map(Estimate, floors)) for width, floors in sorted(observed([]).items())}
     law, figure = plugins().capacity_laws.default, new_figure()
-    measured = [(hook, effective_widths(hook, curve, by_width, law)) for hook, curve, _ in curves(runs)]
+    measured = [
+        (hook, effective_widths(hook, curve, by_width, law))
+        for hook, curve, _ in curves(runs)
+        if hook.summary.d_sae == LATENTS
+    ]
     measured.sort(key=lambda pair: pair[0].summary.critical_width.value)
     stars = [hook.summary.critical_width.value for hook, _ in measured]
     for place, width in enumerate(by_width):
