@@ -1,4 +1,4 @@
-# make demo: measure the embedded teacher, and the whole experiment at its shortest.  make test: the test suite.
+# make demo: the whole way on the embedded teacher, in a minute; DEMO=--verbose prints all of it.  make test: the test suite.
 # make check: all that CI checks beside the tests.  make site: the documentation as HTML.  make tl4: the tests on TransformerLens 4, in an environment of their own.
 # make fix: what ruff can mend.  make fuzz: random tests with new examples.  make coverage: which lines the tests miss.  make constraints: constraints.txt anew.
 PYTHON ?= python3
@@ -8,7 +8,6 @@ TL4_INSTALL := $(BIN)/pip --quiet --disable-pip-version-check --python .venv-tl4
 # A file's tests mostly stay in one process, where what they share is made once; who is done takes over others' tests.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 CHECK_FORM := $(BIN)/check-jsonschema --quiet --builtin-schema
-WIDTHS := 16,24,32,48,64,96,128
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -17,9 +16,8 @@ export TOKENIZERS_PARALLELISM ?= false
 dev: .venv/.dev .venv/.docs
 
 demo: .venv/.package
-	rm -rf runs/demo runs/demo-floors
-	$(BIN)/tl-capacity measure --model embedded --tokens 200000 --widths $(WIDTHS) --out runs/demo
-	$(BIN)/tl-capacity run pythia-floor --preset quick --widths $(WIDTHS) --no-control --measurement runs/demo --out runs/demo-floors
+	@rm -rf runs/demo
+	@$(BIN)/tl-capacity run demo --out runs/demo $(DEMO)
 
 test: .venv/.test
 	$(PYTEST)

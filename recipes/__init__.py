@@ -8,6 +8,7 @@ from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import Recipe
 
 RECIPES = (
+    Recipe("demo", "The whole way in a minute, from counting features to a report", "tl_capacity.recipes.demo:main"),
     Recipe("distill", "Distil a teacher into students of several widths at once", "tl_capacity.recipes.distill:main"),
     Recipe(
         "check-importance",

@@ -41,6 +41,12 @@ class Estimate:
         interval = "" if self.low is None or self.high is None else f" [{self.low:{digits}}, {self.high:{digits}}]"
         return f"{self.value:{digits}}{interval}"
 
+    def brief(self, digits: str = ",.1f") -> str:
+        """The same without an interval both of whose ends round to the value, so that it would say nothing more."""
+        shown = self.show(digits)
+        value, _, interval = shown.partition(" ")
+        return value if interval == f"[{value}, {value}]" else shown
+
     def within(self, least: float, most: float = float("inf")) -> Estimate:
         """The same with an interval that does not leave [least, most], as a shifted one of a count or a share may."""
         low, high = (None if end is None else min(max(end, least), most) for end in (self.low, self.high))
