@@ -23,6 +23,7 @@ from typing import Any
 # Heavy libraries are imported by the fixtures that need them: the process that hands tests out imports this file too,
 # and the others wait for it.
 import numpy as np
+import place
 import pytest
 from commands import HOOK, Cli
 from hypothesis import HealthCheck, settings
@@ -42,12 +43,53 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default=place.device(),
+        help="where models, SAEs and tokens of the tests are, and what `auto` finds there (default: cpu)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The device holds for helpers and child processes too. Where it is the CPU, no GPU is seen, so that `auto` finds
+    the CPU on every machine.
+    """
+    device = config.getoption("device")
+    os.environ[place.VARIABLE] = device
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    from tl_capacity.errors import CapacityError
+    from tl_capacity.runtime.devices import device_named
+
+    try:
+        device_named(device)
+    except CapacityError as problem:
+        raise pytest.UsageError(str(problem)) from problem
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if place.on_cpu():
+        return
+    for item in items:
+        for mark in item.iter_markers("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason=f"is about the CPU: {mark.args[0]}"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Several processes share the cores."""
+    """Several processes share the cores. Float32 is float32 on a GPU too, convolutions included."""
     import torch
 
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tests run."""
+    return place.device()
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +157,7 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
                 act_fn="gelu",
                 normalization_type="LN",
                 seed=seed,
+                device="cpu",  # moved below: the weights are drawn alike for every device
             )
             model = (HookedTransformer if kind == "HookedTransformer" else HookedSAETransformer)(
                 config, tokenizer=tokenizer
@@ -122,12 +165,15 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
         elif kind in ("TransformerBridge", "SAETransformerBridge"):
             bridge = TransformerBridge if kind == "TransformerBridge" else SAETransformerBridge
             model = bridge.boot_transformers(
-                "local/x", hf_model=_louder(_hugging_face("gpt_neox")), tokenizer=tokenizer, device="cpu"
+                "local/x",
+                hf_model=place.placed(_louder(_hugging_face("gpt_neox"))),
+                tokenizer=tokenizer,
+                device=place.device(),
             )
             return model.eval()
         else:
             model = _hugging_face(kind)
-        return _louder(model).eval()
+        return place.placed(_louder(model).eval())
 
     return make
 
@@ -164,7 +210,7 @@ def models_by_kind(make_model: Callable[..., Any]) -> dict[str, Any]:
 
     found = {kind: make_model(kind) for kind in KINDS}
     for model in found.values():  # at the first such run transformers leaves recorders of its own on the blocks
-        once = torch.tensor([[BOS, 1]])
+        once = place.placed(torch.tensor([[BOS, 1]]))
         model.run_with_cache(once) if hasattr(model, "run_with_cache") else model(once, output_hidden_states=True)
     return found
 
@@ -266,7 +312,7 @@ def make_sae() -> Callable[..., Any]:
                     getattr(sae, bias).sub_(0.8)
             if hasattr(sae, "threshold"):
                 sae.threshold.copy_(torch.rand_like(sae.threshold))
-        return sae.eval()
+        return place.placed(sae.eval())
 
     return make
 
@@ -279,7 +325,7 @@ def tokens() -> Any:
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, size=(24, 20)))
     ids[:, 0] = BOS
     ids[3, 5:9] = BOS
-    return ids
+    return place.placed(ids)
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,7 @@ def test_the_file_of_the_documentation_does_all_that_it_says(command: Cli, setup
             row = torch.tensor([[0, *ids[start : start + 31]]])
             with torch.no_grad():
                 stream = model.model(row, output_hidden_states=True).hidden_states[2][0, 1:]
-                cubes += (sae.encode(stream).double().abs() ** 3).sum(0).numpy()
+                cubes += (sae.encode(stream).double().abs() ** 3).sum(0).numpy(force=True)
             tokens += len(stream)
             if tokens >= hook.summary.n_tokens:
                 break

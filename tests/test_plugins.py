@@ -623,7 +623,7 @@ class TestEstimatorWithState:
             neox(tokens)
             latents = sae.encode(hidden[0].flatten(0, 1)).double()
         handle.remove()
-        expected = (latents.abs() ** 3).mean(0).numpy()
+        expected = (latents.abs() ** 3).mean(0).numpy(force=True)
         np.testing.assert_allclose(
             measured.summary.importance(Largest().compute, "cubed"), expected[measured.summary.alive], rtol=1e-6
         )
@@ -666,7 +666,9 @@ class TestEstimatorWithState:
 
         def measured(documents: slice) -> tl_capacity.Measurement:
             with tl_capacity.add_capacity_hooks(neox, {hook: sae}, importance=[Largest()]) as capacity:
-                capacity.run(TokenBatch(tokens.numpy()[documents], np.arange(len(tokens))[documents]) for _ in range(1))
+                capacity.run(
+                    TokenBatch(tokens.numpy(force=True)[documents], np.arange(len(tokens))[documents]) for _ in range(1)
+                )
             return capacity.measurement()
 
         whole, parts = measured(slice(None)), [measured(slice(None, 9)), measured(slice(9, None))]

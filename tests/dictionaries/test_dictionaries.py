@@ -434,11 +434,13 @@ class TestPCA:
         return PCABasis(x.double().mean(0), torch.cov(x.double().T), HOOK, k)
 
     def test_equal_to_scikit_learn(self, stretched: torch.Tensor) -> None:
-        basis, reference = self.basis(stretched), PCA().fit(stretched.numpy())
-        for mine, theirs in zip(basis.W_dec.numpy(), reference.components_, strict=True):
+        basis, reference = self.basis(stretched), PCA().fit(stretched.numpy(force=True))
+        for mine, theirs in zip(basis.W_dec.numpy(force=True), reference.components_, strict=True):
             assert abs(float(mine @ theirs)) == pytest.approx(1, abs=1e-3)
         np.testing.assert_allclose(
-            basis.encode(stretched).abs().numpy(), np.abs(reference.transform(stretched.numpy())), atol=0.02
+            basis.encode(stretched).abs().numpy(force=True),
+            np.abs(reference.transform(stretched.numpy(force=True))),
+            atol=0.02,
         )
         torch.testing.assert_close(basis.decode(basis.encode(stretched)), stretched, atol=1e-4, rtol=1e-4)
 
@@ -457,15 +459,15 @@ class TestPCA:
         stream = TokenStream(texts, tokenizer, context=32, batch_rows=4)
         fitted = BasisSpec("pca", HOOK).fit(neox, stream, tokens=10**9)
         x = torch.cat(list(activations(neox, HOOK, stream)))
-        reference = PCA().fit(x.double().numpy())
-        np.testing.assert_allclose(fitted.b_dec.numpy(), reference.mean_, rtol=1e-4, atol=1e-5)
-        assert min(abs(np.diag(fitted.W_dec.numpy() @ reference.components_.T))) == pytest.approx(1, abs=1e-2)
+        reference = PCA().fit(x.double().numpy(force=True))
+        np.testing.assert_allclose(fitted.b_dec.numpy(force=True), reference.mean_, rtol=1e-4, atol=1e-5)
+        assert min(abs(np.diag(fitted.W_dec.numpy(force=True) @ reference.components_.T))) == pytest.approx(1, abs=1e-2)
 
     def test_only_the_first_tokens(self, neox: Any, tokenizer: Any, texts: list[str]) -> None:
         stream = TokenStream(texts, tokenizer, context=32, batch_rows=4)
         first = next(activations(neox, HOOK, stream))
         few = BasisSpec("pca", HOOK).fit(neox, stream, tokens=len(first))
-        np.testing.assert_allclose(few.b_dec.numpy(), first.mean(0).numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(few.b_dec.numpy(force=True), first.mean(0).numpy(force=True), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -72,17 +72,17 @@ def test_an_sae_anywhere(
     assert found.width == x.shape[1]
     assert 0 < (z != 0).float().mean() < 1
     assert (
-        abs(found.summary.arrays["counts"].sum(0) - (z != 0).sum(0).numpy()).max() <= 1
+        abs(found.summary.arrays["counts"].sum(0) - (z != 0).sum(0).numpy(force=True)).max() <= 1
     )  # batches of another shape round otherwise
     np.testing.assert_allclose(
-        found.summary.arrays["squares"].sum(0), z.double().square().sum(0).numpy(), rtol=1e-3, atol=1e-5
+        found.summary.arrays["squares"].sum(0), z.double().square().sum(0).numpy(force=True), rtol=1e-3, atol=1e-5
     )
     fvu = (x - sae.decode(z)).square().sum() / (x - x.mean(0)).square().sum()
     assert found.summary.fvu.value == pytest.approx(float(fvu.detach()), rel=1e-3)
     expected = attribution(model, hook, sae, tokens)
     np.testing.assert_allclose(
         found.importance("gradient"),
-        expected[found.summary.alive].numpy(),
+        expected[found.summary.alive].numpy(force=True),
         rtol=5e-3,
         atol=1e-3 * float(expected.max()),
     )
@@ -113,7 +113,7 @@ def test_neurons_as_features(
     models_by_kind: dict[str, Any], tokens: torch.Tensor, tokenizer: Any, kind: str, hook: str
 ) -> None:
     model = models_by_kind[kind]
-    basis = BasisSpec("neurons", hook, 5).fit(model, TokenStream(tokens.numpy()))
+    basis = BasisSpec("neurons", hook, 5).fit(model, TokenStream(tokens.numpy(force=True)))
     x = at(model, hook, tokens)[tokens != BOS].double()
     order = x.abs().argsort(dim=1, descending=True)[:, :5]
     kept = torch.zeros_like(x).scatter(1, order, x.gather(1, order))
@@ -121,14 +121,14 @@ def test_neurons_as_features(
         found = capacity.run(tokens.split(8)).measurement()[hook]
     assert found.summary.l0.value == pytest.approx(5)
     np.testing.assert_allclose(
-        found.summary.arrays["squares"].sum(0), kept.square().sum(0).numpy(), rtol=1e-3, atol=1e-4
+        found.summary.arrays["squares"].sum(0), kept.square().sum(0).numpy(force=True), rtol=1e-3, atol=1e-4
     )
     assert found.summary.fvu.value == pytest.approx(
         float((x - kept).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-3
     )
     expected = attribution(model, hook, basis, tokens)[found.summary.alive]
     np.testing.assert_allclose(
-        found.importance("gradient"), expected.numpy(), rtol=5e-3, atol=1e-3 * float(expected.max())
+        found.importance("gradient"), expected.numpy(force=True), rtol=5e-3, atol=1e-3 * float(expected.max())
     )
 
 
@@ -136,7 +136,7 @@ def test_heads_are_joined(models_by_kind: dict[str, Any], tokens: torch.Tensor) 
     model = models_by_kind["HookedTransformer"]
     with torch.no_grad():
         assert model.run_with_cache(tokens)[1][Z].shape[2:] == (HEADS, D_MODEL // HEADS)
-    assert BasisSpec("neurons", Z).fit(model, TokenStream(tokens.numpy())).cfg.d_sae == D_MODEL
+    assert BasisSpec("neurons", Z).fit(model, TokenStream(tokens.numpy(force=True))).cfg.d_sae == D_MODEL
 
 
 def test_a_basis_without_k_has_no_sparsity(hooked: Any, tokens: torch.Tensor) -> None:
@@ -218,7 +218,7 @@ class TestByName:
                 ids = torch.from_numpy(batch.tokens)
                 hidden = loaded.model(ids.clamp(min=0), output_hidden_states=True).hidden_states[2]
                 counted.append(hidden[ids > 0])  # neither padding nor BOS, whose id is 0
-        reference = PCA().fit(torch.cat(counted).numpy())
+        reference = PCA().fit(torch.cat(counted).numpy(force=True))
         variances = found.arrays["squares"].sum(0) / found.n_tokens
         np.testing.assert_allclose(
             variances, reference.explained_variance_ * (found.n_tokens - 1) / found.n_tokens, rtol=1e-3

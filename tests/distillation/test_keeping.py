@@ -49,8 +49,8 @@ def test_the_loss_is_what_scikit_learn_and_a_loop_say() -> None:
     logits, values, latents, rate, square = told()
     expected = []
     for i in range(latents.shape[1]):
-        fires = (latents[:, i] != 0).numpy()
-        cross = log_loss(fires, torch.sigmoid(logits[:, i]).numpy(), labels=[False, True])
+        fires = (latents[:, i] != 0).numpy(force=True)
+        cross = log_loss(fires, torch.sigmoid(logits[:, i]).numpy(force=True), labels=[False, True])
         entropy = log_loss(fires, np.full(len(fires), float(rate[i])), labels=[False, True])
         strength = sum(float(values[t, i] - latents[t, i]) ** 2 for t in np.flatnonzero(fires)) / len(fires)
         expected.append((cross / entropy + strength / float(square[i])) / 2)

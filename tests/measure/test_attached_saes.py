@@ -55,7 +55,7 @@ def inputs_of(model: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
 @torch.no_grad()
 def counts_of(sae: Any, inputs: torch.Tensor) -> np.ndarray:
     """[feature] by a copy of the SAE that nothing is attached to."""
-    return (copy.deepcopy(sae).encode(inputs) != 0).sum(0).numpy()
+    return (copy.deepcopy(sae).encode(inputs) != 0).sum(0).numpy(force=True)
 
 
 def hooks_on(module: Any) -> dict[str, list[int]]:

@@ -70,7 +70,7 @@ def test_gradient_is_the_attribution_of_each_latent(
     for name, values in (("signed", expected), ("absolute", expected.abs()), ("square", expected.square())):
         found = summary.arrays[f"state/gradient/{name}"].sum(0)
         np.testing.assert_allclose(
-            found, values.sum(0).numpy(), rtol=2e-3, atol=1e-4 * float(values.sum(0).abs().max())
+            found, values.sum(0).numpy(force=True), rtol=2e-3, atol=1e-4 * float(values.sum(0).abs().max())
         )
 
 
@@ -105,7 +105,7 @@ def test_gradient_is_the_slope_of_the_loss(
         latents = sae.encode(model(row, output_hidden_states=True).hidden_states[2])[0, position]
     active = latents.nonzero()[:, 0].tolist()
     assert len(active) > 3
-    assert not found[latents.numpy() == 0].any()
+    assert not found[latents.numpy(force=True) == 0].any()
     slopes = [
         (loss(epsilon * latents[i] * sae.W_dec[i]) - loss(-epsilon * latents[i] * sae.W_dec[i])) / (2 * epsilon)
         for i in active
@@ -145,7 +145,7 @@ def test_fisher_is_half_the_expected_squared_score(neox: Any, make_sae: MakeSAE,
             capacity.run(repeated.split(100)).measurement()[HOOK].summary.arrays["state/fisher/square"].sum(0) / 2 / 500
         )
     largest = expected.argsort(descending=True)[:10]
-    np.testing.assert_allclose(found[largest], expected[largest].numpy(), rtol=0.35)
+    np.testing.assert_allclose(found[largest], expected[largest].numpy(force=True), rtol=0.35)
     assert found.sum() == pytest.approx(float(expected.sum()), rel=0.1)
 
 
@@ -322,7 +322,9 @@ class TestIntegratedGradients:
             ("absolute", expected[:, :-1].abs().sum(0)),
             ("error", expected[:, -1].sum(0)),
         ):
-            np.testing.assert_allclose(found[name], values.numpy(), rtol=2e-3, atol=1e-3 * float(values.abs().max()))
+            np.testing.assert_allclose(
+                found[name], values.numpy(force=True), rtol=2e-3, atol=1e-3 * float(values.abs().max())
+            )
 
     @pytest.mark.slow
     def test_attributions_and_error_sum_to_the_loss_difference(

@@ -36,8 +36,8 @@ def assert_counts(capacity: Any, sae: Any, activations: torch.Tensor) -> None:
         latents, error = sae.encode(inputs).double(), (inputs - sae(inputs)).double().square().sum()
     summary = capacity.measurement()[HOOK].summary
     assert summary.n_tokens == len(inputs)
-    np.testing.assert_array_equal(summary.arrays["counts"].sum(0), (latents != 0).sum(0).numpy())
-    np.testing.assert_allclose(summary.arrays["squares"].sum(0), latents.square().sum(0).numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(summary.arrays["counts"].sum(0), (latents != 0).sum(0).numpy(force=True))
+    np.testing.assert_allclose(summary.arrays["squares"].sum(0), latents.square().sum(0).numpy(force=True), rtol=1e-5)
     spread = (inputs - inputs.mean(0)).double().square().sum()
     assert summary.fvu.value == pytest.approx(float(error / spread), rel=1e-5)
 
@@ -137,7 +137,7 @@ class TestCompiled:
             with tlc.add_capacity_hooks(model, sae) as capacity:
                 summary = capacity.run(TOKENS).measurement()[HOOK].summary
             vectors = collect(model, HOOK, texts, tokenizer=tokenizer, progress=False).values
-            return summary.arrays["squares"], vectors, ablation_kl(model, HOOK, sae, TOKENS, [0, 1]).numpy()
+            return summary.arrays["squares"], vectors, ablation_kl(model, HOOK, sae, TOKENS, [0, 1]).numpy(force=True)
 
         plain = read()
         model.compile(backend=graphs)

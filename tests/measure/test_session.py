@@ -80,19 +80,21 @@ def assert_counts_dense(summary: Any, latents: torch.Tensor, rows: torch.Tensor)
     """Counts exactly and moments to rounding, for each document group and in all; `rows` is the
     document of each token.
     """
-    groups = torch.from_numpy(document_groups(rows.numpy()))
+    groups = torch.from_numpy(document_groups(rows.numpy(force=True)))
     for group in range(64):
         own = latents[groups == group]
-        np.testing.assert_array_equal(summary.arrays["counts"][group], (own != 0).sum(0).numpy())
-        np.testing.assert_allclose(summary.arrays["sums"][group], own.sum(0).numpy(), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(summary.arrays["squares"][group], own.square().sum(0).numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(summary.arrays["counts"][group], (own != 0).sum(0).numpy(force=True))
+        np.testing.assert_allclose(summary.arrays["sums"][group], own.sum(0).numpy(force=True), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            summary.arrays["squares"][group], own.square().sum(0).numpy(force=True), rtol=1e-5, atol=1e-5
+        )
         assert summary.arrays["tokens"][group] == len(own)
     seen = torch.stack([(latents[rows == row] != 0).any(0) for row in rows.unique()])
-    np.testing.assert_array_equal(summary.arrays["incidence"], seen.sum(0).numpy())
+    np.testing.assert_array_equal(summary.arrays["incidence"], seen.sum(0).numpy(force=True))
     assert summary.n_tokens == len(latents)
     assert summary.n_documents == len(rows.unique())
     assert summary.l0.value == pytest.approx(float((latents != 0).sum()) / len(latents), rel=1e-12)
-    np.testing.assert_allclose(summary.firing_rates, (latents != 0).double().mean(0).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(summary.firing_rates, (latents != 0).double().mean(0).numpy(force=True), rtol=1e-12)
 
 
 class TestAgainstDense:
@@ -645,12 +647,16 @@ class TestSessions:
         with tlc.add_capacity_hooks(hooked, sae) as capacity:
             with pytest.raises(KeyboardInterrupt):
                 capacity.run(batches)
-            capacity.run([TokenBatch(b.numpy(), np.arange(4 * i, 4 * i + 4)) for i, b in enumerate(batches) if i > 2])
+            capacity.run(
+                [TokenBatch(b.numpy(force=True), np.arange(4 * i, 4 * i + 4)) for i, b in enumerate(batches) if i > 2]
+            )
             with pytest.warns(UserWarning, match="1 of 6 forward passes did not reach"):
                 counts = capacity.measurement()[HOOK].summary.arrays["counts"]
         handle.remove()
         with tlc.add_capacity_hooks(hooked, sae) as capacity:
-            whole = [TokenBatch(b.numpy(), np.arange(4 * i, 4 * i + 4)) for i, b in enumerate(batches) if i != 2]
+            whole = [
+                TokenBatch(b.numpy(force=True), np.arange(4 * i, 4 * i + 4)) for i, b in enumerate(batches) if i != 2
+            ]
             np.testing.assert_array_equal(counts, capacity.run(whole).measurement()[HOOK].summary.arrays["counts"])
 
     def test_max_tokens_stops_after_the_batch_that_reaches_it(
@@ -975,7 +981,7 @@ class TestMasking:
     def test_padding_is_neither_counted_nor_in_the_masked_norm(
         self, neox: Any, make_sae: MakeSAE, tokens: torch.Tensor
     ) -> None:
-        padded = tokens.numpy().copy()
+        padded = tokens.numpy(force=True).copy()
         lengths = np.random.default_rng(3).integers(2, 20, size=len(padded))
         for row, length in enumerate(lengths):
             padded[row, length:] = PADDING
@@ -1002,7 +1008,7 @@ class TestMasking:
         found = []
         for size in (1, 5, 24):
             starts = range(0, len(tokens), size)
-            batches = [TokenBatch(tokens[s : s + size].numpy(), documents[s : s + size]) for s in starts]
+            batches = [TokenBatch(tokens[s : s + size].numpy(force=True), documents[s : s + size]) for s in starts]
             with tlc.add_capacity_hooks(neox, sae) as capacity:
                 found.append(capacity.run(batches).measurement()[HOOK].summary)
         counted = counted_positions(tokens)

@@ -121,7 +121,7 @@ class TestDocumentGroups:
 
 def batch_of(latents: torch.Tensor, documents: torch.Tensor, activations: torch.Tensor) -> LatentBatch:
     tokens, features, values = active_entries(latents)
-    groups = torch.from_numpy(document_groups(documents.numpy()))
+    groups = torch.from_numpy(document_groups(documents.numpy(force=True)))
     sae = SimpleNamespace(cfg=SimpleNamespace(d_sae=latents.shape[1]))
     place = torch.arange(len(latents))
     counted = torch.ones(len(latents), 1, dtype=torch.bool)
@@ -199,7 +199,7 @@ class TestFeatureStatistics:
         edges = [0, *sorted(cuts), 90]
         for start, stop in pairwise(edges):
             add(statistics, batch_of(latents[start:stop], documents[start:stop], torch.zeros(stop - start, 4)))
-        groups = torch.from_numpy(document_groups(documents.numpy()))
+        groups = torch.from_numpy(document_groups(documents.numpy(force=True)))
         dense = latents.double()
         for group in range(DOCUMENT_GROUPS):
             own = dense[groups == group]

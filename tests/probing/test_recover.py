@@ -78,18 +78,18 @@ def moments_of(x: torch.Tensor, z: torch.Tensor, chunk: int = 1000) -> Moments:
 
 def predicted(readout: Readout, x: torch.Tensor) -> np.ndarray[Any, Any]:
     x = x.double() if readout.basis is None else x.double() @ readout.basis
-    return ((x - readout.x_mean) @ readout.weight.T + readout.z_mean).numpy()
+    return ((x - readout.x_mean) @ readout.weight.T + readout.z_mean).numpy(force=True)
 
 
 @pytest.mark.parametrize("ridge", RIDGES[::3])
 def test_a_streamed_readout_is_a_dense_ridge_regression(data: Any, ridge: float) -> None:
     x, z, _ = data
     readout = solve(moments_of(x, z, chunk=700), ridge)
-    wide = x.double().numpy()
-    dense = Ridge(alpha=ridge * ((wide - wide.mean(0)) ** 2).sum(0).mean()).fit(wide, z.numpy())
-    np.testing.assert_allclose(readout.weight.numpy(), dense.coef_, rtol=1e-7, atol=1e-10)
+    wide = x.double().numpy(force=True)
+    dense = Ridge(alpha=ridge * ((wide - wide.mean(0)) ** 2).sum(0).mean()).fit(wide, z.numpy(force=True))
+    np.testing.assert_allclose(readout.weight.numpy(force=True), dense.coef_, rtol=1e-7, atol=1e-10)
     np.testing.assert_allclose(predicted(readout, x), dense.predict(wide), rtol=1e-7, atol=1e-8)
-    np.testing.assert_allclose(readout.spread.numpy(), dense.predict(wide).std(0), rtol=1e-7)
+    np.testing.assert_allclose(readout.spread.numpy(force=True), dense.predict(wide).std(0), rtol=1e-7)
 
 
 def test_sums_merge_to_those_of_all_tokens(data: Any) -> None:
@@ -108,10 +108,10 @@ def test_the_ridge_is_that_which_predicts_other_tokens_best(data: Any) -> None:
 
     def error(ridge: float) -> float:
         readout = solve(moments_of(x[few], z[few]), ridge)
-        fires = (z[few] != 0).any(0).numpy()
-        left = ((z[others].numpy() - predicted(readout, x[others])) ** 2).sum(0) / (
+        fires = (z[few] != 0).any(0).numpy(force=True)
+        left = ((z[others].numpy(force=True) - predicted(readout, x[others])) ** 2).sum(0) / (
             z[others].var(0, correction=0) * 1000
-        ).numpy()
+        ).numpy(force=True)
         return float(left[fires].mean())
 
     best = choose_ridge(moments_of(x[few], z[few]), moments_of(x[others], z[others]))
@@ -170,7 +170,11 @@ def test_streamed_scores_are_scikit_learns_within_the_stated_error(judged: Any) 
     assert np.isnan(scores.average_precision[0])
     assert scores.auroc_error[1:].max() < 0.01
     for feature in range(1, FEATURES):
-        fires, score, own = z[:, feature].numpy() > 0, predictions[:, feature], z[:, feature].numpy()
+        fires, score, own = (
+            z[:, feature].numpy(force=True) > 0,
+            predictions[:, feature],
+            z[:, feature].numpy(force=True),
+        )
         assert abs(scores.auroc[feature] - roc_auc_score(fires, score)) <= scores.auroc_error[feature] + 1e-6
         assert (
             abs(scores.average_precision[feature] - average_precision_score(fires, score))
@@ -186,7 +190,7 @@ def test_the_stated_error_bounds_any_scores(seed: int, tokens: int, spread: floa
     score = (spread * random.standard_normal(tokens)).astype(np.float32)
     fires = np.zeros(tokens, dtype=bool)
     fires[random.permutation(tokens)[: random.integers(1, tokens)]] = True
-    bins = bins_of_(torch.from_numpy(score.copy())).numpy()
+    bins = bins_of_(torch.from_numpy(score.copy())).numpy(force=True)
     assert bins.min() >= 0
     assert bins.max() < BINS
     assert (np.diff(bins[np.argsort(score)]) >= 0).all()
@@ -203,7 +207,7 @@ def test_the_stated_error_bounds_any_scores(seed: int, tokens: int, spread: floa
 
 def test_intervals_are_those_of_resampled_documents(judged: Any, data: Any) -> None:
     scores, predictions, z = judged
-    groups = data[2][2000:].numpy()
+    groups = data[2][2000:].numpy(force=True)
     weights = document_resamples(np.bincount(groups, minlength=GROUPS))
     assert weights is not None
     assert scores.resampled_auroc is not None
@@ -371,7 +375,7 @@ def test_readouts_are_those_of_a_dense_regression_on_saved_activations(
     parts = np.array(parts_of(np.arange(len(rows))))
     tokens = {part: rows[torch.from_numpy(np.isin(parts, part))].flatten() for part in ((FIT, VALIDATION), (HELD_OUT,))}
     x, z = (
-        {part: vectors[ids].double().numpy() for part, ids in tokens.items()}
+        {part: vectors[ids].double().numpy(force=True) for part, ids in tokens.items()}
         for vectors in (embedding[:, PLANTED], embedding)
     )
     fitted, judged_on = (FIT, VALIDATION), (HELD_OUT,)
@@ -544,11 +548,15 @@ def test_the_best_layer_is_that_of_dense_regressions_on_the_documents_that_fit(
         remove.remove()
     last = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     z = {
-        part: embedding[rows[torch.from_numpy(parts == part)].flatten()].double().numpy() for part in (FIT, VALIDATION)
+        part: embedding[rows[torch.from_numpy(parts == part)].flatten()].double().numpy(force=True)
+        for part in (FIT, VALIDATION)
     }
     expected = {}
     for layer, state in enumerate([*states[:2], last]):
-        x = {part: state[torch.from_numpy(parts == part)].flatten(0, 1).double().numpy() for part in (FIT, VALIDATION)}
+        x = {
+            part: state[torch.from_numpy(parts == part)].flatten(0, 1).double().numpy(force=True)
+            for part in (FIT, VALIDATION)
+        }
         errors = []
         for ridge in RIDGES:
             alpha = ridge * ((x[FIT] - x[FIT].mean(0)) ** 2).sum(0).mean()

@@ -567,7 +567,7 @@ def test_snippets_are_where_a_dense_computation_finds_them(folder: Path, measure
         remove = find_tap_point(loaded.model, hook.hook).watch(seen.append)
         with torch.no_grad():
             loaded.model(torch.from_numpy(np.maximum(batch.tokens, 0)))
-            latent_values = sae.encode(seen[0]).abs().numpy() * counted[:, :, None]
+            latent_values = sae.encode(seen[0]).abs().numpy(force=True) * counted[:, :, None]
         remove()
         for row in range(len(batch.tokens)):
             for latent in latents:

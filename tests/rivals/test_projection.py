@@ -48,7 +48,7 @@ def projecting(pca: PCA, width: int, ids: torch.Tensor) -> Callable[[torch.Tenso
     """What scikit-learn makes of an activation with `width` components, but at BOS."""
 
     def change(x: torch.Tensor) -> torch.Tensor:
-        coordinates = pca.transform(x.detach().flatten(0, 1).double().numpy())
+        coordinates = pca.transform(x.detach().flatten(0, 1).double().numpy(force=True))
         coordinates[:, width:] = 0
         new = torch.from_numpy(pca.inverse_transform(coordinates)).view_as(x).to(x)
         return torch.where((ids == BOS)[..., None], x, new)
@@ -62,7 +62,7 @@ def test_as_a_dense_loop_has_it(
 ) -> None:
     model = models_by_kind[kind]
     forecasts = pca_splice(model, text, WIDTHS, [HOOK], fitted_on=tokens, rule=RULE, progress=False)
-    pca = PCA().fit(activations(model, HOOK, tokens).double().numpy())
+    pca = PCA().fit(activations(model, HOOK, tokens).double().numpy(force=True))
     clean = logits_with(model, HOOK, lambda x: x, text)
     for width, floor in forecasts.floors("pca_splice", HOOK).items():
         expected = kl_per_token(clean, logits_with(model, HOOK, projecting(pca, width, text), text))
@@ -83,7 +83,7 @@ def test_every_layer_at_once(
     model, hooks = models_by_kind[kind], every_layer(models_by_kind[kind])
     assert hooks == [f"blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
     forecasts = pca_splice(model, text, (3, 8), hooks, fitted_on=tokens, rule=RULE, together=True, progress=False)
-    pcas = [PCA().fit(activations(model, hook, tokens).double().numpy()) for hook in hooks]
+    pcas = [PCA().fit(activations(model, hook, tokens).double().numpy(force=True)) for hook in hooks]
     clean = logits_with(model, HOOK, lambda x: x, text)
     for width, floor in forecasts.floors("pca_splice", "blocks.*.hook_resid_post").items():
         changes = [projecting(pca, width, text) for pca in pcas]
@@ -131,7 +131,7 @@ def test_off_the_stream(
     name = hook if hook in model.hook_dict else hook.replace("hook_resid_pre", "hook_in")
     with torch.no_grad():
         clean, cache = model.run_with_cache(tokens, names_filter=name)
-        pca = PCA().fit(cache[name].flatten(2)[tokens != BOS].double().numpy())
+        pca = PCA().fit(cache[name].flatten(2)[tokens != BOS].double().numpy(force=True))
         clean = model(text)
 
         def change(x: torch.Tensor, hook: Any) -> torch.Tensor:

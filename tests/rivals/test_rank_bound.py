@@ -151,7 +151,7 @@ def test_of_any_form_of_model(models_by_kind: dict[str, Any], tokens: torch.Tens
     [record] = rank_bound(model, tokens, [6], progress=False)
     with torch.no_grad():
         output = model(tokens)
-    logits = getattr(output, "logits", output)[:, :-1].flatten(0, 1).double().numpy()
+    logits = getattr(output, "logits", output)[:, :-1].flatten(0, 1).double().numpy(force=True)
     text = spoken(logits)
     expected = divergence(text, fitted(text, leading_directions(text), 6, BoundSettings()).low_rank)
     assert record.floor.value == pytest.approx(expected, rel=0.02)
