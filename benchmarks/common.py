@@ -1,164 +1,324 @@
-"""What every benchmark shares: interleaved timing, peak memory, and a table or JSON of ratios against goals."""
+"""What every benchmark shares: interleaved pairs, ratios with intervals, goals, and what becomes of the rows."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
+from typing import Any, TypeVar
+
+import machine
+import numpy as np
+import page
+
+Entered = TypeVar("Entered")
+
+NARROW = 0.03
+"""An interval is narrow where its width is below this share of the ratio; then no more pairs are timed."""
+FEWEST = 6
+"""Pairs without which there is no interval: all of five independent ones lie on one side of the median in 1 of 16
+cases, all of six in 1 of 32.
+"""
+MOST = 200
+"""Pairs after which timing ends, however wide the interval is."""
+DRAWS = 2_000
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure must reach.
+
+    Attributes:
+        value: the bound of the figure.
+        least: whether it must not be below the bound; otherwise it must not be above.
+        end: the bound of the interval's unfavourable end, where that is another.
+    """
+
+    value: float
+    least: bool = False
+    end: float | None = None
+
+    def __str__(self) -> str:
+        sign = "≥" if self.least else "≤"
+        return f"{sign} {self.value:g}" + ("" if self.end is None else f" (end {sign} {self.end:g})")
+
+    def reached(self, figure: float, low: float, high: float) -> bool:
+        """Whether the figure reaches its bound, and the unfavourable end of its interval its own."""
+        end = self.value if self.end is None else self.end
+        return figure >= self.value and low >= end if self.least else figure <= self.value and high <= end
+
+
+def at_most(value: float, end: float | None = None) -> Goal:
+    return Goal(value, end=end)
+
+
+def at_least(value: float, end: float | None = None) -> Goal:
+    return Goal(value, least=True, end=end)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One claim: a ratio (or a size), the goal, and whether it holds."""
+    """One figure, its 95% interval, the goal, and whether it holds.
+
+    Attributes:
+        value: None where it could not be measured; the note says why.
+        low, high: the interval; None where there were too few pairs.
+        holds: None where there is no goal, or no figure.
+        runs: pairs, or processes, that it is the median of.
+    """
 
     name: str
-    ratio: float
-    goal: str
-    holds: bool
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    goal: str = ""
+    holds: bool | None = None
+    runs: int = 1
+    note: str = ""
 
 
-def at_most(name: str, ratio: float, goal: float) -> Row:
-    return Row(name, round(ratio, 3), f"≤ {goal:g}", ratio <= goal)
+def row(name: str, values: Sequence[float], goal: Goal | None = None, fewest: int = FEWEST) -> Row:
+    """The median of some values with its interval, held against a goal; a goal isn't reached by too few values."""
+    figure = statistics.median(values)
+    interval = median_interval(values, fewest)
+    low, high = interval or (None, None)
+    note = "" if interval else f"only {len(values)} of at least {fewest} runs"
+    holds = None if goal is None else interval is not None and goal.reached(figure, *interval)
+    return Row(name, figure, low, high, str(goal or ""), holds, len(values), note)
 
 
-def at_least(name: str, ratio: float, goal: float) -> Row:
-    return Row(name, round(ratio, 3), f"≥ {goal:g}", ratio >= goal)
+def fact(name: str, value: float, goal: Goal | None = None) -> Row:
+    """A figure without chance, such as a number of bytes."""
+    holds = None if goal is None else goal.reached(value, value, value)
+    return Row(name, value, value, value, str(goal or ""), holds)
+
+
+def absent(name: str, why: str, goal: Goal | None = None) -> Row:
+    """What cannot be measured here, and why."""
+    return Row(name, None, goal=str(goal or ""), note=why)
+
+
+def median_interval(values: Sequence[float], fewest: int = FEWEST) -> tuple[float, float] | None:
+    """The 95% percentile bootstrap interval of the median over independent values; None where they are too few."""
+    if len(values) < fewest:
+        return None
+    draws = np.random.default_rng(0).choice(np.asarray(values, dtype=float), (DRAWS, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975), method="closest_observation")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A candidate with a preparation that is not timed: `prepared` is a context manager that yields the step."""
+class Claim:
+    """A ratio of candidates that take turns, turn by turn.
 
-    prepared: Callable[[], AbstractContextManager[Callable[[], object]]]
+    Attributes:
+        over, under: candidates whose seconds of one turn are added up above and below the line; one may be named twice.
+            With nothing below the line it is seconds.
+        scale: what it is multiplied by, for another unit.
+    """
 
-    def __call__(self) -> object:
-        with self.prepared() as step:
-            return step()
+    name: str
+    over: tuple[str, ...]
+    under: tuple[str, ...] = ()
+    goal: Goal | None = None
+    scale: float = 1.0
+
+    def ratios(self, seconds: Mapping[str, Sequence[float]]) -> list[float]:
+        """The ratio of each turn in which all candidates took part."""
+        turns = range(min(len(seconds[name]) for name in (*self.over, *self.under)))
+        above, below = ([sum(seconds[name][i] for name in names) for i in turns] for names in (self.over, self.under))
+        return [self.scale * a / (b if self.under else 1) for a, b in zip(above, below, strict=True)]
+
+    def settled(self, seconds: Mapping[str, Sequence[float]], narrow: float) -> bool:
+        """Whether the interval of its ratio is narrow."""
+        ratios = self.ratios(seconds)
+        interval = median_interval(ratios)
+        return interval is not None and interval[1] - interval[0] < narrow * statistics.median(ratios)
 
 
-def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int, each: int = 1) -> dict[str, float]:
-    """Median seconds of each candidate; see `interleaved`."""
-    return {name: statistics.median(values) for name, values in interleaved(candidates, repetitions, each).items()}
+@dataclass(frozen=True)
+class Limit:
+    """When timing ends.
+
+    Attributes:
+        seconds: after so many no further turn begins.
+        narrow: a claim whose interval is narrower than this share is timed no longer.
+        hard: the seconds end it with fewer than `FEWEST` turns too.
+    """
+
+    seconds: float
+    narrow: float = NARROW
+    hard: bool = False
+    most: int = MOST
 
 
-def interleaved(
+def take_turns(
     candidates: Mapping[str, Callable[[], object]],
-    repetitions: int,
-    each: int = 1,
+    claims: Sequence[Claim],
+    limit: Limit,
     clock: Callable[[], float] = time.perf_counter,
+    watch: Callable[[], float] = time.monotonic,
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition of each candidate; one warm-up, then all take turns of `each` steps, so that drift of
-    the machine hits all alike. With `time.process_time` as clock they are this process's own, on a machine that others
-    work on too.
+    """Seconds of every turn of each candidate, after one that is not counted.
+
+    All take turns, and every other round goes backwards, so that drift of the machine hits all alike. A candidate drops
+    out as soon as the claims on it are settled.
     """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for repetition in range(repetitions + 1):
-        for name, candidate in candidates.items():
-            with candidate.prepared() if isinstance(candidate, Prepared) else nullcontext(candidate) as step:
-                for _ in range(each if repetition else 1):
-                    started = clock()
-                    step()
-                    if repetition:
-                        times[name].append(clock() - started)
-    return times
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    started, turns, open_claims = watch(), 0, list(claims)
+    for candidate in candidates.values():
+        candidate()
+    while (
+        turns < limit.most
+        and open_claims
+        and not (watch() - started >= limit.seconds and (limit.hard or turns >= FEWEST))
+    ):
+        wanted = {name for claim in open_claims for name in (*claim.over, *claim.under)}
+        names = [name for name in candidates if name in wanted]
+        for name in reversed(names) if turns % 2 else names:
+            before = clock()
+            candidates[name]()
+            seconds[name].append(clock() - before)
+        turns += 1
+        open_claims = [claim for claim in open_claims if not claim.settled(seconds, limit.narrow)]
+    return seconds
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of medians, and its interval as a row shows it."""
+@dataclass
+class Sitting:
+    """One benchmark on one machine: its rows, its times, and what else the machine did meanwhile."""
 
-    value: float
-    interval: str
+    name: str
+    asked: argparse.Namespace
+    rows: list[Row] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    load: machine.Load = field(default_factory=machine.Load)
+
+    @staticmethod
+    def clock() -> float:
+        """Seconds, once the device has done all that it was given."""
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def group(self) -> Iterator[Callable[[AbstractContextManager[Entered]], Entered]]:
+        """Gives what enters context managers, such as sessions; they are left at the end."""
+        with ExitStack() as stack:
+            yield stack.enter_context
+
+    def time(
+        self,
+        candidates: Mapping[str, Callable[[], object]],
+        claims: Sequence[Claim],
+        share: float = 1.0,
+        batches: int = 1,
+        clock: Callable[[], float] | None = None,
+    ) -> dict[str, list[float]]:
+        """Time candidates against each other and keep a row for each claim; returns the seconds of every turn.
+
+        Args:
+            share: of the seconds that the benchmark has.
+            batches: that a candidate does in one turn; times are shown for one of them.
+        """
+        limit = Limit(self.asked.seconds * share, self.asked.narrow, hard=self.asked.device != "cpu")
+        turns = take_turns(candidates, claims, limit, clock or self.clock)
+        self.rows += [row(claim.name, ratios, claim.goal) for claim in claims if (ratios := claim.ratios(turns))]
+        self.rows += [
+            absent(claim.name, f"not one turn in {limit.seconds:.0f} s", claim.goal)
+            for claim in claims
+            if not claim.ratios(turns)
+        ]
+        self.seconds |= {name: statistics.median(values) / batches for name, values in turns.items() if values}
+        return turns
+
+    def record(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {
+            "benchmark": self.name,
+            "device": self.asked.device,
+            "date": date.today().isoformat(),
+            "commit": self.asked.commit or machine.commit(),
+            "machine": machine.description(),
+            "versions": machine.versions(),
+            "settings": {k: v for k, v in vars(self.asked).items() if isinstance(v, (bool, int, float))},
+            "load": self.load.summary(),
+            "notes": self.notes,
+            "rows": [asdict(each) for each in self.rows],
+            "seconds": self.seconds,
+            "sizes": self.sizes,
+        }
+
+    def finish(self) -> None:
+        """Print the rows, and write what was asked for."""
+        record = self.record()
+        if self.asked.out:
+            page.write_whole(Path(self.asked.out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        if self.asked.write:
+            page.write(record)
+        print(json.dumps(record, indent=1, ensure_ascii=False) if self.asked.json else page.printed(record))
 
 
-def median_ratio(times: Sequence[float], others: Sequence[float]) -> Ratio:
-    """The ratio of the medians of two candidates that took turns, with a 95% bootstrap interval over their turns."""
-    draws, turns = random.Random(0), range(len(times))
-    replicates = []
-    for _ in range(2_000):
-        drawn = draws.choices(turns, k=len(times))
-        replicates.append(statistics.median(times[i] for i in drawn) / statistics.median(others[i] for i in drawn))
-    replicates.sort()
-    low, high = replicates[50], replicates[-51]
-    return Ratio(statistics.median(times) / statistics.median(others), f"[{low:.3f}, {high:.3f}]")
-
-
-def arguments(description: str | None, repetitions: int, **numbers: int) -> argparse.Namespace:
+def arguments(
+    description: str | None,
+    seconds: float,
+    devices: Mapping[str, float] | None = None,
+    tiny: bool = False,
+    arguments: Sequence[str] | None = None,
+    **numbers: int,
+) -> argparse.Namespace:
     """What every benchmark is asked on the command line, and `numbers` of its own with their defaults; two threads, and
-    no warnings between the figures.
-    """
-    import torch
+    no warnings between the figures. With `--write FILE` it writes the page from the file and ends.
 
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", action="store_true", help="print a list of name, ratio, goal, holds")
-    for name, default in {"repetitions": repetitions, **numbers}.items():
+    Args:
+        seconds: of timing, after which each ratio has the interval that it has.
+        devices: seconds on other devices than the CPU that it runs on.
+        tiny: whether it has tiny shapes too.
+    """
+    devices = {"cpu": seconds, **(devices or {})}
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=list(devices), default="cpu", help="what it is measured on")
+    parser.add_argument("--seconds", type=float, help=f"of timing at most; by default {seconds:g}")
+    parser.add_argument("--narrow", type=float, default=NARROW, help="width of an interval, as a share of its ratio,")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    parser.add_argument(
+        "--write",
+        metavar="FILE",
+        nargs="?",
+        const=True,
+        help="write docs/benchmarks.md, from this result or from an earlier one's file",
+    )
+    parser.add_argument("--commit", help="where the folder is no git repository")
+    if tiny:
+        parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs")
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if isinstance(asked.write, str):
+        page.write(page.read(Path(asked.write)))
+        raise SystemExit(0)
+    if asked.write and getattr(asked, "tiny", False):
+        parser.error("--tiny has no figures for docs/benchmarks.md: leave out --write, or --tiny")
+    asked.seconds = devices[asked.device] if asked.seconds is None else asked.seconds
+
+    import torch
+
+    if asked.device == "cuda" and not torch.cuda.is_available() and not getattr(asked, "tiny", False):
+        parser.error("--device cuda needs a GPU, and torch sees none: leave it out to measure on the CPU")
     warnings.simplefilter("ignore")
-    torch.set_num_threads(2)
-    return parser.parse_args()
-
-
-def growth_apart(script: str, candidates: Sequence[str], processes: int = 1) -> dict[str, float]:
-    """Peak growth of each candidate in MB, as the script prints it with `--memory-of`: the median of so many processes
-    of its own.
-    """
-
-    def growth(which: str) -> float:
-        return float(
-            subprocess.run(
-                [sys.executable, script, "--memory-of", which], capture_output=True, text=True, check=True
-            ).stdout.split()[-1]
-        )
-
-    return {which: statistics.median(growth(which) for _ in range(processes)) for which in candidates}
-
-
-def peak_growth_mb(candidate: Callable[[], object]) -> float:
-    """Growth of the process's peak resident memory over its present size while `candidate` runs twice, in MB; Linux
-    only.
-    """
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
-    candidate()
-    candidate()
-    return (_status("VmHWM") - before) / 1024
-
-
-def report(title: str, rows: list[Row], seconds: Mapping[str, float], as_json: bool) -> None:
-    """Print the rows."""
-    if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=110)
-    times = Table(title=f"{title}: median seconds", title_justify="left")
-    times.add_column("what")
-    times.add_column("s", justify="right")
-    for name, value in seconds.items():
-        times.add_row(name, f"{value:.3f}")
-    console.print(times)
-    shown = Table(title=f"{title}: ratios", title_justify="left")
-    for column in ("what", "ratio", "goal", "holds"):
-        shown.add_column(column, justify="left" if column == "what" else "right")
-    for row in rows:
-        shown.add_row(row.name, f"{row.ratio:g}", row.goal, "yes" if row.holds else "NO")
-    console.print(shown)
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux")
+    if asked.device == "cpu":
+        torch.set_num_threads(2)
+    return asked

@@ -1,57 +1,66 @@
-"""What a distillation step costs beside the plain loop, which holds all logits of teacher and student at once:
-`python benchmarks/distill.py [--json]`.
+"""What a distillation step costs beside the plain loop, which holds all logits of teacher and student at once.
 
-GPT-NeoX teacher d=768, 12 layers, vocabulary 50,304, random weights; a student d=128, or five; batches of 8×256 tokens,
-float32, two threads. Both sides run the same forward passes (SDPA), clip, and step AdamW; *four GEMMs* are the head's
-own products (logits of both, gradients of the student's hidden states and head), into buffers that are there already.
-Features are kept of a dictionary of 24,576 latents.
+python benchmarks/distill.py: GPT-NeoX teacher d=768, 12 layers, vocabulary 50,304, random weights; a student d=128, or
+five; batches of 8×256 tokens, float32, two threads. Both sides run the same forward passes (SDPA), clip, and step
+AdamW; *four GEMMs* are the head's own products (logits of both, gradients of the student's hidden states and head),
+into buffers that are there already. Features are kept of a dictionary of 24,576 latents.
+
+With --device cuda: teacher d=2,304 in bfloat16, a student d=384 or five up to d=1,152 in float32 with bfloat16
+autocast, batches of 8×1,024; the heads are compared in bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from common import Row, arguments, at_most, growth_apart, medians, peak_growth_mb, report
+from common import Claim, Sitting, absent, arguments, at_most, fact, row
+from heads import HeadShapes, four_gemms, gradient_error, ours, peers, with_gradients
+from memory import device_growth_mb, growth_apart, peak_growth_mb
+from neox import CPU, CUDA, Shapes, hugging_face, tiny
 from torch.nn import functional as F
 
 from tl_capacity.dictionaries.chosen import chosen_latents
 from tl_capacity.dictionaries.dictionary import Dictionary
 from tl_capacity.distillation.ensemble import Students
 from tl_capacity.distillation.keeping import Kept
-from tl_capacity.distillation.losses import Head, Output, chunked_losses
-from tl_capacity.distillation.settings import CHUNK_TOKENS, DistillSettings, KeepFeatures, LogitLoss
+from tl_capacity.distillation.settings import DistillSettings, KeepFeatures, LogitLoss
 from tl_capacity.distillation.students import new_student, output_of
 from tl_capacity.models.forward import activation_at
 from tl_capacity.models.hook_points import find_tap_point
-from tl_capacity.runtime.scratch import Scratch
 
-D_TEACHER, LAYERS, VOCABULARY, ROWS, CONTEXT, WIDTH = 768, 12, 50_304, 8, 256, 128
-WIDTHS = (64, 128, 256, 384, 512)
-HOOK, LATENTS, CHOSEN = "blocks.6.hook_resid_post", 24_576, 200
+CHOSEN = 200
+"""Features that are kept."""
 SETTINGS = DistillSettings(loss=LogitLoss(temperature=2.0))  # the paper's
+LARGE_CHUNK = 1024
+"""liger-kernel's chunk of tokens."""
 
 
-def teacher() -> Any:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+@dataclass(frozen=True)
+class Widths:
+    """Widths of students, of which one is timed alone too."""
 
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D_TEACHER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=12,
-        intermediate_size=4 * D_TEACHER,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+    one: int
+    widths: tuple[int, ...]
 
 
-def token_ids(rows: int = ROWS) -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (rows, CONTEXT), generator=torch.Generator().manual_seed(1))
+WIDTHS = {
+    "cpu": Widths(128, (64, 128, 256, 384, 512)),
+    "cuda": Widths(384, (192, 384, 576, 768, 1152)),
+    "tiny": Widths(16, (16, 32)),
+}
+
+
+def teacher(shapes: Shapes = CPU) -> Any:
+    return hugging_face(shapes).requires_grad_(False)
+
+
+def token_ids(shapes: Shapes = CPU, rows: int | None = None) -> torch.Tensor:
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, shapes.vocabulary, (rows or shapes.rows, shapes.context), generator=random)
+    return ids.to(shapes.device)
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -60,24 +69,44 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def kept(of: Any, tokens: torch.Tensor) -> Kept:
+def kept(of: Any, tokens: torch.Tensor, shapes: Shapes = CPU) -> Kept:
     """200 features of a dictionary of random weights, each of which fires on about 1% of the tokens."""
-    point = find_tap_point(of, HOOK)
+    point = find_tap_point(of, shapes.hook)
     seen = activation_at(of, point, tokens)
     assert seen is not None
     activations = seen.flatten(0, 1)
     random = torch.Generator().manual_seed(3)
-    encoder = torch.randn(D_TEACHER, LATENTS, generator=random) / D_TEACHER**0.5
-    threshold = (activations @ encoder).topk(len(activations) // 100, dim=0).values[-1].clamp(min=1e-3)
-    weights = {"W_enc": encoder, "W_dec": encoder.T, "b_enc": torch.zeros(LATENTS), "b_dec": torch.zeros(D_TEACHER)}
+    encoder = torch.randn(shapes.d_model, shapes.d_sae, generator=random) / shapes.d_model**0.5
+    threshold = (activations @ encoder).topk(max(1, len(activations) // 100), dim=0).values[-1].clamp(min=1e-3)
+    biases = {"b_enc": torch.zeros(shapes.d_sae), "b_dec": torch.zeros(shapes.d_model)}
+    weights = {"W_enc": encoder, "W_dec": encoder.T, **biases}
     sae = Dictionary("jumprelu", {**weights, "threshold": threshold}, subtract_bias=False)
     features = tuple(range(CHOSEN))
-    return Kept(KeepFeatures(HOOK, features), point, chosen_latents(sae, features, activations))
+    return Kept(KeepFeatures(shapes.hook, features), point, chosen_latents(sae, features, activations))
 
 
-def ours(of: Any, widths: Sequence[int], tokens: torch.Tensor, keep: Sequence[Kept] = ()) -> Callable[[], object]:
+def student_of(of: Any, width: int, shapes: Shapes) -> Any:
+    """A student whose weights are drawn where they are needed."""
+    with torch.device(shapes.device):
+        return new_student(of, width)
+
+
+def autocast(shapes: Shapes) -> torch.autocast:
+    """The students' blocks in bfloat16, where their teacher is."""
+    return torch.autocast(shapes.device, torch.bfloat16, enabled=shapes.dtype == torch.bfloat16)
+
+
+def step_of(
+    of: Any,
+    widths: Sequence[int],
+    tokens: torch.Tensor,
+    shapes: Shapes = CPU,
+    keep: Sequence[Kept] = (),
+    settings: DistillSettings = SETTINGS,
+) -> Callable[[], object]:
     """A step as `distill` takes it."""
-    students = Students([new_student(of, width) for width in widths], D_TEACHER, SETTINGS, keep)
+    students = Students([student_of(of, width, shapes) for width in widths], shapes.d_model, settings, keep)
+    students.to(shapes.device)
     optimiser = adamw(students)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, -1] = False
@@ -86,29 +115,33 @@ def ours(of: Any, widths: Sequence[int], tokens: torch.Tensor, keep: Sequence[Ke
     def step() -> object:
         with torch.no_grad():
             target = output_of(of, tokens, mask, students.hooks, students.points)
-        losses = students(tokens, mask, labels, target, len(labels))
+        with autocast(shapes):
+            losses = students(tokens, mask, labels, target, len(labels))
         losses.sum().backward()
-        for parameters in students.parameters_of_each():
-            torch.nn.utils.clip_grad_norm_(parameters, SETTINGS.clip)
+        norms = [
+            float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
+            for parameters in students.parameters_of_each()
+        ]
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return losses.tolist()
+        return losses.tolist(), norms
 
     return step
 
 
-def plain(of: Any, width: int, tokens: torch.Tensor) -> Callable[[], object]:
+def plain(of: Any, width: int, tokens: torch.Tensor, shapes: Shapes = CPU) -> Callable[[], object]:
     """The loop that tutorials have: the softmax of both over the whole batch, and `kl_div`."""
-    student = new_student(of, width)
+    student = student_of(of, width, shapes)
     optimiser = adamw(student)
 
     def step() -> object:
         with torch.no_grad():
             teacher_logits = of(tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
-        student_logits = student(tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
         temperature = SETTINGS.loss.temperature
-        p, log_q = F.softmax(teacher_logits / temperature, -1), F.log_softmax(student_logits / temperature, -1)
-        loss = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+        with autocast(shapes):
+            student_logits = student(tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+            p, log_q = F.softmax(teacher_logits / temperature, -1), F.log_softmax(student_logits / temperature, -1)
+            loss = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), SETTINGS.clip)
         optimiser.step()
@@ -118,123 +151,110 @@ def plain(of: Any, width: int, tokens: torch.Tensor) -> Callable[[], object]:
     return step
 
 
-def outputs(dtype: torch.dtype, tokens: int) -> tuple[Output, Output]:
-    """Hidden states and heads of a teacher and a student, whose logits are about as sharp as a trained model's."""
-    random = torch.Generator().manual_seed(2)
-    found = []
-    for width in (D_TEACHER, WIDTH):
-        hidden, weight = (
-            torch.randn(tokens, width, generator=random),
-            torch.randn(VOCABULARY, width, generator=random) * 2 / width**0.5,
-        )
-        found.append(Output(hidden.to(dtype), Head(weight.to(dtype))))
-    for part in (found[1].hidden, found[1].head.weight):
-        part.requires_grad_()
-    return found[0], found[1]
-
-
-def head() -> Callable[[], object]:
-    """Loss and gradients from hidden states."""
-    of, student = outputs(torch.float32, ROWS * CONTEXT)
-    labels, scratch = torch.zeros(ROWS * CONTEXT, dtype=torch.long), Scratch()
-
-    def once() -> object:
-        student.hidden.grad = student.head.weight.grad = None
-        return chunked_losses(of, [student], labels, LogitLoss(), scratch=scratch).sum().backward()
-
-    return once
-
-
-def four_gemms() -> Callable[[], object]:
-    """The products that no head can do without, chunk by chunk."""
-    of, student = outputs(torch.float32, ROWS * CONTEXT)
-    buffers = torch.empty(2, CHUNK_TOKENS, VOCABULARY)
-    of_hidden, of_weight = torch.empty(ROWS * CONTEXT, WIDTH), torch.zeros(WIDTH, VOCABULARY)
-
-    @torch.no_grad()
-    def once() -> object:
-        for start in range(0, ROWS * CONTEXT, CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            torch.mm(of.hidden[rows], of.head.weight.T, out=buffers[0])
-            gradient = torch.mm(student.hidden[rows], student.head.weight.T, out=buffers[1])
-            torch.mm(gradient, student.head.weight, out=of_hidden[rows])
-            of_weight.addmm_(student.hidden[rows].T, gradient)
-        return of_weight
-
-    return once
-
-
-def gradient_error() -> float:
-    """Largest error of a gradient over its largest entry, against autograd through the definition in float64; 256
-    tokens.
-    """
-    tokens = CONTEXT
-    of, student = outputs(torch.float32, tokens)
-    chunked_losses(of, [student], torch.zeros(tokens, dtype=torch.long), LogitLoss()).sum().backward()
-    of64, student64 = outputs(torch.float64, tokens)
-    log_p, log_q = ((o.hidden @ o.head.weight.T).log_softmax(-1) for o in (of64, student64))
-    F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").backward()
-    errors = []
-    for found, expected in (
-        (student.hidden.grad, student64.hidden.grad),
-        (student.head.weight.grad, student64.head.weight.grad),
-    ):
-        assert found is not None
-        assert expected is not None
-        errors.append(float((found.double() - expected).abs().max() / expected.abs().max()))
-    return max(errors)
-
-
 def memory(which: str) -> float:
     """Peak growth of one kind of step, in MB; run in a process of its own."""
-    of = teacher()
+    of, one = teacher(), WIDTHS["cpu"].one
     make: dict[str, Callable[[torch.Tensor], Callable[[], object]]] = {
-        "chunks": lambda tokens: ours(of, (WIDTH,), tokens),
-        "plain loop": lambda tokens: plain(of, WIDTH, tokens),
+        "chunks": lambda tokens: step_of(of, (one,), tokens),
+        "plain loop": lambda tokens: plain(of, one, tokens),
     }
-    step = make[which](token_ids())
-    make[which](token_ids(1)[:, :8])()  # the libraries' own buffers belong to the loaded state
-    return peak_growth_mb(step)
+    return peak_growth_mb(make[which](token_ids()), make[which](token_ids(rows=1)[:, :8]))
+
+
+def time_heads(sitting: Sitting, shapes: HeadShapes, goal: float, share: float) -> None:
+    """The head beside its products and beside other libraries' losses, with the error of its gradient."""
+    gpu = sitting.asked.device == "cuda"
+    ways, claims = {"head": with_gradients(ours(), shapes), "its four GEMMs": four_gemms(shapes)}, []
+    best = ["head"]
+    if gpu:
+        ways |= {
+            f"head, chunks of {LARGE_CHUNK:,}": with_gradients(ours(LARGE_CHUNK), shapes),
+            "its four GEMMs": four_gemms(shapes, LARGE_CHUNK),
+        }
+        best.append(f"head, chunks of {LARGE_CHUNK:,}")
+    claims += [Claim(f"{way} / its four bare GEMMs", (way,), ("its four GEMMs",), at_most(goal)) for way in best]
+    small = shapes if gpu else replace(shapes, tokens=min(256, shapes.tokens))
+    scale, unit = (1e6, "1e-6") if shapes.dtype == torch.float32 else (1e3, "1e-3")
+    bound = at_most(10) if shapes.dtype == torch.float32 else None
+    sitting.rows.append(fact(f"gradient against float64, in {unit}", scale * gradient_error(ours(), small), bound))
+    for name, loss, why in peers():
+        titles = [f"{way} / {name}'s loss" for way in best]
+        try:
+            error = None if loss is None else scale * gradient_error(loss, small)
+        except RuntimeError as problem:  # such as a compiler that is missing
+            loss, why = None, f"fails: {str(problem).splitlines()[0]}"
+        if loss is None or error is None:
+            sitting.rows += [absent(title, why, at_most(1)) for title in titles]
+            continue
+        ways[f"{name}'s loss"] = with_gradients(loss, shapes)
+        claims += [
+            Claim(title, (way,), (f"{name}'s loss",), at_most(1)) for title, way in zip(titles, best, strict=True)
+        ]
+        sitting.rows.append(fact(f"{name}'s gradient against float64, in {unit}", error))
+    if gpu:
+        sitting.sizes |= {f"peak device memory of {name}": device_growth_mb(way) for name, way in ways.items()}
+    sitting.time(ways, claims, share)
+
+
+def time_steps(sitting: Sitting, shapes: Shapes, students: Widths, share: float) -> None:
+    """A step beside the plain loop, and several students at once beside one after the other."""
+    of, tokens = teacher(shapes), token_ids(shapes)
+    gpu, one = sitting.asked.device == "cuda", students.one
+    chunks = DistillSettings(loss=SETTINGS.loss, chunk_tokens=LARGE_CHUNK)
+    single, loop = f"step, student of {one}", f"plain loop, student of {one}"
+    ways = {loop: plain(of, one, tokens, shapes), single: step_of(of, (one,), tokens, shapes)}
+    claims = [Claim("step / plain loop", (single,), (loop,), at_most(0.45))]
+    if gpu:
+        large = f"{single}, chunks of {LARGE_CHUNK:,}"
+        ways[large] = step_of(of, (one,), tokens, shapes, settings=chunks)
+        claims.append(Claim(f"step, chunks of {LARGE_CHUNK:,} / plain loop", (large,), (loop,), at_most(0.45)))
+        sitting.sizes |= {f"peak device memory of a {name}": device_growth_mb(way) for name, way in ways.items()}
+    elif not sitting.asked.tiny:
+        keeping = f"{single}, {CHOSEN} features kept"
+        ways[keeping] = step_of(of, (one,), tokens, shapes, [kept(of, tokens, shapes)])
+        claims.append(Claim(f"step with {CHOSEN} features kept / step", (keeping,), (single,), at_most(1.10)))
+    sitting.time(ways, claims, share / 3)
+    ways.clear()
+    settings = chunks if gpu else SETTINGS
+    together = f"step, {len(students.widths)} students at once"
+    steps, loops = (tuple(f"{kind}, student of {w}" for w in students.widths) for kind in ("step", "plain loop"))
+    ways = {together: step_of(of, students.widths, tokens, shapes, settings=settings)}
+    ways |= {
+        n: step_of(of, (w,), tokens, shapes, settings=settings) for n, w in zip(steps, students.widths, strict=True)
+    }
+    ways |= {n: plain(of, w, tokens, shapes) for n, w in zip(loops, students.widths, strict=True)}
+    number = "five" if len(students.widths) == 5 else len(students.widths)
+    sitting.time(
+        ways,
+        [
+            Claim(f"{number} students in one run / {number} runs", (together,), steps, at_most(0.55)),
+            Claim(f"{number} students in one run / {number} plain loops", (together,), loops, at_most(0.33)),
+        ],
+        share * 2 / 3,
+    )
 
 
 def main() -> None:
-    asked = arguments(__doc__, 3)
+    asked = arguments(__doc__, 280, {"cuda": 40}, tiny=True)
     if asked.memory_of:
         print(memory(asked.memory_of))
         return
-
-    growth = growth_apart(__file__, ("chunks", "plain loop"))
-    seconds = medians({"head": head(), "its four GEMMs": four_gemms()}, 2 * asked.repetitions)
-    of, tokens = teacher(), token_ids()
-    seconds |= medians(
-        {
-            "step, five students at once": ours(of, WIDTHS, tokens),
-            **{f"step, student of {width}": ours(of, (width,), tokens) for width in WIDTHS},
-            f"step, student of {WIDTH}, {CHOSEN} features kept": ours(of, (WIDTH,), tokens, [kept(of, tokens)]),
-            **{f"plain loop, student of {width}": plain(of, width, tokens) for width in WIDTHS},
-        },
-        asked.repetitions,
+    sitting = Sitting("distill", asked)
+    shapes = {"cpu": CPU, "cuda": replace(CUDA, rows=8)}[asked.device]
+    shapes = tiny(shapes) if asked.tiny else shapes
+    students = WIDTHS["tiny" if asked.tiny else asked.device]
+    sitting.notes.append(f"{shapes.described()}; students of d = {', '.join(map(str, students.widths))}.")
+    heads = HeadShapes(
+        shapes.rows * shapes.context, shapes.d_model, students.one, shapes.vocabulary, shapes.device, shapes.dtype
     )
-    together, alone, loops = (
-        seconds["step, five students at once"],
-        *(sum(seconds[f"{what}, student of {width}"] for width in WIDTHS) for what in ("step", "plain loop")),
-    )
-    rows: list[Row] = [
-        at_most(
-            "step / plain loop", seconds[f"step, student of {WIDTH}"] / seconds[f"plain loop, student of {WIDTH}"], 0.65
-        ),
-        at_most("growth of peak RSS / plain loop", growth["chunks"] / growth["plain loop"], 0.25),
-        at_most("head / its four bare GEMMs", seconds["head"] / seconds["its four GEMMs"], 1.30),
-        at_most("gradient against float64, in 1e-6", 1e6 * gradient_error(), 10),
-        at_most(
-            f"step with {CHOSEN} features kept / step",
-            seconds[f"step, student of {WIDTH}, {CHOSEN} features kept"] / seconds[f"step, student of {WIDTH}"],
-            1.10,
-        ),
-        at_most("five students in one run / five runs", together / alone, 0.65),
-        at_most("five students in one run / five plain loops", together / loops, 0.42),
-    ]
-    report("distill", rows, {**seconds, **{f"peak RSS growth of {k}, MB": v for k, v in growth.items()}}, asked.json)
+    time_heads(sitting, heads, 1.10, 0.25)
+    time_steps(sitting, shapes, students, 0.75)
+    if asked.device == "cpu" and not asked.tiny:
+        growth = {which: growth_apart(__file__, which) for which in ("chunks", "plain loop")}
+        ratios = [ours / theirs for ours, theirs in zip(growth["chunks"], growth["plain loop"], strict=True)]
+        sitting.rows.append(row("growth of peak RSS / plain loop", ratios, at_most(0.25)))
+        sitting.sizes |= {f"peak RSS growth of {name}": sorted(v)[len(v) // 2] for name, v in growth.items()}
+    sitting.finish()
 
 
 if __name__ == "__main__":

@@ -1,178 +1,73 @@
-"""What counting costs beside the forward pass it rides on, and beside the two ways it is done elsewhere:
-`python benchmarks/measure.py [--json]`.
+"""What counting costs beside the forward pass it rides on, and beside the two ways it is done elsewhere.
 
-GPT-NeoX d=768, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents after layer 6 of which 0.8%
-are active; batches of 8×256 tokens, float32, two threads. The *limit* is the Hugging Face forward pass (SDPA) cut after
-that layer, plus one preallocated encoder product.
+python benchmarks/measure.py: GPT-NeoX d=768, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents
+after layer 6 of which 0.8% are active; batches of 8×256 tokens, float32, two threads. The *limit* is the Hugging Face
+forward pass (SDPA) cut after that layer, plus one encoder product into a buffer that is there already.
+
+With --device cuda: d=2,304, 65,536 latents, batches of 16×1,024, the model in bfloat16 and the SAE in float32 or
+bfloat16; three batches a turn, and the clock is read when the device has done them.
 """
 
 from __future__ import annotations
 
-import ctypes
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import Prepared, Row, arguments, at_least, at_most, growth_apart, medians, peak_growth_mb, report
+from common import Claim, Sitting, absent, arguments, at_least, at_most, fact, row
+from memory import device_growth_mb, growth_apart, peak_growth_mb
+from neox import (
+    CPU,
+    Shapes,
+    Weights,
+    bridge,
+    counting,
+    cut_forward,
+    hook_behind,
+    hooked_transformer,
+    hugging_face,
+    proxy_model,
+    shapes_of,
+    sharing,
+    sparse_autoencoder,
+    tokens,
+)
 
-D_MODEL, LAYERS, TAPPED, D_SAE, VOCABULARY, ROWS, CONTEXT, ACTIVE = 768, 12, 6, 24_576, 50_304, 8, 256, 0.008
-HOOK = f"blocks.{TAPPED - 1}.hook_resid_post"
-WARM = 4
-"""Batches before the one that is timed, after which the sums of every document group are in memory."""
-TIMED = 3
-"""Batches that are timed after these."""
-PROCESSES = 5
-"""Processes whose memory is measured, one after another: how much of it the allocator reuses differs from one to the
-next.
-"""
-SEVERAL = (
-    4,
-    6,
-    8,
-)  # after which layers several SAEs sit: a third, a half and two thirds of the depth, as in the published measurement
-
-
-def hugging_face() -> Any:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D_MODEL,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=12,
-        intermediate_size=4 * D_MODEL,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPTNeoXForCausalLM(config).eval()
+BATCHES = 3
+"""Batches of one turn on a GPU, which synchronises once for all of them."""
 
 
-def hooked_transformer() -> Any:
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    return HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=LAYERS,
-            d_model=D_MODEL,
-            n_ctx=CONTEXT,
-            d_head=64,
-            n_heads=12,
-            d_mlp=4 * D_MODEL,
-            d_vocab=VOCABULARY,
-            act_fn="gelu",
-            normalization_type="LN",
-            positional_embedding_type="rotary",
-            rotary_dim=16,
-            parallel_attn_mlp=True,
-            seed=0,
-        )
-    ).eval()
-
-
-def bridge() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="w0", eos_token="w0", name_or_path="local", add_bos_token=True
-    )
-    return TransformerBridge.boot_transformers(
-        "local/benchmark", hf_model=hugging_face(), tokenizer=tokenizer, device="cpu"
-    ).eval()
-
-
-def sparse_autoencoder(kind: str, model: Any, hook: str = HOOK) -> Any:
-    """A random SAE at which 0.8% of the latents are active on the model's own activations."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
-
-    activations = cut_forward(model)().reshape(-1, D_MODEL)[:256]
-    encoder = torch.randn(D_MODEL, D_SAE, generator=torch.Generator().manual_seed(1)) / activations.norm(dim=1).mean()
-    threshold = float((activations @ encoder).flatten().kthvalue(round((1 - ACTIVE) * len(activations) * D_SAE)).values)
-    common: dict[str, Any] = {
-        "d_in": D_MODEL,
-        "d_sae": D_SAE,
-        "metadata": SAEMetadata(hook_name=hook, prepend_bos=False, context_size=CONTEXT),
-    }
-    if kind == "topk":
-        sae: Any = TopKSAE(TopKSAEConfig(**common, k=round(ACTIVE * D_SAE)))
-    elif kind == "jumprelu":
-        sae = JumpReLUSAE(JumpReLUSAEConfig(**common))
-        sae.threshold.data.fill_(threshold)
-    else:
-        sae = StandardSAE(StandardSAEConfig(**common))
-        sae.b_enc.data.fill_(-threshold)
-    sae.W_enc.data = encoder
-    sae.W_dec.data = encoder.T.contiguous()
-    return sae
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(2))
-
-
-def counting(model: Any, saes: Any) -> Prepared:
-    """A batch in the middle of a run through the product: counts, moments, L0, incidence, FVU on
-    one document in eight.
-    """
-    from tl_capacity import add_capacity_hooks
-
-    batch = tokens()
-
-    @contextmanager
-    def attached() -> Iterator[Callable[[], object]]:
-        with add_capacity_hooks(model, saes) as capacity:
-            capacity.run([batch] * WARM, progress=False)
-            yield lambda: capacity.run([batch], progress=False)
-
-    return Prepared(attached)
-
-
-def cut_forward(model: Any) -> Callable[[], torch.Tensor]:
-    """A forward pass that ends after the tapped layer and returns its output."""
-    batch = tokens()
-    if hasattr(model, "hook_dict"):
-        return torch.no_grad()(lambda: model(batch, stop_at_layer=TAPPED))
-    trunk = model.gpt_neox
-    short = type(trunk)(type(trunk.config)(**{**trunk.config.to_dict(), "num_hidden_layers": TAPPED})).eval()
-    short.load_state_dict({k: v for k, v in trunk.state_dict().items() if k in short.state_dict()}, assign=True)
-    outputs: list[torch.Tensor] = []
-    short.layers[-1].register_forward_hook(
-        lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
-    )
-
-    @torch.no_grad()
-    def once() -> torch.Tensor:
-        outputs.clear()
-        short(batch, use_cache=False)
-        return outputs[0]
-
-    return once
-
-
-def limit(model: Any, sae: Any) -> Callable[[], object]:
+def limit(model: Any, sae: Any, shapes: Shapes = CPU, batches: int = 1) -> Callable[[], object]:
     """The cut forward pass and one encoder product into a buffer that is there already."""
-    forward, buffer, weight = cut_forward(model), torch.empty(ROWS * CONTEXT, D_SAE), sae.W_enc.detach()
+    forward, weight = cut_forward(model, shapes), sae.W_enc.detach()
+    buffer = torch.empty(shapes.rows * shapes.context, shapes.d_sae, dtype=weight.dtype, device=weight.device)
 
     def once() -> object:
-        return torch.mm(forward().reshape(-1, D_MODEL), weight, out=buffer)
+        for _ in range(batches):
+            torch.mm(forward().reshape(-1, shapes.d_model).to(weight.dtype), weight, out=buffer)
+        return buffer
 
     return once
 
 
-def dense_loop(model: Any, sae: Any) -> Callable[[], object]:
+def limit_once(model: Any, sae: Any, shapes: Shapes) -> None:
+    """The limit with all that it allocates."""
+    limit(model, sae, shapes)()
+
+
+def dense_loop(model: Any, sae: Any, shapes: Shapes = CPU) -> Callable[[], object]:
     """The paper's kind of script: the whole model with its head, dense latents, three dense
     reductions, dense decoding.
     """
-    batch = tokens()
-    counts, squares, l0, error = torch.zeros(D_SAE), torch.zeros(D_SAE), 0.0, 0.0
+    batch = tokens(shapes)
+    counts, squares, l0, error = torch.zeros(shapes.d_sae), torch.zeros(shapes.d_sae), 0.0, 0.0
     seen: list[torch.Tensor] = []
-    model.gpt_neox.layers[TAPPED - 1].register_forward_hook(
+    model.gpt_neox.layers[shapes.tapped - 1].register_forward_hook(
         lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
     )
 
@@ -181,7 +76,7 @@ def dense_loop(model: Any, sae: Any) -> Callable[[], object]:
         nonlocal counts, squares, l0, error
         seen.clear()
         model(batch, use_cache=False)
-        x = seen[0].reshape(-1, D_MODEL)
+        x = seen[0].reshape(-1, shapes.d_model)
         z = sae.encode(x)
         counts += (z > 0).float().sum(0)
         squares += z.square().sum(0)
@@ -192,16 +87,16 @@ def dense_loop(model: Any, sae: Any) -> Callable[[], object]:
     return once
 
 
-def sae_lens_evals(model: Any, sae: Any) -> Callable[[], object]:
+def sae_lens_evals(model: Any, sae: Any, shapes: Shapes = CPU) -> Callable[[], object]:
     """SAELens' own `run_evals` with feature density and sparsity metrics, on the same number of tokens."""
     from datasets import Dataset
     from sae_lens import ActivationsStore
     from sae_lens.evals import EvalConfig, run_evals
     from sae_lens.training.activation_scaler import ActivationScaler
 
-    rows = Dataset.from_dict({"tokens": tokens().repeat(8, 1).tolist()})
+    rows = Dataset.from_dict({"tokens": tokens(shapes).cpu().repeat(8, 1).tolist()})
     config = EvalConfig(
-        batch_size_prompts=ROWS,
+        batch_size_prompts=shapes.rows,
         compute_sparsity_metrics=True,
         compute_featurewise_density_statistics=True,
         n_eval_sparsity_variance_batches=1,
@@ -211,105 +106,219 @@ def sae_lens_evals(model: Any, sae: Any) -> Callable[[], object]:
         store = ActivationsStore.from_sae(
             model,
             sae,
-            context_size=CONTEXT,
+            context_size=shapes.context,
             dataset=rows,
             streaming=False,
-            store_batch_size_prompts=ROWS,
+            store_batch_size_prompts=shapes.rows,
             n_batches_in_buffer=1,
+            device=shapes.device,
         )
         return run_evals(sae, store, model, ActivationScaler(), eval_config=config)
 
     return once
 
 
-def proxy_model(hf: Any) -> Any:
-    """SAELens' fastest way to run a Hugging Face model: its own layers and SDPA behind hook names."""
-    from sae_lens.load_model import HookedProxyLM
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
-    return HookedProxyLM(hf, PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w0"))
+def proxy_evals(model: Any, shapes: Shapes = CPU, weights: Weights | None = None) -> Callable[[], object]:
+    """`run_evals` on SAELens' own wrapper of the Hugging Face model."""
+    hook = f"gpt_neox.layers.{shapes.tapped - 1}"
+    sae = sparse_autoencoder("standard", model, shapes, hook, weights)
+    return sae_lens_evals(proxy_model(sharing(model), shapes), sae, shapes)
 
 
 def memory(which: str) -> float:
     """Peak growth of one way of counting, in MB; run in a process of its own."""
     model = hugging_face()
     sae = sparse_autoencoder("standard", model)
+
+    def count() -> None:
+        with counting(model, {CPU.hook: sae}) as step:
+            step()
+
     candidates: dict[str, Callable[[], Callable[[], object]]] = {
-        "counting": lambda: counting(model, {HOOK: sae}),
+        "counting": lambda: count,
         "dense loop": lambda: dense_loop(model, sae),
-        "run_evals": lambda: sae_lens_evals(
-            proxy_model(model), sparse_autoencoder("standard", model, f"gpt_neox.layers.{TAPPED - 1}")
-        ),
+        "run_evals": lambda: proxy_evals(model),
     }
-    candidate = candidates[which]()
-    ctypes.CDLL(None).malloc_trim(0)  # what making the model and the SAE took and left
-    cut_forward(model)()  # the allocator's own pools and the libraries' thread buffers belong to the loaded state
-    return peak_growth_mb(candidate)
+    return peak_growth_mb(candidates[which](), cut_forward(model))
+
+
+@contextmanager
+def synchronisations_warned_of() -> Iterator[None]:
+    """PyTorch warns of each call that waits for the device, where there is one."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def synchronisations(step: Callable[[int], object]) -> Counter[str]:
+    """How often the host waits for the device in one batch, by the place in the code: what two batches have more
+    than one.
+
+    Args:
+        step: runs so many batches.
+    """
+
+    def waits(batches: int) -> Counter[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with synchronisations_warned_of():
+                step(batches)
+        found = (w for w in caught if "synchronizing" in str(w.message))
+        return Counter(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in found)
+
+    step(1)
+    once, twice = waits(1), waits(2)
+    return twice - once
+
+
+@contextmanager
+def runs_of(model: Any, saes: Any, shapes: Shapes) -> Iterator[Callable[[int], object]]:
+    """A session that runs so many batches."""
+    from tl_capacity import add_capacity_hooks
+
+    batch = tokens(shapes)
+    with add_capacity_hooks(model, saes) as capacity:
+        yield lambda batches: capacity.run([batch] * batches, progress=False)
+
+
+def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
+    """Counting on Hugging Face, TransformerLens and its bridge, several layers, other SAEs, the peers and memory."""
+    hf, bound = hugging_face(shapes), at_most(1.03, end=1.05)
+    fitted = Weights.fitting(hf, shapes)
+    relu, topk, jumprelu = (
+        sparse_autoencoder(kind, hf, shapes, weights=fitted) for kind in ("standard", "topk", "jumprelu")
+    )
+    with sitting.group() as attach:
+        sitting.time(
+            {
+                "limit": limit(hf, relu, shapes),
+                "counting": attach(counting(sharing(hf), {shapes.hook: relu}, shapes)),
+                "counting, topk": attach(counting(sharing(hf), {shapes.hook: topk}, shapes)),
+                "counting, jumprelu": attach(counting(sharing(hf), {shapes.hook: jumprelu}, shapes)),
+            },
+            [
+                Claim("everything / limit, HF forward", ("counting",), ("limit",), bound),
+                Claim("TopK / ReLU", ("counting, topk",), ("counting",), at_most(1.1)),
+                Claim("JumpReLU / ReLU", ("counting, jumprelu",), ("counting",), at_most(1.1)),
+            ],
+            share=0.25,
+        )
+    hooks = [hook_behind(layer) for layer in shapes.several]
+    layers = tuple(f"one layer, {hook}" for hook in hooks)
+    with sitting.group() as attach:
+        sitting.time(
+            {
+                "three layers, one pass": attach(counting(sharing(hf), dict.fromkeys(hooks, relu), shapes)),
+                **{
+                    name: attach(counting(sharing(hf), {hook: relu}, shapes))
+                    for name, hook in zip(layers, hooks, strict=True)
+                },
+            },
+            [Claim("three layers in one pass / three passes", ("three layers, one pass",), layers, at_most(0.60))],
+            share=0.2,
+        )
+    hooked = hooked_transformer(shapes)
+    peers = {
+        "dense loop": dense_loop(sharing(hf), relu, shapes),
+        "run_evals, HookedTransformer": sae_lens_evals(hooked, sparse_autoencoder("standard", hooked, shapes), shapes),
+        "run_evals, HookedProxyLM": proxy_evals(hf, shapes, fitted),
+    }
+    beside = "counting, beside the peers"
+    with sitting.group() as attach:
+        sitting.time(
+            {beside: attach(counting(sharing(hf), {shapes.hook: relu}, shapes)), **peers},
+            [
+                Claim(f"{peer} / everything", (peer,), (beside,), at_least(2.5 if peer == "dense loop" else 1.6))
+                for peer in peers
+            ],
+            share=0.25,
+        )
+    # A bridge cannot be copied, so each side has its own, of the same weights.
+    bridged = bridge(shapes)
+    pairs = {"HookedTransformer": (hooked, sharing(hooked)), "TransformerBridge": (bridged, bridge(shapes))}
+    for name, (bare, watched) in pairs.items():
+        sae, ours, least = sparse_autoencoder("standard", bare, shapes), f"counting, {name}", f"limit, {name}"
+        with sitting.group() as attach:
+            sitting.time(
+                {
+                    least: limit(bare, sae, shapes),
+                    ours: attach(counting(watched, {shapes.hook: sae}, shapes)),
+                },
+                [Claim(f"everything / limit, {name}", (ours,), (least,), bound)],
+                share=0.15,
+            )
+    if not sitting.asked.tiny:
+        growth = {"counting": growth_apart(__file__, "counting")}
+        growth |= {peer: growth_apart(__file__, peer, 1) for peer in ("dense loop", "run_evals")}
+        sitting.rows.append(row("growth of peak RSS over the loaded state, MB", growth["counting"], at_most(120)))
+        sitting.sizes |= {f"peak RSS growth of {name}": sorted(v)[len(v) // 2] for name, v in growth.items()}
+
+
+def on_cuda(sitting: Sitting, shapes: Shapes) -> None:
+    """Counting on the device beside its limit with SAEs of three kinds and two precisions, `run_evals`, and memory."""
+    hf, goal = hugging_face(shapes), at_most(1.15)
+    fitted, per_turn = Weights.fitting(hf, shapes), shapes.rows * shapes.context * BATCHES
+    saes = {
+        "ReLU": sparse_autoencoder("standard", hf, shapes, weights=fitted),
+        "TopK": sparse_autoencoder("topk", hf, shapes, weights=fitted),
+        "JumpReLU": sparse_autoencoder("jumprelu", hf, shapes, weights=fitted),
+        "ReLU in bfloat16": sparse_autoencoder("standard", hf, shapes, weights=fitted, dtype=torch.bfloat16),
+    }
+    for name, sae in saes.items():
+        with runs_of(sharing(hf), {shapes.hook: sae}, shapes) as runs:
+            waits = synchronisations(runs)
+            title, none = f"synchronisations a batch, {name}", at_most(0)
+            gpu = torch.cuda.is_available()
+            sitting.rows.append(fact(title, waits.total(), none) if gpu else absent(title, "no GPU", none))
+            if waits:
+                places = ", ".join(f"{place} ({number})" for place, number in waits.most_common(12))
+                sitting.notes.append(f"Where {name} synchronises in a batch: {places}.")
+            sitting.sizes[f"peak device memory of counting, {name}"] = device_growth_mb(partial(runs, 1))
+    for dtype, names in ((torch.float32, ("ReLU", "TopK", "JumpReLU")), (torch.bfloat16, ("ReLU in bfloat16",))):
+        bare, bound = f"limit, {str(dtype).removeprefix('torch.')} SAE", saes[names[0]]
+        sitting.sizes[f"peak device memory of the {bare}"] = device_growth_mb(partial(limit_once, hf, bound, shapes))
+        with sitting.group() as attach:
+            ways = {
+                name: attach(counting(sharing(hf), {shapes.hook: saes[name]}, shapes, BATCHES, warm=1))
+                for name in names
+            }
+            turns = sitting.time(
+                {bare: limit(hf, bound, shapes, BATCHES), **{f"counting, {name}": way for name, way in ways.items()}},
+                [Claim(f"everything / limit, {name}", (f"counting, {name}",), (bare,), goal) for name in names],
+                share=0.5 if len(names) > 1 else 0.2,
+                batches=BATCHES,
+            )
+        sitting.rows += [
+            row(f"tokens a second, {name}", [per_turn / seconds for seconds in turns[f"counting, {name}"]])
+            for name in names
+        ]
+    peer, ours = "run_evals, HookedProxyLM", "counting, beside run_evals"
+    claim = Claim("run_evals / everything", (peer,), (ours,), at_least(3))
+    try:
+        with sitting.group() as attach:
+            count = attach(counting(sharing(hf), {shapes.hook: saes["ReLU"]}, shapes, warm=1))
+            evals = proxy_evals(hf, shapes, fitted)
+            sitting.sizes[f"peak device memory of {peer}"] = device_growth_mb(evals)
+            sitting.time({ours: count, peer: evals}, [claim], share=0.3)
+    except torch.OutOfMemoryError:
+        sitting.rows.append(absent(claim.name, "run_evals runs out of the device's memory", claim.goal))
 
 
 def main() -> None:
-    asked = arguments(__doc__, 5)
+    asked = arguments(__doc__, 270, {"cuda": 45}, tiny=True)
     if asked.memory_of:
         print(memory(asked.memory_of))
         return
-
-    seconds: dict[str, float] = {}
-    hf = hugging_face()
-    relu = sparse_autoencoder("standard", hf)
-    hooks = [f"blocks.{layer - 1}.hook_resid_post" for layer in SEVERAL]
-    seconds |= medians(
-        {
-            "limit": limit(hf, relu),
-            "counting": counting(hf, {HOOK: relu}),
-            "counting, topk": counting(hf, {HOOK: sparse_autoencoder("topk", hf)}),
-            "counting, jumprelu": counting(hf, {HOOK: sparse_autoencoder("jumprelu", hf)}),
-            "three layers, one pass": counting(hf, dict.fromkeys(hooks, relu)),
-            **{f"one layer, {hook}": counting(hf, {hook: relu}) for hook in hooks},
-        },
-        asked.repetitions,
-        TIMED,
-    )
-    hooked = hooked_transformer()
-    peers = {
-        "dense loop": dense_loop(hugging_face(), relu),
-        "run_evals, HookedTransformer": sae_lens_evals(hooked, sparse_autoencoder("standard", hooked)),
-        "run_evals, HookedProxyLM": sae_lens_evals(
-            proxy_model(hugging_face()), sparse_autoencoder("standard", hf, f"gpt_neox.layers.{TAPPED - 1}")
-        ),
-    }
-    seconds |= medians({"counting, beside the peers": counting(hf, {HOOK: relu}), **peers}, asked.repetitions)
-    for name, model in (("HookedTransformer", hooked), ("TransformerBridge", bridge())):
-        sae = sparse_autoencoder("standard", model)
-        seconds |= medians(
-            {f"limit, {name}": limit(model, sae), f"counting, {name}": counting(model, {HOOK: sae})},
-            asked.repetitions,
-            TIMED,
-        )
-
-    growth = growth_apart(__file__, ("counting", "dense loop", "run_evals"), PROCESSES)
-    three_passes = sum(seconds[f"one layer, {hook}"] for hook in hooks)
-    rows: list[Row] = [
-        at_most("everything / limit, HF forward", seconds["counting"] / seconds["limit"], 1.10),
-        *(
-            at_most(f"everything / limit, {n}", seconds[f"counting, {n}"] / seconds[f"limit, {n}"], 1.10)
-            for n in ("HookedTransformer", "TransformerBridge")
-        ),
-        *(
-            at_least(
-                f"{peer} / everything",
-                seconds[peer] / seconds["counting, beside the peers"],
-                2.5 if peer == "dense loop" else 1.6,
-            )
-            for peer in peers
-        ),
-        at_most("growth of peak RSS over the loaded state, MB", growth["counting"], 200),
-        at_most("three layers in one pass / three passes", seconds["three layers, one pass"] / three_passes, 0.70),
-        at_most("TopK / ReLU", seconds["counting, topk"] / seconds["counting"], 1.1),
-        at_most("JumpReLU / ReLU", seconds["counting, jumprelu"] / seconds["counting"], 1.1),
-    ]
-    report("measure", rows, {**seconds, **{f"peak RSS growth of {k}, MB": v for k, v in growth.items()}}, asked.json)
+    sitting = Sitting("measure", asked)
+    shapes = shapes_of(asked.device, asked.tiny)
+    sitting.notes.append(shapes.described() + ".")
+    (on_cuda if asked.device == "cuda" else on_cpu)(sitting, shapes)
+    sitting.finish()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What reading features out of a student costs beside what must run anyway: `python benchmarks/probe.py [--json]`.
+"""What reading features out of a student costs beside what must run anyway.
 
-GPT-NeoX teacher d=768 and student d=128, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents
-after layer 6 of which 0.8% are active; float32, two threads. *Recovering* is the whole of it: both passes, the readouts
-of the student, the teacher and the teacher's principal components, their ridge and their scores. What must run anyway
-is the teacher's measurement over the same tokens, and the student's forward pass up to the hook point.
+python benchmarks/probe.py: GPT-NeoX teacher d=768 and student d=128, 12 layers, vocabulary 50,304, random weights; a
+ReLU SAE of 24,576 latents after layer 6 of which 0.8% are active; float32, two threads. *Recovering* is the whole of
+it: both passes, the readouts of the student, the teacher and the teacher's principal components, their ridge and their
+scores. What must run anyway is the teacher's measurement over the same tokens, and the student's forward pass up to the
+hook point.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Row, arguments, at_most, medians, peak_growth_mb, report
-from measure import CONTEXT, HOOK, ROWS, VOCABULARY, hugging_face, sparse_autoencoder
+from common import Claim, Sitting, arguments, at_most, row
+from memory import growth_apart, peak_growth_mb
+from neox import CPU, Shapes, hugging_face, shapes_of, sparse_autoencoder
 
 from tl_capacity import add_capacity_hooks
 from tl_capacity.distillation.students import new_student
@@ -22,29 +24,30 @@ from tl_capacity.probing.recover import recover_features
 WIDTH = 128
 
 
-def batches(tokens: int) -> list[torch.Tensor]:
+def batches(tokens: int, shapes: Shapes = CPU) -> list[torch.Tensor]:
     """Rows of so many token ids; each is a document."""
-    ids = torch.randint(1, VOCABULARY, (tokens // CONTEXT, CONTEXT), generator=torch.Generator().manual_seed(3))
-    return list(torch.split(ids, ROWS))
+    size = (tokens // shapes.context, shapes.context)
+    ids = torch.randint(1, shapes.vocabulary, size, generator=torch.Generator().manual_seed(3))
+    return list(torch.split(ids, shapes.rows))
 
 
-def measuring(teacher: Any, sae: Any, stream: list[torch.Tensor]) -> Callable[[], Any]:
+def measuring(teacher: Any, sae: Any, stream: list[torch.Tensor], hook: str = CPU.hook) -> Callable[[], Any]:
     """The measurement of the teacher."""
 
     def once() -> Any:
-        with add_capacity_hooks(teacher, {HOOK: sae}, mask_token_ids=()) as capacity:
-            return capacity.run(stream, progress=False).measurement()[HOOK]
+        with add_capacity_hooks(teacher, {hook: sae}, mask_token_ids=()) as capacity:
+            return capacity.run(stream, progress=False).measurement()[hook]
 
     return once
 
 
-def forward(student: Any, stream: list[torch.Tensor]) -> Callable[[], object]:
+def forward(student: Any, stream: list[torch.Tensor], hook: str = CPU.hook) -> Callable[[], object]:
     """The student's forward pass, cut after the hook point."""
     from tl_capacity.probing.passes import Reader
     from tl_capacity.text.counting import CountingRule
     from tl_capacity.text.streams import as_batches
 
-    reader, rule = Reader.at_hook(student, HOOK, "the student", "student"), CountingRule()
+    reader, rule = Reader.at_hook(student, hook, "the student", "student"), CountingRule()
     return lambda: [reader(rule.apply(batch), batch, 0, number) for number, batch in enumerate(as_batches(stream))]
 
 
@@ -57,36 +60,54 @@ def recovering(
     )
 
 
-def main() -> None:
-    asked = arguments(__doc__, 3, tokens=32_768)
-    teacher, stream = hugging_face(), batches(asked.tokens)
-    sae = sparse_autoencoder("standard", teacher)
-    student, random = new_student(teacher, WIDTH).eval(), new_student(teacher, WIDTH, seed=1).eval()
+def memory() -> float:
+    """Peak growth of recovering, in MB; run in a process of its own."""
+    teacher, stream = hugging_face(), batches(4 * CPU.rows * CPU.context)
+    sae, student = sparse_autoencoder("standard", teacher), new_student(teacher, WIDTH).eval()
     measured = measuring(teacher, sae, stream)()
-    seconds = medians(
+    return peak_growth_mb(recovering(teacher, sae, {"a": student}, stream, measured, {}))
+
+
+def main() -> None:
+    asked = arguments(__doc__, 150, tiny=True, tokens=16_384)
+    if asked.memory_of:
+        print(memory())
+        return
+    sitting, shapes = Sitting("probe", asked), shapes_of("cpu", asked.tiny)
+    sitting.notes.append(f"{shapes.described()}; {asked.tokens:,} tokens.")
+    teacher, stream = hugging_face(shapes), batches(asked.tokens, shapes)
+    sae = sparse_autoencoder("standard", teacher, shapes)
+    width = 16 if asked.tiny else WIDTH
+    student, random = new_student(teacher, width).eval(), new_student(teacher, width, seed=1).eval()
+    measured = measuring(teacher, sae, stream, shapes.hook)()
+    measurement, passed = "the teacher's measurement", "the student's forward pass"
+    both = "recovering, with random weights too"
+    sitting.time(
         {
-            "the teacher's measurement": measuring(teacher, sae, stream),
-            "the student's forward pass": forward(student, stream),
+            measurement: measuring(teacher, sae, stream, shapes.hook),
+            passed: forward(student, stream, shapes.hook),
             "recovering": recovering(teacher, sae, {"a": student}, stream, measured, {}),
-            "recovering, with random weights too": recovering(
-                teacher, sae, {"a": student}, stream, measured, {"a": random}
-            ),
+            both: recovering(teacher, sae, {"a": student}, stream, measured, {"a": random}),
         },
-        asked.repetitions,
+        [
+            Claim(
+                "recovering / measurement and student's forward pass",
+                ("recovering",),
+                (measurement, passed),
+                at_most(1.25),
+            ),
+            Claim(
+                "with random weights too / measurement and two forward passes",
+                (both,),
+                (measurement, passed, passed),
+                at_most(1.35),
+            ),
+        ],
     )
-    measurement, passed = seconds["the teacher's measurement"], seconds["the student's forward pass"]
-    growth = peak_growth_mb(recovering(teacher, sae, {"a": student}, stream[:4], measured, {}))
-    rows: list[Row] = [
-        at_most(
-            "recovering / measurement and student's forward pass", seconds["recovering"] / (measurement + passed), 1.6
-        ),
-        at_most(
-            "with random weights too / measurement and two forward passes",
-            seconds["recovering, with random weights too"] / (measurement + 2 * passed),
-            1.6,
-        ),
-    ]
-    report("probe", rows, {**seconds, "peak RSS growth of recovering, MB": growth}, asked.json)
+    if not asked.tiny:
+        growth = row("growth of peak RSS of recovering, MB", growth_apart(__file__, "recovering"), at_most(450))
+        sitting.rows.append(growth)
+    sitting.finish()
 
 
 if __name__ == "__main__":

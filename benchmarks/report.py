@@ -1,8 +1,8 @@
-"""What a report weighs and how soon it answers, in headless Chromium: `python benchmarks/report.py [--json]`.
+"""What a report weighs, how long its writing takes, and how soon it answers, in headless Chromium.
 
-The embedded teacher at three hook points, each with a random TopK SAE of 32,768 latents of which 24 are active;
-measured and searched for examples on 20,000 tokens; six widths with three students each, whose curves are power laws,
-and probes of 13 concepts. It has answered when a moved slider's list is painted.
+python benchmarks/report.py: the embedded teacher at three hook points, each with a random TopK SAE of 32,768 latents of
+which 24 are active; measured and searched for examples on 20,000 tokens; six widths with three students each, whose
+curves are power laws, and probes of 13 concepts. It has answered when a moved slider's list is painted.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Row, arguments, at_most, report
+from common import Sitting, arguments, at_most, fact, row
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from chromium import BROWSER, DRIVER, MISSING, opened, started
@@ -108,38 +110,43 @@ def probes() -> dict[str, Any]:
     }
 
 
-def page(folder: Path, tokens: int) -> tuple[Path, dict[str, float]]:
-    """A report, and how many seconds it took to measure, to find examples and to write."""
-    seconds = {}
-    started_at = time.perf_counter()
-    measure(
-        MeasureSettings(
-            "embedded",
-            folder / "measurement",
-            saes(folder),
-            tokens=tokens,
-            source="embedded",
-            max_fvu=float("inf"),
-            progress=False,
+def page(folder: Path, tokens: int, writes: int) -> tuple[Path, dict[str, list[float]]]:
+    """A report, and how many seconds it took to measure, to find examples and, several times, to write."""
+    seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
+        started_at = time.perf_counter()
+        yield
+        seconds.setdefault(what, []).append(time.perf_counter() - started_at)
+
+    with timed("measuring"):
+        measure(
+            MeasureSettings(
+                "embedded",
+                folder / "measurement",
+                saes(folder),
+                tokens=tokens,
+                source="embedded",
+                max_fvu=float("inf"),
+                progress=False,
+            )
         )
-    )
-    seconds["measuring"] = time.perf_counter() - started_at
-    results, chosen = (
-        Results(Measurement.load(folder / "measurement"), "runs/measurement", students(), probes()),
-        ReportSettings(),
-    )
-    started_at = time.perf_counter()
-    snippets, why_none = find_snippets(results, chosen, tokens=tokens)
-    assert not why_none
-    seconds["looking for examples"] = time.perf_counter() - started_at
-    started_at = time.perf_counter()
-    path = write_report(folder / "report.html", results, chosen, snippets)
-    seconds["writing the page"] = time.perf_counter() - started_at
+    for number in range(writes):
+        # Loaded anew, so that nothing is kept from the one before.
+        measurement = Measurement.load(folder / "measurement")
+        results, chosen = Results(measurement, "runs/measurement", students(), probes()), ReportSettings()
+        if not number:
+            with timed("looking for examples"):
+                snippets, why_none = find_snippets(results, chosen, tokens=tokens)
+            assert not why_none
+        with timed("writing the page"):
+            path = write_report(folder / "report.html", results, chosen, snippets)
     return path, seconds
 
 
-def loads(path: Path, repetitions: int) -> dict[str, float]:
-    """Median seconds from the start of loading; the first load, of a browser that has just started, is not counted."""
+def loads(path: Path, repetitions: int) -> dict[str, list[float]]:
+    """Seconds from the start of loading; the first load, of a browser that has just started, is not counted."""
     browser = started()
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": ANSWERED})
     times: dict[str, list[float]] = {
@@ -160,22 +167,25 @@ def loads(path: Path, repetitions: int) -> dict[str, float]:
     problems = [entry["message"] for entry in browser.get_log("browser") if entry["level"] != "INFO"]
     browser.quit()
     assert not problems, problems
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def main() -> None:
-    asked = arguments(__doc__, 7, tokens=20_000)
+    asked = arguments(__doc__, 0, tokens=20_000, loads=12, writes=6)
     if BROWSER is None or DRIVER is None:
         raise SystemExit(MISSING)
+    sitting = Sitting("report", asked)
     with tempfile.TemporaryDirectory() as folder:
-        path, seconds = page(Path(folder), asked.tokens)
-        size, loading = path.stat().st_size / 1e6, loads(path, asked.repetitions)
-    rows: list[Row] = [
-        at_most("size of the page, MB", size, 6),
-        at_most("seconds until the document is interactive", loading["document interactive"], 2),
-        at_most("seconds until a moved slider is answered", loading["slider answered"], 2),
+        path, seconds = page(Path(folder), asked.tokens, asked.writes)
+        size, loading = path.stat().st_size / 1e6, loads(path, asked.loads)
+    sitting.rows += [
+        fact("size of the page, MB", size, at_most(6)),
+        row("seconds to write the page", seconds["writing the page"], at_most(3)),
+        row("seconds until the document is interactive", loading["document interactive"], at_most(2)),
+        row("seconds until a moved slider is answered", loading["slider answered"], at_most(2)),
     ]
-    report("report", rows, seconds | loading, asked.json)
+    sitting.seconds |= {name: statistics.median(values) for name, values in (seconds | loading).items()}
+    sitting.finish()
 
 
 if __name__ == "__main__":

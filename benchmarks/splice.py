@@ -1,9 +1,9 @@
-"""What splicing costs beside what must run anyway: `python benchmarks/splice.py [--json]`.
+"""What splicing costs beside what must run anyway.
 
-The shapes of benchmarks/measure.py: GPT-NeoX d=768, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576
-latents after layer 6 of which 0.8% are active; 8×256 tokens, float32, two threads. Five numbers of features are kept.
-The *limit* is the forward pass up to the hook point and the encoder's product, once; the upper layers of the teacher
-and of five variants; and their divergences, in chunks.
+python benchmarks/splice.py: the shapes of benchmarks/measure.py: GPT-NeoX d=768, 12 layers, vocabulary 50,304, random
+weights; a ReLU SAE of 24,576 latents after layer 6 of which 0.8% are active; 8×256 tokens, float32, two threads. Five
+numbers of features are kept. The *limit* is the forward pass up to the hook point and the encoder's product, once; the
+upper layers of the teacher and of five variants; and their divergences, in chunks.
 """
 
 from __future__ import annotations
@@ -12,48 +12,49 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Row, arguments, at_most, growth_apart, medians, peak_growth_mb, report
-from measure import D_SAE, HOOK, TAPPED, cut_forward, hugging_face, sparse_autoencoder, tokens
+from common import Claim, Sitting, arguments, at_most, row
+from memory import growth_apart, peak_growth_mb
+from neox import CPU, Shapes, cut_forward, hugging_face, shapes_of, sparse_autoencoder, tokens
 
 from tl_capacity import Measurement, add_capacity_hooks, splice
 from tl_capacity.models.head import divergences, head_of
 
 VARIANTS = 5
-PROCESSES = 3
-"""Processes whose memory is measured, one after another."""
 
 
-def measured(model: Any, sae: Any) -> Measurement:
+def measured(model: Any, sae: Any, shapes: Shapes = CPU) -> Measurement:
     """The measurement that is spliced."""
-    with add_capacity_hooks(model, {HOOK: sae}, mask_token_ids=(), fvu_every=10**6) as capacity:
-        return capacity.run([tokens()], progress=False).measurement()
+    with add_capacity_hooks(model, {shapes.hook: sae}, mask_token_ids=(), fvu_every=10**6) as capacity:
+        return capacity.run([tokens(shapes)], progress=False).measurement()
 
 
-def kept(measurement: Measurement) -> list[int]:
+def kept(measurement: Measurement, shapes: Shapes = CPU) -> list[int]:
     """Five numbers of features, none and all among them."""
-    alive = int(measurement[HOOK].summary.n_alive.value)
+    alive = int(measurement[shapes.hook].summary.n_alive.value)
     return [0, alive // 8, alive // 4, alive // 2, alive]
 
 
-def splicing(model: Any, sae: Any, measurement: Measurement, numbers: list[int]) -> Callable[[], object]:
+def splicing(
+    model: Any, sae: Any, measurement: Measurement, numbers: list[int], shapes: Shapes = CPU
+) -> Callable[[], object]:
     """All of it, for one batch."""
-    return lambda: splice(model, measurement, tokens(), saes={HOOK: sae}, kept=numbers, progress=False)
+    return lambda: splice(model, measurement, tokens(shapes), saes={shapes.hook: sae}, kept=numbers, progress=False)
 
 
-def upper_layers(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def upper_layers(model: Any, shapes: Shapes = CPU) -> Callable[[torch.Tensor], torch.Tensor]:
     """The layers above the hook point and the last norm, of the same weights."""
     from transformers import GPTNeoXModel
 
     upper = GPTNeoXModel(model.config)
-    upper.layers, upper.final_layer_norm = model.gpt_neox.layers[TAPPED:], model.gpt_neox.final_layer_norm
+    upper.layers, upper.final_layer_norm = model.gpt_neox.layers[shapes.tapped :], model.gpt_neox.final_layer_norm
     upper.eval()
     return lambda stream: upper(inputs_embeds=stream, use_cache=False)[0]
 
 
-def limit(model: Any, sae: Any, variants: int) -> Callable[[], object]:
+def limit(model: Any, sae: Any, variants: int, shapes: Shapes = CPU) -> Callable[[], object]:
     """What must run whatever splicing does."""
-    lower, upper, head = cut_forward(model), upper_layers(model), head_of(model)
-    block = torch.empty(tokens().numel(), D_SAE // 24)
+    lower, upper, head = cut_forward(model, shapes), upper_layers(model, shapes), head_of(model)
+    block = torch.empty(tokens(shapes).numel(), shapes.d_sae // 24)
 
     @torch.no_grad()
     def once() -> torch.Tensor:
@@ -67,38 +68,37 @@ def limit(model: Any, sae: Any, variants: int) -> Callable[[], object]:
     return once
 
 
-def candidate(which: str) -> Callable[[], object]:
-    """What `--memory-of` names."""
+def memory(which: str) -> float:
+    """Peak growth of one way, in MB; run in a process of its own."""
     model = hugging_face()
     sae = sparse_autoencoder("standard", model)
+    if which == "limit":
+        return peak_growth_mb(limit(model, sae, VARIANTS))
     measurement = measured(model, sae)
-    return {
-        "splicing": splicing(model, sae, measurement, kept(measurement)),
-        "limit": limit(model, sae, VARIANTS),
-    }[which]
+    return peak_growth_mb(splicing(model, sae, measurement, kept(measurement)))
 
 
 def main() -> None:
-    asked = arguments(__doc__, 5)
+    asked = arguments(__doc__, 120, tiny=True)
     if asked.memory_of:
-        print(peak_growth_mb(candidate(asked.memory_of)))
+        print(memory(asked.memory_of))
         return
-    model = hugging_face()
-    sae = sparse_autoencoder("standard", model)
-    measurement = measured(model, sae)
-    seconds = medians(
+    sitting, shapes = Sitting("splice", asked), shapes_of("cpu", asked.tiny)
+    sitting.notes.append(shapes.described() + ".")
+    model = hugging_face(shapes)
+    sae = sparse_autoencoder("standard", model, shapes)
+    measurement = measured(model, sae, shapes)
+    sitting.time(
         {
-            "limit": limit(model, sae, VARIANTS),
-            "splicing": splicing(model, sae, measurement, kept(measurement)),
+            "limit": limit(model, sae, VARIANTS, shapes),
+            "splicing": splicing(model, sae, measurement, kept(measurement, shapes), shapes),
         },
-        asked.repetitions,
+        [Claim("five numbers of features / limit", ("splicing",), ("limit",), at_most(1.1))],
     )
-    growth = growth_apart(__file__, ("splicing", "limit"), PROCESSES)
-    rows: list[Row] = [
-        at_most("five numbers of features / limit", seconds["splicing"] / seconds["limit"], 1.1),
-        at_most("growth of peak RSS, MB", growth["splicing"], 250),
-    ]
-    report("splice", rows, {**seconds, **{f"peak RSS growth of {k}, MB": v for k, v in growth.items()}}, asked.json)
+    if not asked.tiny:
+        sitting.rows.append(row("growth of peak RSS, MB", growth_apart(__file__, "splicing"), at_most(250)))
+        sitting.sizes["peak RSS growth of the limit"] = growth_apart(__file__, "limit", 1)[0]
+    sitting.finish()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What a training step of the whole sweep of directly trained toy models costs, in one batch and in the usual loop:
-`python benchmarks/toy.py [--json]`.
+"""What a training step of the whole sweep of directly trained toy models costs, in one batch and in the usual loop.
 
-48 configurations (n, α, d_T), student widths 1 … d_T, five seeds, 128 samples a step. The loop goes over
-(configuration, width), 312 of them, with the seeds batched, plain samples, autograd and `torch.optim.Adam`; the batch
-is what `tl_capacity.toy` does. Two threads.
+python benchmarks/toy.py: 48 configurations (n, α, d_T), student widths 1 … d_T, five seeds, 128 samples a step. The
+loop goes over (configuration, width), 312 of them, with the seeds batched, plain samples, autograd and
+`torch.optim.Adam`; the batch is what `tl_capacity.toy` does. Two threads.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Row, arguments, at_least, at_most, medians, report
+from common import Claim, Sitting, arguments, at_least, at_most
 
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import SweepSettings
@@ -56,19 +55,19 @@ def looped(steps: int) -> Callable[[], object]:
 
 
 def main() -> None:
-    asked = arguments(__doc__, 3, steps=4 * BLOCK_STEPS)
-
-    seconds = medians({"one batch": batched(asked.steps), "loop": looped(asked.steps)}, asked.repetitions)
-    paper = SweepSettings()
-    seconds |= medians({"paper preset, as many steps of each kind": batched(asked.steps, True, paper.seeds)}, 1)
-    minutes = seconds["paper preset, as many steps of each kind"] * paper.steps / asked.steps / 60
-    rows: list[Row] = [
-        at_least(
-            "loop over (configuration, width) / one batch, directly trained", seconds["loop"] / seconds["one batch"], 6
-        ),
-        at_most("paper preset: minutes of training, extrapolated", minutes, 90),
-    ]
-    report("toy", rows, {f"{name}, {asked.steps} steps": value for name, value in seconds.items()}, asked.json)
+    asked = arguments(__doc__, 120, steps=BLOCK_STEPS)
+    sitting, paper = Sitting("toy", asked), SweepSettings()
+    sitting.notes.append(f"Seconds are of {asked.steps} steps.")
+    together, loop, whole = "one batch", "loop", "paper preset, as many steps of each kind"
+    sitting.time(
+        {together: batched(asked.steps), loop: looped(asked.steps)},
+        [Claim("loop over (configuration, width) / one batch, directly trained", (loop,), (together,), at_least(6))],
+        share=0.7,
+    )
+    minutes = paper.steps / asked.steps / 60
+    claim = Claim("paper preset: minutes of training, extrapolated", (whole,), (), at_most(90), minutes)
+    sitting.time({whole: batched(asked.steps, True, paper.seeds)}, [claim], share=0.3)
+    sitting.finish()
 
 
 if __name__ == "__main__":

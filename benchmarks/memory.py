@@ -1,0 +1,65 @@
+"""How much memory a candidate takes over the loaded state, in the process or on the device."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PROCESSES = 6
+"""Processes whose memory is measured, one after another: how much of it the allocator reuses differs from one to the
+next.
+"""
+
+
+def peak_growth_mb(candidate: Callable[[], object], loaded: Callable[[], object] = lambda: None) -> float:
+    """Growth of the process's peak resident memory over its present size while `candidate` runs twice, in MB; Linux
+    only.
+
+    Args:
+        loaded: runs before, so that the buffers of the libraries belong to the present size.
+    """
+    loaded()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the models took and left
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    before = _status("VmRSS")
+    candidate()
+    candidate()
+    return (_status("VmHWM") - before) / 1024
+
+
+def growth_apart(script: str, which: str, processes: int = PROCESSES, arguments: tuple[str, ...] = ()) -> list[float]:
+    """Peak growth of one candidate in MB, as the script prints it with `--memory-of`, in so many processes of its
+    own.
+    """
+    command = [sys.executable, script, "--memory-of", which, *arguments]
+    return [
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        for _ in range(processes)
+    ]
+
+
+def device_growth_mb(candidate: Callable[[], object]) -> float:
+    """Growth of the peak memory that is allocated on the GPU while `candidate` runs, in MB; without one it runs, and
+    the growth is 0.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        candidate()
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    candidate()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux")
