@@ -4,6 +4,7 @@ literature, coverage by simulation.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import e, exp, log, sqrt
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.results import estimate as estimates
+from tl_capacity.results import summary as summaries
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.summary import THRESHOLDS, FeatureSummary
 from tl_capacity.results.sums import SUMS, check_sums, merge_sums
@@ -278,6 +280,21 @@ class TestIntervals:
         assert covered_by_tokens < 70
         assert np.mean(widths) > 1.5 * np.mean(token_widths)
         assert 0.75 < np.mean(widths) / (1.96 * np.std(estimates)) < 1.3, "neither too narrow nor wide to be safe"
+
+    def test_intervals_are_those_of_one_replicate_after_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many replicates are summed at once."""
+        random = np.random.default_rng(1)
+        counts = random.poisson(random.gamma(0.3, size=(40, 700)) * 20)
+        summary = FeatureSummary(arrays_of(counts, np.full(40, 2_000)), 1e-3)
+        draws = estimates.document_resamples(summary.arrays["tokens"])
+        assert draws is not None
+        p = np.array([draw @ summary.arrays["counts"] / (draw @ summary.arrays["tokens"]) for draw in draws])
+        alive = (p > 1e-3).sum(1).astype(float)
+        for at_once in (1, 700 * 7, 10**9):
+            monkeypatch.setattr(summaries, "SUMS_AT_ONCE", at_once)
+            again = replace(summary)
+            assert again.n_alive == estimates.estimate_around(again.n_alive.value, alive).within(0.0, 700.0)
+            assert again.l0.low == pytest.approx(estimates.estimate_around(again.l0.value, p.sum(1)).low, rel=1e-12)
 
     def test_figures_carry_the_same_interval(self) -> None:
         random = np.random.default_rng(0)

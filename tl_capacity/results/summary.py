@@ -8,8 +8,8 @@ memory is O(groups · features) whatever the number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import exp, log, sqrt
 from typing import Any
@@ -23,6 +23,8 @@ from tl_capacity.interfaces import FeatureSums
 from tl_capacity.results.estimate import Estimate, document_resamples, estimate_around
 from tl_capacity.text.counting import MASK_REASONS
 
+SUMS_AT_ONCE = 2**19
+"""Replicates times latents whose sums are in memory at once, 4 MB for each array: such a block stays in a cache."""
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4)
 """Firing rates above which F is reported; the paper's alive threshold is 1e-5."""
 
@@ -195,8 +197,15 @@ class FeatureSummary:
         draws = document_resamples(self.arrays["tokens"])
         if draws is None:
             return [Estimate(float(v)) for v in values]
-        replicates = np.array([statistic(Resample(self._floats, w)) for w in draws], dtype=np.float64)
+        replicates = np.array([statistic(resample) for resample in self._resamples(draws)], dtype=np.float64)
         return [estimate_around(value, column) for value, column in zip(values, replicates.T, strict=True)]
+
+    def _resamples(self, draws: NDArray[np.float64]) -> Iterator[Resample]:
+        """A resample for each row of weights [replicate, group]."""
+        at_once = max(1, SUMS_AT_ONCE // self.d_sae)
+        for first in range(0, len(draws), at_once):
+            sums = GroupSums(self._floats, draws[first : first + at_once])
+            yield from (Resample(sums, place) for place in range(len(sums.weights)))
 
     @cached_property
     def _headline(self) -> dict[str, Estimate]:
@@ -242,39 +251,68 @@ class FeatureSummary:
 
     @cached_property
     def _whole(self) -> Resample:
-        return Resample(self._floats, np.ones(len(self.arrays["tokens"])))
+        return Resample(GroupSums(self._floats, np.ones((1, len(self.arrays["tokens"])))), 0)
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """Sums over document groups for several replicates at once: a matrix product reads the groups once for all of them.
+
+    Attributes:
+        arrays: [group, ...]
+        weights: [replicate, group] how often each replicate counts each group.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    weights: NDArray[np.float64]
+    taken: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def of(self, name: str) -> NDArray[Any]:
+        """An array summed over groups [replicate, ...]; computed when it is first asked for."""
+        if name not in self.taken:
+            self.taken[name] = np.tensordot(self.weights, self.arrays[name], 1)
+        return self.taken[name]
 
 
 @dataclass(frozen=True)
 class Resample:
-    """The sums over documents, each document group counted `weights` times."""
+    """The sums over documents of one replicate.
 
-    arrays: Mapping[str, NDArray[Any]]
-    weights: NDArray[np.float64]
+    Attributes:
+        sums: of this replicate and others.
+        place: of this replicate among them.
+    """
+
+    sums: GroupSums
+    place: int
+
+    def total(self, name: str) -> Any:
+        """An array summed over document groups, each as often as the replicate counts it."""
+        return self.sums.of(name)[self.place]
 
     @property
     def tokens(self) -> float:
-        return float(self.weights @ self.arrays["tokens"])
+        return float(self.total("tokens"))
 
     @cached_property
     def rates(self) -> NDArray[np.float64]:
         """Firing rate [feature]."""
-        return np.asarray(self.weights @ self.arrays["counts"] / self.tokens)
+        return np.asarray(self.total("counts") / self.tokens)
 
     @property
     def reconstruction_error(self) -> float:
         """E‖x − x̂‖² per token; NaN where no reconstruction was checked."""
-        count = float(self.weights @ self.arrays["fvu_tokens"])
-        return float(self.weights @ self.arrays["residual"]) / count if count else float("nan")
+        count = float(self.total("fvu_tokens"))
+        return float(self.total("residual")) / count if count else float("nan")
 
     @property
     def fvu(self) -> float:
-        count = float(self.weights @ self.arrays["fvu_tokens"])
+        count = float(self.total("fvu_tokens"))
         if count == 0:
             return float("nan")
-        mean_square = float(((self.weights @ self.arrays["mean_sum"]) ** 2).sum()) / count
-        variance = float(self.weights @ self.arrays["energy"]) - mean_square
-        return float(self.weights @ self.arrays["residual"]) / variance if variance > 0 else float("nan")
+        mean_square = float((self.total("mean_sum") ** 2).sum()) / count
+        variance = float(self.total("energy")) - mean_square
+        return float(self.total("residual")) / variance if variance > 0 else float("nan")
 
     def importance(self, compute: Callable[[FeatureSums], NDArray[np.float64]], estimator: str) -> NDArray[np.float64]:
         """Importance [feature] of every latent.
@@ -285,19 +323,15 @@ class Resample:
         prefix = f"state/{estimator}/"
         sums = FeatureSums(
             tokens=self.tokens,
-            counts=np.asarray(self.weights @ self.arrays["counts"]),
-            sums=np.asarray(self.weights @ self.arrays["sums"]),
-            squares=np.asarray(self.weights @ self.arrays["squares"]),
-            decoder_norm=self.arrays["decoder_norm"],
-            state={
-                k.removeprefix(prefix): np.tensordot(self.weights, v, 1)
-                for k, v in self.arrays.items()
-                if k.startswith(prefix)
-            },
+            counts=self.total("counts"),
+            sums=self.total("sums"),
+            squares=self.total("squares"),
+            decoder_norm=self.sums.arrays["decoder_norm"],
+            state={k.removeprefix(prefix): self.total(k) for k in self.sums.arrays if k.startswith(prefix)},
         )
         with plugin_code("importance estimator", estimator, compute):
             importance = np.asarray(compute(sums), dtype=np.float64)
-        expected = (self.arrays["counts"].shape[1],)
+        expected = (len(sums.counts),)
         if importance.shape != expected:
             raise CapacityError(
                 f"the importance estimator {estimator!r} returned shape {importance.shape}, but one value for each of"
