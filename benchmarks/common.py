@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import machine
@@ -260,12 +261,21 @@ class Sitting:
             "sizes": self.sizes,
         }
 
-    def finish(self) -> None:
-        """Print the rows, and write what was asked for."""
+    def __enter__(self) -> Sitting:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Print the rows and write what was asked for; where the benchmark broke off, those that there are, but not on
+        the page.
+        """
+        if problem is not None:
+            self.notes.append(f"It broke off: {type(problem).__name__}: {problem}")
         record = self.record()
         if self.asked.out:
             page.write_whole(Path(self.asked.out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        if self.asked.write:
+        if self.asked.write and problem is None:
             page.write(record)
         print(json.dumps(record, indent=1, ensure_ascii=False) if self.asked.json else page.printed(record))
 

@@ -234,12 +234,9 @@ def time_steps(sitting: Sitting, shapes: Shapes, students: Widths, share: float)
     )
 
 
-def main() -> None:
-    asked = arguments(__doc__, 280, {"cuda": 40}, tiny=True)
-    if asked.memory_of:
-        print(memory(asked.memory_of))
-        return
-    sitting = Sitting("distill", asked)
+def benchmark(sitting: Sitting) -> None:
+    """The heads, the steps, and their memory."""
+    asked = sitting.asked
     shapes = {"cpu": CPU, "cuda": replace(CUDA, rows=8)}[asked.device]
     shapes = tiny(shapes) if asked.tiny else shapes
     students = WIDTHS["tiny" if asked.tiny else asked.device]
@@ -254,7 +251,15 @@ def main() -> None:
         ratios = [ours / theirs for ours, theirs in zip(growth["chunks"], growth["plain loop"], strict=True)]
         sitting.rows.append(row("growth of peak RSS / plain loop", ratios, at_most(0.25)))
         sitting.sizes |= {f"peak RSS growth of {name}": sorted(v)[len(v) // 2] for name, v in growth.items()}
-    sitting.finish()
+
+
+def main() -> None:
+    asked = arguments(__doc__, 280, {"cuda": 40}, tiny=True)
+    if asked.memory_of:
+        print(memory(asked.memory_of))
+        return
+    with Sitting("distill", asked) as sitting:
+        benchmark(sitting)
 
 
 if __name__ == "__main__":

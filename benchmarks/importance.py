@@ -42,9 +42,10 @@ def measuring(model: Any, sae: Any, importance: list[Any], shapes: Shapes = CPU)
         yield lambda: capacity.run([batch], progress=False)
 
 
-def main() -> None:
-    asked = arguments(__doc__, 120, tiny=True)
-    sitting, shapes = Sitting("importance", asked), shapes_of("cpu", asked.tiny)
+def benchmark(sitting: Sitting) -> None:
+    """Every kind of estimator beside the plain forward pass."""
+    asked = sitting.asked
+    shapes = shapes_of("cpu", asked.tiny)
     sitting.notes.append(shapes.described() + ".")
     model = hugging_face(shapes)
     sae, forward, gradient = sparse_autoencoder("standard", model, shapes), ("plain forward",), ("gradient",)
@@ -71,7 +72,12 @@ def main() -> None:
                 ),
             ],
         )
-    sitting.finish()
+
+
+def main() -> None:
+    asked = arguments(__doc__, 120, tiny=True)
+    with Sitting("importance", asked) as sitting:
+        benchmark(sitting)
 
 
 if __name__ == "__main__":

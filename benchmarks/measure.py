@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,7 @@ def synchronisations(step: Callable[[int], object]) -> Counter[str]:
         step: runs so many batches.
     """
 
-    def waits(batches: int) -> Counter[str]:
+    def within(batches: int) -> Counter[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             with synchronisations_warned_of():
@@ -172,7 +172,7 @@ def synchronisations(step: Callable[[int], object]) -> Counter[str]:
         return Counter(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in found)
 
     step(1)
-    once, twice = waits(1), waits(2)
+    once, twice = within(1), within(2)
     return twice - once
 
 
@@ -259,54 +259,85 @@ def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
         sitting.sizes |= {f"peak RSS growth of {name}": sorted(v)[len(v) // 2] for name, v in growth.items()}
 
 
-def on_cuda(sitting: Sitting, shapes: Shapes) -> None:
-    """Counting on the device beside its limit with SAEs of three kinds and two precisions, `run_evals`, and memory."""
-    hf, goal = hugging_face(shapes), at_most(1.15)
-    fitted, per_turn = Weights.fitting(hf, shapes), shapes.rows * shapes.context * BATCHES
-    saes = {
-        "ReLU": sparse_autoencoder("standard", hf, shapes, weights=fitted),
-        "TopK": sparse_autoencoder("topk", hf, shapes, weights=fitted),
-        "JumpReLU": sparse_autoencoder("jumprelu", hf, shapes, weights=fitted),
-        "ReLU in bfloat16": sparse_autoencoder("standard", hf, shapes, weights=fitted, dtype=torch.bfloat16),
-    }
+def counting_once(model: Any, sae: Any, shapes: Shapes) -> None:
+    """A session of one batch, with all that it allocates."""
+    with counting(sharing(model), {shapes.hook: sae}, shapes, warm=1):
+        pass
+
+
+def waits(sitting: Sitting, name: str, model: Any, sae: Any, shapes: Shapes) -> None:
+    """A row on how often a batch synchronises, and a note on where."""
+    with runs_of(sharing(model), {shapes.hook: sae}, shapes) as runs:
+        places = synchronisations(runs)
+    title, none = f"synchronisations a batch, {name}", at_most(0)
+    gpu = torch.cuda.is_available()
+    sitting.rows.append(fact(title, places.total(), none) if gpu else absent(title, "no GPU", none))
+    if places:
+        shown = ", ".join(f"{place} ({number})" for place, number in places.most_common(12))
+        sitting.notes.append(f"Where {name} synchronises in a batch: {shown}.")
+
+
+def beside_limit(sitting: Sitting, model: Any, saes: Mapping[str, Any], shapes: Shapes, share: float) -> None:
+    """Rows on SAEs of one precision beside the limit, and on tokens a second."""
+    one = next(iter(saes.values()))
+    bare = f"limit, {str(one.W_enc.dtype).removeprefix('torch.')} SAE"
+    sitting.sizes[f"peak device memory of the {bare}"] = device_growth_mb(partial(limit_once, model, one, shapes))
     for name, sae in saes.items():
-        with runs_of(sharing(hf), {shapes.hook: sae}, shapes) as runs:
-            waits = synchronisations(runs)
-            title, none = f"synchronisations a batch, {name}", at_most(0)
-            gpu = torch.cuda.is_available()
-            sitting.rows.append(fact(title, waits.total(), none) if gpu else absent(title, "no GPU", none))
-            if waits:
-                places = ", ".join(f"{place} ({number})" for place, number in waits.most_common(12))
-                sitting.notes.append(f"Where {name} synchronises in a batch: {places}.")
-            sitting.sizes[f"peak device memory of counting, {name}"] = device_growth_mb(partial(runs, 1))
-    for dtype, names in ((torch.float32, ("ReLU", "TopK", "JumpReLU")), (torch.bfloat16, ("ReLU in bfloat16",))):
-        bare, bound = f"limit, {str(dtype).removeprefix('torch.')} SAE", saes[names[0]]
-        sitting.sizes[f"peak device memory of the {bare}"] = device_growth_mb(partial(limit_once, hf, bound, shapes))
-        with sitting.group() as attach:
-            ways = {
-                name: attach(counting(sharing(hf), {shapes.hook: saes[name]}, shapes, BATCHES, warm=1))
-                for name in names
-            }
-            turns = sitting.time(
-                {bare: limit(hf, bound, shapes, BATCHES), **{f"counting, {name}": way for name, way in ways.items()}},
-                [Claim(f"everything / limit, {name}", (f"counting, {name}",), (bare,), goal) for name in names],
-                share=0.5 if len(names) > 1 else 0.2,
-                batches=BATCHES,
-            )
-        sitting.rows += [
-            row(f"tokens a second, {name}", [per_turn / seconds for seconds in turns[f"counting, {name}"]])
-            for name in names
-        ]
+        growth = device_growth_mb(partial(counting_once, model, sae, shapes))
+        sitting.sizes[f"peak device memory of counting, {name}"] = growth
+    with sitting.group() as attach:
+        ways = {
+            f"counting, {name}": attach(counting(sharing(model), {shapes.hook: sae}, shapes, BATCHES, warm=1))
+            for name, sae in saes.items()
+        }
+        turns = sitting.time(
+            {bare: limit(model, one, shapes, BATCHES), **ways},
+            [Claim(f"everything / limit, {name}", (f"counting, {name}",), (bare,), at_most(1.15)) for name in saes],
+            share,
+            BATCHES,
+        )
+    tokens_a_turn = shapes.rows * shapes.context * BATCHES
+    sitting.rows += [
+        row(f"tokens a second, {name}", [tokens_a_turn / seconds for seconds in turns[f"counting, {name}"]])
+        for name in saes
+        if turns[f"counting, {name}"]
+    ]
+
+
+def beside_evals(sitting: Sitting, model: Any, sae: Any, weights: Weights, shapes: Shapes, share: float) -> None:
+    """A row on SAELens' `run_evals`, which holds all latents of the batch."""
     peer, ours = "run_evals, HookedProxyLM", "counting, beside run_evals"
     claim = Claim("run_evals / everything", (peer,), (ours,), at_least(3))
     try:
         with sitting.group() as attach:
-            count = attach(counting(sharing(hf), {shapes.hook: saes["ReLU"]}, shapes, warm=1))
-            evals = proxy_evals(hf, shapes, fitted)
+            count = attach(counting(sharing(model), {shapes.hook: sae}, shapes, warm=1))
+            evals = proxy_evals(model, shapes, weights)
             sitting.sizes[f"peak device memory of {peer}"] = device_growth_mb(evals)
-            sitting.time({ours: count, peer: evals}, [claim], share=0.3)
+            sitting.time({ours: count, peer: evals}, [claim], share)
     except torch.OutOfMemoryError:
         sitting.rows.append(absent(claim.name, "run_evals runs out of the device's memory", claim.goal))
+
+
+def on_cuda(sitting: Sitting, shapes: Shapes) -> None:
+    """Counting on the device beside its limit with SAEs of three kinds and two precisions, `run_evals`, and memory."""
+    hf = hugging_face(shapes)
+    fitted = Weights.fitting(hf, shapes)
+    kinds = {"ReLU": "standard", "TopK": "topk", "JumpReLU": "jumprelu"}
+    single = {name: sparse_autoencoder(kind, hf, shapes, weights=fitted) for name, kind in kinds.items()}
+    half = {"ReLU in bfloat16": sparse_autoencoder("standard", hf, shapes, weights=fitted, dtype=torch.bfloat16)}
+    beside_limit(sitting, hf, single, shapes, 0.5)
+    beside_limit(sitting, hf, half, shapes, 0.2)
+    for name, sae in (single | half).items():
+        waits(sitting, name, hf, sae, shapes)
+    beside_evals(sitting, hf, single["ReLU"], fitted, shapes, 0.3)
+
+
+def benchmark(sitting: Sitting) -> None:
+    """Counting on the device that was asked for."""
+    asked = sitting.asked
+    shapes = shapes_of(asked.device, asked.tiny)
+    sitting.notes.append(shapes.described() + ".")
+    (on_cuda if asked.device == "cuda" else on_cpu)(sitting, shapes)
 
 
 def main() -> None:
@@ -314,11 +345,8 @@ def main() -> None:
     if asked.memory_of:
         print(memory(asked.memory_of))
         return
-    sitting = Sitting("measure", asked)
-    shapes = shapes_of(asked.device, asked.tiny)
-    sitting.notes.append(shapes.described() + ".")
-    (on_cuda if asked.device == "cuda" else on_cpu)(sitting, shapes)
-    sitting.finish()
+    with Sitting("measure", asked) as sitting:
+        benchmark(sitting)
 
 
 if __name__ == "__main__":

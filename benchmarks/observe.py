@@ -61,12 +61,10 @@ def pair(width: int, shapes: Shapes = CPU) -> list[Any]:
     return [of, new_student(of, width).eval().requires_grad_(False)]
 
 
-def main() -> None:
-    asked = arguments(__doc__, 90, tiny=True, rows=CPU.rows, cpu=0)
-    if asked.memory_of:
-        print(memory(asked.memory_of))
-        return
-    sitting, shapes = Sitting("observe", asked), shapes_of("cpu", asked.tiny)
+def benchmark(sitting: Sitting) -> None:
+    """Two students judged, and the memory of it."""
+    asked = sitting.asked
+    shapes = shapes_of("cpu", asked.tiny)
     sitting.notes.append(shapes.described() + ".")
     if asked.cpu:
         torch.set_num_threads(1)
@@ -84,7 +82,15 @@ def main() -> None:
         ratios = [ours / theirs for ours, theirs in zip(growth["judging"], growth["bare"], strict=True)]
         sitting.rows.append(row("growth of peak RSS / bare forward passes", ratios, at_most(0.6)))
         sitting.sizes |= {f"peak RSS growth of {name}": sorted(v)[len(v) // 2] for name, v in growth.items()}
-    sitting.finish()
+
+
+def main() -> None:
+    asked = arguments(__doc__, 90, tiny=True, rows=CPU.rows, cpu=0)
+    if asked.memory_of:
+        print(memory(asked.memory_of))
+        return
+    with Sitting("observe", asked) as sitting:
+        benchmark(sitting)
 
 
 if __name__ == "__main__":

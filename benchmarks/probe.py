@@ -68,12 +68,10 @@ def memory() -> float:
     return peak_growth_mb(recovering(teacher, sae, {"a": student}, stream, measured, {}))
 
 
-def main() -> None:
-    asked = arguments(__doc__, 150, tiny=True, tokens=16_384)
-    if asked.memory_of:
-        print(memory())
-        return
-    sitting, shapes = Sitting("probe", asked), shapes_of("cpu", asked.tiny)
+def benchmark(sitting: Sitting) -> None:
+    """Recovering, without and with random weights, and its memory."""
+    asked = sitting.asked
+    shapes = shapes_of("cpu", asked.tiny)
     sitting.notes.append(f"{shapes.described()}; {asked.tokens:,} tokens.")
     teacher, stream = hugging_face(shapes), batches(asked.tokens, shapes)
     sae = sparse_autoencoder("standard", teacher, shapes)
@@ -107,7 +105,15 @@ def main() -> None:
     if not asked.tiny:
         growth = row("growth of peak RSS of recovering, MB", growth_apart(__file__, "recovering"), at_most(450))
         sitting.rows.append(growth)
-    sitting.finish()
+
+
+def main() -> None:
+    asked = arguments(__doc__, 150, tiny=True, tokens=16_384)
+    if asked.memory_of:
+        print(memory())
+        return
+    with Sitting("probe", asked) as sitting:
+        benchmark(sitting)
 
 
 if __name__ == "__main__":

@@ -170,11 +170,9 @@ def loads(path: Path, repetitions: int) -> dict[str, list[float]]:
     return times
 
 
-def main() -> None:
-    asked = arguments(__doc__, 0, tokens=20_000, loads=12, writes=6)
-    if BROWSER is None or DRIVER is None:
-        raise SystemExit(MISSING)
-    sitting = Sitting("report", asked)
+def benchmark(sitting: Sitting) -> None:
+    """One report, written and opened."""
+    asked = sitting.asked
     with tempfile.TemporaryDirectory() as folder:
         path, seconds = page(Path(folder), asked.tokens, asked.writes)
         size, loading = path.stat().st_size / 1e6, loads(path, asked.loads)
@@ -185,7 +183,14 @@ def main() -> None:
         row("seconds until a moved slider is answered", loading["slider answered"], at_most(2)),
     ]
     sitting.seconds |= {name: statistics.median(values) for name, values in (seconds | loading).items()}
-    sitting.finish()
+
+
+def main() -> None:
+    asked = arguments(__doc__, 0, tokens=20_000, loads=12, writes=6)
+    if BROWSER is None or DRIVER is None:
+        raise SystemExit(MISSING)
+    with Sitting("report", asked) as sitting:
+        benchmark(sitting)
 
 
 if __name__ == "__main__":

@@ -78,12 +78,10 @@ def memory(which: str) -> float:
     return peak_growth_mb(splicing(model, sae, measurement, kept(measurement)))
 
 
-def main() -> None:
-    asked = arguments(__doc__, 120, tiny=True)
-    if asked.memory_of:
-        print(memory(asked.memory_of))
-        return
-    sitting, shapes = Sitting("splice", asked), shapes_of("cpu", asked.tiny)
+def benchmark(sitting: Sitting) -> None:
+    """Splicing beside its limit, and its memory."""
+    asked = sitting.asked
+    shapes = shapes_of("cpu", asked.tiny)
     sitting.notes.append(shapes.described() + ".")
     model = hugging_face(shapes)
     sae = sparse_autoencoder("standard", model, shapes)
@@ -98,7 +96,15 @@ def main() -> None:
     if not asked.tiny:
         sitting.rows.append(row("growth of peak RSS, MB", growth_apart(__file__, "splicing"), at_most(250)))
         sitting.sizes["peak RSS growth of the limit"] = growth_apart(__file__, "limit", 1)[0]
-    sitting.finish()
+
+
+def main() -> None:
+    asked = arguments(__doc__, 120, tiny=True)
+    if asked.memory_of:
+        print(memory(asked.memory_of))
+        return
+    with Sitting("splice", asked) as sitting:
+        benchmark(sitting)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,10 @@ def looped(steps: int) -> Callable[[], object]:
     return once
 
 
-def main() -> None:
-    asked = arguments(__doc__, 120, steps=BLOCK_STEPS)
-    sitting, paper = Sitting("toy", asked), SweepSettings()
+def benchmark(sitting: Sitting) -> None:
+    """The sweep in one batch beside the loop, and how long the paper's takes."""
+    asked = sitting.asked
+    paper = SweepSettings()
     sitting.notes.append(f"Seconds are of {asked.steps} steps.")
     together, loop, whole = "one batch", "loop", "paper preset, as many steps of each kind"
     sitting.time(
@@ -67,7 +68,12 @@ def main() -> None:
     minutes = paper.steps / asked.steps / 60
     claim = Claim("paper preset: minutes of training, extrapolated", (whole,), (), at_most(90), minutes)
     sitting.time({whole: batched(asked.steps, True, paper.seeds)}, [claim], share=0.3)
-    sitting.finish()
+
+
+def main() -> None:
+    asked = arguments(__doc__, 120, steps=BLOCK_STEPS)
+    with Sitting("toy", asked) as sitting:
+        benchmark(sitting)
 
 
 if __name__ == "__main__":
