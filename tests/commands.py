@@ -113,7 +113,9 @@ CHILDREN.set_forkserver_preload(
 )
 
 
-def run_in_a_child(arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
+def run_in_a_child(
+    arguments: Sequence[object], environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> None:
     """What a child process does: run the command, and save a checkpoint whenever one can be saved."""
     import torch
 
@@ -121,6 +123,7 @@ def run_in_a_child(arguments: Sequence[object], environment: Mapping[str, str] |
     from tl_capacity.storage import checkpoints
 
     os.environ.update(environment or {})
+    os.chdir(folder or ".")
     torch.set_num_threads(1)
     checkpoints.SECONDS = 0.0
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -135,8 +138,12 @@ def alone(command: Sequence[object]) -> None:
     assert child.exitcode == 0
 
 
-def launch(commands: Sequence[Sequence[object]]) -> list[int | None]:
-    """Run a command in each of several processes as `torchrun` would start them; returns their exit codes."""
+def launch(commands: Sequence[Sequence[object]], folders: Sequence[Path | None] = ()) -> list[int | None]:
+    """Run a command in each of several processes as `torchrun` would start them; returns their exit codes.
+
+    Args:
+        folders: where each is run.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -149,7 +156,8 @@ def launch(commands: Sequence[Sequence[object]]) -> list[int | None]:
     children = []
     for rank, command in enumerate(commands):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-        children.append(CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command], environment)))
+        folder = folders[rank] if folders else None
+        children.append(CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command], environment, folder)))
         children[-1].start()
     for child in children:
         child.join(300)

@@ -37,6 +37,14 @@ class TokenSourceError(CapacityError):
     """A token source is missing, empty, unreadable or yields nothing to count."""
 
 
+class NothingCountedError(CapacityError):
+    """No token counted: there was none, or all were padding or special ones."""
+
+
+class NothingToReadError(TokenSourceError, NothingCountedError):
+    """A token source has no token for whoever reads it: it is empty, or the reader's share of it is."""
+
+
 class SourceCutOffError(TokenSourceError):
     """A token source stopped in the midst of its text, as where the network failed; what came before was whole."""
 

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tl_capacity.errors import CapacityError
 from tl_capacity.storage.digests import digest
+from tl_capacity.text.shares import Place
 from tl_capacity.text.streams import Fillers, TokenBatch, as_batches
 
 
@@ -18,15 +21,22 @@ class Cursor:
     Attributes:
         rows: rows consumed.
         digest: a running hash of their tokens: two measurements with the same one saw the same tokens.
+        place: the last document that they are of, and how many of them are of it.
     """
 
     rows: int = 0
     digest: str = ""
+    place: Place = Place()
 
     def after(self, batch: TokenBatch, rows_go_on: bool = False) -> Cursor:
         """The cursor behind one more batch, whose rows may go on with rows that were consumed before."""
         content = self.digest.encode() + batch.tokens.tobytes() + batch.documents.tobytes()
-        return Cursor(self.rows + (0 if rows_go_on else len(batch.tokens)), digest(content))
+        last = int(batch.documents[-1])
+        elsewhere = np.flatnonzero(batch.documents != last)
+        of_it = len(batch.documents) - 1 - int(elsewhere[-1]) if len(elsewhere) else len(batch.documents)
+        if not len(elsewhere) and self.place.document == last:
+            of_it += self.place.rows
+        return Cursor(self.rows + (0 if rows_go_on else len(batch.tokens)), digest(content), Place(last, of_it))
 
 
 def batches_after(

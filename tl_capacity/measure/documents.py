@@ -35,6 +35,14 @@ class OpenDocuments:
         rows = torch.zeros(0, features, dtype=torch.bool) if seen is None else torch.from_numpy(seen.copy())
         self._seen = rows.to(device)
         self._row = {document: row for row, document in enumerate(documents)}
+        self._counted: dict[int, Tensor] = {}
+
+    def leave_out(self, documents: Sequence[int], seen: NDArray[np.bool_]) -> None:
+        """Count of these documents only the features that they have not shown before: another process has begun to read
+        them, and has counted the documents and their features [document, feature] so far.
+        """
+        flags = torch.from_numpy(seen.copy()).to(self._seen.device)
+        self._counted = dict(zip(documents, flags, strict=True))
 
     def open(self, documents: Sequence[int]) -> None:
         """Give an empty row to each document that has none."""
@@ -62,7 +70,20 @@ class OpenDocuments:
         """Add the documents that have ended, which are all `but` these, to the document counts."""
         ended = {document: row for document, row in self._row.items() if document not in but}
         self._row = {document: row for document, row in self._row.items() if document in but}
-        statistics.update_documents(np.array(list(ended), dtype=np.int64), self._seen[list(ended.values())])
+        self._add(statistics, list(ended), self._seen[list(ended.values())])
+
+    def added_to(self, statistics: FeatureStatistics) -> None:
+        """Add the open documents to the document counts, and leave them open here."""
+        self._add(statistics, list(self._row), self._seen[list(self._row.values())])
+
+    def _add(self, statistics: FeatureStatistics, documents: Sequence[int], seen: Tensor) -> None:
+        """Add documents with the features [document, feature] that they have shown."""
+        if known := [place for place, document in enumerate(documents) if document in self._counted]:
+            before = torch.stack([self._counted[documents[place]] for place in known])
+            statistics.update_incidence(seen[known] & ~before)
+            new = [place for place in range(len(documents)) if place not in known]
+            documents, seen = [documents[place] for place in new], seen[new]
+        statistics.update_documents(np.array(documents, dtype=np.int64), seen)
 
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The open documents' numbers [document] and flags [document, feature]."""

@@ -41,35 +41,46 @@ def measure(settings: MeasureSettings) -> Measurement:
         CapacityError: on anything that the user can mend; what was saved before stays.
         SourceCutOffError: where the text stops in its midst; what was counted is saved.
     """
-    earlier = _earlier(settings)
-    with _attached(settings) as (capacity, stream):
+    earlier = earlier_in(settings.out, settings.resume)
+    with attached(settings) as (capacity, stream):
         if earlier is not None:
-            _check_settings(earlier[0], capacity, stream)
+            check_settings(earlier[0], capacity, stream)
             if earlier[0].complete:
                 return _as_it_is(earlier[0], settings)
             capacity.resume(*earlier)
-        if settings.max_memory is not None:
-            fit_memory(capacity, settings.max_memory)
-        checkpoints = _Checkpoints(settings)
-        try:
-            capacity.run(stream, settings.tokens, progress=settings.progress, after_batch=checkpoints.after_batch)
-        except SourceCutOffError:
-            checkpoints.save(capacity)
-            raise
-        _refuse_bad_fit(capacity, settings.max_fvu)
-        _refuse_bad_importance(capacity)
+        count(capacity, stream, settings)
         measurement = capacity.measurement()
     measurement.save(settings.out)
+    return measurement
+
+
+def count(capacity: CapacityHooks, stream: TokenStream, settings: MeasureSettings) -> None:
+    """Count, with checkpoints.
+
+    Raises:
+        CapacityError: on anything that the user can mend; what was saved before stays.
+        NothingCountedError: where there was no token to count.
+        SourceCutOffError: where the text stops in its midst; what was counted is saved.
+    """
+    if settings.max_memory is not None:
+        fit_memory(capacity, settings.max_memory)
+    checkpoints = _Checkpoints(settings)
+    try:
+        capacity.run(stream, settings.tokens, progress=settings.progress, after_batch=checkpoints.after_batch)
+    except SourceCutOffError:
+        checkpoints.save(capacity)
+        raise
+    _refuse_bad_fit(capacity, settings.max_fvu)
+    _refuse_bad_importance(capacity)
     if settings.max_memory is not None and peak_memory() > settings.max_memory:
         log.warning(
             f"the peak was {peak_memory() / 1e9:.2f} GB, more than --max-memory: the model itself takes more than was"
             " left for it"
         )
-    return measurement
 
 
 @contextmanager
-def _attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenStream]]:
+def attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenStream]]:
     """The model with its hook points tapped, and the text."""
     from tl_capacity.models.loading import load_model
 
@@ -140,15 +151,17 @@ def _refuse_bad_importance(capacity: CapacityHooks) -> None:
             summary.importance(estimator.compute, estimator.name)  # raises on what no importance can be
 
 
-def _earlier(settings: MeasureSettings) -> tuple[Measurement, dict[str, Any]] | None:
-    """The measurement in the output folder and its resumable state, if there is one."""
-    if not (settings.out / JSON_NAME).exists():
+def earlier_in(folder: Path, resume: bool) -> tuple[Measurement, dict[str, Any]] | None:
+    """The measurement in a folder and its resumable state, if there is one.
+
+    Raises:
+        MeasurementError: where there is one, and it is not to be gone on with.
+    """
+    if not (folder / JSON_NAME).exists():
         return None
-    if not settings.resume:
-        raise MeasurementError(
-            f"{settings.out} already holds a measurement: go on with --resume, or choose another --out"
-        )
-    return last_whole(settings.out / JSON_NAME, _resumable)
+    if not resume:
+        raise MeasurementError(f"{folder} already holds a measurement: go on with --resume, or choose another --out")
+    return last_whole(folder / JSON_NAME, _resumable)
 
 
 def _resumable(path: Path) -> tuple[Measurement, dict[str, Any]]:
@@ -158,20 +171,16 @@ def _resumable(path: Path) -> tuple[Measurement, dict[str, Any]]:
 
 
 def finished(settings: MeasureSettings) -> Measurement | None:
-    """The measurement in the output folder, if there is one.
+    """The measurement in the output folder, if there is one that has ended.
 
     Raises:
-        MeasurementError: where it is a checkpoint, or of something else.
+        MeasurementError: where it is of something else, or not to be gone on with.
     """
-    earlier = _earlier(settings)
-    if earlier is None:
+    earlier = earlier_in(settings.out, settings.resume)
+    if earlier is None or not earlier[0].complete:
         return None
-    if not earlier[0].complete:
-        raise MeasurementError(
-            f"{settings.out} holds the checkpoint of one process: go on with it in one process, or choose another --out"
-        )
-    with _attached(settings) as (capacity, stream):
-        _check_settings(earlier[0], capacity, stream)
+    with attached(settings) as (capacity, stream):
+        check_settings(earlier[0], capacity, stream)
     return _as_it_is(earlier[0], settings)
 
 
@@ -187,7 +196,7 @@ def _as_it_is(finished: Measurement, settings: MeasureSettings) -> Measurement:
     return finished
 
 
-def _check_settings(earlier: Measurement, capacity: CapacityHooks, stream: TokenStream) -> None:
+def check_settings(earlier: Measurement, capacity: CapacityHooks, stream: TokenStream) -> None:
     """Whether a measurement or its checkpoint is of what is asked for now."""
     what = "measurement" if earlier.complete else "checkpoint"
     odd = earlier.provenance.difference(capacity.planned_provenance(stream))

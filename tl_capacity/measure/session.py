@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +35,7 @@ from tl_capacity.measure.current import CurrentPasses
 from tl_capacity.measure.cursor import Cursor, batches_after
 from tl_capacity.measure.gradient_pass import GradientPass
 from tl_capacity.measure.passes import ForwardPass, RefusedCall, StreamingPass
+from tl_capacity.measure.stream_record import StreamRecord
 from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
@@ -51,29 +51,8 @@ from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.text.counting import CountingRule, special_token_ids
-from tl_capacity.text.streams import Fillers, TokenBatch, TokenStream, source_of
-
-
-@dataclass(frozen=True)
-class StreamRecord:
-    """What a measurement records of the text that was counted last."""
-
-    source: str = Provenance.source
-    shard: tuple[int, int] = (0, 1)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    begins_with_bos: bool | None = None
-    context: int | None = None
-
-    @classmethod
-    def describing(cls, stream: Any, before: StreamRecord) -> StreamRecord:
-        """The record of a stream; what token ids do not tell stays as it was before."""
-        if not isinstance(stream, TokenStream):
-            return cls(source_of(stream), before.shard, before.settings)
-        settings = {"context": stream.context, "bos": stream.bos, "batch_rows": stream.batch_rows}
-        if stream.special_tokens:
-            settings["special_tokens"] = True
-        bos, context = (stream.bos is not None, stream.context) if stream.is_text else (None, None)
-        return cls(stream.name(), stream.shard, settings, bos, context)
+from tl_capacity.text.shares import Place
+from tl_capacity.text.streams import Fillers, TokenBatch, TokenStream
 
 
 class CapacityHooks:
@@ -137,6 +116,11 @@ class CapacityHooks:
     def rows(self) -> int:
         """Rows consumed so far: the cursor of a stream."""
         return self._cursor.rows
+
+    @property
+    def place(self) -> Place:
+        """The last document that rows were consumed of, and how many."""
+        return self._cursor.place
 
     def remove(self) -> None:
         """Take this handle's hooks away, and nobody else's; what was counted stays available. May be called twice."""
@@ -212,9 +196,33 @@ class CapacityHooks:
                 " left out there",
                 stacklevel=2,
             )
+        return self.measurement_of(self.sums(), complete)
+
+    def sums(self) -> list[dict[str, NDArray[Any]]]:
+        """The sums of each tap so far, in which the documents that are being read have ended; also where nothing was
+        counted.
+        """
         with self._passes.lock:
-            hooks = tuple(self._hook_measurement(tap, tap.snapshot(close=True)[0]) for tap in self.taps)
+            return [tap.snapshot(close=True)[0] for tap in self.taps]
+
+    def measurement_of(self, sums: Sequence[Mapping[str, NDArray[Any]]], complete: bool = True) -> Measurement:
+        """A measurement with these sums, one for each tap, as those over several processes.
+
+        Raises:
+            NothingCountedError: where they are of no token.
+        """
+        hooks = tuple(self._hook_measurement(tap, arrays) for tap, arrays in zip(self.taps, sums, strict=True))
         return Measurement(hooks, self._provenance(), complete)
+
+    def leave_out(self, documents: Sequence[int], seen: Sequence[NDArray[np.bool_]]) -> None:
+        """Count of documents that another process has begun to read only what it has not counted.
+
+        Args:
+            documents: their numbers.
+            seen: for each tap, the features that they have shown there, [document, feature].
+        """
+        for tap, flags in zip(self.taps, seen, strict=True):
+            tap.leave_out(documents, flags)
 
     def checkpoint(self) -> tuple[Measurement, dict[str, NDArray[Any]]]:
         """An incomplete measurement, and the arrays that let `resume` go on exactly where this handle is."""
@@ -224,6 +232,7 @@ class CapacityHooks:
             sums, open_documents = tap.snapshot(close=False)
             hooks.append(self._hook_measurement(tap, sums))
             still_open |= {f"resume/{i}/{name}": value for name, value in open_documents.items()}
+        still_open["resume/place"] = np.array(self._cursor.place, dtype=np.int64)
         return Measurement(tuple(hooks), self._provenance(), complete=False), still_open
 
     def check_same(self, measurement: Measurement) -> None:

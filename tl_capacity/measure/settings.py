@@ -10,6 +10,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.options import internal, option, required
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 from tl_capacity.runtime.units import bytes_in
+from tl_capacity.text.shares import Share
 
 MAX_FVU = "Refuse an SAE that leaves more of the variance unexplained; inf never refuses."
 
@@ -40,6 +41,7 @@ class MeasureSettings:
         checkpoint_seconds: since the last one was saved.
         max_memory: in bytes.
         progress: show how far it is.
+        share: of these documents, what one of several processes counts of what earlier launches have left.
     """
 
     model: str = required("A registered name, a save_pretrained folder, or a hub id.")
@@ -91,6 +93,7 @@ class MeasureSettings:
         None, "Memory that the process may hold, as 4GB; fewer latents are dense at once.", parse=bytes_in
     )
     progress: bool = internal(True)
+    share: Share = internal(Share())
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant.

@@ -203,6 +203,7 @@ def stream_for(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[An
         default_bos(saes) if settings.prepend_bos is None else settings.prepend_bos,
         settings.shard,
         settings.special_tokens,
+        settings.share,
     )
 
 

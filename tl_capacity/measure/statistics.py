@@ -83,7 +83,11 @@ class FeatureStatistics:
         if len(documents):
             groups = torch.from_numpy(document_groups(documents)).to(self.documents.device)
             self.documents.index_add_(0, groups, torch.ones_like(groups))
-            self.incidence += seen.sum(0)
+            self.update_incidence(seen)
+
+    def update_incidence(self, seen: Bool[Tensor, "document feature"]) -> None:
+        """Add the features of documents that are counted already."""
+        self.incidence += seen.sum(0)
 
     def update_reconstruction(
         self,

@@ -330,9 +330,13 @@ class Tap:
         """
         statistics, (documents, seen) = self.statistics.clone(), self._open.arrays()
         if close:
-            statistics.update_documents(documents, torch.from_numpy(seen).to(self.device))
+            self._open.added_to(statistics)
         sums = {name: value.cpu().numpy() for name, value in statistics.tensors().items()}
         return sums, {"open_documents": documents, "open_seen": seen}
+
+    def leave_out(self, documents: Sequence[int], seen: NDArray[Any]) -> None:
+        """Count of documents that another process has begun only what they have not shown it, [document, feature]."""
+        self._open.leave_out(documents, seen)
 
     @outside_inference_mode
     def restore(

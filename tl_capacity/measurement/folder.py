@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def write_folder(
 def remove_leftovers(folder: Path, keep_previous: bool = False) -> None:
     """Delete what a measurement's record does not name; without `keep_previous`, the checkpoint before it too."""
     storage.remove_stale(folder / JSON_NAME, "statistics", "statistics-*.safetensors", keep_previous)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a measurement or a checkpoint, and the folder itself where nothing else is in it."""
+    record = folder / JSON_NAME
+    for path in (storage.previous(record), record, *folder.glob("statistics-*.safetensors")):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

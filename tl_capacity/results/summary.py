@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_capacity import theory
-from tl_capacity.errors import CapacityError, plugin_code
+from tl_capacity.errors import CapacityError, NothingCountedError, plugin_code
 from tl_capacity.interfaces import FeatureSums
 from tl_capacity.results.estimate import Estimate, document_resamples, estimate_around
 from tl_capacity.text.counting import MASK_REASONS
@@ -47,7 +47,7 @@ class FeatureSummary:
         if self.n_tokens == 0:
             masked = int(self.arrays["masked"].sum())
             reason = f"all {masked:,} tokens were masked" if masked else "no tokens were seen"
-            raise CapacityError(
+            raise NothingCountedError(
                 f"nothing was counted: {reason}; run the model on text that is not padding or special tokens"
             )
 

@@ -5,18 +5,29 @@ is, and sums and lists over all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
+from tl_capacity.errors import CapacityError
 from tl_capacity.runtime.devices import device_named
+from tl_capacity.runtime.hub import reason_of
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+CONNECTING = timedelta(minutes=15)
+"""How long a process waits for the others to begin."""
+WAITING = timedelta(days=1)
+"""How long a process waits for the others at the end, which may have longer documents; one that has died is noticed at
+once.
+"""
 
 
 def is_first() -> bool:
@@ -51,12 +62,31 @@ class Processes:
 
         Args:
             device: where they compute; each takes a GPU of its own for "cuda".
+
+        Raises:
+            CapacityError: where they compute on different kinds of devices, a machine has fewer GPUs than processes, or
+                one of them cannot be reached.
         """
         if self.count == 1:
             return self
         from accelerate import PartialState
 
-        state = PartialState(cpu=device_named(device) == "cpu")
+        kind = device_named(device).partition(":")[0]
+        check_gpus(kind)
+        with _others_needed():
+            if not distributed.is_initialized():
+                store, *_ = next(rendezvous("env://", timeout=CONNECTING))
+                check_kinds(store, kind, self)
+                if kind == "cuda":
+                    torch.cuda.set_device(_local_index())
+                distributed.init_process_group(
+                    "nccl" if kind == "cuda" else "gloo",
+                    store=store,
+                    rank=self.index,
+                    world_size=self.count,
+                    timeout=WAITING,
+                )
+            state = PartialState(cpu=kind == "cpu")
         return Processes(state.process_index, state.num_processes, state.device)
 
     @property
@@ -77,15 +107,25 @@ class Processes:
         if self.count == 1:
             return tensor
         sent = tensor.to(self.device).contiguous()
-        distributed.all_reduce(sent)
+        with _others_needed():
+            distributed.all_reduce(sent)
         return sent.to(tensor.device)
 
     def gather(self, mine: Item) -> list[Item]:
         """What each process has, in their order."""
         gathered = [mine] * self.count
         if self.count > 1:
-            distributed.all_gather_object(gathered, mine)
+            with _others_needed():
+                distributed.all_gather_object(gathered, mine)
         return gathered
+
+    def of_first(self, mine: Item) -> Item:
+        """What the first process has, in all."""
+        held = [mine]
+        if self.count > 1:
+            with _others_needed():
+                distributed.broadcast_object_list(held)
+        return held[0]
 
     def map(self, function: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
         """`function` of each item, in their order; each is computed in one process and known in all."""
@@ -95,7 +135,56 @@ class Processes:
     def wait(self) -> None:
         """Go on when all have come here."""
         if self.count > 1:
-            distributed.barrier()
+            with _others_needed():
+                distributed.barrier()
+
+
+@contextmanager
+def _others_needed() -> Iterator[None]:
+    """Say in one sentence that another process is gone."""
+    try:
+        yield
+    except CapacityError:
+        raise
+    except (RuntimeError, ValueError) as problem:
+        raise CapacityError(
+            f"another process of this launch has ended or cannot be reached ({reason_of(problem)}): what was saved"
+            " stays, start again with --resume"
+        ) from problem
+
+
+def check_kinds(store: Any, kind: str, processes: Processes) -> None:
+    """Refuse processes on different kinds of devices, which would wait for each other for ever.
+
+    Raises:
+        CapacityError: where there are such.
+    """
+    store.set(f"tl_capacity/device/{processes.index}", kind)
+    kinds = {index: store.get(f"tl_capacity/device/{index}").decode() for index in range(processes.count)}
+    if others := {index: other for index, other in kinds.items() if other != kind}:
+        index, other = next(iter(others.items()))
+        raise CapacityError(
+            f"the processes compute on a mixed set of devices, {kind} in process {processes.index} and {other} in"
+            f" process {index}: pass the same --device to all, which all machines have"
+        )
+
+
+def check_gpus(kind: str) -> None:
+    """Refuse more processes on a machine than it has GPUs.
+
+    Raises:
+        CapacityError: where there are.
+    """
+    if kind == "cuda" and _local_index() >= torch.cuda.device_count():
+        raise CapacityError(
+            f"process {_local_index()} of this machine has no GPU, as there are {torch.cuda.device_count()}: start as"
+            " many processes on it as it has GPUs"
+        )
+
+
+def _local_index() -> int:
+    """Which of the processes of this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 ALONE = Processes()

@@ -11,15 +11,18 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_capacity.errors import TokenSourceError, plugin_code
+from tl_capacity.errors import NothingToReadError, TokenSourceError, plugin_code
 from tl_capacity.interfaces import TokenSource
 from tl_capacity.plugins import plugins
+from tl_capacity.text.shares import Share
 from tl_capacity.text.tokenizing import bos_of, tokens_of_each, without_nulls
+
+Item = TypeVar("Item")
 
 PADDING = -1
 """Marks a padded place in `TokenBatch.tokens` until it is given to a model."""
@@ -87,6 +90,7 @@ class TokenStream:
         shard: `(index, of)`: take the documents whose number is `index` modulo `of`.
         special_tokens: read a special token that is spelled in a text, such as `<|endoftext|>`, as that token; by
             default text is text.
+        share: of these documents, what one of several processes reads of what earlier launches have left.
     """
 
     source: str | Sequence[str | None] | NDArray[np.int64]
@@ -96,6 +100,7 @@ class TokenStream:
     prepend_bos: bool = True
     shard: tuple[int, int] = (0, 1)
     special_tokens: bool = False
+    share: Share = Share()
 
     def __post_init__(self) -> None:
         if self.context < 2 or self.batch_rows < 1:
@@ -132,7 +137,8 @@ class TokenStream:
         """The batches, the same each time.
 
         Raises:
-            TokenSourceError: where the source is missing, unreadable or empty.
+            TokenSourceError: where the source is missing or unreadable.
+            NothingToReadError: where it is empty.
         """
         rows, empty = self._rows(), True
         while batch := list(islice(rows, self.batch_rows)):
@@ -142,20 +148,24 @@ class TokenStream:
                 tokens[row, : len(ids)] = ids
             yield TokenBatch(tokens, np.array([document for document, _ in batch], dtype=np.int64))
         if empty:
-            raise TokenSourceError(f"{self.name()} yields no tokens: it is empty, or this shard has no document")
+            raise NothingToReadError(f"{self.name()} yields no tokens: it is empty, or this shard has no document")
 
     def _rows(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """`(document number, ids)` of each row."""
-        index, of = self.shard
         if isinstance(self.source, np.ndarray):
-            for number, ids in enumerate(self.source):
-                if number % of == index:
+            for number, done, ids in self.share(self._of_shard(self.source)):
+                if not done:
                     yield number, ids[: self.context].astype(np.int64)
             return
-        numbered = ((n, text) for n, text in enumerate(self._texts()) if n % of == index)
-        for number, pieces in tokens_of_each(self.tokenizer, numbered, self.special_tokens):
-            for ids in self._cut(pieces):
+        numbered = (((number, done), text) for number, done, text in self.share(self._of_shard(self._texts())))
+        for (number, done), pieces in tokens_of_each(self.tokenizer, numbered, self.special_tokens):
+            for ids in islice(self._cut(pieces), done, None):
                 yield number, ids
+
+    def _of_shard(self, documents: Iterable[Item]) -> Iterator[tuple[int, Item]]:
+        """The numbered documents of the shard."""
+        index, of = self.shard
+        return ((number, document) for number, document in enumerate(documents) if number % of == index)
 
     def _cut(self, pieces: Iterable[list[int]]) -> Iterator[NDArray[np.int64]]:
         """The rows of one document, from its ids piece by piece."""

@@ -1,0 +1,292 @@
+"""Earlier launches: what their processes left beside the folder of a measurement, and their sums gathered up, so that
+any number of processes can go on from them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tl_capacity.errors import MeasurementError
+from tl_capacity.measure.documents import OpenDocuments
+from tl_capacity.measure.job import earlier_in
+from tl_capacity.measure.session import CapacityHooks
+from tl_capacity.measure.settings import MeasureSettings
+from tl_capacity.measure.statistics import FeatureStatistics
+from tl_capacity.measurement.folder import JSON_NAME, read_folder, remove_folder, write_folder
+from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.measurement.provenance import Provenance
+from tl_capacity.results.sums import merge_sums
+from tl_capacity.runtime.logs import log
+from tl_capacity.text.shares import Place, Share
+from tl_capacity.text.streams import TokenStream
+
+Launches = tuple[tuple[Place, ...], ...]
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a process must know of earlier launches to go on from them.
+
+    Attributes:
+        launches: of each, the places of its processes.
+        tokens: counted so far.
+        seen: of each document that was begun, and has a token that counts: for each tap, the features that it has shown
+            so far, [feature].
+    """
+
+    launches: Launches = ()
+    tokens: int = 0
+    seen: Mapping[int, Sequence[NDArray[np.bool_]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """All that earlier launches have counted; None and nothing where there were none."""
+
+    measurement: Measurement | None = None
+    left: Left = Left()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process of a launch has left on disk.
+
+    Attributes:
+        folder: where.
+        index, count: the process, and how many there were.
+        measurement: what it counted.
+        extra: its open documents and its place.
+    """
+
+    folder: Path
+    index: int
+    count: int
+    measurement: Measurement
+    extra: Arrays
+
+    @property
+    def launches(self) -> Launches:
+        """The launches before its own."""
+        return launches_of(self.measurement.provenance)
+
+    @property
+    def place(self) -> Place:
+        """How far it has come, by the rows of whole documents."""
+        document, rows = self.extra["resume/place"].tolist()
+        return Share(self.index, self.count, self.launches).place(Place(document, rows))
+
+    def open(self, tap: int) -> tuple[list[int], NDArray[np.bool_]]:
+        """The documents that it was reading, and the features that they have shown it at a tap."""
+        return self.extra[f"resume/{tap}/open_documents"].tolist(), self.extra[f"resume/{tap}/open_seen"]
+
+
+def part_folder(out: Path, index: int, count: int) -> Path:
+    """Where a process of a launch keeps what it counts."""
+    return out.with_name(f"{out.name}.process-{index}-of-{count}")
+
+
+def left_behind(out: Path) -> list[Path]:
+    """The folders beside a measurement that launches have left."""
+    beside = out.parent.glob(f"{escape(out.name)}.process-*-of-*")
+    there = [path for path in beside if (path / JSON_NAME).exists() and _numbers(path)]
+    return sorted(there) + ([_gathered(out)] if (_gathered(out) / JSON_NAME).exists() else [])
+
+
+def clear(out: Path) -> None:
+    """Delete what launches have left beside a measurement, now that it is there."""
+    for folder in left_behind(out):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def launches_of(provenance: Provenance) -> Launches:
+    """The launches before the one that a provenance is of."""
+    return Share.recorded(0, 1, provenance.settings.get("launches", ())).launches
+
+
+def gather_up(settings: MeasureSettings, count: int) -> Earlier:
+    """What earlier launches have counted, in one folder. Parts of as many processes as now stay as they are, for these
+    to go on from; those of another number are added up, and what they have not read is divided anew.
+
+    Raises:
+        MeasurementError: where the parts do not fit together, or do not say how far they came.
+    """
+    earlier, parts = _read(settings.out), _parts(settings)
+    live = []
+    for part in parts:
+        if part.launches == earlier.left.launches:
+            live.append(part)
+        elif part.launches == earlier.left.launches[: len(part.launches)]:
+            _remove(part, settings.out)  # its sums are in those that were gathered
+        else:
+            raise MeasurementError(
+                f"{part.folder} goes on from what {_gathered(settings.out)} held, which is gone or another: delete"
+                " both, and start again"
+            )
+    counts = sorted({part.count for part in live})
+    if len(counts) > 1:
+        raise MeasurementError(
+            f"{settings.out} has checkpoints of launches of {' and of '.join(map(str, counts))} processes, which may"
+            " have the same documents: delete those of one"
+        )
+    if counts in ([], [count]) and not any(part.folder == settings.out for part in live):
+        return earlier
+    joined = added_up(earlier, live, settings.shard)
+    assert joined.measurement is not None
+    write_folder(
+        _gathered(settings.out), joined.measurement.to_json(), joined.measurement.arrays() | _to_arrays(joined.left)
+    )
+    for part in live:
+        _remove(part, settings.out)
+    log.info(f"{joined.left.tokens:,} tokens of {counts[0]} processes are gone on from by {count}")
+    return joined
+
+
+def leave_out(capacity: CapacityHooks, stream: TokenStream, left: Left) -> None:
+    """Count of the documents that earlier launches have begun to read only what these have not counted."""
+    if begun := [document for document in stream.share.begun if document in left.seen]:
+        by_tap = zip(*(left.seen[document] for document in begun), strict=True)
+        capacity.leave_out(begun, [np.stack(flags) for flags in by_tap])
+
+
+def added_up(earlier: Earlier, parts: Sequence[Part], shard: tuple[int, int]) -> Earlier:
+    """The sums of a launch added to those of the launches before it. The documents that it was reading are counted;
+    what they have shown is kept, so that whoever goes on with one counts only what is new in it.
+
+    Args:
+        shard: of the whole launch.
+
+    Raises:
+        MeasurementError: where a part is of something else, or does not say how far it came.
+    """
+    first, before = parts[0], earlier.left
+    places = [Place()] * first.count
+    for part in parts:
+        odd = first.measurement.provenance.difference(part.measurement.provenance, ("shards", "shard_count"))
+        if odd is not None:
+            raise MeasurementError(
+                f"{first.folder} and {part.folder} do not fit together: {odd.name} is {odd.mine!r} in one and"
+                f" {odd.theirs!r} in the other; delete one, and start again"
+            )
+        if "resume/place" not in part.extra:
+            raise MeasurementError(
+                f"{part.folder} does not say which documents it has read, as an earlier version wrote it: go on with"
+                f" {first.count} processes, or delete it"
+            )
+        places[part.index] = part.place
+    launches = (*before.launches, tuple(places))
+    hooks, seen = [], {document: list(flags) for document, flags in before.seen.items()}
+    for tap, hook in enumerate(first.measurement):
+        sums = [_closed(part, tap, before) for part in parts]
+        if earlier.measurement is not None:
+            sums.append(dict(earlier.measurement.hooks[tap].summary.arrays))
+        total = dict(sums[0])
+        for more in sums[1:]:
+            total = merge_sums(total, more)
+        hooks.append(replace(hook, summary=replace(hook.summary, arrays=total)))
+        for part in parts:
+            for document, flags in zip(*part.open(tap), strict=True):
+                known = seen.setdefault(document, [])
+                if tap < len(known):
+                    known[tap] = known[tap] | flags
+                else:
+                    known.append(flags)
+    begun = Share(launches=launches).all_begun
+    provenance = replace(
+        first.measurement.provenance,
+        shards=(shard[0],),
+        shard_count=shard[1],
+        cursor=sum(part.measurement.provenance.cursor for part in parts) + _cursor(earlier),
+        tokens_digest="",
+        settings={**first.measurement.provenance.settings, "launches": Share(launches=launches).to_json()},
+        seconds=max(part.measurement.provenance.seconds for part in parts) + _seconds(earlier),
+    )
+    measurement = Measurement(tuple(hooks), provenance, complete=False)
+    left = Left(launches, hooks[0].summary.n_tokens, {d: flags for d, flags in seen.items() if d in begun})
+    return Earlier(measurement, left)
+
+
+def _closed(part: Part, tap: int, before: Left) -> dict[str, NDArray[Any]]:
+    """The sums of a part, in which the documents that it was reading are counted."""
+    arrays = dict(part.measurement.hooks[tap].summary.arrays)
+    if part.measurement.complete:
+        return arrays
+    documents, seen = part.open(tap)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    statistics = FeatureStatistics.from_tensors(tensors)
+    still_open = OpenDocuments(seen.shape[1], torch.device("cpu"), documents, seen)
+    known = list(before.seen)
+    if known:
+        still_open.leave_out(known, np.stack([before.seen[document][tap] for document in known]))
+    still_open.added_to(statistics)
+    return {name: tensor.numpy() for name, tensor in statistics.tensors().items()}
+
+
+def _parts(settings: MeasureSettings) -> list[Part]:
+    """What the processes of launches have left, and a single process that was not part of one."""
+    parts = []
+    for folder in (settings.out, *left_behind(settings.out)):
+        index, count = _numbers(folder) or (0, 1)
+        there = earlier_in(folder, settings.resume) if folder != _gathered(settings.out) else None
+        if there is not None and not (folder == settings.out and there[0].complete):
+            parts.append(Part(folder, index, count, *there))
+    return parts
+
+
+def _read(out: Path) -> Earlier:
+    """What was gathered before."""
+    folder = _gathered(out)
+    if not (folder / JSON_NAME).exists():
+        return Earlier()
+    measurement = Measurement.load(folder)
+    arrays = read_folder(folder)[1]
+    seen = {
+        document: [arrays[f"begun/{tap}"][row] for tap in range(len(measurement.hooks))]
+        for row, document in enumerate(arrays["begun/documents"].tolist())
+    }
+    left = Left(launches_of(measurement.provenance), measurement.hooks[0].summary.n_tokens, seen)
+    return Earlier(measurement, left)
+
+
+def _to_arrays(left: Left) -> dict[str, NDArray[Any]]:
+    """What the begun documents have shown, as it lies on disk."""
+    arrays: dict[str, NDArray[Any]] = {"begun/documents": np.array(list(left.seen), dtype=np.int64)}
+    for tap, flags in enumerate(zip(*left.seen.values(), strict=True)):
+        arrays[f"begun/{tap}"] = np.stack(flags)
+    return arrays
+
+
+def _remove(part: Part, out: Path) -> None:
+    if part.folder == out:
+        remove_folder(out)  # the user's own, in which there may be other files
+    else:
+        shutil.rmtree(part.folder, ignore_errors=True)
+
+
+def _gathered(out: Path) -> Path:
+    """Where the sums of earlier launches are kept."""
+    return out.with_name(f"{out.name}.earlier-launches")
+
+
+def _numbers(folder: Path) -> tuple[int, int] | None:
+    """The process that a folder is of, and of how many."""
+    match = re.fullmatch(r".*\.process-(\d+)-of-(\d+)", folder.name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _cursor(earlier: Earlier) -> int:
+    return 0 if earlier.measurement is None else earlier.measurement.provenance.cursor
+
+
+def _seconds(earlier: Earlier) -> float:
+    return 0.0 if earlier.measurement is None else earlier.measurement.provenance.seconds
