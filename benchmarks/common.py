@@ -23,12 +23,16 @@ Entered = TypeVar("Entered")
 
 NARROW = 0.03
 """An interval is narrow where its width is below this share of the ratio; then no more pairs are timed."""
-FEWEST = 6
-"""Pairs without which there is no interval: all of five independent ones lie on one side of the median in 1 of 16
-cases, all of six in 1 of 32.
+ENOUGH = 6
+"""Turns before which nobody looks whether an interval is narrow, and from which on it is a bootstrap's: all of five
+independent ratios lie on one side of their median in 1 of 16 cases, all of six in 1 of 32.
+"""
+FEWEST = 3
+"""Turns without which there is no interval, and before which a limit in seconds ends nothing. It is Student's where
+there are fewer than enough: over two degrees of freedom as wide as that must be.
 """
 MOST = 200
-"""Pairs after which timing ends, however wide the interval is."""
+"""Turns after which timing ends, however wide the interval is."""
 DRAWS = 2_000
 
 
@@ -70,9 +74,9 @@ class Row:
 
     Attributes:
         value: None where it could not be measured; the note says why.
-        low, high: the interval; None where there were too few pairs.
+        low, high: the interval; None where there were too few turns.
         holds: None where there is no goal, or no figure.
-        runs: pairs, or processes, that it is the median of.
+        runs: turns, or processes, that it is the median of.
     """
 
     name: str
@@ -85,14 +89,20 @@ class Row:
     note: str = ""
 
 
-def row(name: str, values: Sequence[float], goal: Goal | None = None, fewest: int = FEWEST) -> Row:
-    """The median of some values with its interval, held against a goal; a goal isn't reached by too few values."""
-    figure = statistics.median(values)
-    interval = median_interval(values, fewest)
+def row(name: str, values: Sequence[float], goal: Goal | None = None) -> Row:
+    """The median of some values with its interval, held against a goal, which too few values do not reach."""
+    figure, interval = statistics.median(values), median_interval(values)
     low, high = interval or (None, None)
-    note = "" if interval else f"only {len(values)} of at least {fewest} runs"
+    note = "" if interval else f"only {len(values)} of at least {FEWEST} turns"
     holds = None if goal is None else interval is not None and goal.reached(figure, *interval)
     return Row(name, figure, low, high, str(goal or ""), holds, len(values), note)
+
+
+def spread(name: str, values: Sequence[float], goal: Goal | None = None) -> Row:
+    """The median of what several processes had, and from the least to the most that one had."""
+    figure, low, high = statistics.median(values), min(values), max(values)
+    holds = None if goal is None else goal.reached(figure, low, high)
+    return Row(name, figure, low, high, str(goal or ""), holds, len(values), "range")
 
 
 def fact(name: str, value: float, goal: Goal | None = None) -> Row:
@@ -106,11 +116,20 @@ def absent(name: str, why: str, goal: Goal | None = None) -> Row:
     return Row(name, None, goal=str(goal or ""), note=why)
 
 
-def median_interval(values: Sequence[float], fewest: int = FEWEST) -> tuple[float, float] | None:
-    """The 95% percentile bootstrap interval of the median over independent values; None where they are too few."""
-    if len(values) < fewest:
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% interval of the median of independent positive values: the percentile bootstrap's, or Student's of their
+    logarithms where they are few; None where they are fewer than `FEWEST`.
+    """
+    number = len(values)
+    if number < FEWEST:
         return None
-    draws = np.random.default_rng(0).choice(np.asarray(values, dtype=float), (DRAWS, len(values)))
+    if number < ENOUGH:
+        from scipy.stats import t
+
+        logarithms = np.log(values)
+        half = float(t.ppf(0.975, number - 1)) * logarithms.std(ddof=1) / number**0.5
+        return float(np.exp(logarithms.mean() - half)), float(np.exp(logarithms.mean() + half))
+    draws = np.random.default_rng(0).choice(np.asarray(values, dtype=float), (DRAWS, number))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975), method="closest_observation")
     return float(low), float(high)
 
@@ -138,9 +157,9 @@ class Claim:
         return [self.scale * a / (b if self.under else 1) for a, b in zip(above, below, strict=True)]
 
     def settled(self, seconds: Mapping[str, Sequence[float]], narrow: float) -> bool:
-        """Whether the interval of its ratio is narrow."""
+        """Whether there are enough turns and the interval of its ratio is narrow."""
         ratios = self.ratios(seconds)
-        interval = median_interval(ratios)
+        interval = median_interval(ratios) if len(ratios) >= ENOUGH else None
         return interval is not None and interval[1] - interval[0] < narrow * statistics.median(ratios)
 
 
@@ -149,7 +168,7 @@ class Limit:
     """When timing ends.
 
     Attributes:
-        seconds: after so many no further turn begins.
+        seconds: after so many no further turn begins, which cannot depend on how the ratios fall.
         narrow: a claim whose interval is narrower than this share is timed no longer.
         hard: the seconds end it with fewer than `FEWEST` turns too.
     """
@@ -166,16 +185,22 @@ def take_turns(
     limit: Limit,
     clock: Callable[[], float] = time.perf_counter,
     watch: Callable[[], float] = time.monotonic,
+    warm: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every turn of each candidate, after one that is not counted.
 
     All take turns, and every other round goes backwards, so that drift of the machine hits all alike. A candidate drops
     out as soon as the claims on it are settled.
+
+    Args:
+        clock: measures a turn.
+        watch: measures the whole.
+        warm: what runs first instead of a candidate that takes long, by its name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     started, turns, open_claims = watch(), 0, list(claims)
-    for candidate in candidates.values():
-        candidate()
+    for name, candidate in candidates.items():
+        (warm or {}).get(name, candidate)()
     while (
         turns < limit.most
         and open_claims
@@ -226,15 +251,17 @@ class Sitting:
         share: float = 1.0,
         batches: int = 1,
         clock: Callable[[], float] | None = None,
+        warm: Mapping[str, Callable[[], object]] | None = None,
     ) -> dict[str, list[float]]:
         """Time candidates against each other and keep a row for each claim; returns the seconds of every turn.
 
         Args:
             share: of the seconds that the benchmark has.
             batches: that a candidate does in one turn; times are shown for one of them.
+            clock, warm: as in `take_turns`.
         """
         limit = Limit(self.asked.seconds * share, self.asked.narrow, hard=self.asked.device != "cpu")
-        turns = take_turns(candidates, claims, limit, clock or self.clock)
+        turns = take_turns(candidates, claims, limit, clock or self.clock, warm=warm)
         self.rows += [row(claim.name, ratios, claim.goal) for claim in claims if (ratios := claim.ratios(turns))]
         self.rows += [
             absent(claim.name, f"not one turn in {limit.seconds:.0f} s", claim.goal)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from common import Claim, Sitting, absent, arguments, at_most, fact, row
+from common import Claim, Sitting, absent, arguments, at_most, fact, spread
 from heads import HeadShapes, four_gemms, gradient_error, ours, peers, with_gradients
 from memory import device_growth_mb, growth_apart, peak_growth_mb
 from neox import CPU, CUDA, Shapes, hugging_face, tiny
@@ -34,6 +34,7 @@ from tl_capacity.models.hook_points import find_tap_point
 CHOSEN = 200
 """Features that are kept."""
 SETTINGS = DistillSettings(loss=LogitLoss(temperature=2.0))  # the paper's
+NUMBERS = {2: "two", 5: "five"}
 LARGE_CHUNK = 1024
 """liger-kernel's chunk of tokens."""
 
@@ -199,39 +200,32 @@ def time_heads(sitting: Sitting, shapes: HeadShapes, goal: float, share: float) 
 def time_steps(sitting: Sitting, shapes: Shapes, students: Widths, share: float) -> None:
     """A step beside the plain loop, and several students at once beside one after the other."""
     of, tokens = teacher(shapes), token_ids(shapes)
-    gpu, one = sitting.asked.device == "cuda", students.one
-    chunks = DistillSettings(loss=SETTINGS.loss, chunk_tokens=LARGE_CHUNK)
-    single, loop = f"step, student of {one}", f"plain loop, student of {one}"
-    ways = {loop: plain(of, one, tokens, shapes), single: step_of(of, (one,), tokens, shapes)}
-    claims = [Claim("step / plain loop", (single,), (loop,), at_most(0.45))]
+    gpu, one, number = sitting.asked.device == "cuda", students.one, NUMBERS[len(students.widths)]
+    steps, loops = ({w: f"{kind}, student of {w}" for w in students.widths} for kind in ("step", "plain loop"))
+    together, claims = f"step, {number} students at once", list[Claim]()
+    ways = {together: step_of(of, students.widths, tokens, shapes)}
+    for width in students.widths:
+        ways[steps[width]] = step_of(of, (width,), tokens, shapes)
+        ways[loops[width]] = plain(of, width, tokens, shapes)
+    claims += [
+        Claim("step / plain loop", (steps[one],), (loops[one],), at_most(0.45)),
+        Claim(f"{number} students in one run / {number} runs", (together,), tuple(steps.values()), at_most(0.55)),
+        Claim(
+            f"{number} students in one run / {number} plain loops", (together,), tuple(loops.values()), at_most(0.33)
+        ),
+    ]
     if gpu:
-        large = f"{single}, chunks of {LARGE_CHUNK:,}"
+        large = f"{steps[one]}, chunks of {LARGE_CHUNK:,}"
+        chunks = DistillSettings(loss=SETTINGS.loss, chunk_tokens=LARGE_CHUNK)
         ways[large] = step_of(of, (one,), tokens, shapes, settings=chunks)
-        claims.append(Claim(f"step, chunks of {LARGE_CHUNK:,} / plain loop", (large,), (loop,), at_most(0.45)))
-        sitting.sizes |= {f"peak device memory of a {name}": device_growth_mb(way) for name, way in ways.items()}
-    elif not sitting.asked.tiny:
-        keeping = f"{single}, {CHOSEN} features kept"
+        claims.append(Claim(f"step, chunks of {LARGE_CHUNK:,} / plain loop", (large,), (loops[one],), at_most(0.45)))
+        for name in (steps[one], large, loops[one], together):
+            sitting.sizes[f"peak device memory of {name}"] = device_growth_mb(ways[name])
+    else:
+        keeping = f"{steps[one]}, {CHOSEN} features kept"
         ways[keeping] = step_of(of, (one,), tokens, shapes, [kept(of, tokens, shapes)])
-        claims.append(Claim(f"step with {CHOSEN} features kept / step", (keeping,), (single,), at_most(1.10)))
-    sitting.time(ways, claims, share / 3)
-    ways.clear()
-    settings = chunks if gpu else SETTINGS
-    together = f"step, {len(students.widths)} students at once"
-    steps, loops = (tuple(f"{kind}, student of {w}" for w in students.widths) for kind in ("step", "plain loop"))
-    ways = {together: step_of(of, students.widths, tokens, shapes, settings=settings)}
-    ways |= {
-        n: step_of(of, (w,), tokens, shapes, settings=settings) for n, w in zip(steps, students.widths, strict=True)
-    }
-    ways |= {n: plain(of, w, tokens, shapes) for n, w in zip(loops, students.widths, strict=True)}
-    number = "five" if len(students.widths) == 5 else len(students.widths)
-    sitting.time(
-        ways,
-        [
-            Claim(f"{number} students in one run / {number} runs", (together,), steps, at_most(0.55)),
-            Claim(f"{number} students in one run / {number} plain loops", (together,), loops, at_most(0.33)),
-        ],
-        share * 2 / 3,
-    )
+        claims.append(Claim(f"step with {CHOSEN} features kept / step", (keeping,), (steps[one],), at_most(1.10)))
+    sitting.time(ways, claims, share)
 
 
 def benchmark(sitting: Sitting) -> None:
@@ -244,17 +238,16 @@ def benchmark(sitting: Sitting) -> None:
     heads = HeadShapes(
         shapes.rows * shapes.context, shapes.d_model, students.one, shapes.vocabulary, shapes.device, shapes.dtype
     )
-    time_heads(sitting, heads, 1.10, 0.25)
-    time_steps(sitting, shapes, students, 0.75)
+    time_heads(sitting, heads, 1.10, 0.15)
+    time_steps(sitting, shapes, students, 0.85)
     if asked.device == "cpu" and not asked.tiny:
-        growth = {which: growth_apart(__file__, which) for which in ("chunks", "plain loop")}
-        ratios = [ours / theirs for ours, theirs in zip(growth["chunks"], growth["plain loop"], strict=True)]
-        sitting.rows.append(row("growth of peak RSS / plain loop", ratios, at_most(0.25)))
-        sitting.sizes |= {f"peak RSS growth of {name}": sorted(v)[len(v) // 2] for name, v in growth.items()}
+        growth, loop = growth_apart(__file__, "chunks"), growth_apart(__file__, "plain loop", 1)[0]
+        sitting.rows.append(spread("growth of peak RSS / plain loop", [each / loop for each in growth], at_most(0.25)))
+        sitting.sizes |= {"peak RSS growth of chunks": sorted(growth)[1], "peak RSS growth of the plain loop": loop}
 
 
 def main() -> None:
-    asked = arguments(__doc__, 280, {"cuda": 40}, tiny=True)
+    asked = arguments(__doc__, 240, {"cuda": 40}, tiny=True)
     if asked.memory_of:
         print(memory(asked.memory_of))
         return

@@ -75,7 +75,7 @@ def benchmark(sitting: Sitting) -> None:
 
 
 def main() -> None:
-    asked = arguments(__doc__, 120, tiny=True)
+    asked = arguments(__doc__, 100, tiny=True)
     with Sitting("importance", asked) as sitting:
         benchmark(sitting)
 

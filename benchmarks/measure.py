@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Claim, Sitting, absent, arguments, at_least, at_most, fact, row
+from common import Claim, Sitting, absent, arguments, at_least, at_most, fact, row, spread
 from memory import device_growth_mb, growth_apart, peak_growth_mb
 from neox import (
     CPU,
@@ -253,10 +253,10 @@ def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
                 share=0.15,
             )
     if not sitting.asked.tiny:
-        growth = {"counting": growth_apart(__file__, "counting")}
-        growth |= {peer: growth_apart(__file__, peer, 1) for peer in ("dense loop", "run_evals")}
-        sitting.rows.append(row("growth of peak RSS over the loaded state, MB", growth["counting"], at_most(120)))
-        sitting.sizes |= {f"peak RSS growth of {name}": sorted(v)[len(v) // 2] for name, v in growth.items()}
+        growth = growth_apart(__file__, "counting", 5)
+        sitting.rows.append(spread("growth of peak RSS over the loaded state, MB", growth, at_most(120)))
+        for peer in ("dense loop", "run_evals"):
+            sitting.sizes[f"peak RSS growth of {peer}"] = growth_apart(__file__, peer, 1)[0]
 
 
 def counting_once(model: Any, sae: Any, shapes: Shapes) -> None:
@@ -341,7 +341,7 @@ def benchmark(sitting: Sitting) -> None:
 
 
 def main() -> None:
-    asked = arguments(__doc__, 270, {"cuda": 45}, tiny=True)
+    asked = arguments(__doc__, 150, {"cuda": 45}, tiny=True)
     if asked.memory_of:
         print(memory(asked.memory_of))
         return

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-PROCESSES = 6
+PROCESSES = 3
 """Processes whose memory is measured, one after another: how much of it the allocator reuses differs from one to the
 next.
 """
@@ -30,11 +30,11 @@ def peak_growth_mb(candidate: Callable[[], object], loaded: Callable[[], object]
     return (_status("VmHWM") - before) / 1024
 
 
-def growth_apart(script: str, which: str, processes: int = PROCESSES, arguments: tuple[str, ...] = ()) -> list[float]:
+def growth_apart(script: str, which: str, processes: int = PROCESSES) -> list[float]:
     """Peak growth of one candidate in MB, as the script prints it with `--memory-of`, in so many processes of its
     own.
     """
-    command = [sys.executable, script, "--memory-of", which, *arguments]
+    command = [sys.executable, script, "--memory-of", which]
     return [
         float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
         for _ in range(processes)

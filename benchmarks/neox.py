@@ -237,7 +237,7 @@ def sparse_autoencoder(
     return sae.requires_grad_(False)
 
 
-WARM = 4
+WARM = 3
 """Batches before those that are timed, after which the sums of every document group are in memory."""
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Claim, Sitting, arguments, at_most, row
+from common import Claim, Sitting, arguments, at_most, spread
 from distill import teacher, token_ids
 from memory import growth_apart, peak_growth_mb
 from neox import CPU, Shapes, shapes_of
@@ -78,14 +78,14 @@ def benchmark(sitting: Sitting) -> None:
             clock=time.process_time if asked.cpu else None,
         )
     if not asked.tiny:
-        growth = {which: growth_apart(__file__, which) for which in ("judging", "bare")}
-        ratios = [ours / theirs for ours, theirs in zip(growth["judging"], growth["bare"], strict=True)]
-        sitting.rows.append(row("growth of peak RSS / bare forward passes", ratios, at_most(0.6)))
-        sitting.sizes |= {f"peak RSS growth of {name}": sorted(v)[len(v) // 2] for name, v in growth.items()}
+        growth, least = growth_apart(__file__, "judging"), growth_apart(__file__, "bare", 1)[0]
+        ratios = [each / least for each in growth]
+        sitting.rows.append(spread("growth of peak RSS / bare forward passes", ratios, at_most(0.6)))
+        sitting.sizes |= {"peak RSS growth of judging": sorted(growth)[1], "peak RSS growth of bare": least}
 
 
 def main() -> None:
-    asked = arguments(__doc__, 90, tiny=True, rows=CPU.rows, cpu=0)
+    asked = arguments(__doc__, 50, tiny=True, rows=CPU.rows, cpu=0)
     if asked.memory_of:
         print(memory(asked.memory_of))
         return

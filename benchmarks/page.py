@@ -113,13 +113,16 @@ def printed(record: Mapping[str, Any]) -> str:
 
 def _cells(each: Mapping[str, Any]) -> list[str]:
     """A row's cells behind its name."""
-    if each["value"] is None:
-        return [each["note"], "", "", each["goal"], ""]
-    exact = each["low"] is None or each["low"] == each["high"] == each["value"]
-    interval = each["note"] if each["low"] is None else f"{_figure(each['low'])} to {_figure(each['high'])}"
-    runs = "" if exact and not each["note"] else str(each["runs"])
     holds = {True: "yes", False: "no", None: ""}[each["holds"]]
-    return [_figure(each["value"]), "" if exact and not each["note"] else interval, runs, each["goal"], holds]
+    value, low, high = each["value"], each["low"], each["high"]
+    if value is None:
+        return [each["note"], "", "", each["goal"], ""]
+    if low is None:
+        return [_figure(value), each["note"], str(each["runs"]), each["goal"], holds]
+    if each["runs"] == 1:  # without chance
+        return [_figure(value), "", "", each["goal"], holds]
+    interval = f"{_figure(low)} to {_figure(high)}" + (f" ({each['note']})" if each["note"] else "")
+    return [_figure(value), interval, str(each["runs"]), each["goal"], holds]
 
 
 def _figure(value: float) -> str:

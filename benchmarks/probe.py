@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Claim, Sitting, arguments, at_most, row
+from common import Claim, Sitting, arguments, at_most, spread
 from memory import growth_apart, peak_growth_mb
 from neox import CPU, Shapes, hugging_face, shapes_of, sparse_autoencoder
 
@@ -78,6 +78,7 @@ def benchmark(sitting: Sitting) -> None:
     width = 16 if asked.tiny else WIDTH
     student, random = new_student(teacher, width).eval(), new_student(teacher, width, seed=1).eval()
     measured = measuring(teacher, sae, stream, shapes.hook)()
+    few = measuring(teacher, sae, stream[:2], shapes.hook)()
     measurement, passed = "the teacher's measurement", "the student's forward pass"
     both = "recovering, with random weights too"
     sitting.time(
@@ -101,14 +102,19 @@ def benchmark(sitting: Sitting) -> None:
                 at_most(1.35),
             ),
         ],
+        warm={
+            measurement: measuring(teacher, sae, stream[:2], shapes.hook),
+            "recovering": recovering(teacher, sae, {"a": student}, stream[:2], few, {}),
+            both: recovering(teacher, sae, {"a": student}, stream[:2], few, {"a": random}),
+        },
     )
     if not asked.tiny:
-        growth = row("growth of peak RSS of recovering, MB", growth_apart(__file__, "recovering"), at_most(450))
+        growth = spread("growth of peak RSS of recovering, MB", growth_apart(__file__, "recovering"), at_most(450))
         sitting.rows.append(growth)
 
 
 def main() -> None:
-    asked = arguments(__doc__, 150, tiny=True, tokens=16_384)
+    asked = arguments(__doc__, 180, tiny=True, tokens=32_768)
     if asked.memory_of:
         print(memory())
         return

@@ -186,7 +186,7 @@ def benchmark(sitting: Sitting) -> None:
 
 
 def main() -> None:
-    asked = arguments(__doc__, 0, tokens=20_000, loads=12, writes=6)
+    asked = arguments(__doc__, 0, tokens=20_000, loads=9, writes=3)
     if BROWSER is None or DRIVER is None:
         raise SystemExit(MISSING)
     with Sitting("report", asked) as sitting:

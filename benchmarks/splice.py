@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Claim, Sitting, arguments, at_most, row
+from common import Claim, Sitting, arguments, at_most, spread
 from memory import growth_apart, peak_growth_mb
 from neox import CPU, Shapes, cut_forward, hugging_face, shapes_of, sparse_autoencoder, tokens
 
@@ -68,12 +68,10 @@ def limit(model: Any, sae: Any, variants: int, shapes: Shapes = CPU) -> Callable
     return once
 
 
-def memory(which: str) -> float:
-    """Peak growth of one way, in MB; run in a process of its own."""
+def memory() -> float:
+    """Peak growth of splicing, in MB; run in a process of its own."""
     model = hugging_face()
     sae = sparse_autoencoder("standard", model)
-    if which == "limit":
-        return peak_growth_mb(limit(model, sae, VARIANTS))
     measurement = measured(model, sae)
     return peak_growth_mb(splicing(model, sae, measurement, kept(measurement)))
 
@@ -94,14 +92,13 @@ def benchmark(sitting: Sitting) -> None:
         [Claim("five numbers of features / limit", ("splicing",), ("limit",), at_most(1.1))],
     )
     if not asked.tiny:
-        sitting.rows.append(row("growth of peak RSS, MB", growth_apart(__file__, "splicing"), at_most(250)))
-        sitting.sizes["peak RSS growth of the limit"] = growth_apart(__file__, "limit", 1)[0]
+        sitting.rows.append(spread("growth of peak RSS, MB", growth_apart(__file__, "splicing"), at_most(250)))
 
 
 def main() -> None:
-    asked = arguments(__doc__, 120, tiny=True)
+    asked = arguments(__doc__, 60, tiny=True)
     if asked.memory_of:
-        print(memory(asked.memory_of))
+        print(memory())
         return
     with Sitting("splice", asked) as sitting:
         benchmark(sitting)

@@ -71,7 +71,7 @@ def benchmark(sitting: Sitting) -> None:
 
 
 def main() -> None:
-    asked = arguments(__doc__, 120, steps=BLOCK_STEPS)
+    asked = arguments(__doc__, 50, steps=BLOCK_STEPS)
     with Sitting("toy", asked) as sitting:
         benchmark(sitting)
 
