@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import place
 import typer
 
 from tl_capacity import Measurement, plugins, recipe
@@ -65,7 +66,7 @@ def students_of(setup: Path) -> Path:
 
     out = setup / "students-of-model"
     if not out.exists():
-        teacher = load_model(str(setup / "model"))
+        teacher = load_model(str(setup / "model"), device=place.device())
         stream = TokenStream(str(setup / "text.jsonl"), teacher.tokenizer, context=32)
         distill(
             teacher,

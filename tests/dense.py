@@ -14,6 +14,7 @@ BLOCKS = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h", "llama": "mode
 @torch.no_grad()
 def logits_with(model: Any, hook: str, change: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> Any:
     """Logits of the whole model with a hook point's activation changed, by the library's own hooks."""
+    tokens = tokens.to(next(model.parameters()).device)
     if hasattr(model, "hook_dict"):
         name = hook if hook in model.hook_dict else hook.replace("hook_resid_post", "hook_out")
         return model.run_with_hooks(tokens, fwd_hooks=[(name, lambda activation, hook: change(activation))])
@@ -21,9 +22,10 @@ def logits_with(model: Any, hook: str, change: Callable[[torch.Tensor], torch.Te
     handle = model.get_submodule(f"{BLOCKS[model.config.model_type]}.{layer}").register_forward_hook(
         lambda _, args, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
     )
-    logits = model(tokens).logits
-    handle.remove()
-    return logits
+    try:
+        return model(tokens).logits
+    finally:
+        handle.remove()
 
 
 def kl_per_token(clean: torch.Tensor, other: torch.Tensor) -> float:

@@ -19,6 +19,7 @@ import torch
 from commands import CHILDREN, alone, launch, run_in_a_child
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from place import placed
 from tl_capacity.recipes.distill import DistillConfig, main
 from torch.nn import functional as F
 
@@ -272,9 +273,11 @@ def test_the_heldout_loss_is_the_kl_of_the_saved_student_on_rows_it_never_saw(
     assert not {tuple(row) for row in held.tolist()} & {tuple(row) for row in trained.tolist()}
     assert run.heldout_tokens == held[:, 1:].numel()
     for student in run:
-        model = AutoModelForCausalLM.from_pretrained(folder / "students" / student.name)
+        model = placed(AutoModelForCausalLM.from_pretrained(folder / "students" / student.name))
         with torch.no_grad():
-            log_p, log_q = (m(held).logits[:, :-1].double().log_softmax(-1).flatten(0, 1) for m in (teacher, model))
+            log_p, log_q = (
+                m(placed(held)).logits[:, :-1].double().log_softmax(-1).flatten(0, 1).cpu() for m in (teacher, model)
+            )
         assert student.heldout_kl[-1] == pytest.approx(
             float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")), rel=1e-4, abs=1e-6
         )
@@ -506,11 +509,11 @@ def test_padding_on_the_left_is_no_text(teacher: Any, tmp_path: Path) -> None:
         curves[side] = distill(
             teacher, [8], text, heldout=text, settings=settings_, out=tmp_path / side, progress=False
         )
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / side / "students" / "width8-seed0")
+        model = placed(AutoModelForCausalLM.from_pretrained(tmp_path / side / "students" / "width8-seed0"))
         run = curves[side]
         rows = int((np.cumsum(lengths - 1) < run.heldout_tokens).sum()) + 1
         assert run.heldout_tokens == int((lengths - 1)[:rows].sum())
-        given = {name: value[:rows] for name, value in text.items()}
+        given = {name: placed(value[:rows]) for name, value in text.items()}
         predicts = (given["attention_mask"][:, :-1] * given["attention_mask"][:, 1:]).bool()
         positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():

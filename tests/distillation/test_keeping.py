@@ -17,6 +17,7 @@ import torch
 from commands import CHILDREN, Cli, alone, concept_of, launch, run_in_a_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from place import placed
 from sklearn.metrics import log_loss
 
 from tl_capacity.distillation import DistillationRun, DistillSettings, HiddenMatch, KeepFeatures, distill
@@ -89,7 +90,7 @@ def sae(make_sae: Callable[..., Any]) -> Any:
 def features(teacher: Any, sae: Any) -> tuple[int, ...]:
     """Six features that fire here and there."""
     with torch.no_grad():
-        x = teacher(torch.from_numpy(rows(20)), output_hidden_states=True).hidden_states[2]
+        x = teacher(placed(torch.from_numpy(rows(20))), output_hidden_states=True).hidden_states[2]
     rate = (sae.encode(x.flatten(0, 1)) != 0).float().mean(0)
     return tuple(torch.nonzero((rate > 0.05) & (rate < 0.5)).view(-1)[:6].tolist())
 
@@ -229,7 +230,7 @@ def test_more_features_than_the_budget_and_a_loss_that_is_drowned_are_said(
     dense = make_sae("standard")
     with torch.no_grad():
         dense.b_enc += 2
-        x = teacher(torch.from_numpy(rows(40)), output_hidden_states=True).hidden_states[2]
+        x = teacher(placed(torch.from_numpy(rows(40))), output_hidden_states=True).hidden_states[2]
         fires = (dense.encode(x.flatten(0, 1)) != 0).any(0)
     every = tuple(torch.nonzero(fires).view(-1).tolist())
     with caplog.at_level(logging.WARNING, logger="tl_capacity"):

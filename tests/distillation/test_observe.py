@@ -16,6 +16,7 @@ from commands import Cli, arguments, students_of
 from conftest import D_MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from place import placed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import (
@@ -51,8 +52,8 @@ def by_hand(teacher: Any, student: Any, logits: int = 50) -> dict[str, np.ndarra
     }
     for row, length in zip(TEXT, LENGTHS, strict=True):
         ids = row[None, :length]
-        outputs = (model(ids) for model in (teacher, student))
-        log_p, log_q = (getattr(o, "logits", o)[0, :-1, :logits].double().log_softmax(-1) for o in outputs)
+        outputs = (model(ids.to(next(model.parameters()).device)) for model in (teacher, student))
+        log_p, log_q = (getattr(o, "logits", o)[0, :-1, :logits].double().log_softmax(-1).cpu() for o in outputs)
         figures["kl"].append(float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")))
         figures["cross_entropy"].append(float(F.nll_loss(log_q, ids[0, 1:])))
         figures["teacher_cross_entropy"].append(float(F.nll_loss(log_p, ids[0, 1:])))
@@ -77,7 +78,7 @@ def other(family: str, **changes: Any) -> Any:
     for key, value in changes.items():
         setattr(config, key, value)
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = placed(AutoModelForCausalLM.from_config(config).eval())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that divergences are no rounding errors
@@ -128,7 +129,7 @@ def test_logits_that_no_head_gives_are_taken_from_the_model() -> None:
     """Granite divides its logits; its head alone gives others."""
     sizes = {**tiny_families.SHARED, **tiny_families.SIZES}
     torch.manual_seed(1)
-    student = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0, initializer_range=0.3)).eval()
+    student = placed(GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0, initializer_range=0.3)).eval())
     teacher = other("llama")
     check(observe(teacher, {"a": student}, ROWS, progress=False), "a", by_hand(teacher, student))
 

@@ -20,6 +20,7 @@ import torch
 from conftest import BOS, CONTEXT, D_MODEL, HUGGING_FACE, KINDS, VOCAB
 from hypothesis import given
 from hypothesis import strategies as st
+from place import placed
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_score
@@ -94,12 +95,12 @@ def fitted(collected: Activations, concept: LabelledTexts) -> Probe:
 
 
 def own_activations(kind: str, model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[position, width] of one row after the second block, by the model's own means."""
+    """[position, width] of one row after the second block, by the model's own means, on the CPU."""
     with torch.no_grad():
         if kind in HUGGING_FACE:
-            return model(ids[None], output_hidden_states=True).hidden_states[2][0]
-        cache = model.run_with_cache(ids[None])[1]
-        found: torch.Tensor = cache[HOOK if HOOK in cache else "blocks.1.hook_out"][0]
+            return model(placed(ids[None]), output_hidden_states=True).hidden_states[2][0].cpu()
+        cache = model.run_with_cache(placed(ids[None]))[1]
+        found: torch.Tensor = cache[HOOK if HOOK in cache else "blocks.1.hook_out"][0].cpu()
         return found
 
 
@@ -147,7 +148,7 @@ class TestActivations:
         found = collect(neox, HOOK, concept.texts[:5], tokenizer=tokenizer, sae=sae, progress=False)
         for text, values in zip(concept.texts, found.values, strict=False):
             ids = torch.tensor([BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]])[:CONTEXT]
-            dense = sae.encode(own_activations("gpt_neox", neox, ids)[1:]).mean(0)
+            dense = sae.encode(placed(own_activations("gpt_neox", neox, ids)[1:])).mean(0).cpu()
             torch.testing.assert_close(torch.from_numpy(values), dense.detach(), rtol=1e-3, atol=1e-4)
 
     @pytest.mark.slow
@@ -187,7 +188,7 @@ class TestActivations:
     ) -> None:
         model = models_by_kind[kind]
         found = collect(model, HOOK, concept.texts[:4], tokenizer=tokenizer, progress=False)
-        weight = model.W_E if kind in KINDS[:4] else model.get_input_embeddings().weight
+        weight = (model.W_E if kind in KINDS[:4] else model.get_input_embeddings().weight).cpu()
         expected = torch.stack([weight[torch.from_numpy(ids)].mean(0) for ids in found.tokens])
         torch.testing.assert_close(
             torch.from_numpy(bag_of_embeddings(model, found).values), expected.detach(), rtol=1e-5, atol=1e-6

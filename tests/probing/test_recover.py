@@ -19,6 +19,7 @@ import torch
 from commands import students_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from place import device, placed
 from safetensors.numpy import load_file
 from sklearn.linear_model import Ridge
 from sklearn.metrics import average_precision_score, r2_score, roc_auc_score
@@ -254,12 +255,13 @@ def model_of(kind: str, vectors: torch.Tensor, tokenizer: Any = None) -> Any:
             act_fn="gelu",
             normalization_type="LN",
             attn_only=True,
+            device="cpu",
         )
         model: Any = HookedTransformer(config)
         for parameter in (model.W_pos, model.blocks[0].attn.W_O, model.blocks[0].attn.b_O):
             parameter.zero_()
         model.W_E.copy_(vectors)
-        return model.eval()
+        return placed(model.eval())
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
         hidden_size=vectors.shape[1],
@@ -273,9 +275,10 @@ def model_of(kind: str, vectors: torch.Tensor, tokenizer: Any = None) -> Any:
         module.weight.zero_()
         module.bias.zero_()
     model.gpt_neox.embed_in.weight.copy_(vectors)
+    model = placed(model)
     if kind == "TransformerBridge":
         return TransformerBridge.boot_transformers(
-            "local/planted", hf_model=model, tokenizer=tokenizer, device="cpu"
+            "local/planted", hf_model=model, tokenizer=tokenizer, device=device()
         ).eval()
     return model
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import BOS, D_MODEL, KINDS, LAYERS
 from dense import kl_per_token, logits_with
+from place import placed
 from sklearn.decomposition import PCA
 
 from tl_capacity.errors import CapacityError, HookPointError
@@ -29,7 +30,7 @@ def text() -> torch.Tensor:
     """Other rows than those that the components are fitted to."""
     ids = torch.from_numpy(np.random.default_rng(7).integers(0, 100, size=(24, 20)))
     ids[:, 0] = BOS
-    return ids
+    return placed(ids)
 
 
 def activations(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:

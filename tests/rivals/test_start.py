@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from place import placed
 from tiny_families import teacher
 from torch.nn import functional as F
 
@@ -35,7 +36,7 @@ def test_as_a_distillation_has_it(family: str) -> None:
 def test_as_the_whole_models_have_it() -> None:
     of = teacher("llama")
     forecasts = truncated_start(of, HELD_OUT, [16], progress=False)
-    rows = torch.from_numpy(HELD_OUT)
+    rows = placed(torch.from_numpy(HELD_OUT))
     student: Any = new_student(of, 16, start="truncated", tokens=rows[:16]).eval()
     with torch.no_grad():
         p, q = (model(rows).logits[:, :-1].double().log_softmax(-1) for model in (of, student))

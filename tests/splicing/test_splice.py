@@ -49,7 +49,7 @@ def dense(
 
     def change(x: torch.Tensor) -> torch.Tensor:
         latents = sae.encode(x).to_dense()
-        written = torch.zeros(len(means), dtype=torch.bool)
+        written = torch.zeros(len(means), dtype=torch.bool, device=x.device)
         written[kept] = True
         new = sae.decode(torch.where(written, latents, means.to(latents)))
         if keep_error:
@@ -131,9 +131,9 @@ def test_transcoders_replace_what_they_write(
     _, cache = model.run_with_cache(tokens, return_type=None)
     read = cache[source if source in cache else "blocks.1.hook_in"]
     latents = sae.encode(read)
-    kept = torch.zeros(64, dtype=torch.bool)
+    kept = torch.zeros(64, dtype=torch.bool, device=latents.device)
     kept[ranked[:7]] = True
-    written = sae.decode(torch.where(kept, latents, means))
+    written = sae.decode(torch.where(kept, latents, means.to(latents)))
     if hasattr(sae, "W_skip"):
         written = written + read @ sae.W_skip.T
     other = logits_with(model, target, lambda x: torch.where((tokens == BOS)[..., None], x, written), tokens)

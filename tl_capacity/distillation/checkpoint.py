@@ -28,7 +28,7 @@ class State:
         step: steps taken; with the settings, this is the cursor in the data.
         tokens: predicted tokens seen.
         losses: sum of each student's training losses since the last evaluation.
-        since: steps since then.
+        since: how many steps these are.
     """
 
     run: DistillationRun
@@ -42,9 +42,13 @@ class State:
         """Whether the students as they are have been evaluated."""
         return self.run.students[0].tokens[-1:] == (self.tokens,)
 
-    def advance(self, tokens: int, losses: list[float]) -> None:
+    def advance(self, tokens: int) -> None:
         """A step was taken."""
-        self.step, self.tokens, self.since = self.step + 1, self.tokens + tokens, self.since + 1
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+
+    def learn(self, losses: list[float]) -> None:
+        """A step's losses were read."""
+        self.since += 1
         self.losses = [before + loss for before, loss in zip(self.losses or [0.0] * len(losses), losses, strict=True)]
 
     def lasted(self, seconds: float) -> None:

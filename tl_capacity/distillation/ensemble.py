@@ -15,9 +15,11 @@ from tl_capacity.distillation.losses import HELDOUT_LOSS, MATCHES, Output, chunk
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.students import output_of
 from tl_capacity.errors import HookPointError
+from tl_capacity.models.forward import device_of
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
+from tl_capacity.runtime.seeds import seeded
 
 
 class Students(nn.Module):
@@ -38,8 +40,7 @@ class Students(nn.Module):
         self.hooks = tuple(match.hook for match in settings.hidden)
         self.kept = tuple(kept)
         self.points = {each.state: each.point for each in self.kept}
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
+        with seeded(settings.seed):
             self.maps = nn.ModuleList(
                 (
                     nn.ModuleList(nn.Linear(m.config.hidden_size, teacher_width, bias=False) for _ in self.hooks)
@@ -136,12 +137,11 @@ def heldout_losses(
     students.eval()
     starts = range(0, len(held.tokens), settings.batch_rows)
     size = (len(starts), len(students.models))
-    sums = torch.zeros(size, dtype=torch.float64, device=exact_device(accelerator.device))
+    device = device_of(students.models[0])
+    sums = torch.zeros(size, dtype=torch.float64, device=exact_device(device))
     for part in range(accelerator.process_index, len(starts), accelerator.num_processes):
         start = starts[part]
-        tokens, counted, labels = model_inputs(
-            held.trimmed(slice(start, start + settings.batch_rows)), accelerator.device
-        )
+        tokens, counted, labels = model_inputs(held.trimmed(slice(start, start + settings.batch_rows)), device)
         outputs = [output_of(model, tokens, counted) for model in (teacher, *students.models)]
         sums[part] = chunked_losses(
             outputs[0],

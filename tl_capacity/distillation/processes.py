@@ -12,6 +12,7 @@ import torch
 
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.errors import CapacityError
+from tl_capacity.models.forward import device_of
 from tl_capacity.plugins import plugins
 
 
@@ -20,6 +21,7 @@ def new_accelerator(
 ) -> Any:
     """Accelerate's handle of this process: alone, or one of several that `accelerate launch` started."""
     from accelerate import Accelerator
+    from accelerate.state import is_initialized
     from accelerate.tracking import get_available_trackers
 
     installed = [str(name) for name in get_available_trackers()]
@@ -29,15 +31,36 @@ def new_accelerator(
             f" {', '.join(installed) or 'none'}"
         )
     waits_for_gpus = shard_teacher and torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=next(model.parameters()).device.type == "cpu" and not waits_for_gpus,
-        mixed_precision=settings.mixed_precision,
-        log_with=list(trackers) or None,
-        project_dir=folder or tempfile.gettempdir(),
-    )
+    on_cpu = device_of(model).type == "cpu" and not waits_for_gpus
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu and not is_initialized(),  # an earlier run of this process may have been on a GPU
+            mixed_precision=settings.mixed_precision,
+            log_with=list(trackers) or None,
+            project_dir=folder or tempfile.gettempdir(),
+        )
+    except ValueError as problem:
+        raise CapacityError(
+            f"mixed_precision = {settings.mixed_precision!r} cannot be had in this process, which began with another:"
+            " start a new process"
+        ) from problem
+    device = own_device(model, accelerator)
+    if device.type != accelerator.device.type and settings.mixed_precision != "no":
+        raise CapacityError(
+            f"mixed_precision = {settings.mixed_precision!r} cannot be had on {device.type} in this process, which"
+            f" began on {accelerator.device.type}: start a new process"
+        )
     if trackers:
         accelerator.init_trackers("tl-capacity", config={name: str(value) for name, value in asdict(settings).items()})
     return accelerator
+
+
+def own_device(model: Any, accelerator: Any) -> torch.device:
+    """Where this process computes: by itself where its model is, since Accelerate stays where the process began; among
+    several on the device that Accelerate gave it.
+    """
+    device: torch.device = accelerator.device if accelerator.num_processes > 1 else device_of(model)
+    return device
 
 
 def shard(model: Any, accelerator: Any) -> None:

@@ -101,7 +101,8 @@ def check_weights(curves: Sequence[StudentCurve], students: Students, step: int,
     Raises:
         CapacityError: names the student.
     """
-    finite = [all(bool(torch.isfinite(p).all()) for p in parameters) for parameters in students.parameters_of_each()]
+    each = [torch.stack([torch.isfinite(p).all() for p in parameters]) for parameters in students.parameters_of_each()]
+    finite = torch.stack([parameters.all() for parameters in each]).tolist()  # one wait for the device
     losses = [0.0 if ok else math.nan for ok in finite]
     check_finite(curves, losses, [0.0 if ok else math.inf for ok in finite], step, folder)
 

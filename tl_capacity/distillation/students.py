@@ -26,6 +26,7 @@ from tl_capacity.models.defaults import width_of
 from tl_capacity.models.head import head_of, last_hidden
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.plugins import plugins
+from tl_capacity.runtime.seeds import seeded
 
 STARTS = ("random", "truncated", "teacher")
 
@@ -59,8 +60,7 @@ def new_student(
         warnings.warn(
             f"the student of width {width} is wider than its teacher, {teacher.config.hidden_size}", stacklevel=2
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         student = type(teacher)(student_config(teacher.config, width)).float()
     if start == "teacher":
         student.load_state_dict(teacher.state_dict())

@@ -27,7 +27,7 @@ from tl_capacity.distillation.keeping import (
     features_to_keep,
     over_budget,
 )
-from tl_capacity.distillation.processes import new_accelerator, shard
+from tl_capacity.distillation.processes import new_accelerator, own_device, shard
 from tl_capacity.distillation.refusals import (
     check_finite,
     check_folder,
@@ -39,6 +39,7 @@ from tl_capacity.distillation.refusals import (
 from tl_capacity.distillation.run import JSON_NAME, DistillationRun
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.students import check_teacher, new_students, output_of
+from tl_capacity.distillation.unread import Unread
 from tl_capacity.models.head import check_head
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.runtime.logs import log
@@ -107,9 +108,10 @@ def distill(
 
     # The teacher, frozen, and its students before training.
     accelerator = new_accelerator(model, settings, shard_teacher, trackers, folder)
+    device = own_device(model, accelerator)
     model.eval().requires_grad_(False)
     if not shard_teacher:
-        model.to(accelerator.device)
+        model.to(device)
     curves, models = new_students(model, widths, settings, data.first_whole_rows(train))
     run = DistillationRun(
         students=curves,
@@ -136,8 +138,8 @@ def distill(
     if shard_teacher:
         shard(model, accelerator)
     students = Students(models, model.config.hidden_size, settings, kept)
-    students.to(accelerator.device)
-    first_row = torch.from_numpy(held.tokens[:1].clip(min=0).astype(np.int64)).to(accelerator.device)
+    students.to(device)
+    first_row = torch.from_numpy(held.tokens[:1].clip(min=0).astype(np.int64)).to(device)
     for model_or_student in (model, *models):
         check_head(model_or_student, first_row)
 
@@ -152,7 +154,15 @@ def distill(
         check_same(earlier[0].run, run)
         state, tensors = earlier
         checkpoint.restore(tensors, students, optimiser)
-    ddp_students, ddp_optimiser = accelerator.prepare(students, optimiser)
+    ddp_students, ddp_optimiser = accelerator.prepare(students, optimiser, device_placement=[False, False])
+
+    unread = Unread(device)
+
+    def catch_up() -> None:
+        """Read the steps of which nothing was read yet, and refuse to go on where one went wrong."""
+        for step, losses, norms in unread.read(accelerator):
+            check_finite(state.run.students, losses, norms, step, folder)
+            state.learn(losses)
 
     # The loop. Students are evaluated and saved before the step, so the last round takes none.
     first, steps = state.step, train.steps(settings.tokens, settings.batch_rows)
@@ -165,6 +175,7 @@ def distill(
                 state.step in (first, steps) or time.monotonic() - saved >= checkpoint_seconds
             )
             if evaluating or saving:
+                catch_up()
                 check_weights(state.run.students, students, state.step, folder)
             if evaluating:
                 state.record(
@@ -187,23 +198,21 @@ def distill(
             rows = train.batch(state.step, settings.batch_rows, settings.seed)
             predicted = int((rows != PADDING).sum()) - len(rows)  # over all processes, each of which takes some rows
             rows = rows[accelerator.process_index :: accelerator.num_processes]
-            tokens, counted, labels = data.model_inputs(rows, accelerator.device)
+            tokens, counted, labels = data.model_inputs(rows, device)
             with torch.no_grad():
                 target = output_of(model, tokens, counted, students.hooks, students.points)
             losses = ddp_students(tokens, counted, labels, target, predicted)
             # Each process has a part of the sum, and DDP takes the mean of their gradients.
             accelerator.backward(losses.sum() * accelerator.num_processes)
-            norms = [
-                float(nn.utils.clip_grad_norm_(parameters, settings.clip))
-                for parameters in students.parameters_of_each()
-            ]
-            values = accelerator.reduce(losses.detach(), "sum").tolist()
-            check_finite(state.run.students, values, norms, state.step, folder)
+            each = students.parameters_of_each()
+            unread.add(state.step, losses, [nn.utils.clip_grad_norm_(one, settings.clip) for one in each])
+            if unread.due:
+                catch_up()
             for group in optimiser.param_groups:
                 group["lr"] = settings.lr * settings.rate(state.step, steps)
             ddp_optimiser.step()
             ddp_optimiser.zero_grad(set_to_none=True)
-            state.advance(predicted, values)
+            state.advance(predicted)
             advance(state.tokens)
 
     run = replace(state.run, seconds=round(time.monotonic() - started, 1), complete=True)

@@ -142,7 +142,7 @@ class _Cut:
         """Weight and bias of the student's norm."""
         gain, bias, basis = _gain(module), getattr(module, "bias", None), self.basis
         if name in self.folded:
-            new_gain = torch.ones(basis.shape[1])
+            new_gain = basis.new_ones(basis.shape[1])
             new_bias = None if bias is None else basis.T @ torch.where(gain.abs() > 1e-6, bias / gain, 0) / self.wider
         else:
             head_scale = self.scale if name in self.seen.readers else 1.0

@@ -23,6 +23,7 @@ from tl_capacity.models.forward import activation_at, embedding_of, evaluating, 
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.progress import token_progress
+from tl_capacity.runtime.seeds import seeded
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.tokenizing import bos_of, token_ids
 
@@ -166,8 +167,7 @@ def randomly_initialised(model: Any, seed: int = 0) -> Any:
     """A Hugging Face model of the same configuration with fresh weights, in eval mode: what width and architecture tell
     without any training.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         fresh = type(model)(model.config)
     return fresh.to(next(model.parameters()).device).eval()
 
@@ -249,6 +249,7 @@ def _latents(sae: SparseAutoencoder, hook: str) -> Any:
                 f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook"
                 " or model"
             )
+        taken, group = (part.to(sae.W_dec.device) for part in (taken, group))
         sums = torch.zeros(int(group[-1]) + 1, encoder.d_sae, dtype=torch.float32, device=taken.device)
         for tokens, features, values in encoder.entries(taken):
             sums.index_put_((group[tokens], features), values.float(), accumulate=True)
