@@ -1,7 +1,8 @@
 """The floor of a width in nats, with nothing fitted: `tl-capacity run splice MEASUREMENT --widths 16,24,32 --out DIR`.
 
 Runs the teacher with only its most important features at a hook point, for as many of them as each width may keep, and
-writes KL against features kept. From that curve `floor`s of further widths and laws are read without the model.
+writes KL against features kept. From that curve `floor`s of further widths and laws are read without the model. Under
+`accelerate launch -m tl_capacity run splice …` each process runs a part of the text, and all sums are added up.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
+from tl_capacity.runtime.processes import Processes
 from tl_capacity.show.tables import table, terminal_notes
 from tl_capacity.splicing.splice import LOST, splice
 from tl_capacity.storage.digests import digest
@@ -63,8 +65,10 @@ def main(config: SpliceConfig) -> Spliced | None:
             refuses.
     """
     config = replace(config, device=device_named(config.device))  # is recorded
+    processes = Processes.of_launch()
     if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, settings_of(config, "out", "threads")):
         return None
+    processes = processes.connected(config.device)
     measurement = Measurement.load(config.measurement)
     hooks = chosen(measurement, config.hook)
     if config.threads:
@@ -88,17 +92,21 @@ def main(config: SpliceConfig) -> Spliced | None:
                 lost=config.lost,
                 keep_error=config.keep_error,
                 max_tokens=config.tokens,
+                processes=processes,
             )
         )
-        _say(parts[-1], hook, config)
+        if processes.first:
+            _say(parts[-1], hook, config)
     curves = tuple(curve for part in parts for curve in part)
     about = {**parts[-1].about, "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes())}
     about["seconds"] = round(sum(part.about["seconds"] for part in parts), 1)
     spliced = Spliced(curves, about)
-    make_folder(config.out)
-    write_json(config.out / ABOUT_NAME, {"schema": 1, "settings": settings_of(config, "out", "threads")})
-    spliced.save(config.out)
-    print(f"written to {config.out}")
+    if processes.first:
+        make_folder(config.out)
+        write_json(config.out / ABOUT_NAME, {"schema": 1, "settings": settings_of(config, "out", "threads")})
+        spliced.save(config.out)
+        print(f"written to {config.out}")
+    processes.wait()
     return spliced
 
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from tl_capacity import Measurement
 from tl_capacity.measure.distributed import share
 from tl_capacity.measure.settings import MeasureSettings
+from tl_capacity.predict.spliced import Spliced
 from tl_capacity.runtime.processes import Processes, is_first
 
 EVERYTHING = 10**6
@@ -122,6 +123,21 @@ def test_two_processes_recover_what_one_does(setup: Path, whole: Path, tmp_path:
             np.testing.assert_array_equal(array, figures[1][name], err_msg=name)
         else:  # scores are float32, and one on the edge of a bin may fall to the other side
             np.testing.assert_allclose(array, figures[1][name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_splice_what_one_does(setup: Path, whole: Path, tmp_path: Path) -> None:
+    """Batches are the same; sums are added in another order. The text is that of one process, up to `--tokens`."""
+    command = ["run", "splice", whole, "--widths", "8,16", "--kept", "0,20", "--tokens", 2_000, "--out"]
+    alone([*command, tmp_path / "one"])
+    assert launch([[*command, tmp_path / "two"]] * 2) == [0, 0]
+    one, two = (Spliced.load(tmp_path / name) for name in ("one", "two"))
+    assert one.about["tokens"] == two.about["tokens"] >= 2_000
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.kept == theirs.kept
+        assert len(mine.kept) > 3
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        np.testing.assert_allclose(mine.kl, theirs.kl, rtol=1e-12, atol=1e-15)
 
 
 def test_two_processes_probe_what_one_does(setup: Path, tmp_path: Path) -> None:

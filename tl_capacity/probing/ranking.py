@@ -151,9 +151,10 @@ class Ranking:
         """This ranking, with the sums over the tokens of all processes; a firing's rank stays that among the silent
         tokens of its own process.
         """
-        self.tokens = int(processes.sum(torch.tensor(self.tokens)))
-        for name in self._sums:
-            setattr(self, name, processes.sum(getattr(self, name)))
+        tokens, *sums = processes.sums([torch.tensor(self.tokens), *(getattr(self, name) for name in self._sums)])
+        self.tokens = int(tokens)
+        for name, total in zip(self._sums, sums, strict=True):
+            setattr(self, name, total)
         return self
 
     @property

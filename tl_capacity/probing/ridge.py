@@ -111,10 +111,8 @@ class Moments:
 
     def over_all(self, processes: Processes) -> Moments:
         """The sums over the tokens of all processes."""
-        return Moments(
-            int(processes.sum(torch.tensor(self.tokens))),
-            *(processes.sum(getattr(self, f.name)) for f in fields(self)[1:]),
-        )
+        tokens, *sums = processes.sums([torch.as_tensor(getattr(self, f.name)) for f in fields(self)])
+        return Moments(int(tokens), *sums)
 
     def about(self, x: Float64[Tensor, " width"], z: Float64[Tensor, " feature"]) -> Moments:
         """The sums of (x − x₀) and (z − z₀) and of their products."""

@@ -5,6 +5,7 @@ is, and sums and lists over all.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 CONNECTING = timedelta(minutes=15)
 """How long a process waits for the others to begin."""
+TOGETHER_BYTES = 2**22
+"""Larger tensors travel alone: a copy of them would cost more than a message."""
 WAITING = timedelta(days=1)
 """How long a process waits for the others at the end, which may have longer documents; one that has died is noticed at
 once.
@@ -110,6 +113,26 @@ class Processes:
         with _others_needed():
             distributed.all_reduce(sent)
         return sent.to(tensor.device)
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum of each over all processes, where it is; small ones of one type travel together. They may be
+        overwritten.
+        """
+        if self.count == 1:
+            return list(tensors)
+        summed = dict[int, Tensor]()
+        together = defaultdict[torch.dtype, list[int]](list)
+        for place, tensor in enumerate(tensors):
+            if tensor.nbytes > TOGETHER_BYTES:
+                summed[place] = self.sum(tensor)
+            else:
+                together[tensor.dtype].append(place)
+        for places in together.values():
+            flat = self.sum(torch.cat([tensors[place].flatten() for place in places]))
+            pieces = flat.split([tensors[place].numel() for place in places])
+            for place, piece in zip(places, pieces, strict=True):
+                summed[place] = piece.view(tensors[place].shape).to(tensors[place].device)
+        return [summed[place] for place in range(len(tensors))]
 
     def gather(self, mine: Item) -> list[Item]:
         """What each process has, in their order."""

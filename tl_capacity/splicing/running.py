@@ -19,6 +19,7 @@ from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.models.head import Head, divergences, last_hidden
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.models.hooks import Change
+from tl_capacity.runtime.processes import Processes
 from tl_capacity.text.counting import CountedTokens
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
@@ -143,3 +144,10 @@ class DivergenceSums:
         """Add some tokens of every variant."""
         np.add.at(self.kl, groups, values.T.cpu().numpy())
         np.add.at(self.tokens, groups, 1)
+
+
+def sum_over_all(several: Sequence[DivergenceSums], processes: Processes) -> None:
+    """Add up what the processes have."""
+    parts: list[NDArray[Any]] = [part for sums in several for part in (sums.kl, sums.tokens)]
+    for part, total in zip(parts, processes.sums([torch.from_numpy(part) for part in parts]), strict=True):
+        part[...] = total.numpy()

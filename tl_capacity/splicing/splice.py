@@ -38,6 +38,7 @@ from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.logs import ended_early, log
+from tl_capacity.runtime.processes import ALONE, Processes
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.splicing.running import (
@@ -48,6 +49,7 @@ from tl_capacity.splicing.running import (
     hidden_states,
     rows_at_once,
     rows_of,
+    sum_over_all,
     variant_divergences,
 )
 from tl_capacity.splicing.variants import Variants
@@ -85,6 +87,7 @@ def splice(
     keep_error: bool = False,
     max_tokens: int | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Spliced:
     """KL(teacher ‖ teacher with only the F_S most important features at a hook point), in nats per token at T = 1.
 
@@ -107,6 +110,7 @@ def splice(
         keep_error: leave the SAE's error in the stream.
         max_tokens: read no more tokens of the stream than this.
         progress: show it once it takes longer than two seconds.
+        processes: that share the batches; each gets the curves.
 
     Raises:
         HookPointError: where the model lacks a hook point, does not run it, or nothing runs after it.
@@ -130,21 +134,23 @@ def splice(
     tokens = 0
     with ExitStack() as held, torch.no_grad():
         held.enter_context(evaluating(model))
-        advance = held.enter_context(token_progress(max_tokens, progress, "splicing"))
-        for batch in as_batches(stream):
+        advance = held.enter_context(token_progress(max_tokens, progress and processes.first, "splicing"))
+        for number, batch in enumerate(as_batches(stream)):
             if max_tokens is not None and tokens >= max_tokens:
                 break
             text = CountedTokens(batch, rule)
             ids = torch.from_numpy(np.maximum(batch.tokens, 0))
             check_token_ids(model, ids.numpy())
-            if not tokens:
-                check_head(model, ids.to(_device(model)), "spliced")
-            for job in jobs:
-                job.read(ids, text)
+            if number % processes.count == processes.index:
+                if number == processes.index:
+                    check_head(model, ids.to(_device(model)), "spliced")
+                for job in jobs:
+                    job.read(ids, text)
             tokens += int(text.valid.sum())
             advance(tokens)
     if max_tokens is not None and tokens < max_tokens:
         log.warning(ended_early(tokens, max_tokens))
+    sum_over_all([sums for job in jobs for sums in job.sums], processes)
     curves = tuple(curve for job in jobs for curve in job.curves())
     about = {
         "model": measurement.provenance.model,
