@@ -18,8 +18,7 @@ from tl_capacity.predict.spliced import Spliced
 from tl_capacity.predict.spliced_floor import SplicedFloor
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery_row import RecoveryRow
-from tl_capacity.results.columns import ALIVE, CRITICAL_WIDTH, FVU, L0, Column
-from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.columns import ALIVE, CRITICAL_WIDTH, FVU, L0
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import middle, short_hook
 from tl_capacity.show.tables import table
@@ -89,17 +88,12 @@ def layers(found: Found) -> Table:
     """A row for each layer."""
     columns = (ALIVE, L0, CRITICAL_WIDTH, FVU)
     rows = [
-        [short_hook(found.measurement, hook.hook), *(_column(column, hook) for column in columns)]
+        [short_hook(found.measurement, hook.hook), *(column.brief(hook) for column in columns)]
         for hook in found.measurement
     ]
     title = f"What three layers hold, on {found.hook.summary.n_tokens:,} tokens [95% interval over documents]"
     needed = f"width for all, d* (of {found.hook.width})"
     return table(title, ["", "features", "active on a token", needed, "missed by the SAE"], rows)
-
-
-def _column(column: Column, hook: HookMeasurement) -> str:
-    value = column.value(hook)
-    return value.brief(column.digits) if isinstance(value, Estimate) else column.show(hook)
 
 
 def widths(found: Found) -> Table:

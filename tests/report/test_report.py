@@ -4,6 +4,8 @@ computation, and whatever may be missing or odd.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shlex
@@ -24,7 +26,7 @@ from measurements import curve_at, measurement_of_counts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tl_capacity import theory
+from tl_capacity import add_capacity_hooks, theory
 from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.decomposition import Decomposition, decompose
@@ -41,10 +43,11 @@ from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.report import ReportSettings, Results, find_snippets, report_page, write_report
 from tl_capacity.report import figures as drawn
-from tl_capacity.report.edges import edges, shown_features
+from tl_capacity.report.edges import Edge, edges, shown_features
 from tl_capacity.report.snippets import stream_of, token_texts, top_snippets
-from tl_capacity.report.story import report_widths, shown_latents
+from tl_capacity.report.story import latents_around, report_widths, shown_latents
 from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.show import figures as kit
 from tl_capacity.show.palette import COLOURS
 
@@ -282,6 +285,78 @@ def test_tables_sort(desktop: Any) -> None:
     assert values() == sorted(before, reverse=True)
 
 
+def test_features_are_found_by_number_and_by_text(desktop: Any, full: Results) -> None:
+    hook = full.measurement.hooks[1]
+    law = plugins().capacity_laws["compressed_sensing"]
+    listed = latents_around(edges(hook, WIDTHS, "second_moment", law))
+    ranked = hook.ranked("second_moment").tolist()
+    search = desktop.find_element("id", "search")
+    desktop.find_element("css selector", "#hook option:nth-child(2)").click()
+
+    def found(text: str) -> list[str]:
+        search.clear()
+        search.send_keys(text)
+        return [e.text for e in desktop.find_elements("css selector", "#kept .feature .head span:first-of-type")]
+
+    try:
+        assert found(str(listed[3]))[0] == f"latent {listed[3]}"
+        unlisted = next((latent for latent in ranked if latent not in listed), None)
+        if unlisted is not None:
+            assert found(f"#{unlisted}") == [f"latent {unlisted}"]
+            head = desktop.find_element("css selector", "#kept .head").text
+            assert f"#{ranked.index(unlisted) + 1}" in head
+        assert found("999999") == ["latent 999999"]
+        assert "no latent of this dictionary" in desktop.find_element("id", "kept").text
+        hits = found("W7 ")
+        texts = [e.text for e in desktop.find_elements("css selector", "#kept .feature")]
+        assert hits
+        assert all("w7 " in text for text in texts)
+        assert found("zzz") == []
+        assert not desktop.find_elements("css selector", "#lost .feature")
+    finally:
+        search.clear()
+        search.send_keys(" ")
+        search.clear()
+    assert desktop.find_elements("css selector", "#lost .feature")
+
+
+DOWNLOADED = """
+const [button, done] = arguments, create = URL.createObjectURL, click = HTMLAnchorElement.prototype.click;
+URL.createObjectURL = blob => { blob.text().then(done); return create(blob); };
+HTMLAnchorElement.prototype.click = () => {};
+button.click();
+URL.createObjectURL = create;
+HTMLAnchorElement.prototype.click = click;
+"""
+"""Presses a button, and gives the text that it would save instead of saving it."""
+
+
+def test_tables_and_features_are_downloaded_as_csv(desktop: Any, full: Results) -> None:
+    def rows(selector: str) -> list[list[str]]:
+        text = desktop.execute_async_script(DOWNLOADED, desktop.find_element("css selector", selector))
+        return list(csv.reader(io.StringIO(text.removeprefix("\ufeff"))))
+
+    header, *body = rows("#layers button.csv")
+    assert header[:2] == ["hook point", ""]
+    for row, hook in zip(body, full.measurement, strict=True):
+        assert row[2] == f"{hook.summary.n_alive.value:,.0f}"
+    hook = full.measurement.hooks[1]
+    desktop.find_element("css selector", "#hook option:nth-child(2)").click()
+    header, *body = rows("#features-csv")
+    assert [int(row[1]) for row in body] == [
+        latent for latent in hook.ranked() if latent in set(latents_around(_edges_of(hook)))
+    ]
+    importance = dict(zip(np.flatnonzero(hook.summary.alive).tolist(), hook.importance(), strict=True))
+    for row in body:
+        assert float(row[4]) == pytest.approx(importance[int(row[1])], rel=0.01)
+    evil = desktop.execute_script("return ['=1+1', '+A1', '-2', '-2.5', 'x'].map(safe)")
+    assert evil == ["'=1+1", "'+A1", "-2", "-2.5", "x"]
+
+
+def _edges_of(hook: HookMeasurement) -> list[Edge]:
+    return edges(hook, WIDTHS, "second_moment", plugins().capacity_laws["compressed_sensing"])
+
+
 def test_markup_in_a_token_is_shown_as_text(desktop: Any, page: Path) -> None:
     browser = desktop
     assert browser.title == f"Feature capacity of {page_model(page)}"
@@ -321,8 +396,8 @@ def test_the_story_is_told_in_order(page: Path) -> None:
 def test_the_verdict_says_what_was_computed(page: Path, full: Results) -> None:
     head = re.sub(r"<[^>]+>", "", page.read_text().split('<ul class="tiles">')[0].split("<header>")[1])
     hook = full.measurement.hooks[1]
-    assert f"F = {hook.summary.n_alive.show(',.0f')}" in head
-    assert f"d* = {hook.summary.critical_width.show(',.1f')}" in head
+    assert f"F = {hook.summary.n_alive.brief(',.0f')}" in head
+    assert f"d* = {hook.summary.critical_width.brief(',.1f')}" in head
     floor = next(f for f in full.measurement.floors([16]) if f.hook.startswith(hook.hook) or hook.sae in f.hook)
     assert "A student of width 16 keeps about" in head
     assert f"{floor.features_kept.value / hook.summary.n_alive.value:.1%}" in head
@@ -824,6 +899,43 @@ def test_a_large_page_stays_below_six_megabytes(tmp_path: Path, browser: Any, un
     path = write_report(tmp_path / "large.html", Results(found), ReportSettings(widths=(2, 3, 4, 6, 8, 12, 16)))
     assert path.stat().st_size < 6e6
     assert opened(browser, path).get_log("browser") == []
+
+
+# Neuronpedia
+
+
+def test_features_link_to_the_page_that_saelens_opens(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens.analysis.neuronpedia_integration import open_neuronpedia_feature_dashboard
+
+    loaded = load_model(str(folder / "model"))
+    _, sae = load_sae(str(Measurement.load(folder / "measurement").hooks[1].sae))
+    opened_pages: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened_pages.append)
+    for name in ("gpt2-small/8-res-jb", None):
+        sae.cfg.metadata.neuronpedia_id = name
+        with add_capacity_hooks(loaded.model, {HOOK: sae}) as capacity:
+            capacity.run([torch.arange(2, 20)[None]], progress=False)
+        measured = Measurement.load(capacity.measurement().save(tmp_path / str(bool(name)))).hooks[0]
+        assert measured.neuronpedia_id == name
+        open_neuronpedia_feature_dashboard(sae, 650)
+        assert opened_pages == ([measured.feature_pages + "650"] if name else opened_pages)
+    odd = replace(measured, neuronpedia_id='a b/"><script>?#')
+    assert odd.feature_pages == "https://neuronpedia.org/a%20b/%22%3E%3Cscript%3E%3F%23/"
+    text = report_page(Results(Measurement((odd,))))
+    assert (
+        json.loads(text.split('id="feature-data">')[1].split("</script>")[0])["hooks"][0]["pages"] == odd.feature_pages
+    )
+
+
+def test_an_interval_that_rounds_to_the_figure_is_not_printed(measurement: Measurement) -> None:
+    assert Estimate(24.0, 23.999, 24.001).brief(".2f") == "24.00"
+    assert Estimate(24.0, 23.99, 24.001).brief(".2f") == "24.00 [23.99, 24.00]"
+    assert Estimate(24.0).brief(".2f") == "24.00"
+    alike = measurement_of_counts(np.arange(64, 0, -1) * 64)  # every document group is the same
+    text = report_page(Results(alike))
+    assert not re.search(r"(\d[\d,.]*)</?[^>]*>\[\1, \1\]", text[: text.index('id="figure-data"')])
 
 
 # In a notebook

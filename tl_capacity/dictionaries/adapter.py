@@ -67,6 +67,14 @@ def metadata_of(sae: Any, name: str) -> Any:
     return getattr(getattr(getattr(sae, "cfg", None), "metadata", None), name, None)
 
 
+def neuronpedia_id_of(sae: Any) -> str | None:
+    """Under which name Neuronpedia shows an SAE's features, as `gpt2-small/8-res-jb`; None where its metadata names
+    none.
+    """
+    named = metadata_of(sae, "neuronpedia_id")
+    return named if isinstance(named, str) and named else None
+
+
 def read_hook(sae: Any) -> str | None:
     """The hook point that an SAE was trained to read, by its own account."""
     return _trained_hook(sae, "hook_name")

@@ -23,6 +23,7 @@ from torch import Tensor
 from tl_capacity.dictionaries.adapter import (
     architecture_of,
     dictionary_digest,
+    neuronpedia_id_of,
 )
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.dictionaries.rows import rows_differ
@@ -352,6 +353,7 @@ class CapacityHooks:
             d_model=residual_width(self.model),
             notes=tuple(dict.fromkeys((*self._notes_on(tap), *self._earlier_notes.get(tap, ())))),
             linear=tap.linear,
+            neuronpedia_id=neuronpedia_id_of(tap.sae),
         )
 
     def _notes_on(self, tap: Tap) -> Iterator[str]:

@@ -174,6 +174,7 @@ class Measurement:
                     "linear": h.linear,
                     "figures": recorded(h),
                     **({"notes": list(h.notes)} if h.notes else {}),
+                    **({"neuronpedia_id": h.neuronpedia_id} if h.neuronpedia_id else {}),
                 }
                 for h in self.hooks
             ],
@@ -211,6 +212,9 @@ class Measurement:
                         # Version 0.1 had none.
                         notes=tuple(map(str, typed_field({"notes": [], **saved}, "notes", list))),
                         linear=typed_field({"linear": None, **saved}, "linear", (bool, type(None))),
+                        neuronpedia_id=typed_field(
+                            {"neuronpedia_id": None, **saved}, "neuronpedia_id", (str, type(None))
+                        ),
                     )
                 )
             if not hooks or f"{len(hooks)}/counts" in arrays:

@@ -59,7 +59,7 @@ def estimate_cell(estimate: Estimate, digits: str = "") -> Cell:
     """A number with its interval beneath it."""
     if not isfinite(estimate.value):
         return Cell("undefined", order=float("-inf"))
-    number, _, interval = estimate.show(digits or significant(estimate.value)).partition(" ")
+    number, _, interval = estimate.brief(digits or significant(estimate.value)).partition(" ")
     return Cell(number, interval, estimate.value)
 
 
@@ -91,7 +91,7 @@ def text_cell(text: str, small: str = "") -> Cell:
 
 def percent(share: Estimate) -> str:
     """A share as a percentage of three significant digits, with its interval."""
-    return share.show(significant(100 * (share.value or share.high or 1.0), 3).replace("f", "%").replace("g", "%"))
+    return share.brief(significant(100 * (share.value or share.high or 1.0), 3).replace("f", "%").replace("g", "%"))
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

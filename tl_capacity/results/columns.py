@@ -63,6 +63,11 @@ class Column:
             return "not checked"
         return value.show(self.digits) if isinstance(value, Estimate) else format(value, self.digits)
 
+    def brief(self, hook: HookMeasurement) -> str:
+        """The same without an interval that rounds to the figure itself."""
+        value = self.value(hook)
+        return value.brief(self.digits) if isinstance(value, Estimate) else self.show(hook)
+
 
 TOKENS = Column("tokens", lambda hook: hook.summary.n_tokens, key="tokens", label="tokens", digits=",")
 DOCUMENTS = Column("documents", lambda hook: hook.summary.n_documents, key="documents", label="documents", digits=",")

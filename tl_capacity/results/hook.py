@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from tl_capacity.interfaces import BASES, RESIDUAL_STREAM, ImportanceEstimator
 from tl_capacity.plugins import plugins
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.summary import FeatureSummary
+
+NEURONPEDIA = "https://neuronpedia.org"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class HookMeasurement:
         notes: how the model or the text differs from what the SAE says it was trained on, a sentence each.
         linear: whether the SAE writes the sum of its decoder vectors times its latents; false where its `decode` undoes
             a normalisation of each token. None where it is not known, as of version 0.1.
+        neuronpedia_id: under which name Neuronpedia shows the SAE's features; None where the SAE does not say.
     """
 
     hook: str
@@ -43,6 +47,7 @@ class HookMeasurement:
     d_model: int | None = None
     notes: tuple[str, ...] = ()
     linear: bool | None = None
+    neuronpedia_id: str | None = None
 
     @property
     def is_basis(self) -> bool:
@@ -72,6 +77,13 @@ class HookMeasurement:
     def d_star(self) -> Estimate:
         """d* = F/g(α), the critical width in dimensions, with its interval over documents."""
         return self.summary.critical_width
+
+    @property
+    def feature_pages(self) -> str:
+        """The address before a feature's number at which Neuronpedia shows it, as SAELens opens it; empty where the SAE
+        does not say its name there.
+        """
+        return f"{NEURONPEDIA}/{quote(self.neuronpedia_id)}/" if self.neuronpedia_id else ""
 
     def importance(self, name: str | None = None) -> NDArray[np.float64]:
         """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit; by the default

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from itertools import groupby
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tl_capacity.report.edges import ShownFeature, shown_features
 from tl_capacity.report.parts import percent
@@ -32,6 +36,8 @@ def features(story: Story) -> dict[str, Any]:
                     }
                     for e in around
                 ],
+                "pages": hook.feature_pages,
+                "order": _packed(hook.ranked(story.importance.name)),
                 "features": {str(latent): _shown_feature(story, place, feature) for latent, feature in known.items()},
             }
         )
@@ -40,8 +46,8 @@ def features(story: Story) -> dict[str, Any]:
 
 def _shown_feature(story: Story, place: int, feature: ShownFeature) -> dict[str, Any]:
     return {
-        "rank": feature.rank.show(",.0f"),
-        "importance": feature.importance.show(significant(feature.importance.value, 3)),
+        "rank": feature.rank.brief(",.0f"),
+        "importance": feature.importance.brief(significant(feature.importance.value, 3)),
         "rate": percent(feature.rate),
         "snippets": [
             {
@@ -52,6 +58,11 @@ def _shown_feature(story: Story, place: int, feature: ShownFeature) -> dict[str,
             for snippet in story.snippets.get((place, feature.latent), ())
         ],
     }
+
+
+def _packed(latents: NDArray[np.int64]) -> str:
+    """Numbers of latents as base64 of little-endian 32-bit integers, from which the script reads ranks."""
+    return b64encode(latents.astype("<u4").tobytes()).decode()
 
 
 def _joined(snippet: Snippet) -> list[tuple[str, float]]:

@@ -25,24 +25,24 @@ def verdict(story: Story) -> list[str]:
         alive = int(s.n_alive.value)
         return [
             f"{_hook_as_subject(story, hook)} of {p.model} has {alive:,} alive features at L0 ="
-            f" {L0.show(hook)}, for which no sparsity is defined: count more tokens."
+            f" {L0.brief(hook)}, for which no sparsity is defined: count more tokens."
         ]
     fits = "of" if s.critical_width.value <= hook.width else "more than"
     sentences = [
-        f"{_hook_as_subject(story, hook)} of {p.model} holds F = {ALIVE.show(hook)} alive features at L0 ="
-        f" {L0.show(hook)}, so by the minimum-width theorem a student needs d* = {CRITICAL_WIDTH.show(hook)}, {fits}"
+        f"{_hook_as_subject(story, hook)} of {p.model} holds F = {ALIVE.brief(hook)} alive features at L0 ="
+        f" {L0.brief(hook)}, so by the minimum-width theorem a student needs d* = {CRITICAL_WIDTH.brief(hook)}, {fits}"
         f" the {hook.width:,} dimensions there, to keep them all."
     ]
     floor = _verdict_floor(story)
     if floor is not None:
-        worth = floor.predicted_floor.show(significant(floor.predicted_floor.value))
+        worth = floor.predicted_floor.brief(significant(floor.predicted_floor.value))
         sentences.append(
             f"A student of width {floor.width:,} keeps about {percent(floor.kept_share)} of them; its predicted floor"
             f" is {worth} {per_token(floor.unit)}, {percent(floor.share)} of what all of them are worth."
         )
     spliced = _verdict_spliced(story)
     if spliced is not None:
-        worth = spliced.floor.show(significant(spliced.floor.value))
+        worth = spliced.floor.brief(significant(spliced.floor.value))
         sentences.append(
             f"The teacher itself, with no more features than width {spliced.width:,} may keep, loses {worth} {NATS};"
             " nothing of this is fitted to a student."
