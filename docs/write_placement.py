@@ -66,6 +66,7 @@ class Experiment:
         source: what students are trained on.
         features: how many are chosen.
         choose_tokens, splice_tokens: read to choose features, and to splice.
+        device: where the models run.
         given: other settings of each placement, as its command has them.
     """
 
@@ -75,13 +76,14 @@ class Experiment:
     measure_tokens: int
     choose_tokens: int
     splice_tokens: int
+    device: str
     given: dict[str, Any]
 
     @cached_property
     def measurement(self) -> Measurement:
         """Of the teacher at the hook point, made where it is not there."""
         settings = MeasureSettings(
-            "embedded", self.runs / "measurement", (HOOK,), tokens=self.measure_tokens, resume=True, device="cpu"
+            "embedded", self.runs / "measurement", (HOOK,), tokens=self.measure_tokens, resume=True, device=self.device
         )
         there = (self.runs / "measurement" / "measurement.json").exists()
         return Measurement.load(settings.out) if there else measure(settings)
@@ -92,7 +94,7 @@ class Experiment:
 
     @cached_property
     def teacher(self) -> LoadedModel:
-        return measured_teacher(self.runs / "measurement", self.measurement.provenance, "cpu")
+        return measured_teacher(self.runs / "measurement", self.measurement.provenance, self.device)
 
     @cached_property
     def sae(self) -> Any:
@@ -113,7 +115,7 @@ class Experiment:
             out=self.runs / out,
             source=self.source,
             heldout=JUDGED_ON,
-            device="cpu",
+            device=self.device,
             **self.given,
         )
 
@@ -123,7 +125,7 @@ class Experiment:
         nothing = KeepFeatures(HOOK, (0,))
         run = recipe.train(config, self.teacher, (width,), nothing, 0.0, self.sae, JUDGED_ON)
         folder = config.out / "weight-0" / "students"
-        return {student.name: load_model(str(folder / student.name), device="cpu") for student in run}
+        return {student.name: load_model(str(folder / student.name), device=self.device) for student in run}
 
     def chosen(self, width: int) -> dict[str, Path]:
         """The files of chosen features of a width, by the name of the set."""
@@ -151,6 +153,8 @@ class Experiment:
     def placed(self, width: int, name: str, weights: Sequence[float]) -> Placement:
         """The price list of a set; its plain students are those that the features were chosen by."""
         out, file = f"{name}-{width}-priced", self.chosen(width)[name]
+        if (self.runs / out / "placement.json").exists():
+            return Placement.load(self.runs / out)
         config = self.config(width, out, str(file), weights)
         plain = config.out / "weight-0"
         if not (plain / "distillation.json").exists():
@@ -281,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[24, 48])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.1, 1.0, 10.0])
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="of chosen features")
+    parser.add_argument("--device", default="cpu", help="where the models run")
+    parser.add_argument("--machine", default=f"the CPU of {platform.machine()}", help="as the page names it")
     for name, default in {
         "features": 100,
         "tokens": 4_000_000,
@@ -297,13 +304,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     same = ("tokens", "judge_tokens", "heldout_tokens", "evaluations", "threads")
     given = {name: getattr(asked, name) for name in same} | {"seeds": tuple(asked.seeds), "repeat": True}
     tokens = asked.measure_tokens, asked.choose_tokens, asked.splice_tokens
-    experiment = Experiment(asked.runs, asked.source, asked.features, *tokens, given)
+    experiment = Experiment(asked.runs, asked.source, asked.features, *tokens, asked.device, given)
     make_folder(asked.runs)
     found, said = [], []
     for width in asked.widths:
         placements: dict[str, Placement] = {}
         predicted: dict[str, Estimate] = {}
-        for name in SETS:
+        for name in asked.sets:
             placements[name] = experiment.placed(width, name, asked.weights)
             predicted[name] = experiment.predicted(width, name, placements[name].features)
             found += rows_of(name, placements[name], predicted[name])
@@ -316,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = (
         f"Students start from the truncated teacher and are trained on {asked.tokens:,} tokens of"
         f" {Path(asked.source).name} with each weight; seeds {seeds}; {asked.features} features of the dictionary at"
-        f" {HOOK}; the CPU of {platform.machine()}, commit {commit or 'unknown'}."
+        f" {HOOK}; {asked.machine}, commit {commit or 'unknown'}."
     )
     make_folder(asked.results)
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
