@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_MODEL, SAES
+from place import placed
 
 from tl_capacity.dictionaries.chosen import chosen_latents
 from tl_capacity.dictionaries.dictionary import Dictionary
@@ -18,7 +19,7 @@ TOKENS = 1_500
 
 
 def activations(seed: int = 5, tokens: int = TOKENS) -> torch.Tensor:
-    return torch.randn(tokens, D_MODEL, generator=torch.Generator().manual_seed(seed))
+    return placed(torch.randn(tokens, D_MODEL, generator=torch.Generator().manual_seed(seed)))
 
 
 def firing(sae: Any, few: int = 9) -> list[int]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import Cli
 from conftest import BOS, D_MODEL
+from place import placed
 from safetensors.torch import save_file
 from sklearn.decomposition import PCA
 from torch import nn
@@ -119,7 +120,9 @@ class TestSparsify:
         with tlc.add_capacity_hooks(bridge, sae, fvu_every=1, mask_token_ids=[BOS]) as capacity:
             summary = capacity.run(tokens.split(8)).measurement()["blocks.1.mlp.hook_in"].summary
         _, cache = bridge.run_with_cache(tokens)
-        inputs, targets = (cache[name][tokens != BOS] for name in ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"))
+        inputs, targets = (
+            cache[name][tokens != BOS].cpu() for name in ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out")
+        )
         z = largest(
             (inputs @ w["encoder.weight"].T + w["encoder.bias"]).relu(), K
         )  # a transcoder does not subtract b_dec, which is the output's
@@ -283,7 +286,7 @@ class TestDictionaryLearning:
         _, sae = load_sae(self.save(tmp_path / "trainer_0", "AutoEncoderTopK"))
         with tlc.add_capacity_hooks(neox, sae, importance=["gradient"], fvu_every=1) as capacity:
             found = capacity.run(tokens.split(8)).measurement()[HOOK]
-        x = neox(tokens, output_hidden_states=True).hidden_states[2][tokens != BOS].detach()
+        x = neox(tokens, output_hidden_states=True).hidden_states[2][tokens != BOS].detach().cpu()
         assert (
             found.summary.arrays["counts"].sum(0).tolist() == (self.expected("AutoEncoderTopK", x) != 0).sum(0).tolist()
         )
@@ -377,6 +380,7 @@ class TestSAELensFoldersWithoutSAELens:
         theirs = make_sae(architecture, HOOK)
         theirs.save_model(tmp_path / "sae")
         mine = read_sae_lens(tmp_path / "sae")
+        mine, x = placed(mine), placed(x)
         torch.testing.assert_close(mine.encode(x), theirs.encode(x))
         torch.testing.assert_close(mine.decode(mine.encode(x)), theirs.decode(theirs.encode(x)))
         assert mine.cfg.metadata.hook_name == HOOK

@@ -13,6 +13,7 @@ import torch
 from conftest import D_MODEL, SAES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from place import placed
 
 from tl_capacity.dictionaries import encoding
 from tl_capacity.dictionaries.encoding import ACTIVATIONS, CHECKED_TOKENS, Encoder
@@ -24,13 +25,13 @@ SHORT = [name for name, (kind, _) in SAES.items() if kind in ACTIVATIONS]
 
 def dense(encoder: Encoder, inputs: torch.Tensor) -> torch.Tensor:
     tokens, features, values = encoder(inputs)
-    latents = torch.zeros(len(inputs), encoder.sae.cfg.d_sae, dtype=values.dtype)
+    latents = torch.zeros(len(inputs), encoder.sae.cfg.d_sae, dtype=values.dtype, device=values.device)
     latents[tokens, features] = values
     return latents
 
 
 def inputs(rows: int = 3 * CHECKED_TOKENS) -> torch.Tensor:
-    return torch.randn(rows, D_MODEL, generator=torch.Generator().manual_seed(5))
+    return placed(torch.randn(rows, D_MODEL, generator=torch.Generator().manual_seed(5)))
 
 
 @pytest.mark.parametrize("architecture", SAES)
@@ -62,7 +63,7 @@ def test_latents_split_into_blocks(
     torch.testing.assert_close(dense(encoder, inputs()), own, rtol=1e-5, atol=1e-5)
     tokens, features, _ = encoder(inputs())
     by_feature = tokens[features.argsort(stable=True)]
-    assert torch.equal(by_feature, tokens[np.lexsort((tokens, features))])
+    assert torch.equal(by_feature, tokens[np.lexsort((tokens.cpu(), features.cpu()))])
 
 
 def test_several_saes_share_their_memory(make_sae: MakeSAE) -> None:

@@ -65,6 +65,7 @@ def test_measured_as_the_formula_says(
             x = model.run_with_cache(tokens)[1][HOOK][tokens != BOS]
         else:
             x = model(tokens, output_hidden_states=True).hidden_states[2][tokens != BOS]
+    x = x.cpu()
     z, written = expected(x)
     torch.testing.assert_close(sae.encode(x), z, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sae.decode(z), written, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Cli
+from place import device, placed
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -41,7 +42,7 @@ def gpt2() -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
         model.transformer.wte.weight.add_(3 + torch.randn(VOCABULARY, 1))
-    return model
+    return placed(model)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def processed(gpt2: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactor
             model = copy.deepcopy(gpt2).to(dtype)
             with pytest.warns(DeprecationWarning, match="from_pretrained is deprecated"):
                 made[key] = HookedTransformer.from_pretrained_no_processing(
-                    "gpt2", hf_model=model, tokenizer=tokenizer, device="cpu", dtype=dtype, **options
+                    "gpt2", hf_model=model, tokenizer=tokenizer, device=device(), dtype=dtype, **options
                 )
         return made[key]
 
@@ -74,7 +75,7 @@ def processed(gpt2: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactor
 def form(gpt2: Any, processed: Callable[..., Any], tokenizer: Any) -> Callable[[str], Any]:
     """The model without processing, in one of its forms."""
     bridge = TransformerBridge.boot_transformers(
-        "local/x", hf_model=copy.deepcopy(gpt2), tokenizer=tokenizer, device="cpu"
+        "local/x", hf_model=copy.deepcopy(gpt2), tokenizer=tokenizer, device=device()
     ).eval()
     forms = {"Hugging Face": gpt2, "TransformerBridge": bridge, "HookedTransformer": processed()}
     return forms.__getitem__
@@ -104,7 +105,7 @@ def without_the_mean(sae: Any) -> Any:
     return sae
 
 
-TOKENS = torch.randint(1, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
+TOKENS = placed(torch.randint(1, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.fidelity(

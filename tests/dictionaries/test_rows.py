@@ -88,8 +88,8 @@ def test_counts_are_of_the_rows_that_the_sae_was_trained_on(
     for batch in TokenStream(str(text), loaded.tokenizer, 12, prepend_bos=False, batch_rows=1):
         ids = torch.from_numpy(batch.tokens)
         with torch.no_grad():
-            hidden = loaded.model(ids, output_hidden_states=True).hidden_states[2]
-            latents = sae.encode(hidden[:, slice(2, 9)])
+            hidden = loaded.model(ids, output_hidden_states=True).hidden_states[2].to(sae.W_dec.device)
+            latents = sae.encode(hidden[:, slice(2, 9)]).cpu()
         wanted = ~torch.isin(ids[:, 2:9], special)
         counts += (latents[wanted] != 0).sum(0)
     assert measurement.hooks[0].summary.arrays["counts"].sum(0).tolist() == counts.tolist()

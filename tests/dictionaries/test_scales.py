@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, D_MODEL, SAES
+from place import placed
 
 import tl_capacity as tlc
 from tl_capacity.dictionaries.adapter import decoder_norms
@@ -35,7 +36,7 @@ IMPORTANCES = ["second_moment", "decoder_weighted", "firing_rate", "gradient"]
 
 
 def inputs() -> torch.Tensor:
-    return torch.randn(48, D_MODEL, generator=torch.Generator().manual_seed(5))
+    return placed(torch.randn(48, D_MODEL, generator=torch.Generator().manual_seed(5)))
 
 
 def with_a_zero_row(sae: Any) -> Any:
@@ -69,7 +70,9 @@ class TestZeroRows:
 
         decoder = Decoder(sae)
         decoder.settle(inputs())
-        written = decoder((tokens, features, values), torch.ones(len(inputs()), dtype=torch.bool), inputs())
+        written = decoder(
+            (tokens, features, values), torch.ones(len(inputs()), dtype=torch.bool, device=inputs().device), inputs()
+        )
         if rescales:  # SAELens' own decode divides by the norm of 0
             assert sae.decode(sae.encode(inputs())).isnan().any()
             vectors = torch.nn.functional.normalize(sae.W_dec, dim=1)

@@ -154,5 +154,5 @@ def path_gradient(
 
 
 def _loss(name: str, logits: Tensor, tokens: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
-    following = torch.where(valid[:, 1:], tokens[:, 1:], PREDICTED)
+    following = torch.where(valid[:, 1:].to(tokens.device), tokens[:, 1:], PREDICTED)
     return LOSSES[name](logits[:, :-1].float(), following.to(logits.device), generator)

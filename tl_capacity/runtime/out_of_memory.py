@@ -1,0 +1,33 @@
+"""A device that runs out of memory, said in one sentence with the option that helps."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tl_capacity.errors import CapacityError
+
+
+@contextmanager
+def within_device_memory(what: str, help: str) -> Iterator[None]:
+    """Turn a device's lack of memory into one sentence. What the failed call held there is freed, so that a notebook
+    can go on.
+
+    Args:
+        what: the work that does not fit, such as "a step of 8 rows".
+        help: what the user can do about it.
+
+    Raises:
+        CapacityError: where the device's memory is full.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        asked = re.search(r"[Tt]ried to allocate (?:about )?([\d.]+ \w+)", str(problem))
+        needed = f", where {asked[1]} more were asked for" if asked else ""
+        traceback.clear_frames(problem.__traceback__)
+        raise CapacityError(f"{what} does not fit into the memory of the device{needed}: {help}") from None
