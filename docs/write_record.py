@@ -31,6 +31,7 @@ SPLICE = ROOT / "docs" / "results" / "splice.json"
 LAWS = {"d·g(α)": "compressed_sensing", "F·d_S/d_T": "proportional"}
 """The laws as results/splice.md calls them; its interpolation over dictionaries is no law of one."""
 TEACHER, TEACHER_WIDTH = "embedded", 128
+TEACHER_WIDTHS = {TEACHER: TEACHER_WIDTH, "smollm2-135m": 576}
 
 
 def spliced() -> Iterator[Check]:
@@ -42,7 +43,7 @@ def spliced() -> Iterator[Check]:
                 "second_moment",
                 LAWS[row["law"]],
                 row["teacher"],
-                TEACHER_WIDTH,
+                TEACHER_WIDTHS[row["teacher"]],
                 row["hook"],
                 row["sae"],
                 row["width"],
@@ -53,7 +54,7 @@ def spliced() -> Iterator[Check]:
 
 def others(runs: Path) -> Iterator[Check]:
     """Summed importances in nats, and the floors of rivals where they are there, at the widths that were observed."""
-    observed = {check.width: check.observed for check in spliced()}
+    observed = {check.width: check.observed for check in spliced() if check.teacher == TEACHER}
     widths = np.array(sorted(observed))
     rivals = [Forecasts.load(runs / "rivals")] if (runs / "rivals" / FORECASTS_JSON).exists() else []
     for method in methods_of(Measurement.load(runs / "nats").hooks, (), None, rivals):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
-from write_record import LAWS, TEACHER_WIDTH
+from write_record import LAWS, TEACHER, TEACHER_WIDTH
 from write_record import write as write_record
 from write_results import RESULTS, filled, table
 
@@ -63,7 +63,7 @@ def rows(runs: Path) -> list[dict[str, Any]]:
     for hook, curve, trained in curves(runs):
         summary, settings = hook.summary, trained["settings"]
         about = {
-            "teacher": "embedded",
+            "teacher": TEACHER,
             "hook": hook.hook,
             "sae": Path(hook.sae).name,
             "architecture": settings["architecture"],
@@ -78,7 +78,7 @@ def rows(runs: Path) -> list[dict[str, Any]]:
         for law in LAWS:
             for width in WIDTHS:
                 found.append({**about, "law": law, **predicted(curve.at(kept(law, hook, width)), width)})
-    return found + list(consistent(found))
+    return found + list(interpolated(found, TEACHER, TEACHER_WIDTH))
 
 
 def predicted(estimate: Estimate, width: int) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def predicted(estimate: Estimate, width: int) -> dict[str, Any]:
     return {"width": width, "predicted": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
-def consistent(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def interpolated(found: list[dict[str, Any]], teacher: str, teacher_width: int) -> Iterator[dict[str, Any]]:
     """For each hook point and size of dictionary the prediction at d* = d_T, log-linear in d* between the two k beside
     it; its interval is that of the same interpolation of the ends.
     """
@@ -97,20 +97,20 @@ def consistent(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for (hook, d_sae, width), members in groups.items():
         members.sort(key=lambda row: row["d_star"])
         stars = np.array([row["d_star"] for row in members])
-        if not stars[0] <= TEACHER_WIDTH <= stars[-1]:
+        if not stars[0] <= teacher_width <= stars[-1]:
             continue
         at = {
-            name: float(np.exp(np.interp(np.log(TEACHER_WIDTH), np.log(stars), np.log([row[name] for row in members]))))
+            name: float(np.exp(np.interp(np.log(teacher_width), np.log(stars), np.log([row[name] for row in members]))))
             for name in ("predicted", "low", "high", "l0", "error")
         }
         yield {
-            "teacher": "embedded",
+            "teacher": teacher,
             "hook": hook,
             "sae": f"{len(members)} dictionaries of {d_sae:,} latents",
             "architecture": "topk",
             "k": None,
             "d_sae": d_sae,
-            "d_star": float(TEACHER_WIDTH),
+            "d_star": float(teacher_width),
             "law": CONSISTENT,
             "width": width,
             **at,
@@ -132,7 +132,8 @@ def observed(distillations: list[Path]) -> dict[int, list[float]]:
 def write(runs: Path, distillations: list[Path]) -> None:
     """Replace splice.json and the tables of splice.md; predictions that are there stay as they were committed."""
     path = RESULTS / "splice.json"
-    before = {key(row): row for row in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    every = json.loads(path.read_text(encoding="utf-8"))
+    before, others = {key(row): row for row in every}, [row for row in every if row["teacher"] != TEACHER]
     seen = observed(distillations)
     found = []
     for row in rows(runs):
@@ -147,7 +148,7 @@ def write(runs: Path, distillations: list[Path]) -> None:
                 "committed_before": earlier.get("committed_before", row["width"] in NEW and not values),
             }
         )
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(found + others, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = RESULTS / "splice.md"
     text = page.read_text(encoding="utf-8")
     for name, law in (("budget", BUDGET), ("proportional", SHARE), ("consistent", CONSISTENT)):
