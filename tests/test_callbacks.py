@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from place import on_cpu, placed
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tl_capacity import TokenStream, add_capacity_hooks, load_model, load_sae, observe
@@ -19,12 +20,12 @@ from tl_capacity.results.estimate import Estimate
 from tl_capacity.storage.digests import fingerprint
 
 VOCABULARY = 100
-ROWS = torch.randint(1, VOCABULARY, (16, 12), generator=torch.Generator().manual_seed(5))
+ROWS = placed(torch.randint(1, VOCABULARY, (16, 12), generator=torch.Generator().manual_seed(5)))
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     options = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
-    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": on_cpu()}
     return TrainingArguments(str(folder), **{**options, **quiet, **changes})
 
 

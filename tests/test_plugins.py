@@ -647,7 +647,7 @@ class TestEstimatorWithState:
             capacity.run(tokens, progress=False)
         with torch.no_grad():
             activations = neox(tokens, output_hidden_states=True).hidden_states[2]
-        counted = (tokens != 0) & (torch.arange(tokens.shape[1]) >= 2)
+        counted = (tokens != 0) & (torch.arange(tokens.shape[1], device=tokens.device) >= 2)
         assert len(batches) > 1
         assert all(torch.equal(batch.counted, counted) and batch.sae is sae for batch in batches)
         rows, positions, documents = (
@@ -751,12 +751,12 @@ class TestEstimatorWithState:
 
             def start(self, sae: Any, groups: int, device: torch.device) -> dict[str, torch.Tensor]:
                 return {
-                    "fired": torch.zeros(groups, len(sae.W_dec), dtype=torch.int64),
-                    "sum": torch.zeros(groups, len(sae.W_dec)),
+                    "fired": torch.zeros(groups, len(sae.W_dec), dtype=torch.int64, device=device),
+                    "sum": torch.zeros(groups, len(sae.W_dec), device=device),
                 }
 
             def update(self, state: dict[str, torch.Tensor], batch: Any) -> None:
-                ones = torch.ones(len(batch.features), dtype=torch.int64)
+                ones = torch.ones(len(batch.features), dtype=torch.int64, device=batch.features.device)
                 state["fired"].index_put_((batch.groups, batch.features), ones, accumulate=True)
                 state["sum"].index_put_((batch.groups, batch.features), batch.values.float(), accumulate=True)
 

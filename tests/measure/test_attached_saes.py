@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, all_hooks
+from place import placed
 
 import tl_capacity as tlc
 from tl_capacity.errors import HookPointError
@@ -42,7 +43,7 @@ def models(make_model: Make) -> dict[str, Any]:
     """Models of this file alone, as taking an SAE away leaves other hook points."""
     made = {kind: make_model(kind) for kind in KINDS}
     for model in made.values():  # at the first such run transformers leaves recorders of its own on the blocks
-        model.run_with_cache(torch.tensor([[BOS, 1]]))
+        model.run_with_cache(placed(torch.tensor([[BOS, 1]])))
     return made
 
 
@@ -192,7 +193,7 @@ class TestTheHooksOfAnAttachedSAE:
 
         def without_some(latents: torch.Tensor, hook: Any) -> torch.Tensor:
             shapes.append(tuple(latents.shape))
-            return latents * (torch.arange(latents.shape[-1]) > 32)
+            return latents * (torch.arange(latents.shape[-1], device=latents.device) > 32)
 
         wanted = model.run_with_hooks(tokens, fwd_hooks=[(name, without_some)])
         before = counts_of(sae, inputs_of(model, tokens, f"{CANONICAL[kind]}.hook_sae_input"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, HOOKED, KINDS, all_hooks
+from place import placed
 from tl_capacity.hooks.importance import IntegratedGradients
 from torch.nn import functional as F
 
@@ -82,7 +83,7 @@ def test_gradient_is_the_slope_of_the_loss(
     so that they are exact to ε².
     """
     model, sae, position, epsilon = make_model("gpt_neox").double(), make_sae(architecture, HOOK).double(), 4, 1e-4
-    row = torch.tensor([[BOS, *range(1, 12)]])
+    row = placed(torch.tensor([[BOS, *range(1, 12)]]))
     others = [token for token in row[0].tolist() if token != row[0, position]]
     with tlc.add_capacity_hooks(model, sae, importance=["gradient"], mask_token_ids=others) as capacity:
         summary = capacity.run(row).measurement()[HOOK].summary
@@ -138,7 +139,7 @@ def test_fisher_is_half_the_expected_squared_score(neox: Any, make_sae: MakeSAE,
         score = torch.autograd.grad(log_p[row, position, word], latents, retain_graph=True)[0]
         exact += log_p[row, position, word].exp().item() * (latents * score).double().detach().square()
     counted = rows != BOS
-    expected = exact[counted].sum(0) / 2
+    expected = exact[counted].sum(0).cpu() / 2
     repeated = rows.repeat(500, 1)
     with tlc.add_capacity_hooks(neox, sae, importance=["fisher"]) as capacity:
         found = (

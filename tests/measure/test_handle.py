@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, HUGGING_FACE, KINDS, VOCAB, all_hooks
+from place import placed
 
 import tl_capacity as tlc
 from tl_capacity.errors import CapacityError, HookPointError
@@ -24,7 +25,7 @@ WAYS = ["HookedTransformer", "TransformerBridge", "gpt_neox"]
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    ids = torch.randint(1, VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
+    ids = placed(torch.randint(1, VOCAB, (3, 9), generator=torch.Generator().manual_seed(1)))
     ids[:, 0] = BOS
     return ids
 
@@ -221,7 +222,9 @@ class TestThreads:
         hook, later = HOOK, "blocks.2.hook_resid_pre"
         saes = [make_sae("standard", hook), make_sae("topk", later)]
         batches = [tokens.roll(n, 1) for n in range(4)]
-        masks = [torch.ones_like(tokens).index_fill(1, torch.arange(5, 5 + n), 0) for n in range(4)]
+        masks = [
+            torch.ones_like(tokens).index_fill(1, torch.arange(5, 5 + n, device=tokens.device), 0) for n in range(4)
+        ]
         with tlc.add_capacity_hooks(model, saes) as expected, torch.no_grad():
             for batch, mask in zip(batches, masks, strict=True):
                 model(batch, attention_mask=mask)

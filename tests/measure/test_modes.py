@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, D_MODEL, HEADS, VOCAB
+from place import placed
 
 import tl_capacity as tlc
 from tl_capacity.measure.ablation import ablation_kl
@@ -18,7 +19,7 @@ from tl_capacity.probing.activations import collect
 HOOK = "blocks.0.hook_resid_post"
 WAYS = ["HookedTransformer", "TransformerBridge", "gpt_neox"]
 MakeSAE = Callable[..., Any]
-TOKENS = torch.randint(1, VOCAB, (4, 11), generator=torch.Generator().manual_seed(3))
+TOKENS = placed(torch.randint(1, VOCAB, (4, 11), generator=torch.Generator().manual_seed(3)))
 
 
 def residual(model: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, VOCAB
+from place import placed
 
 import tl_capacity as tlc
 from tl_capacity.errors import CapacityError
@@ -23,7 +24,7 @@ LENGTHS = (3, 9, 5, 12)
 @pytest.fixture
 def rows() -> list[torch.Tensor]:
     random = np.random.default_rng(3)
-    return [torch.from_numpy(np.append(BOS, random.integers(1, VOCAB, size=n - 1))) for n in LENGTHS]
+    return [placed(torch.from_numpy(np.append(BOS, random.integers(1, VOCAB, size=n - 1)))) for n in LENGTHS]
 
 
 @pytest.fixture(params=WAYS)
@@ -34,7 +35,7 @@ def model(request: pytest.FixtureRequest, models_by_kind: dict[str, Any]) -> Any
 def padded(rows: list[torch.Tensor], side: str, filler: int = 5) -> dict[str, torch.Tensor]:
     """As a tokenizer of transformers gives them, with `padding_side`."""
     longest = max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), filler), torch.zeros(len(rows), longest, dtype=torch.int64)
+    ids, mask = (placed(torch.full((len(rows), longest), value)) for value in (filler, 0))
     for place, row in enumerate(rows):
         inside = slice(longest - len(row), None) if side == "left" else slice(len(row))
         ids[place, inside], mask[place, inside] = row, 1
@@ -112,7 +113,7 @@ class TestPaddingOnTheLeft:
 class TestPaddingWithoutAMask:
     """EOS is a usual filler, and BOS in many models: what is assumed of rows of it is said."""
 
-    LEFT = torch.tensor([[BOS, BOS, BOS, 5, 9], [BOS, 7, 2, 8, 4]])
+    LEFT = placed(torch.tensor([[BOS, BOS, BOS, 5, 9], [BOS, 7, 2, 8, 4]]))
     SAYS = "begins with 3 tokens of id 0, and no attention mask came with it: they are taken for text"
 
     def test_run(self, model: Any, make_sae: Callable[..., Any]) -> None:
@@ -146,7 +147,7 @@ class TestGeneration:
     @pytest.mark.parametrize("skip", [0, 3])
     def test_a_sequence_is_a_document(self, model: Any, make_sae: Callable[..., Any], skip: int) -> None:
         """Tokens that a model generates with a cache are counted as they are where it reads the whole at once."""
-        prompts, new = torch.tensor([[BOS, 5, 9], [BOS, 7, 2]]), 6
+        prompts, new = placed(torch.tensor([[BOS, 5, 9], [BOS, 7, 2]])), 6
         sae, options = make_sae("topk", HOOK), {"fvu_every": 1, "skip_first_positions": skip}
         generation = (
             {"verbose": False, "stop_at_eos": False, "return_type": "tokens"}
@@ -165,19 +166,22 @@ class TestGeneration:
         assert_same_sums(counted.arrays, read.arrays)
 
     def test_prompts_that_are_padded_on_the_left(self, make_sae: Callable[..., Any], models_by_kind: Any) -> None:
-        model, batch = models_by_kind["gpt2"], padded([torch.tensor([BOS, 5]), torch.tensor([BOS, 7, 2, 8])], "left")
+        model, batch = (
+            models_by_kind["gpt2"],
+            padded([placed(torch.tensor(row)) for row in ([BOS, 5], [BOS, 7, 2, 8])], "left"),
+        )
         sae, options = make_sae("topk", HOOK), {"fvu_every": 1, "skip_first_positions": 3}
         with tlc.add_capacity_hooks(model, sae, **options) as capacity:
             text = model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=BOS)
             counted = sums(capacity)
-        mask = torch.cat([batch["attention_mask"], torch.ones(2, 5, dtype=torch.int64)], 1)
+        mask = torch.cat([batch["attention_mask"], batch["attention_mask"].new_ones(2, 5)], 1)
         with tlc.add_capacity_hooks(model, sae, **options) as capacity:
             read = sums(capacity.run({"input_ids": text[:, :-1], "attention_mask": mask[:, :-1]}))
         assert_same_sums(counted, read)
 
     def test_a_loop_of_ones_own(self, neox: Any, make_sae: Callable[..., Any]) -> None:
         """The cache that a call gives back is that of its rows, and another text between the steps is another."""
-        text, other = torch.tensor([[BOS, 5, 9, 4, 8]]), torch.tensor([[BOS, 3, 3]])
+        text, other = placed(torch.tensor([[BOS, 5, 9, 4, 8]])), placed(torch.tensor([[BOS, 3, 3]]))
         sae = make_sae("topk", HOOK)
         with tlc.add_capacity_hooks(neox, sae, fvu_every=1) as capacity, torch.no_grad():
             cache = neox(text[:, :2], use_cache=True).past_key_values
@@ -191,7 +195,7 @@ class TestGeneration:
     def test_two_loops_by_turns(self, neox: Any, make_sae: Callable[..., Any]) -> None:
         from transformers import DynamicCache
 
-        texts = torch.tensor([[BOS, 5, 9, 4]]), torch.tensor([[BOS, 3, 3, 8]])
+        texts = placed(torch.tensor([[BOS, 5, 9, 4]])), placed(torch.tensor([[BOS, 3, 3, 8]]))
         caches = [DynamicCache(config=neox.config) for _ in texts]
         with tlc.add_capacity_hooks(neox, make_sae("topk", HOOK)) as capacity, torch.no_grad():
             for place in range(4):
@@ -207,7 +211,7 @@ class TestGeneration:
         from tiny_families import teacher
 
         model, sae = teacher("mamba"), make_sae("topk", "blocks.0.hook_resid_post")
-        prompts = torch.tensor([[3, 5, 9], [4, 7, 2]])
+        prompts = placed(torch.tensor([[3, 5, 9], [4, 7, 2]]))
         with tlc.add_capacity_hooks(model, sae, fvu_every=1) as capacity:
             text = model.generate(
                 prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=4, min_new_tokens=4, do_sample=False

@@ -16,6 +16,7 @@ import sae_lens
 import torch
 from conftest import BOS, D_MODEL, HEADS, HOOKED, HUGGING_FACE, KINDS, LAYERS, SAES, TRANSCODERS, VOCAB, all_hooks
 from datasets import Dataset
+from place import placed
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
@@ -136,7 +137,7 @@ class TestAgainstDense:
 
     @pytest.mark.parametrize("architecture", ["standard", "topk", "layer_norm", "matching_pursuit"])
     def test_sampled_reconstruction(self, hooked: Any, make_sae: MakeSAE, architecture: str) -> None:
-        tokens = torch.from_numpy(np.random.default_rng(2).integers(0, VOCAB, size=(48, 12)))
+        tokens = placed(torch.from_numpy(np.random.default_rng(2).integers(0, VOCAB, size=(48, 12))))
         sae = make_sae(architecture, HOOK)
         with tlc.add_capacity_hooks(hooked, sae, fvu_every=8) as capacity:
             summary = capacity.run(tokens.split(7)).measurement()[HOOK].summary
@@ -217,7 +218,7 @@ class TestAgainstDense:
         such a sum.
         """
         sae = make_sae("constant_norm_rescale", HOOK)
-        tokens = torch.tensor([[5] * 8, [9] * 8, [14] * 8])
+        tokens = placed(torch.tensor([[5] * 8, [9] * 8, [14] * 8]))
         inputs = activations(hooked, tokens, HOOK)
         with torch.no_grad():
             sae.b_dec.zero_()
@@ -534,7 +535,7 @@ class TestSessions:
         """
         mask = torch.ones_like(tokens)
         mask[:, 9:] = 0
-        causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril().expand(len(tokens), 1, -1, -1)
+        causal = mask.new_ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril().expand(len(tokens), 1, -1, -1)
         with tlc.add_capacity_hooks(neox, make_sae("topk", HOOK)) as capacity, torch.no_grad():
             neox(tokens, attention_mask=mask)
             neox.gpt_neox(tokens)
@@ -909,7 +910,7 @@ class TestBadInput:
         self, models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: torch.Tensor, kind: str
     ) -> None:
         model = models_by_kind[kind]
-        embedded = torch.randn(len(tokens), tokens.shape[1], D_MODEL)
+        embedded = placed(torch.randn(len(tokens), tokens.shape[1], D_MODEL))
         for calls_before in (0, 1):
             with tlc.add_capacity_hooks(model, make_sae("standard")) as capacity:
                 for _ in range(calls_before):
@@ -992,11 +993,11 @@ class TestMasking:
         ]
         with tlc.add_capacity_hooks(neox, sae) as capacity:
             summary = capacity.run(batches).measurement()[HOOK].summary
-        counted = torch.from_numpy(padded != PADDING) & counted_positions(tokens)
+        counted = placed(torch.from_numpy(padded != PADDING)) & counted_positions(tokens)
         x = activations(neox, tokens, HOOK)  # causal, so what stands in the padding does not matter
         assert_counts_dense(summary, dense_latents(sae, x[counted]), counted.nonzero()[:, 0])
         assert summary.masked["padding"] == int((padded == PADDING).sum())
-        norms, special = x.double().square().sum(-1), torch.from_numpy(padded) == BOS
+        norms, special = x.double().square().sum(-1), placed(torch.from_numpy(padded)) == BOS
         assert summary.masked_norm_share == pytest.approx(
             float(norms[special].sum() / (norms[special].sum() + norms[counted].sum())), rel=1e-5
         )
@@ -1012,7 +1013,7 @@ class TestMasking:
             with tlc.add_capacity_hooks(neox, sae) as capacity:
                 found.append(capacity.run(batches).measurement()[HOOK].summary)
         counted = counted_positions(tokens)
-        rows = torch.from_numpy(documents)[counted.nonzero()[:, 0]]
+        rows = torch.from_numpy(documents)[counted.nonzero()[:, 0].cpu()]
         for summary in found:
             assert_counts_dense(summary, dense_latents(sae, activations(neox, tokens, HOOK)[counted]), rows)
 
@@ -1020,7 +1021,7 @@ class TestMasking:
         model = make_model("llama")
         model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = 0, [3, 4], 9
         with tlc.add_capacity_hooks(model, make_sae("standard")) as capacity:
-            measurement = capacity.run(torch.arange(16)[None]).measurement()
+            measurement = capacity.run(placed(torch.arange(16))[None]).measurement()
         assert measurement.provenance.settings["masked_token_ids"] == [0, 3, 4, 9]
         assert measurement[HOOK].summary.n_tokens == 12
 

@@ -69,7 +69,8 @@ def ablation_kl(
         )
     n_latents = int(sae.W_dec.shape[0])
     wrong = [latent for latent in latents if not 0 <= latent < n_latents]
-    counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
+    tokens = tokens.cpu()  # the sums are kept there; each batch goes to the model
+    counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted.cpu()
     if wrong or not counted.any():
         raise CapacityError(
             f"latents {wrong} of {n_latents} do not exist"
