@@ -30,6 +30,7 @@ from tl_capacity import add_capacity_hooks, theory
 from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.decomposition import Decomposition, decompose
+from tl_capacity.distillation.observed import observed_floors
 from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.errors import CapacityError, DictionaryError, MeasurementError
 from tl_capacity.measure.job import measure
@@ -37,7 +38,9 @@ from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.hook_points import find_tap_point
 from tl_capacity.models.loading import load_model
+from tl_capacity.plan import plan
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.record import record_of
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.saved_probes import Probes
@@ -401,6 +404,59 @@ def test_the_verdict_says_what_was_computed(page: Path, full: Results) -> None:
     floor = next(f for f in full.measurement.floors([16]) if f.hook.startswith(hook.hook) or hook.sae in f.hook)
     assert "A student of width 16 keeps about" in head
     assert f"{floor.features_kept.value / hook.summary.n_alive.value:.1%}" in head
+
+
+def head_of(text: str) -> str:
+    """The verdict, without markup."""
+    return " ".join(re.sub(r"<[^>]+>", "", text.split('<ul class="tiles">')[0].split("<header>")[1]).split())
+
+
+def test_the_verdict_names_a_width(lone: Measurement, full: Results) -> None:
+    hook = lone.hooks[0]
+    needs = plan(lone, keep=0.95, max_fvu=None)
+    text = report_page(Results(lone))
+    assert f"To keep 95% of the features at every hook point, choose width {needs.width}" in head_of(text)
+    assert f"<b>{needs.width}</b>" in text
+    for target in (0.2, 0.5, 1.0):
+        spliced = Results(lone, spliced=full.spliced)
+        asked = plan(lone, target_loss=target, max_fvu=None, spliced=full.spliced)
+        said = head_of(report_page(spliced, ReportSettings(target_loss=target)))
+        assert f"For at most {target:g} nats per token, choose width {asked.deciding.width.brief(',.0f')}" in said
+        record = record_of("splice", "second_moment", "compressed_sensing")
+        assert record is not None
+        assert f"Where such forecasts were checked, {record.sentence()}" in said
+    said = head_of(report_page(Results(lone, spliced=full.spliced), ReportSettings(target_loss=1e-9)))
+    assert "No width can be named: no width is known to reach 1e-09 nats per token" in said
+    assert hook.hook in said
+
+
+def test_the_verdict_holds_students_against_the_prediction(full: Results) -> None:
+    assert full.run is not None
+    assert full.spliced is not None
+    reached = {f.width: f for f in observed_floors(full.run) if f.start == "random"}
+    floor, row = reached[16], next(row for row in RECOVERABILITY if row["width"] == 16)
+    target = round((reached[8].last_tenth + reached[12].last_tenth) / 2, 3)
+    text = report_page(full, ReportSettings(target_loss=target))
+    said = head_of(text)
+    assert f"A student of width 16 lost {floor.taken_as('last_tenth').brief('.3g')} nats per token" in said
+    assert f"choose width {plan_of(full, target)}" in said
+    assert "as the students here say" in said
+    tiles = re.sub(r"<[^>]+>", " ", text.split('<ul class="tiles">')[1].split("</ul>")[0])
+    assert f"{floor.last_tenth:.3g}" in tiles
+    if full.measurement.hooks[1].hook == HOOK:
+        assert f"readouts find {row['kept']}" in said
+    there = report_page(full, ReportSettings(hook=HOOK))
+    assert f"readouts find {row['kept']} [{2 * 16 - 1}, {2 * 16 + 1}] of 64 features in it" in head_of(there)
+    assert "16 with random weights, 60 in the teacher itself" in head_of(there)
+    assert re.search(rf"<b>{row['kept']}</b><small>random weights 16, teacher 60</small>", there)
+
+
+def plan_of(results: Results, target: float) -> str:
+    made = plan(results.measurement, target_loss=target, max_fvu=None, spliced=results.spliced, students=results.run)
+    assert made.decides is not None
+    assert made.decides.corrected is not None
+    assert 8 < made.decides.corrected.value <= 12
+    return made.decides.corrected.brief(",.0f")
 
 
 def test_what_is_missing_says_how_to_get_it(lone: Measurement) -> None:

@@ -142,6 +142,9 @@ def report(
         typer.Option(help="The hook point that the verdict is about. Default: the middle one of those measured."),
     ] = None,
     observed: Annotated[str, typer.Option(help="As for decompose: last_tenth or fit.")] = "last_tenth",
+    target_loss: Annotated[
+        float, typer.Option(help="The loss in nats per token for which the verdict names a width.")
+    ] = 0.1,
     splice: Splice = None,
     snippets: Annotated[
         bool, typer.Option(help="Show the text on which features are most active; runs the model.")
@@ -159,7 +162,7 @@ def report(
     from tl_capacity.report import ReportSettings, Results, find_snippets, write_report
 
     shown = Results.load(results, splice)
-    settings = ReportSettings(widths_in(widths), importance, law, hook, observed)
+    settings = ReportSettings(widths_in(widths), importance, law, hook, observed, target_loss)
     examples, note = (
         find_snippets(shown, settings, model, source, snippet_tokens, device)
         if snippets

@@ -10,6 +10,7 @@ import typer
 
 from tl_capacity.measure.settings import MAX_FVU
 from tl_capacity.options import read, whole_numbers
+from tl_capacity.show.tables import said_once
 from tl_capacity.show.terminal import console, print_json, print_text
 
 Widths = Annotated[str, typer.Option(help="Student widths, as 128,256,512.")]
@@ -42,5 +43,5 @@ def show(result: Any, as_json: bool) -> None:
 
 def print_notes(notes: Iterable[str]) -> None:
     """A line for each caveat."""
-    for note in notes:
+    for note in said_once(notes):
         print_text(f"note: {note}")

@@ -154,7 +154,7 @@ def floor_notes(observed: Sequence[ObservedFloor], which: str, floors: Mapping[i
             f"{given} students were judged as they came: their loss is taken as their floor, and more training may"
             " lower it"
         )
-    falling = sum(floor.low is not None and floor.falling > 0.1 * floor.value for floor in observed)
+    falling = sum(floor.far_from_floor for floor in observed)
     if falling:
         meaning = (
             "L∞ is extrapolated, and too low where the learning rate fell to zero"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,11 @@ class ObservedFloor:
         """How much the curve would still fall, in nats per token."""
         return self.last_tenth - self.value
 
+    @property
+    def far_from_floor(self) -> bool:
+        """Whether the last tenth of training was still more than a tenth above where the curve is heading."""
+        return self.low is not None and self.falling > 0.1 * self.value
+
     def taken_as(self, which: str) -> Estimate:
         """The observed floor with its interval, where it is taken as one of `OBSERVED`."""
         if which == "fit":
@@ -107,7 +113,19 @@ def observed_floor(student: StudentCurve) -> ObservedFloor:
     # A control starts at its floor and has no power law to fall by.
     if fitted.sum() < MIN_EVALUATIONS or student.start == "teacher":
         return ObservedFloor(**who, value=last_tenth, low=None, high=None, last_tenth=last_tenth)
-    t, y = share[fitted], losses[fitted]
+    figures = _extrapolated(tuple(share[fitted].tolist()), tuple(losses[fitted].tolist()), last_tenth)
+    return ObservedFloor(**who, last_tenth=last_tenth, **figures)
+
+
+@lru_cache(maxsize=256)
+def _extrapolated(share: tuple[float, ...], losses: tuple[float, ...], last_tenth: float) -> Mapping[str, Any]:
+    """What the fit to a curve says of its floor, with intervals; kept, as several stages ask for the same curves.
+
+    Args:
+        share: of the training, at each evaluation that is fitted.
+        losses: there.
+    """
+    t, y = np.array(share), np.array(losses)
     best = fit_power_law(t, y)
     curve = power_law(t, *best)
     residuals = (y - curve) * np.sqrt(len(t) / (len(t) - 3))  # the fit has taken three degrees of freedom
@@ -118,20 +136,18 @@ def observed_floor(student: StudentCurve) -> ObservedFloor:
     low, high = _around(best[0], floors)
     last_low, last_high = _around(last_tenth, last)
     falling_low, falling_high = _around(last_tenth - best[0], last - floors)
-    return ObservedFloor(
-        **who,
-        value=best[0],
-        low=low,
-        high=high,
-        last_tenth=last_tenth,
-        a=best[1],
-        b=best[2],
-        residual=float(np.sqrt((residuals**2).mean())),
-        last_tenth_low=last_low,
-        last_tenth_high=last_high,
-        falling_low=falling_low,
-        falling_high=falling_high,
-    )
+    return {
+        "value": best[0],
+        "low": low,
+        "high": high,
+        "a": best[1],
+        "b": best[2],
+        "residual": float(np.sqrt((residuals**2).mean())),
+        "last_tenth_low": last_low,
+        "last_tenth_high": last_high,
+        "falling_low": falling_low,
+        "falling_high": falling_high,
+    }
 
 
 def floor_cells(floors: Sequence[ObservedFloor]) -> tuple[list[str], list[list[str]]]:

@@ -15,6 +15,8 @@ from tl_capacity.results.estimate import Estimate
 
 UNCHECKED = "it was never checked against students"
 BOUND = "a bound: no narrower student is within the loss"
+OBSERVED_ALONE = "observed floors, interpolated"
+"""What the students' own floors are called beside the methods."""
 ONLY_STUDENTS = "only students tell which is right: pass them with --calibrate"
 
 
@@ -105,7 +107,7 @@ def observed_plan(observed: Observed, target: float) -> MethodPlan:
     alone, widths = observed_alone(observed), np.arange(observed.widths[0], observed.widths[-1] + 1)
     inside = observed.reaches(target)
     return MethodPlan(
-        "observed floors, interpolated",
+        OBSERVED_ALONE,
         "",
         None,
         checked="students themselves" if inside else f"the loss is outside of what {observed.between()} reached",

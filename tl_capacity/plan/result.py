@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_capacity.errors import CapacityError, MeasurementError
-from tl_capacity.plan.answers import MethodPlan, method_cells
+from tl_capacity.plan.answers import OBSERVED_ALONE, MethodPlan, decisive, method_cells
 from tl_capacity.plan.fields import estimate_field, field, width_field
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.runtime.checks import checked
@@ -108,6 +108,12 @@ class Plan:
                 " methods"
             )
         return max(self.hooks, key=lambda h: h.width.value)
+
+    @property
+    def decides(self) -> MethodPlan | None:
+        """Of a goal in nats, the method that decided the width; None where none did, or the goal is another."""
+        own = next((each for each in self.methods if each.method == OBSERVED_ALONE), None)
+        return decisive([each for each in self.methods if each is not own], own)
 
     def answer(self) -> str:
         """The answer in one sentence; of a goal in nats in as many as its doubts take."""

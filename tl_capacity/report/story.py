@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.effective import EffectiveCapacity, worth_of
@@ -14,7 +15,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw, ImportanceEstimator
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.splices import check_splice
-from tl_capacity.plan import ladder
+from tl_capacity.plan import Plan, ladder, plan
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import FloorPrediction, hook_floors
 from tl_capacity.predict.spliced_floor import SplicedFloor
@@ -23,6 +24,10 @@ from tl_capacity.report.results import Results
 from tl_capacity.report.snippets import Snippets
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import hook_label, middle
+from tl_capacity.runtime.units import NATS
+
+NEARLY_ALL = 0.95
+"""Share of the features to keep where nothing predicts a loss in nats."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class ReportSettings:
         importance, law: of the predictions; None for the default ones.
         hook: the hook point that the verdict is about; None for the middle one.
         observed: "last_tenth" or "fit", as in `decompose`.
+        target_loss: the loss in nats per token for which the verdict names a width.
     """
 
     widths: tuple[int, ...] = ()
@@ -42,6 +48,7 @@ class ReportSettings:
     law: str | None = None
     hook: str | None = None
     observed: str = "last_tenth"
+    target_loss: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Story:
         decomposition: of the observed floors; where there is none, `undecomposed` says why.
         spliced_floors: of the widths, read from the splice.
         effective: what the students are worth by the splice.
+        plan: the width for the loss that is asked for, or for nearly all features where nothing here is in nats; where
+            there is none, `unplanned` says why.
         snippets_note: why there are no snippets.
     """
 
@@ -71,6 +80,8 @@ class Story:
     undecomposed: str = ""
     spliced_floors: Sequence[SplicedFloor] = ()
     effective: EffectiveCapacity | None = None
+    plan: Plan | None = None
+    unplanned: str = ""
     snippets: Snippets = field(default_factory=dict)
     snippets_note: str = ""
 
@@ -82,6 +93,12 @@ class Story:
     def unit(self) -> str:
         """The unit of the importance at the hook point of the verdict."""
         return self.main.unit(self.importance.name)
+
+    @property
+    def trained(self) -> bool:
+        """Whether there are students with a loss."""
+        run = self.results.run
+        return run is not None and all(student.given or len(student.tokens) > 1 for student in run)
 
     @property
     def folder(self) -> str:
@@ -128,7 +145,30 @@ def story_of(results: Results, settings: ReportSettings, snippets: Snippets, sni
         snippets=snippets,
         snippets_note=snippets_note,
     )
+    story = _with_plan(story)
     return story if results.run is None else _with_effective(_with_observed(story, results.run))
+
+
+def _with_plan(story: Story) -> Story:
+    """The story with the width that answers its reader's question."""
+    results, settings = story.results, story.settings
+    run = results.run if results.run is not None and story.trained else None
+    in_nats = results.spliced is not None or run is not None or story.unit == NATS
+    goal: dict[str, Any] = {"target_loss": settings.target_loss} if in_nats else {"keep": NEARLY_ALL}
+    try:
+        made = plan(
+            story.measurement,
+            **goal,
+            importance=settings.importance,
+            law=settings.law,
+            max_fvu=None,
+            spliced=results.spliced,
+            students=run,
+            observed=settings.observed,
+        )
+    except CapacityError as problem:
+        return replace(story, unplanned=str(problem))
+    return replace(story, plan=made)
 
 
 def _spliced_floors(results: Results, widths: Sequence[int], law: CapacityLaw) -> list[SplicedFloor]:
@@ -166,8 +206,7 @@ def _with_observed(story: Story, run: DistillationRun) -> Story:
             forecasts=[] if story.results.spliced is None else [story.results.spliced],
         )
     except CapacityError as problem:
-        evaluated = all(student.given or len(student.tokens) > 1 for student in run)
-        return replace(story, observed=observed_floors(run) if evaluated else (), undecomposed=str(problem))
+        return replace(story, observed=observed_floors(run) if story.trained else (), undecomposed=str(problem))
     return replace(story, observed=decomposition.observed, decomposition=decomposition)
 
 

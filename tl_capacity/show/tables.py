@@ -41,12 +41,21 @@ def plain(text: str) -> str:
     return escape_markup(text)
 
 
+def said_once(notes: Iterable[str]) -> list[str]:
+    """Notes without repetitions: what is said of several hook points, as `hook: what`, names them all in front."""
+    subjects: dict[str, dict[str, None]] = {}
+    for note in notes:
+        subject, colon, what = note.partition(": ")
+        subjects.setdefault(what if colon else note, {})[subject if colon else ""] = None
+    return [", ".join(names) + ": " + what if any(names) else what for what, names in subjects.items()]
+
+
 def terminal_notes(notes: Iterable[str]) -> Iterator[str]:
     """What a reader must know, a line of a terminal each, in which no bracket of a note is markup."""
-    for note in notes:
+    for note in said_once(notes):
         yield f"[yellow]note:[/yellow] {plain(note)}"
 
 
 def html_notes(notes: Iterable[str]) -> str:
     """The same as paragraphs for a notebook, escaped."""
-    return "".join(f"<p>note: {escape(note)}</p>" for note in notes)
+    return "".join(f"<p>note: {escape(note)}</p>" for note in said_once(notes))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Set
 
 from tl_capacity.predict.caveats import error_warnings
 from tl_capacity.predict.floors import FloorPrediction
 from tl_capacity.predict.record import records
 from tl_capacity.predict.spliced_floor import SplicedFloor, kept_whole
 from tl_capacity.report.parts import Cell, column_cell, estimate_cell, percent, sentence
+from tl_capacity.report.sections.answers import choice, seen
+from tl_capacity.report.sections.answers import tiles as answer_tiles
 from tl_capacity.report.sections.students import short
 from tl_capacity.report.story import Story
 from tl_capacity.results.columns import ALIVE, CRITICAL_WIDTH, FVU, L0
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.units import NATS, per_token
+from tl_capacity.show.tables import said_once
 
 
 def verdict(story: Story) -> list[str]:
@@ -30,9 +32,11 @@ def verdict(story: Story) -> list[str]:
     fits = "of" if s.critical_width.value <= hook.width else "more than"
     sentences = [
         f"{_hook_as_subject(story, hook)} of {p.model} holds F = {ALIVE.brief(hook)} alive features at L0 ="
-        f" {L0.brief(hook)}, so by the minimum-width theorem a student needs d* = {CRITICAL_WIDTH.brief(hook)}, {fits}"
+        f" {L0.brief(hook)}, so by the minimum-width theorem and this dictionary a student needs d* ="
+        f" {CRITICAL_WIDTH.brief(hook)}, {fits}"
         f" the {hook.width:,} dimensions there, to keep them all."
     ]
+    sentences += [*choice(story), *seen(story)]
     floor = _verdict_floor(story)
     if floor is not None:
         worth = floor.predicted_floor.brief(significant(floor.predicted_floor.value))
@@ -82,7 +86,8 @@ def tiles(story: Story) -> list[tuple[str, Cell]]:
         ("alive features F", column_cell(ALIVE, hook)),
         (f"critical width d*; the hook point has {hook.width:,}", column_cell(CRITICAL_WIDTH, hook)),
     ]
-    floor = _verdict_floor(story)
+    labelled += answer_tiles(story)
+    floor = None if story.observed else _verdict_floor(story)
     if floor is not None:
         labelled.append(
             (f"predicted floor at width {floor.width:,}, {per_token(floor.unit)}", estimate_cell(floor.predicted_floor))
@@ -97,23 +102,11 @@ def notes(story: Story) -> list[str]:
     warnings = list(measurement.warnings)
     if all(0 < h.summary.alpha.value < 1 for h in measurement):
         warnings += error_warnings(measurement, story.widths, story.law.name)
-    said = _said_once(warnings, {name for h in measurement for name in (h.hook, h.sae, f"{h.hook}, {h.sae}")})
+    said = [*warnings]
     said += [f"{story.law.name}: {story.law.caveat}"] if story.law.caveat else []
     said += story.decomposition.notes()[1:] if story.decomposition is not None else []
     if story.results.spliced is not None:
         said += [*story.results.spliced.notes(), *kept_whole(story.spliced_floors)]
         said += records(floor.key for floor in story.spliced_floors)
     said += story.effective.notes() if story.effective is not None else []
-    return [sentence(note) for note in said]
-
-
-def _said_once(warnings: Sequence[str], hooks: Set[str]) -> list[str]:
-    """Warnings without repetitions: one that is said of several hook points names them all in front."""
-    subjects: dict[str, list[str]] = {}
-    for warning in warnings:
-        hook, colon, what = warning.partition(": ")
-        if colon and hook in hooks:
-            subjects.setdefault(what, []).append(hook)
-        else:
-            subjects.setdefault(warning, [])
-    return [f"{', '.join(dict.fromkeys(names))}: {what}" if names else what for what, names in subjects.items()]
+    return [sentence(note) for note in said_once(said)]
