@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from tl_capacity.dictionaries.adapter import decoder_bias, decoder_scale, decoder_vectors, with_skip
@@ -36,7 +36,16 @@ class Decoder:
         """The reconstruction of the wanted tokens, given their inputs and the active latents of all or these."""
         if self.linear:
             return with_skip(self.sae, self._sum(entries, wanted, len(inputs)), inputs)
+        return self.directly(inputs)
+
+    @torch.no_grad()
+    def directly(self, inputs: Float[Tensor, "token ..."]) -> Float[Tensor, "token width"]:
+        """The reconstruction of some tokens by the SAE's own `encode` and `decode`."""
         return with_skip(self.sae, self.sae.decode(self.sae.encode(inputs)).flatten(1), inputs)
+
+    def adding_up(self, tokens: int) -> AddingUp:
+        """The reconstruction of so many tokens, of which nothing is added up yet, where that is `linear`."""
+        return AddingUp(self, tokens)
 
     def _sum(self, entries: Entries, wanted: Tensor, count: int) -> Tensor:
         decoder = decoder_vectors(self.sae)
@@ -53,3 +62,33 @@ class Decoder:
         )
         bias = decoder_bias(self.sae)
         return summed if bias is None else summed + bias
+
+
+class AddingUp:
+    """A reconstruction that grows by the latents of some features after those of others, none of which is picked out.
+
+    It is summed in float32 at least: what a block of features writes is rounded once in the SAE's own precision.
+    """
+
+    def __init__(self, decoder: Decoder, tokens: int) -> None:
+        self._sae, self._scale = decoder.sae, decoder.scale
+        self._vectors = decoder_vectors(decoder.sae)
+        dtype = torch.promote_types(self._vectors.dtype, torch.float32)
+        self._sum = self._vectors.new_zeros(tokens, self._vectors.shape[1], dtype=dtype)
+
+    def add_block(self, features: slice, latents: Float[Tensor, "token feature"]) -> None:
+        """Add what a block of features writes."""
+        latents = latents.to(self._vectors.dtype)
+        latents = latents if self._scale is None else latents * self._scale[features].to(latents)
+        self._sum += latents @ self._vectors[features]
+
+    def add_largest(self, features: Int64[Tensor, "token k"], values: Float[Tensor, "token k"]) -> None:
+        """Add what as many features of each token write."""
+        values = values.to(self._vectors.dtype)
+        values = values if self._scale is None else values * self._scale.to(values)[features]
+        self._sum += nn.functional.embedding_bag(features, self._vectors, mode="sum", per_sample_weights=values)
+
+    def written(self, inputs: Float[Tensor, "token ..."]) -> Float[Tensor, "token width"]:
+        """All of it, with the bias and a skip connection's part of the inputs."""
+        bias = decoder_bias(self._sae)
+        return with_skip(self._sae, self._sum if bias is None else self._sum + bias, inputs)

@@ -60,13 +60,21 @@ class Encoder:
     on the first tokens is asked for its own `encode`.
 
     A latent whose decoder vector is zero writes nothing, so it is never active here.
+
+    Attributes:
+        sae: the SAE.
+        d_sae: how many latents it has.
+        dead: bool [feature], latents whose decoder vector is zero; None where there are none.
+        scratch: the memory of its products.
+        dense_latents: how many are dense at once.
+        chunk: tokens to encode at once.
     """
 
     def __init__(self, sae: SparseAutoencoder, scratch: Scratch | None = None) -> None:
         self.sae: Any = sae
         self.d_sae = int(sae.W_dec.shape[0])
         self._activation = ACTIVATIONS.get(type(sae).__name__)
-        self._dead = dead_latents(sae)
+        self.dead = dead_latents(sae)
         self._checked = False
         self.scratch = scratch or Scratch()
         self.hold(DENSE_LATENTS if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
@@ -95,23 +103,30 @@ class Encoder:
         in memory; to be gone through under `torch.no_grad`.
         """
         inputs = inputs.to(self.sae.W_dec.device)  # the model may run elsewhere
-        if self._dead is None:
+        if self.dead is None:
             return self._encoded_parts(inputs)
-        return (_without(self._dead, entries) for entries in self._encoded_parts(inputs))
+        return (_without(self.dead, entries) for entries in self._encoded_parts(inputs))
 
     def _encoded_parts(self, inputs: Tensor) -> Iterator[Entries]:
         """As `parts`, with latents whose decoder vector is zero."""
-        if not self._checked and len(inputs):
-            self._checked = True
-            if self._activation is not None and not self._agrees(self._activation.find, inputs[:CHECKED_TOKENS]):
-                self._activation = None
-        if self._activation is None or _has_hooks(self.sae):
+        activation = self.short_cut(inputs)
+        if activation is None:
             at_once = max(1, self.dense_latents // self.d_sae)
             for start in range(0, max(1, len(inputs)), at_once):
                 tokens, features, values = active_entries(self.sae.encode(inputs[start : start + at_once]))
                 yield tokens + start, features, values
         else:
-            yield from self._activation.find(self.sae, self._products(inputs))
+            yield from activation.find(self.sae, self._products(inputs))
+
+    def short_cut(self, inputs: Tensor) -> Activation | None:
+        """How the active latents are found; None where the SAE's own `encode` must be asked. On the first inputs the
+        two are compared.
+        """
+        if not self._checked and len(inputs):
+            self._checked = True
+            if self._activation is not None and not self._agrees(self._activation.find, inputs[:CHECKED_TOKENS]):
+                self._activation = None
+        return None if _has_hooks(self.sae) else self._activation
 
     def _products(self, inputs: Tensor) -> Products:
         x, weight = self.sae.process_sae_in(inputs), self.sae.W_enc
@@ -169,15 +184,18 @@ class Activation:
     Attributes:
         find: finds them.
         features_at_once: how many features' products it is given at once.
+        least: what a latent must exceed before its activation, a number for all or [feature]; None where the latents of
+            a token are compared with each other.
     """
 
     find: Find
     features_at_once: int
+    least: Callable[[Any], Tensor | float] | None = None
 
 
 ACTIVATIONS = {
-    "StandardSAE": Activation(_relu, FEATURE_BLOCK),
-    "JumpReLUSAE": Activation(_jumprelu, FEATURE_BLOCK),
+    "StandardSAE": Activation(_relu, FEATURE_BLOCK, lambda _: 0.0),
+    "JumpReLUSAE": Activation(_jumprelu, FEATURE_BLOCK, lambda sae: sae.threshold.clamp(min=0)),
     "TopKSAE": Activation(_topk, ROW_BLOCK),
 }
 """By SAELens' class."""

@@ -112,8 +112,11 @@ def attach(
     alive_threshold: float,
     fvu_every: int,
     identity: Identity | None = None,
+    on_device: bool | None = None,
 ) -> CapacityHooks:
-    """`add_capacity_hooks` for SAEs that have a name already, and a model that goes by another name than it says."""
+    """`add_capacity_hooks` for SAEs that have a name already, and a model that goes by another name than it says;
+    `on_device` counts as on an accelerator, or not, wherever the SAEs are.
+    """
     FeatureSummary.check_threshold(alive_threshold)
     model = uncompiled(model)
     registry = plugins().importance_estimators
@@ -131,7 +134,7 @@ def attach(
             " two under two names"
         )
     scratch = Scratch()
-    taps = [Tap(_reading(model, d), d, estimators, fvu_every, scratch) for d in dictionaries]
+    taps = [Tap(_reading(model, d), d, estimators, fvu_every, scratch, on_device) for d in dictionaries]
     if not taps:
         raise DictionaryError("no SAE was given: pass one, a list, or a mapping from hook point to SAE")
     return CapacityHooks(model, taps, alive_threshold, rule, identity or Identity.according_to(model))

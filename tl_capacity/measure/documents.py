@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.measure.statistics import FeatureStatistics
+from tl_capacity.runtime.devices import uploaded
 
 
 class OpenDocuments:
@@ -58,23 +59,37 @@ class OpenDocuments:
 
     def rows(self, documents: Sequence[int]) -> Tensor:
         """int64 [document]: the row of each; that of a document which is not open means nothing."""
-        return torch.tensor(
-            [self._row.get(document, 0) for document in documents], dtype=torch.int64, device=self._seen.device
-        )
+        rows = torch.tensor([self._row.get(document, 0) for document in documents], dtype=torch.int64)
+        return uploaded(rows, self._seen.device)
 
     def mark(self, rows: Tensor, features: Tensor) -> None:
         """Note that these documents, by their rows [entry], have shown these features [entry]."""
         self._seen.view(-1)[rows * self._seen.shape[1] + features] = True
 
+    def mark_where(self, rows: Tensor, features: Tensor, active: Tensor) -> None:
+        """The same where `active` is set, of tensors of one shape."""
+        places = (rows * self._seen.shape[1] + features).flatten()
+        self._seen.view(torch.uint8).view(-1).scatter_reduce_(0, places, active.flatten().to(torch.uint8), "amax")
+
+    def mark_block(self, rows: Tensor, features: slice, active: Tensor) -> None:
+        """Note which features of a block some documents have shown [row, feature], each document once."""
+        block = self._seen[:, features]
+        block.index_copy_(0, rows, block.index_select(0, rows) | active)
+
     def end(self, statistics: FeatureStatistics, but: Collection[int] = ()) -> None:
         """Add the documents that have ended, which are all `but` these, to the document counts."""
         ended = {document: row for document, row in self._row.items() if document not in but}
+        if not ended:
+            return
         self._row = {document: row for document, row in self._row.items() if document in but}
-        self._add(statistics, list(ended), self._seen[list(ended.values())])
+        self._add(statistics, list(ended), self._flags(list(ended.values())))
 
     def added_to(self, statistics: FeatureStatistics) -> None:
         """Add the open documents to the document counts, and leave them open here."""
-        self._add(statistics, list(self._row), self._seen[list(self._row.values())])
+        self._add(statistics, list(self._row), self._flags(list(self._row.values())))
+
+    def _flags(self, rows: Sequence[int]) -> Tensor:
+        return self._seen.index_select(0, uploaded(torch.tensor(rows, dtype=torch.int64), self._seen.device))
 
     def _add(self, statistics: FeatureStatistics, documents: Sequence[int], seen: Tensor) -> None:
         """Add documents with the features [document, feature] that they have shown."""

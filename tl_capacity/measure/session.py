@@ -48,6 +48,7 @@ from tl_capacity.models.identity import Identity
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.devices import uploaded
 from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
@@ -177,6 +178,8 @@ class CapacityHooks:
                     after_batch(self)
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break
+        for tap in self.taps:
+            tap.check_finite()
         counted = self.n_tokens - earlier_tokens
         if max_tokens is not None and counted < max_tokens:
             log.warning(ended_early(counted, max_tokens))
@@ -329,7 +332,7 @@ class CapacityHooks:
         if self._gradients:
             kind = partial(GradientPass, wanted=self._gradients)
         begun = self._passes.begin(kind, self.rule.apply(batch))
-        ids = torch.from_numpy(batch.filled(self.rule.filler)).to(device_of(self.model))
+        ids = uploaded(torch.from_numpy(batch.filled(self.rule.filler)), device_of(self.model))
         with self._calls.paused():
             # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
             begun.run(self.model, ids, int(self._cursor.digest[:12], 16))

@@ -18,6 +18,14 @@ from tl_capacity.results.sums import SUMS
 from tl_capacity.text.counting import MASK_REASONS
 from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
 
+ON_THE_HOST = ("tokens", "documents", "masked", "fvu_tokens")
+"""Sums that follow from the tokens alone: the host knows them and need not ask a device."""
+
+
+def device_of_sum(name: str, device: torch.device) -> torch.device:
+    """Where a sum is kept if the latents are on a device."""
+    return torch.device("cpu") if name in ON_THE_HOST else device
+
 
 @dataclass
 class FeatureStatistics:
@@ -52,7 +60,9 @@ class FeatureStatistics:
 
         sizes = {"group": groups, "feature": features, "reason": len(MASK_REASONS), "one": 1, "width": width}
         zeros = {
-            name: torch.zeros([sizes[axis] for axis in axes], dtype=getattr(torch, dtype), device=device)
+            name: torch.zeros(
+                [sizes[axis] for axis in axes], dtype=getattr(torch, dtype), device=device_of_sum(name, device)
+            )
             for name, (dtype, axes) in SUMS.items()
         }
         return cls.from_tensors({**zeros, "decoder_norm": decoder_norm.to(device=device, dtype=torch.float64)})
@@ -61,20 +71,30 @@ class FeatureStatistics:
         self, masked: Int64[Tensor, " reason"], counted_norm: Float64[Tensor, ""], masked_norm: Float64[Tensor, ""]
     ) -> None:
         """Add how many tokens of a batch do not count, and Σ‖x‖² of those that do and of those that do not."""
-        self.masked += masked.to(self.masked.device)
+        self.masked += masked
+        self.update_norms(counted_norm, masked_norm)
+
+    def update_norms(self, counted_norm: Float64[Tensor, ""], masked_norm: Float64[Tensor, ""]) -> None:
+        """Add Σ‖x‖² of tokens that count and of those that do not."""
         self.counted_norm += counted_norm.to(self.counted_norm.device)
         self.masked_norm += masked_norm.to(self.masked_norm.device)
 
     def update_tokens(self, groups: Int64[Tensor, " token"]) -> None:
-        """Add counted tokens, each with its document group."""
+        """Add counted tokens, each with its document group, which the host knows."""
         self.tokens.index_add_(0, groups, torch.ones_like(groups))
 
     def update_latents(
-        self, features: Int64[Tensor, " entry"], values: Float64[Tensor, " entry"], groups: Int64[Tensor, " entry"]
+        self,
+        features: Int64[Tensor, " entry"],
+        values: Float64[Tensor, " entry"],
+        groups: Int64[Tensor, " entry"],
+        active: Bool[Tensor, " entry"] | None = None,
     ) -> None:
-        """Add active latents z of counted tokens, each with its feature and document group."""
+        """Add active latents z of counted tokens, each with its feature and document group; those that are not `active`
+        are zero.
+        """
         place = groups * self.counts.shape[1] + features
-        self.counts.view(-1).index_add_(0, place, torch.ones_like(place))
+        self.counts.view(-1).index_add_(0, place, torch.ones_like(place) if active is None else active.long())
         self.sums.view(-1).index_add_(0, place, values)
         self.squares.view(-1).index_add_(0, place, values.square())
 
@@ -94,10 +114,14 @@ class FeatureStatistics:
         target: Float[Tensor, "token width"],
         reconstruction: Float[Tensor, "token width"],
         groups: Int64[Tensor, " token"],
+        known: Int64[Tensor, " token"] | None = None,
     ) -> None:
-        """Add the squared error of reconstructed tokens, each with its document group."""
+        """Add the squared error of reconstructed tokens, each with its document group, which are `known` to the host
+        too.
+        """
         target = target.double()
-        self.fvu_tokens.index_add_(0, groups, torch.ones_like(groups))
+        known = groups.cpu() if known is None else known
+        self.fvu_tokens.index_add_(0, known, torch.ones_like(known))
         self.residual.index_add_(0, groups, (target - reconstruction.double()).square().sum(-1))
         self.energy.index_add_(0, groups, target.square().sum(-1))
         self.mean_sum.index_add_(0, groups, target)

@@ -23,13 +23,16 @@ from tl_capacity.dictionaries.adapter import (
 from tl_capacity.dictionaries.decoding import Decoder
 from tl_capacity.dictionaries.encoding import Encoder, Entries, joined
 from tl_capacity.dictionaries.reading import Reading
-from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
+from tl_capacity.errors import DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator, LatentBatch
 from tl_capacity.measure.documents import OpenDocuments
 from tl_capacity.measure.estimators import accumulate, accumulating, empty_states
-from tl_capacity.measure.statistics import FeatureStatistics
+from tl_capacity.measure.finite import FirstBad, not_finite
+from tl_capacity.measure.layout import Layout
+from tl_capacity.measure.on_device import DeviceCounting, checked_target
+from tl_capacity.measure.statistics import FeatureStatistics, device_of_sum
 from tl_capacity.models.processing import CENTRING
-from tl_capacity.runtime.devices import exact, exact_device
+from tl_capacity.runtime.devices import exact, exact_device, is_accelerator
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountedTokens
 
@@ -65,6 +68,7 @@ class Written(NamedTuple):
 
     reconstruction: Tensor
     groups: Tensor
+    layout: Layout | None = None
 
 
 class Tap:
@@ -89,7 +93,17 @@ class Tap:
         estimators: Sequence[ImportanceEstimator],
         fvu_every: int,
         scratch: Scratch,
+        on_device: bool | None = None,
     ) -> None:
+        """
+        Args:
+            reading: where the dictionary reads.
+            dictionary: the SAE, its hook point and its name.
+            estimators: importance estimators that were asked for.
+            fvu_every: the reconstruction is checked on one document in this many.
+            scratch: memory that taps share.
+            on_device: count without waiting for the device; by default where that is an accelerator.
+        """
         self.hook, self.name, self.sae = dictionary
         check_dictionary(self.sae, self.hook)
         self.point, self.estimators, self.fvu_every = reading.point, estimators, fvu_every
@@ -114,6 +128,10 @@ class Tap:
         self.statistics = FeatureStatistics.empty(self.d_sae, decoder_vectors(self.sae).shape[1], norms, self.device)
         self.statistics.state.update(empty_states(estimators, self.sae, self.device))
         self._open = OpenDocuments(self.d_sae, self.device)
+        on_device = is_accelerator(device) if on_device is None else on_device
+        self._on_device: DeviceCounting | None = None
+        if on_device and not self._accumulating:
+            self._on_device = DeviceCounting(self.encoder, self._decoder, FirstBad(self.hook, self.device))
 
     def differences(self) -> tuple[str, ...]:
         """How the model at hand differs from the one that the SAE was trained on, a sentence each: what is made up for,
@@ -160,29 +178,79 @@ class Tap:
             HookPointError: where the activation does not have one vector of the SAE's width for each token.
             CapacityError: where an activation or a latent is not finite.
         """
-        self._check(activation, tokens, batch)
+        self._check_shape(activation, tokens)
+        still_open = {*tokens.unique_documents, *open_elsewhere}
+        in_model = any(self.sae is sae for sae in self.point.carried())
+        with unhooked(self.sae) if in_model else nullcontext():
+            if self._on_device is not None:
+                return self._observe_on_device(self._on_device, activation, tokens, batch, still_open)
+            return self._observe_entries(activation, tokens, batch, gradients, still_open)
+
+    def _observe_on_device(
+        self,
+        counting: DeviceCounting,
+        activation: Tensor,
+        tokens: CountedTokens,
+        batch: int,
+        still_open: Collection[int],
+    ) -> list[Written]:
+        self._begin(tokens, still_open)
+        self.statistics.masked += tokens.masked
+        activation = activation.to(self.device)  # the model may run elsewhere
+        layout = Layout.of(tokens, self.fvu_every, self.device)
+        reconstruction = counting.count(activation, layout, batch, self.statistics, self._open)
+        written = Written(reconstruction, layout.checked_group, layout)
+        if not len(layout.checked_groups):
+            return []
+        if self.target_hook is not None:
+            return [written]
+        self._compare(checked_target(activation, layout, self.device), [written])
+        return []
+
+    def _observe_entries(
+        self,
+        activation: Tensor,
+        tokens: CountedTokens,
+        batch: int,
+        gradients: Mapping[str, Tensor],
+        still_open: Collection[int],
+    ) -> list[Written]:
+        """The same, with active latents picked out."""
+        self._check_finite(activation, tokens, batch)
         norms = exact(activation.float().flatten(2).square().sum(-1))
         self.statistics.update_masked(
             tokens.masked,
             counted_norm=norms[tokens.counted.to(norms.device)].sum(),
             masked_norm=norms[tokens.unwanted.to(norms.device)].sum(),
         )
-        self._open.end(self.statistics, but={*tokens.unique_documents, *open_elsewhere})
-        self._open.open(tokens.counted_documents)
+        self._begin(tokens, still_open)
         counted = tokens.counted.flatten().to(activation.device)
         inputs = inputs_for(self.sae, activation.flatten(0, 1)[counted])
         along = {loss: gradient.flatten(0, 1)[counted].flatten(1) for loss, gradient in gradients.items()}
         rows, positions = tokens.row_of_token.to(self.device), tokens.position_of_token.to(self.device)
         written: list[Written] = []
-        in_model = any(self.sae is sae for sae in self.point.carried())
-        with unhooked(self.sae) if in_model else nullcontext():
-            for start in range(0, len(inputs), self.encoder.chunk):
-                chunk = slice(start, start + self.encoder.chunk)
-                some = {loss: gradient[chunk] for loss, gradient in along.items()}
-                written += self._count(inputs[chunk], rows[chunk], positions[chunk], tokens, batch, some)
+        for start in range(0, len(inputs), self.encoder.chunk):
+            chunk = slice(start, start + self.encoder.chunk)
+            some = {loss: gradient[chunk] for loss, gradient in along.items()}
+            written += self._count(inputs[chunk], rows[chunk], positions[chunk], tokens, batch, some)
         return written
 
-    def _check(self, activation: Tensor, tokens: CountedTokens, batch: int) -> None:
+    def _begin(self, tokens: CountedTokens, still_open: Collection[int]) -> None:
+        """What the host knows of a batch; documents that are not `still_open` have ended."""
+        self._open.end(self.statistics, but=still_open)
+        self._open.open(tokens.counted_documents)
+        self.statistics.update_tokens(tokens.groups[tokens.row_of_token])
+
+    def check_finite(self) -> None:
+        """Whether all that was counted is finite, where that was not asked for batch by batch.
+
+        Raises:
+            CapacityError: where it is not; the sums are worth nothing then.
+        """
+        if self._on_device is not None:
+            self._on_device.first_bad.check()
+
+    def _check_shape(self, activation: Tensor, tokens: CountedTokens) -> None:
         rows, positions = tokens.counted.shape
         if activation.shape[0] == rows and activation.shape[1] > positions and activation[0, 0].numel() == self.d_in:
             raise HookPointError(
@@ -199,14 +267,14 @@ class Tap:
                 f"{self.hook} has width {activation[0, 0].numel()}, but the SAE's d_in is {self.d_in}: it belongs to"
                 " another hook or model"
             )
+
+    def _check_finite(self, activation: Tensor, tokens: CountedTokens, batch: int) -> None:
         # A sum is finite exactly where its terms are, short of overflow in float32, and needs no temporary of the
         # activation's size. What stands at padding is no part of the text.
         if not bool(torch.isfinite(activation.sum(dtype=torch.float32))) and not bool(
             torch.isfinite(activation[tokens.valid.to(activation.device)].sum(dtype=torch.float32))
         ):
-            raise CapacityError(
-                f"{self.hook} has NaN or infinite activations in batch {batch}: check the model's dtype and weights"
-            )
+            raise not_finite("activations", self.hook, batch)
 
     def _count(
         self,
@@ -223,7 +291,6 @@ class Tap:
         gradients = {loss: gradient.to(device) for loss, gradient in gradients.items()}
         groups, documents = tokens.groups.to(self.device)[rows], tokens.documents.tolist()
         checked = tokens.checked(self.fvu_every).to(self.device)[rows]
-        self.statistics.update_tokens(groups)
         entries = self._count_latents(inputs, groups, self._open.rows(documents)[rows], checked, batch)
         self._decoder.settle(inputs)
         if gradients:
@@ -250,13 +317,9 @@ class Tap:
             targets = inputs[checked.to(inputs.device)]
             written = Written(self._decoder(entries, checked, targets), groups[checked])
             if not bool(written.reconstruction.sum(dtype=torch.float32).isfinite()):
-                raise CapacityError(
-                    f"the SAE at {self.hook} writes NaN or infinite values in batch {batch}: check its weights"
-                )
+                raise not_finite("written", self.hook, batch)
             if self.target_hook is None:
-                self.statistics.update_reconstruction(
-                    targets.flatten(1).to(self.device), written.reconstruction.to(self.device), written.groups
-                )
+                self._compare(targets.flatten(1).to(self.device), [written])
             else:
                 yield written
 
@@ -269,9 +332,7 @@ class Tap:
             tokens, features, values = (t.to(self.device) for t in part)
             values = values.double()
             if not bool(torch.isfinite(values.sum())):
-                raise CapacityError(
-                    f"the SAE at {self.hook} gives NaN or infinite latents in batch {batch}: check its weights"
-                )
+                raise not_finite("latents", self.hook, batch)
             self.statistics.update_latents(features, values, groups[tokens])
             self._open.mark(open_rows[tokens], features)
             if not self._accumulating:
@@ -304,9 +365,16 @@ class Tap:
         Raises:
             HookPointError: where that has another width.
         """
+        layout = written[0].layout if written else None
+        if layout is not None:
+            self._compare(checked_target(activation.detach(), layout, self.device), written)
+            return
         outputs = activation.detach().flatten(0, 1)[tokens.counted.flatten().to(activation.device)]
         checked = tokens.checked(self.fvu_every)[tokens.row_of_token]
-        target = outputs[checked.to(outputs.device)].flatten(1).to(self.device)
+        self._compare(outputs[checked.to(outputs.device)].flatten(1).to(self.device), written)
+
+    def _compare(self, target: Tensor, written: Sequence[Written]) -> None:
+        """Add how far a reconstruction is from what it should be [token, width]."""
         reconstruction = torch.cat([part.reconstruction for part in written]).to(self.device)
         if target.shape != reconstruction.shape:
             raise HookPointError(
@@ -314,7 +382,8 @@ class Tap:
                 f" {reconstruction.shape[-1]}: it belongs to another model"
             )
         groups = torch.cat([part.groups for part in written])
-        self.statistics.update_reconstruction(target, reconstruction, groups)
+        known = written[0].layout.checked_groups if written[0].layout is not None else None
+        self.statistics.update_reconstruction(target, reconstruction, groups, known)
 
     def close_open_documents(self) -> None:
         """Count the documents seen so far as ended: what comes next is another stream, whatever numbers its documents
@@ -327,7 +396,11 @@ class Tap:
 
         Args:
             close: count the open documents as ended, in the copy.
+
+        Raises:
+            CapacityError: where something that was counted is not finite.
         """
+        self.check_finite()
         statistics, (documents, seen) = self.statistics.clone(), self._open.arrays()
         if close:
             self._open.added_to(statistics)
@@ -344,7 +417,10 @@ class Tap:
     ) -> None:
         """Go on from a `snapshot` whose documents were left open, and from what was seen of the SAE until then."""
         self.statistics = FeatureStatistics.from_tensors(
-            {name: torch.from_numpy(value.copy()).to(self.device) for name, value in arrays.items()}
+            {
+                name: torch.from_numpy(value.copy()).to(device_of_sum(name, self.device))
+                for name, value in arrays.items()
+            }
         )
         self._open = OpenDocuments.from_arrays(
             open_documents["open_documents"], open_documents["open_seen"], self.device

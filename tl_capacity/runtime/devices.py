@@ -48,3 +48,18 @@ def exact_device(device: torch.device) -> torch.device:
 def exact(values: Tensor) -> Tensor:
     """Values in float64, on their `exact_device`."""
     return values.to(exact_device(values.device)).double()
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether a device computes while the host goes on, and sums in float64."""
+    return device.type != "cpu" and device.type not in WITHOUT_FLOAT64
+
+
+def uploaded(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on a device, which nobody waits for: from pinned memory where CUDA copies."""
+    import torch
+
+    device = torch.device(device)
+    if values.device.type != "cpu" or device.type == "cpu":
+        return values.to(device)
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

@@ -1,0 +1,136 @@
+"""Dense latents on an accelerator: what is active is summed there block by block, so that the host never has to ask how
+much of it there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_capacity.dictionaries.encoding import Encoder
+from tl_capacity.dictionaries.reducing import PieceSums, Reducer
+
+DENSE_FEATURES = 16_384
+"""Features whose latents are made at once where each is judged by itself."""
+DENSE_AT_ONCE = 2**28
+"""Latents that are dense at once, at most: 1 GiB in float32."""
+OWN_ENCODE_BLOCKS = 8
+"""Blocks of the latents' size that an SAE's own `encode` makes on its way, at most."""
+
+
+@dataclass(frozen=True)
+class BlockLatents:
+    """The latents of some tokens, in pieces of equal length, for a block of features.
+
+    Attributes:
+        features: which block.
+        sums: over each piece.
+        checked: those of the first tokens, whose reconstruction is checked [token, feature].
+    """
+
+    features: slice
+    sums: PieceSums
+    checked: Tensor
+
+
+@dataclass(frozen=True)
+class LargestLatents:
+    """The latents of which each token has a fixed number.
+
+    Attributes:
+        features: [token, k].
+        values: zero where a latent is not active.
+        active: which are.
+    """
+
+    features: Tensor
+    values: Tensor
+    active: Tensor
+
+
+class DenseEncoder:
+    """The latents of one SAE, summed over pieces of equal length.
+
+    As `Encoder`, which it asks how the SAE's latents are found; nothing here waits for the device, once the first
+    tokens have shown that the short cut gives what the SAE's own `encode` does.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder, self.sae = encoder, encoder.sae
+        self._reduce = Reducer()
+
+    def chunk(self, inputs: Tensor) -> int:
+        """Tokens to encode at once, of which these are the first."""
+        activation = self.encoder.short_cut(inputs)
+        if activation is None:
+            return max(1, DENSE_AT_ONCE // OWN_ENCODE_BLOCKS // self.encoder.d_sae)
+        width = self.encoder.d_sae if activation.least is None else min(self.encoder.d_sae, DENSE_FEATURES)
+        return max(1, DENSE_AT_ONCE // width)
+
+    def parts(
+        self, inputs: Tensor, padding: Tensor, length: int, checked: int
+    ) -> Iterator[BlockLatents | LargestLatents]:
+        """The latents of tokens [token, d_in], some features after others.
+
+        Args:
+            inputs: as many pieces as there are, one after the other.
+            padding: int64, the places whose latents do not count.
+            length: of a piece.
+            checked: how many of the first tokens are checked.
+        """
+        activation = self.encoder.short_cut(inputs)
+        if activation is None:
+            latents = self.sae.encode(inputs).to_dense()
+            if len(padding):
+                latents = latents.index_fill(0, padding, 0)
+            yield self._block(slice(0, self.encoder.d_sae), latents, None, length, checked)
+        elif activation.least is None:
+            yield self._largest(inputs, padding)
+        else:
+            least, memory = activation.least(self.sae), None
+            x = self.sae.process_sae_in(inputs)
+            for start in range(0, self.encoder.d_sae, DENSE_FEATURES):
+                some = slice(start, min(start + DENSE_FEATURES, self.encoder.d_sae))
+                memory = self._before_activation(x, some)
+                if len(padding):
+                    memory.index_fill_(0, padding, -torch.inf)
+                yield self._block(some, memory, least if isinstance(least, float) else least[some], length, checked)
+
+    def _before_activation(self, x: Tensor, some: slice) -> Tensor:
+        weight, bias, width = self.sae.W_enc[:, some], self.sae.b_enc[some], some.stop - some.start
+        memory = self.encoder.scratch.take(len(x) * width, weight).view(len(x), width)
+        return torch.addmm(bias, x, weight, out=memory)
+
+    def _block(
+        self, some: slice, latents: Tensor, least: Tensor | float | None, length: int, checked: int
+    ) -> BlockLatents:
+        """Sums over pieces; with `least`, which a latent must exceed, `latents` is overwritten."""
+        seen, sums = self._reduce(latents, least, length, checked)
+        dead = self.encoder.dead
+        if dead is not None:
+            off = dead[some]
+            sums = PieceSums(*(each.masked_fill_(off, 0) for each in sums))
+            seen = seen.masked_fill(off, 0)
+        return BlockLatents(some, sums, seen)
+
+    def _largest(self, inputs: Tensor, padding: Tensor) -> LargestLatents:
+        x = self.sae.process_sae_in(inputs)
+        latents = self._before_activation(x, slice(0, self.encoder.d_sae))
+        if rescales(self.sae):
+            latents.mul_(self.sae.W_dec.norm(dim=-1))
+        values, features = latents.topk(min(self.sae.cfg.k, latents.shape[1]), dim=-1, sorted=False)
+        active = torch.le(values, 0).logical_not_()  # NaN is active, and is reported
+        if self.encoder.dead is not None:
+            active &= ~self.encoder.dead[features]
+        if len(padding):
+            active.index_fill_(0, padding, False)
+        return LargestLatents(features, values.masked_fill(~active, 0), active)
+
+
+def rescales(sae: Any) -> bool:
+    """Whether a TopK SAE judges its latents by what they write."""
+    return bool(sae.cfg.rescale_acts_by_decoder_norm)

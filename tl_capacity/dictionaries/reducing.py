@@ -1,0 +1,89 @@
+"""Reducing: the sums of dense latents over pieces of equal length, as PyTorch's own steps or as one compiled kernel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tl_capacity.runtime.logs import log
+
+COMPILE = "TL_CAPACITY_COMPILE"
+"""The environment variable that has the sums compiled on an accelerator, where it is 1."""
+
+
+class PieceSums(NamedTuple):
+    """Sums over the tokens of each piece [piece, feature].
+
+    float32 is enough for a piece of a few hundred tokens: counts are exact below 2²⁴, and a moment is off by 1e-6 of
+    itself at most; what is added up over pieces is float64.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
+
+
+def activated(latents: Tensor, least: Tensor | float) -> Tensor:
+    """Pre-activations with zero where they do not exceed `least`; NaN stays, so that it is found. In place."""
+    if isinstance(least, float):
+        return torch.threshold_(latents, least, 0.0)
+    return latents.masked_fill_(torch.le(latents, least), 0)
+
+
+def sums_in_steps(latents: Tensor, least: Tensor | float | None, length: int) -> PieceSums:
+    """The sums of [token, feature], one pass over the latents for each."""
+    latents = latents if least is None else activated(latents, least)
+    pieces = latents.unflatten(0, (-1, length))
+    return PieceSums(
+        (pieces != 0).sum(1),
+        pieces.sum(1, dtype=torch.float32),
+        torch.linalg.vector_norm(pieces, dim=1, dtype=torch.float32).square_(),
+    )
+
+
+def sums_at_once(latents: Tensor, least: Tensor | float | None, length: int) -> PieceSums:
+    """The same for a compiler, which makes one pass of it; nothing is overwritten."""
+    pieces = latents.unflatten(0, (-1, length)).float()
+    active = pieces != 0 if least is None else ~(pieces <= least)
+    values = torch.where(active, pieces, 0.0)
+    return PieceSums(active.sum(1), values.sum(1), (values * values).sum(1))
+
+
+class Reducer:
+    """The sums of dense latents over pieces, compiled where that is asked for and works."""
+
+    def __init__(self) -> None:
+        self._compiled: Callable[..., PieceSums] | None = _compiled() if os.environ.get(COMPILE) == "1" else None
+
+    def __call__(
+        self, latents: Tensor, least: Tensor | float | None, length: int, checked: int
+    ) -> tuple[Tensor, PieceSums]:
+        """The latents of the first tokens, and the sums of all.
+
+        Args:
+            latents: [token, feature], before the activation where `least` is given; they are overwritten then.
+            least: what a latent must exceed.
+            length: tokens of a piece.
+            checked: how many tokens' latents are wanted.
+        """
+        if self._compiled is not None:
+            try:
+                # A run holds compiled models back, whose graphs would go past hooks; there are none here.
+                with torch.compiler.set_stance("default"):
+                    sums = PieceSums(*self._compiled(latents, least, length))
+            except Exception as problem:
+                self._compiled = None
+                log.warning(f"torch.compile does not work here ({type(problem).__name__}): sums are made without it")
+            else:
+                first = latents[:checked]
+                return first if least is None else activated(first, least), sums
+        sums = sums_in_steps(latents, least, length)
+        return latents[:checked], sums
+
+
+def _compiled() -> Callable[..., PieceSums]:
+    return torch.compile(sums_at_once, dynamic=True)
