@@ -19,7 +19,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parent.parent
 MEDIAN, MOST = 18, 35
 """Words of the median sentence, and of all but the longest 5% of the sentences."""
-GENERATED = re.compile(r"<!-- ([^:>]+?)(?:: [^>]*)? -->.*?<!-- end of \1 -->", re.DOTALL)
+GENERATED = re.compile(r"<!-- ([^:,>]+)[:,] [^>]* -->.*?<!-- end of \1 -->", re.DOTALL)
 END = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)[.!?][)”\"]?\s+(?=[^\sa-z])")
 """Where a sentence ends. What follows it begins with no small letter."""
 WORD = re.compile(r"\w[\w.,'’/-]*")
@@ -32,8 +32,9 @@ def pages() -> list[Path]:
 
 def plain(inline: Token) -> str:
     """The text of a paragraph. A piece of code counts as one word, a picture as none."""
-    kinds = {"text": lambda part: part.content, "code_inline": lambda _: "code", "softbreak": lambda _: " "}
-    return "".join(kinds[part.type](part) for part in inline.children or [] if part.type in kinds)
+    parts = inline.children or []
+    read = {"code_inline": "code", "softbreak": " "}
+    return "".join(part.content if part.type == "text" else read.get(part.type, "") for part in parts)
 
 
 def sentences(markdown: str) -> Iterator[str]:

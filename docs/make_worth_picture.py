@@ -7,12 +7,11 @@ selenium.
 
 from __future__ import annotations
 
-import base64
 import sys
-import tempfile
 from pathlib import Path
 
 import plotly.graph_objects as go
+from pictures import take
 from write_results import RESULTS
 from write_splice import curves, observed
 
@@ -20,9 +19,6 @@ from tl_capacity.distillation.effective import effective_widths
 from tl_capacity.plugins import plugins
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.show.figures import add_series, line_of, marker_of, new_figure
-
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from chromium import started
 
 SIZE = (1000, 520)
 LATENTS = 2_048
@@ -56,19 +52,7 @@ def worth(runs: Path) -> go.Figure:
 
 def main() -> None:
     """Draw it and take its picture."""
-    browser = started()
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "figure.html"
-        worth(Path(sys.argv[1])).write_html(
-            page, config={"displayModeBar": False}, default_width=SIZE[0], default_height=SIZE[1]
-        )
-        browser.get(page.as_uri())
-        clip = {"x": 8, "y": 8, "width": SIZE[0], "height": SIZE[1], "scale": 1.5}
-        picture = browser.execute_cdp_cmd(
-            "Page.captureScreenshot", {"format": "webp", "quality": 80, "clip": clip, "captureBeyondViewport": True}
-        )
-    browser.quit()
-    (RESULTS / "worth.webp").write_bytes(base64.b64decode(picture["data"]))
+    take(worth(Path(sys.argv[1])), RESULTS / "worth.webp", SIZE)
 
 
 if __name__ == "__main__":

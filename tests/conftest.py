@@ -425,3 +425,25 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(f"w{i}" for i in draw.zipf(1.3, size=70) % 62 + 2) for _ in range(400)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models, SAEs and a text under the ids that the documentation names, as `tiny_hub` lays them out."""
+    import tiny_hub
+
+    folder = tmp_path_factory.mktemp("hub")
+    tiny_hub.fill(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, in the place of the hub's cache and of that of the datasets library."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub_folder / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", hub_folder / "datasets")
+    return hub_folder

@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from check_reading import GENERATED, length, plain
 from commands import CHILDREN, concept_of, parse
+from markdown_it import MarkdownIt
 
 from tl_capacity import plugins
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = [*OUTSIDE, *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
 
@@ -56,7 +59,7 @@ def own_plugins() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", having("python"))
-@pytest.mark.usefixtures("own_plugins")
+@pytest.mark.usefixtures("own_plugins", "hub")
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -71,7 +74,13 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in PAGES])
+@pytest.mark.parametrize(
+    "page",
+    [
+        *(pytest.param(page, id=page.stem) for page in PAGES),
+        *(pytest.param(p, id=f"results/{p.stem}") for p in RESULTS),
+    ],
+)
 def test_links_lead_somewhere(page: Path) -> None:
     links = LINK.findall(BLOCK.sub("", page.read_text(encoding="utf-8")))
     broken = []
@@ -85,10 +94,45 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not broken
 
 
-def test_every_page_is_in_the_contents() -> None:
-    listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+def contents() -> dict[str, list[str]]:
+    """The pages under each heading of the contents page."""
+    _, *sections = re.split(r"^## ", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {section.partition("\n")[0]: LINK.findall(section) for section in sections}
+
+
+def test_every_page_is_in_the_contents_once() -> None:
+    listed = [link for links in contents().values() for link in links]
+    pages = {page.name for page in PAGES if page not in OUTSIDE} - {"index.md"}
+    results = {f"results/{page.name}" for page in RESULTS}
     notebooks = {f"notebooks/{path.name}" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
-    assert listed == ({page.name for page in PAGES if page not in OUTSIDE} - {"index.md"}) | notebooks
+    assert sorted(listed) == sorted(pages | results | notebooks)
+
+
+def test_pages_are_ordered_by_their_kind() -> None:
+    kinds = contents()
+    assert list(kinds) == ["Tutorial", "How to", "Concepts", "Reference", "Results"]
+    assert {"use-gpt2.md", "use-gemma-scope.md", "use-pythia.md", "use-offline.md", "many-machines.md"} <= set(
+        kinds["How to"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["Tutorial", "How to", "Concepts", "Results"])
+def test_no_page_is_long_but_reference(kind: str) -> None:
+    """Code, and what scripts and commands write, is not counted."""
+    written = {"results/toy.md"}
+    long = {
+        name: n
+        for name in contents()[kind]
+        if name.endswith(".md") and name not in written and (n := words(ROOT / "docs" / name)) > 1500
+    }
+    assert not long
+
+
+def words(page: Path) -> int:
+    """The words of a page's text and tables."""
+    text = GENERATED.sub("", page.read_text(encoding="utf-8"))
+    tokens = MarkdownIt().enable("table").parse(text)
+    return sum(length(plain(token)) for token in tokens if token.type == "inline")
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -167,6 +211,7 @@ EARLIER = {
     "predict": ["runs/embedded", "curve.json"],
     "probe": ["runs/embedded", "runs/students", "my-model", "reviews.jsonl"],
     "README": ["my-model", "my-sae", "my-texts.jsonl"],
+    "use-offline": ["my-model", "my-sae", "my-texts.jsonl"],
     "report": ["runs/students", "runs/recover", "runs/pythia-floor"],
     "sources": ["notes.txt"],
     "splice": ["runs/students"],

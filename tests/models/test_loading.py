@@ -23,6 +23,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from tiny_hub import COMMIT, put_in_cache
 
 from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import CapacityError, DictionaryError, TokenSourceError
@@ -32,8 +33,6 @@ from tl_capacity.models.loading import LoadedModel, load_measured_model, load_mo
 from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
 from tl_capacity.text.datasets import load_dataset_rows
 from tl_capacity.text.streams import documents
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -50,16 +49,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
-
-
-def put_in_cache(cache: Path, repository: str, files: Path, inside: str = "") -> Path:
-    """Lay `files` out as huggingface_hub does: refs/main names a commit, whose files are under snapshots."""
-    home = cache / f"models--{repository.replace('/', '--')}"
-    (home / "refs").mkdir(parents=True, exist_ok=True)
-    (home / "refs" / "main").write_text(COMMIT)
-    snapshot = home / "snapshots" / COMMIT
-    shutil.copytree(files, snapshot / inside, dirs_exist_ok=True)
-    return snapshot
 
 
 def same_model(loaded: LoadedModel, expected: Any) -> bool:

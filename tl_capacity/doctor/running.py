@@ -74,7 +74,7 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
     if point.width is not None and point.width != sae.cfg.d_in:
         raise CapacityError(
             f"{hook} has width {point.width}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook point or"
-            " model"
+            " model, so pass one that was trained on this"
         )
     activations: list[Tensor] = []
     unwatch = point.watch(lambda activation: activations.append(activation.detach().flatten(2)))

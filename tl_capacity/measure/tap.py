@@ -114,7 +114,7 @@ class Tap:
         if width is not None and width != self.d_in:
             raise HookPointError(
                 f"{self.hook} has width {width}, but the SAE's d_in is {self.d_in}: it belongs to another hook"
-                " point or model"
+                " point or model, so pass one that was trained on this"
             )
         device = self.sae.W_dec.device
         self.device = exact_device(device)
@@ -265,7 +265,7 @@ class Tap:
         if activation[0, 0].numel() != self.d_in:
             raise HookPointError(
                 f"{self.hook} has width {activation[0, 0].numel()}, but the SAE's d_in is {self.d_in}: it belongs to"
-                " another hook or model"
+                " another hook point or model, so pass one that was trained on this"
             )
 
     def _check_finite(self, activation: Tensor, tokens: CountedTokens, batch: int) -> None:

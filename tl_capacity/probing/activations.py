@@ -247,7 +247,7 @@ def _latents(sae: SparseAutoencoder, hook: str) -> Any:
         if taken.shape[1] != int(sae.cfg.d_in):
             raise HookPointError(
                 f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook"
-                " or model"
+                " point or model, so pass one that was trained on this"
             )
         taken, group = (part.to(sae.W_dec.device) for part in (taken, group))
         sums = torch.zeros(int(group[-1]) + 1, encoder.d_sae, dtype=torch.float32, device=taken.device)
