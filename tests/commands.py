@@ -139,24 +139,35 @@ def alone(command: Sequence[object]) -> None:
     assert child.exitcode == 0
 
 
+def launched_as(rank: int, count: int, port: int) -> dict[str, str]:
+    """The environment that `torchrun` gives a process."""
+    return {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def launch(commands: Sequence[Sequence[object]], folders: Sequence[Path | None] = ()) -> list[int | None]:
     """Run a command in each of several processes as `torchrun` would start them; returns their exit codes.
 
     Args:
         folders: where each is run.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(len(commands)),
-        "LOCAL_WORLD_SIZE": str(len(commands)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    children = []
+    port, children = free_port(), []
     for rank, command in enumerate(commands):
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+        environment = launched_as(rank, len(commands), port)
         folder = folders[rank] if folders else None
         children.append(CHILDREN.Process(target=run_in_a_child, args=([str(a) for a in command], environment, folder)))
         children[-1].start()

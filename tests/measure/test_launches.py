@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from commands import HOOK, Cli, alone, arguments, launch
+from commands import HOOK, Cli, alone, arguments, free_port, launch
 
 from tl_capacity import CapacityError, Measurement
 from tl_capacity.measure.distributed import measure_together, share
@@ -261,9 +261,3 @@ def test_elastic_torchrun_goes_on_without_a_machine(
 def is_open(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -17,6 +17,7 @@ from tl_capacity.distillation.students import output_of
 from tl_capacity.errors import HookPointError
 from tl_capacity.models.forward import device_of
 from tl_capacity.models.hook_points import find_tap_point
+from tl_capacity.models.sharding import is_spread
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.runtime.seeds import seeded
@@ -139,9 +140,17 @@ def heldout_losses(
     size = (len(starts), len(students.models))
     device = device_of(students.models[0])
     sums = torch.zeros(size, dtype=torch.float64, device=exact_device(device))
-    for part in range(accelerator.process_index, len(starts), accelerator.num_processes):
-        start = starts[part]
+    together = is_spread(teacher)
+    for first in range(0, len(starts), accelerator.num_processes):
+        part = first + accelerator.process_index
+        none_left = part >= len(starts)
+        if none_left and not together:
+            break
+        start = starts[0 if none_left else part]
         tokens, counted, labels = model_inputs(held.trimmed(slice(start, start + settings.batch_rows)), device)
+        if none_left:
+            output_of(teacher, tokens, counted)  # the others gather from this process too
+            break
         outputs = [output_of(model, tokens, counted) for model in (teacher, *students.models)]
         sums[part] = chunked_losses(
             outputs[0],

@@ -1,4 +1,4 @@
-"""The processes of a distillation: Accelerate's handle of this one, its trackers, and a teacher spread over all."""
+"""The processes of a distillation: Accelerate's handle of this one, and its trackers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.forward import device_of
-from tl_capacity.plugins import plugins
 
 
 def new_accelerator(
@@ -61,30 +60,3 @@ def own_device(model: Any, accelerator: Any) -> torch.device:
     """
     device: torch.device = accelerator.device if accelerator.num_processes > 1 else device_of(model)
     return device
-
-
-def shard(model: Any, accelerator: Any) -> None:
-    """Leave each process a part of every block, which are gathered one at a time in a forward pass; embeddings and head
-    stay whole.
-
-    Raises:
-        CapacityError: where there is one process, or no family says where the blocks are.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    family = plugins().family_of(model.config.model_type)
-    if accelerator.num_processes == 1:
-        raise CapacityError(
-            "one process has nobody to share the teacher with: start several with accelerate launch, or leave the"
-            " teacher whole"
-        )
-    if family is None:
-        raise CapacityError(
-            f"no model family says where {model.config.model_type!r} has its blocks: register one (docs/families.md),"
-            " or leave the teacher whole"
-        )
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in model.get_submodule(family.blocks):
-        fully_shard(block, mesh=mesh)
-    model.to(accelerator.device)

@@ -27,7 +27,7 @@ from tl_capacity.distillation.keeping import (
     features_to_keep,
     over_budget,
 )
-from tl_capacity.distillation.processes import new_accelerator, own_device, shard
+from tl_capacity.distillation.processes import new_accelerator, own_device
 from tl_capacity.distillation.refusals import (
     check_finite,
     check_folder,
@@ -42,6 +42,7 @@ from tl_capacity.distillation.students import check_teacher, new_students, outpu
 from tl_capacity.distillation.unread import Unread
 from tl_capacity.models.head import check_head
 from tl_capacity.models.loading import LoadedModel
+from tl_capacity.models.sharding import spread_blocks
 from tl_capacity.runtime.logs import log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
@@ -136,7 +137,7 @@ def distill(
     for note in over_budget(kept, run.widths, run.teacher_width):
         log.warning(note)
     if shard_teacher:
-        shard(model, accelerator)
+        spread_blocks(model, accelerator.device, accelerator.num_processes)
     students = Students(models, model.config.hidden_size, settings, kept)
     students.to(device)
     first_row = torch.from_numpy(held.tokens[:1].clip(min=0).astype(np.int64)).to(device)

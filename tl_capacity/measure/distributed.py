@@ -172,6 +172,7 @@ def _counted(capacity: CapacityHooks, stream: TokenStream, mine: MeasureSettings
     if there is not None:
         check_settings(there[0], capacity, stream)
         if there[0].complete:
+            capacity.keep_step()
             return _Counted.of(there[0])
         capacity.resume(*there)
     leave_out(capacity, stream, left)
@@ -184,6 +185,8 @@ def _counted(capacity: CapacityHooks, stream: TokenStream, mine: MeasureSettings
             measurement, extra = capacity.measurement(), capacity.checkpoint()[1]
             write_folder(mine.out, measurement.to_json(), measurement.arrays() | extra)
             return _Counted.of(measurement)
+    else:
+        capacity.keep_step()
     planned = replace(capacity.planned_provenance(stream), cursor=0, seconds=0.0)
     return _Counted(capacity.sums(), planned, [(tap.notes, tap.linear) for tap in capacity.taps])
 

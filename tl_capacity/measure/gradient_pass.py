@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tl_capacity.dictionaries.adapter import decoder_bias
 from tl_capacity.interfaces import PathGradient
 from tl_capacity.measure.backward import differentiable, frozen, gradients, path_gradient
-from tl_capacity.measure.passes import ForwardPass
+from tl_capacity.measure.passes import ForwardPass, IdlePass, SteadyPass, StreamingPass
 from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.models.forward import embedding_of, forward_options
@@ -54,7 +55,10 @@ class GradientPass(ForwardPass):
         for tap, activation, by_loss in zip(taps, activations, by_tap, strict=True):
             by_path = {path.name: self._along(path, tap, model, ids, options, seed) for path in self._wanted.paths}
             self._note_firing(tap)
-            self._keep(tap, tap.observe(activation.detach(), self.tokens, self.number, {**by_loss, **by_path}))
+            self._count(tap, activation.detach(), {**by_loss, **by_path})
+
+    def _count(self, tap: Tap, activation: Tensor, along: Mapping[str, Tensor]) -> None:
+        self._keep(tap, tap.observe(activation, self.tokens, self.number, along))
 
     def _along(
         self, path: PathGradient, tap: Tap, model: Any, ids: Tensor, options: dict[str, Any], seed: int
@@ -72,6 +76,28 @@ class GradientPass(ForwardPass):
         baseline = torch.zeros(tap.d_in) if bias is None else bias
         with frozen(model):
             return path_gradient(logits_with, baseline, self.tokens.counted, ids, self.tokens.valid, path, seed)
+
+
+class IdleGradientPass(GradientPass):
+    """A pass to the model's end and back that counts nothing, beside processes that have text."""
+
+    def _count(self, tap: Tap, activation: Tensor, along: Mapping[str, Tensor]) -> None:
+        """Leave it out."""
+
+
+def kind_of_pass(
+    wanted: WantedGradients, together: bool, idle: bool = False
+) -> Callable[[int, CountedTokens, Sequence[Tap]], StreamingPass | GradientPass]:
+    """What a pass over a batch of a stream is.
+
+    Args:
+        wanted: gradients.
+        together: whether other processes run the same pass.
+        idle: whether it is run for these only.
+    """
+    if wanted:
+        return partial(IdleGradientPass if idle else GradientPass, wanted=wanted)
+    return IdlePass if idle else SteadyPass if together else StreamingPass
 
 
 @contextmanager

@@ -22,8 +22,10 @@ from tl_capacity.measure.setup import dictionaries, rule_for, stream_for, tapped
 from tl_capacity.measurement.folder import JSON_NAME, read_folder, remove_leftovers, write_folder
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.identity import Identity
+from tl_capacity.models.sharding import spread_blocks
 from tl_capacity.predict.caveats import advice_on_fit
 from tl_capacity.runtime.logs import figures, log
+from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.progress import peak_memory
 from tl_capacity.storage.files import last_whole
 from tl_capacity.text.streams import TokenStream
@@ -86,11 +88,14 @@ def attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenSt
 
     loaded = load_model(
         settings.model,
-        device=settings.device,
+        device="cpu" if settings.shard_model else settings.device,
         dtype=settings.dtype,
         revision=settings.revision,
         device_map=settings.device_map,
     )
+    if settings.shard_model:
+        processes = Processes.of_launch().connected(settings.device)
+        spread_blocks(loaded.model, processes.device, processes.count)
     named = dictionaries(settings, loaded)
     saes = [sae for _, _, sae in named]
     stream, rule = stream_for(settings, loaded, saes), rule_for(settings, loaded, saes)

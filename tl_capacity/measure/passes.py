@@ -29,6 +29,7 @@ class ForwardPass:
         self.number, self.tokens, self._taps = number, tokens, taps
         self._firings: Counter[Tap] = Counter()
         self._awaiting_target: dict[Tap, list[Written]] = {}
+        self._targets = set[Tap]()
         self._beside: Collection[ForwardPass] = ()
 
     def beside(self, others: Collection[ForwardPass]) -> None:
@@ -47,6 +48,7 @@ class ForwardPass:
 
     def see_target(self, tap: Tap, activation: Tensor) -> None:
         """Take what the hook point carries that a tap's transcoder writes to."""
+        self._targets.add(tap)
         written = self._awaiting_target.pop(tap, None)
         if written is not None:
             tap.observe_target(activation, self.tokens, written)
@@ -115,6 +117,28 @@ class StreamingPass(ForwardPass):
     def _end_when_complete(self) -> None:
         if self.complete:
             raise NothingMoreToSeeError
+
+
+class SteadyPass(StreamingPass):
+    """A pass that ends at the same place whatever its tokens are, as other processes must gather the same blocks."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every hook point has fired that is watched."""
+        return all(self.fired(tap) and (tap.target_hook is None or tap in self._targets) for tap in self._taps)
+
+
+class IdlePass(SteadyPass):
+    """A pass that counts nothing: a process that has no text any more runs it beside those that have."""
+
+    def see(self, tap: Tap, activation: Tensor) -> None:
+        """Note that a hook point has fired.
+
+        Raises:
+            NothingMoreToSeeError: where no other is to fire.
+        """
+        self._note_firing(tap)
+        self._end_when_complete()
 
 
 class RefusedCall(ForwardPass):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from tl_capacity.dictionaries.adapter import (
 )
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.dictionaries.rows import rows_differ
-from tl_capacity.errors import CapacityError, DictionaryError
+from tl_capacity.errors import CapacityError, DictionaryError, NothingToReadError
 from tl_capacity.measure.attachment import Attachment, weakly
 from tl_capacity.measure.behind import behind_note, reconstructed_before
 from tl_capacity.measure.by_name import stream_of
 from tl_capacity.measure.calls import Call, Calls
 from tl_capacity.measure.current import CurrentPasses
 from tl_capacity.measure.cursor import Cursor, batches_after
-from tl_capacity.measure.gradient_pass import GradientPass
+from tl_capacity.measure.gradient_pass import GradientPass, kind_of_pass
 from tl_capacity.measure.passes import ForwardPass, RefusedCall, StreamingPass
 from tl_capacity.measure.stream_record import StreamRecord
 from tl_capacity.measure.tap import Tap
@@ -45,6 +45,7 @@ from tl_capacity.models.carried import carried_saes
 from tl_capacity.models.forward import check_row_length, check_token_ids, device_of, drops_out, evaluating
 from tl_capacity.models.hook_points import residual_width
 from tl_capacity.models.identity import Identity
+from tl_capacity.models.sharding import Pace
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
@@ -52,9 +53,11 @@ from tl_capacity.runtime.devices import uploaded
 from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
-from tl_capacity.text.counting import CountingRule, special_token_ids
+from tl_capacity.text.counting import CountedTokens, CountingRule, special_token_ids
 from tl_capacity.text.shares import Place
 from tl_capacity.text.streams import Fillers, TokenBatch, TokenStream
+
+Counted = TypeVar("Counted")
 
 
 class CapacityHooks:
@@ -81,6 +84,7 @@ class CapacityHooks:
         self._seen_training = self._said_assumption = False
         special = special_token_ids(model, getattr(model, "tokenizer", None))
         self._fillers = Fillers(special, [token for token in special if token not in rule.special_ids])
+        self._pace = Pace(model)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._attachment = Attachment(self)
         self._behind: dict[Tap, set[str]] = {tap: set() for tap in taps}
@@ -165,19 +169,23 @@ class CapacityHooks:
             for tap in self.taps:
                 tap.close_open_documents()
         with self._passes.running(), evaluating(self.model), token_progress(max_tokens, progress) as advance:
-            for batch, cursor in batches_after(stream, self._cursor, again, self._fillers):
+            self._pace = Pace(self.model)
+            kind = kind_of_pass(self._gradients, self._pace.together)
+            for batch, cursor in self._in_step(batches_after(stream, self._cursor, again, self._fillers)):
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break  # the checkpoint that is gone on from had reached the end
                 check_token_ids(self.model, batch.ids)
                 check_row_length(self.model, batch.tokens)
                 self._attachment.check()
                 self._cursor = cursor
-                self._forward(batch)
+                self._pace.step()
+                self._forward(batch, kind)
                 advance(self.n_tokens - earlier_tokens)
                 if after_batch is not None:
                     after_batch(self)
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break
+            self._run_beside_others()
         for tap in self.taps:
             tap.check_finite()
         counted = self.n_tokens - earlier_tokens
@@ -186,6 +194,12 @@ class CapacityHooks:
         if self.n_tokens == 0:
             self.taps[0].statistics.compute(self.alive_threshold)  # raises, and says what was masked
         return self
+
+    def keep_step(self) -> None:
+        """Where the model is spread over processes: run as many passes as the others still run, and count nothing."""
+        with self._passes.running(), evaluating(self.model):
+            self._pace = Pace(self.model)
+            self._run_beside_others()
 
     def measurement(self, complete: bool = True) -> Measurement:
         """What was counted so far, as an immutable result; counting may go on.
@@ -325,17 +339,30 @@ class CapacityHooks:
             for tap in self.taps:
                 self._behind[tap].update(reconstructed_before(self.model, tap.point))
 
-    def _forward(self, batch: TokenBatch) -> None:
+    def _in_step(self, batches: Iterator[Counted]) -> Iterator[Counted]:
+        """The same batches; where there is none, other processes are not left alone with their passes."""
+        try:
+            yield from batches
+        except NothingToReadError:
+            self._run_beside_others()
+            raise
+
+    def _run_beside_others(self) -> None:
+        idle = TokenBatch(np.full((1, 2), self.rule.filler), np.array([-1]))
+        while self._pace.another_runs():
+            self._forward(idle, kind_of_pass(self._gradients, together=True, idle=True))
+
+    def _forward(
+        self, batch: TokenBatch, kind: Callable[[int, CountedTokens, Sequence[Tap]], StreamingPass | GradientPass]
+    ) -> None:
         """One forward pass of `run`."""
         self._note_saes()
-        kind: Callable[..., StreamingPass | GradientPass] = StreamingPass
-        if self._gradients:
-            kind = partial(GradientPass, wanted=self._gradients)
         begun = self._passes.begin(kind, self.rule.apply(batch))
         ids = uploaded(torch.from_numpy(batch.filled(self.rule.filler)), device_of(self.model))
         with self._calls.paused():
             # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
-            begun.run(self.model, ids, int(self._cursor.digest[:12], 16))
+            begun.run(self.model, ids, int(self._cursor.digest[:12] or "0", 16))
+        self._pace.release()
         begun.check_targets()
         self._passes.check_fired()
 

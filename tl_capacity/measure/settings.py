@@ -87,6 +87,12 @@ class MeasureSettings:
         "Spread the model over devices, CPU memory and disk: auto, balanced, sequential, or a JSON file of a device for"
         " each module.",
     )
+    shard_model: bool = option(
+        False,
+        "Leave each process of a launch only its part of the model's blocks (FSDP), for a model that fits on no device"
+        " alone.",
+        "--shard-model",
+    )
     max_fvu: float = option(1.0, MAX_FVU)
     checkpoint_seconds: float = option(30.0, "Save a checkpoint this often.")
     max_memory: int | None = option(
@@ -99,9 +105,14 @@ class MeasureSettings:
         """Refuse what cannot be meant.
 
         Raises:
-            CapacityError: no tokens, or a largest FVU that refuses nothing.
+            CapacityError: no tokens, a largest FVU that refuses nothing, or a model that is spread in two ways.
         """
         if self.tokens < 1:
             raise CapacityError(f"--tokens {self.tokens} counts nothing: ask for at least 1")
+        if self.shard_model and self.device_map is not None:
+            raise CapacityError(
+                "--shard-model spreads the model over processes and --device-map over the devices of one: give one of"
+                " them"
+            )
         if isnan(self.max_fvu):
             raise CapacityError("--max-fvu nan refuses nothing: give a number, or inf to measure whatever the fit")

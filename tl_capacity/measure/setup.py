@@ -19,6 +19,7 @@ from tl_capacity.models.defaults import row_length as fitting_row_length
 from tl_capacity.models.forward import device_of, longest
 from tl_capacity.models.places import hugging_face_place
 from tl_capacity.models.processing import processed
+from tl_capacity.models.sharding import is_spread
 from tl_capacity.plugins import plugins
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import device_named
@@ -237,6 +238,11 @@ def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str],
     written = [(sae, output) for sae, output in zip(saes, outputs, strict=True) if output]
     places = [*zip(saes, hooks, strict=True), *written]
     if options := processing_wanted(loaded.model, places):
+        if is_spread(loaded.model):
+            raise CapacityError(
+                f"an SAE asks for a model with {' and '.join(sorted(options))}, which cannot be made of one that is"
+                " spread over processes: leave --shard-model out, or that SAE"
+            )
         return processed(loaded.model, loaded.tokenizer, options)
     if all(hugging_face_place(loaded.model, hook) for hook in wanted):
         return loaded.model

@@ -67,6 +67,13 @@ class LoadedModel:
         """
         from transformer_lens.model_bridge import TransformerBridge
 
+        from tl_capacity.models.sharding import is_spread
+
+        if is_spread(self.model):
+            raise CapacityError(
+                f"{self.name!r} is spread over processes, which TransformerLens' bridge cannot take: tap"
+                " residual-stream hooks, or leave --shard-model out"
+            )
         if hasattr(self.model, "hf_device_map"):
             raise CapacityError(
                 f"{self.name!r} is spread over devices by a device map, which TransformerLens' bridge cannot take: tap"

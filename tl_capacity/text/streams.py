@@ -277,7 +277,7 @@ def as_batches(stream: Any, first_document: int = 0, fillers: Fillers | None = N
         seen += len(batch.tokens)
         yield batch.padded_at_the_end()
     if seen == 0:
-        raise TokenSourceError("the stream yields no batch: pass tokens of shape [row, position]")
+        raise NothingToReadError("the stream yields no batch: pass tokens of shape [row, position]")
 
 
 def _items(stream: Any) -> Iterable[Any]:
