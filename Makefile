@@ -1,6 +1,6 @@
 # make demo: the whole way on the embedded teacher, in a minute; DEMO=--verbose prints all of it.  make test: the test suite.
 # make check: all that CI checks beside the tests.  make site: the documentation as HTML.  make tl4: the tests on TransformerLens 4, in an environment of their own.
-# make fix: what ruff can mend.  make fuzz: random tests with new examples.  make coverage: which lines the tests miss.  make constraints: constraints.txt anew.
+# make benchmarks: what everything costs, into docs/benchmarks.md.  make fix: what ruff can mend.  make fuzz: random tests with new examples.  make coverage: which lines the tests miss.  make constraints: constraints.txt anew.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -60,15 +60,17 @@ wheel: .venv/.dev
 site: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-benchmarks: .venv/.test
-	$(BIN)/python benchmarks/measure.py
-	$(BIN)/python benchmarks/distill.py
-	$(BIN)/python benchmarks/observe.py
-	$(BIN)/python benchmarks/importance.py
-	$(BIN)/python benchmarks/probe.py
-	$(BIN)/python benchmarks/splice.py
-	$(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/toy.py
+# One after the other; a result that is newer than the code stays, so that what was broken off goes on.
+BENCHMARKS := measure distill importance probe report toy observe splice start
+CODE := $(shell find tl_capacity hooks recipes benchmarks -name '*.py')
+
+benchmarks: $(BENCHMARKS:%=build/benchmarks/%.json)
+
+build/benchmarks/%.json: benchmarks/%.py $(CODE) | .venv/.test
+	$(BIN)/python $< --out $@ --write
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
 
 help-pages: .venv/.package
 	$(BIN)/python docs/write_help.py

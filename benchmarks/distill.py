@@ -78,7 +78,7 @@ def kept(of: Any, tokens: torch.Tensor, shapes: Shapes = CPU) -> Kept:
     activations = seen.flatten(0, 1)
     random = torch.Generator().manual_seed(3)
     encoder = torch.randn(shapes.d_model, shapes.d_sae, generator=random) / shapes.d_model**0.5
-    threshold = (activations @ encoder).topk(max(1, len(activations) // 100), dim=0).values[-1].clamp(min=1e-3)
+    threshold = (activations @ encoder).topk(1 + len(activations) // 100, dim=0).values[-1].clamp(min=1e-3)
     biases = {"b_enc": torch.zeros(shapes.d_sae), "b_dec": torch.zeros(shapes.d_model)}
     weights = {"W_enc": encoder, "W_dec": encoder.T, **biases}
     sae = Dictionary("jumprelu", {**weights, "threshold": threshold}, subtract_bias=False)

@@ -89,15 +89,24 @@ class Load:
     all: tuple[float, float] = field(default_factory=_all)
 
     def summary(self) -> dict[str, Any]:
-        """Shares of all processors' time that other processes and other machines took, and whether that was much."""
+        """What others took so far, by `shares`, and how long that was."""
         worked, stolen = (now - before for now, before in zip(_all(), self.all, strict=True))
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        total = seconds * (psutil.cpu_count() or 1)
-        others, steal = max(0.0, worked - (_own() - self.own)) / total, stolen / total
-        return {
-            "seconds": round(seconds, 1),
-            "load_before": round(self.average[0], 2),
-            "others": round(others, 4),
-            "steal": round(steal, 4),
-            "busy": others > MOST_OTHERS or steal > MOST_STEAL,
-        }
+        seconds = time.monotonic() - self.started
+        taken = shares(worked, stolen, _own() - self.own, seconds * (psutil.cpu_count() or 1))
+        return {"seconds": round(seconds, 1), "load_before": round(self.average[0], 2), **taken}
+
+
+def shares(worked: float, stolen: float, own: float, total: float) -> dict[str, Any]:
+    """Shares of all processors' time that other processes and other machines took, and whether that was much.
+
+    Args:
+        worked, stolen: seconds of all processors.
+        own: seconds of this process and its children.
+        total: seconds that the processors had.
+    """
+    others, steal = max(0.0, worked - own) / max(total, 1e-9), stolen / max(total, 1e-9)
+    return {
+        "others": round(others, 4),
+        "steal": round(steal, 4),
+        "busy": others > MOST_OTHERS or steal > MOST_STEAL,
+    }

@@ -78,7 +78,8 @@ def benchmark(sitting: Sitting) -> None:
     width = 16 if asked.tiny else WIDTH
     student, random = new_student(teacher, width).eval(), new_student(teacher, width, seed=1).eval()
     measured = measuring(teacher, sae, stream, shapes.hook)()
-    few = measuring(teacher, sae, stream[:2], shapes.hook)()
+    first = stream if asked.tiny else stream[:4]
+    few = measuring(teacher, sae, first, shapes.hook)()
     measurement, passed = "the teacher's measurement", "the student's forward pass"
     both = "recovering, with random weights too"
     sitting.time(
@@ -103,9 +104,9 @@ def benchmark(sitting: Sitting) -> None:
             ),
         ],
         warm={
-            measurement: measuring(teacher, sae, stream[:2], shapes.hook),
-            "recovering": recovering(teacher, sae, {"a": student}, stream[:2], few, {}),
-            both: recovering(teacher, sae, {"a": student}, stream[:2], few, {"a": random}),
+            measurement: measuring(teacher, sae, first, shapes.hook),
+            "recovering": recovering(teacher, sae, {"a": student}, first, few, {}),
+            both: recovering(teacher, sae, {"a": student}, first, few, {"a": random}),
         },
     )
     if not asked.tiny:
