@@ -13,8 +13,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 def marks(record: Mapping[str, Any]) -> tuple[str, str]:
     """What stands before and behind the tables of a benchmark."""
-    command = command_of(record)
-    return f"<!-- written by {command} --write -->", f"<!-- end of {command} -->"
+    name = f"benchmark {record['benchmark']} on {record['device']}"
+    return f"<!-- {name}: written by {command_of(record)} --write -->", f"<!-- end of {name} -->"
 
 
 def command_of(record: Mapping[str, Any]) -> str:

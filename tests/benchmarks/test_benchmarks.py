@@ -187,8 +187,9 @@ PAGE = f"before\n\n{page.marks(record())[0]}\n\nearlier figures\n\n{page.marks(r
 def test_a_table_is_written_between_its_marks() -> None:
     result = record()
     text = page.inserted(PAGE, result)
-    assert text.startswith("before\n\n<!-- written by python benchmarks/measure.py --write -->\n\nMeasured with")
-    assert text.endswith("\n<!-- end of python benchmarks/measure.py -->\n\nafter\n")
+    first = "<!-- benchmark measure on cpu: written by python benchmarks/measure.py --write -->"
+    assert text.startswith(f"before\n\n{first}\n\nMeasured with `python benchmarks/measure.py` on ")
+    assert text.endswith("\n<!-- end of benchmark measure on cpu -->\n\nafter\n")
     assert "earlier" not in text
     assert "| slow / fast | 1.03 | 1.01 to 1.05 | 7 | ≤ 1.1 | yes |\n" in text
     assert "| size, MB | 5.609 |  |  | ≤ 5 | no |\n" in text
