@@ -5,15 +5,17 @@ after layer 6 of which 0.8% are active; batches of 8×256 tokens, float32, two t
 forward pass (SDPA) cut after that layer, plus one encoder product into a buffer that is there already.
 
 With --device cuda: d=2,304, 65,536 latents, batches of 16×1,024, the model in bfloat16 and the SAE in float32 or
-bfloat16; three batches a turn, and the clock is read when the device has done them.
+bfloat16, its sums in PyTorch's steps or compiled; three batches a turn, and the clock is read when the device has done
+them.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from neox import (
     sparse_autoencoder,
     tokens,
 )
+
+from tl_capacity.dictionaries.reducing import COMPILE
 
 BATCHES = 3
 """Batches of one turn on a GPU, which synchronises once for all of them."""
@@ -259,6 +263,16 @@ def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
             sitting.sizes[f"peak RSS growth of {peer}"] = growth_apart(__file__, peer, 1)[0]
 
 
+@contextmanager
+def compiled() -> Iterator[None]:
+    """Sessions that are attached meanwhile have their sums compiled on a GPU."""
+    os.environ[COMPILE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[COMPILE]
+
+
 def counting_once(model: Any, sae: Any, shapes: Shapes) -> None:
     """A session of one batch, with all that it allocates."""
     with counting(sharing(model), {shapes.hook: sae}, shapes, warm=1):
@@ -286,21 +300,23 @@ def beside_limit(sitting: Sitting, model: Any, saes: Mapping[str, Any], shapes: 
         growth = device_growth_mb(partial(counting_once, model, sae, shapes))
         sitting.sizes[f"peak device memory of counting, {name}"] = growth
     with sitting.group() as attach:
-        ways = {
-            f"counting, {name}": attach(counting(sharing(model), {shapes.hook: sae}, shapes, BATCHES, warm=1))
-            for name, sae in saes.items()
-        }
+        ways: dict[str, Callable[[], object]] = {}
+        for name, sae in saes.items():
+            for kind, switched in ((name, nullcontext()), (f"{name}, compiled", compiled())):
+                with switched:
+                    step = counting(sharing(model), {shapes.hook: sae}, shapes, BATCHES, warm=1)
+                    ways[f"counting, {kind}"] = attach(step)
         turns = sitting.time(
             {bare: limit(model, one, shapes, BATCHES), **ways},
-            [Claim(f"everything / limit, {name}", (f"counting, {name}",), (bare,), at_most(1.15)) for name in saes],
+            [Claim(way.replace("counting", "everything / limit"), (way,), (bare,), at_most(1.15)) for way in ways],
             share,
             BATCHES,
         )
     tokens_a_turn = shapes.rows * shapes.context * BATCHES
     sitting.rows += [
-        row(f"tokens a second, {name}", [tokens_a_turn / seconds for seconds in turns[f"counting, {name}"]])
-        for name in saes
-        if turns[f"counting, {name}"]
+        row(way.replace("counting", "tokens a second"), [tokens_a_turn / seconds for seconds in turns[way]])
+        for way in ways
+        if turns[way]
     ]
 
 
@@ -341,7 +357,7 @@ def benchmark(sitting: Sitting) -> None:
 
 
 def main() -> None:
-    asked = arguments(__doc__, 150, {"cuda": 45}, tiny=True)
+    asked = arguments(__doc__, 150, {"cuda": 36}, tiny=True)
     if asked.memory_of:
         print(memory(asked.memory_of))
         return
