@@ -15,7 +15,7 @@ from tl_capacity.plan.fields import estimate_field, field, width_field
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import per_token
-from tl_capacity.show.tables import html_notes, html_table, table
+from tl_capacity.show.tables import html_notes, html_table, said_once, table
 from tl_capacity.storage.files import file_in, read_record, save_into, write_record
 
 JSON_NAME = "plan.json"
@@ -265,7 +265,7 @@ class Plan:
         yield Text(f"{self.answer()}\n")
         for title, header, rows in self.tables():
             yield table(title, header, rows)
-        for note in self.notes():
+        for note in said_once(self.notes()):
             yield Text(f"note: {note}")
 
     def _repr_html_(self) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tl_capacity.errors import CapacityError
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.show.palette import COLOURS
+from tl_capacity.show.tables import shortened
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
@@ -81,19 +82,9 @@ def spaced(values: Sequence[int], decades: float = NEAREST_LABELS) -> list[int]:
     return apart
 
 
-def shortened(text: str, longest: int = LONGEST_NAME) -> str:
-    """`text` with its middle left out where it is longer than `longest`; beginning and end tell hook points and paths
-    apart.
-    """
-    if len(text) <= longest:
-        return text
-    end = longest // 2
-    return f"{text[: longest - end - 1]}…{text[-end:]}"
-
-
 def shown(text: str) -> str:
     """`text` as plotly, which reads some HTML in names, shows it literally."""
-    return escape(shortened(text))
+    return escape(shortened(text, LONGEST_NAME))
 
 
 def band(figure: go.Figure, x: NDArray[np.int64], estimates: Sequence[Estimate], smallest: float, place: int) -> None:

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
     from rich.table import Table
+
+
+NAME_LETTERS, FEWEST_LETTERS = 16, 6
+"""Letters of a name that a table leaves room for, and those that stay however narrow a terminal is."""
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text` with its middle left out where it is longer than `longest`; beginning and end tell hook points and paths
+    apart.
+    """
+    if len(text) <= longest:
+        return text
+    end = longest // 2
+    return f"{text[: longest - end - 1]}…{text[-end:]}"
+
+
+@dataclass(frozen=True)
+class TableText:
+    """Text of a table's cell: it is wrapped between words, and a name that is wider than its column is cut in the
+    middle; rich itself would break it into pieces. No number is cut.
+    """
+
+    text: str
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        whole = max((len(line) for line in self.text.splitlines()), default=0)
+        words = self.text.split()
+        least = max((min(len(word), NAME_LETTERS) if _is_name(word) else len(word) for word in words), default=0)
+        return Measurement(least, whole)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        width = max(FEWEST_LETTERS, options.max_width)
+        words = (shortened(word, width) if _is_name(word) else word for word in re.split(r"(\s+)", self.text))
+        yield Text("".join(words))
+
+
+def _is_name(word: str) -> bool:
+    """Whether a word is a name, such as a hook point's, which may be cut."""
+    return len(word) > NAME_LETTERS and any(letter.isalpha() for letter in word)
 
 
 def table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], right: bool = True) -> Table:
@@ -17,9 +64,9 @@ def table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], righ
 
     shown = Table(title=Text(title), title_justify="left", header_style="bold")
     for i, name in enumerate(header):
-        shown.add_column(Text(name), justify="right" if right and i else "left", overflow="fold")
+        shown.add_column(TableText(name), justify="right" if right and i else "left", overflow="fold")
     for row in body:
-        shown.add_row(*(Text(cell) for cell in row))
+        shown.add_row(*map(TableText, row))
     return shown
 
 
