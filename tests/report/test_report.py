@@ -60,6 +60,7 @@ EVIL = "</script><script>document.title='taken'</script>"
 WIDTHS = (4, 8, 12, 16, 24)
 ORDER = [
     "layers",
+    "beside",
     "importance",
     "firing-rates",
     "suite",
@@ -766,13 +767,16 @@ def test_results_are_found_wherever_they_are(folder: Path, full: Results, tmp_pa
 
 
 def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli) -> None:
-    shutil.copytree(folder / "measurement", tmp_path / "again")
     (tmp_path / "bad").mkdir()
+    twice = [tmp_path / name for name in ("one", "two")]
+    for path in twice:
+        path.mkdir()
+        (path / "probes.json").write_text(json.dumps(PROBES))
     (tmp_path / "bad" / "probes.json").write_text("{")
     for arguments, says in (
         ([tmp_path / "nowhere"], "holds no result"),
         ([tmp_path / "bad" / "probes.json"], "there is no measurement"),
-        ([folder / "measurement", tmp_path / "again"], "are both given"),
+        ([folder / "measurement", *twice], "are both given"),
         ([folder / "measurement", tmp_path / "bad"], "cannot be read"),
         ([folder / "measurement", "--widths", "0"], "below 1"),
         ([folder / "measurement", "--hook", "blocks.9.hook_resid_post"], "was not measured"),
@@ -789,6 +793,35 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
         assert (code, out, err.count("\n")) == (2, "", 1), arguments
         assert says in err
         assert not (tmp_path / "report.html").exists()
+
+
+def test_two_measurements_stand_side_by_side(
+    folder: Path, lone: Measurement, tmp_path: Path, cli: Cli, browser: Any
+) -> None:
+    twice = replace(lone.hooks[0].summary, arrays=dict(lone.hooks[0].summary.arrays))
+    wider = replace(lone.hooks[0], width=2 * lone.hooks[0].width, summary=twice, hook="blocks.7.hook_resid_post")
+    other = Measurement((lone.hooks[0], wider), replace(lone.provenance, model="an <i>other</i>")).save(tmp_path / "b")
+    out = tmp_path / "report.html"
+    code, _, err = cli("report", folder / "measurement", other, "--no-snippets", "-o", out)
+    assert code == 0, err
+    text = out.read_text(encoding="utf-8")
+    section = text.partition('<section id="beside">')[2].partition("</section>")[0]
+    assert "an &lt;i&gt;other&lt;/i&gt;" in section
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)[1:]]
+    everything = [*Measurement.load(folder / "measurement"), lone.hooks[0], wider]
+    assert len(rows) == len(everything)
+    for hook in everything:
+        share = hook.summary.critical_width.value / hook.width
+        layer = f"layer {hook.hook.split('.')[1]}<"
+        mine = [row for row in rows if row[0].startswith(layer) and row[2] == f"{hook.width:,}"]
+        assert any(row[-1].startswith(f"{100 * share:.3g}"[:4]) for row in mine), (share, mine)
+    assert f"{hook.summary.critical_width.value:,.1f}" in head_of(text)
+    assert "so d* is compared as a share of them" in section
+    drawn_series = json.loads(text.split('id="figure-data">')[1].split("</script>")[0])["beside"]["data"]
+    assert [trace["x"] for trace in drawn_series] == [[0, 1], [0, 7]]
+    assert [entry for entry in opened(browser, out).get_log("browser") if entry["level"] != "INFO"] == []
+    same = Results.load([folder / "measurement", other, other / "measurement.json"])
+    assert list(same.beside) == [str(other)]
 
 
 def test_no_alive_feature_is_said_so() -> None:

@@ -128,7 +128,7 @@ def report(
         list[Path],
         typer.Argument(
             help="A measurement, and with it a distillation, probes, recoverability, a splice, a price list: folders or"
-            " JSON files, in any order."
+            " JSON files, in any order. A second measurement stands beside the first."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),

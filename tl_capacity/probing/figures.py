@@ -50,9 +50,7 @@ def thresholds_figure(
         )
     for tau in taus:
         annotation = {"text": f"τ = {tau:g}", "font": {"size": 10}}
-        figure.add_vline(
-            x=tau, line={"color": GREY, "width": 2}, annotation=annotation, annotation_position="bottom left"
-        )
+        figure.add_vline(x=tau, line={"color": GREY, "width": 2}, annotation=annotation, annotation_position="top left")
     figure.update_xaxes(title="τ (least AUROC of a kept feature)")
     figure.update_yaxes(title="features kept", rangemode="tozero")
     return figure

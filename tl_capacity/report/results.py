@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Results:
         run_folder: of the distillation, for the same commands.
         spliced: of the measurement.
         splice_note: why there is none, where several could be meant.
+        beside: other measurements to compare it with, by the folders that they came from.
     """
 
     measurement: Measurement
@@ -45,11 +46,13 @@ class Results:
     run_folder: str = "runs/students"
     spliced: Spliced | None = None
     splice_note: str = ""
+    beside: Mapping[str, Measurement] = field(default_factory=dict)
 
     @classmethod
     def load(cls, paths: Sequence[Path], splice: Path | None = None) -> Results:
         """Read results from folders or JSON files, in any order; a folder may hold them itself or one folder deeper, as
-        `pythia-floor` writes them.
+        `pythia-floor` writes them. The first measurement is the one that the page is about, and further ones stand
+        beside it.
 
         Args:
             splice: of the measurement; None for one among the paths, or else the one that lies beside the measurement.
@@ -59,11 +62,15 @@ class Results:
                 nothing that is known.
         """
         files: dict[str, Path] = {}
+        further: dict[str, Measurement] = {}
         for path in paths:
             here = _results_in(path)
             if not here:
                 raise MeasurementError(f"{path} holds no result: pass a folder with one of {', '.join(FILES)} in it")
             for name, file in here.items():
+                if name == MEASUREMENT_JSON and files.get(name, file) != file:
+                    further[str(file.parent)] = Measurement.load(file.parent)
+                    continue
                 if name in files and files[name] != file:
                     raise MeasurementError(
                         f"{files[name]} and {file} are both given, but a report shows one {name}: leave one out"
@@ -87,6 +94,7 @@ class Results:
             **({"run_folder": str(files[DISTILLATION_JSON].parent)} if DISTILLATION_JSON in files else {}),
             spliced=spliced,
             splice_note="".join(map(sentence, said)) if spliced is None else "",
+            beside=further,
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.report.parts import Section, sentence
+from tl_capacity.report.sections.beside import beside
 from tl_capacity.report.sections.floors import floors
 from tl_capacity.report.sections.measurement import firing_rates, importance, layers, suite
 from tl_capacity.report.sections.placement import placement
@@ -21,6 +22,7 @@ from tl_capacity.report.story import Story
 
 SECTIONS: tuple[tuple[Section, Callable[[Story, Section], Section]], ...] = (
     (Section("layers", "What each layer holds"), layers),
+    (Section("beside", "Beside other measurements"), beside),
     (Section("importance", "How importance is spread, and where each width's budget ends"), importance),
     (Section("firing-rates", "How often features fire"), firing_rates),
     (Section("suite", "Critical width and the dictionary's L0"), suite),

@@ -37,7 +37,7 @@ def choice(story: Story) -> list[str]:
     goal = f"For at most {story.settings.target_loss:g} {NATS}, choose width {needed(made).brief(',.0f')}"
     if decides is None:
         return [f"{goal}, the widest that a method here says; no student has checked one."]
-    return [f"{goal}, {_grounds(story, decides)}.", *(_doubts(decides) or _still_falling(story))]
+    return [" ".join([f"{goal}, {_grounds(story, decides)}.", *(_doubts(decides) or _still_falling(story))])]
 
 
 def _grounds(story: Story, decides: MethodPlan) -> str:
@@ -66,7 +66,7 @@ def _still_falling(story: Story) -> list[str]:
     falling = sum(student.far_from_floor for student in students)
     if not falling:
         return []
-    those = "They" if falling == len(students) else f"{falling} of these {len(students)} students"
+    those = "These students" if falling == len(students) else f"{falling} of these {len(students)} students"
     return [f"{those} were still falling at the end of training, so a narrower width may do."]
 
 

@@ -114,6 +114,9 @@ def _counts_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
     taus = sorted({row.tau for row in rows})
     labels = dict.fromkeys([*COUNT_LABELS.values(), *(label for row in rows for label in row.labelled)])
     title = "Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else "")
+    of = {(row.n_judged, row.n_features) for row in rows}
+    if len(of) == 1:
+        title += ", of {:,} judged and {:,} alive".format(*of.pop())
     cells = [
         [
             text_cell(
@@ -122,11 +125,11 @@ def _counts_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
             ),
             number_cell(row.width),
             *(estimate_cell(row.labelled[label], ",.0f") if label in row.labelled else Cell("") for label in labels),
-            Cell(f"{row.n_features:,}", f"{row.n_judged:,} judged", row.n_features),
+            *([Cell(f"{row.n_features:,}", f"{row.n_judged:,} judged", row.n_features)] if of else []),
         ]
         for row in rows
     ]
-    return PageTable(title, ["student", "width d_S", *labels, "features"], cells)
+    return PageTable(title, ["student", "width d_S", *labels, *(["features"] if of else [])], cells)
 
 
 def _shares_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:

@@ -11,6 +11,7 @@ from tl_capacity.predict.spliced_floor import SplicedFloor, kept_whole
 from tl_capacity.report.parts import Cell, column_cell, estimate_cell, percent, sentence
 from tl_capacity.report.sections.answers import choice, seen
 from tl_capacity.report.sections.answers import tiles as answer_tiles
+from tl_capacity.report.sections.beside import told
 from tl_capacity.report.sections.students import short
 from tl_capacity.report.story import Story
 from tl_capacity.results.columns import ALIVE, CRITICAL_WIDTH, FVU, L0
@@ -36,7 +37,7 @@ def verdict(story: Story) -> list[str]:
         f" {CRITICAL_WIDTH.brief(hook)}, {fits}"
         f" the {hook.width:,} dimensions there, to keep them all."
     ]
-    sentences += [*choice(story), *seen(story)]
+    sentences += [*choice(story), *seen(story), *(told(story) if story.results.beside else [])]
     floor = _verdict_floor(story)
     if floor is not None:
         worth = floor.predicted_floor.brief(significant(floor.predicted_floor.value))
