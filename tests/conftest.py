@@ -79,11 +79,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Several processes share the cores. Float32 is float32 on a GPU too, convolutions included."""
+    """Several processes share the cores."""
     import torch
 
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

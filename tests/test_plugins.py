@@ -649,13 +649,15 @@ class TestEstimatorWithState:
             activations = neox(tokens, output_hidden_states=True).hidden_states[2]
         counted = (tokens != 0) & (torch.arange(tokens.shape[1], device=tokens.device) >= 2)
         assert len(batches) > 1
-        assert all(torch.equal(batch.counted, counted) and batch.sae is sae for batch in batches)
+        counted, activations = counted.cpu(), activations.cpu()
+        assert all(torch.equal(batch.counted.cpu(), counted) and batch.sae is sae for batch in batches)
         rows, positions, documents = (
-            torch.cat([getattr(batch, name) for batch in batches]) for name in ("rows", "positions", "documents")
+            torch.cat([getattr(batch, name).cpu() for batch in batches]) for name in ("rows", "positions", "documents")
         )
         assert torch.equal(torch.stack([rows, positions], 1), counted.nonzero())
         assert torch.equal(documents, rows), "each row of a tensor is a document of its own"
-        torch.testing.assert_close(torch.cat([batch.activations for batch in batches]), activations[rows, positions])
+        seen = torch.cat([batch.activations.cpu() for batch in batches])
+        torch.testing.assert_close(seen, activations[rows, positions])
         for batch in batches:
             torch.testing.assert_close(batch.dense(), sae.encode(batch.activations).double(), rtol=1e-4, atol=1e-5)
             assert torch.equal(batch.groups, batch.token_groups[batch.tokens])

@@ -49,6 +49,10 @@ class SourceCutOffError(TokenSourceError):
     """A token source stopped in the midst of its text, as where the network failed; what came before was whole."""
 
 
+class DeviceFullError(CapacityError):
+    """A device has no memory left for what was asked of it; checkpoints stay."""
+
+
 class NotWrittenError(CapacityError):
     """A file or a folder cannot be written, as where the disk is full; what was there before is whole."""
 

@@ -515,7 +515,7 @@ def test_a_dictionary_of_ones_own(neox: Any, tokens: torch.Tensor) -> None:
         def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
             return feature_acts @ self.W_dec
 
-    own = Own()
+    own = placed(Own())
     with tlc.add_capacity_hooks(neox, {HOOK: own}, importance=["gradient"], fvu_every=1) as capacity:
         found = capacity.run(tokens.split(8)).measurement()[HOOK]
     x = neox(tokens, output_hidden_states=True).hidden_states[2][tokens != BOS].detach()
@@ -524,7 +524,12 @@ def test_a_dictionary_of_ones_own(neox: Any, tokens: torch.Tensor) -> None:
     decoder = own.W_dec.detach()
     same = Dictionary(
         "standard",
-        {"W_enc": decoder.T, "b_enc": torch.full((D_SAE,), -2.0), "W_dec": decoder, "b_dec": torch.zeros(D_MODEL)},
+        {
+            "W_enc": decoder.T,
+            "b_enc": decoder.new_full((D_SAE,), -2),
+            "W_dec": decoder,
+            "b_dec": decoder.new_zeros(D_MODEL),
+        },
     )
     with tlc.add_capacity_hooks(neox, {HOOK: same}) as capacity:
         assert (

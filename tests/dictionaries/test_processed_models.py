@@ -59,11 +59,12 @@ def processed(gpt2: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactor
     def make(dtype: torch.dtype = torch.float32, **options: bool) -> Any:
         key = str((dtype, options))
         if key not in made:
-            model = copy.deepcopy(gpt2).to(dtype)
+            model = copy.deepcopy(gpt2).to("cpu", dtype)  # TransformerLens folds weights on the CPU
             with pytest.warns(DeprecationWarning, match="from_pretrained is deprecated"):
-                made[key] = HookedTransformer.from_pretrained_no_processing(
-                    "gpt2", hf_model=model, tokenizer=tokenizer, device=device(), dtype=dtype, **options
+                lens = HookedTransformer.from_pretrained_no_processing(
+                    "gpt2", hf_model=model, tokenizer=tokenizer, device="cpu", dtype=dtype, **options
                 )
+            made[key] = placed(lens)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

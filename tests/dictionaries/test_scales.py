@@ -120,7 +120,7 @@ class TestZeroRows:
         torch.save(state, tmp_path / "ae.pt")
         _, sae = load_sae(str(tmp_path))
         norms = state["decoder.weight"].norm(dim=0)
-        x = inputs()
+        x = inputs().cpu()
         z = norms * ((x - state["bias"]) @ state["encoder.weight"].T + state["encoder.bias"]).relu()
         torch.testing.assert_close(sae.encode(x), z, rtol=1e-4, atol=1e-4)
         written = (z / norms.clamp(min=1e-30)) @ state["decoder.weight"].T + state["bias"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, D_MODEL, HEADS
+from place import placed
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
@@ -113,7 +114,7 @@ def test_neurons_as_features(
     models_by_kind: dict[str, Any], tokens: torch.Tensor, tokenizer: Any, kind: str, hook: str
 ) -> None:
     model = models_by_kind[kind]
-    basis = BasisSpec("neurons", hook, 5).fit(model, TokenStream(tokens.numpy(force=True)))
+    basis = placed(BasisSpec("neurons", hook, 5).fit(model, TokenStream(tokens.numpy(force=True))))
     x = at(model, hook, tokens)[tokens != BOS].double()
     order = x.abs().argsort(dim=1, descending=True)[:, :5]
     kept = torch.zeros_like(x).scatter(1, order, x.gather(1, order))

@@ -49,13 +49,13 @@ def output(
 ) -> Output:
     """Random hidden states and a head, sharp enough that divergences are about 1 nat."""
     random = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)  # noqa: E731
+    draw = lambda *shape: placed(torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype))  # noqa: E731
     head = Head(draw(vocabulary, width).requires_grad_(), draw(vocabulary).requires_grad_() if bias else None, cap)
     return Output(draw(TOKENS, width).requires_grad_(), head)
 
 
 def labels() -> torch.Tensor:
-    return torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(9))
+    return placed(torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(9)))
 
 
 def logits(of: Output) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_chunks_are_exact_against_the_definition(
     monkeypatch.setattr(losses_module, "CACHED", cached)
     teacher, students = output(8, 0, bias, cap), [output(width, width, bias, cap) for width in (3, 5)]
     losses = chunked_losses(teacher, students, labels(), loss, chunk=chunk)
-    (losses * torch.tensor([1.0, 2.0], dtype=torch.float64)).sum().backward()
+    (losses * placed(torch.tensor([1.0, 2.0], dtype=torch.float64))).sum().backward()
     for i, student in enumerate(students):
         expected = reference(teacher, student, loss)
         assert relative(losses[i], expected) < 1e-5

@@ -26,6 +26,7 @@ from tl_capacity.predict.spliced import Spliced
 from tl_capacity.runtime.processes import Processes, is_first
 
 EVERYTHING = 10**6
+pytestmark = pytest.mark.cpu_only("processes of one machine, without a GPU for each")
 
 
 def equal(one: Path, other: Path) -> None:

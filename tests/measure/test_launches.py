@@ -27,7 +27,10 @@ from tl_capacity.measurement.folder import write_folder
 from tl_capacity.runtime.processes import Processes
 
 EVERYTHING = 10**6
-pytestmark = pytest.mark.usefixtures("few_replicates")
+pytestmark = [
+    pytest.mark.usefixtures("few_replicates"),
+    pytest.mark.cpu_only("processes of one machine, without a GPU for each"),
+]
 
 
 class KilledError(Exception):

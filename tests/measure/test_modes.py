@@ -53,7 +53,7 @@ class TestAutocast:
     ) -> None:
         model, sae = models_by_kind[kind], make_sae("standard", HOOK)
         importance = ["gradient"] if by == "gradients" else None
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(TOKENS.device.type, torch.bfloat16):
             activations, coarse = residual(model), sae.encode(residual(model).float())
             with tlc.add_capacity_hooks(model, sae, fvu_every=1, mask_token_ids=[], importance=importance) as capacity:
                 model(TOKENS) if by == "call" else capacity.run(TOKENS)
@@ -62,7 +62,7 @@ class TestAutocast:
 
     def test_a_transcoder_is_checked_in_its_own_precision(self, neox: Any, make_sae: MakeSAE) -> None:
         sae = make_sae("transcoder", HOOK, "blocks.1.hook_resid_post")
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with torch.autocast(TOKENS.device.type, torch.bfloat16), torch.no_grad():
             states = neox(TOKENS, output_hidden_states=True).hidden_states
             with tlc.add_capacity_hooks(neox, sae, fvu_every=1, mask_token_ids=[]) as capacity:
                 neox(TOKENS)

@@ -210,7 +210,7 @@ class TestGeneration:
     def test_a_state_space_model(self, make_sae: Callable[..., Any]) -> None:
         from tiny_families import teacher
 
-        model, sae = teacher("mamba"), make_sae("topk", "blocks.0.hook_resid_post")
+        model, sae = placed(teacher("mamba")), make_sae("topk", "blocks.0.hook_resid_post")
         prompts = placed(torch.tensor([[3, 5, 9], [4, 7, 2]]))
         with tlc.add_capacity_hooks(model, sae, fvu_every=1) as capacity:
             text = model.generate(

@@ -142,7 +142,7 @@ class TestAgainstDense:
         with tlc.add_capacity_hooks(hooked, sae, fvu_every=8) as capacity:
             summary = capacity.run(tokens.split(7)).measurement()[HOOK].summary
         rows = np.arange(48)
-        chosen = torch.from_numpy((document_groups(rows + 2**40, 8) == 0) | (rows == 0))
+        chosen = placed(torch.from_numpy((document_groups(rows + 2**40, 8) == 0) | (rows == 0)))
         assert 0 < chosen.sum() < 16
         counted = counted_positions(tokens) & chosen[:, None]
         inputs = activations(hooked, tokens, HOOK)[counted]

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from place import placed
 from safetensors.torch import load_file, save_file
 from tiny_hub import COMMIT, put_in_cache
 
@@ -52,9 +53,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def same_model(loaded: LoadedModel, expected: Any) -> bool:
-    tokens = torch.tensor([[0, 3, 5, 7]])
+    tokens = placed(torch.tensor([[0, 3, 5, 7]]))
     with torch.no_grad():
-        return torch.allclose(loaded.model(tokens).logits, expected(tokens).logits, atol=1e-6)
+        return torch.allclose(placed(loaded.model)(tokens).logits, expected(tokens).logits, atol=1e-6)
 
 
 class TestModels:

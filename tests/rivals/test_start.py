@@ -22,7 +22,7 @@ HELD_OUT = np.random.default_rng(1).integers(2, 50, size=(30, 12))
 
 @pytest.mark.parametrize("family", ["gpt-neox", "gemma2"])
 def test_as_a_distillation_has_it(family: str) -> None:
-    of = teacher(family)
+    of = placed(teacher(family))
     settings = DistillSettings(tokens=300, batch_rows=8, evaluations=1, heldout_tokens=300, start="truncated")
     run = distill(of, [8, 16], SHOWN, heldout=HELD_OUT, settings=settings, progress=False)
     forecasts = truncated_start(of, HELD_OUT, [8, 16], shown_on=SHOWN, max_tokens=300, progress=False)
@@ -34,7 +34,7 @@ def test_as_a_distillation_has_it(family: str) -> None:
 
 
 def test_as_the_whole_models_have_it() -> None:
-    of = teacher("llama")
+    of = placed(teacher("llama"))
     forecasts = truncated_start(of, HELD_OUT, [16], progress=False)
     rows = placed(torch.from_numpy(HELD_OUT))
     student: Any = new_student(of, 16, start="truncated", tokens=rows[:16]).eval()

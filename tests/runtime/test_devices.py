@@ -96,6 +96,7 @@ def test_losses_of_a_distillation_without_float64(without_float64: None, uncheck
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cpu_only("it computes for a device that is pretended")
 class TestWithoutFloat64:
     """What is counted is the same as on the CPU, and no tensor on the device was asked for float64."""
 
@@ -127,6 +128,7 @@ class TestWithoutFloat64:
             np.testing.assert_allclose(found[HOOK].summary.arrays[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.cpu_only("its devices are memory and disk, and it is held to the CPU bit for bit")
 class TestSpreadOverDevices:
     """Accelerate's device maps, as far as a machine without a GPU has devices: its memory and its disk."""
 

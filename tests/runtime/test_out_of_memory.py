@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from tl_capacity.errors import CapacityError
+from tl_capacity.errors import DeviceFullError
 from tl_capacity.runtime.out_of_memory import within_device_memory
 
 SAID = (
@@ -23,7 +23,7 @@ def full(held: torch.Tensor, said: str = SAID) -> None:
 def test_one_sentence_with_what_helps() -> None:
     with (
         pytest.raises(
-            CapacityError,
+            DeviceFullError,
             match=r"^a step of 8 rows does not fit into the memory of the device, where 2.50 GiB more were asked for:"
             r" choose a smaller --batch-rows$",
         ),
@@ -31,7 +31,7 @@ def test_one_sentence_with_what_helps() -> None:
     ):
         full(torch.zeros(1))
     with (
-        pytest.raises(CapacityError, match=r"^this does not fit into the memory of the device: try less$"),
+        pytest.raises(DeviceFullError, match=r"^this does not fit into the memory of the device: try less$"),
         within_device_memory("this", "try less"),
     ):
         full(torch.zeros(1), "no room")
@@ -44,7 +44,7 @@ def test_what_was_held_is_free() -> None:
         full(held)
 
     freed: list[weakref.ref[torch.Tensor]] = []
-    with pytest.raises(CapacityError) as said, within_device_memory("this", "try less"):
+    with pytest.raises(DeviceFullError) as said, within_device_memory("this", "try less"):
         work()
     assert freed[0]() is None, said
     assert said.value.__suppress_context__
@@ -59,5 +59,5 @@ def test_a_full_device(device: str) -> None:
     """More than any device has."""
     if device == "cpu":
         pytest.skip("the CPU's memory is the operating system's")
-    with pytest.raises(CapacityError, match="does not fit into the memory of the device"), within_device_memory("", ""):
+    with pytest.raises(DeviceFullError, match="of the device"), within_device_memory("this", "try less"):
         torch.empty(2**46, device=device)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tl_capacity.errors import CapacityError, NotWrittenError, SourceCutOffError
+from tl_capacity.errors import CapacityError, DeviceFullError, NotWrittenError, SourceCutOffError
 from tl_capacity.storage import checkpoints
 from tl_capacity.storage.checkpoints import Checkpoint, checkpoint_in, gone_if_refused, remove_checkpoint
 from tl_capacity.storage.digests import tensors_digest
@@ -99,7 +99,13 @@ def test_one_that_lies_beside_the_folder_is_moved_into_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("problem", "stays"),
-    [(CapacityError, False), (NotWrittenError, True), (SourceCutOffError, True), (KeyboardInterrupt, True)],
+    [
+        (CapacityError, False),
+        (NotWrittenError, True),
+        (SourceCutOffError, True),
+        (DeviceFullError, True),
+        (KeyboardInterrupt, True),
+    ],
 )
 def test_what_the_same_command_can_go_on_from_stays(path: Path, problem: type[BaseException], stays: bool) -> None:
     Checkpoint(path, SETTINGS).save({"a": torch.zeros(1)}, {})

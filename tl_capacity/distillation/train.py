@@ -44,6 +44,7 @@ from tl_capacity.models.head import check_head
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.models.sharding import spread_blocks
 from tl_capacity.runtime.logs import log
+from tl_capacity.runtime.out_of_memory import within_device_memory
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.digests import fingerprint
@@ -169,7 +170,14 @@ def distill(
     first, steps = state.step, train.steps(settings.tokens, settings.batch_rows)
     evaluations = {round(steps * i / settings.evaluations) for i in range(settings.evaluations + 1)}
     started, saved = time.monotonic() - state.run.seconds, time.monotonic()
-    with token_progress(settings.tokens, progress and accelerator.is_main_process, "distilling") as advance:
+    kept_on_disk = f"; the last checkpoint stays in {folder}" if folder else ""
+    with (
+        within_device_memory(
+            f"a step of {settings.batch_rows} rows for {len(models)} students",
+            f"choose a smaller --batch-rows, fewer --widths, or another --device{kept_on_disk}",
+        ),
+        token_progress(settings.tokens, progress and accelerator.is_main_process, "distilling") as advance,
+    ):
         while True:
             evaluating = state.step in evaluations and not state.evaluated
             saving = folder is not None and (

@@ -25,6 +25,7 @@ from tl_capacity.plugins import plugins
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.devices import AUTO, device_named, exact_device
 from tl_capacity.runtime.hub import hub_or_cache, loading_errors, reason_of
+from tl_capacity.runtime.out_of_memory import within_device_memory
 from tl_capacity.storage.digests import files_digest
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -176,7 +177,8 @@ def load_model(
     else:
         model, tokenizer = _load_from_hub(spec, dtype, placed, revision)
         revision = _cached_commit(spec, revision)
-    model = placed.settle(model) if device_map is not None else model.to(device=device, dtype=getattr(torch, dtype))
+    with within_device_memory(f"the model {spec!r} in {dtype}", "choose a smaller --dtype or another --device"):
+        model = placed.settle(model) if device_map is not None else model.to(device=device, dtype=getattr(torch, dtype))
     model = model.eval()
     return LoadedModel(model, tokenizer, spec, revision, named)
 

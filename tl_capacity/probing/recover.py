@@ -29,9 +29,13 @@ from tl_capacity.probing.ridge import CHOOSING_FEATURES
 from tl_capacity.probing.splitting import check_parts
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
+from tl_capacity.runtime.out_of_memory import within_device_memory
 from tl_capacity.runtime.processes import ALONE, Processes
 from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.text.counting import CountingRule
+
+FEWER = "name fewer students, or choose another --device"
+"""What helps where all of them do not fit on a device."""
 
 
 @checked
@@ -140,6 +144,7 @@ def recover_features(
         processes=processes,
     )
     with ExitStack() as modes:
+        modes.enter_context(within_device_memory(f"the teacher with {len(students)} students", FEWER))
         for model in (teacher, *students.values(), *(random or {}).values()):
             modes.enter_context(evaluating(model))
         read_at = {name: ReadAt(several[0], {}) for name, several in hooks.items()}

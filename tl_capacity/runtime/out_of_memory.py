@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tl_capacity.errors import CapacityError
+from tl_capacity.errors import DeviceFullError
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def within_device_memory(what: str, help: str) -> Iterator[None]:
         help: what the user can do about it.
 
     Raises:
-        CapacityError: where the device's memory is full.
+        DeviceFullError: where the device's memory is full.
     """
     import torch
 
@@ -30,4 +30,4 @@ def within_device_memory(what: str, help: str) -> Iterator[None]:
         asked = re.search(r"[Tt]ried to allocate (?:about )?([\d.]+ \w+)", str(problem))
         needed = f", where {asked[1]} more were asked for" if asked else ""
         traceback.clear_frames(problem.__traceback__)
-        raise CapacityError(f"{what} does not fit into the memory of the device{needed}: {help}") from None
+        raise DeviceFullError(f"{what} does not fit into the memory of the device{needed}: {help}") from None

@@ -38,6 +38,7 @@ from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.logs import ended_early, log
+from tl_capacity.runtime.out_of_memory import within_device_memory
 from tl_capacity.runtime.processes import ALONE, Processes
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
@@ -57,6 +58,7 @@ from tl_capacity.text.counting import CountedTokens, CountingRule
 from tl_capacity.text.streams import as_batches, source_of
 
 LOST = ("mean", "zero")
+FEWER = "ask for fewer --kept and --widths, or choose another --device"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
 """Of the alive features, kept where nothing else is asked for; none and all come besides."""
 SAEs = Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]] | Sequence[SparseAutoencoder] | SparseAutoencoder
@@ -133,6 +135,7 @@ def splice(
     rule = CountingRule.recorded(measurement.provenance.settings)
     tokens = 0
     with ExitStack() as held, torch.no_grad():
+        held.enter_context(within_device_memory("the model with its variants", FEWER))
         held.enter_context(evaluating(model))
         advance = held.enter_context(token_progress(max_tokens, progress and processes.first, "splicing"))
         for number, batch in enumerate(as_batches(stream)):

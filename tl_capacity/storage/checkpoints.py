@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_capacity.errors import CapacityError, NotWrittenError, SourceCutOffError
+from tl_capacity.errors import CapacityError, DeviceFullError, NotWrittenError, SourceCutOffError
 from tl_capacity.storage.digests import tensors_digest
 from tl_capacity.storage.files import last_whole, make_folder, previous, write_bytes
 from tl_capacity.storage.same_run import earlier_values
@@ -126,11 +126,12 @@ def checkpoint_in(folder: Path, name: str, beside: Path) -> Path:
 @contextmanager
 def gone_if_refused(paths: Sequence[Path]) -> Iterator[None]:
     """Delete checkpoints where what is done meanwhile is refused: the next command has other settings, to which they do
-    not belong. They stay where the same command can go on: after a kill, a full disk, or a source that was cut off.
+    not belong. They stay where the same command can go on: after a kill, a full disk, a full device, or a source
+    that was cut off.
     """
     try:
         yield
-    except (NotWrittenError, SourceCutOffError):
+    except (NotWrittenError, SourceCutOffError, DeviceFullError):
         raise
     except CapacityError:
         for path in paths:
