@@ -35,6 +35,7 @@ from tl_capacity.predict.predictors import forecasts_of
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.results.estimate import Estimate, group_resamples
 from tl_capacity.runtime.units import NATS, per_token
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, plain, table, terminal_notes
 
 SHOWN = 3
@@ -42,7 +43,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class Decomposition(ShownInNotebooks):
     """Observed floors, and every candidate fitted to them; shows itself in a terminal.
 
     Attributes:

@@ -29,6 +29,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, plain, table, terminal_notes
 
 
@@ -73,7 +74,7 @@ class EffectiveWidth:
 
 
 @dataclass(frozen=True)
-class EffectiveCapacity:
+class EffectiveCapacity(ShownInNotebooks):
     """Features per dimension that students are worth; shows itself in a terminal and a notebook.
 
     Attributes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.errors import CapacityError, MeasurementError
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.storage import files as storage
 
 SCHEMA = 2
@@ -19,7 +20,7 @@ JSON_NAME = "distillation.json"
 
 
 @dataclass(frozen=True)
-class DistillationRun:
+class DistillationRun(ShownInNotebooks):
     """Students of one teacher, trained together. Immutable; `save` and `load` keep it.
 
     Attributes:

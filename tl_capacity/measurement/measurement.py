@@ -23,6 +23,7 @@ from tl_capacity.results.naming import hook_named, told_apart
 from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.results.sums import check_sums, merge_sums
 from tl_capacity.runtime.checks import checked
+from tl_capacity.show.notebook import ShownInNotebooks
 
 if TYPE_CHECKING:
     from tl_capacity.predict.budget import Budget
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(ShownInNotebooks):
     """What a run over text found at each tapped hook point. Immutable; `save` and `load` keep it,
     `merge` joins shards.
     """

@@ -11,6 +11,7 @@ from typing import Any
 from tl_capacity.errors import MeasurementError
 from tl_capacity.placement.price import ESTIMATES, NATS, Price, numbers_of
 from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
 from tl_capacity.storage.files import file_in, read_json, save_into
 
@@ -19,7 +20,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Placement:
+class Placement(ShownInNotebooks):
     """The price list of some chosen features; shows itself in a terminal and a notebook.
 
     Attributes:

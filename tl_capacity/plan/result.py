@@ -15,6 +15,7 @@ from tl_capacity.plan.fields import estimate_field, field, width_field
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import per_token
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, said_once, table
 from tl_capacity.storage.files import file_in, read_record, save_into, write_record
 
@@ -68,7 +69,7 @@ class WidthCost:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ShownInNotebooks):
     """The answer; shows itself in a terminal and in a notebook.
 
     Attributes:

@@ -31,6 +31,7 @@ from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import told_apart
 from tl_capacity.results.summary import Resample
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
 
 HOOKS_IN_A_TABLE = 3
@@ -38,7 +39,7 @@ HOOKS_IN_A_TABLE = 3
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(ShownInNotebooks):
     """The per-layer table of a measurement and the floors of some student widths; shows itself in a terminal and in a
     notebook.
 

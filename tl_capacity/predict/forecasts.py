@@ -17,6 +17,7 @@ from tl_capacity.predict.spliced import Spliced
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
 from tl_capacity.storage.files import file_in, read_record, save_into, write_record
 
@@ -108,7 +109,7 @@ _TEXT = ("predictor", "hook", "sae", "law", "order", "unit")
 
 
 @dataclass(frozen=True)
-class Forecasts:
+class Forecasts(ShownInNotebooks):
     """Floors that predictors forecast for one teacher; shows itself in a terminal and a notebook.
 
     Attributes:

@@ -23,6 +23,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS as NATS
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
 from tl_capacity.storage.files import file_in, read_json, save_into
 
@@ -31,7 +32,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Spliced:
+class Spliced(ShownInNotebooks):
     """Curves of some hook points, dictionaries and orders of one teacher; shows itself in a terminal and a notebook.
 
     Attributes:

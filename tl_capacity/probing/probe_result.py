@@ -14,6 +14,7 @@ from tl_capacity.probing.rows import COMPONENTS, EMBEDDINGS, RANDOM, TRAINED, Pr
 from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.probing.sparse import SparseProbe, falls_at
 from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import table
 
 MODELS_IN_A_TABLE = 3
@@ -50,7 +51,7 @@ class Probed:
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(ShownInNotebooks):
     """Every probe that was fitted, with its weights and scores.
 
     Attributes:

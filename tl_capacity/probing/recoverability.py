@@ -8,6 +8,7 @@ from typing import Any
 
 from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.recovery_row import COUNTS, FIELDS, JSON_NAME, RecoveryRow
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.storage.files import file_in, read_json, save_into
 
 FIELDS |= {"n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens", "student_hook", "tried"}
@@ -15,7 +16,7 @@ FIELDS |= {"n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens", "
 
 
 @dataclass(frozen=True)
-class Recoverability:
+class Recoverability(ShownInNotebooks):
     """What students kept of the features at some hook points; what `recover` saves, and other stages load.
 
     Attributes:

@@ -23,6 +23,7 @@ from tl_capacity.probing.scores import Scores
 from tl_capacity.probing.splitting import HELD_OUT
 from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL, Estimate
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
 from tl_capacity.storage.files import write_bytes
 from tl_capacity.text.documents import DOCUMENT_GROUPS
@@ -57,7 +58,7 @@ class StudentRecovery:
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(ShownInNotebooks):
     """Which features of one SAE linear readouts find, in the teacher and in its students; shows itself in a terminal
     and a notebook.
 

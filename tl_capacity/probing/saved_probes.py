@@ -10,11 +10,12 @@ from typing import Any
 from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.fields import check_schema, finite, object_of, objects_of
 from tl_capacity.probing.rows import JSON_NAME, SCHEMA, ProbedConcept, ProbeRow, SparseRow
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.storage.files import file_in, read_json, save_into
 
 
 @dataclass(frozen=True)
-class Probes:
+class Probes(ShownInNotebooks):
     """How well each concept was told; what `probe` saves, and other stages load.
 
     Attributes:

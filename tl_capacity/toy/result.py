@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tl_capacity import theory
 from tl_capacity.errors import CapacityError
+from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.storage.digests import digest
 from tl_capacity.storage.files import make_folder, read_record, write_bytes, write_record
 from tl_capacity.toy import measures
@@ -31,7 +32,7 @@ THRESHOLDS = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class SweepResult:
+class SweepResult(ShownInNotebooks):
     """All models of a sweep and their floors.
 
     Attributes:
