@@ -345,7 +345,8 @@ def arguments(
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if isinstance(asked.write, str):
-        page.write(page.read(Path(asked.write)))
+        result = page.read(Path(asked.write))
+        page.write(result | ({"commit": asked.commit} if asked.commit else {}))
         raise SystemExit(0)
     if asked.write and getattr(asked, "tiny", False):
         parser.error("--tiny has no figures for docs/benchmarks.md: leave out --write, or --tiny")

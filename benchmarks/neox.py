@@ -142,7 +142,7 @@ def proxy_model(hf: Any, shapes: Shapes = CPU) -> Any:
 
 
 def sharing(model: Any) -> Any:
-    """A copy of a model that shares its weights but no hooks, so that what is attached to one does not see the other's
+    """A copy of a model that shares its weights, so that what is attached to one from now on does not see the other's
     calls.
     """
     weights = (*model.parameters(), *model.buffers())

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,43 @@ def test_the_heads_loss_is_right_where_it_is_timed() -> None:
     for name, loss, why in peers():
         assert name in ("liger-kernel", "TRL")
         assert (loss is None) == bool(why)
+
+
+def test_synchronisations_are_those_of_one_batch() -> None:
+    from measure import synchronisations
+
+    def run(batches: int) -> None:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)  # once a run
+        for _ in range(batches):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+
+    assert synchronisations(run).total() == 1
+
+
+def test_what_is_timed_is_what_it_is_said_to_be() -> None:
+    """The cut forward pass against transformers' own hidden states, and an SAE's share of active latents."""
+    from measure import limit
+    from neox import CPU, cut_forward, hugging_face, sharing, sparse_autoencoder, tiny, tokens
+
+    shapes = tiny(CPU)
+    model = hugging_face(shapes)
+    cut, seen = cut_forward(model, shapes), list[Any]()
+    model.gpt_neox.layers[0].register_forward_hook(lambda *_: seen.append(None))
+    activation = cut()
+    assert not seen
+    with torch.no_grad():
+        expected = model(tokens(shapes), output_hidden_states=True).hidden_states[shapes.tapped]
+    assert torch.equal(activation, expected)
+    assert all(map(torch.equal, model.state_dict().values(), sharing(model).state_dict().values()))
+    assert {p.data_ptr() for p in sharing(model).parameters()} == {p.data_ptr() for p in model.parameters()}
+    for kind in ("standard", "topk", "jumprelu"):
+        sae = sparse_autoencoder(kind, model, shapes)
+        latents = sae.encode(activation.flatten(0, 1))
+        assert float((latents != 0).double().mean()) == pytest.approx(shapes.active, rel=0.1)
+    product = limit(model, sae, shapes)()
+    assert isinstance(product, torch.Tensor)
+    torch.testing.assert_close(product, activation.flatten(0, 1) @ sae.W_enc)
 
 
 @pytest.mark.slow
