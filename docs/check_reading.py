@@ -33,7 +33,7 @@ def pages() -> list[Path]:
 def plain(inline: Token) -> str:
     """The text of a paragraph. A piece of code counts as one word, a picture as none."""
     parts = inline.children or []
-    read = {"code_inline": "code", "softbreak": " "}
+    read = {"code_inline": "Code", "softbreak": " "}
     return "".join(part.content if part.type == "text" else read.get(part.type, "") for part in parts)
 
 

@@ -34,7 +34,7 @@ code  # is none. Truly.
 
 def test_what_a_sentence_is() -> None:
     assert list(sentences(PAGE)) == [
-        "A width of 0.5 is asked for, e.g. by code, as in Elhage et al. (2022)",
+        "A width of 0.5 is asked for, e.g. by Code, as in Elhage et al. (2022)",
         "See the page",
         "Is it short?",
         "An item is a sentence",
