@@ -49,6 +49,7 @@ check: .venv/.dev site
 	$(BIN)/python docs/write_architecture.py --check
 	$(BIN)/python docs/write_fidelity.py --check
 	$(BIN)/python docs/write_taps.py --check
+	$(BIN)/python docs/check_reading.py
 
 fix: .venv/.dev
 	$(BIN)/ruff check --fix .
