@@ -32,6 +32,8 @@ from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 
 WIDTHS = (16, 20, 24, 32, 40, 48, 56, 64, 80, 96)
+HOOK = "blocks.3.hook_resid_post"
+"""Where most dictionaries are."""
 NEW = (20, 40, 56, 80)
 """Widths of which no student had been trained when their floors were predicted."""
 BUDGET, SHARE = LAWS
@@ -156,6 +158,8 @@ def write(runs: Path, distillations: list[Path]) -> None:
     text = filled(text, "worth", worth_table(runs, seen), "docs/write_splice.py")
     text = filled(text, "spread", spread_table(found), "docs/write_splice.py")
     text = filled(text, "paper", paper_table(), "docs/write_splice.py")
+    if distillations:
+        text = filled(text, "curves", curves_table(distillations), "docs/write_splice.py")
     page.write_text(text, encoding="utf-8")
 
 
@@ -170,6 +174,7 @@ def law_table(found: list[dict[str, Any]], law: str) -> str:
         of = {row["width"]: row for row in mine if (row["hook"], row["sae"]) == (hook, name)}
         any_row = of[WIDTHS[0]]
         cells = [number(of[width]["predicted"]) for width in WIDTHS]
+        name = f"{name}, layer {hook.split('.')[1]}" if law == CONSISTENT else name
         lines.append([name, f"{any_row['l0']:.1f}", f"{any_row['d_star']:.0f}", *cells, number(any_row["error"])])
     return table(header, lines)
 
@@ -190,7 +195,8 @@ def worth_table(runs: Path, seen: dict[int, list[float]]) -> str:
 
 
 def spread_table(found: list[dict[str, Any]]) -> str:
-    """How far each rule's predictions lie apart over dictionaries, and from what students reached."""
+    """How far each rule's predictions lie apart over the dictionaries of one layer, and from what students reached."""
+    found = [row for row in found if row["hook"] == HOOK]
     lines = []
     for law in (*LAWS, CONSISTENT):
         for width in WIDTHS:
@@ -205,6 +211,25 @@ def spread_table(found: list[dict[str, Any]]) -> str:
             lines.append([law, str(width), str(len(values)), *spread, number(reached), off])
     header = ["rule", "width", "dictionaries", "lowest", "median", "highest", "highest / lowest", "observed"]
     return table([*header, "median / observed − 1"], lines)
+
+
+def curves_table(distillations: list[Path]) -> str:
+    """For each student, its mean loss over a tenth of its training in the middle and at the end of the constant rate,
+    and over the last tenth, after the rate fell.
+    """
+    lines = []
+    for folder in distillations:
+        run = DistillationRun.load(folder)
+        for student in run:
+            tokens, kl = np.array(student.tokens), np.array(student.heldout_kl)
+            share = tokens / tokens[-1]
+            middle, end, last = (
+                float(kl[(share > start) & (share <= start + 0.1)].mean()) for start in (0.5, 0.7, 0.9)
+            )
+            figures = [f"{value:.3f}" for value in (middle, end, last, float(kl[-1]))]
+            lines.append([str(student.width), str(student.seed), *figures, f"{end - middle:+.3f}"])
+    header = ["width", "seed", "50–60%", "70–80%", "last tenth", "at the end", "change at constant rate"]
+    return table(header, sorted(lines, key=lambda line: (int(line[0]), line[1])))
 
 
 def paper_table() -> str:
@@ -231,8 +256,9 @@ def number(value: float | None) -> str:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What one prediction is known by."""
-    return tuple(row[name] for name in ("teacher", "hook", "sae", "law", "width"))
+    """What one prediction is known by; one between dictionaries by their size, as more may come."""
+    dictionary = "d_sae" if row["law"] == CONSISTENT else "sae"
+    return tuple(row[name] for name in ("teacher", "hook", dictionary, "law", "width"))
 
 
 if __name__ == "__main__":
