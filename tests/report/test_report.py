@@ -12,6 +12,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from tl_capacity.probing.saved_probes import Probes
 from tl_capacity.report import ReportSettings, Results, find_snippets, report_page, write_report
 from tl_capacity.report import figures as drawn
 from tl_capacity.report.edges import Edge, edges, shown_features
-from tl_capacity.report.snippets import stream_of, token_texts, top_snippets
+from tl_capacity.report.snippets import stream_of, token_texts, top_snippets, whole_characters
 from tl_capacity.report.story import latents_around, report_widths, shown_latents
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
@@ -729,14 +730,43 @@ def test_the_texts_of_tokens_are_the_text(folder: Path) -> None:
 
 
 def test_a_character_of_several_tokens_comes_with_the_last() -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    whole = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole)
+    tokenizer = bytes_tokenizer()
     ids = tokenizer("aé€ 🙂b")["input_ids"]
     texts = token_texts(tokenizer, ids)
     assert len(texts) == len(ids)
     assert texts == ["a", "", "é", "", "", "€", " ", "", "", "", "🙂", "b"]
+
+
+def test_a_piece_of_a_character_is_shown_as_the_whole() -> None:
+    assert whole_characters(["a", "", "", "€", "b"], [0.0, 1.0, 0.5, 0.0, 0.0]) == (("a", 0.0), ("€", 1.0), ("b", 0.0))
+    assert whole_characters(["\ufffd a", " b", "\ufffd"], [0.2, 1.0, 0.0]) == ((" a", 0.2), (" b", 1.0))
+    assert whole_characters(["a", "\ufffd"], [0.0, 1.0]) == (("a", 0.0), ("\ufffd", 1.0))
+    assert whole_characters(["a", ""], [0.5, 1.0]) == (("a", 1.0),)
+    assert whole_characters(["", ""], [0.5, 1.0]) == (("", 1.0),)
+    assert whole_characters([], []) == ()
+
+
+@given(st.text("aé€🙂 ", min_size=1, max_size=12), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_marked_piece_is_a_character_of_the_text(text: str, data: Any) -> None:
+    """Whichever byte of a character is the most active one, the character is marked, and the text stays what it is."""
+    tokenizer = bytes_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    peak = data.draw(st.integers(0, len(ids) - 1))
+    pieces = whole_characters(token_texts(tokenizer, ids), [float(place == peak) for place in range(len(ids))])
+    assert "".join(piece for piece, _ in pieces) == text
+    (marked,) = [piece for piece, share in pieces if share == 1]
+    ends = np.cumsum([len(letter.encode()) for letter in text])
+    assert marked == text[int(np.searchsorted(ends, peak, side="right"))]
+
+
+@cache
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Of which each token is a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    whole = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=whole)
 
 
 def test_another_model_or_sae_is_refused(setup: Path, folder: Path, measurement: Measurement) -> None:

@@ -32,6 +32,8 @@ SNIPPETS = 4
 """Of each feature."""
 BEFORE, AFTER = 14, 7
 """Tokens around the most active one."""
+BROKEN = "\ufffd"
+"""What stands for a piece of a character."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Snippet:
     Attributes:
         strength: |z| at that token.
         document: its number in the source.
-        pieces: `(text, share)` of each token: its text, and |z| there as a share of `strength`.
+        pieces: `(text, share)` of each token, or of all that are pieces of one character: text, and the largest |z|
+            there as a share of `strength`.
     """
 
     strength: float
@@ -216,7 +219,29 @@ class StrongestRows:
 
 def _snippet(peak: float, candidate: Candidate, tokenizer: Any) -> Snippet:
     texts, shares = token_texts(tokenizer, candidate.ids.tolist()), (candidate.strengths / peak).tolist()
-    return Snippet(peak, candidate.document, tuple(zip(texts, shares, strict=True)))
+    return Snippet(peak, candidate.document, whole_characters(texts, shares))
+
+
+def whole_characters(texts: Sequence[str], shares: Sequence[float]) -> tuple[tuple[str, float], ...]:
+    """Text and share of each token, tokens that are pieces of one character together with the largest of their shares.
+
+    Halves of characters at the ends, where the snippet was cut, are left out unless they are the most active.
+    """
+    pieces: list[tuple[str, float]] = []
+    waiting = 0.0
+    for text, share in zip(texts, shares, strict=True):
+        waiting = max(waiting, share)
+        if text:
+            pieces.append((text, waiting))
+            waiting = 0.0
+    if waiting:  # what ends the row adds no text
+        text, share = pieces.pop() if pieces else ("", 0.0)
+        pieces.append((text, max(share, waiting)))
+    if pieces and pieces[0][1] < 1:
+        pieces[0] = (pieces[0][0].lstrip(BROKEN), pieces[0][1])
+    if pieces and pieces[-1][1] < 1:
+        pieces[-1] = (pieces[-1][0].rstrip(BROKEN), pieces[-1][1])
+    return tuple(piece for piece in pieces if piece[0] or piece[1] == 1)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -227,7 +252,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     done = ""
     for end in range(1, len(ids) + 1):
         text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
-        whole = text if end == len(ids) else text.rstrip("\ufffd")
+        whole = text if end == len(ids) else text.rstrip(BROKEN)
         texts.append(whole[len(done) :])
         done = whole if len(whole) > len(done) else done
     return texts
