@@ -5,16 +5,18 @@ question to the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import Cli, arguments, same
 from conftest import BOS, D_MODEL, SAES, VOCAB
-from place import placed
+from place import device, placed
 from pretended import Machine, OnDevice, moved, pretended_device
 
-from tl_capacity.dictionaries import dense
+from tl_capacity.dictionaries import dense, reducing
 from tl_capacity.dictionaries.adapter import NamedDictionary
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure import layout
@@ -28,12 +30,12 @@ HOOK = "blocks.1.hook_resid_post"
 EXACT = ("counts", "incidence", "tokens", "documents", "masked", "fvu_tokens")
 
 
-def attached(model: Any, sae: Any, on_device: bool, hook: str = HOOK, fvu_every: int = 3) -> CapacityHooks:
+def attached(model: Any, sae: Any, on_device: bool | None, hook: str = HOOK, fvu_every: int = 3) -> CapacityHooks:
     rule = CountingRule.without([BOS])
     return attach(model, [NamedDictionary(hook, "sae", sae)], rule, None, 1e-5, fvu_every, on_device=on_device)
 
 
-def sums(model: Any, sae: Any, stream: Any, on_device: bool, **options: Any) -> dict[str, np.ndarray]:
+def sums(model: Any, sae: Any, stream: Any, on_device: bool | None, **options: Any) -> dict[str, np.ndarray]:
     with attached(model, sae, on_device, **options) as capacity:
         measurement = capacity.run(stream, progress=False).measurement()
     return dict(measurement.hooks[0].summary.arrays)
@@ -97,6 +99,23 @@ def test_transcoders(hooked: Any, make_sae: MakeSAE, tokens: torch.Tensor, archi
 
 def test_topk_that_rescales_by_the_decoder(neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
     assert_same_sums(neox, make_sae("topk", rescale_acts_by_decoder_norm=True), tokens.split(5))
+
+
+@pytest.mark.parametrize(("width", "k"), [(256, 4), (256, 5), (250, 3), (64, 1), (640, 7)])
+def test_the_largest_in_two_steps(width: int, k: int) -> None:
+    """Ties and NaN included, the values are those of `torch.topk`, and from places that hold them."""
+    random = torch.Generator().manual_seed(width + k)
+    for latents in (
+        torch.randn(9, width, generator=random),
+        torch.randint(-2, 3, (9, width), generator=random).float(),
+        torch.where(torch.rand(9, width, generator=random) < 0.01, torch.nan, torch.randn(9, width, generator=random)),
+    ):
+        values, features = dense.largest_in_two_steps(latents, k)
+        own = latents.topk(k).values
+        same_values = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(values.sort(-1).values, own.sort(-1).values, **same_values)
+        torch.testing.assert_close(latents.gather(1, features), values, **same_values)
+        assert all(len(set(row)) == k for row in features.tolist())
 
 
 def test_moments_are_those_of_float64(neox: Any, make_sae: MakeSAE) -> None:
@@ -165,8 +184,8 @@ def test_no_batch_waits_for_the_device(
     later = seen[-1][len(seen[0]) :]
     assert later == []
     assert 0 < len(Machine.waits) < 40
-    for name in ("counts", "sums", "squares", "residual"):
-        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_a_question_to_the_device_is_noticed() -> None:
@@ -188,3 +207,99 @@ def test_a_question_to_the_device_is_noticed() -> None:
             Machine.waits.clear()
             torch.ones(3).to(x.device, non_blocking=True)
             assert Machine.waits == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_compiled_sums(
+    neox: Any,
+    make_sae: MakeSAE,
+    tokens: torch.Tensor,
+    architecture: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    unchecked: None,
+) -> None:
+    monkeypatch.setenv(reducing.COMPILE, "1")
+    monkeypatch.setattr(dense, "DENSE_FEATURES", 24)
+    assert_same_sums(neox, make_sae(architecture), [*tokens.split(5), *uneven()])
+    assert "torch.compile" not in caplog.text
+
+
+def test_sums_without_a_compiler(
+    neox: Any,
+    make_sae: MakeSAE,
+    tokens: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where compiling fails, sums are made without it, and that is said once."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setenv(reducing.COMPILE, "1")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    assert_same_sums(neox, make_sae(), tokens.split(5))
+    assert caplog.text.count("torch.compile does not work here (RuntimeError)") == 1
+
+
+def test_too_little_memory_is_a_sentence_and_the_checkpoint_stays(
+    setup: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device runs out of memory in the midst; from the checkpoint the run goes on to what it would have been."""
+    whole, out, products = tmp_path / "whole", tmp_path / "m", []
+    options = ("--batch-rows", "4", "--checkpoint-seconds", 0)
+    assert cli(*arguments(setup, whole, *options))[0] == 0
+    product = torch.mm
+
+    def scarce(*args: Any, **more: Any) -> torch.Tensor:
+        products.append(1)
+        if len(products) == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has none")
+        return product(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", scarce)
+        code, _, err = cli(*arguments(setup, out, *options))
+    assert code == 2
+    assert (
+        "tokens does not fit into the memory of the device, where 2.00 GiB more were asked for: choose a smaller" in err
+    )
+    assert cli(*arguments(setup, out, *options, "--resume"))[0] == 0
+    same(whole, out)
+
+
+@pytest.mark.parametrize("where", ["model", "sae"])
+def test_a_model_and_an_sae_on_two_devices(
+    make_model: Callable[..., Any], make_sae: MakeSAE, tokens: torch.Tensor, unchecked: None, where: str
+) -> None:
+    """Sums are where the SAE is; what the model gives is copied there."""
+    wanted = sums(make_model("gpt_neox"), make_sae(), tokens.split(5), False)
+    with pretended_device(float64=True):
+        model, sae = make_model("gpt_neox"), make_sae()
+        model, sae = (moved(model), sae) if where == "model" else (model, moved(sae))
+        found = sums(model, sae, tokens.split(5), None)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_half_precision_beneath_autocast(
+    make_model: Callable[..., Any], make_sae: MakeSAE, tokens: torch.Tensor
+) -> None:
+    """A bfloat16 model with a float32 SAE: what is active is decided in float32, also beneath autocast."""
+    model, sae = make_model("gpt_neox").to(torch.bfloat16), make_sae("jumprelu")
+    wanted = assert_same_sums(model, sae, tokens.split(5))
+    with torch.autocast(device(), dtype=torch.bfloat16):
+        found = assert_same_sums(model, sae, tokens.split(5))
+    np.testing.assert_array_equal(found["tokens"], wanted["tokens"])
+    seen: list[torch.Tensor] = []
+    handle = model.gpt_neox.layers[1].register_forward_hook(
+        lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    counted = tokens.flatten() != BOS
+    latents = sae.encode(seen[0].reshape(-1, D_MODEL)[counted].float()).detach()
+    np.testing.assert_array_equal(wanted["counts"].sum(0), (latents != 0).sum(0).numpy(force=True))

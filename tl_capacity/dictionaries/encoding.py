@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_capacity.dictionaries.adapter import dead_latents, decoder_bias, decoder_scale, decoder_vectors
 from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.runtime.devices import is_accelerator
 from tl_capacity.runtime.scratch import Scratch
 
 Entries = tuple[Tensor, Tensor, Tensor]
@@ -35,6 +36,10 @@ memory and save no time.
 """
 ROW_BLOCK = 24_576
 """The same where the latents of a token are compared with each other."""
+DENSE_FEATURES = 16_384
+"""The same on an accelerator, which would otherwise wait for its next order."""
+DENSE_AT_ONCE = 2**28
+"""Latents that are dense at once on an accelerator, at most: 1 GiB in float32."""
 FEWEST_TOKENS = 64
 """Tokens that an SAE's own `encode`, which makes all latents at once, is given, whatever their number."""
 
@@ -77,14 +82,18 @@ class Encoder:
         self.dead = dead_latents(sae)
         self._checked = False
         self.scratch = scratch or Scratch()
-        self.hold(DENSE_LATENTS if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
+        most = DENSE_AT_ONCE if is_accelerator(sae.W_dec.device) else DENSE_LATENTS
+        self.hold(most if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
 
     def hold(self, latents: int) -> None:
         """Let so many latents be dense at once, by which `chunk`, the tokens to encode at once, is chosen; at least
         those of one token.
         """
         self.dense_latents = latents
-        self._block = self.d_sae if self._activation is None else min(self.d_sae, self._activation.features_at_once)
+        self._block = self.d_sae
+        if self._activation is not None:
+            few = DENSE_FEATURES if is_accelerator(self.sae.W_dec.device) else 0
+            self._block = min(self.d_sae, max(self._activation.features_at_once, few))
         self.chunk = min(CHUNK_TOKENS, max(1, latents // self._block))
 
     @torch.no_grad()

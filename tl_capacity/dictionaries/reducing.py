@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from tl_capacity.runtime.logs import log
 
 COMPILE = "TL_CAPACITY_COMPILE"
-"""The environment variable that has the sums compiled on an accelerator, where it is 1."""
+"""The environment variable that has the sums compiled at once, where it is 1, or never, where it is 0."""
+COMPILED_AFTER = 256
+"""Blocks that are summed on CUDA before compiling, which takes as long as some thousands of them, is worth it."""
 
 
 class PieceSums(NamedTuple):
@@ -54,10 +57,14 @@ def sums_at_once(latents: Tensor, least: Tensor | float | None, length: int) -> 
 
 
 class Reducer:
-    """The sums of dense latents over pieces, compiled where that is asked for and works."""
+    """The sums of dense latents over pieces, compiled where that is worth it and works."""
 
     def __init__(self) -> None:
-        self._compiled: Callable[..., PieceSums] | None = _compiled() if os.environ.get(COMPILE) == "1" else None
+        wanted = os.environ.get(COMPILE)
+        self._compiles_after: dict[str, int] = {"cuda": COMPILED_AFTER} if wanted is None else {}
+        self._at_once, self._blocks = wanted == "1", 0
+        self._compiled: Callable[..., PieceSums] | None = None
+        self._fails = False
 
     def __call__(
         self, latents: Tensor, least: Tensor | float | None, length: int, checked: int
@@ -70,20 +77,33 @@ class Reducer:
             length: tokens of a piece.
             checked: how many tokens' latents are wanted.
         """
-        if self._compiled is not None:
-            try:
-                # A run holds compiled models back, whose graphs would go past hooks; there are none here.
-                with torch.compiler.set_stance("default"):
-                    sums = PieceSums(*self._compiled(latents, least, length))
-            except Exception as problem:
-                self._compiled = None
-                log.warning(f"torch.compile does not work here ({type(problem).__name__}): sums are made without it")
-            else:
-                first = latents[:checked]
-                return first if least is None else activated(first, least), sums
-        sums = sums_in_steps(latents, least, length)
-        return latents[:checked], sums
+        sums = self._sums_at_once(latents, least, length) if self._due(latents.device) else None
+        if sums is None:
+            sums = sums_in_steps(latents, least, length)
+            return latents[:checked], sums
+        first = latents[:checked]
+        return first if least is None else activated(first, least), sums
 
+    def _due(self, device: torch.device) -> bool:
+        """Whether this block's sums are to be compiled."""
+        self._blocks += 1
+        after = 0 if self._at_once else self._compiles_after.get(device.type)
+        return not self._fails and after is not None and self._blocks > after
 
-def _compiled() -> Callable[..., PieceSums]:
-    return torch.compile(sums_at_once, dynamic=True)
+    def _sums_at_once(self, latents: Tensor, least: Tensor | float | None, length: int) -> PieceSums | None:
+        """Compiled sums; None where they cannot be had, which is said once."""
+        try:
+            # A run holds compiled models back, whose graphs would go past hooks; there are none here.
+            with torch.compiler.set_stance("default"):
+                if self._compiled is not None:
+                    return PieceSums(*self._compiled(latents, least, length))
+                self._compiled = torch.compile(sums_at_once)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of a compiler, on products that are not compiled
+                    return PieceSums(*self._compiled(latents, least, length))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # whatever a compiler stumbles over
+            self._fails, self._compiled = True, None
+            log.warning(f"torch.compile does not work here ({type(problem).__name__}): sums are made without it")
+            return None

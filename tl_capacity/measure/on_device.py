@@ -15,6 +15,7 @@ from tl_capacity.measure.documents import OpenDocuments
 from tl_capacity.measure.finite import FirstBad
 from tl_capacity.measure.layout import Layout
 from tl_capacity.measure.statistics import FeatureStatistics
+from tl_capacity.measure.written import Written
 
 
 class DeviceCounting:
@@ -34,8 +35,8 @@ class DeviceCounting:
         batch: int,
         statistics: FeatureStatistics,
         open_documents: OpenDocuments,
-    ) -> Tensor:
-        """Count the activations [row, position, ...] of one batch; returns the reconstruction of the checked tokens.
+    ) -> Written | None:
+        """Count the activations [row, position, ...] of one batch; returns what was written for the checked tokens.
 
         Args:
             activation: on the device of the sums.
@@ -48,7 +49,7 @@ class DeviceCounting:
         sae = self._dense.sae
         inputs = inputs_for(sae, activation.flatten(0, 1).index_select(0, layout.token))
         if not len(inputs):
-            return activation.new_zeros(0, 0)
+            return None
         rows = open_documents.rows(layout.documents)
         chunk = max(1, self._dense.chunk(inputs) // layout.length)
         written: list[Tensor] = []
@@ -72,10 +73,10 @@ class DeviceCounting:
             if reconstruction is not None:
                 written.append(reconstruction)
         if not written:
-            return activation.new_zeros(0, 0)
+            return None
         reconstruction = torch.cat(written).index_select(0, layout.checked_place)
         self.first_bad.note("written", ~reconstruction.sum(dtype=torch.float32).isfinite(), batch)
-        return reconstruction
+        return Written(reconstruction, layout.checked_group, layout)
 
     def _count_norms(self, activation: Tensor, layout: Layout, batch: int, statistics: FeatureStatistics) -> None:
         vectors = activation.flatten(2)
@@ -157,7 +158,6 @@ class DeviceCounting:
         return values.sum() + values.square().sum()
 
 
-def checked_target(activation: Tensor, layout: Layout, device: torch.device) -> Tensor:
-    """What stands at the checked tokens of an activation [row, position, ...], on a device."""
-    place = layout.checked_token.to(activation.device)
-    return activation.flatten(0, 1).index_select(0, place).flatten(1).to(device)
+def checked_target(activation: Tensor, layout: Layout) -> Tensor:
+    """What stands at the checked tokens [token, ...] of an activation [row, position, ...], which may be elsewhere."""
+    return activation.flatten(0, 1).index_select(0, layout.checked_token.to(activation.device))

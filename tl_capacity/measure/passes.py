@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tl_capacity.errors import CapacityError, HookPointError
-from tl_capacity.measure.tap import Tap, Written
+from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
+from tl_capacity.measure.written import Written
 from tl_capacity.models.forward import NothingMoreToSeeError, forward_options
 from tl_capacity.text.counting import CountedTokens
 

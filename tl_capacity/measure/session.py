@@ -51,6 +51,7 @@ from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.devices import uploaded
 from tl_capacity.runtime.logs import ended_early, log
+from tl_capacity.runtime.out_of_memory import within_device_memory
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.text.counting import CountedTokens, CountingRule, special_token_ids
@@ -58,6 +59,9 @@ from tl_capacity.text.shares import Place
 from tl_capacity.text.streams import Fillers, TokenBatch, TokenStream
 
 Counted = TypeVar("Counted")
+
+LESS_MEMORY = "choose a smaller --batch-rows, a shorter --context or --dtype bfloat16; a checkpoint stays, for --resume"
+"""What helps where a device's memory is full."""
 
 
 class CapacityHooks:
@@ -359,7 +363,10 @@ class CapacityHooks:
         self._note_saes()
         begun = self._passes.begin(kind, self.rule.apply(batch))
         ids = uploaded(torch.from_numpy(batch.filled(self.rule.filler)), device_of(self.model))
-        with self._calls.paused():
+        with (
+            self._calls.paused(),
+            within_device_memory("a batch of {} rows of {} tokens".format(*ids.shape), LESS_MEMORY),
+        ):
             # Seeded by the tokens themselves, so that an interrupted run draws what an uninterrupted one does.
             begun.run(self.model, ids, int(self._cursor.digest[:12] or "0", 16))
         self._pace.release()

@@ -67,12 +67,9 @@ class FeatureStatistics:
         }
         return cls.from_tensors({**zeros, "decoder_norm": decoder_norm.to(device=device, dtype=torch.float64)})
 
-    def update_masked(
-        self, masked: Int64[Tensor, " reason"], counted_norm: Float64[Tensor, ""], masked_norm: Float64[Tensor, ""]
-    ) -> None:
-        """Add how many tokens of a batch do not count, and Σ‖x‖² of those that do and of those that do not."""
+    def update_masked(self, masked: Int64[Tensor, " reason"]) -> None:
+        """Add how many tokens of a batch do not count."""
         self.masked += masked
-        self.update_norms(counted_norm, masked_norm)
 
     def update_norms(self, counted_norm: Float64[Tensor, ""], masked_norm: Float64[Tensor, ""]) -> None:
         """Add Σ‖x‖² of tokens that count and of those that do not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -16,23 +16,24 @@ from tl_capacity.dictionaries.adapter import (
     check_dictionary,
     decoder_norms,
     decoder_vectors,
-    inputs_for,
     target_hook,
     unhooked,
 )
 from tl_capacity.dictionaries.decoding import Decoder
-from tl_capacity.dictionaries.encoding import Encoder, Entries, joined
+from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.dictionaries.reading import Reading
 from tl_capacity.errors import DictionaryError, HookPointError
-from tl_capacity.interfaces import ImportanceEstimator, LatentBatch
+from tl_capacity.interfaces import ImportanceEstimator
 from tl_capacity.measure.documents import OpenDocuments
-from tl_capacity.measure.estimators import accumulate, accumulating, empty_states
-from tl_capacity.measure.finite import FirstBad, not_finite
+from tl_capacity.measure.entries import EntryCounting, refuse_unless_linear
+from tl_capacity.measure.estimators import accumulating, empty_states
+from tl_capacity.measure.finite import FirstBad
 from tl_capacity.measure.layout import Layout
 from tl_capacity.measure.on_device import DeviceCounting, checked_target
 from tl_capacity.measure.statistics import FeatureStatistics, device_of_sum
+from tl_capacity.measure.written import Written, joined_writing
 from tl_capacity.models.processing import CENTRING
-from tl_capacity.runtime.devices import exact, exact_device, is_accelerator
+from tl_capacity.runtime.devices import exact_device, is_accelerator
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.counting import CountedTokens
 
@@ -61,14 +62,6 @@ def counting(method: Callable[Concatenate[Tap, Tensor, Arguments], Result]) -> C
 
 
 NO_GRADIENTS: Mapping[str, Tensor] = {}
-
-
-class Written(NamedTuple):
-    """What a transcoder wrote for some tokens, until its target is seen: [token, width] and each token's group."""
-
-    reconstruction: Tensor
-    groups: Tensor
-    layout: Layout | None = None
 
 
 class Tap:
@@ -119,7 +112,6 @@ class Tap:
         device = self.sae.W_dec.device
         self.device = exact_device(device)
         self.target_hook = target_hook(self.sae, self.hook)
-        self._accumulating = accumulating(estimators)
         norms = decoder_norms(self.sae, self.device)
         if not bool(norms.isfinite().all()):
             raise DictionaryError(
@@ -129,9 +121,13 @@ class Tap:
         self.statistics.state.update(empty_states(estimators, self.sae, self.device))
         self._open = OpenDocuments(self.d_sae, self.device)
         on_device = is_accelerator(device) if on_device is None else on_device
-        self._on_device: DeviceCounting | None = None
-        if on_device and not self._accumulating:
-            self._on_device = DeviceCounting(self.encoder, self._decoder, FirstBad(self.hook, self.device))
+        own = accumulating(estimators)
+        self._entries = EntryCounting(self.hook, self.encoder, self._decoder, own, fvu_every, self.device)
+        self._on_device = (
+            DeviceCounting(self.encoder, self._decoder, FirstBad(self.hook, self.device))
+            if on_device and not own
+            else None
+        )
 
     def differences(self) -> tuple[str, ...]:
         """How the model at hand differs from the one that the SAE was trained on, a sentence each: what is made up for,
@@ -179,67 +175,38 @@ class Tap:
             CapacityError: where an activation or a latent is not finite.
         """
         self._check_shape(activation, tokens)
-        still_open = {*tokens.unique_documents, *open_elsewhere}
+        if self._on_device is None:
+            self._entries.check_finite(activation, tokens, batch)
+        self._begin(tokens, {*tokens.unique_documents, *open_elsewhere})
         in_model = any(self.sae is sae for sae in self.point.carried())
+        awaiting: list[Written] = []
         with unhooked(self.sae) if in_model else nullcontext():
-            if self._on_device is not None:
-                return self._observe_on_device(self._on_device, activation, tokens, batch, still_open)
-            return self._observe_entries(activation, tokens, batch, gradients, still_open)
+            for target, written in self._written(activation, tokens, batch, gradients):
+                if self.target_hook is None:
+                    self._compare(target, written)
+                else:
+                    awaiting.append(written)
+        return awaiting
 
-    def _observe_on_device(
-        self,
-        counting: DeviceCounting,
-        activation: Tensor,
-        tokens: CountedTokens,
-        batch: int,
-        still_open: Collection[int],
-    ) -> list[Written]:
-        self._begin(tokens, still_open)
-        self.statistics.masked += tokens.masked
+    def _written(
+        self, activation: Tensor, tokens: CountedTokens, batch: int, gradients: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Written]]:
+        """Count; yields what is checked with what was written for it."""
+        if self._on_device is None:
+            yield from self._entries.count(activation, tokens, batch, self.statistics, self._open, gradients)
+            return
         activation = activation.to(self.device)  # the model may run elsewhere
         layout = Layout.of(tokens, self.fvu_every, self.device)
-        reconstruction = counting.count(activation, layout, batch, self.statistics, self._open)
-        written = Written(reconstruction, layout.checked_group, layout)
-        if not len(layout.checked_groups):
-            return []
-        if self.target_hook is not None:
-            return [written]
-        self._compare(checked_target(activation, layout, self.device), [written])
-        return []
-
-    def _observe_entries(
-        self,
-        activation: Tensor,
-        tokens: CountedTokens,
-        batch: int,
-        gradients: Mapping[str, Tensor],
-        still_open: Collection[int],
-    ) -> list[Written]:
-        """The same, with active latents picked out."""
-        self._check_finite(activation, tokens, batch)
-        norms = exact(activation.float().flatten(2).square().sum(-1))
-        self.statistics.update_masked(
-            tokens.masked,
-            counted_norm=norms[tokens.counted.to(norms.device)].sum(),
-            masked_norm=norms[tokens.unwanted.to(norms.device)].sum(),
-        )
-        self._begin(tokens, still_open)
-        counted = tokens.counted.flatten().to(activation.device)
-        inputs = inputs_for(self.sae, activation.flatten(0, 1)[counted])
-        along = {loss: gradient.flatten(0, 1)[counted].flatten(1) for loss, gradient in gradients.items()}
-        rows, positions = tokens.row_of_token.to(self.device), tokens.position_of_token.to(self.device)
-        written: list[Written] = []
-        for start in range(0, len(inputs), self.encoder.chunk):
-            chunk = slice(start, start + self.encoder.chunk)
-            some = {loss: gradient[chunk] for loss, gradient in along.items()}
-            written += self._count(inputs[chunk], rows[chunk], positions[chunk], tokens, batch, some)
-        return written
+        written = self._on_device.count(activation, layout, batch, self.statistics, self._open)
+        if written is not None:
+            yield checked_target(activation, layout), written
 
     def _begin(self, tokens: CountedTokens, still_open: Collection[int]) -> None:
         """What the host knows of a batch; documents that are not `still_open` have ended."""
         self._open.end(self.statistics, but=still_open)
         self._open.open(tokens.counted_documents)
         self.statistics.update_tokens(tokens.groups[tokens.row_of_token])
+        self.statistics.update_masked(tokens.masked)
 
     def check_finite(self) -> None:
         """Whether all that was counted is finite, where that was not asked for batch by batch.
@@ -268,95 +235,13 @@ class Tap:
                 " another hook point or model, so pass one that was trained on this"
             )
 
-    def _check_finite(self, activation: Tensor, tokens: CountedTokens, batch: int) -> None:
-        # A sum is finite exactly where its terms are, short of overflow in float32, and needs no temporary of the
-        # activation's size. What stands at padding is no part of the text.
-        if not bool(torch.isfinite(activation.sum(dtype=torch.float32))) and not bool(
-            torch.isfinite(activation[tokens.valid.to(activation.device)].sum(dtype=torch.float32))
-        ):
-            raise not_finite("activations", self.hook, batch)
-
-    def _count(
-        self,
-        inputs: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        tokens: CountedTokens,
-        batch: int,
-        gradients: Mapping[str, Tensor],
-    ) -> Iterator[Written]:
-        """Add some tokens to the sums; yields what a transcoder wrote for those that are checked."""
-        device = self.sae.W_dec.device  # the model may run elsewhere
-        inputs = inputs.to(device)
-        gradients = {loss: gradient.to(device) for loss, gradient in gradients.items()}
-        groups, documents = tokens.groups.to(self.device)[rows], tokens.documents.tolist()
-        checked = tokens.checked(self.fvu_every).to(self.device)[rows]
-        entries = self._count_latents(inputs, groups, self._open.rows(documents)[rows], checked, batch)
-        self._decoder.settle(inputs)
-        if gradients:
-            self.refuse_unless_linear()
-        if self._accumulating:
-            latents = LatentBatch(
-                features=entries[1],
-                tokens=entries[0],
-                groups=groups[entries[0]],
-                values=entries[2],
-                activations=inputs,
-                documents=tokens.documents.to(self.device)[rows],
-                token_groups=groups,
-                rows=rows,
-                positions=positions,
-                counted=tokens.counted,
-                sae=self.sae,
-                gradients=gradients,
-                scale=self._decoder.scale,
-            )
-            for estimator in self._accumulating:
-                accumulate(estimator, self.statistics.state, latents)
-        if bool(checked.any()):
-            targets = inputs[checked.to(inputs.device)]
-            written = Written(self._decoder(entries, checked, targets), groups[checked])
-            if not bool(written.reconstruction.sum(dtype=torch.float32).isfinite()):
-                raise not_finite("written", self.hook, batch)
-            if self.target_hook is None:
-                self._compare(targets.flatten(1).to(self.device), [written])
-            else:
-                yield written
-
-    def _count_latents(self, inputs: Tensor, groups: Tensor, open_rows: Tensor, checked: Tensor, batch: int) -> Entries:
-        """Count what is active, a few features at a time; returns what is needed together: the active latents of all
-        tokens where an estimator accumulates, else those of tokens whose reconstruction is checked.
-        """
-        kept: list[Entries] = []
-        for part in self.encoder.parts(inputs):
-            tokens, features, values = (t.to(self.device) for t in part)
-            values = values.double()
-            if not bool(torch.isfinite(values.sum())):
-                raise not_finite("latents", self.hook, batch)
-            self.statistics.update_latents(features, values, groups[tokens])
-            self._open.mark(open_rows[tokens], features)
-            if not self._accumulating:
-                few = torch.nonzero(checked[tokens]).view(-1)
-                tokens, features, values = tokens[few], features[few], values[few]
-            kept.append((tokens, features, values))
-        return joined(kept)
-
     def refuse_unless_linear(self) -> None:
         """Refuse a gradient along decoder vectors where the SAE does not write the sum of those at its own hook point.
 
         Raises:
             DictionaryError: where it does not.
         """
-        if self._decoder.linear is False or self.target_hook is not None:
-            what = (
-                "writes to another hook point"
-                if self.target_hook is not None
-                else "does not write the sum of its decoder vectors"
-            )
-            raise DictionaryError(
-                f"the SAE at {self.hook} {what}, so the gradient of its latents is not known: choose an importance that"
-                " needs none"
-            )
+        refuse_unless_linear(self.hook, self.linear, self.target_hook is not None)
 
     @counting
     def observe_target(self, activation: Tensor, tokens: CountedTokens, written: Sequence[Written]) -> None:
@@ -365,25 +250,23 @@ class Tap:
         Raises:
             HookPointError: where that has another width.
         """
-        layout = written[0].layout if written else None
-        if layout is not None:
-            self._compare(checked_target(activation.detach(), layout, self.device), written)
+        whole, activation = joined_writing(written), activation.detach()
+        if whole.layout is not None:
+            self._compare(checked_target(activation, whole.layout), whole)
             return
-        outputs = activation.detach().flatten(0, 1)[tokens.counted.flatten().to(activation.device)]
+        outputs = activation.flatten(0, 1)[tokens.counted.flatten().to(activation.device)]
         checked = tokens.checked(self.fvu_every)[tokens.row_of_token]
-        self._compare(outputs[checked.to(outputs.device)].flatten(1).to(self.device), written)
+        self._compare(outputs[checked.to(outputs.device)], whole)
 
-    def _compare(self, target: Tensor, written: Sequence[Written]) -> None:
-        """Add how far a reconstruction is from what it should be [token, width]."""
-        reconstruction = torch.cat([part.reconstruction for part in written]).to(self.device)
+    def _compare(self, target: Tensor, written: Written) -> None:
+        """Add how far a reconstruction is from what it should be [token, ...]."""
+        target, reconstruction = target.flatten(1).to(self.device), written.reconstruction.to(self.device)
         if target.shape != reconstruction.shape:
             raise HookPointError(
                 f"{self.target_hook} has {target.shape[-1]} dimensions, but the transcoder writes"
                 f" {reconstruction.shape[-1]}: it belongs to another model"
             )
-        groups = torch.cat([part.groups for part in written])
-        known = written[0].layout.checked_groups if written[0].layout is not None else None
-        self.statistics.update_reconstruction(target, reconstruction, groups, known)
+        self.statistics.update_reconstruction(target, reconstruction, written.groups, written.known_groups)
 
     def close_open_documents(self) -> None:
         """Count the documents seen so far as ended: what comes next is another stream, whatever numbers its documents
