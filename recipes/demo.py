@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from tl_capacity.recipes.demo_summary import PAGE, Found, say
+from tl_capacity.recipes.demo_summary import PAGE, TARGET_LOSS, Found, say
 
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.recipe import option, run_file
@@ -148,7 +148,7 @@ def report(config: DemoConfig) -> None:
     """Write the page, with text on which features are most active."""
     from tl_capacity.report import ReportSettings, Results, find_snippets, write_report
 
-    results, settings = Results.load([config.out]), ReportSettings()
+    results, settings = Results.load([config.out]), ReportSettings(target_loss=TARGET_LOSS)
     examples, note = find_snippets(results, settings, tokens=SHOWN, device=config.device)
     write_report(config.out / PAGE, results, settings, examples, note)
 

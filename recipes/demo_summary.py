@@ -25,6 +25,8 @@ from tl_capacity.show.tables import table
 from tl_capacity.show.terminal import console, print_text
 
 PAGE = "report.html"
+TARGET_LOSS = 0.5
+"""In nats per token: one that some of the students reach."""
 MANY = 20_000_000
 CONVERGED = "docs/results/embedded_floor.md"
 """Tokens that the students of the package's record were trained on, and the page of their results."""
@@ -169,6 +171,6 @@ def next_steps(found: Found) -> list[str]:
     opener = OPENERS.get(sys.platform, "xdg-open")
     return [
         f"The report, with training curves, kept features and examples: {opener} {shlex.quote(str(found.page))}",
-        f"Which width you need:  tl-capacity plan {shlex.quote(str(found.folder))} --target-loss 0.5",
+        f"Which width you need:  tl-capacity plan {shlex.quote(str(found.folder))} --target-loss {TARGET_LOSS:g}",
         "The same on yours:     tl-capacity measure --model MODEL --sae SAE --source TEXT.jsonl --out runs/mine",
     ]

@@ -61,7 +61,6 @@ EVIL = "</script><script>document.title='taken'</script>"
 WIDTHS = (4, 8, 12, 16, 24)
 ORDER = [
     "layers",
-    "beside",
     "importance",
     "firing-rates",
     "suite",
@@ -72,6 +71,7 @@ ORDER = [
     "probes",
     "recoverability",
     "placement",
+    "beside",
     "features",
     "method",
 ]

@@ -22,7 +22,6 @@ from tl_capacity.report.story import Story
 
 SECTIONS: tuple[tuple[Section, Callable[[Story, Section], Section]], ...] = (
     (Section("layers", "What each layer holds"), layers),
-    (Section("beside", "Beside other measurements"), beside),
     (Section("importance", "How importance is spread, and where each width's budget ends"), importance),
     (Section("firing-rates", "How often features fire"), firing_rates),
     (Section("suite", "Critical width and the dictionary's L0"), suite),
@@ -33,6 +32,7 @@ SECTIONS: tuple[tuple[Section, Callable[[Story, Section], Section]], ...] = (
     (Section("probes", "What students still know: probes"), probes),
     (Section("recoverability", "Features that students kept"), recoverability),
     (Section("placement", "What choosing the kept features costs"), placement),
+    (Section("beside", "Beside other measurements"), beside),
 )
 """The sections with figures and tables in their order, empty, and what fills each."""
 
