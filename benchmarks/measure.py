@@ -184,7 +184,7 @@ def runs_of(model: Any, saes: Any, shapes: Shapes) -> Iterator[Callable[[int], o
     """A session that runs so many batches."""
     from tl_capacity import add_capacity_hooks
 
-    batch = tokens(shapes)
+    batch = tokens(shapes).cpu()
     with add_capacity_hooks(model, saes) as capacity:
         yield lambda batches: capacity.run([batch] * batches, progress=False)
 

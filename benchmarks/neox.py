@@ -250,7 +250,7 @@ def counting(
     """
     from tl_capacity import add_capacity_hooks
 
-    batch = tokens(shapes)
+    batch = tokens(shapes).cpu()  # as a tokenizer gives them; the session brings them to the model
     with add_capacity_hooks(model, saes) as capacity:
         capacity.run([batch] * warm, progress=False)
         yield lambda: capacity.run([batch] * batches, progress=False)
