@@ -180,7 +180,7 @@ def _counted(capacity: CapacityHooks, stream: TokenStream, mine: MeasureSettings
         try:
             count(capacity, stream, mine)
         except NothingCountedError:
-            log.warning(f"process {stream.share.index} of {stream.share.count} has no token to count")
+            log.warning(f"no token is left for this process, whose part would be {mine.out}: it adds nothing")
         else:
             measurement, extra = capacity.measurement(), capacity.checkpoint()[1]
             write_folder(mine.out, measurement.to_json(), measurement.arrays() | extra)
