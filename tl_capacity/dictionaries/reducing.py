@@ -94,13 +94,11 @@ class Reducer:
         """Compiled sums; None where they cannot be had, which is said once."""
         try:
             # A run holds compiled models back, whose graphs would go past hooks; there are none here.
-            with torch.compiler.set_stance("default"):
-                if self._compiled is not None:
-                    return PieceSums(*self._compiled(latents, least, length))
-                self._compiled = torch.compile(sums_at_once)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of a compiler, on products that are not compiled
-                    return PieceSums(*self._compiled(latents, least, length))
+            with torch.compiler.set_stance("default"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a compiler warns of its own libraries, and of products not in here
+                if self._compiled is None:
+                    self._compiled = torch.compile(sums_at_once)
+                return PieceSums(*self._compiled(latents, least, length))
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # whatever a compiler stumbles over
