@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from place import on_cpu
 
 from tl_capacity.distillation import DistillationRun, DistillSettings, distill
@@ -61,18 +60,17 @@ def test_a_run_goes_on_on_the_other_device(make_model: MakeModel, device: str, t
 
 
 def test_losses_are_read_later_as_they_were_and_in_order() -> None:
-    accelerator, random = Accelerator(), torch.Generator().manual_seed(0)
-    unread = Unread(torch.device("cuda"))
+    random, unread = torch.Generator().manual_seed(0), Unread(torch.device("cuda"))
     steps = [(step, torch.rand(2, generator=random, dtype=torch.float64)) for step in range(5, 5 + AT_ONCE)]
     for step, losses in steps:
         assert not unread.due
         unread.add(step, losses, [losses[0].float(), losses[1].float()])
     assert unread.due
-    for (step, losses), read in zip(steps, unread.read(accelerator), strict=True):
+    for (step, losses), read in zip(steps, unread.read(), strict=True):
         assert read == (step, losses.tolist(), losses.float().tolist())
-    assert not list(unread.read(accelerator))
+    assert not list(unread.read())
     unread.add(0, losses, [losses[0], losses[1]])
-    assert len(list(unread.read(accelerator))) == 1, "also before it is due"
+    assert len(list(unread.read())) == 1, "also before it is due"
 
 
 def test_the_cpu_is_read_at_once() -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tl_capacity.errors import TokenSourceError
+from tl_capacity.runtime.devices import uploaded
 from tl_capacity.storage.digests import digest
 from tl_capacity.text.streams import PADDING, Fillers, as_batches
 
@@ -171,11 +172,13 @@ def model_inputs(
     rows: NDArray[np.int64], device: torch.device
 ) -> tuple[Int[Tensor, "row position"], Bool[Tensor, "row position"], Int[Tensor, " token"]]:
     """Token ids [row, position], which positions have a next token to predict, and those next tokens [token]."""
-    tokens = torch.from_numpy(rows).to(device)
-    real = tokens != PADDING
-    counted = torch.zeros_like(real)
-    counted[:, :-1] = real[:, 1:]
-    return tokens.clamp(min=0), counted, tokens[:, 1:][counted[:, :-1]]
+    counted = np.zeros(rows.shape, dtype=bool)
+    counted[:, :-1] = rows[:, 1:] != PADDING
+    labels = rows[:, 1:][counted[:, :-1]]  # on the host: on a device their number would be waited for
+    tokens, counted_there, labels_there = (
+        uploaded(torch.from_numpy(part), device) for part in (rows.clip(min=0), counted, labels)
+    )
+    return tokens, counted_there, labels_there
 
 
 def _table(rows: list[NDArray[np.int32]]) -> NDArray[np.int32]:

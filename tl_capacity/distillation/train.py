@@ -162,7 +162,7 @@ def distill(
 
     def catch_up() -> None:
         """Read the steps of which nothing was read yet, and refuse to go on where one went wrong."""
-        for step, losses, norms in unread.read(accelerator):
+        for step, losses, norms in unread.read():
             check_finite(state.run.students, losses, norms, step, folder)
             state.learn(losses)
 
@@ -214,7 +214,8 @@ def distill(
             # Each process has a part of the sum, and DDP takes the mean of their gradients.
             accelerator.backward(losses.sum() * accelerator.num_processes)
             each = students.parameters_of_each()
-            unread.add(state.step, losses, [nn.utils.clip_grad_norm_(one, settings.clip) for one in each])
+            norms = [nn.utils.clip_grad_norm_(one, settings.clip) for one in each]
+            unread.add(state.step, accelerator.reduce(losses.detach(), "sum"), norms)
             if unread.due:
                 catch_up()
             for group in optimiser.param_groups:

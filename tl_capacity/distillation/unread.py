@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,9 @@ class Unread:
         self._norms: list[Tensor] = []
 
     def add(self, step: int, losses: Tensor, norms: Sequence[Tensor]) -> None:
-        """A step's losses and norms [student], of this process."""
+        """A step's losses and norms [student], over all processes: nothing may be asked of these at a reading, whose
+        time each chooses by its own clock.
+        """
         self._steps.append(step)
         self._losses.append(losses.detach())
         self._norms.append(torch.stack(list(norms)).detach())
@@ -38,11 +39,11 @@ class Unread:
         """Whether it is time to read."""
         return len(self._steps) >= self.at_once
 
-    def read(self, accelerator: Any) -> Iterator[tuple[int, list[float], list[float]]]:
-        """`(step, losses, norms)` of each step, the losses summed over all processes; then there is nothing unread."""
+    def read(self) -> Iterator[tuple[int, list[float], list[float]]]:
+        """`(step, losses, norms)` of each step; then there is nothing unread."""
         if not self._steps:
             return
-        losses, norms = accelerator.reduce(torch.stack(self._losses), "sum"), exact(torch.stack(self._norms))
+        losses, norms = torch.stack(self._losses), exact(torch.stack(self._norms))
         rows = torch.stack([losses, norms.to(losses)]).tolist()
         steps, self._steps, self._losses, self._norms = self._steps, [], [], []
         yield from zip(steps, *rows, strict=True)
