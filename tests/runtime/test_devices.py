@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -164,3 +166,27 @@ class TestSpreadOverDevices:
     def test_of_a_plugin_s_model(self) -> None:
         with pytest.raises(CapacityError, match="'embedded' is loaded by its plugin"):
             load_model("embedded", device_map="auto")
+
+
+class TestWhereTestsRun:
+    """`pytest --device`, of which `tests/place.py` knows."""
+
+    @pytest.mark.slow
+    def test_on_a_device_that_is_not_there(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--device",
+            "nowhere",
+            str(Path(__file__).with_name("test_seeds.py")),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == pytest.ExitCode.USAGE_ERROR
+        [said] = (done.stdout + done.stderr).strip().splitlines()
+        assert said.startswith("ERROR: the device 'nowhere' cannot be used (")
+
+    @pytest.mark.cpu_only("no GPU is hidden from a test on one")
+    def test_no_gpu_is_seen_on_the_cpu(self) -> None:
+        assert not torch.cuda.is_available()
+        assert device_named(AUTO) in ("cpu", "mps")
