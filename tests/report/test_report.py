@@ -798,6 +798,8 @@ def test_results_are_found_wherever_they_are(folder: Path, full: Results, tmp_pa
 
 def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "bad").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "measurement.json").write_text("{")
     twice = [tmp_path / name for name in ("one", "two")]
     for path in twice:
         path.mkdir()
@@ -809,6 +811,9 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
         ([folder / "measurement", *twice], "are both given"),
         ([folder / "measurement", tmp_path / "bad"], "cannot be read"),
         ([folder / "measurement", "--widths", "0"], "below 1"),
+        ([folder / "measurement", "--target-loss", "-1"], "is no loss"),
+        ([folder / "measurement", "--target-loss", "nan"], "is no loss"),
+        ([folder / "measurement", tmp_path / "damaged"], "is truncated, altered"),
         ([folder / "measurement", "--hook", "blocks.9.hook_resid_post"], "was not measured"),
         ([folder / "measurement", "--importance", "gradient"], "measure again with --importance gradient"),
         ([folder / "measurement", "--law", "laws"], "there is no capacity law"),

@@ -15,7 +15,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityLaw, ImportanceEstimator
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.splices import check_splice
-from tl_capacity.plan import Plan, ladder, plan
+from tl_capacity.plan import Plan, check_goal, ladder, plan
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import FloorPrediction, hook_floors
 from tl_capacity.predict.spliced_floor import SplicedFloor
@@ -222,6 +222,7 @@ def main_hook(measurement: Measurement, settings: ReportSettings) -> HookMeasure
         raise CapacityError(f"widths {settings.widths} are no student widths: pass whole numbers of at least 1")
     if settings.observed not in OBSERVED:
         raise CapacityError(f"{settings.observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
+    check_goal(None, settings.target_loss)
     if settings.hook is None:
         return middle(measurement)
     named = [hook for hook in measurement if hook.hook == settings.hook]
