@@ -70,13 +70,27 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def notebook_page(notebook: Path) -> str:
-    """A notebook's cells as Markdown, code fenced, and a link to the notebook under the title."""
+    """A notebook as Markdown: text, fenced code, what it has shown, and a link to the file under the title."""
     cells = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
         cells.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        cells += [output_block(output) for output in cell.get("outputs", [])]
     title, _, rest = "\n\n".join(cells).partition("\n")
     return f"{title}\n\n[Download the notebook]({notebook.name}){{ download }}\n{rest}\n"
+
+
+def output_block(output: dict[str, Any]) -> str:
+    """What a cell has shown: a picture, a table, or text."""
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    kind = next(kind for kind in ("image/png", "text/html", "text/plain") if kind in data)
+    content = "".join(data[kind]).strip()
+    if kind == "image/png":
+        return f'<img alt="The figure of the cell above" src="data:image/png;base64,{content}">'
+    if kind == "text/html":
+        # A blank line would end the block of HTML.
+        return "<div>" + "\n".join(line for line in content.splitlines() if line.strip()) + "</div>"
+    return f"```text\n{content}\n```"
 
 
 def source_page(path: Path, name: str) -> str:

@@ -67,7 +67,7 @@ class DistillConfig:
     special_tokens: bool = option_of(MeasureSettings, "special_tokens")
     seed: int = option_of(DistillSettings, "seed")
     device: str = option(AUTO, f"Where teacher and students run: {DEVICE_HELP}")
-    dtype: str = option("float32", "Of the teacher's weights; the students' are float32.")
+    dtype: str = option("float32", "Precision of the teacher's weights; the students' are float32.")
     revision: str | None = option_of(MeasureSettings, "revision")
     shard_teacher: bool = option(False, "Spread a teacher that was loaded on the CPU over the processes (FSDP).")
     mixed_precision: str = option_of(DistillSettings, "mixed_precision")

@@ -70,7 +70,8 @@ class ProbeConfig:
     )
     out: Path = option(Path("runs/probes"), "The folder to write.")
     pooling: str = option(
-        "mean", "Of a text's activations: mean, last (its last token) or token (up to eight tokens, each by itself)."
+        "mean",
+        "What is kept of a text: mean, last (its last token) or token (up to eight tokens, each by itself).",
     )
     sae: str = option(
         "", "An SAE of the teacher at that hook point, for k-sparse probes; by default the one that comes with it."
@@ -91,7 +92,7 @@ class ProbeConfig:
         None, "Positions in a row, BOS included; by default what the model takes, at most 512."
     )
     batch_rows: int = option(32, "Texts in a forward pass.")
-    seed: int = option(0, "Of folds, random weights, control labels and resamples.")
+    seed: int = option(0, "Seed of folds, random weights, control labels and resamples.")
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads of the models; 0 leaves it to torch.")
 

@@ -72,12 +72,12 @@ class PythiaFloorConfig:
     widths: tuple[int, ...] = option(
         (), "Student widths; by default seven, from an eighth of the teacher's to all of it."
     )
-    seeds: tuple[int, ...] = option_of(DistillSettings, "seeds", "Of the students' initial weights.")
+    seeds: tuple[int, ...] = option_of(DistillSettings, "seeds", "Seeds of the students' initial weights.")
     seeded_widths: tuple[int, ...] = option_of(DistillSettings, "seeded_widths")
     start: str = option_of(
         DistillSettings,
         "start",
-        "Of the students' weights: truncated, the teacher's in the leading directions of its residual stream, or"
+        "The students' first weights: truncated, the teacher's in the leading directions of its residual stream, or"
         " random.",
         default="truncated",
     )
@@ -115,7 +115,7 @@ class PythiaFloorConfig:
     context: int | None = option(
         None, "Positions in a row, BOS included; by default the preset's, or what the teacher takes."
     )
-    temperature: float = option_of(LogitLoss, "temperature", "Of the training loss.")
+    temperature: float = option_of(LogitLoss, "temperature", "Temperature of the training loss.")
     lr: float = option_of(DistillSettings, "lr", "Peak learning rate.")
     schedule: str = option_of(DistillSettings, "schedule")
     concepts: tuple[str, ...] = option(

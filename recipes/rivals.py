@@ -60,7 +60,7 @@ class RivalsConfig:
     )
     tokens: int = option(16_384, "Predicted tokens to read, in whole batches, as run distill reads --heldout-tokens.")
     fit_tokens: int = option(50_000, "Tokens of the measured text to fit principal components to.")
-    seed: int = option(0, "Of the truncated student's weights that have no counterpart in the teacher.")
+    seed: int = option(0, "Seed of the truncated student's weights that have no counterpart in the teacher.")
     iterations: int = option_of(BoundSettings, "iterations")
     tolerance: float = option_of(BoundSettings, "tolerance")
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")

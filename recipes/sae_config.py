@@ -55,7 +55,7 @@ class TrainSAEConfig:
     )
     device: str = option(AUTO, f"Where the model and the SAE run: {DEVICE_HELP}")
     revision: str | None = option_of(MeasureSettings, "revision")
-    seed: int = option(0, "Of the split, the order of the rows and the initial weights.")
+    seed: int = option(0, "Seed of the split, the order of the rows and the initial weights.")
 
     @property
     def steps(self) -> int:

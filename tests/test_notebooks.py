@@ -1,5 +1,5 @@
-"""The notebooks: they run from top to bottom, are kept without outputs, and their links lead somewhere; what they say
-is also a page of the site.
+"""The notebooks: they run from top to bottom, are kept with the outputs and figures of such a run, and their links lead
+somewhere; what they say is also a page of the site.
 """
 
 from __future__ import annotations
@@ -25,31 +25,47 @@ def read(path: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_runs(path: Path, tmp_path: Path, hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models and SAEs of the hub are tiny ones under their ids."""
+    from tiny_hub import environment
+
+    for name, value in {"OMP_NUM_THREADS": "1", **environment(hub_folder)}.items():
+        monkeypatch.setenv(name, value)
     notebook = read(path)
     NotebookClient(
         notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    shown = [
-        output
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if output.output_type != "stream"
-    ]
-    assert any("text/html" in output.data for output in shown), "no table was shown"
+    assert any("text/html" in output.data for output in shown(notebook)), "no table was shown"
+
+
+def shown(notebook: Any) -> list[Any]:
+    """What a notebook's cells show, apart from printed text."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output for output in outputs if output.output_type in ("display_data", "execute_result")]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_is_kept_clean(path: Path) -> None:
+def test_is_kept_with_what_it_shows(path: Path) -> None:
+    """Tables as HTML and figures as pictures, which a forge shows; `docs/write_notebooks.py` writes them."""
     notebook = read(path)
     nbformat.validate(notebook)
     for cell in notebook.cells:
         assert cell.source.strip(), "there is an empty cell"
-        if cell.cell_type == "code":
-            assert not cell.outputs, "strip the outputs before committing"
-            assert cell.execution_count is None, "strip the outputs before committing"
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "run docs/write_notebooks.py"
+    kinds = {kind for output in shown(notebook) for kind in output.data}
+    assert kinds >= ({"text/html"} if path.stem == "estimator" else {"text/html", "image/png"})
+    assert not [cell for cell in notebook.cells if cell.cell_type == "code" and any("ename" in o for o in cell.outputs)]
+    assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma-scope", "pythia"])
+def test_a_notebook_of_the_hub_installs_what_it_needs(name: str) -> None:
+    """It has a badge, an install cell, ids of the hub, and says whose outputs these are."""
+    cells = read(DOCS / "notebooks" / f"{name}.ipynb").cells
+    assert "colab.research.google.com" in cells[0].source
+    assert "tiny stand-in with random weights" in cells[0].source
+    assert "%pip install --quiet tl-capacity" in cells[1].source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
@@ -92,7 +108,11 @@ CONTENTS = (
 )
 NOTEBOOK = """{"cells": [
  {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# A notebook\\n", "See [b](../b.md#in-fétes)."]},
- {"cell_type": "code", "execution_count": null, "id": "b", "metadata": {}, "outputs": [], "source": ["print('<b>')"]}
+ {"cell_type": "code", "execution_count": null, "id": "b", "metadata": {}, "outputs": [
+  {"output_type": "stream", "name": "stdout", "text": ["<i>printed</i>\\n"]},
+  {"output_type": "display_data", "metadata": {}, "data": {"text/html": ["<table>\\n\\n", "<td>12</td></table>"]}},
+  {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo="}}
+ ], "source": ["print('<b>')"]}
 ], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}"""
 
 
@@ -116,6 +136,9 @@ def test_the_site_has_notebooks_and_linked_sources(site: Callable[[dict[str, str
     assert 'href="../b.html#in-fétes"' in notebook
     assert "<h1" in notebook
     assert "&lt;b&gt;" in notebook
+    assert "&lt;i&gt;printed" in notebook
+    assert "<td>12</td>" in notebook
+    assert 'src="data:image/png;base64,iVBORw0KGgo="' in notebook
     assert (folder / "notebooks/a.ipynb").read_text(encoding="utf-8") == NOTEBOOK  # as a download
 
     assert [

@@ -56,9 +56,7 @@ def root(
             help="What to say on standard error while something runs: text, or json, an object a line.",
         ),
     ] = "text",
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Say nothing but errors there: no progress, no warnings.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only: no progress, no warnings.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Load plugins named on the command line."""

@@ -149,9 +149,7 @@ def report(
     snippets: Annotated[
         bool, typer.Option(help="Show the text on which features are most active; runs the model.")
     ] = True,
-    model: Annotated[
-        str | None, typer.Option(help="The model that was measured, where it is now to be found elsewhere.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model that was measured, if it is elsewhere now.")] = None,
     source: Annotated[
         str | None, typer.Option(help="Text to show features on. Default: that which was measured.")
     ] = None,

@@ -70,7 +70,7 @@ def measure(
 def doctor(
     settings: MeasureSettings,
     folder: Annotated[
-        Path | None, typer.Argument(help="A measurement or checkpoint that is to be gone on with; instead of --model.")
+        Path | None, typer.Argument(help="A measurement or checkpoint to continue; instead of --model.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

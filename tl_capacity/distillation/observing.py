@@ -53,7 +53,7 @@ class ObserveSettings:
         "--special-tokens",
     )
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
-    dtype: str = option("float32", "Of all weights.")
+    dtype: str = option("float32", "Precision of all weights.")
     revision: str | None = option(None, "Branch, tag or commit of the teacher's hub id. Default: its main branch.")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 

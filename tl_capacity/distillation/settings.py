@@ -35,9 +35,9 @@ class LogitLoss:
 
     divergence: str = option("forward_kl", "Between next-token distributions: forward_kl, reverse_kl or jsd.")
     temperature: float = option(
-        1.0, "Of the training loss, which is multiplied by its square; students are judged at 1."
+        1.0, "Temperature of the training loss, which is multiplied by its square; students are judged at 1."
     )
-    beta: float = option(0.5, "Of jsd: 0 is forward KL, 1 is reverse KL.")
+    beta: float = option(0.5, "β of jsd: 0 is forward KL, 1 is reverse KL.")
     ce_weight: float = option(0.0, "Share of the text's cross-entropy in the loss.")
 
     def __post_init__(self) -> None:
@@ -114,7 +114,8 @@ class KeepFeatures:
     hook: str
     features: tuple[int, ...]
     weight: float = option(
-        1.0, "Of the loss of kept features: what a student pays, in nats per token, of which they cannot be read."
+        1.0,
+        "Weight of the loss of kept features: what a student pays, in nats per token, of which they cannot be read.",
     )
 
     def __post_init__(self) -> None:
@@ -192,7 +193,7 @@ class DistillSettings:
     """
 
     tokens: int = option(1_000_000, "Predicted tokens to train on.")
-    seeds: tuple[int, ...] = option((0,), "Of the initial weights; each width is trained once for each.")
+    seeds: tuple[int, ...] = option((0,), "Seeds of the initial weights; each width is trained once for each.")
     seeded_widths: tuple[int, ...] = option(
         (), "Widths that are trained with every seed, the others with the first; by default all."
     )
@@ -205,22 +206,22 @@ class DistillSettings:
     )
     start: str = option(
         "random",
-        "Of the students' weights: random, or truncated, the teacher's in the leading directions of its residual"
+        "The students' first weights: random, or truncated, the teacher's in the leading directions of its residual"
         " stream.",
     )
     control: bool = option(False, "Also train a student of the teacher's width that starts with its weights.")
     lr: float = option(3e-3, "Peak learning rate of AdamW.")
     warmup: float = option(0.05, "Share of the steps over which the learning rate rises.")
-    schedule: str = option("cosine", "Of the learning rate: cosine or wsd.")
+    schedule: str = option("cosine", "How the learning rate falls: cosine or wsd.")
     decay: float = internal(0.2)
-    weight_decay: float = option(0.01, "Of AdamW.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW.")
     betas: tuple[float, float] = internal((0.9, 0.95))
     clip: float = internal(1.0)
     batch_rows: int = option(8, "Rows in a step, over all processes.")
     evaluations: int = option(40, "How often to do so, evenly spaced.")
     heldout_tokens: int = option(16_384, "Predicted tokens to judge the students by.")
     repeat: bool = option(False, "Read a source that is shorter than --tokens several times.")
-    seed: int = option(0, "Of the order of the rows.")
+    seed: int = option(0, "Seed of the order of the rows.")
     mixed_precision: str = option("no", "no, or bf16 for the students' blocks.")
     chunk_tokens: int = internal(CHUNK_TOKENS)
 

@@ -80,7 +80,7 @@ class MeasureSettings:
         (0, 1), "INDEX/OF: measure only every OF-th document, from INDEX on.", parse=shard_in, typed="0/1"
     )
     device: str = option(AUTO, DEVICE_HELP)
-    dtype: str = option("float32", "Of the model's weights: float32, bfloat16, float16.")
+    dtype: str = option("float32", "Precision of the model's weights: float32, bfloat16, float16.")
     revision: str | None = option(None, "Branch, tag or commit of a hub id, such as step3000 of a Pythia.")
     device_map: str | None = option(
         None,
