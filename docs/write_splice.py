@@ -3,7 +3,7 @@ predictions were off: `python docs/write_splice.py runs`.
 
 The folder holds what the commands that the page names have written: `saes/NAME`, dictionaries that train-sae trained,
 `splice/*`, measurements of them, and beside each `splice/*-s`, its splice. A prediction that stands in splice.json
-keeps its number; only what was observed is added later.
+keeps its number; only what was observed is added later. So do the rows of dictionaries that are not in the folder.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def kept(law: str, hook: HookMeasurement, width: int) -> int:
 
 
 def rows(runs: Path) -> list[dict[str, Any]]:
-    """A row for each dictionary, law and width, and for each family of dictionaries the interpolated one."""
+    """A row for each dictionary, law and width."""
     found = []
     for hook, curve, trained in curves(runs):
         summary, settings = hook.summary, trained["settings"]
@@ -80,7 +80,7 @@ def rows(runs: Path) -> list[dict[str, Any]]:
         for law in LAWS:
             for width in WIDTHS:
                 found.append({**about, "law": law, **predicted(curve.at(kept(law, hook, width)), width)})
-    return found + list(interpolated(found, TEACHER, TEACHER_WIDTH))
+    return found
 
 
 def predicted(estimate: Estimate, width: int) -> dict[str, Any]:
@@ -137,8 +137,11 @@ def write(runs: Path, distillations: list[Path]) -> None:
     every = json.loads(path.read_text(encoding="utf-8"))
     before, others = {key(row): row for row in every}, [row for row in every if row["teacher"] != TEACHER]
     seen = observed(distillations)
+    new = rows(runs)
+    there = {(row["hook"], row["sae"]) for row in new}
+    new += [row for row in before.values() if row["law"] != CONSISTENT and (row["hook"], row["sae"]) not in there]
     found = []
-    for row in rows(runs):
+    for row in [*new, *interpolated(new, TEACHER, TEACHER_WIDTH)]:
         earlier, values = before.get(key(row), {}), seen.get(row["width"], [])
         kept_as_it_was = {name: earlier[name] for name in ("predicted", "low", "high") if name in earlier}
         found.append(
@@ -155,7 +158,7 @@ def write(runs: Path, distillations: list[Path]) -> None:
     text = page.read_text(encoding="utf-8")
     for name, law in (("budget", BUDGET), ("proportional", SHARE), ("consistent", CONSISTENT)):
         text = filled(text, name, law_table(found, law), "docs/write_splice.py")
-    text = filled(text, "worth", worth_table(runs, seen), "docs/write_splice.py")
+    text = filled(text, "worth", worth_table(runs, seen, cells_of(text, "worth")), "docs/write_splice.py")
     text = filled(text, "spread", spread_table(found), "docs/write_splice.py")
     text = filled(text, "paper", paper_table(), "docs/write_splice.py")
     if distillations:
@@ -179,19 +182,28 @@ def law_table(found: list[dict[str, Any]], law: str) -> str:
     return table(header, lines)
 
 
-def worth_table(runs: Path, seen: dict[int, list[float]]) -> str:
+def cells_of(text: str, name: str) -> dict[str, dict[str, str]]:
+    """The cells of a table of the page as it is, by the first cell of the row and the heading of the column."""
+    lines = text.split(f"<!-- {name}, ", 1)[1].split(f"<!-- end of {name}", 1)[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+def worth_table(runs: Path, seen: dict[int, list[float]], before: dict[str, dict[str, str]]) -> str:
     """A row for each dictionary: the features that students of each width are worth, for each of their dimensions."""
     widths = sorted(seen)
     law = plugins().capacity_laws[LAWS[BUDGET]]
-    lines = []
+    header = ["dictionary", "d*", "g(α)", *(f"d={width}" for width in widths)]
+    found: dict[str, list[str]] = {}
     for hook, curve, _ in curves(runs):
         by_width = {width: tuple(map(Estimate, seen[width])) for width in widths}
         rows = effective_widths(hook, curve, by_width, law)
         worth = ["not reached" if r.per_dimension is None else r.per_dimension.show(".1f") for r in rows]
         summary = hook.summary
         figures = [f"{summary.critical_width.value:.0f}", f"{summary.capacity.value:.1f}"]
-        lines.append([Path(hook.sae).name, *figures, *worth])
-    return table(["dictionary", "d*", "g(α)", *(f"d={width}" for width in widths)], lines)
+        found[Path(hook.sae).name] = [Path(hook.sae).name, *figures, *worth]
+    earlier = {name: [cells.get(column, "not computed") for column in header] for name, cells in before.items()}
+    return table(header, [*(earlier | found).values()])
 
 
 def spread_table(found: list[dict[str, Any]]) -> str:
