@@ -34,6 +34,8 @@ from tl_capacity.results.hook import HookMeasurement
 WIDTHS = (16, 20, 24, 32, 40, 48, 56, 64, 80, 96)
 HOOK = "blocks.3.hook_resid_post"
 """Where most dictionaries are."""
+MISSING = "not computed"
+"""What students of a width are worth in a dictionary that is not in the folder."""
 NEW = (20, 40, 56, 80)
 """Widths of which no student had been trained when their floors were predicted."""
 BUDGET, SHARE = LAWS
@@ -135,7 +137,8 @@ def write(runs: Path, distillations: list[Path]) -> None:
     """Replace splice.json and the tables of splice.md; predictions that are there stay as they were committed."""
     path = RESULTS / "splice.json"
     every = json.loads(path.read_text(encoding="utf-8"))
-    before, others = {key(row): row for row in every}, [row for row in every if row["teacher"] != TEACHER]
+    before = {key(row): row for row in every if row["teacher"] == TEACHER}
+    others = [row for row in every if row["teacher"] != TEACHER]
     seen = observed(distillations)
     new = rows(runs)
     there = {(row["hook"], row["sae"]) for row in new}
@@ -202,8 +205,10 @@ def worth_table(runs: Path, seen: dict[int, list[float]], before: dict[str, dict
         summary = hook.summary
         figures = [f"{summary.critical_width.value:.0f}", f"{summary.capacity.value:.1f}"]
         found[Path(hook.sae).name] = [Path(hook.sae).name, *figures, *worth]
-    earlier = {name: [cells.get(column, "not computed") for column in header] for name, cells in before.items()}
-    return table(header, [*(earlier | found).values()])
+    earlier = {name: [cells.get(column, MISSING) for column in header] for name, cells in before.items()}
+    lines = [*(earlier | found).values()]
+    there = [place for place in range(len(header)) if any(line[place] != MISSING for line in lines)]
+    return table([header[place] for place in there], [[line[place] for place in there] for line in lines])
 
 
 def spread_table(found: list[dict[str, Any]]) -> str:
