@@ -39,12 +39,12 @@ def test_every_list_of_figures_is_a_selection_of_the_declared_ones() -> None:
     assert all(column.value is declared[column.name].value for column in shown if column.name != "budget")
 
 
-def test_the_readme_explains_the_figures_of_the_table_in_the_same_words() -> None:
+def test_the_docs_explain_the_figures_of_the_table_in_the_same_words() -> None:
     explained = [c for c in budget.table_columns(plugins().capacity_laws.default) if c.formula]
     names = {"alpha": "α", "g": "g(α)"}
     rows = [f"| {names.get(c.name, c.name)} | {c.formula} | {c.meaning} |".replace("*", r"\*") for c in explained]
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "counting.md").read_text(encoding="utf-8")
     table = page[page.index("## What each figure means") :]
     missing = [row for row in rows if row.replace("d\\*_het", "d\\*\\_het") not in table]
     assert len(rows) == 8
-    assert not missing, "the README's table and tl_capacity/results/columns.py differ"
+    assert not missing, "the table of docs/counting.md and tl_capacity/results/columns.py differ"
