@@ -193,7 +193,9 @@ LEFT_OUT = {
     r"^\.venv/bin/python benchmarks": "minutes of a machine that does nothing else",
     r"^pip install": "an installation",
     r"^srun ": "needs a Slurm cluster of several machines",
+    r"--rdzv-endpoint host-a": "needs a second machine that knows the first by its name",
     r"gpt2|EleutherAI/|google/|NeelNanda/": "a name on the hub, and tests have no network",
+    r"report runs/gemma": "what a command with a name on the hub would have written",
     r"smollm2": "the package that holds its weights is not installed",
     r"run embedded-(teacher|concepts)": "downloads its sources, and trains for hours",
 }
