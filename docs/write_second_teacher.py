@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from write_record import LAWS
 from write_results import RESULTS, filled, table
 from write_rivals import floors_table
-from write_splice import BUDGET, CONSISTENT, SHARE, interpolated, kept, key, number, predicted
+from write_splice import BUDGET, CONSISTENT, SHARE, add_reached, interpolated, key, number, rows_of, with_observed
 
 from tl_capacity import Measurement, Spliced
-from tl_capacity.distillation.observed import observed_floors
-from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.predict.forecasts import Forecasts
 
 TEACHER, WIDTHS = "smollm2-135m", (144, 288, 432)
@@ -34,32 +31,8 @@ def rows(runs: Path) -> Iterator[dict[str, Any]]:
     measurement = Measurement.load(runs / "measurement")
     for curve in Spliced.load(runs / "spliced"):
         [hook] = [h for h in measurement if h.sae_digest == curve.sae_digest]
-        summary = hook.summary
-        about = {
-            "teacher": TEACHER,
-            "hook": hook.hook,
-            "sae": Path(hook.sae).name,
-            "architecture": "topk",
-            "k": round(summary.l0.value),
-            "d_sae": summary.d_sae,
-            "alive": int(summary.n_alive.value),
-            "l0": summary.l0.value,
-            "g": summary.capacity.value,
-            "d_star": summary.critical_width.value,
-            "error": curve.error.value,
-        }
-        for law in LAWS:
-            for width in WIDTHS:
-                yield {**about, "law": law, **predicted(curve.at(kept(law, hook, width)), width)}
-
-
-def reached(runs: Path) -> dict[int, list[float]]:
-    """The mean of the last tenth of each student of a width."""
-    losses: dict[int, list[float]] = {}
-    for folder in sorted(runs.glob("students/*")):
-        for floor in observed_floors(DistillationRun.load(folder)):
-            losses.setdefault(floor.width, []).append(floor.last_tenth)
-    return losses
+        trained = json.loads((runs / Path(hook.sae).name / "training.json").read_text(encoding="utf-8"))
+        yield from rows_of(TEACHER, hook, curve, trained["settings"], WIDTHS)
 
 
 def write(runs: Path) -> None:
@@ -67,15 +40,10 @@ def write(runs: Path) -> None:
     every = json.loads(JSON.read_text(encoding="utf-8"))
     before = {key(row): row for row in every if row["teacher"] == TEACHER}
     teacher_width = Measurement.load(runs / "measurement").hooks[0].teacher_width
-    found = list(rows(runs))
-    found += interpolated(found, TEACHER, teacher_width)
-    seen = reached(runs)
-    for row in found:
-        values, earlier = seen.get(row["width"], []), before.get(key(row), {})
-        row |= {name: earlier[name] for name in ("predicted", "low", "high") if name in earlier}
-        row["observed"] = float(np.mean(values)) if values else None
-        row["observed_seeds"] = values
-        row["committed_before"] = earlier.get("committed_before", not values)
+    new = list(rows(runs))
+    seen: dict[int, list[float]] = {}
+    add_reached(seen, sorted(runs.glob("students/*")))
+    found = [with_observed(row, before, seen, True) for row in [*new, *interpolated(new, TEACHER, teacher_width)]]
     others = [row for row in every if row["teacher"] != TEACHER]
     JSON.write_text(json.dumps(others + found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +63,34 @@ def kept(law: str, hook: HookMeasurement, width: int) -> int:
 
 def rows(runs: Path) -> list[dict[str, Any]]:
     """A row for each dictionary, law and width."""
-    found = []
-    for hook, curve, trained in curves(runs):
-        summary, settings = hook.summary, trained["settings"]
-        about = {
-            "teacher": TEACHER,
-            "hook": hook.hook,
-            "sae": Path(hook.sae).name,
-            "architecture": settings["architecture"],
-            "k": settings["k"] if settings["architecture"] == "topk" else None,
-            "d_sae": summary.d_sae,
-            "alive": int(summary.n_alive.value),
-            "l0": summary.l0.value,
-            "g": summary.capacity.value,
-            "d_star": summary.critical_width.value,
-            "error": curve.error.value,
-        }
-        for law in LAWS:
-            for width in WIDTHS:
-                found.append({**about, "law": law, **predicted(curve.at(kept(law, hook, width)), width)})
-    return found
+    return [
+        row
+        for hook, curve, trained in curves(runs)
+        for row in rows_of(TEACHER, hook, curve, trained["settings"], WIDTHS)
+    ]
+
+
+def rows_of(
+    teacher: str, hook: HookMeasurement, curve: SplicedCurve, settings: dict[str, Any], widths: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """A row for each law and width of one dictionary, which was trained with these settings."""
+    summary = hook.summary
+    about = {
+        "teacher": teacher,
+        "hook": hook.hook,
+        "sae": Path(hook.sae).name,
+        "architecture": settings["architecture"],
+        "k": settings["k"] if settings["architecture"] == "topk" else None,
+        "d_sae": summary.d_sae,
+        "alive": int(summary.n_alive.value),
+        "l0": summary.l0.value,
+        "g": summary.capacity.value,
+        "d_star": summary.critical_width.value,
+        "error": curve.error.value,
+    }
+    for law in LAWS:
+        for width in widths:
+            yield {**about, "law": law, **predicted(curve.at(kept(law, hook, width)), width)}
 
 
 def predicted(estimate: Estimate, width: int) -> dict[str, Any]:
@@ -127,10 +135,35 @@ def observed(distillations: list[Path]) -> dict[int, list[float]]:
     page = (RESULTS / "embedded_floor.md").read_text(encoding="utf-8")
     for width, last_tenth in re.findall(r"^\| (\d+) \| \d+ \| ([\d.]+) \|", page, re.MULTILINE):
         losses.setdefault(int(width), []).append(float(last_tenth))
+    add_reached(losses, distillations)
+    return losses
+
+
+def add_reached(losses: dict[int, list[float]], distillations: Iterable[Path]) -> None:
+    """Add the mean of the last tenth of each student, by its width."""
     for folder in distillations:
         for floor in observed_floors(DistillationRun.load(folder)):
             losses.setdefault(floor.width, []).append(floor.last_tenth)
-    return losses
+
+
+def with_observed(
+    row: dict[str, Any], before: Mapping[tuple[Any, ...], dict[str, Any]], seen: Mapping[int, list[float]], new: bool
+) -> dict[str, Any]:
+    """A row with what students reached; a prediction that was committed stays as it was.
+
+    Args:
+        before: the committed rows.
+        seen: what students of each width reached.
+        new: whether no student of its width had been trained when this was first predicted.
+    """
+    values, earlier = seen.get(row["width"], []), before.get(key(row), {})
+    return {
+        **row,
+        **{name: earlier[name] for name in ("predicted", "low", "high") if name in earlier},
+        "observed": float(np.mean(values)) if values else None,
+        "observed_seeds": values,
+        "committed_before": earlier.get("committed_before", new and not values),
+    }
 
 
 def write(runs: Path, distillations: list[Path]) -> None:
@@ -143,19 +176,10 @@ def write(runs: Path, distillations: list[Path]) -> None:
     new = rows(runs)
     there = {(row["hook"], row["sae"]) for row in new}
     new += [row for row in before.values() if row["law"] != CONSISTENT and (row["hook"], row["sae"]) not in there]
-    found = []
-    for row in [*new, *interpolated(new, TEACHER, TEACHER_WIDTH)]:
-        earlier, values = before.get(key(row), {}), seen.get(row["width"], [])
-        kept_as_it_was = {name: earlier[name] for name in ("predicted", "low", "high") if name in earlier}
-        found.append(
-            {
-                **row,
-                **kept_as_it_was,
-                "observed": float(np.mean(values)) if values else None,
-                "observed_seeds": values,
-                "committed_before": earlier.get("committed_before", row["width"] in NEW and not values),
-            }
-        )
+    found = [
+        with_observed(row, before, seen, row["width"] in NEW)
+        for row in [*new, *interpolated(new, TEACHER, TEACHER_WIDTH)]
+    ]
     path.write_text(json.dumps(found + others, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = RESULTS / "splice.md"
     text = page.read_text(encoding="utf-8")
