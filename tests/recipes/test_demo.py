@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from commands import Cli, parse
-from tl_capacity.recipes import demo_summary
 from tl_capacity.recipes.demo import STAGES, WIDTHS
 from tl_capacity.recipes.demo_summary import CONVERGED, LEAGUE, MANY, Found
 from tl_capacity.recipes.pythia_floor import PRESETS
 
 from tl_capacity.distillation.league import MIN_WIDTHS
-from tl_capacity.predict.record import record_of
+from tl_capacity.predict.record import all_checks, record_of
 
 ROOT = Path(__file__).parent.parent.parent
 TABLE_ROW = re.compile(r"^│ (.+) │$", re.MULTILINE)
@@ -81,11 +80,22 @@ def test_the_recorded_figures_are_those_of_the_page() -> None:
         candidate = cell.partition(": ")[2].split()[0]
         assert f"({candidate}" in name
     assert PRESETS["full"]["tokens"] == MANY
-    floors = re.findall(r"^\| (\d+) \| 0 \| ([\d.]+) \|", page, re.MULTILINE)
-    recorded = {check.width: check.observed for check in demo_summary.all_checks()}
-    assert {int(width) for width, _ in floors} == set(recorded)
-    for width, observed in floors:
-        assert recorded[int(width)] == pytest.approx(float(observed), abs=0.005)
+
+
+def test_what_predictions_are_compared_with_is_what_the_pages_say() -> None:
+    reached: dict[int, list[float]] = {}
+    first = (ROOT / CONVERGED).read_text(encoding="utf-8")
+    for width, floor in re.findall(r"^\| (\d+) \| 0 \| ([\d.]+) \|", first, re.MULTILINE):
+        reached.setdefault(int(width), []).append(float(floor))
+    later = (ROOT / "docs" / "results" / "splice.md").read_text(encoding="utf-8")
+    curves = later.partition("<!-- curves, by")[2].partition("<!-- end of curves")[0]
+    for line in curves.splitlines()[3:]:
+        width, _, _, _, last_tenth, *_ = (cell.strip() for cell in line.split("|")[1:-1])
+        reached.setdefault(int(width), []).append(float(last_tenth))
+    recorded = {check.width: check.observed for check in all_checks() if check.teacher == "embedded"}
+    assert set(recorded) == set(reached)
+    for width, observed in recorded.items():
+        assert observed == pytest.approx(sum(reached[width]) / len(reached[width]), abs=0.005)
 
 
 def test_it_trains_too_few_widths_to_rank_anything() -> None:
