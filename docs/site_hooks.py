@@ -22,15 +22,18 @@ SOURCES = "source"
 
 
 def on_config(config: Any) -> Any:
-    """The navigation: the pages in the order of the contents page, under its headings where it has some."""
+    """The navigation: the pages in the order of the contents page, under its headings of both levels."""
     navigation: list[Any] = [{"Contents": "index.md"}]
-    section = navigation
+    section = group = navigation
     for line in (Path(config.docs_dir) / "index.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
-            section = []
+            section = group = []
             navigation.append({line[3:].strip(): section})
+        elif line.startswith("### "):
+            group = []
+            section.append({line[4:].strip(): group})
         elif line.startswith("|") and (found := LINK.search(line)):
-            section.append(_page_of(found[2]))
+            group.append(_page_of(found[2]))
     config.nav = navigation
     return config
 

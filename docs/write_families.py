@@ -1,4 +1,4 @@
-"""Writes the table of docs/families.md from what works on a tiny random model of each architecture:
+"""Writes the table of docs/architectures.md from what works on a tiny random model of each architecture:
 `python docs/write_families.py [--check]`.
 
 Each cell is tried, and what does not work is told in its own words. With `--check` nothing is written, and the exit
@@ -51,7 +51,7 @@ from tl_capacity.distillation import DistillationRun
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.loading import load_model
 
-PAGE = Path(__file__).with_name("families.md")
+PAGE = Path(__file__).with_name("architectures.md")
 BEGIN, END = "<!-- written by docs/write_families.py -->\n", "<!-- to here -->\n"
 HOOK = "blocks.0.hook_resid_post"
 VOCABULARY, CONTEXT, ROWS = 50, 16, 80

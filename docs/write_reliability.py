@@ -1,4 +1,4 @@
-"""Writes what the tests of faults measured into docs/reliability.md: `python docs/write_reliability.py RESULTS.xml …`,
+"""Writes what the tests of faults measured into docs/fault-tests.md: `python docs/write_reliability.py RESULTS.xml …`,
 from pytest's `--junitxml`.
 """
 
@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from write_results import filled, table
 
-PAGE = Path(__file__).parent / "reliability.md"
+PAGE = Path(__file__).parent / "fault-tests.md"
 
 
 def figures(results: Sequence[Path]) -> str:

@@ -103,7 +103,7 @@ def site(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
 
 
 CONTENTS = (
-    "# Contents\n\n| page | |\n|---|---|\n| [b.md](b.md) | |\n\n## More\n\n| page | |\n|---|---|\n|"
+    "# Contents\n\n| page | |\n|---|---|\n| [b.md](b.md) | |\n\n## More\n\n### With a group\n\n| page | |\n|---|---|\n|"
     " [a.ipynb](notebooks/a.ipynb) | |\n"
 )
 NOTEBOOK = """{"cells": [
@@ -128,6 +128,7 @@ def test_the_site_has_notebooks_and_linked_sources(site: Callable[[dict[str, str
     written = (folder / "b.html").read_text(encoding="utf-8")
     assert 'href="source/code/x.py.html"' in written
     assert 'href="notebooks/a.ipynb.html"' in written
+    assert "With a group" in written  # the navigation has both levels of the contents page's headings
     assert 'href="https://example.org/x.py"' in written
     assert "[x](../code/x.py)" in written  # what stands in a block is no link
     assert "&lt;script&gt;" in (folder / "source/code/x.py.html").read_text(encoding="utf-8")

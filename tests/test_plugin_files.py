@@ -24,7 +24,7 @@ from tl_capacity.models.loading import load_model
 from tl_capacity.probing import load_concepts
 from tl_capacity.text.streams import documents
 
-PAGE = Path(__file__).parent.parent / "docs" / "plugins.md"
+DOCS = Path(__file__).parent.parent / "docs"
 V0_1 = Path(__file__).parent / "fixtures" / "v0_1"
 Plugin = Callable[..., Path]
 
@@ -64,9 +64,10 @@ def command(cli: Cli) -> Cli:
     return run
 
 
-def one_file(holding: str = "class ThirdMoment") -> str:
+def one_file(page: str = "plugins.md", holding: str = "class ThirdMoment") -> str:
     """A plugin file of the documentation, from its text alone."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (code,) = (block for block in blocks if holding in block)
     return str(code)
 
@@ -138,7 +139,7 @@ def test_the_file_of_the_documentation_does_all_that_it_says(command: Cli, setup
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked", "few_replicates")
 def test_a_predictor_of_the_documentation_is_a_candidate(command: Cli, plugin: Plugin) -> None:
-    mine = plugin(one_file("class ImportanceAtTheEdge"), "edge.py")
+    mine = plugin(one_file("floor-predictors.md", "class ImportanceAtTheEdge"), "edge.py")
     decompose = ("decompose", V0_1 / "measurement", V0_1 / "floors" / "distillation", "--max-fvu", "inf", "--json")
     code, out, err = command("--plugin", mine, *decompose)
     assert code == 0, err

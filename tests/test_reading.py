@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from check_reading import fault, length, main, pages, sentences
+from check_reading import LONGEST, fault, kinds, length, main, pages, sentences, too_long, words
 
 EASY = "# Title\n\nThe teacher is wide. The student is narrow.\n"
 PAGE = """# A heading is no sentence
@@ -64,6 +64,50 @@ def test_a_page_that_is_hard_to_read(
     assert says in said
     assert "word word word" in said, "the longest sentences are shown"
     assert "easy.md" not in said
+
+
+CODE = """```sh
+make
+```
+
+<!-- floors: written by docs/x.py -->
+A script wrote this.
+<!-- end of floors -->
+"""
+
+
+def test_words_of_a_page() -> None:
+    assert words("# A title\n\n| a | b |\n|---|---|\n| one | d* = 0.5 |\n\nTwo words.\n" + CODE) == 11
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed"), [("How to", False), ("Reference", True), ("Results", True), (None, False)]
+)
+def test_a_page_that_is_too_long(tmp_path: Path, kind: str | None, allowed: bool) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("It is so. " * (LONGEST // 3) + CODE.replace("make", ""), encoding="utf-8")
+    assert too_long(page, kind) == (
+        None
+        if allowed
+        else "page.md has 1,501 words (at most 1,500): cut it, split it, or"
+        " list it in docs/index.md under Reference or Results if it is such a page"
+    )
+
+
+def test_a_long_page_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("It is so. " * LONGEST, encoding="utf-8")
+    assert main([str(page)]) == 1
+    assert "page.md has 4,500 words" in capsys.readouterr().err
+
+
+def test_the_kind_of_a_page_is_its_heading_in_the_contents(tmp_path: Path) -> None:
+    (tmp_path / "index.md").write_text(
+        "# Contents\n\n## How to\n\n### First\n\n| [a](a.md) | A |\n\n## Reference\n\n| [b](deep/b.md#c) | B |\n",
+        encoding="utf-8",
+    )
+    assert kinds(tmp_path / "index.md") == {tmp_path / "a.md": "How to", tmp_path / "deep" / "b.md": "Reference"}
+    assert {"Tutorial", "How to", "Concepts", "Reference", "Results"} == set(kinds().values())
 
 
 def test_a_page_without_sentences(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_relu_is_relu(tmp_path: Path, reader: str) -> None:
 @pytest.mark.fidelity(
     source="SAELens before 6",
     says="`activation_fn_str: tanh-relu`, `finetuning_scaling_factor`",
-    obeyed="refused: SAELens 6 would leave it out without a word",
+    obeyed="refused, because SAELens 6 would drop it silently",
 )
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_no_more_is_refused(tmp_path: Path, reader: str) -> None:

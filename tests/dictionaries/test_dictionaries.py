@@ -108,7 +108,7 @@ class TestSparsify:
     @pytest.mark.fidelity(
         source="sparsify",
         says="`transcode`, `skip_connection`",
-        obeyed="what it writes is compared with the module's output, the skip connection's part included",
+        obeyed="its output, with the skip connection's part, is compared with the module's output",
     )
     def test_transcoder_with_a_skip_connection(self, tmp_path: Path, bridge: Any, tokens: torch.Tensor) -> None:
         w = self.weights() | {"W_skip": random(D_MODEL, D_MODEL, seed=5)}
@@ -263,7 +263,7 @@ class TestDictionaryLearning:
         return z
 
     @pytest.mark.fidelity(
-        source="dictionary_learning", says="`dict_class`", obeyed="latents are those of that class's own formula"
+        source="dictionary_learning", says="`dict_class`", obeyed="latents follow that class's own formula"
     )
     @pytest.mark.parametrize("kind", states)
     def test_every_class(self, tmp_path: Path, x: torch.Tensor, kind: str) -> None:
@@ -348,12 +348,12 @@ class TestDictionaryLearning:
 @pytest.mark.fidelity(
     source="sparsify",
     says="`model` and `ctx_len` of the run's `config.json`",
-    obeyed="another model is warned of; rows are as long as those it was trained on",
+    obeyed="rows are as long as in training; a warning names another model",
 )
 @pytest.mark.fidelity(
     source="dictionary_learning",
     says="`lm_name`, `ctx_len`",
-    obeyed="another model is warned of; rows are as long as those it was trained on",
+    obeyed="rows are as long as in training; a warning names another model",
 )
 @pytest.mark.parametrize("trainer", ["sparsify", "dictionary_learning"])
 def test_the_model_and_the_rows_that_it_names(

@@ -80,7 +80,7 @@ def test_measured_as_the_formula_says(
 @pytest.mark.fidelity(
     source="the paper's script",
     says="a layer in `config`, or in the file's name",
-    obeyed="the residual stream after that layer is read; where neither says it, HOOK= is asked for",
+    obeyed="the residual stream after that layer is read; if neither says it, HOOK= is asked for",
 )
 @pytest.mark.parametrize(
     ("name", "config", "hook"),

@@ -183,7 +183,7 @@ def test_what_a_probe_reads_is_centred_too(
 @pytest.mark.fidelity(
     source="SAELens",
     says="model_from_pretrained_kwargs without an option, or no such keywords",
-    obeyed="a model that was processed by that option is named in the measurement",
+    obeyed="the measurement names a model that was processed by that option",
 )
 @pytest.mark.parametrize("kwargs", [{"center_writing_weights": False}, {}, None])
 def test_a_processed_model_is_named_where_the_sae_wants_none(
@@ -282,7 +282,7 @@ def test_the_command_line_does_not_refuse_the_right_model(
 @pytest.mark.fidelity(
     source="SAELens",
     says="model_from_pretrained_kwargs: fold_value_biases and other processing",
-    obeyed="`measure` runs a HookedTransformer that is processed so",
+    obeyed="`measure` runs a HookedTransformer with that processing",
 )
 def test_processing_that_only_hooked_transformer_has(
     folder: Path,

@@ -59,7 +59,7 @@ def test_several_saes_share_the_positions_that_all_were_trained_on(trained_on: C
 @pytest.mark.fidelity(
     source="SAELens",
     says="prepend_bos, seqpos_slice",
-    obeyed="rows begin with BOS where the SAE's did, and the positions are counted that it was trained on",
+    obeyed="rows begin with BOS if the SAE's did; only positions that it was trained on are counted",
 )
 @pytest.mark.parametrize("by", ["measure", "run"])
 def test_counts_are_of_the_rows_that_the_sae_was_trained_on(
@@ -98,7 +98,7 @@ def test_counts_are_of_the_rows_that_the_sae_was_trained_on(
 @pytest.mark.fidelity(
     source="SAELens",
     says="prepend_bos, seqpos_slice, context_size",
-    obeyed="an option that asks for other rows is obeyed, and named in the measurement",
+    obeyed="an option that asks for other rows is obeyed, and the measurement names it",
 )
 def test_options_that_differ_are_named(trained_on: Callable[..., Any], setup: Path, cli: Cli, tmp_path: Path) -> None:
     trained_on(prepend_bos=False, seqpos_slice=(2, 9), context_size=12).save_model(tmp_path / "sae")
@@ -114,7 +114,7 @@ def test_options_that_differ_are_named(trained_on: Callable[..., Any], setup: Pa
     assert "positions from 1 on are counted, and the SAE at" in out + err
 
 
-@pytest.mark.fidelity(source="SAELens", says="dataset_path", obeyed="its text is offered where no source was given")
+@pytest.mark.fidelity(source="SAELens", says="dataset_path", obeyed="its text is offered if no source was given")
 def test_the_saes_own_text_is_offered(trained_on: Callable[..., Any], setup: Path, cli: Cli, tmp_path: Path) -> None:
     trained_on(dataset_path="Skylion007/openwebtext").save_model(tmp_path / "sae")
     options = ("--model", setup / "model", "--sae", tmp_path / "sae")

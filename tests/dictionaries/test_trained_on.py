@@ -106,7 +106,7 @@ def test_sparsify(tmp_path: Path, family: str, name: str) -> None:
 @pytest.mark.fidelity(
     source="dictionary_learning",
     says="`layer`, `submodule_name`, `io`",
-    obeyed="the submodule's own output is read, before any norm behind it, or its input where `io` says so",
+    obeyed="the submodule's own output is read, before any norm behind it, or its input if `io` says so",
 )
 @pytest.mark.parametrize(("family", "name"), cases(["gpt-neox", *POST_NORM], quick=["gemma2"]))
 def test_dictionary_learning(tmp_path: Path, family: str, name: str) -> None:
@@ -145,7 +145,7 @@ def test_saelens_modules_of_transformers(family: str, name: str) -> None:
 @pytest.mark.fidelity(
     source="SAELens",
     says="`hook_name: …hook_mlp_in` beside `hf_hook_name: ….pre_feedforward_layernorm.output` (Gemma Scope 2)",
-    obeyed="what the MLP reads is tapped, behind the norm, where TransformerLens' `hook_mlp_in` is before it",
+    obeyed="the MLP's input is tapped, behind the norm; TransformerLens' `hook_mlp_in` is before it",
 )
 @pytest.mark.parametrize("name", FORMS)
 def test_gemma_scope_2_transcoders(make_sae: Any, name: str) -> None:
@@ -227,7 +227,7 @@ def test_another_tensor_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.fidelity(
     source="SAELens",
     says="`hook_name: ….hook_normalized`",
-    obeyed="what TransformerLens 3 has there is read, before the norm's weight; of a layer norm a note says what else",
+    obeyed="TransformerLens 3's value is read, before the norm's weight; for a layer norm a note says what else",
 )
 @pytest.mark.parametrize("name", [BRIDGE, HOOKED])
 def test_normalized_by_another_version(make_sae: Any, name: str) -> None:

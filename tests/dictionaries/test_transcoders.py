@@ -56,7 +56,7 @@ def latents(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.fidelity(
     source="circuit-tracer",
     says="`feature_input_hook`, `feature_output_hook`, a file for each layer, `W_skip`, `threshold`",
-    obeyed="features are counted where the transcoder reads, and its FVU is of what it should have written",
+    obeyed="features are counted at its input, and its FVU is checked at its output",
 )
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "skip"])
@@ -154,7 +154,7 @@ class TestBadInput:
 @pytest.mark.fidelity(
     source="SAELens",
     says="a layer of a cross-layer transcoder",
-    obeyed="refused, with what to choose instead: SAELens adds up decoders that write to several layers",
+    obeyed="refused, with a better choice: SAELens adds up decoders that write to several layers",
 )
 @pytest.mark.parametrize(
     "spec",
@@ -179,7 +179,7 @@ def test_a_layer_that_saelens_loaded(models_by_kind: dict[str, Any], make_sae: A
 @pytest.mark.fidelity(
     source="circuit-tracer",
     says="a cross-layer transcoder",
-    obeyed="refused, with what to choose instead: no one hook point shows what its features explain",
+    obeyed="refused, with a better choice: no one hook point shows what its features explain",
 )
 def test_cross_layer_transcoders_on_disk(tmp_path: Path) -> None:
     """Its encoder's and its decoder's file of each layer."""
@@ -229,7 +229,7 @@ def test_an_sae_of_one_head(models_by_kind: dict[str, Any], make_sae: Any, token
 @pytest.mark.fidelity(
     source="SAELens",
     says="`reshape_activations: hook_z`",
-    obeyed="the heads are handed over apart, in every form of the model",
+    obeyed="the SAE gets the heads separately, in every form of the model",
 )
 @pytest.mark.parametrize("kind", ["TransformerBridge", "gpt_neox"])
 def test_heads_that_the_sae_joins(

@@ -119,7 +119,7 @@ class TestAgainstDense:
     @pytest.mark.fidelity(
         source="SAELens",
         says="`hook_name_out`",
-        obeyed="features are counted where a transcoder reads, and its FVU is of what it should have written there",
+        obeyed="features of a transcoder are counted at its input, and its FVU is checked at its output",
     )
     @pytest.mark.parametrize("kind", TRANSCODED)
     @pytest.mark.parametrize("architecture", TRANSCODERS)

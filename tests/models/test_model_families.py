@@ -1,4 +1,4 @@
-"""Every architecture in each of its forms, by the trials that write the table of docs/families.md; and what an
+"""Every architecture in each of its forms, by the trials that write the table of docs/architectures.md; and what an
 architecture that nobody knows is told.
 """
 

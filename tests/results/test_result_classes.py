@@ -49,7 +49,8 @@ FOUND = list(classes())
 
 def documented() -> dict[str, bool]:
     """The results in the documentation's table, and whether it says that they are saved."""
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| (yes)? ?\|$", (ROOT / "docs/report.md").read_text("utf-8"), re.M)
+    page = (ROOT / "docs" / "result-classes.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| (yes)? ?\|$", page, re.M)
     return {name: saved == "yes" for name, saved in rows}
 
 
