@@ -96,7 +96,7 @@ def table(marks: list[Mark]) -> str:
         tests = rows.setdefault((mark.source, mark.says, mark.obeyed), [])
         if shown not in tests:
             tests.append(shown)
-    head = "| source | what it says of itself | what the tool does | shown by |\n|---|---|---|---|\n"
+    head = "| source | what its files say | what the tool does | shown by |\n|---|---|---|---|\n"
     return head + "".join(
         f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} | {', '.join(tests)} |\n"
         for row, tests in rows.items()
