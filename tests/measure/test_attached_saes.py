@@ -160,9 +160,7 @@ class TestTheInputIsCounted:
             model.add_sae(sae, use_error_term=error_term)
         with tlc.add_capacity_hooks(model, [early, late]) as capacity:
             found = capacity.run(tokens.split(8)).measurement()
-        says = (
-            f"{LATER}: was counted while the model ran with the reconstruction of the SAE at {HOOK}, without its error"
-        )
+        says = f"{LATER}: counted while the model ran with the reconstruction of the SAE at {HOOK}, without its error"
         assert [note.startswith(says) for note in found[LATER].notes] == ([] if error_term else [True])
         assert set(found[LATER].notes) <= set(found.warnings)
         assert not found[HOOK].notes
@@ -212,5 +210,5 @@ class TestTheHooksOfAnAttachedSAE:
         name = f"{CANONICAL[kind]}.hook_sae_input"
         with tlc.add_capacity_hooks(model, {name: sae}) as capacity:
             model.reset_saes()
-            with pytest.raises(HookPointError, match=f"{name} is gone since .* attach them again"):
+            with pytest.raises(HookPointError, match=f"{name} was removed after .* attach them again"):
                 capacity.run(tokens)

@@ -112,7 +112,7 @@ class TestWithoutAnArgument:
     )
     def test_releases_to_paste(self, neox: Any, name: str, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
         directory = get_pretrained_saes_directory()
-        with pytest.raises(DictionaryError, match=f"none comes with the model {name!r}: pass one by name") as refused:
+        with pytest.raises(DictionaryError, match=f"none comes with the model {name!r}: pass one of") as refused:
             tlc.add_capacity_hooks(called(neox, name, monkeypatch))
         pasted = re.findall(r"'([^']+/[^']+)'", str(refused.value).partition(": ")[2])
         assert len(pasted) > 2
@@ -129,7 +129,7 @@ class TestWithoutAnArgument:
             DictionaryError, match=r"none comes with the model .* pass a folder, RELEASE/SAE_ID"
         ) as says:
             tlc.add_capacity_hooks(called(neox, name, monkeypatch))
-        assert ("which may be others: '" in str(says.value)) == bool(near)
+        assert ("which may be other models: '" in str(says.value)) == bool(near)
         assert near in str(says.value)
 
 
@@ -176,10 +176,10 @@ class TestByName:
     @pytest.mark.parametrize(
         ("given", "says"),
         [
-            ("gpt2-small-res-jb/blocks.99.hook_resid_pre", "has no SAE 'blocks.99.hook_resid_pre': the nearest"),
+            ("gpt2-small-res-jb/blocks.99.hook_resid_pre", "has no SAE 'blocks.99.hook_resid_pre': choose one of its"),
             ("nowhere", "there is no folder 'nowhere'"),
-            (f"pca:{HOOK}", "is fitted to text, and no text comes with the model"),
-            ({LATER: f"neurons:{HOOK}"}, f"is a basis of {HOOK}, and is given for {LATER}"),
+            (f"pca:{HOOK}", "needs text to be fitted to, and no text comes with the model"),
+            ({LATER: f"neurons:{HOOK}"}, f"is a basis of {HOOK}, but is given for {LATER}"),
             ("pca:", "names no basis"),
         ],
     )

@@ -179,7 +179,7 @@ class TestGeneratingWithoutACache:
         model = models_by_kind["gpt_neox"]
         options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": BOS}
         with tlc.add_capacity_hooks(model, make_sae("standard", HOOK)) as capacity:
-            with pytest.warns(UserWarning, match="counts them again .*generate with the cache"):
+            with pytest.warns(UserWarning, match="counts them again .*use the cache"):
                 model.generate(tokens, use_cache=False, **options)
             model.generate(tokens, use_cache=False, **options)  # warnings are errors in tests
             counted = capacity.n_tokens
@@ -190,7 +190,7 @@ class TestGeneratingWithoutACache:
         self, hooked: Any, make_sae: Callable[..., Any], tokens: torch.Tensor
     ) -> None:
         options = {"max_new_tokens": 3, "stop_at_eos": False, "verbose": False, "do_sample": False}
-        says = r"has 10 positions, of which only 1 .*use_past_kv_cache=True"
+        says = r"has 10 positions, but only 1 .*use_past_kv_cache=True"
         with (
             tlc.add_capacity_hooks(hooked, make_sae("standard", HOOK), mask_token_ids=[]),
             pytest.raises(HookPointError, match=says),
@@ -210,7 +210,7 @@ class TestEndedEarly:
             capacity.run(tokens, max_tokens=counted)
             assert not caplog.records
             capacity.run(tokens, max_tokens=1_000)
-        assert f"the text ended after {counted} tokens, and 1,000 were asked for" in caplog.text
+        assert f"the text ended after {counted} tokens, but 1,000 were asked for" in caplog.text
 
 
 class TestThreads:

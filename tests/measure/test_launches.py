@@ -159,7 +159,7 @@ class TestBadInput:
         killed_after(2, settings, 1, 2)
         code, _, error = cli(*arguments(setup, settings.out))
         assert (code, error.count("\n")) == (2, 1)
-        assert "all.process-1-of-2 already holds a measurement: go on with --resume" in error
+        assert "all.process-1-of-2 already holds a measurement: continue with --resume" in error
 
     def test_of_other_settings(self, setup: Path, text: Path, tmp_path: Path, cli: Cli) -> None:
         settings = settings_of(setup, text, tmp_path / "all")
@@ -184,7 +184,7 @@ class TestBadInput:
         killed_after(2, settings, 0, 3)
         for path in (tmp_path / "all.earlier-launches").iterdir():
             path.unlink()
-        with pytest.raises(CapacityError, match="which is gone or another: delete both"):
+        with pytest.raises(CapacityError, match="which was deleted or replaced: delete both"):
             measure_together(settings)
 
 

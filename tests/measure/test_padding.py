@@ -114,7 +114,7 @@ class TestPaddingWithoutAMask:
     """EOS is a usual filler, and BOS in many models: what is assumed of rows of it is said."""
 
     LEFT = placed(torch.tensor([[BOS, BOS, BOS, 5, 9], [BOS, 7, 2, 8, 4]]))
-    SAYS = "begins with 3 tokens of id 0, and no attention mask came with it: they are taken for text"
+    SAYS = "begins with 3 tokens of id 0, and no attention mask came with it: they are read as text"
 
     def test_run(self, model: Any, make_sae: Callable[..., Any]) -> None:
         with tlc.add_capacity_hooks(model, make_sae("topk", HOOK)) as capacity:
@@ -138,7 +138,7 @@ class TestPaddingWithoutAMask:
             assert capacity.run(rows).n_tokens == 6
         with (
             tlc.add_capacity_hooks(neox, make_sae("topk", HOOK), mask_token_ids=[]) as capacity,
-            pytest.warns(UserWarning, match=r"ends with 3 tokens of id 0, .* so that they count like others"),
+            pytest.warns(UserWarning, match=r"ends with 3 tokens of id 0, .* so they count like others"),
         ):
             capacity.run(rows)
 

@@ -702,7 +702,7 @@ class TestBadInput:
         ("hook", "says"),
         [
             ("blocks.1.hook_resid_pots", r"did you mean blocks\.1\.hook_"),
-            ("embedding of doom", "it has|no residual-stream hook"),
+            ("embedding of doom", "it has|is not a hook point"),
             ("", "no"),
         ],
     )
@@ -710,7 +710,7 @@ class TestBadInput:
         self, models_by_kind: dict[str, Any], make_sae: MakeSAE, kind: str, hook: str, says: str
     ) -> None:
         if kind in HUGGING_FACE and hook.startswith("blocks"):
-            says = "is no residual-stream hook"
+            says = "is not a hook point that the family of"
         with pytest.raises(HookPointError, match=says):
             tlc.add_capacity_hooks(models_by_kind[kind], {hook: make_sae("standard")})
 
@@ -720,7 +720,7 @@ class TestBadInput:
     )
     def test_a_name_of_something_else(self, hooked: Any, bridge: Any, make_sae: MakeSAE, name: str) -> None:
         for model in (hooked, bridge):
-            with pytest.raises(HookPointError, match="is no hook point of this model"):
+            with pytest.raises(HookPointError, match="is not a hook point of this model"):
                 tlc.add_capacity_hooks(model, {name: make_sae("standard")})
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -766,7 +766,7 @@ class TestBadInput:
 
     def test_temporal_sae(self, hooked: Any) -> None:
         sae = sae_lens.TemporalSAE(sae_lens.TemporalSAEConfig(d_in=D_MODEL, d_sae=64, n_heads=2, bottleneck_factor=2))
-        with pytest.raises(DictionaryError, match="is a TemporalSAE, whose latents depend on the tokens before"):
+        with pytest.raises(DictionaryError, match="is a TemporalSAE, whose latents depend on earlier tokens"):
             tlc.add_capacity_hooks(hooked, {HOOK: sae})
 
     def test_an_sae_as_the_model(self, make_sae: MakeSAE) -> None:
@@ -778,7 +778,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("model", [None, "gpt2", 3, {}])
     def test_no_model(self, make_sae: MakeSAE, model: Any) -> None:
-        with pytest.raises(HookPointError, match="is no model"):
+        with pytest.raises(HookPointError, match="is not a model"):
             tlc.add_capacity_hooks(model, make_sae("standard"))
 
     def test_a_family_that_nobody_registered(self, neox: Any, make_sae: MakeSAE) -> None:
@@ -793,7 +793,7 @@ class TestBadInput:
     @pytest.mark.parametrize("sae", [torch.nn.Linear(2, 2), None])
     def test_no_sae(self, hooked: Any, unchecked: None, sae: Any) -> None:
         for saes in ({HOOK: sae}, [sae], {HOOK: [sae]}):
-            with pytest.raises(DictionaryError, match=r"is no SAE|does not name its hook point"):
+            with pytest.raises(DictionaryError, match=r"is not an SAE|does not name its hook point"):
                 tlc.add_capacity_hooks(hooked, saes)
 
     def test_an_sae_that_names_no_hook(self, hooked: Any, make_sae: MakeSAE) -> None:
@@ -805,9 +805,9 @@ class TestBadInput:
         [
             ({"skip_first_positions": -1}, "skip_first_positions = -1"),
             ({"fvu_every": 0}, "fvu_every = 0"),
-            ({"alive_threshold": -1e-9}, "is no firing rate"),
-            ({"alive_threshold": 1.0}, "is no firing rate"),
-            ({"alive_threshold": float("nan")}, "is no firing rate"),
+            ({"alive_threshold": -1e-9}, "is not a firing rate"),
+            ({"alive_threshold": 1.0}, "is not a firing rate"),
+            ({"alive_threshold": float("nan")}, "is not a firing rate"),
             ({"importance": ["second_momnet"]}, "did you mean 'second_moment'"),
         ],
     )
@@ -849,7 +849,7 @@ class TestBadInput:
             tlc.add_capacity_hooks(models_by_kind[kind], make_sae("standard", HOOK)) as capacity,
             pytest.raises(
                 CapacityError,
-                match=f"the text has token id {strange}, but the model's vocabulary has {VOCAB}: tokenise it with",
+                match=f"the text has token id {strange}, but the model's vocabulary has {VOCAB}: use",
             ),
         ):
             capacity.run(others)

@@ -129,7 +129,7 @@ def test_each_process_holds_and_gathers_a_part(setup: Path, uneven: Path) -> Non
 def test_bad_input(setup: Path, tmp_path: Path, cli: Cli) -> None:
     code, _, error = cli(*arguments(setup, tmp_path / "out", "--shard-model"))
     assert (code, error.count("\n")) == (2, 1)
-    assert "one process has nobody to share the teacher with" in error
+    assert "a single process has nobody to share the teacher with" in error
     code, _, error = cli(*arguments(setup, tmp_path / "out", "--shard-model", "--device-map", "auto"))
     assert (code, error.count("\n")) == (2, 1)
     assert "give one of them" in error

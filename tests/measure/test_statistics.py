@@ -266,7 +266,7 @@ class TestFeatureStatistics:
 
     def test_merge_refuses_what_does_not_fit(self) -> None:
         mine = statistics_of(sparse_latents(9, 8, 0.5, 0), torch.arange(9))
-        with pytest.raises(MeasurementError, match=r"counts has shape .* not the same SAE"):
+        with pytest.raises(MeasurementError, match=r"counts has shape .* with the same SAE"):
             together(mine, statistics_of(sparse_latents(9, 16, 0.5, 0), torch.arange(9)))
         other = mine.clone()
         other.decoder_norm += 1e-9
@@ -274,5 +274,5 @@ class TestFeatureStatistics:
             together(mine, other)
         other = mine.clone()
         del other.state["probe/weighted"]
-        with pytest.raises(MeasurementError, match=r"different statistics \(state/probe/weighted\)"):
+        with pytest.raises(MeasurementError, match=r"different sums \(state/probe/weighted\)"):
             together(mine, other)

@@ -1,1 +1,1 @@
-"""Counting: hook points are tapped while the model reads text, and sums are kept."""
+"""Counting: the model reads text, its hook points are tapped, and sums are kept."""

@@ -1,5 +1,5 @@
-"""Ablation: the exact KL to the clean output when a latent is set to zero, against which importances in nats can be
-checked.
+"""Ablation: the exact KL to the clean output when a latent is set to zero. Importances in nats can be checked against
+it.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def ablation_kl(
     check_dictionary(sae, hook)
     if target_hook(sae, hook) is not None:
         raise DictionaryError(
-            f"the SAE at {hook} writes to another hook point, so its latents cannot be ablated there: pass an SAE of"
-            " one hook point"
+            f"the SAE at {hook} writes to another hook point, so its latents cannot be ablated here: pass an SAE "
+            "that writes where it reads"
         )
     n_latents = int(sae.W_dec.shape[0])
     wrong = [latent for latent in latents if not 0 <= latent < n_latents]
@@ -73,9 +73,9 @@ def ablation_kl(
     counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted.cpu()
     if wrong or not counted.any():
         raise CapacityError(
-            f"latents {wrong} of {n_latents} do not exist"
+            f"there are no latents {wrong} among {n_latents}: choose numbers from 0 to {n_latents - 1}"
             if wrong
-            else "no token is counted, so no latent can be ablated: pass tokens to count"
+            else "no token counts, so no latent can be ablated: pass tokens that are not special or padding"
         )
     point, chosen = reading_of(model, sae, hook).point, torch.tensor(list(latents), dtype=torch.int64)
     total, linear = torch.zeros(len(chosen), dtype=torch.float64), None
@@ -87,13 +87,13 @@ def ablation_kl(
             with _edited(point, seen.append):
                 clean = _log_probabilities(model, tokens[rows])
             if not seen:
-                raise HookPointError(f"{hook} did not fire: the model does not run it, ablate at another hook point")
+                raise HookPointError(f"{hook} did not fire: the model does not run it, choose another hook point")
             inputs = inputs_for(sae, seen[0].flatten(0, 1))
             linear = decoder_vectors_add_up(sae, inputs) if linear is None else linear
             if linear is False:
                 raise DictionaryError(
-                    "the SAE does not write the sum of its decoder vectors, so one latent cannot be taken out of it:"
-                    " choose another SAE"
+                    "the SAE does not write the sum of its decoder vectors, so a single latent cannot be removed: "
+                    "choose another SAE"
                 )
             encoded = sae.encode(inputs).to_dense()
             encoded = encoded if scale is None else encoded * scale
@@ -116,7 +116,9 @@ def ablation_kl(
 
 
 def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
-    """[row, position, vocabulary]; the last position predicts a token that nobody sees, and is counted all the same."""
+    """Log-probabilities [row, position, vocabulary] of the next token. The last position is counted too, although its
+    token is not in the row.
+    """
     output: Any = model(tokens.to(next(model.parameters()).device))
     logits: Tensor = getattr(output, "logits", output)
     return logits.float().log_softmax(-1)
@@ -128,7 +130,7 @@ def _changed(change: Tensor, activation: Tensor) -> Tensor:
 
 @contextmanager
 def _edited(point: TapPoint, edit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """See the activation at a tap point, and replace it where `edit` gives another, while the block runs."""
+    """While the block runs, see the activation at a tap point and replace it if `edit` returns another."""
     remove = point.edit(edit)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Attaching: add_capacity_hooks, and the same for SAEs and models that have a name already."""
+"""Attaching: `add_capacity_hooks`, and the same for SAEs and models that already have a name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tl_capacity.text.streams import TokenStream
 
 
 class HookedModel(Protocol):
-    """What a model offers once `tl_capacity` is imported: annotate a variable with it and a type checker accepts
+    """What a model offers once `tl_capacity` is imported. Annotate a variable with it, and a type checker accepts
     `add_capacity_hooks`.
     """
 
@@ -57,7 +57,7 @@ def add_capacity_hooks(
     mask_token_ids: Iterable[int] | None = None,
     skip_first_positions: int | None = None,
 ) -> CapacityHooks:
-    """Tap a model's hook points and count what the SAEs' features do, until the handle is removed.
+    """Tap a model's hook points and count what the SAEs' features do until the handle is removed.
 
     Args:
         model: a `HookedTransformer`, `TransformerBridge`, their SAE variants, or a Hugging Face causal language model
@@ -114,8 +114,8 @@ def attach(
     identity: Identity | None = None,
     on_device: bool | None = None,
 ) -> CapacityHooks:
-    """`add_capacity_hooks` for SAEs that have a name already, and a model that goes by another name than it says;
-    `on_device` counts as on an accelerator, or not, wherever the SAEs are.
+    """`add_capacity_hooks` for SAEs that already have a name, and for a model that is recorded under another name.
+    `on_device` decides whether to count as on an accelerator, wherever the SAEs are.
     """
     FeatureSummary.check_threshold(alive_threshold)
     model = uncompiled(model)
@@ -130,8 +130,8 @@ def attach(
     names = [estimator.name for estimator in estimators]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CapacityError(
-            f"the importance estimator {twice!r} is given twice, and both would add to the same sums: give it once, or"
-            " two under two names"
+            f"the importance estimator {twice!r} is given twice, and both would add to the same sums: give it once, "
+            "or give the two different names"
         )
     scratch = Scratch()
     taps = [Tap(_reading(model, d), d, estimators, fvu_every, scratch, on_device) for d in dictionaries]
@@ -141,7 +141,7 @@ def attach(
 
 
 def _reading(model: Any, dictionary: NamedDictionary) -> Reading:
-    """Where a dictionary reads, with what differs there and, of a transcoder, where it writes."""
+    """Where a dictionary reads in this model, what differs there and, for a transcoder, where it writes."""
     reading, written = reading_of(model, dictionary.sae, dictionary.hook), target_hook(dictionary.sae, dictionary.hook)
     notes = () if written is None else reading_of(model, dictionary.sae, written).notes
     return replace(reading, notes=tuple(dict.fromkeys((*reading.notes, *notes))))

@@ -1,4 +1,4 @@
-"""Attachment: the hooks of one handle on its model, taken away when asked for, or when nobody keeps the handle."""
+"""Attachment: the hooks of one handle on its model. They are removed on request, or when nobody keeps the handle."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Attachment:
 
     @property
     def ended(self) -> bool:
-        """Whether the hooks were taken away."""
+        """Whether the hooks were removed."""
         return not self._take_away.alive
 
     def add(self, remove: Callable[[], None]) -> None:
-        """Keep what takes a hook away, for later."""
+        """Keep a function that removes a hook."""
         self._removers.append(remove)
 
     def watch(self, point: TapPoint, method: Callable[..., None], *first: Any, differentiable: bool = False) -> None:
-        """Call a method of the handle with what comes first, and each activation of a hook point."""
+        """Call a method of the handle with the arguments `first` and each activation of a hook point."""
         self._watches.append(Watch(point, partial(weakly(method), *first), differentiable))
         self.add(self._watches[-1].remove)
 
     def check(self) -> None:
-        """Watch each hook point where the model has it now.
+        """Make each hook watch the module that the model has at its hook point now.
 
         Raises:
             CapacityError: where the hooks were taken away.
@@ -53,14 +53,14 @@ class Attachment:
             watch.follow()
 
     def end(self) -> None:
-        """Take the hooks away, and nobody else's. May be called twice."""
+        """Remove our hooks and no others. May be called twice."""
         if not self.ended:
             self._take_away()
             forget_graphs()
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that does nothing and gives None once its object is gone, and does not keep it."""
+    """A method that does not keep its object alive. Once the object is gone, it does nothing and returns None."""
     reference = weakref.WeakMethod(method)
 
     def call(*args: Any) -> Any:

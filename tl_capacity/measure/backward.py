@@ -1,5 +1,5 @@
-"""Gradients on request, through frozen parameters: from a model's logits to every tapped hook point in one backward
-pass for each loss, or averaged along a path that leads to the activations from their baseline.
+"""Gradients on request, with frozen parameters: one backward pass for each loss, from the logits to every tapped hook
+point, or an average along a path from a baseline to the activations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, generator: torch.Generator) -
 
 
 def sampled(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Σ −log p(y) in nats with y drawn from the model's own p: half its squared gradient is, in expectation, the KL to
+    """Σ −log p(y) in nats, with y drawn from the model's own p. In expectation, half its squared gradient is the KL to
     the clean output to second order.
 
     The gradient of that KL itself vanishes at the clean output; its curvature is the Fisher information E[∇ log p(y) ∇
@@ -45,13 +45,13 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
     "cross_entropy": cross_entropy,
     "sampled": sampled,
 }
-"""The losses that an importance estimator can ask gradients of."""
+"""The losses whose gradients an importance estimator can ask for."""
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Record what is computed from tensors that ask for a gradient, while no parameter does; afterwards the parameters
-    ask as before.
+    """Inside the block, computations are recorded for gradients, but no parameter asks for one. Afterwards the
+    parameters ask as before.
     """
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
@@ -66,7 +66,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module, embedding: nn.Module) -> Iterator[None]:
-    """Record what activations depend on, from the embedding on, through frozen parameters."""
+    """Record how activations follow from the embedding, with frozen parameters."""
     handle = embedding.register_forward_hook(lambda _, args, embedded: embedded.requires_grad_())
     try:
         with frozen(model):
@@ -102,8 +102,8 @@ def gradients(
         for gradient, by_loss in zip(along, by_activation, strict=True):
             if gradient is None:
                 raise CapacityError(
-                    f"the model's logits do not depend on a tapped hook point, so its {name} gradient is undefined: tap"
-                    " another, or choose another importance"
+                    f"the model's logits do not depend on a tapped hook point, so its {name} gradient is undefined: "
+                    "tap another hook point, or choose another importance estimator"
                 )
             by_loss[name] = gradient
     return by_activation
@@ -118,8 +118,8 @@ def path_gradient(
     along: PathGradient,
     seed: int,
 ) -> Tensor:
-    """∫₀¹ ∂L/∂x at x(α) = b + α(x − b) dα: the gradient along the straight path from a baseline b to the activations x,
-    all moving tokens together.
+    """∫₀¹ ∂L/∂x at x(α) = b + α(x − b) dα: the gradient along the straight path from a baseline b to the activations x.
+    All tokens move together.
 
     By Gauss-Legendre quadrature, which is exact for polynomials of degree 2·steps − 1 in α. ⟨x − b, ∫∂L/∂x dα⟩, summed
     over moving tokens, is then L(x) − L(b): the completeness of integrated gradients (Sundararajan et al. 2017,

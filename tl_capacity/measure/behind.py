@@ -1,6 +1,4 @@
-"""Behind an SAE: hook points that are counted while the model goes on with an SAE's reconstruction instead of its own
-activations.
-"""
+"""Behind an SAE: hook points counted while the model runs with an SAE's reconstruction in place of its activations."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from tl_capacity.results.naming import LAYER
 
 
 def reconstructed_before(model: Any, point: TapPoint) -> Iterator[str]:
-    """The hook points before a place at which the model carries an SAE without its error term."""
+    """The hook points before a given one at which the model carries an SAE without its error term."""
     for hook, sae in carried_saes(model).items():
         put_there = find_tap_point(model, target_hook(sae, hook) or hook).module
         if not getattr(put_there, "use_error_term", True) and put_there is not point.again().module:
@@ -24,9 +22,9 @@ def reconstructed_before(model: Any, point: TapPoint) -> Iterator[str]:
 
 
 def behind_note(hook: str, reconstructed: Iterable[str]) -> str:
-    """What a reader must know of a hook point that was counted behind SAEs."""
+    """The note on a hook point that was counted behind SAEs."""
     return (
-        f"{hook}: was counted while the model ran with the reconstruction of the SAE at"
-        f" {', '.join(sorted(reconstructed))}, without its error, so these figures are of that model: add the SAE with"
-        " use_error_term=True, or take it away with reset_saes(), for the model's own"
+        f"{hook}: counted while the model ran with the reconstruction of the SAE at "
+        f"{', '.join(sorted(reconstructed))}, without its error, so these figures are of the model with that "
+        "reconstruction: for the model's own, add the SAE with use_error_term=True, or remove it with reset_saes()"
     )

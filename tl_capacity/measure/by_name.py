@@ -1,4 +1,4 @@
-"""What a session names instead of loading it: SAEs, bases, and text for a model that is in memory already."""
+"""SAEs, bases and text that a session names instead of loading them, for a model that is already in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tl_capacity.text.streams import TokenStream
 
 
 def dictionaries_of(model: Any, saes: SAEs | None, text: str | TokenStream | None = None) -> list[NamedDictionary]:
-    """Every SAE that is meant, with its hook point and name.
+    """Every SAE that was asked for, with its hook point and name.
 
     Args:
         model: the model that is measured.
@@ -41,7 +41,7 @@ def dictionaries_of(model: Any, saes: SAEs | None, text: str | TokenStream | Non
 
 
 def stream_of(model: Any, source: str, saes: Sequence[Any] = ()) -> TokenStream:
-    """A source as a stream for a model in memory: in its own tokens, with rows of the SAEs' context.
+    """A source as a stream for a model in memory: with the model's tokenizer, in rows of the SAEs' context.
 
     Raises:
         TokenSourceError: where the model has no tokenizer and names none.
@@ -58,32 +58,35 @@ def _coming_with(model: Any) -> Mapping[str, str]:
 
 
 def _loaded(model: Any, hook: str | None, spec: str, text: str | TokenStream | None) -> NamedDictionary:
-    """An SAE or basis by its name, on the model's device."""
+    """An SAE or basis loaded by its name, on the model's device."""
     loaded, device = _in_session(model), device_of(model)
     basis = BasisSpec.parse(spec)
     if basis is None:
         return dictionary_named(spec if hook is None else f"{hook}={spec}", loaded, str(device))
     if hook not in (None, basis.hook):
-        raise DictionaryError(f"{spec!r} is a basis of {basis.hook}, and is given for {hook}: name one hook point")
+        raise DictionaryError(
+            f"{spec!r} is a basis of {basis.hook}, but is given for {hook}: name the same hook "
+            "point twice, or leave one out"
+        )
     return NamedDictionary(basis.hook, str(basis), basis.fit(model, _text_for(basis, loaded, text)).to(device))
 
 
 def _text_for(basis: BasisSpec, loaded: LoadedModel, text: str | TokenStream | None) -> TokenStream:
-    """What a basis is fitted to."""
+    """The text that a basis is fitted to."""
     if isinstance(text, TokenStream):
         return text
     if source := text or loaded.corpus:
         return stream_of(loaded.model, source)
     if basis.needs_text:
         raise TokenSourceError(
-            f"{basis} is fitted to text, and no text comes with the model {loaded.name!r}: pass"
-            " text=SOURCE or text=TokenStream(…) to add_capacity_hooks"
+            f"{basis} needs text to be fitted to, and no text comes with the model {loaded.name!r}: pass text=SOURCE "
+            "or text=TokenStream(…) to add_capacity_hooks"
         )
     return TokenStream(np.arange(1, 9, dtype=np.int64)[None])  # any tokens show how wide the hook point is
 
 
 def _in_session(model: Any) -> LoadedModel:
-    """A model in memory, with what a plugin registered under its name."""
+    """A model in memory, with whatever a plugin registered under its name."""
     identity = Identity.according_to(model)
     named = plugins().models.items.get(identity.name)
     return LoadedModel(model, getattr(model, "tokenizer", None), identity.name, identity.revision, named)

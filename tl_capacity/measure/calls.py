@@ -1,4 +1,6 @@
-"""Calls: the token ids of each plain call of a model, seen at its embedding however the model is called."""
+"""Calls: the token ids of each plain call of a model, read at its embedding. So it does not matter how the model is
+called.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from tl_capacity.text.streams import PADDING
 
 @dataclass(frozen=True)
 class Call:
-    """What one plain call of a model runs on.
+    """The tokens, mask and cache of one plain call of a model.
 
     Attributes:
         tokens: int64 [row, position] token ids, `PADDING` where the attention mask says so.
@@ -38,8 +40,8 @@ class Call:
 
 
 class _Thread(threading.local):
-    """What is known of the call that a thread is in: its mask and cache, token ids of which no call was made yet,
-    the rows of the call before, and whether it is looked at.
+    """What is known of a thread's current call: its mask and cache, token ids not yet turned into a call, the rows of
+    the call before, and whether calls are watched.
     """
 
     mask: Any = None
@@ -76,7 +78,7 @@ class Calls:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Calls that this thread makes meanwhile are not looked at."""
+        """Do not watch the calls that this thread makes inside the block."""
         self._thread.watched = False
         try:
             yield
@@ -84,7 +86,7 @@ class Calls:
             self._thread.watched = True
 
     def remove(self) -> None:
-        """Take the hooks away again, and nobody else's."""
+        """Remove our hooks and no others."""
         for handle in self._handles:
             handle.remove()
 
@@ -94,7 +96,7 @@ class Calls:
         self._thread.cache = next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
 
     def begin_waiting(self) -> None:
-        """Begin the call whose token ids were seen, if its cache is still waited for."""
+        """Begin the call whose token ids were seen, if it still waits for its cache."""
         if self._thread.waiting is not None:
             self._begin(self._thread.waiting)
 
@@ -133,27 +135,27 @@ class Calls:
             self._sequences.note(cache, earlier.with_more(rows != PADDING, documents))
 
     def _warn_of_repetition(self, rows: NDArray[np.int64], cache: Any) -> None:
-        """Say so, once, where a call begins with all the tokens of the call before."""
+        """Warn once if a call begins with all the tokens of the call before."""
         before, self._thread.before = self._thread.before, rows
         longer = before is not None and cache is None and rows.shape == (len(before), before.shape[1] + 1)
         if longer and not self._warned and bool((rows[:, :-1] == before).all()):
             self._warned = True
             warnings.warn(
-                "a call of the model begins with all the tokens of the call before, and counts them again (generate"
-                " without a cache?): generate with the cache, which counts each token once",
+                "a call of the model begins with all the tokens of the call before, and counts them again (generate "
+                "without a cache?): use the cache, so that each token counts once",
                 stacklevel=2,
             )
 
 
 def _block_with_cache(model: Any) -> nn.Module | None:
-    """The first block of a HookedTransformer, which is given its part of the cache."""
+    """The first block of a HookedTransformer. It receives its part of the cache."""
     first = next(iter(getattr(model, "blocks", None) or ()), None)
     takes = isinstance(first, nn.Module) and BLOCK_CACHE_ARGUMENT in inspect.signature(first.forward).parameters
     return first if takes else None
 
 
 def _present(shape: tuple[int, ...], mask: Any) -> NDArray[np.bool_] | None:
-    """Where an attention mask [row, position] of rows of this shape lets a token be; None where there is no such mask.
+    """Where an attention mask [row, position] says that there is a token; None without a mask for rows of this shape.
 
     Other kinds, such as one for each attention layer, say nothing of padding.
     """

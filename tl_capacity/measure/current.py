@@ -1,4 +1,4 @@
-"""CurrentPasses: the forward pass that each thread is in, and how many passes there were."""
+"""CurrentPasses: the forward pass of each thread, and the number of passes so far."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pass = TypeVar("Pass", bound=ForwardPass)
 
 
 class CurrentPasses:
-    """The forward pass that each thread is in.
+    """The forward pass that each thread is running.
 
     Attributes:
         lock: held by whoever adds to what was counted.
@@ -35,7 +35,7 @@ class CurrentPasses:
         return self._incomplete + sum(not self._reached_all(latest) for latest in self._latest.values())
 
     def begin(self, kind: Callable[..., Pass], tokens: CountedTokens) -> Pass:
-        """A new pass of this thread, of some kind.
+        """Begin a pass of this thread, of the given kind.
 
         Raises:
             CapacityError: where another thread is running over a stream.
@@ -52,7 +52,7 @@ class CurrentPasses:
         return begun
 
     def current(self, hook: str) -> ForwardPass:
-        """The pass that this thread is in.
+        """The pass that this thread is running.
 
         Raises:
             CapacityError: where there is none, as no token ids were seen.
@@ -67,7 +67,7 @@ class CurrentPasses:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Meanwhile other threads begin no pass.
+        """Inside the block, no other thread begins a pass.
 
         Raises:
             CapacityError: where one of them runs already.
@@ -102,6 +102,6 @@ class CurrentPasses:
     def _check_turn(self) -> None:
         if self._running not in (None, threading.get_ident()):
             raise CapacityError(
-                "these capacity hooks are running over a stream in another thread: call the model when that has ended,"
-                " or give each thread a model of its own"
+                "these capacity hooks are running over a stream in another thread: wait until that has ended, or "
+                "give each thread its own model"
             )

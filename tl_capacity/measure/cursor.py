@@ -1,4 +1,4 @@
-"""Cursor: how far counting has come in its text, and what of a text is still to be counted."""
+"""Cursor: how far counting has come in its text, and which batches are still to be counted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Cursor:
     place: Place = Place()
 
     def after(self, batch: TokenBatch, rows_go_on: bool = False) -> Cursor:
-        """The cursor behind one more batch, whose rows may go on with rows that were consumed before."""
+        """The cursor after one more batch. The batch's rows may continue rows that were already consumed."""
         content = self.digest.encode() + batch.tokens.tobytes() + batch.documents.tobytes()
         last = int(batch.documents[-1])
         elsewhere = np.flatnonzero(batch.documents != last)
@@ -42,7 +42,7 @@ class Cursor:
 def batches_after(
     stream: Any, cursor: Cursor, again: bool, fillers: Fillers | None = None
 ) -> Iterator[tuple[TokenBatch, Cursor]]:
-    """The batches of a stream that are still to be counted, each with the cursor behind it.
+    """The batches of a stream that are still to be counted, each with the cursor after it.
 
     Args:
         stream: whatever `as_batches` takes.

@@ -1,5 +1,5 @@
-"""Measuring on several processes, as `accelerate launch -m tl_capacity measure …` or `torchrun` starts them: each reads
-its share of the documents, and one all-reduce at the end adds up what they saw.
+"""Measuring on several processes, started by `accelerate launch -m tl_capacity measure …` or `torchrun`. Each reads its
+share of the documents, and one all-reduce at the end adds up the sums.
 
 A launch that lost a process goes on with as many as there are: what the others have counted, and which documents that
 was, is gathered up, and the rest is divided anew.
@@ -32,11 +32,11 @@ from tl_capacity.text.shares import Share
 from tl_capacity.text.streams import TokenStream, documents
 
 COMPARED_DOCUMENTS = 64
-"""Documents at the beginning of the text that all processes must have alike."""
+"""Documents at the beginning of the text that must be the same for all processes."""
 
 
 def measure_together(settings: MeasureSettings) -> Measurement:
-    """Measure, alone or together with the other processes of a launch; the first of them writes the result.
+    """Measure alone, or together with the other processes of a launch. The first process writes the result.
 
     Raises:
         CapacityError: on anything that the user can mend; what was saved before stays.
@@ -75,8 +75,8 @@ def measure_together(settings: MeasureSettings) -> Measurement:
 
 
 def share(settings: MeasureSettings, processes: Processes, left: Left | None = None) -> MeasureSettings:
-    """What this process measures: every n-th of the documents that are left, its part of the tokens, with checkpoints
-    in a folder of its own beside `out`.
+    """The settings of this process: every n-th of the remaining documents, its part of the tokens, and checkpoints in
+    its own folder beside `out`.
     """
     index, of = settings.shard
     left = left or Left()
@@ -107,7 +107,7 @@ class _Counted:
 
     @classmethod
     def of(cls, measurement: Measurement) -> _Counted:
-        """What a measurement holds."""
+        """What a measurement has counted."""
         return cls(
             [dict(hook.summary.arrays) for hook in measurement],
             measurement.provenance,
@@ -128,13 +128,13 @@ class _Counted:
 
 
 def _both(*remarks: tuple[tuple[str, ...], bool | None]) -> tuple[tuple[str, ...], bool | None]:
-    """The notes of all, and what the first knows that knows whether the SAE is linear."""
+    """The notes of all, and whether the SAE is linear, as the first process that knows it says."""
     notes = dict.fromkeys(note for notes, _ in remarks for note in notes)
     return tuple(notes), next((linear for _, linear in remarks if linear is not None), None)
 
 
 def _added_up(counted: _Counted, capacity: CapacityHooks, processes: Processes) -> Measurement:
-    """The sums of all processes: one all-reduce of each array, exact for counts.
+    """The sums of all processes by one all-reduce of each array; exact for counts.
 
     Raises:
         NothingCountedError: where no process has counted a token.
@@ -163,7 +163,7 @@ def _added_up(counted: _Counted, capacity: CapacityHooks, processes: Processes) 
 
 
 def _counted(capacity: CapacityHooks, stream: TokenStream, mine: MeasureSettings, left: Left, more: bool) -> _Counted:
-    """What this process counts of its share, which may hold no token; kept in its folder until all have ended.
+    """What this process counts of its share, which may be empty. It stays in the process's folder until all have ended.
 
     Args:
         more: whether more tokens are wanted than earlier launches have counted.
@@ -180,7 +180,7 @@ def _counted(capacity: CapacityHooks, stream: TokenStream, mine: MeasureSettings
         try:
             count(capacity, stream, mine)
         except NothingCountedError:
-            log.warning(f"no token is left for this process, whose part would be {mine.out}: it adds nothing")
+            log.warning(f"no token is left for this process ({mine.out}), so it adds nothing")
         else:
             measurement, extra = capacity.measurement(), capacity.checkpoint()[1]
             write_folder(mine.out, measurement.to_json(), measurement.arrays() | extra)
@@ -192,7 +192,7 @@ def _counted(capacity: CapacityHooks, stream: TokenStream, mine: MeasureSettings
 
 
 def _check_command(settings: MeasureSettings, processes: Processes) -> None:
-    """Refuse processes that were asked for different things.
+    """Refuse processes that were started with different settings.
 
     Raises:
         MeasurementError: where they were.
@@ -205,7 +205,7 @@ def _check_command(settings: MeasureSettings, processes: Processes) -> None:
 
 
 def _check_alike(capacity: CapacityHooks, stream: TokenStream, processes: Processes) -> None:
-    """Refuse, before anything is counted, processes that have different models, SAEs or texts under the same names.
+    """Before anything is counted, refuse processes with different models, SAEs or texts under the same names.
 
     Raises:
         MeasurementError: where they have.
@@ -221,8 +221,8 @@ def _check_alike(capacity: CapacityHooks, stream: TokenStream, processes: Proces
             raise _odd("hook points, SAE weights and estimators", tapped, others_tapped)
         if text != begins:
             raise MeasurementError(
-                f"the processes do not fit together: {stream.name()} begins with another text on one machine than on"
-                " another; copy it to all"
+                f"the processes do not fit together: {stream.name()} begins differently on different machines; copy "
+                "the same text to all"
             )
 
 
@@ -235,6 +235,6 @@ def _beginning(stream: TokenStream, processes: Processes) -> str:
 
 def _odd(name: str, mine: Any, theirs: Any) -> MeasurementError:
     return MeasurementError(
-        f"the processes do not fit together: {name} is {mine!r} in one and {theirs!r} in another; start all with one"
-        " command"
+        f"the processes do not fit together: {name} is {mine!r} in one and {theirs!r} in another; start all with the "
+        "same command"
     )

@@ -1,4 +1,4 @@
-"""OpenDocuments: which features each document has shown that is still being read, from batch to batch."""
+"""OpenDocuments: the features that each unfinished document has shown so far, kept from batch to batch."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class OpenDocuments:
         self._counted: dict[int, Tensor] = {}
 
     def leave_out(self, documents: Sequence[int], seen: NDArray[np.bool_]) -> None:
-        """Count of these documents only the features that they have not shown before: another process has begun to read
+        """From these documents, count only features that they have not shown before. Another process began to read
         them, and has counted the documents and their features [document, feature] so far.
         """
         flags = torch.from_numpy(seen.copy()).to(self._seen.device)
         self._counted = dict(zip(documents, flags, strict=True))
 
     def open(self, documents: Sequence[int]) -> None:
-        """Give an empty row to each document that has none."""
+        """Give an empty row to each of these documents that has none."""
         new = [document for document in dict.fromkeys(documents) if document not in self._row]
         free = sorted(set(range(len(self._seen))) - set(self._row.values()))
         if len(new) > len(free):
@@ -58,26 +58,26 @@ class OpenDocuments:
             self._seen[row] = False
 
     def rows(self, documents: Sequence[int]) -> Tensor:
-        """int64 [document]: the row of each; that of a document which is not open means nothing."""
+        """int64 [document]: the row of each document. The row of one that is not open has no meaning."""
         rows = torch.tensor([self._row.get(document, 0) for document in documents], dtype=torch.int64)
         return uploaded(rows, self._seen.device)
 
     def mark(self, rows: Tensor, features: Tensor) -> None:
-        """Note that these documents, by their rows [entry], have shown these features [entry]."""
+        """Note that these documents, given by row [entry], have shown these features [entry]."""
         self._seen.view(-1)[rows * self._seen.shape[1] + features] = True
 
     def mark_where(self, rows: Tensor, features: Tensor, active: Tensor) -> None:
-        """The same where `active` is set, of tensors of one shape."""
+        """As `mark`, wherever `active` is set, for tensors of one shape."""
         places = (rows * self._seen.shape[1] + features).flatten()
         self._seen.view(torch.uint8).view(-1).scatter_reduce_(0, places, active.flatten().to(torch.uint8), "amax")
 
     def mark_block(self, rows: Tensor, features: slice, active: Tensor) -> None:
-        """Note which features of a block some documents have shown [row, feature], each document once."""
+        """Note which features of a block each document has shown [row, feature]. Each document may appear once."""
         block = self._seen[:, features]
         block.index_copy_(0, rows, block.index_select(0, rows) | active)
 
     def end(self, statistics: FeatureStatistics, but: Collection[int] = ()) -> None:
-        """Add the documents that have ended, which are all `but` these, to the document counts."""
+        """Add every document but these to the document counts: they have ended."""
         ended = {document: row for document, row in self._row.items() if document not in but}
         if not ended:
             return
@@ -85,14 +85,14 @@ class OpenDocuments:
         self._add(statistics, list(ended), self._flags(list(ended.values())))
 
     def added_to(self, statistics: FeatureStatistics) -> None:
-        """Add the open documents to the document counts, and leave them open here."""
+        """Add the open documents to the document counts, and keep them open here."""
         self._add(statistics, list(self._row), self._flags(list(self._row.values())))
 
     def _flags(self, rows: Sequence[int]) -> Tensor:
         return self._seen.index_select(0, uploaded(torch.tensor(rows, dtype=torch.int64), self._seen.device))
 
     def _add(self, statistics: FeatureStatistics, documents: Sequence[int], seen: Tensor) -> None:
-        """Add documents with the features [document, feature] that they have shown."""
+        """Add documents and the features [document, feature] that they have shown."""
         if known := [place for place, document in enumerate(documents) if document in self._counted]:
             before = torch.stack([self._counted[documents[place]] for place in known])
             statistics.update_incidence(seen[known] & ~before)

@@ -1,5 +1,5 @@
-"""Counting by entries: active latents are picked out, a few features at a time, which is fast on a CPU and is what
-importance estimators with sums of their own are given.
+"""Counting by entries: active latents are picked out, a few features at a time. This is fast on a CPU, and importance
+estimators with sums of their own need it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class EntryCounting:
         open_documents: OpenDocuments,
         gradients: Mapping[str, Tensor],
     ) -> Iterator[tuple[Tensor, Written]]:
-        """Count the activations [row, position, ...] of one batch; yields the inputs [token, ...] that are checked and
-        what was written for them.
+        """Count the activations [row, position, ...] of one batch. Yields the checked inputs [token, ...] and what the
+        SAE wrote for them.
 
         Args:
             activation: where the model runs.
@@ -157,8 +157,8 @@ class EntryCounting:
         statistics: FeatureStatistics,
         open_documents: OpenDocuments,
     ) -> Entries:
-        """Count what is active, a few features at a time; returns what is needed together: the active latents of all
-        tokens where an estimator accumulates, else those of tokens whose reconstruction is checked.
+        """Count active latents, a few features at a time. Returns the active latents that are needed together: of all
+        tokens if an estimator accumulates, otherwise of the tokens whose reconstruction is checked.
         """
         kept: list[Entries] = []
         for part in self._encoder.parts(inputs):
@@ -176,7 +176,8 @@ class EntryCounting:
 
 
 def refuse_unless_linear(hook: str, linear: bool | None, writes_elsewhere: bool = False) -> None:
-    """Refuse a gradient along decoder vectors where an SAE does not write the sum of those at its own hook point.
+    """Refuse a gradient along decoder vectors if the SAE does not write the sum of its decoder vectors at its own hook
+    point.
 
     Args:
         hook: the hook point, by name.
@@ -189,6 +190,6 @@ def refuse_unless_linear(hook: str, linear: bool | None, writes_elsewhere: bool 
     if linear is False or writes_elsewhere:
         what = "writes to another hook point" if writes_elsewhere else "does not write the sum of its decoder vectors"
         raise DictionaryError(
-            f"the SAE at {hook} {what}, so the gradient of its latents is not known: choose an importance that"
-            " needs none"
+            f"the SAE at {hook} {what}, so the gradient of its latents is unknown: choose an importance estimator "
+            "that needs no gradient"
         )

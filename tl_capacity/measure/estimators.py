@@ -1,4 +1,4 @@
-"""Importance estimators while a model runs: their states begin, and active latents are added to them."""
+"""Importance estimators while a model runs: their states are created, and active latents are added."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tl_capacity.interfaces import ImportanceEstimator, LatentBatch, SparseAutoe
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 SUMMABLE = (torch.float64, torch.float32, torch.int64, torch.int32)
-"""What sums over many tokens may be kept in."""
+"""Types in which sums over many tokens may be kept."""
 
 
 def accumulating(estimators: Sequence[ImportanceEstimator]) -> list[ImportanceEstimator]:
-    """Those that add up something of their own; they are given the active latents of a token together."""
+    """Those of the estimators that keep sums of their own. They are given all active latents of a token together."""
     return [estimator for estimator in estimators if type(estimator).update is not ImportanceEstimator.update]
 
 
 def empty_states(
     estimators: Sequence[ImportanceEstimator], sae: SparseAutoencoder, device: torch.device
 ) -> dict[str, Tensor]:
-    """The state that each estimator starts with, as `estimator/key`.
+    """The state that each estimator starts with, under `estimator/key`.
 
     Raises:
         CapacityError: where a state is no mapping of tensors of zeros whose first axis is the document groups, or is
@@ -52,7 +52,7 @@ def empty_states(
                 raise CapacityError(f"{starts} {key!r} in {zeros.dtype}, which loses sums: make it torch.float64")
             if bool(zeros.any()):
                 raise CapacityError(
-                    f"{starts} {key!r} of numbers other than zero, which each shard would add again: make it zeros"
+                    f"{starts} {key!r} with numbers other than zero, which each shard would add again: make it zeros"
                 )
             states[f"{estimator.name}/{key}"] = zeros
     return states
@@ -72,8 +72,8 @@ def accumulate(estimator: ImportanceEstimator, states: dict[str, Tensor], latent
         estimator.update(state, latents)
     if any(state.get(key) is not tensor for key, tensor in before.items()):
         raise CapacityError(
-            f"the importance estimator {estimator.name!r} replaces its state, and what it added is lost: add to the"
-            " tensors in place"
+            f"the importance estimator {estimator.name!r} replaces its state, so what it added is lost: add to the "
+            "tensors in place"
         )
     if len(state) > len(before):
         made = next(key for key in state if key not in before)

@@ -1,4 +1,4 @@
-"""Finiteness: what is said where something was not finite, and how that is noted without waiting for a device."""
+"""Finiteness: the error for a value that is not finite, noted without waiting for a device."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ SENTENCES = {
     "latents": "the SAE at {hook} gives NaN or infinite latents in batch {batch}: check its weights",
     "written": "the SAE at {hook} writes NaN or infinite values in batch {batch}: check its weights",
 }
-"""By what was not finite, in the order in which one makes the next so."""
+"""The message for each kind of value that can be not finite, in the order in which one causes the next."""
 NEVER = 2**62
-"""A batch that does not come."""
+"""The number of a batch that never comes."""
 
 
 def not_finite(kind: str, hook: str, batch: int) -> CapacityError:
-    """The error that something at a hook point was NaN or infinite in a batch."""
+    """The error for a NaN or infinite value at a hook point in a batch."""
     return CapacityError(SENTENCES[kind].format(hook=hook, batch=batch))
 
 
 class FirstBad:
-    """The first batch in which something at a hook point was NaN or infinite, noted on the device: to ask each time
-    would be to wait for it each time.
+    """The first batch with a NaN or infinite value at a hook point. It is noted on the device, because asking after
+    each batch would mean waiting each time.
     """
 
     def __init__(self, hook: str, device: torch.device) -> None:
@@ -32,12 +32,12 @@ class FirstBad:
         self._first = {kind: torch.full((), NEVER, dtype=torch.int64, device=device) for kind in SENTENCES}
 
     def note(self, kind: str, bad: Tensor, batch: int) -> None:
-        """Remember a batch where `bad`, a flag on the device, is set, if it is the first."""
+        """Remember this batch if it is the first for which `bad`, a flag on the device, is set."""
         first = self._first[kind]
         first.copy_(torch.minimum(first, torch.where(bad, batch, NEVER)))
 
     def check(self) -> None:
-        """Wait for the device, once, and ask.
+        """Wait for the device once, and raise if a batch was noted.
 
         Raises:
             CapacityError: where something was not finite.

@@ -1,4 +1,4 @@
-"""Passes with gradients: activations are kept until the model has run to its end and back, and then counted."""
+"""Passes with gradients: activations are kept until the model has run forward and back, and are then counted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tl_capacity.text.counting import CountedTokens
 
 
 class GradientPass(ForwardPass):
-    """A pass over a batch of a stream, to the model's end and back."""
+    """A pass over a batch of a stream, forward to the model's end and back."""
 
     def __init__(self, number: int, tokens: CountedTokens, taps: Sequence[Tap], wanted: WantedGradients) -> None:
         super().__init__(number, tokens, taps)
@@ -29,12 +29,12 @@ class GradientPass(ForwardPass):
         self._seen: list[tuple[Tap, Tensor]] | None = []
 
     def see(self, tap: Tap, activation: Tensor) -> None:
-        """Keep what a tap's hook point carries until its gradient is known; passes along a path are not looked at."""
+        """Keep a tap's activation until its gradient is known. Passes along a path are not recorded."""
         if self._seen is not None:
             self._seen.append((tap, activation))
 
     def run(self, model: Any, ids: Tensor, seed: int) -> None:
-        """Run the model forth and back, and count.
+        """Run the model forward and back, and count.
 
         Args:
             model: the model, whose hook points call `see`.
@@ -63,7 +63,7 @@ class GradientPass(ForwardPass):
     def _along(
         self, path: PathGradient, tap: Tap, model: Any, ids: Tensor, options: dict[str, Any], seed: int
     ) -> Tensor:
-        """The gradient at a tap, averaged along the path from the decoder's bias; other taps stay as they are."""
+        """The gradient at a tap, averaged along the path from the decoder's bias. Other taps keep their activations."""
         tap.refuse_unless_linear()
 
         def logits_with(move: Callable[[Tensor], Tensor]) -> Tensor:
@@ -79,16 +79,16 @@ class GradientPass(ForwardPass):
 
 
 class IdleGradientPass(GradientPass):
-    """A pass to the model's end and back that counts nothing, beside processes that have text."""
+    """A forward and backward pass that counts nothing. It keeps in step with processes that still have text."""
 
     def _count(self, tap: Tap, activation: Tensor, along: Mapping[str, Tensor]) -> None:
-        """Leave it out."""
+        """Count nothing."""
 
 
 def kind_of_pass(
     wanted: WantedGradients, together: bool, idle: bool = False
 ) -> Callable[[int, CountedTokens, Sequence[Tap]], StreamingPass | GradientPass]:
-    """What a pass over a batch of a stream is.
+    """The class of pass that a batch of a stream needs.
 
     Args:
         wanted: gradients.

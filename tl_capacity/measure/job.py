@@ -1,4 +1,4 @@
-"""`measure`: from names to a measurement on disk, with checkpoints, as `tl-capacity measure` runs it.
+"""`measure`: from names to a measurement on disk, with checkpoints. `tl-capacity measure` runs it.
 
 Residual-stream hooks are tapped on the Hugging Face model itself, whose attention is fused; other hooks need
 TransformerLens' bridge.
@@ -37,7 +37,7 @@ FVU_TOKENS_BEFORE_REFUSAL = 2_000
 
 
 def measure(settings: MeasureSettings) -> Measurement:
-    """Measure in this process and save; the folder always holds the last whole checkpoint.
+    """Measure in this process and save. The folder always holds the last complete checkpoint.
 
     Raises:
         CapacityError: on anything that the user can mend; what was saved before stays.
@@ -83,7 +83,7 @@ def count(capacity: CapacityHooks, stream: TokenStream, settings: MeasureSetting
 
 @contextmanager
 def attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenStream]]:
-    """The model with its hook points tapped, and the text."""
+    """The model with its hook points tapped, and the text to read."""
     from tl_capacity.models.loading import load_model
 
     loaded = load_model(
@@ -108,9 +108,7 @@ def attached(settings: MeasureSettings) -> Iterator[tuple[CapacityHooks, TokenSt
 
 
 class _Checkpoints:
-    """Saves a checkpoint now and then, and stops a run early whose SAEs do not fit the model or whose estimators do not
-    work.
-    """
+    """Saves checkpoints. Stops a run early if an SAE does not fit the model or an estimator does not work."""
 
     def __init__(self, settings: MeasureSettings) -> None:
         self.settings, self.last, self.fit_checked = settings, time.monotonic(), False
@@ -126,7 +124,7 @@ class _Checkpoints:
             self.save(capacity)
 
     def save(self, capacity: CapacityHooks) -> None:
-        """Save what was counted, if anything was."""
+        """Save what was counted so far, if anything."""
         if capacity.n_tokens == 0:
             return
         measurement, extra = capacity.checkpoint()
@@ -143,9 +141,9 @@ def _refuse_bad_fit(capacity: CapacityHooks, max_fvu: float) -> None:
         if fvu is not None and fvu.value > max_fvu:
             basis = isinstance(tap.sae, LargestOfABasis)
             raise CapacityError(
-                f"the {'basis' if basis else 'SAE'} {tap.name} leaves FVU = {fvu.value:.3g} of the variance at"
-                f" {tap.hook} unexplained, more than {max_fvu:g}: {advice_on_fit(basis)} (--max-fvu inf measures all"
-                " the same)"
+                f"the {'basis' if basis else 'SAE'} {tap.name} leaves FVU = {fvu.value:.3g} of the variance at "
+                f"{tap.hook} unexplained, more than {max_fvu:g}: {advice_on_fit(basis)} (--max-fvu inf measures it "
+                "anyway)"
             )
 
 
@@ -165,18 +163,18 @@ def earlier_in(folder: Path, resume: bool) -> tuple[Measurement, dict[str, Any]]
     if not (folder / JSON_NAME).exists():
         return None
     if not resume:
-        raise MeasurementError(f"{folder} already holds a measurement: go on with --resume, or choose another --out")
+        raise MeasurementError(f"{folder} already holds a measurement: continue with --resume, or choose another --out")
     return last_whole(folder / JSON_NAME, _resumable)
 
 
 def _resumable(path: Path) -> tuple[Measurement, dict[str, Any]]:
-    """A measurement, and the arrays that its handle can be resumed from."""
+    """A measurement, and the arrays from which its handle can resume."""
     measurement = Measurement.read(path)
     return measurement, {k: v for k, v in read_folder(path.parent, path.name)[1].items() if k.startswith("resume/")}
 
 
 def finished(settings: MeasureSettings) -> Measurement | None:
-    """The measurement in the output folder, if there is one that has ended.
+    """The completed measurement in the output folder, if there is one.
 
     Raises:
         MeasurementError: where it is of something else, or not to be gone on with.
@@ -190,19 +188,19 @@ def finished(settings: MeasureSettings) -> Measurement | None:
 
 
 def _as_it_is(finished: Measurement, settings: MeasureSettings) -> Measurement:
-    """A measurement that has ended, of what is asked for; says so where it has fewer tokens."""
+    """A completed measurement, if it is what was asked for. Logs it if the text had fewer tokens."""
     remove_leftovers(settings.out)  # a run that was killed after its last write has not come to it
     counted = max(hook.summary.n_tokens for hook in finished)
     if counted < settings.tokens:
         log.warning(
-            f"{settings.out} has ended with {counted:,} tokens, and {settings.tokens:,} are asked for: its text had no"
-            " more, or fewer were asked for then; choose another --out to count again"
+            f"{settings.out} is complete with {counted:,} tokens, fewer than the {settings.tokens:,} asked for now: "
+            "its text had no more, or an earlier command asked for fewer; choose another --out to count again"
         )
     return finished
 
 
 def check_settings(earlier: Measurement, capacity: CapacityHooks, stream: TokenStream) -> None:
-    """Whether a measurement or its checkpoint is of what is asked for now."""
+    """Check that a measurement or checkpoint was made with the settings of this run."""
     what = "measurement" if earlier.complete else "checkpoint"
     odd = earlier.provenance.difference(capacity.planned_provenance(stream))
     if odd is not None:

@@ -1,5 +1,5 @@
-"""Earlier launches: what their processes left beside the folder of a measurement, and their sums gathered up, so that
-any number of processes can go on from them.
+"""Earlier launches: their processes left sums beside the folder of a measurement. The sums are gathered, so that any
+number of processes can continue.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Left:
-    """What a process must know of earlier launches to go on from them.
+    """What a process must know of earlier launches to continue from them.
 
     Attributes:
         launches: of each, the places of its processes.
@@ -52,7 +52,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Earlier:
-    """All that earlier launches have counted; None and nothing where there were none."""
+    """Everything that earlier launches have counted; None and nothing if there were none."""
 
     measurement: Measurement | None = None
     left: Left = Left()
@@ -82,7 +82,7 @@ class Part:
 
     @property
     def place(self) -> Place:
-        """How far it has come, by the rows of whole documents."""
+        """How far it has come, counted in rows of whole documents."""
         document, rows = self.extra["resume/place"].tolist()
         return Share(self.index, self.count, self.launches).place(Place(document, rows))
 
@@ -92,31 +92,31 @@ class Part:
 
 
 def part_folder(out: Path, index: int, count: int) -> Path:
-    """Where a process of a launch keeps what it counts."""
+    """The folder where a process of a launch keeps its sums."""
     return out.with_name(f"{out.name}.process-{index}-of-{count}")
 
 
 def left_behind(out: Path) -> list[Path]:
-    """The folders beside a measurement that launches have left."""
+    """The folders that launches have left beside a measurement."""
     beside = out.parent.glob(f"{escape(out.name)}.process-*-of-*")
     there = [path for path in beside if (path / JSON_NAME).exists() and _numbers(path)]
     return sorted(there) + ([_gathered(out)] if (_gathered(out) / JSON_NAME).exists() else [])
 
 
 def clear(out: Path) -> None:
-    """Delete what launches have left beside a measurement, now that it is there."""
+    """Delete what launches have left beside a measurement, once the measurement is complete."""
     for folder in left_behind(out):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def launches_of(provenance: Provenance) -> Launches:
-    """The launches before the one that a provenance is of."""
+    """The launches before the one that a provenance describes."""
     return Share.recorded(0, 1, provenance.settings.get("launches", ())).launches
 
 
 def gather_up(settings: MeasureSettings, count: int) -> Earlier:
-    """What earlier launches have counted, in one folder. Parts of as many processes as now stay as they are, for these
-    to go on from; those of another number are added up, and what they have not read is divided anew.
+    """What earlier launches have counted, in one folder. If as many processes run now, the parts stay for them to
+    continue. Otherwise the parts are added up, and the unread documents are divided anew.
 
     Raises:
         MeasurementError: where the parts do not fit together, or do not say how far they came.
@@ -130,14 +130,14 @@ def gather_up(settings: MeasureSettings, count: int) -> Earlier:
             _remove(part, settings.out)  # its sums are in those that were gathered
         else:
             raise MeasurementError(
-                f"{part.folder} goes on from what {_gathered(settings.out)} held, which is gone or another: delete"
-                " both, and start again"
+                f"{part.folder} continues from {_gathered(settings.out)}, which was deleted or replaced: delete "
+                "both, and start again"
             )
     counts = sorted({part.count for part in live})
     if len(counts) > 1:
         raise MeasurementError(
-            f"{settings.out} has checkpoints of launches of {' and of '.join(map(str, counts))} processes, which may"
-            " have the same documents: delete those of one"
+            f"{settings.out} has checkpoints of launches of {' and of '.join(map(str, counts))} processes, which may "
+            "have counted the same documents: delete those of one launch"
         )
     if counts in ([], [count]) and not any(part.folder == settings.out for part in live):
         return earlier
@@ -148,20 +148,20 @@ def gather_up(settings: MeasureSettings, count: int) -> Earlier:
     )
     for part in live:
         _remove(part, settings.out)
-    log.info(f"{joined.left.tokens:,} tokens of {counts[0]} processes are gone on from by {count}")
+    log.info(f"{count} processes continue from {joined.left.tokens:,} tokens of {counts[0]} processes")
     return joined
 
 
 def leave_out(capacity: CapacityHooks, stream: TokenStream, left: Left) -> None:
-    """Count of the documents that earlier launches have begun to read only what these have not counted."""
+    """From documents that earlier launches began, count only what those launches have not counted."""
     if begun := [document for document in stream.share.begun if document in left.seen]:
         by_tap = zip(*(left.seen[document] for document in begun), strict=True)
         capacity.leave_out(begun, [np.stack(flags) for flags in by_tap])
 
 
 def added_up(earlier: Earlier, parts: Sequence[Part], shard: tuple[int, int]) -> Earlier:
-    """The sums of a launch added to those of the launches before it. The documents that it was reading are counted;
-    what they have shown is kept, so that whoever goes on with one counts only what is new in it.
+    """The sums of a launch, added to those of the launches before it. Unfinished documents are counted. What they have
+    shown is kept, so that a process that continues one counts only new features.
 
     Args:
         shard: of the whole launch.
@@ -180,8 +180,8 @@ def added_up(earlier: Earlier, parts: Sequence[Part], shard: tuple[int, int]) ->
             )
         if "resume/place" not in part.extra:
             raise MeasurementError(
-                f"{part.folder} does not say which documents it has read, as an earlier version wrote it: go on with"
-                f" {first.count} processes, or delete it"
+                f"{part.folder} was written by an earlier version and does not say which documents it has read: "
+                f"continue with {first.count} processes, or delete it"
             )
         places[part.index] = part.place
     launches = (*before.launches, tuple(places))
@@ -217,7 +217,7 @@ def added_up(earlier: Earlier, parts: Sequence[Part], shard: tuple[int, int]) ->
 
 
 def _closed(part: Part, tap: int, before: Left) -> dict[str, NDArray[Any]]:
-    """The sums of a part, in which the documents that it was reading are counted."""
+    """The sums of a part, with its unfinished documents counted."""
     arrays = dict(part.measurement.hooks[tap].summary.arrays)
     if part.measurement.complete:
         return arrays
@@ -233,7 +233,7 @@ def _closed(part: Part, tap: int, before: Left) -> dict[str, NDArray[Any]]:
 
 
 def _parts(settings: MeasureSettings) -> list[Part]:
-    """What the processes of launches have left, and a single process that was not part of one."""
+    """What the processes of launches have left, and what a single process outside any launch has left."""
     parts = []
     for folder in (settings.out, *left_behind(settings.out)):
         index, count = _numbers(folder) or (0, 1)
@@ -259,7 +259,7 @@ def _read(out: Path) -> Earlier:
 
 
 def _to_arrays(left: Left) -> dict[str, NDArray[Any]]:
-    """What the begun documents have shown, as it lies on disk."""
+    """What the unfinished documents have shown, as arrays to store."""
     arrays: dict[str, NDArray[Any]] = {"begun/documents": np.array(list(left.seen), dtype=np.int64)}
     for tap, flags in enumerate(zip(*left.seen.values(), strict=True)):
         arrays[f"begun/{tap}"] = np.stack(flags)
@@ -274,12 +274,12 @@ def _remove(part: Part, out: Path) -> None:
 
 
 def _gathered(out: Path) -> Path:
-    """Where the sums of earlier launches are kept."""
+    """The folder where the sums of earlier launches are kept."""
     return out.with_name(f"{out.name}.earlier-launches")
 
 
 def _numbers(folder: Path) -> tuple[int, int] | None:
-    """The process that a folder is of, and of how many."""
+    """The index of the process that a folder belongs to, and the number of processes."""
     match = re.fullmatch(r".*\.process-(\d+)-of-(\d+)", folder.name)
     return None if match is None else (int(match[1]), int(match[2]))
 

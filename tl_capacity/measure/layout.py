@@ -14,13 +14,14 @@ from tl_capacity.text.counting import CountedTokens
 from tl_capacity.text.documents import document_groups
 
 LENGTHS = (256, 128, 64, 32, 16)
-"""Tokens of a piece: the first of these that leaves no more room empty than `ROOM`, or the last."""
+"""Tokens of a piece. The first length that leaves at most `ROOM` of the places empty is taken, or else the last."""
 ROOM = 1 / 16
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The counted tokens of a batch, each document's in pieces of one length, those of checked documents first.
+    """The counted tokens of a batch in pieces of one length, each piece from one document. Those of checked documents
+    come first.
 
     Attributes:
         length: tokens of a piece.
@@ -54,7 +55,7 @@ class Layout:
 
     @property
     def pieces(self) -> int:
-        """How many there are."""
+        """The number of pieces."""
         return len(self.document)
 
     @classmethod
@@ -109,7 +110,7 @@ class Layout:
 
 
 def _runs(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Runs of equal numbers: the number, where it begins, and how long it is."""
+    """Runs of equal numbers: the number, where the run begins, and how long it is."""
     first = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else np.zeros(0, int)
     return values[first], first, np.diff(np.concatenate([first, [len(values)]]))
 

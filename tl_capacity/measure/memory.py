@@ -1,4 +1,4 @@
-"""Memory: how many latents may be dense at once, so that a process stays below what it may hold."""
+"""Memory: how many latents may be dense at once for a process to stay within its limit."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.session import CapacityHooks
 
 SUMS_AT_ONCE = 4.5
-"""The sums, and while they are saved the snapshot, its counts as floats, and its bytes twice: as safetensors gathers
-them, and joined.
+"""Copies of the sums held at once: the sums themselves and, while saving, the snapshot, its counts as floats, and its
+bytes twice (gathered by safetensors, then joined).
 """
 LATENT_BYTES = 6
-"""Of a latent that is encoded: its value, and what finds those that are active."""
+"""Bytes for each latent that is encoded: its value, and what finds the active ones."""
 OWN_ENCODE_BYTES = 16
-"""Of a latent in an SAE's own `encode`, which makes a new block at each of its steps."""
+"""Bytes for each latent in an SAE's own `encode`, which makes a new block at each of its steps."""
 VARIATION = 100_000_000
-"""By which what a process holds before it begins differs from one time to the next; who allows what a refusal asks for
-must not be refused again.
+"""How much a process's memory at the start varies from run to run. It keeps a limit that a refusal asked for from being
+refused again.
 """
 RESERVE = 300_000_000
-"""For the activations of a small model, and for libraries that are first needed on the way."""
+"""Left for the activations of a small model, and for libraries that load later."""
 
 
 def sums_of(capacity: CapacityHooks) -> int:
@@ -28,8 +28,8 @@ def sums_of(capacity: CapacityHooks) -> int:
 
 
 def fit_memory(capacity: CapacityHooks, limit: int) -> None:
-    """Choose how many latents are dense at once so that this process stays below `limit` bytes: beside what it holds,
-    the sums while they are saved, and a reserve for the model's own activations.
+    """Choose how many latents are dense at once, so that this process stays below `limit` bytes. The count includes
+    what it holds already, the sums while they are saved, and a reserve for the model's activations.
 
     Raises:
         CapacityError: where not one token would fit.

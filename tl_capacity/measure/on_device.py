@@ -1,6 +1,4 @@
-"""Counting on an accelerator: everything that the host must decide it knows from the tokens, so that it goes ahead of
-the device and waits for nothing.
-"""
+"""Counting on an accelerator: the host decides everything from the tokens alone, so it never waits for the device."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from tl_capacity.measure.written import Written
 
 
 class DeviceCounting:
-    """Adds one SAE's latents to sums that are on the SAE's device.
+    """Adds one SAE's latents to sums on the SAE's device.
 
     Attributes:
         first_bad: the first batch in which something was not finite.
@@ -36,7 +34,7 @@ class DeviceCounting:
         statistics: FeatureStatistics,
         open_documents: OpenDocuments,
     ) -> Written | None:
-        """Count the activations [row, position, ...] of one batch; returns what was written for the checked tokens.
+        """Count the activations [row, position, ...] of one batch. Returns what the SAE wrote for the checked tokens.
 
         Args:
             activation: on the device of the sums.
@@ -100,7 +98,7 @@ class DeviceCounting:
         statistics: FeatureStatistics,
         open_documents: OpenDocuments,
     ) -> Tensor | None:
-        """Count some pieces; returns what the SAE writes for the first `checked` places, if there are any."""
+        """Count some pieces. Returns what the SAE writes for the first `checked` places, if there are any."""
         self._decoder.settle(inputs)
         adding_up = self._decoder.adding_up(checked) if checked and self._decoder.linear else None
         for part in self._dense.parts(inputs, padding, layout.length, checked):
@@ -126,7 +124,7 @@ class DeviceCounting:
         statistics: FeatureStatistics,
         open_documents: OpenDocuments,
     ) -> Tensor:
-        """Add the sums of pieces; returns their sum, which is finite where all are."""
+        """Add the sums of pieces. Returns their total, which is finite only if all of them are."""
         groups, some = layout.groups.index_select(0, document), part.features
         counts = part.sums.counts
         by_document = counts.new_zeros(len(layout.documents), counts.shape[1]).index_add_(0, document, counts)
@@ -159,5 +157,7 @@ class DeviceCounting:
 
 
 def checked_target(activation: Tensor, layout: Layout) -> Tensor:
-    """What stands at the checked tokens [token, ...] of an activation [row, position, ...], which may be elsewhere."""
+    """The values at the checked tokens [token, ...] of an activation [row, position, ...], which may be on another
+    device.
+    """
     return activation.flatten(0, 1).index_select(0, layout.checked_token.to(activation.device))

@@ -1,4 +1,4 @@
-"""Forward passes: what one of them knows of its tokens, and of what the taps have seen while it runs."""
+"""Forward passes: what a pass knows of its tokens, and what the taps have seen in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tl_capacity.text.counting import CountedTokens
 
 
 class ForwardPass:
-    """One forward pass: a call of the model, by whoever calls it.
+    """One forward pass: a call of the model, whoever makes it.
 
     Attributes:
         number: of the pass, the first being 1.
@@ -34,11 +34,11 @@ class ForwardPass:
         self._beside: Collection[ForwardPass] = ()
 
     def beside(self, others: Collection[ForwardPass]) -> None:
-        """Leave the documents of other passes open, which other threads may go on with."""
+        """Keep open the documents of other passes. Other threads may continue them."""
         self._beside = others
 
     def see(self, tap: Tap, activation: Tensor) -> None:
-        """Take what a tap's hook point carries.
+        """Receive the activation of a tap's hook point.
 
         Raises:
             HookPointError: where it has fired before.
@@ -48,7 +48,7 @@ class ForwardPass:
         self._keep(tap, tap.observe(activation.detach(), self.tokens, self.number, open_elsewhere=elsewhere))
 
     def see_target(self, tap: Tap, activation: Tensor) -> None:
-        """Take what the hook point carries that a tap's transcoder writes to."""
+        """Receive the activation of the hook point that a tap's transcoder writes to."""
         self._targets.add(tap)
         written = self._awaiting_target.pop(tap, None)
         if written is not None:
@@ -60,11 +60,11 @@ class ForwardPass:
 
     @property
     def complete(self) -> bool:
-        """Whether every tap has seen all that it waits for."""
+        """Whether every tap has seen everything that it waits for."""
         return all(map(self.fired, self._taps)) and not self._awaiting_target
 
     def check_targets(self) -> None:
-        """Refuse a pass that has ended, where a transcoder's target did not fire.
+        """Refuse a finished pass in which a transcoder's target did not fire.
 
         Raises:
             HookPointError: where it did not.
@@ -89,16 +89,16 @@ class ForwardPass:
 
 
 class StreamingPass(ForwardPass):
-    """A pass over a batch of a stream, which ends as soon as every tap has seen its part."""
+    """A pass over a batch of a stream. It ends as soon as every tap has seen its part."""
 
     @torch.no_grad()
     def run(self, model: Any, ids: Tensor, seed: int) -> None:
-        """Run the model, whose hook points call `see`, on ids [row, position]; nothing is drawn by the seed."""
+        """Run the model on ids [row, position]; its hook points call `see`. The seed is not used."""
         with suppress(NothingMoreToSeeError):
             model(ids, **forward_options(model))
 
     def see(self, tap: Tap, activation: Tensor) -> None:
-        """As in a `ForwardPass`.
+        """As in `ForwardPass`.
 
         Raises:
             NothingMoreToSeeError: where nothing more is to be seen.
@@ -107,7 +107,7 @@ class StreamingPass(ForwardPass):
         self._end_when_complete()
 
     def see_target(self, tap: Tap, activation: Tensor) -> None:
-        """As in a `ForwardPass`.
+        """As in `ForwardPass`.
 
         Raises:
             NothingMoreToSeeError: where nothing more is to be seen.
@@ -121,16 +121,16 @@ class StreamingPass(ForwardPass):
 
 
 class SteadyPass(StreamingPass):
-    """A pass that ends at the same place whatever its tokens are, as other processes must gather the same blocks."""
+    """A pass that always ends at the same place, whatever its tokens. Other processes must gather the same blocks."""
 
     @property
     def complete(self) -> bool:
-        """Whether every hook point has fired that is watched."""
+        """Whether every watched hook point has fired."""
         return all(self.fired(tap) and (tap.target_hook is None or tap in self._targets) for tap in self._taps)
 
 
 class IdlePass(SteadyPass):
-    """A pass that counts nothing: a process that has no text any more runs it beside those that have."""
+    """A pass that counts nothing. A process without text left runs it beside those that still have text."""
 
     def see(self, tap: Tap, activation: Tensor) -> None:
         """Note that a hook point has fired.
@@ -143,7 +143,7 @@ class IdlePass(SteadyPass):
 
 
 class RefusedCall(ForwardPass):
-    """A plain call of the model while an importance estimator needs gradients, which only `run` takes."""
+    """A plain call of the model while an importance estimator needs gradients. Only `run` provides them."""
 
     def __init__(self, number: int, tokens: CountedTokens, taps: Sequence[Tap], wanted: WantedGradients) -> None:
         super().__init__(number, tokens, taps)
@@ -155,6 +155,6 @@ class RefusedCall(ForwardPass):
             CapacityError: always.
         """
         raise CapacityError(
-            f"the importance estimator {self._wanted.asking!r} needs the gradient of {self._wanted}, which a"
-            " plain call of the model does not give: use run()"
+            f"the importance estimator {self._wanted.asking!r} needs the gradient of {self._wanted}, which a plain "
+            "call of the model does not provide: use run()"
         )

@@ -1,4 +1,4 @@
-"""Sequences: which calls go on with the rows of an earlier call, as the cache of keys and values says that they are
+"""Sequences: which calls continue the rows of an earlier call, judged by the cache of keys and values that they are
 given.
 """
 
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 CACHE_ARGUMENTS = ("past_key_values", "past_kv_cache", "cache_params")
-"""What Hugging Face's models, HookedTransformer and state-space models call their cache."""
+"""The names of the cache argument in Hugging Face's models, HookedTransformer and state-space models."""
 BLOCK_CACHE_ARGUMENT = "past_kv_cache_entry"
-"""What a block of HookedTransformer calls its part of the cache."""
+"""The name that a block of HookedTransformer has for its part of the cache."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """The rows of one call or of several that go on with each other.
+    """The rows of one call, or of several calls that continue each other.
 
     Attributes:
         documents: int64 [row] the number of each row's document.
@@ -34,7 +34,7 @@ class Sequence:
 
     @classmethod
     def unknown(cls, places: int, rows: NDArray[np.int64], present: NDArray[np.bool_] | None) -> Sequence:
-        """What stands in a cache of unknown rows in front of some more.
+        """A sequence for a cache of unknown rows, followed by some more.
 
         Args:
             places: the positions that it holds.
@@ -47,11 +47,11 @@ class Sequence:
         return cls(np.zeros(0, dtype=np.int64), tokens, places)
 
     def cut_to(self, places: int) -> Sequence:
-        """The same rows, of which a cache has kept only the first positions; those that it drops hold no padding."""
+        """The same rows, of which a cache has kept only the first positions. The dropped positions hold no padding."""
         return Sequence(self.documents, self.tokens - (self.places - places), places)
 
     def with_more(self, present: NDArray[np.bool_], documents: NDArray[np.int64]) -> Sequence:
-        """The rows with some more positions [row, position], in which there may be padding."""
+        """The rows with more positions [row, position] appended. These may hold padding."""
         return Sequence(documents, self.tokens + present.sum(1), self.places + present.shape[1])
 
 
@@ -60,8 +60,8 @@ class _Latest(threading.local):
 
 
 class Sequences:
-    """The sequences that caches are of. A cache that was not seen before is taken for that of the thread's latest call
-    where it has the rows and the positions of that.
+    """The sequence that each cache belongs to. A new cache is matched to the thread's latest call if it has the rows
+    and positions of that call.
     """
 
     def __init__(self) -> None:
@@ -69,8 +69,8 @@ class Sequences:
         self._latest = _Latest()
 
     def continued(self, cache: Any, rows: int) -> Sequence | None:
-        """The sequence that a call with this cache goes on with; None where it begins anew, or where nothing is known
-        of what the cache holds.
+        """The sequence that a call with this cache continues; None if it begins a new one, or if the content of the
+        cache is unknown.
         """
         places = cached_places(cache)
         if places == 0 or getattr(cache, "frozen", False):  # a frozen cache is a beginning that many texts share
@@ -85,7 +85,7 @@ class Sequences:
         return sequence if places is None else sequence.cut_to(places)
 
     def note(self, cache: Any, sequence: Sequence) -> None:
-        """Remember what this thread has run last, and what a cache is of from now on."""
+        """Remember what this thread has run last, and which sequence a cache now belongs to."""
         self._latest.sequence = sequence
         if cache is None or getattr(cache, "frozen", False):
             return
@@ -97,7 +97,7 @@ class Sequences:
 
 
 def cached_places(cache: Any) -> int | None:
-    """How many positions a cache of keys and values holds; None where it does not tell, as a state-space model's."""
+    """How many positions a cache of keys and values holds; None if it does not say, as with a state-space model's."""
     if cache is None:
         return 0
     try:

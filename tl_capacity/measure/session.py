@@ -1,5 +1,5 @@
-"""Sessions: hook points are tapped, and counted while the model is called or runs over a stream; then exactly our own
-hooks are taken away again.
+"""Sessions: hook points are tapped, and counted while the model is called or runs over a stream. Afterwards our own
+hooks are removed and no others.
 
 A tap watches one hook point with one SAE. The token ids of a forward pass are seen at the model's embedding, so that
 special tokens can be masked however the model is called.
@@ -60,13 +60,16 @@ from tl_capacity.text.streams import Fillers, TokenBatch, TokenStream
 
 Counted = TypeVar("Counted")
 
-LESS_MEMORY = "choose a smaller --batch-rows, a shorter --context or --dtype bfloat16; a checkpoint stays, for --resume"
-"""What helps where a device's memory is full."""
+LESS_MEMORY = (
+    "choose a smaller --batch-rows, a shorter --context or --dtype bfloat16; --resume continues from the "
+    "last checkpoint"
+)
+"""Advice for a device whose memory is full."""
 
 
 class CapacityHooks:
-    """The handle of `add_capacity_hooks`: counts while the model is called or `run` goes over a stream; a context
-    manager that removes its own hooks only.
+    """The handle of `add_capacity_hooks`. It counts while the model is called, or while `run` goes over a stream. As a
+    context manager it removes its own hooks only.
 
     Attributes:
         model: the model that is watched.
@@ -129,11 +132,11 @@ class CapacityHooks:
 
     @property
     def place(self) -> Place:
-        """The last document that rows were consumed of, and how many."""
+        """The last document of which rows were consumed, and how many rows."""
         return self._cursor.place
 
     def remove(self) -> None:
-        """Take this handle's hooks away, and nobody else's; what was counted stays available. May be called twice."""
+        """Remove this handle's hooks and no others. The counts stay available. May be called twice."""
         self._attachment.end()
         for tap in self.taps:
             tap.encoder.scratch.release()
@@ -147,7 +150,7 @@ class CapacityHooks:
         progress: bool = True,
         after_batch: Callable[[CapacityHooks], None] | None = None,
     ) -> CapacityHooks:
-        """Run the model over a stream and count, stopping each forward pass at the last tapped layer.
+        """Run the model over a stream and count. Each forward pass stops at the last tapped layer.
 
         Args:
             stream: a source by name, such as a file or `embedded`, which is read with the model's own tokenizer; a
@@ -200,13 +203,13 @@ class CapacityHooks:
         return self
 
     def keep_step(self) -> None:
-        """Where the model is spread over processes: run as many passes as the others still run, and count nothing."""
+        """For a model spread over processes: run as many passes as the others still run, and count nothing."""
         with self._passes.running(), evaluating(self.model):
             self._pace = Pace(self.model)
             self._run_beside_others()
 
     def measurement(self, complete: bool = True) -> Measurement:
-        """What was counted so far, as an immutable result; counting may go on.
+        """What was counted so far, as an immutable result. Counting may continue.
 
         Raises:
             CapacityError: where nothing was counted, or a tap never fired.
@@ -214,21 +217,19 @@ class CapacityHooks:
         self._passes.check_fired()
         if incomplete := self._passes.incomplete:
             warnings.warn(
-                f"{incomplete} of {self._passes.begun} forward passes did not reach every tapped hook point; those were"
-                " left out there",
+                f"{incomplete} of {self._passes.begun} forward passes did not reach every tapped hook point; there "
+                "those passes were left out",
                 stacklevel=2,
             )
         return self.measurement_of(self.sums(), complete)
 
     def sums(self) -> list[dict[str, NDArray[Any]]]:
-        """The sums of each tap so far, in which the documents that are being read have ended; also where nothing was
-        counted.
-        """
+        """The sums of each tap so far, also if nothing was counted. Unfinished documents are counted as ended."""
         with self._passes.lock:
             return [tap.snapshot(close=True)[0] for tap in self.taps]
 
     def measurement_of(self, sums: Sequence[Mapping[str, NDArray[Any]]], complete: bool = True) -> Measurement:
-        """A measurement with these sums, one for each tap, as those over several processes.
+        """A measurement with the given sums, one set for each tap, such as those over several processes.
 
         Raises:
             NothingCountedError: where they are of no token.
@@ -237,7 +238,7 @@ class CapacityHooks:
         return Measurement(hooks, self._provenance(), complete)
 
     def leave_out(self, documents: Sequence[int], seen: Sequence[NDArray[np.bool_]]) -> None:
-        """Count of documents that another process has begun to read only what it has not counted.
+        """From documents that another process began, count only what it has not counted.
 
         Args:
             documents: their numbers.
@@ -247,7 +248,7 @@ class CapacityHooks:
             tap.leave_out(documents, flags)
 
     def checkpoint(self) -> tuple[Measurement, dict[str, NDArray[Any]]]:
-        """An incomplete measurement, and the arrays that let `resume` go on exactly where this handle is."""
+        """An incomplete measurement, and the arrays from which `resume` continues exactly here."""
         hooks: list[HookMeasurement] = []
         still_open: dict[str, NDArray[Any]] = {}
         for i, tap in enumerate(self.taps):
@@ -258,7 +259,7 @@ class CapacityHooks:
         return Measurement(tuple(hooks), self._provenance(), complete=False), still_open
 
     def check_same(self, measurement: Measurement) -> None:
-        """Whether a measurement is of what this handle taps.
+        """Check that a measurement is of the SAEs and estimators of this handle.
 
         Raises:
             CapacityError: where it is of other hook points, SAE weights or estimators.
@@ -268,8 +269,8 @@ class CapacityHooks:
         for ours, saved in zip(mine, theirs, strict=False):
             if ours[0] == saved[0] and ours[1] != saved[1]:
                 raise DictionaryError(
-                    f"the SAE at {ours[0]} has other weights than the one measured before: resume with the same SAE, or"
-                    " choose another folder"
+                    f"the SAE at {ours[0]} has other weights than the one measured before: resume with the same "
+                    "SAE, or choose another folder"
                 )
         if mine != theirs:
             raise CapacityError(
@@ -278,7 +279,7 @@ class CapacityHooks:
             )
 
     def resume(self, measurement: Measurement, extra: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from a `checkpoint`; the next `run` skips the rows that it had consumed.
+        """Continue from a `checkpoint`. The next `run` skips the rows that were already consumed.
 
         Raises:
             CapacityError: where the checkpoint is of other hook points, SAE weights or estimators.
@@ -289,8 +290,8 @@ class CapacityHooks:
             still_open = {key.removeprefix(prefix): value for key, value in extra.items() if key.startswith(prefix)}
             if still_open.keys() != {"open_documents", "open_seen"}:
                 raise CapacityError(
-                    "the earlier run was completed or its checkpoint was altered, so it cannot be resumed: choose"
-                    " another folder"
+                    "the earlier run is complete, or its checkpoint was altered, so it cannot be resumed: choose "
+                    "another folder"
                 )
             earlier = measurement.hooks[i]
             tap.restore(earlier.summary.arrays, still_open, earlier.linear)
@@ -300,7 +301,7 @@ class CapacityHooks:
         self._earlier_seconds, self._started = provenance.seconds, time.monotonic()
 
     def _on_call(self, call: Call) -> NDArray[np.int64]:
-        """Begin a forward pass that somebody else runs, in whichever thread; returns the documents of its rows."""
+        """Begin a forward pass that the user runs, in any thread. Returns the documents of its rows."""
         if not call.masked and not self._said_assumption and (assumption := self._fillers.assumption(call.tokens)):
             self._said_assumption = True
             warnings.warn(assumption, stacklevel=2)
@@ -327,8 +328,8 @@ class CapacityHooks:
     def _warn_of_dropout(self) -> None:
         if drops_out(self.model):
             warnings.warn(
-                "the model is called in training mode, where dropout changes its activations at random: call"
-                " model.eval() before, or use run(), which does",
+                "the model is called in training mode, where dropout changes its activations at random: call "
+                "model.eval() first, or use run(), which does so",
                 stacklevel=2,
             )
 
@@ -338,13 +339,13 @@ class CapacityHooks:
             self._passes.current(tap.hook).see_target(tap, activation)
 
     def _note_saes(self) -> None:
-        """Keep in mind which SAEs the model carries in this pass."""
+        """Remember which SAEs the model carries in this pass."""
         if carried_saes(self.model):
             for tap in self.taps:
                 self._behind[tap].update(reconstructed_before(self.model, tap.point))
 
     def _in_step(self, batches: Iterator[Counted]) -> Iterator[Counted]:
-        """The same batches; where there is none, other processes are not left alone with their passes."""
+        """The same batches. When they run out, this process keeps running passes with the others."""
         try:
             yield from batches
         except NothingToReadError:
@@ -374,7 +375,7 @@ class CapacityHooks:
         self._passes.check_fired()
 
     def planned_provenance(self, stream: TokenStream) -> Provenance:
-        """What the provenance of a run over `stream` will say, before it begins."""
+        """The provenance that a run over `stream` will record, before it begins."""
         self._record = StreamRecord.describing(stream, self._record)
         return self._provenance()
 

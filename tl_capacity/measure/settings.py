@@ -1,4 +1,4 @@
-"""The settings of a measurement, which are the options of `tl-capacity measure` and of `tl-capacity doctor`."""
+"""The settings of a measurement. They are the options of `tl-capacity measure` and of `tl-capacity doctor`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 from tl_capacity.runtime.units import bytes_in
 from tl_capacity.text.shares import Share
 
-MAX_FVU = "Refuse an SAE that leaves more of the variance unexplained; inf never refuses."
+MAX_FVU = "Stop if an SAE leaves more than this share of the variance unexplained; inf never stops."
 
 
 def shard_in(text: str) -> tuple[int, int]:
-    """The shard that `INDEX/OF` means.
+    """The shard that a text `INDEX/OF` names.
 
     Raises:
         CapacityError: where the text is not that.
@@ -29,7 +29,7 @@ def shard_in(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """What to measure and how; each field's help text says what it is, as `tl-capacity measure --help` shows.
+    """What to measure and how. Each field's help text explains it, as `tl-capacity measure --help` shows.
 
     Attributes:
         saes: none for all SAEs that come with a registered model.
@@ -44,65 +44,76 @@ class MeasureSettings:
         share: of these documents, what one of several processes counts of what earlier launches have left.
     """
 
-    model: str = required("A registered name, a save_pretrained folder, or a hub id.")
-    out: Path = required("Folder of the measurement.")
+    model: str = required("The model: a name that a plugin registered, a save_pretrained folder, or a hub id.")
+    out: Path = required("The folder to write the measurement to.")
     saes: tuple[str, ...] = option(
         (),
-        "SAE folder or release/sae_id, optionally HOOK=…; or neurons:HOOK, pca:HOOK; may be repeated. Default: all that"
-        " come with the model.",
+        "SAE folder or RELEASE/SAE_ID, optionally after HOOK=. Or neurons:HOOK or pca:HOOK for a basis. "
+        "May be repeated. Default: all SAEs that come with the model.",
         "--sae",
         repeated=True,
     )
     tokens: int = option(1_000_000, "Tokens to count.")
     source: str | None = option(
-        None, "A file, a `datasets` id, or a name that a plugin reads. Default: the text that comes with the model."
+        None,
+        "Text to read: a file, a `datasets` id, or a name that a plugin knows. Default: the text that comes "
+        "with the model.",
     )
-    resume: bool = option(False, "Go on from the checkpoint in --out.", "--resume")
+    resume: bool = option(False, "Continue from the checkpoint in --out.", "--resume")
     importance: tuple[str, ...] = option(
-        (), "Importance estimator; may be repeated. Default: the paper's.", repeated=True
+        (),
+        "Importance estimator; `tl-capacity plugins` lists them. May be repeated. Default: the paper's, E[z²].",
+        repeated=True,
     )
-    context: int | None = option(None, "Positions in a row. Default: the SAE's own.")
+    context: int | None = option(None, "Positions in a row. Default: as many as the SAE was trained on.")
     batch_rows: int = option(8, "Rows in a forward pass.")
     prepend_bos: bool | None = option(
-        None, "Begin each row with the tokenizer's BOS. Default: as the SAE's own rows, or with it.", "--bos/--no-bos"
+        None,
+        "Begin each row with the tokenizer's BOS. Default: as the SAE was trained, or with BOS if that is unknown.",
+        "--bos/--no-bos",
     )
     special_tokens: bool = option(
         False,
-        "Read special tokens that are spelled in a text, such as <|endoftext|>, as these tokens. Default: as text.",
+        "If a text spells a special token, such as <|endoftext|>, read it as that token. Default: read it as text.",
         "--special-tokens",
     )
-    alive_threshold: float = option(1e-5, "A feature is alive where its firing rate exceeds this.")
-    fvu_every: int = option(8, "Check the reconstruction on one document in this many.")
+    alive_threshold: float = option(1e-5, "A feature is alive if its firing rate exceeds this.")
+    fvu_every: int = option(8, "Check the SAE's reconstruction on one document in this many.")
     skip_first_positions: int | None = option(
-        None, "Do not count the first positions of each row. Default: count those that the SAE was trained on."
+        None,
+        "Do not count this many positions at the start of each row. Default: count the positions that the SAE "
+        "was trained on.",
     )
     shard: tuple[int, int] = option(
-        (0, 1), "INDEX/OF: measure only every OF-th document, from INDEX on.", parse=shard_in, typed="0/1"
+        (0, 1),
+        "INDEX/OF: measure only every OF-th document, beginning with number INDEX. For separate machines; "
+        "`merge` joins the results.",
+        parse=shard_in,
+        typed="0/1",
     )
     device: str = option(AUTO, DEVICE_HELP)
-    dtype: str = option("float32", "Precision of the model's weights: float32, bfloat16, float16.")
-    revision: str | None = option(None, "Branch, tag or commit of a hub id, such as step3000 of a Pythia.")
+    dtype: str = option("float32", "Precision of the model's weights: float32, bfloat16 or float16.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub id, such as step3000 for Pythia.")
     device_map: str | None = option(
         None,
-        "Spread the model over devices, CPU memory and disk: auto, balanced, sequential, or a JSON file of a device for"
-        " each module.",
+        "Spread the model over devices, CPU memory and disk: auto, balanced, sequential, or a JSON file that gives "
+        "each module its device.",
     )
     shard_model: bool = option(
         False,
-        "Leave each process of a launch only its part of the model's blocks (FSDP), for a model that fits on no device"
-        " alone.",
+        "Split the model's blocks over the processes of a launch (FSDP), for a model that is too large for one device.",
         "--shard-model",
     )
     max_fvu: float = option(1.0, MAX_FVU)
-    checkpoint_seconds: float = option(30.0, "Save a checkpoint this often.")
+    checkpoint_seconds: float = option(30.0, "Seconds between two checkpoints.")
     max_memory: int | None = option(
-        None, "Memory that the process may hold, as 4GB; fewer latents are dense at once.", parse=bytes_in
+        None, "Most memory that the process may use, as 4GB. It then works on fewer latents at a time.", parse=bytes_in
     )
     progress: bool = internal(True)
     share: Share = internal(Share())
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse settings that contradict each other or count nothing.
 
         Raises:
             CapacityError: no tokens, a largest FVU that refuses nothing, or a model that is spread in two ways.

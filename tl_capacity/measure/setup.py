@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDictionary]:
-    """Every SAE or basis asked for, or all SAEs that come with the model."""
+    """Every SAE or basis asked for, or else all SAEs that come with the model."""
     named = loaded.named
     bundled = [f"{hook}={folder}" for hook, folder in (named.saes if named else {}).items()]
     specs = list(dict.fromkeys(settings.saes)) or bundled
@@ -66,7 +66,7 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
 
 
 def spec_of(measured: HookMeasurement, model: str) -> str:
-    """What `--sae` takes for the SAE or basis that was measured of a model of that name."""
+    """The `--sae` argument for an SAE or basis that was measured on a model of that name."""
     registered = any(m.name == model for m in plugins().models)
     name = measured.sae.removeprefix(f"{model}/") if registered else measured.sae
     return name if BasisSpec.parse(name) else f"{measured.hook}={name}"
@@ -92,8 +92,7 @@ def measured_teacher(folder: Path, provenance: Provenance, device: str) -> Loade
 
 
 def as_measured(source: str, tokenizer: Any, provenance: Provenance, usual: int, batch_rows: int = 8) -> TokenStream:
-    """Text as rows of the kind that a measurement read: of the same length, with BOS or without, special tokens read or
-    not.
+    """Text in rows like those of a measurement: of the same length, with or without BOS, special tokens read or not.
 
     Args:
         usual: positions in a row, where the measurement does not say.
@@ -110,7 +109,7 @@ def as_measured(source: str, tokenizer: Any, provenance: Provenance, usual: int,
 
 
 def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenance: Provenance) -> Any:
-    """The SAE or basis that was measured, found by its name and checked by its weights.
+    """The SAE or basis that was measured, found by name and checked by its weights.
 
     Raises:
         DictionaryError: where it cannot be found, or has other weights by now.
@@ -129,14 +128,14 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
     [(_, _, sae)] = dictionaries(settings, loaded)
     if dictionary_digest(sae) != measured.sae_digest:
         raise DictionaryError(
-            f"the SAE {measured.sae!r} at {measured.hook} has other weights than the one that was measured: measure"
-            " again"
+            f"the SAE {measured.sae!r} at {measured.hook} has other weights than the one that was measured: "
+            "measure again"
         )
     return sae
 
 
 def dictionary_named(spec: str, loaded: LoadedModel, device: str) -> NamedDictionary:
-    """One SAE that is loaded by name.
+    """One SAE, loaded by name.
 
     Raises:
         CapacityError: where there is none, or it does not say its hook point.
@@ -163,8 +162,8 @@ def dictionary_named(spec: str, loaded: LoadedModel, device: str) -> NamedDictio
 
 
 def _warn_of_another_model(sae: str, trained_on: Any, loaded: LoadedModel) -> None:
-    """Say so where an SAE's metadata names a model that this one does not seem to be; names alone decide nothing, as
-    folders have any.
+    """Warn if an SAE's metadata names a model that this one does not seem to be. Names alone decide nothing, since a
+    folder can have any name.
     """
     theirs = str(trained_on or "").rpartition("/")[2].lower()
     ours = [
@@ -174,13 +173,13 @@ def _warn_of_another_model(sae: str, trained_on: Any, loaded: LoadedModel) -> No
     ]
     if theirs and not any(theirs in name or name in theirs for name in ours):
         log.warning(
-            f"the SAE {sae} was trained on {trained_on!r}, by its own account, and is measured on {loaded.name!r}: if"
-            " that is another model, use its own SAE"
+            f"the metadata of the SAE {sae} says that it was trained on {trained_on!r}, and it is measured on "
+            f"{loaded.name!r}: if that is a different model, use that model's own SAE"
         )
 
 
 def text_source(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[Any]) -> str:
-    """The token source that was asked for, or else the one that belongs to the model.
+    """The token source that was asked for, or else the model's own.
 
     Raises:
         CapacityError: where there is neither; the text that the SAEs were trained on is offered.
@@ -195,7 +194,7 @@ def text_source(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[A
 
 
 def stream_for(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[Any]) -> TokenStream:
-    """The text to measure on, in rows as those that the SAEs were trained on, where nothing else is asked for."""
+    """The text to measure on. By default its rows are like those that the SAEs were trained on."""
     return TokenStream(
         text_source(settings, loaded, saes),
         loaded.tokenizer,
@@ -209,29 +208,27 @@ def stream_for(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[An
 
 
 def rule_for(settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[Any]) -> CountingRule:
-    """Which tokens of that text count."""
+    """The rule that decides which tokens of that text count."""
     rule = CountingRule.for_model(loaded.model, loaded.tokenizer)
     return rule.at(counted_positions(settings.skip_first_positions, saes))
 
 
 def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> int:
-    """Positions in a row: as asked for, else the shortest context of the SAEs' own, else 512; never more than the model
+    """Positions in a row: those asked for, else the shortest context of the SAEs, else 512. Never more than the model
     has.
     """
     return fitting_row_length(model.config, settings.context, usual=context_of(model, saes))
 
 
 def context_of(model: Any, saes: Sequence[Any]) -> int:
-    """Positions in a row where none are asked for: the shortest context of the SAEs' own, else 512; never more than the
-    model has.
-    """
+    """Positions in a row by default: the shortest context of the SAEs, else 512. Never more than the model has."""
     contexts = [int(size) for sae in saes if (size := metadata_of(sae, "context_size"))]
     return min(longest(model), min(contexts, default=512))
 
 
 def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:
-    """The Hugging Face model where its family has a place for every hook that is read or written, else a bridge around
-    it; a `HookedTransformer` where SAEs were trained on weights that were processed, and activations show it.
+    """The model to tap. It is the Hugging Face model if its family has a place for every hook point, else a bridge
+    around it. It is a `HookedTransformer` if SAEs were trained on processed weights and that shows in the activations.
     """
     outputs = [target_hook(sae, hook) for sae, hook in zip(saes, hooks, strict=True)]
     wanted = [*hooks, *more_hooks, *(o for o in outputs if o)]
@@ -240,8 +237,8 @@ def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str],
     if options := processing_wanted(loaded.model, places):
         if is_spread(loaded.model):
             raise CapacityError(
-                f"an SAE asks for a model with {' and '.join(sorted(options))}, which cannot be made of one that is"
-                " spread over processes: leave --shard-model out, or that SAE"
+                f"an SAE needs a model with {' and '.join(sorted(options))}, which cannot be made from one that is "
+                "spread over processes: leave out --shard-model or that SAE"
             )
         return processed(loaded.model, loaded.tokenizer, options)
     if all(hugging_face_place(loaded.model, hook) for hook in wanted):

@@ -1,5 +1,5 @@
-"""FeatureStatistics: the sums of one SAE's latents, updated chunk by chunk on the device where they are made;
-those of disjoint documents are merged by addition.
+"""FeatureStatistics: the sums of one SAE's latents. They are updated chunk by chunk on the device that makes the
+latents, and merged by addition over disjoint documents.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tl_capacity.text.counting import MASK_REASONS
 from tl_capacity.text.documents import DOCUMENT_GROUPS, document_groups
 
 ON_THE_HOST = ("tokens", "documents", "masked", "fvu_tokens")
-"""Sums that follow from the tokens alone: the host knows them and need not ask a device."""
+"""Sums that follow from the tokens alone. The host knows them and need not ask a device."""
 
 
 def device_of_sum(name: str, device: torch.device) -> torch.device:
-    """Where a sum is kept if the latents are on a device."""
+    """Where a sum is kept if the latents are on the given device."""
     return torch.device("cpu") if name in ON_THE_HOST else device
 
 
 @dataclass
 class FeatureStatistics:
-    """Sums over counted tokens, per document group, and what they say.
+    """Sums over counted tokens, for each document group, and the summary of them.
 
     Counts are int64 and moments float64: float32 counts stop at 2²⁴. What each sum is and its axes:
     `tl_capacity.results.summary.SUMS`; `state` holds what importance estimators accumulated, `estimator/key` →
@@ -72,12 +72,12 @@ class FeatureStatistics:
         self.masked += masked
 
     def update_norms(self, counted_norm: Float64[Tensor, ""], masked_norm: Float64[Tensor, ""]) -> None:
-        """Add Σ‖x‖² of tokens that count and of those that do not."""
+        """Add Σ‖x‖² of the tokens that count, and of those that do not."""
         self.counted_norm += counted_norm.to(self.counted_norm.device)
         self.masked_norm += masked_norm.to(self.masked_norm.device)
 
     def update_tokens(self, groups: Int64[Tensor, " token"]) -> None:
-        """Add counted tokens, each with its document group, which the host knows."""
+        """Add counted tokens, each with its document group. The host knows both."""
         self.tokens.index_add_(0, groups, torch.ones_like(groups))
 
     def update_latents(
@@ -87,8 +87,8 @@ class FeatureStatistics:
         groups: Int64[Tensor, " entry"],
         active: Bool[Tensor, " entry"] | None = None,
     ) -> None:
-        """Add active latents z of counted tokens, each with its feature and document group; those that are not `active`
-        are zero.
+        """Add latents z of counted tokens, each with its feature and document group. Those that are not `active` are
+        zero.
         """
         place = groups * self.counts.shape[1] + features
         self.counts.view(-1).index_add_(0, place, torch.ones_like(place) if active is None else active.long())
@@ -103,7 +103,7 @@ class FeatureStatistics:
             self.update_incidence(seen)
 
     def update_incidence(self, seen: Bool[Tensor, "document feature"]) -> None:
-        """Add the features of documents that are counted already."""
+        """Add the features of documents that are already counted."""
         self.incidence += seen.sum(0)
 
     def update_reconstruction(
@@ -113,8 +113,8 @@ class FeatureStatistics:
         groups: Int64[Tensor, " token"],
         known: Int64[Tensor, " token"] | None = None,
     ) -> None:
-        """Add the squared error of reconstructed tokens, each with its document group, which are `known` to the host
-        too.
+        """Add the squared error of reconstructed tokens, each with its document group. The host has the groups too, as
+        `known`.
         """
         target = target.double()
         known = groups.cpu() if known is None else known
@@ -124,7 +124,7 @@ class FeatureStatistics:
         self.mean_sum.index_add_(0, groups, target)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name, estimators' states as `state/estimator/key`."""
+        """Every tensor by name; estimators' states as `state/estimator/key`."""
         sums = {name: getattr(self, name) for name in SUMS}
         return sums | {f"state/{key}": value for key, value in self.state.items()}
 
@@ -135,11 +135,11 @@ class FeatureStatistics:
         return cls(**{name: tensors[name] for name in SUMS}, state=state)
 
     def clone(self) -> FeatureStatistics:
-        """A copy that later updates leave alone."""
+        """A copy that later updates do not change."""
         return FeatureStatistics.from_tensors({name: value.clone() for name, value in self.tensors().items()})
 
     def compute(self, alive_threshold: float = 1e-5) -> FeatureSummary:
-        """What the sums say.
+        """The summary of the sums.
 
         Raises:
             CapacityError: where no token was counted.

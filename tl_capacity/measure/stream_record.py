@@ -1,4 +1,4 @@
-"""StreamRecord: what a measurement says of the text that was counted last."""
+"""StreamRecord: what a measurement records of the text that it counted last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tl_capacity.text.streams import TokenStream, source_of
 
 @dataclass(frozen=True)
 class StreamRecord:
-    """What a measurement records of the text that was counted last."""
+    """What a measurement records of the text that it counted last."""
 
     source: str = Provenance.source
     shard: tuple[int, int] = (0, 1)
@@ -22,7 +22,7 @@ class StreamRecord:
 
     @classmethod
     def describing(cls, stream: Any, before: StreamRecord) -> StreamRecord:
-        """The record of a stream; what token ids do not tell stays as it was before."""
+        """The record of a stream. What token ids do not tell stays as it was."""
         if not isinstance(stream, TokenStream):
             return cls(source_of(stream), before.shard, before.settings)
         settings: dict[str, Any] = {"context": stream.context, "bos": stream.bos, "batch_rows": stream.batch_rows}

@@ -41,12 +41,12 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 outside_inference_mode = torch.inference_mode(False)
-"""Decorates what makes sums: a tensor that is made under `torch.inference_mode` can't be added to outside of it."""
+"""Decorates functions that make sums. A tensor made under `torch.inference_mode` cannot be added to outside of it."""
 
 
 def counting(method: Callable[Concatenate[Tap, Tensor, Arguments], Result]) -> Callable[..., Result]:
-    """A method that counts an activation: in the SAE's own precision, without gradients, into sums that can be added
-    to, in whichever mode of PyTorch the model runs.
+    """Decorates a method that counts an activation. It runs in the SAE's own precision, without gradients, and into
+    sums that can be added to, whichever mode of PyTorch the model runs in.
     """
 
     @wraps(method)
@@ -106,8 +106,8 @@ class Tap:
         width = self.point.width
         if width is not None and width != self.d_in:
             raise HookPointError(
-                f"{self.hook} has width {width}, but the SAE's d_in is {self.d_in}: it belongs to another hook"
-                " point or model, so pass one that was trained on this"
+                f"{self.hook} has width {width}, but the SAE's d_in is {self.d_in}: it belongs to another hook point "
+                "or model, so pass an SAE that was trained on this one"
             )
         device = self.sae.W_dec.device
         self.device = exact_device(device)
@@ -130,12 +130,13 @@ class Tap:
         )
 
     def differences(self) -> tuple[str, ...]:
-        """How the model at hand differs from the one that the SAE was trained on, a sentence each: what is made up for,
-        and what is not.
+        """How the model at hand differs from the SAE's own, a sentence each, whether the difference is corrected or
+        not.
         """
         made_up_for = (
-            f"{self.hook}: the SAE was trained on a model with {CENTRING}, by its own account, and this one is without:"
-            " activations are counted less their mean over d_model, which makes them the same"
+            f"{self.hook}: the SAE's metadata says that it was trained on a model with {CENTRING}, and this model is "
+            "without: the mean over d_model is subtracted from activations before counting, which makes them the "
+            "same"
         )
         return (*((made_up_for,) if self.point.centred else ()), *self.notes)
 
@@ -146,7 +147,7 @@ class Tap:
 
     @property
     def linear(self) -> bool | None:
-        """Whether the SAE writes the sum of its decoder vectors; None before a latent was seen to be active."""
+        """Whether the SAE writes the sum of its decoder vectors; None before any latent was active."""
         return self._decoder.linear
 
     @counting
@@ -191,7 +192,7 @@ class Tap:
     def _written(
         self, activation: Tensor, tokens: CountedTokens, batch: int, gradients: Mapping[str, Tensor]
     ) -> Iterator[tuple[Tensor, Written]]:
-        """Count; yields what is checked with what was written for it."""
+        """Count, and yield the checked tokens with what was written for them."""
         if self._on_device is None:
             yield from self._entries.count(activation, tokens, batch, self.statistics, self._open, gradients)
             return
@@ -202,14 +203,14 @@ class Tap:
             yield checked_target(activation, layout), written
 
     def _begin(self, tokens: CountedTokens, still_open: Collection[int]) -> None:
-        """What the host knows of a batch; documents that are not `still_open` have ended."""
+        """Count what the host knows of a batch. Documents that are not `still_open` have ended."""
         self._open.end(self.statistics, but=still_open)
         self._open.open(tokens.counted_documents)
         self.statistics.update_tokens(tokens.groups[tokens.row_of_token])
         self.statistics.update_masked(tokens.masked)
 
     def check_finite(self) -> None:
-        """Whether all that was counted is finite, where that was not asked for batch by batch.
+        """Check that everything counted is finite, unless that was checked for each batch.
 
         Raises:
             CapacityError: where it is not; the sums are worth nothing then.
@@ -221,8 +222,8 @@ class Tap:
         rows, positions = tokens.counted.shape
         if activation.shape[0] == rows and activation.shape[1] > positions and activation[0, 0].numel() == self.d_in:
             raise HookPointError(
-                f"{self.hook} has {activation.shape[1]} positions, of which only {positions} came as token ids"
-                " (generate without a cache?): generate with use_past_kv_cache=True, which counts each token once"
+                f"{self.hook} has {activation.shape[1]} positions, but only {positions} of them came as token ids "
+                "(generate without a cache?): generate with use_past_kv_cache=True, so that each token counts once"
             )
         if activation.shape[:2] != tokens.counted.shape:
             raise HookPointError(
@@ -231,12 +232,13 @@ class Tap:
             )
         if activation[0, 0].numel() != self.d_in:
             raise HookPointError(
-                f"{self.hook} has width {activation[0, 0].numel()}, but the SAE's d_in is {self.d_in}: it belongs to"
-                " another hook point or model, so pass one that was trained on this"
+                f"{self.hook} has width {activation[0, 0].numel()}, but the SAE's d_in is {self.d_in}: it belongs to "
+                "another hook point or model, so pass an SAE that was trained on this one"
             )
 
     def refuse_unless_linear(self) -> None:
-        """Refuse a gradient along decoder vectors where the SAE does not write the sum of those at its own hook point.
+        """Refuse a gradient along decoder vectors if the SAE does not write the sum of its decoder vectors at its own
+        hook point.
 
         Raises:
             DictionaryError: where it does not.
@@ -245,7 +247,7 @@ class Tap:
 
     @counting
     def observe_target(self, activation: Tensor, tokens: CountedTokens, written: Sequence[Written]) -> None:
-        """Compare what a transcoder wrote with what it should have written, [row, position, ...] at its output hook.
+        """Compare what a transcoder wrote with the activations [row, position, ...] at its output hook.
 
         Raises:
             HookPointError: where that has another width.
@@ -259,19 +261,17 @@ class Tap:
         self._compare(outputs[checked.to(outputs.device)], whole)
 
     def _compare(self, target: Tensor, written: Written) -> None:
-        """Add how far a reconstruction is from what it should be [token, ...]."""
+        """Add the error of a reconstruction against its target [token, ...]."""
         target, reconstruction = target.flatten(1).to(self.device), written.reconstruction.to(self.device)
         if target.shape != reconstruction.shape:
             raise HookPointError(
-                f"{self.target_hook} has {target.shape[-1]} dimensions, but the transcoder writes"
-                f" {reconstruction.shape[-1]}: it belongs to another model"
+                f"{self.target_hook} has {target.shape[-1]} dimensions, but the transcoder writes "
+                f"{reconstruction.shape[-1]}: it belongs to another model, so pass one that was trained on this one"
             )
         self.statistics.update_reconstruction(target, reconstruction, written.groups, written.known_groups)
 
     def close_open_documents(self) -> None:
-        """Count the documents seen so far as ended: what comes next is another stream, whatever numbers its documents
-        have.
-        """
+        """Count the documents seen so far as ended. The next stream may use the same document numbers."""
         self._open.end(self.statistics)
 
     def snapshot(self, close: bool) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
@@ -291,14 +291,16 @@ class Tap:
         return sums, {"open_documents": documents, "open_seen": seen}
 
     def leave_out(self, documents: Sequence[int], seen: NDArray[Any]) -> None:
-        """Count of documents that another process has begun only what they have not shown it, [document, feature]."""
+        """From documents that another process began, count only features that they have not shown it, [document,
+        feature].
+        """
         self._open.leave_out(documents, seen)
 
     @outside_inference_mode
     def restore(
         self, arrays: Mapping[str, NDArray[Any]], open_documents: Mapping[str, NDArray[Any]], linear: bool | None
     ) -> None:
-        """Go on from a `snapshot` whose documents were left open, and from what was seen of the SAE until then."""
+        """Continue from a `snapshot` whose documents were left open, and from what was known of the SAE by then."""
         self.statistics = FeatureStatistics.from_tensors(
             {
                 name: torch.from_numpy(value.copy()).to(device_of_sum(name, self.device))

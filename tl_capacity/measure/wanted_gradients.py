@@ -30,7 +30,7 @@ class WantedGradients:
 
     @classmethod
     def by(cls, taps: Sequence[Tap]) -> WantedGradients:
-        """What the estimators of these taps need.
+        """The gradients that the estimators of these taps need.
 
         Raises:
             CapacityError: where one asks for the gradient of an unknown loss.
@@ -41,8 +41,8 @@ class WantedGradients:
         paths = sorted((path for path in wanted if isinstance(path, PathGradient)), key=lambda path: path.name)
         if unknown := {*losses, *(path.loss for path in paths)} - set(LOSSES):
             raise CapacityError(
-                f"no gradient of {', '.join(sorted(unknown))} can be had: an estimator's gradient_of names"
-                f" {', '.join(LOSSES)}"
+                f"there is no gradient of {', '.join(sorted(unknown))}: let the estimator's gradient_of name some of "
+                f"{', '.join(LOSSES)}"
             )
         asking = next((estimator.name for estimator in estimators if estimator.gradient_of), None)
         return cls(tuple(losses), tuple(paths), asking)
@@ -54,13 +54,13 @@ class WantedGradients:
         return ", ".join([*self.losses, *(path.name for path in self.paths)])
 
     def check_possible(self, model: Any) -> None:
-        """Refuse to run where PyTorch records nothing to take a gradient of.
+        """Refuse to run if PyTorch records nothing to differentiate.
 
         Raises:
             CapacityError: under `torch.inference_mode`, or where the model was loaded under it.
         """
         if self and (torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters())):
             raise CapacityError(
-                f"the importance estimator {self.asking!r} needs the gradient of {self}, which"
-                " torch.inference_mode does not give: load the model and call run() outside of it"
+                f"the importance estimator {self.asking!r} needs the gradient of {self}, which torch.inference_mode "
+                "does not record: load the model and call run() outside of it"
             )

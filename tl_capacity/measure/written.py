@@ -27,12 +27,12 @@ class Written:
 
     @property
     def known_groups(self) -> Tensor | None:
-        """The document groups on the host, where it knows them."""
+        """The document groups on the host, if it has them."""
         return None if self.layout is None else self.layout.checked_groups
 
 
 def joined_writing(written: Sequence[Written]) -> Written:
-    """What was written for all tokens of some parts, one at least."""
+    """What was written for all tokens of some parts, at least one."""
     if len(written) == 1:
         return written[0]
     return Written(
