@@ -100,7 +100,7 @@ def test_relu_is_relu(tmp_path: Path, reader: str) -> None:
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_no_more_is_refused(tmp_path: Path, reader: str) -> None:
     read = READERS[reader]
-    with pytest.raises(DictionaryError, match=r"'tanh-relu' is one that SAELens has no more, .*: choose another SAE"):
+    with pytest.raises(DictionaryError, match=r"'tanh-relu' is no longer in SAELens, .*: choose another SAE"):
         read(saved(tmp_path / "tanh", OLD | {"activation_fn_str": "tanh-relu"}))
     with pytest.raises((DictionaryError, ValueError), match="activation_fn is topk, and activation_fn_kwargs has no k"):
         read(saved(tmp_path / "k", OLD | {"activation_fn_kwargs": {}}))

@@ -168,18 +168,18 @@ class TestSparsify:
         whole = self.weights()
         with pytest.raises(DictionaryError, match="lack b_dec: save it again"):
             load_sae(self.save(tmp_path / "a", {k: v for k, v in whole.items() if k != "b_dec"}))
-        with pytest.raises(DictionaryError, match=r"do not fit one another \(.*W_dec \[39, 32\]"):
+        with pytest.raises(DictionaryError, match=r"do not fit together \(.*W_dec \[39, 32\]"):
             load_sae(self.save(tmp_path / "b", whole | {"W_dec": random(D_SAE - 1, D_MODEL, seed=3)}))
         with pytest.raises(DictionaryError, match="k = 41 does not fit the 40 latents"):
             load_sae(self.save(tmp_path / "c", whole, k=41))
-        with pytest.raises(DictionaryError, match="'softmax' is no architecture that can be read"):
+        with pytest.raises(DictionaryError, match="'softmax' is not an architecture that can be read"):
             load_sae(self.save(tmp_path / "d", whole, activation="softmax"))
         with pytest.raises(DictionaryError, match="largest latents of either sign"):
             load_sae(self.save(tmp_path / "e", whole, signed=True))
         for i, k in enumerate((5.5, True, "5", float("inf"), -1)):
             with pytest.raises(
                 DictionaryError,
-                match=rf"cannot be loaded \(k is no whole number but {k!r}\): save it again with sparsify",
+                match=rf"cannot be loaded \(k = {k!r} is not a whole number\): save it again with sparsify",
             ):
                 load_sae(self.save(tmp_path / f"k{i}", whole, k=k))
         damaged = Path(self.save(tmp_path / "f", whole))
@@ -315,13 +315,13 @@ class TestDictionaryLearning:
         for i, layer in enumerate((float("inf"), "1", 1.0, [1], True)):
             with pytest.raises(
                 DictionaryError,
-                match=r"cannot be loaded \(layer is no whole number but .*\): save it again with dictionary_learning",
+                match=r"cannot be loaded \(layer = .* is not a whole number\): save it again with dictionary_learning",
             ):
                 load_sae(self.save(tmp_path / f"layer{i}", "AutoEncoder", layer=layer))
         folder = Path(self.save(tmp_path / "ctx", "AutoEncoder"))
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "buffer": {"ctx_len": "x"}}))
-        with pytest.raises(DictionaryError, match="ctx_len is no whole number but 'x'"):
+        with pytest.raises(DictionaryError, match="ctx_len = 'x' is not a whole number"):
             load_sae(str(folder))
         folder = Path(self.save(tmp_path / "b", "BatchTopKSAE"))
         torch.save(self.states["BatchTopKSAE"] | {"threshold": torch.tensor(-1.0)}, folder / "ae.pt")
@@ -370,7 +370,7 @@ def test_the_model_and_the_rows_that_it_names(
     options = ["--source", setup / "text.jsonl", "--tokens", "200", "--max-fvu", "inf", "--out", tmp_path / "out"]
     code, _, error = cli("measure", "--model", setup / "model", "--sae", folder, *options)
     assert code == 0, error
-    assert "was trained on 'EleutherAI/pythia-70m', by its own account" in caplog.text
+    assert "says that it was trained on 'EleutherAI/pythia-70m'" in caplog.text
     assert tlc.Measurement.load(tmp_path / "out").provenance.settings["context"] == 12
 
 
@@ -397,7 +397,7 @@ class TestSAELensFoldersWithoutSAELens:
             {"metadata": []},
         ):
             (tmp_path / "sae" / "cfg.json").write_text(json.dumps({**config, **changes}))
-            with pytest.raises(ValueError, match=r"is no (whole number|truth value|text|object) but"):
+            with pytest.raises(ValueError, match=r"is not (a whole number|true or false|a text|an object)"):
                 read_sae_lens(tmp_path / "sae")
 
     @pytest.mark.parametrize("architecture", ["layer_norm", "gated", "matching_pursuit"])
@@ -419,7 +419,9 @@ class TestNeurons:
         kept = NeuronBasis(D_MODEL, HOOK, k=4).encode(x)
         torch.testing.assert_close(kept.abs(), largest(x.abs(), 4))
         assert (kept < 0).any()
-        with pytest.raises(DictionaryError, match="k = 33 must lie between 1 and the 32 features of the neurons basis"):
+        with pytest.raises(
+            DictionaryError, match=r"k = 33 does not fit the neurons basis at .*: choose a number from 1 to its 32"
+        ):
             NeuronBasis(D_MODEL, HOOK, k=33)
 
 
@@ -494,7 +496,7 @@ def test_bad_specifications(neox: Any, tokenizer: Any) -> None:
         with pytest.raises(DictionaryError, match="names no basis: write"):
             BasisSpec.parse(spec)
     stream = TokenStream(["w1 w2 w3"], tokenizer)
-    with pytest.raises(HookPointError, match="is no residual-stream hook"):
+    with pytest.raises(HookPointError, match="is not a hook point that the family of"):
         BasisSpec("pca", "blocks.1.ln2.hook_normalized").fit(neox, stream)
     with pytest.raises(CapacityError, match="has no token to count"):
         BasisSpec("neurons", HOOK).fit(neox, TokenStream(np.full((2, 5), BOS), tokenizer))

@@ -109,13 +109,13 @@ def test_bad_input(tmp_path: Path) -> None:
         assert "\n" not in str(found.value)
 
     without = {name: value for name, value in weights().items() if name != "b_pre"}
-    refused(saved(tmp_path / "a.pt", without), r"its model_state lacks b_pre: pass such a file, or a folder")
+    refused(saved(tmp_path / "a.pt", without), r"its model_state lacks b_pre: pass such an SAE, or a folder")
     torch.save([1, 2], tmp_path / "list.pt")
-    refused(tmp_path / "list.pt", r"is no SAE of the paper's training script")
-    refused(saved(tmp_path / "b.pt", weights() | {"b_pre": torch.ones(3)}), r"do not fit one another \(.*b_pre \[3\]\)")
-    refused(saved(tmp_path / "c.pt", d_sae=65), r"has 64 latents, and its config says d_sae = 65")
-    refused(saved(tmp_path / "sae_layer12_final.pt", layer=3), r"of layer 12 by its name and of layer 3 by its config")
-    refused(saved(tmp_path / "d.pt", layer="three"), r"names the layer 'three': a whole number is needed")
+    refused(tmp_path / "list.pt", r"is not an SAE of the paper's training script")
+    refused(saved(tmp_path / "b.pt", weights() | {"b_pre": torch.ones(3)}), r"do not fit together \(.*b_pre \[3\]\)")
+    refused(saved(tmp_path / "c.pt", d_sae=65), r"has 64 latents, but its config says d_sae = 65")
+    refused(saved(tmp_path / "sae_layer12_final.pt", layer=3), r"of layer 12 by its name, but of layer 3 by its config")
+    refused(saved(tmp_path / "d.pt", layer="three"), r"names the layer 'three', which is not a whole number")
     (tmp_path / "e.pt").write_bytes(b"no archive")
     refused(tmp_path / "e.pt", r"cannot be loaded \(.*\): save it again with the paper's training script")
     refused(saved(tmp_path / "f.pt", folder=tmp_path), r"cannot be loaded \(.*\): save it again")  # a Path is no number

@@ -126,7 +126,7 @@ def test_activations_are_those_of_the_centred_model(
         reading = reading_of(model, trained_on(CENTRED, hook), hook)
         seen = activation_at(model, reading.point, TOKENS)
         assert seen is not None
-        assert "by its own account" not in " ".join(reading.notes)
+        assert "metadata says" not in " ".join(reading.notes)
         if hook.endswith(("hook_normalized", "hook_attn_scores")) and name == "TransformerBridge":
             continue  # a bridge has the norm's weight there, and other numbers for minus infinity
         size = max(1.0, float(cache[hook].abs().max()))
@@ -197,7 +197,9 @@ def test_a_processed_model_is_named_where_the_sae_wants_none(
         assert set(notes[name]) <= set(measurement_warnings(capacity.measurement().hooks))
     assert notes["plain"] == notes["folded"] == ()  # folded norms leave the residual stream as it is
     [note] = notes["centred"]
-    assert note.startswith(f"{HOOK}: the SAE was trained on a model without center_writing_weights")
+    assert note.startswith(
+        f"{HOOK}: the SAE's metadata says that it was trained on a model without center_writing_weights"
+    )
 
 
 @pytest.mark.parametrize("hook", ["blocks.1.attn.hook_z", "blocks.1.attn.hook_v"])
@@ -211,7 +213,7 @@ def test_folded_value_biases_are_named_both_ways(
     assert not reading_of(processed(), plain, hook).notes
     for model, sae in ((processed(), wanting), (processed(**folded), plain)):
         [note] = reading_of(model, sae, hook).notes
-        assert note.startswith(f"{hook}: the SAE was trained on a model with")
+        assert note.startswith(f"{hook}: the SAE's metadata says that it was trained on a model with")
         assert "fold_value_biases" in note
 
 
@@ -314,7 +316,9 @@ def test_a_session_says_what_it_makes_up_for(
 ) -> None:
     with add_capacity_hooks(gpt2, trained_on(CENTRED)):
         [made_up_for] = caplog.messages
-    assert made_up_for.startswith(f"{HOOK}: the SAE was trained on a model with center_writing_weights")
+    assert made_up_for.startswith(
+        f"{HOOK}: the SAE's metadata says that it was trained on a model with center_writing_weights"
+    )
     caplog.clear()
     with add_capacity_hooks(processed(**CENTRED), trained_on(CENTRED)):
         assert not caplog.messages
@@ -345,4 +349,6 @@ def test_where_a_transcoder_writes_is_looked_at_too(
     with add_capacity_hooks(processed(**CENTRED), transcoder) as capacity:
         capacity.run(TOKENS, progress=False)
     [note] = capacity.measurement().hooks[0].notes
-    assert note.startswith(f"{writes}: the SAE was trained on a model without center_writing_weights")
+    assert note.startswith(
+        f"{writes}: the SAE's metadata says that it was trained on a model without center_writing_weights"
+    )

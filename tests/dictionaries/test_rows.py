@@ -107,11 +107,11 @@ def test_options_that_differ_are_named(trained_on: Callable[..., Any], setup: Pa
     code, out, err = cli("measure", *options, *more, "--max-fvu", "inf", "--tokens", 200, "--out", tmp_path / "out")
     assert code == 0, out + err
     bos, context, positions = Measurement.load(tmp_path / "out").hooks[0].notes
-    assert "trained on rows without BOS, by its own account, and these begin with it" in bos
-    assert "rows of 12 positions, by its own account, and these have 16" in context
+    assert "trained on rows without BOS, and these begin with it" in bos
+    assert "rows of 12 positions, and these have 16" in context
     assert "trained on positions from 2 to 8 of each row" in positions
     code, out, err = cli("doctor", *options, *more, "--max-fvu", "inf", "--out", tmp_path / "other")
-    assert "positions from 1 on are counted, and the SAE at" in out + err
+    assert "positions from 1 on are counted, but the SAE at" in out + err
 
 
 @pytest.mark.fidelity(source="SAELens", says="dataset_path", obeyed="its text is offered if no source was given")

@@ -235,13 +235,17 @@ class TestByName:
     @pytest.mark.parametrize(
         ("sae", "problem", "says"),
         [
-            ("pca:blocks.9.hook_resid_post", HookPointError, "is no hook point of this model: did you mean"),
+            ("pca:blocks.9.hook_resid_post", HookPointError, "is not a hook point of this model: did you mean"),
             (
                 "neurons:blocks.1.mlp.hook_most",
                 HookPointError,
-                r"is no hook point of this model: did you mean blocks\.1\.mlp\.hook_post",
+                r"is not a hook point of this model: did you mean blocks\.1\.mlp\.hook_post",
             ),
-            ("neurons:blocks.1.hook_resid_post,k=33", DictionaryError, "k = 33 must lie between 1 and the 32 features"),
+            (
+                "neurons:blocks.1.hook_resid_post,k=33",
+                DictionaryError,
+                "k = 33 does not fit .* from 1 to its 32 features",
+            ),
             ("pca:", DictionaryError, "names no basis: write pca:HOOK"),
         ],
     )

@@ -205,7 +205,7 @@ def test_a_skip_transcoder_is_checked_against_the_modules_own_output(tmp_path: P
 def test_another_tensor_is_named(tmp_path: Path, name: str) -> None:
     """What the MLP adds is what it gives, where no norm stands between."""
     coder = sparsify(tmp_path / "layers.1.mlp")
-    says = "blocks.1.hook_mlp_out: the SAE was trained on blocks.1.mlp.hook_out, by its own account, and reads another"
+    says = "blocks.1.hook_mlp_out: the SAE's metadata says that it was trained on blocks.1.mlp.hook_out, and it reads"
     for family, differs in (("gemma2", True), ("llama", False)):
         model = form(family, name)
         assert [note.startswith(says) for note in reading_of(model, coder, "blocks.1.hook_mlp_out").notes] == (
@@ -216,7 +216,7 @@ def test_another_tensor_is_named(tmp_path: Path, name: str) -> None:
     block = sparsify(tmp_path / "layers.0")
     assert not reading_of(form("llama", name), block, "blocks.1.hook_resid_pre").notes
     (note,) = reading_of(form("llama", name), block, "blocks.1.hook_resid_post").notes
-    assert note.endswith("measure it at blocks.0.hook_resid_post if that was not meant")
+    assert note.endswith("measure it at blocks.0.hook_resid_post if this was not intended")
     (note,) = reading_of(form("llama", name), sparsify(tmp_path / "layers.7"), "blocks.1.hook_resid_post").notes
     assert "was trained on blocks.7.hook_resid_post" in note
     with tlc.add_capacity_hooks(form("gemma2", name), {"blocks.1.hook_mlp_out": coder}, mask_token_ids=[0]) as capacity:
@@ -234,4 +234,4 @@ def test_normalized_by_another_version(make_sae: Any, name: str) -> None:
     sae = make_sae("standard", "blocks.1.ln2.hook_normalized")
     assert not reading_of(form("gemma2", name), sae, "blocks.1.ln2.hook_normalized").notes
     (note,) = reading_of(form("gpt2", name), sae, "blocks.1.ln2.hook_normalized").notes
-    assert note.endswith("if the SAE was trained with that, measure it at blocks.1.mlp.hook_in")
+    assert note.endswith("if the SAE was trained with version 2, measure it at blocks.1.mlp.hook_in")

@@ -102,7 +102,7 @@ def test_from_the_command_line(tmp_path: Path, setup: Path, cli: Cli, caplog: py
     options = ["--source", setup / "text.jsonl", "--tokens", "300", "--context", "16", "--max-fvu", "inf"]
     code, _, error = cli("measure", "--model", setup / "model", "--sae", file, *options, "--out", out)
     assert code == 0, error
-    assert "was trained on 'google/gemma-2-2b', by its own account" in caplog.text
+    assert "says that it was trained on 'google/gemma-2-2b'" in caplog.text
     (measured,) = Measurement.load(out)
     assert (measured.hook, measured.sae) == ("blocks.1.mlp.hook_in", str(file))
     assert measured.summary.n_tokens >= 300
@@ -114,13 +114,13 @@ class TestBadInput:
         with pytest.raises(DictionaryError, match=r"lacks b_dec: download it again"):
             load_sae(str(file))
         file = save(tmp_path / "b", weights() | {"log_thresholds": torch.zeros(FEATURES)})
-        with pytest.raises(DictionaryError, match=r"has log_thresholds, whose use is not known: choose"):
+        with pytest.raises(DictionaryError, match=r"has log_thresholds, which are unknown: choose"):
             load_sae(str(file))
         file = save(tmp_path / "c", weights() | {"W_enc": random(FEATURES - 1, D, seed=1)})
-        with pytest.raises(DictionaryError, match=r"do not fit one another"):
+        with pytest.raises(DictionaryError, match=r"do not fit together"):
             load_sae(str(file))
         file = save(tmp_path / "d", weights())
-        with pytest.raises(DictionaryError, match=r"does not say its layer: name it as circuit-tracer does"):
+        with pytest.raises(DictionaryError, match=r"does not tell its layer: name it as circuit-tracer does"):
             load_sae(str(file.rename(file.with_name("first.safetensors"))))
         file = save(tmp_path / "e", weights())
         file.write_bytes(file.read_bytes()[:100])
@@ -131,8 +131,8 @@ class TestBadInput:
         ("config", "says"),
         [
             (None, r"holds no config\.yaml, which says where its transcoders read and write: download it too"),
-            ("feature_input_hook: [", r"cannot be loaded \(config\.yaml is no YAML"),
-            ("- 1", r"config\.yaml holds no mapping"),
+            ("feature_input_hook: [", r"cannot be loaded \(config\.yaml is not YAML"),
+            ("- 1", r"config\.yaml does not hold a mapping"),
             ("feature_input_hook: mlp.hook_in", r"has no feature_output_hook"),
             ("feature_input_hook: 3\nfeature_output_hook: x", r"has no feature_input_hook"),
         ],
@@ -147,7 +147,9 @@ class TestBadInput:
 
     def test_a_folder_of_many(self, tmp_path: Path) -> None:
         save(tmp_path, weights())
-        with pytest.raises(DictionaryError, match=r"holds transcoders of 1 layers: name one, such as .*layer_1\.safe"):
+        with pytest.raises(
+            DictionaryError, match=r"holds transcoders of 1 layers: name the file of one, such as .*layer_1\.safe"
+        ):
             load_sae(str(tmp_path))
 
 
@@ -217,7 +219,7 @@ def test_an_sae_of_one_head(models_by_kind: dict[str, Any], make_sae: Any, token
     fvu = (z - sae.decode(active)).square().sum() / (z - z.mean(0)).square().sum()
     assert found.summary.fvu.value == pytest.approx(float(fvu.detach()), rel=1e-3)
     assert found.importance("gradient").sum() > 0
-    assert found.notes == (f"{hook}: of the attention heads, the SAE knows head 2 alone, by its own account",)
+    assert found.notes == (f"{hook}: the SAE's metadata says that it reads attention head 2 alone",)
     sae.cfg.metadata.hook_head_index = 7
     with (
         tlc.add_capacity_hooks(model, sae) as capacity,

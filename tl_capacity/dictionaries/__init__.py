@@ -1,4 +1,4 @@
-"""Sparse autoencoders, transcoders and bases: loaded by name, asked for their active latents."""
+"""Sparse autoencoders, transcoders and bases: loaded by name, and encoded to their active latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dictionary says of itself: the only place that asks an SAE anything but its latents."""
+"""What a dictionary says of itself. Only this module asks an SAE anything but its latents."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tl_capacity.storage.digests import tensors_digest
 
 OneSAE = SparseAutoencoder | str | Path
 SAEs = OneSAE | Sequence[OneSAE] | Mapping[str, OneSAE | Sequence[OneSAE]]
-"""SAEs as they are passed: in memory or by name, one or several, by their hook points or not."""
+"""SAEs as they are passed: in memory or by name, one or several, with or without their hook points."""
 
 
 def check_dictionary(sae: Any, hook: str) -> None:
-    """Whether an SAE can be measured as it is.
+    """Check that an SAE can be measured as it is.
 
     Raises:
         DictionaryError: training-time BatchTopK, unfolded activation normalisation, or no SAE at all.
@@ -31,12 +31,12 @@ def check_dictionary(sae: Any, hook: str) -> None:
     if "BatchTopKTraining" in type(sae).__name__:
         raise DictionaryError(
             f"{type(sae).__name__} at {hook} is a training-time BatchTopK, whose latents depend on the whole batch: "
-            "save it and load it back, which makes it JumpReLU"
+            "save it and load it again, which makes it JumpReLU"
         )
     if type(sae).__name__ == "TemporalSAE":
         raise DictionaryError(
-            f"the SAE at {hook} is a TemporalSAE, whose latents depend on the tokens before: choose one that encodes"
-            " each token by itself"
+            f"the SAE at {hook} is a TemporalSAE, whose latents depend on earlier tokens: choose an SAE that encodes "
+            "each token by itself"
         )
     # All that SAELens keeps of which release it loaded.
     if "clt" in str(metadata_of(sae, "neuronpedia_id") or "").lower().split("-"):
@@ -63,12 +63,12 @@ class NamedDictionary(NamedTuple):
 
 
 def metadata_of(sae: Any, name: str) -> Any:
-    """What an SAE's metadata says under a name; None where it says nothing."""
+    """The value of a name in an SAE's metadata; None if the metadata lacks it."""
     return getattr(getattr(getattr(sae, "cfg", None), "metadata", None), name, None)
 
 
 def neuronpedia_id_of(sae: Any) -> str | None:
-    """Under which name Neuronpedia shows an SAE's features, as `gpt2-small/8-res-jb`; None where its metadata names
+    """The id under which Neuronpedia shows an SAE's features, such as `gpt2-small/8-res-jb`; None if its metadata has
     none.
     """
     named = metadata_of(sae, "neuronpedia_id")
@@ -76,7 +76,7 @@ def neuronpedia_id_of(sae: Any) -> str | None:
 
 
 def read_hook(sae: Any) -> str | None:
-    """The hook point that an SAE was trained to read, by its own account."""
+    """The hook point that an SAE was trained to read, according to its metadata."""
     return _trained_hook(sae, "hook_name")
 
 
@@ -98,18 +98,20 @@ def _trained_hook(sae: Any, name: str) -> str | None:
 
 
 def architecture_of(sae: Any) -> str:
-    """SAELens' name for the kind of an SAE, or that of its class."""
+    """SAELens' name for the kind of an SAE, or the name of its class."""
     architecture = getattr(sae.cfg, "architecture", None)
     return str(architecture() if callable(architecture) else architecture or type(sae).__name__)
 
 
 def joins_heads(sae: Any) -> bool:
-    """Whether an SAE of an attention layer's heads takes them apart, and joins them itself."""
+    """Whether an SAE of an attention layer takes separate heads and joins them itself."""
     return bool(getattr(sae, "hook_z_reshaping_mode", False))
 
 
 def inputs_for(sae: Any, activations: Tensor) -> Tensor:
-    """Activations [token, ...] as the SAE's `encode` takes them: [token, d_in], but where it joins the heads itself."""
+    """Activations [token, ...] as the SAE's `encode` takes them: [token, d_in], or separate heads if the SAE joins them
+    itself.
+    """
     if not joins_heads(sae):
         return activations.flatten(1)
     # Once SAELens has taken an SAE away from a bridge, its heads come joined there; joining one head changes nothing.
@@ -117,26 +119,28 @@ def inputs_for(sae: Any, activations: Tensor) -> Tensor:
 
 
 def decoder_vectors(sae: Any) -> Float[Tensor, "feature width"]:
-    """What each latent writes where it is 1."""
+    """What each latent writes if its value is 1."""
     vectors: Tensor = sae.W_dec.detach().flatten(1)
     return vectors
 
 
 def decoder_bias(sae: Any) -> Float[Tensor, " width"] | None:
-    """What an SAE writes where no latent is active, if it has such a bias."""
+    """What an SAE writes if no latent is active; None without such a bias."""
     bias = getattr(sae, "b_dec", None)
     return None if bias is None else bias.detach().flatten()
 
 
 def with_skip(sae: Any, written: Float[Tensor, "token width"], inputs: Tensor) -> Float[Tensor, "token width"]:
-    """What a transcoder writes with its skip connection, which SAELens adds in `forward` and not in `decode`."""
+    """What a transcoder writes, with its skip connection added. SAELens adds it in `forward` and not in `decode`."""
     skip = getattr(sae, "W_skip", None)
     return written if skip is None else written + inputs.to(skip.dtype) @ skip.detach().T
 
 
 @contextmanager
 def unhooked(sae: Any) -> Iterator[None]:
-    """An SAE whose own hook points call nobody meanwhile: in a model that carries it they belong to the model's run."""
+    """Inside the block, the SAE's own hook points call nobody. In a model that carries the SAE they belong to the
+    model's run.
+    """
     points = dict(getattr(sae, "hook_dict", {}))
     for name in points:
         setattr(sae, name, nn.Identity())
@@ -148,13 +152,13 @@ def unhooked(sae: Any) -> Iterator[None]:
 
 
 def divides_by_decoder_norms(sae: Any) -> bool:
-    """Whether `decode` divides each latent by the norm of its decoder vector, an option of SAELens."""
+    """Whether `decode` divides each latent by the norm of its decoder vector. This is an option of SAELens."""
     return bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
 
 
 @torch.no_grad()
 def decoder_norms(sae: Any, device: torch.device) -> Float64[Tensor, " feature"]:
-    """The length of what each latent writes where it is 1; zero for latents that write nothing."""
+    """The length of each latent's decoder vector; zero for latents that write nothing."""
     norms = torch.empty(len(sae.W_dec), dtype=torch.float64, device=device)
     # A few rows at a time and in place: a float64 copy of a wide decoder is larger than all else that is kept.
     for rows, place in zip(torch.split(decoder_vectors(sae), 64), torch.split(norms, 64), strict=True):
@@ -164,7 +168,7 @@ def decoder_norms(sae: Any, device: torch.device) -> Float64[Tensor, " feature"]
 
 @torch.no_grad()
 def decoder_scale(sae: Any) -> Float[Tensor, " feature"] | None:
-    """By what `decode` multiplies each latent before it adds up decoder vectors; None where by nothing.
+    """The factor by which `decode` multiplies each latent before it adds up decoder vectors; None without one.
 
     A decoder vector of norm 0 has the scale 0. SAELens divides by its norm, and what it writes is NaN for every token.
     """
@@ -176,13 +180,13 @@ def decoder_scale(sae: Any) -> Float[Tensor, " feature"] | None:
 
 @torch.no_grad()
 def dead_latents(sae: Any) -> Bool[Tensor, " feature"] | None:
-    """The latents that write nothing, as their decoder vectors are zero; None where there are none."""
+    """The latents with a decoder vector of zero, which write nothing; None if there are none."""
     dead: Tensor = torch.linalg.vector_norm(decoder_vectors(sae), ord=torch.inf, dim=1) == 0
     return dead if bool(dead.any()) else None
 
 
 def dictionary_digest(sae: Any) -> str:
-    """SHA-256 over an SAE's weights, in the order of their names."""
+    """SHA-256 of an SAE's weights, in the order of their names."""
     named = (
         sae.state_dict()
         if hasattr(sae, "state_dict")
@@ -192,20 +196,20 @@ def dictionary_digest(sae: Any) -> str:
 
 
 def dictionary_name(sae: Any) -> str:
-    """The name an SAE is known by: release and id where SAELens recorded them, else its kind and size."""
+    """The name of an SAE: release and id if SAELens recorded them, else its kind and size."""
     release = metadata_of(sae, "sae_lens_release") or metadata_of(sae, "release")
     sae_id = metadata_of(sae, "sae_id")
     return f"{release}/{sae_id}" if release and sae_id else f"{type(sae).__name__} with {len(sae.W_dec):,} latents"
 
 
 def given_dictionaries(saes: SAEs) -> Iterator[tuple[str | None, Any]]:
-    """Everything that was passed, one after the other, each with the hook point that it was passed for, if any."""
+    """Every dictionary that was passed, one after the other, each with the hook point it was passed for, if any."""
     at = saes.items() if isinstance(saes, Mapping) else [(None, saes)]
     yield from ((hook, sae) for hook, several in at for sae in _several(several))
 
 
 def named_dictionaries(saes: SAEs) -> Iterator[NamedDictionary]:
-    """Everything that was passed, all of it in memory, each SAE with its hook point and name.
+    """Every SAE that was passed, with its hook point and name. All must be in memory.
 
     Raises:
         DictionaryError: where something is no SAE, or an SAE does not name its hook point.
@@ -226,18 +230,18 @@ def named_dictionary(hook: str | None, sae: Any) -> NamedDictionary:
 def _check_is_sae(sae: Any) -> None:
     if isinstance(sae, str):
         raise DictionaryError(
-            f"{sae!r} is no SAE but a name: load it, as with sae_lens.SAE.from_pretrained or"
-            " tl_capacity.models.loading.load_sae"
+            f"{sae!r} is a name, not an SAE: load it first, as with sae_lens.SAE.from_pretrained or "
+            "tl_capacity.models.loading.load_sae"
         )
     if not isinstance(sae, SparseAutoencoder):
         raise DictionaryError(
-            f"{type(sae).__name__} is no SAE: it needs encode, decode, W_dec and cfg, as SAELens' inference classes"
-            " have"
+            f"{type(sae).__name__} is not an SAE: it needs encode, decode, W_dec and cfg, as SAELens' inference "
+            "classes have"
         )
 
 
 def _several(saes: Any) -> list[Any]:
-    """One or several as a list; an SAE is iterable, so it is recognised before anything is iterated."""
+    """One or several dictionaries as a list. An SAE is iterable, so it is recognised before anything is iterated."""
     return [saes] if isinstance(saes, (SparseAutoencoder, str)) or not isinstance(saes, Iterable) else list(saes)
 
 

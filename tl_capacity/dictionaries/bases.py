@@ -1,5 +1,5 @@
-"""Bases as features, by name: `neurons:HOOK` and `pca:HOOK`, optionally `,k=24`, made for one model and fitted to its
-own activations.
+"""Bases as features, by name: `neurons:HOOK` and `pca:HOOK`, optionally with `,k=24`. A basis is made for one model and
+fitted to its activations.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenStream
 
 PCA_TOKENS = 50_000
-"""Tokens to which principal components are fitted, some hundred for each dimension of a small model."""
+"""Tokens to fit principal components to: some hundred for each dimension of a small model."""
 
 
 @dataclass(frozen=True)
 class BasisSpec:
-    """What `neurons:blocks.3.mlp.hook_post,k=24` says.
+    """The parts of a name such as `neurons:blocks.3.mlp.hook_post,k=24`.
 
     Attributes:
         kind: one of `BASES`.
@@ -45,7 +45,7 @@ class BasisSpec:
 
     @classmethod
     def parse(cls, spec: str) -> BasisSpec | None:
-        """The basis that `spec` names, or None where it names something else.
+        """The basis that `spec` names, or None if it names something else.
 
         Raises:
             DictionaryError: where it names one badly.
@@ -56,7 +56,7 @@ class BasisSpec:
         match = re.fullmatch(r"([\w.]+)(?:,k=(\d+))?", rest)
         if match is None:
             raise DictionaryError(
-                f"{spec!r} names no basis: write {kind}:HOOK, or {kind}:HOOK,k=24 to keep the 24 largest of each token"
+                f"{spec!r} names no basis: write {kind}:HOOK, or {kind}:HOOK,k=24 to keep each token's 24 largest"
             )
         return cls(kind, match[1], int(match[2]) if match[2] else None)
 
@@ -65,13 +65,13 @@ class BasisSpec:
 
     @property
     def needs_text(self) -> bool:
-        """Whether another text gives another basis."""
+        """Whether the basis depends on the text."""
         return self.kind != "neurons"
 
     def fit(
         self, model: Any, stream: TokenStream, tokens: int = PCA_TOKENS, *, progress: bool = True
     ) -> LargestOfABasis:
-        """The basis, for a model with TransformerLens hooks or a Hugging Face model of a registered family.
+        """The basis for a model with TransformerLens hooks, or for a Hugging Face model of a registered family.
 
         Principal components are those of the first `tokens` counted tokens of the stream; neurons need one batch, to
         see how many there are.
@@ -101,7 +101,7 @@ class BasisSpec:
 
 
 def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Tensor, "token d"]]:
-    """Activations at one hook point, batch by batch, of tokens that are neither special nor padding; heads are joined.
+    """Activations at one hook point, batch by batch, with heads joined. Special tokens and padding are left out.
 
     Raises:
         HookPointError: where the model has no such hook point, or does not run it.
@@ -118,7 +118,7 @@ def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Te
 
 
 class LargestOfABasis(nn.Module):
-    """An orthonormal basis as a dictionary: latents are coordinates, and negative ones are active too.
+    """An orthonormal basis as a dictionary. Latents are coordinates, and negative ones are active too.
 
     Coordinates are seldom zero, and a basis whose every feature is active on every token has no sparsity. With `k`,
     only the k largest in size of each token are kept, as in an AbsTopK SAE, and the FVU says what that costs.
@@ -143,7 +143,8 @@ class LargestOfABasis(nn.Module):
         super().__init__()
         if k is not None and not 1 <= k <= len(basis):
             raise DictionaryError(
-                f"k = {k} must lie between 1 and the {len(basis):,} features of the {kind} basis at {hook}"
+                f"k = {k} does not fit the {kind} basis at {hook}: choose a number from 1 to its {len(basis):,} "
+                "features"
             )
         self.register_buffer("W_dec", basis)
         self.register_buffer("b_dec", mean)
@@ -153,11 +154,11 @@ class LargestOfABasis(nn.Module):
         )
 
     def encode(self, x: Float[Tensor, "token d"]) -> Float[Tensor, "token feature"]:
-        """Coordinates of activations, but for the `k` largest in size zero."""
+        """Coordinates of activations. All but the `k` largest in size are zero."""
         return self._largest(self._coordinates(x.to(self.W_dec) - self.b_dec))
 
     def decode(self, feature_acts: Float[Tensor, "token feature"]) -> Float[Tensor, "token d"]:
-        """The activations that have these coordinates."""
+        """The activations with these coordinates."""
         return feature_acts @ self.W_dec + self.b_dec
 
     def _coordinates(self, centred: Tensor) -> Tensor:
@@ -171,8 +172,8 @@ class LargestOfABasis(nn.Module):
 
 
 class NeuronBasis(LargestOfABasis):
-    """No dictionary at all: each of `width` dimensions of a hook point, such as the neurons at
-    `blocks.3.mlp.hook_post`, is a feature.
+    """A basis whose features are the `width` dimensions of a hook point, such as the neurons at
+    `blocks.3.mlp.hook_post`.
 
     Neurons behind a ReLU are sparse by themselves; behind a GELU none is ever zero, so give k. Its W_dec is the
     identity, width² numbers.
@@ -186,7 +187,7 @@ class NeuronBasis(LargestOfABasis):
 
 
 class PCABasis(LargestOfABasis):
-    """Principal components of a hook point's activations, by falling variance: the best basis that knows nothing of
+    """Principal components of a hook point's activations, largest variance first. This is the best basis that ignores
     sparsity.
 
     Args:

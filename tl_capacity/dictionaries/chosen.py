@@ -1,5 +1,5 @@
-"""Chosen features: the latents of some features of a dictionary, from their own columns of the encoder, so that those
-of all others are not made.
+"""Chosen features: the latents of some features of a dictionary, computed from their own columns of the encoder without
+making the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class ChosenLatents:
-    """The latents of some features on any tokens, and what they are like on the text that was seen.
+    """The latents of some features on any tokens, and their statistics on the text that was seen.
 
     Attributes:
         features: their numbers in the dictionary [chosen]; without those in `silent`, which never fired on the text.
@@ -71,8 +71,8 @@ class ChosenLatents:
 
     @property
     def rate(self) -> Float64[Tensor, " chosen"]:
-        """Firing rates, none of them 0 or 1: (firings + 1) / (tokens + 2), the mean of its posterior distribution where
-        all rates were alike before (Laplace).
+        """Firing rates, none of them 0 or 1: (firings + 1) / (tokens + 2). This is the mean of the posterior after a
+        uniform prior (Laplace).
         """
         return (self.firings.double() + 1) / (self.tokens + 2)
 
@@ -87,7 +87,7 @@ class ChosenLatents:
 
 @torch.no_grad()
 def chosen_latents(sae: Any, features: Sequence[int], activations: Float[Tensor, "token ..."]) -> ChosenLatents:
-    """The latents of some features, found on some text out of their own columns of the encoder.
+    """The latents of some features, computed from their own columns of the encoder, whose form is found on some text.
 
     Where each latent is a function of its own column, as of ReLU and JumpReLU dictionaries, these are exact. Where
     latents compete, as of TopK, a feature fires where its preactivation is above the threshold at which it fires as
@@ -122,8 +122,8 @@ def chosen_latents(sae: Any, features: Sequence[int], activations: Float[Tensor,
     fired = torch.nonzero(firings).view(-1)
     if not len(fired):
         raise DictionaryError(
-            f"none of the {len(chosen):,} chosen features, such as {int(chosen[0]):,}, fires on {len(inputs):,} tokens"
-            " of the text: choose others, or give text on which they do"
+            f"none of the {len(chosen):,} chosen features, such as {int(chosen[0]):,}, fires on {len(inputs):,} "
+            "tokens of the text: choose others, or give text on which they fire"
         )
     silent = tuple(chosen[firings == 0].tolist())
     chosen, latents, firings = chosen[fired], latents[:, fired], firings[fired]
@@ -147,7 +147,7 @@ def chosen_latents(sae: Any, features: Sequence[int], activations: Float[Tensor,
 def latents_of(
     encoder: Encoder, inputs: Float[Tensor, "token ..."], features: Int64[Tensor, " chosen"]
 ) -> Float[Tensor, "token chosen"]:
-    """z of some features, by the whole encoder."""
+    """z of some features, computed by the whole encoder."""
     latents = torch.zeros(len(inputs), len(features), device=inputs.device)
     place = _places(features, encoder.d_sae)
     for entries in encoder.entries(inputs):
@@ -156,7 +156,7 @@ def latents_of(
 
 
 def _places(features: Tensor, d_sae: int) -> Int64[Tensor, " feature"]:
-    """The place of each feature of a dictionary among the chosen ones, −1 where it is none of them."""
+    """The index of each feature of a dictionary among the chosen ones; −1 for features that are not chosen."""
     place = torch.full((d_sae,), -1, dtype=torch.int64, device=features.device)
     place[features] = torch.arange(len(features), device=features.device)
     return place
@@ -171,7 +171,9 @@ def _put(latents: Tensor, place: Tensor, tokens: Tensor, features: Tensor, value
 def _columns(
     sae: Any, features: Tensor, inputs: Tensor, latents: Float[Tensor, "token chosen"]
 ) -> tuple[Columns | None, float]:
-    """Columns that give these latents, and the share of the firings that they give; None where there are none."""
+    """Columns that reproduce these latents, and the share of the firings that they reproduce; None if
+    there are none.
+    """
     weight, bias = getattr(sae, "W_enc", None), getattr(sae, "b_enc", None)
     if weight is None or bias is None or not hasattr(sae, "process_sae_in") or bool((latents < 0).any()):
         return None, 1.0
@@ -196,8 +198,8 @@ def _columns(
 
 
 def _thresholds(preactivations: Float[Tensor, "token chosen"], firings: Int64[Tensor, " chosen"]) -> Tensor:
-    """The threshold above which each feature's preactivation is as often as it fires, half-way to the next one below;
-    never below 0.
+    """The threshold for each feature that its preactivation exceeds as often as the feature fires. It lies half-way to
+    the next lower preactivation, and never below 0.
     """
     ordered = preactivations.sort(dim=0, descending=True).values
     last = len(ordered) - 1
@@ -207,8 +209,8 @@ def _thresholds(preactivations: Float[Tensor, "token chosen"], firings: Int64[Te
 
 
 def _agree(found: Tensor, expected: Tensor, where: Bool[Tensor, "token chosen"]) -> bool:
-    """Whether two tensors say the same at nearly all of some places: another order of summation may decide otherwise
-    about a latent on the edge.
+    """Whether two tensors agree at nearly all of the given places. Another order of summation may decide differently
+    about a latent near its threshold.
     """
     close = torch.isclose(found.float(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     return int((~close & where).sum()) <= 1e-3 * int((expected != 0).sum())

@@ -1,4 +1,4 @@
-"""Configurations of SAELens, whichever version wrote them, under the names of version 6."""
+"""Configurations of SAELens, of any version, under the names of version 6."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RENAMED = {
 }
 """Names that versions before 6 had."""
 SCALING = ("scaling_factor", "finetuning_scaling_factor")
-"""The weights' name in a file, and what SAELens makes of it."""
+"""The name of the factors in a weights file, and the name that SAELens gives them."""
 
 
 def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
         known |= {"architecture": "topk", "k": k, "activation_fn_kwargs": {"k": k}}
     elif activation != "relu":
         raise DictionaryError(
-            f"the SAE's activation function {activation!r} is one that SAELens has no more, and would take for ReLU:"
-            " choose another SAE"
+            f"the SAE's activation function {activation!r} is no longer in SAELens, which would use ReLU instead: "
+            "choose another SAE"
         )
     normalisation = known.get("normalize_activations")
     if normalisation is None or isinstance(normalisation, bool):
@@ -52,7 +52,7 @@ def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_scaling(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights without the factors by which versions before 6 multiplied latents after finetuning, where all are 1.
+    """Weights without the factors by which versions before 6 multiplied latents after finetuning, if all factors are 1.
 
     Raises:
         DictionaryError: where one is not.
@@ -60,14 +60,14 @@ def without_scaling(weights: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in weights.items() if name not in SCALING}
     if any(bool((weights[name] != 1).any()) for name in SCALING if name in weights):
         raise DictionaryError(
-            "the SAE has a scaling_factor from finetuning, by which SAELens no longer multiplies latents: choose"
-            " another SAE"
+            "the SAE has a scaling_factor from finetuning, which SAELens no longer applies to latents: choose "
+            "another SAE"
         )
     return kept
 
 
 def with_activation(load: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A loader of SAELens' that obeys the activation that a configuration names, whatever its version.
+    """A loader of SAELens that obeys the activation named in a configuration, whatever its version.
 
     Args:
         load: returns a configuration, weights, and whatever else.

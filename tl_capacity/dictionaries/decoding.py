@@ -25,7 +25,7 @@ class Decoder:
         self.linear: bool | None = None
 
     def settle(self, inputs: Float[Tensor, "token ..."]) -> None:
-        """See on some tokens whether `decode` adds up decoder vectors, where that is not known yet."""
+        """Find out on some tokens whether `decode` adds up decoder vectors, if that is not known yet."""
         if self.linear is None:
             self.linear = decoder_vectors_add_up(self.sae, inputs)
 
@@ -33,7 +33,9 @@ class Decoder:
     def __call__(
         self, entries: Entries, wanted: Bool[Tensor, " token"], inputs: Float[Tensor, "wanted ..."]
     ) -> Float[Tensor, "wanted width"]:
-        """The reconstruction of the wanted tokens, given their inputs and the active latents of all or these."""
+        """The reconstruction of the wanted tokens, from their inputs and the active latents of these or
+        of all tokens.
+        """
         if self.linear:
             return with_skip(self.sae, self._sum(entries, wanted, len(inputs)), inputs)
         return self.directly(inputs)
@@ -44,7 +46,7 @@ class Decoder:
         return with_skip(self.sae, self.sae.decode(self.sae.encode(inputs)).flatten(1), inputs)
 
     def adding_up(self, tokens: int) -> AddingUp:
-        """The reconstruction of so many tokens, of which nothing is added up yet, where that is `linear`."""
+        """An empty reconstruction of so many tokens, to be added up by a `linear` decoder."""
         return AddingUp(self, tokens)
 
     def _sum(self, entries: Entries, wanted: Tensor, count: int) -> Tensor:
@@ -65,7 +67,7 @@ class Decoder:
 
 
 class AddingUp:
-    """A reconstruction that grows by the latents of some features after those of others, none of which is picked out.
+    """A reconstruction that is added up from blocks of features.
 
     It is summed in float32 at least: what a block of features writes is rounded once in the SAE's own precision.
     """
@@ -83,12 +85,12 @@ class AddingUp:
         self._sum += latents @ self._vectors[features]
 
     def add_largest(self, features: Int64[Tensor, "token k"], values: Float[Tensor, "token k"]) -> None:
-        """Add what as many features of each token write."""
+        """Add what the largest features of each token write, the same number for each token."""
         values = values.to(self._vectors.dtype)
         values = values if self._scale is None else values * self._scale.to(values)[features]
         self._sum += nn.functional.embedding_bag(features, self._vectors, mode="sum", per_sample_weights=values)
 
     def written(self, inputs: Float[Tensor, "token ..."]) -> Float[Tensor, "token width"]:
-        """All of it, with the bias and a skip connection's part of the inputs."""
+        """The whole reconstruction, with the bias and a skip connection's part of the inputs."""
         bias = decoder_bias(self._sae)
         return with_skip(self._sae, self._sum if bias is None else self._sum + bias, inputs)

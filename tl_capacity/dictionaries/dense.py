@@ -1,5 +1,5 @@
-"""Dense latents on an accelerator: what is active is summed there block by block, so that the host never has to ask how
-much of it there is.
+"""Dense latents on an accelerator: active latents are summed there block by block. The host never asks how many there
+are.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from tl_capacity.dictionaries.encoding import DENSE_AT_ONCE, DENSE_FEATURES, Enc
 from tl_capacity.dictionaries.reducing import PieceSums, Reducer
 
 GROUP = 32
-"""Features of one token of which, for the largest k, the largest is looked at first."""
+"""Features of one token in a group. To find the largest k, the largest of each group is looked at first."""
 OWN_ENCODE_BLOCKS = 8
-"""Blocks of the latents' size that an SAE's own `encode` makes on its way, at most."""
+"""Most blocks of the latents' size that an SAE's own `encode` makes on its way."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BlockLatents:
 
 @dataclass(frozen=True)
 class LargestLatents:
-    """The latents of which each token has a fixed number.
+    """The latents of each token, if it has a fixed number of them.
 
     Attributes:
         features: [token, k].
@@ -62,7 +62,7 @@ class DenseEncoder:
         self._reduce = Reducer()
 
     def chunk(self, inputs: Tensor) -> int:
-        """Tokens to encode at once, of which these are the first."""
+        """How many tokens to encode at once, given the first of them."""
         activation = self.encoder.short_cut(inputs)
         if activation is None:
             return max(1, DENSE_AT_ONCE // OWN_ENCODE_BLOCKS // self.encoder.d_sae)
@@ -72,7 +72,7 @@ class DenseEncoder:
     def parts(
         self, inputs: Tensor, padding: Tensor, length: int, checked: int
     ) -> Iterator[BlockLatents | LargestLatents]:
-        """The latents of tokens [token, d_in], some features after others.
+        """The latents of tokens [token, d_in], one block of features after the other.
 
         Args:
             inputs: as many pieces as there are, one after the other.
@@ -106,7 +106,7 @@ class DenseEncoder:
     def _block(
         self, some: slice, latents: Tensor, least: Tensor | float | None, length: int, checked: int
     ) -> BlockLatents:
-        """Sums over pieces; with `least`, which a latent must exceed, `latents` is overwritten."""
+        """Sums over pieces. If `least`, which a latent must exceed, is given, `latents` is overwritten."""
         seen, sums = self._reduce(latents, least, length, checked)
         dead = self.encoder.dead
         if dead is not None:
@@ -147,5 +147,5 @@ def largest_in_two_steps(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def rescales(sae: Any) -> bool:
-    """Whether a TopK SAE judges its latents by what they write."""
+    """Whether a TopK SAE chooses its latents by what they write."""
     return bool(sae.cfg.rescale_acts_by_decoder_norm)

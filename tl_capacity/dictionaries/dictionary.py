@@ -1,4 +1,4 @@
-"""Dictionary: an SAE or transcoder of any trainer's kind, without SAELens."""
+"""Dictionary: an SAE or transcoder from any trainer, usable without SAELens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tl_capacity.errors import DictionaryError
 
 @dataclass(frozen=True)
 class Metadata:
-    """Where a dictionary belongs, as far as its files say, under the names that SAELens uses."""
+    """What a dictionary's files say about where it belongs, under the names that SAELens uses."""
 
     hook_name: str | None = None
     hook_name_out: str | None = None
@@ -34,7 +34,7 @@ class Metadata:
 
 @dataclass(frozen=True)
 class DictionaryConfig:
-    """What a dictionary is, under the names that SAELens uses."""
+    """A dictionary's configuration, under the names that SAELens uses."""
 
     d_in: int
     d_sae: int
@@ -43,7 +43,7 @@ class DictionaryConfig:
 
 
 class Dictionary(nn.Module):
-    """One linear encoder, an activation, one linear decoder: z = activation((x − b_dec) W_enc + b_enc), x̂ = z W_dec +
+    """A linear encoder, an activation and a linear decoder: z = activation((x − b_dec) W_enc + b_enc), x̂ = z W_dec +
     b_dec.
 
     Args:
@@ -76,8 +76,8 @@ class Dictionary(nn.Module):
         super().__init__()
         if architecture not in ACTIVATIONS:
             raise DictionaryError(
-                f"{architecture!r} is no architecture that can be read: choose one of {', '.join(ACTIVATIONS)}, or load"
-                " it with SAELens"
+                f"{architecture!r} is not an architecture that can be read: choose one of {', '.join(ACTIVATIONS)}, "
+                "or load it with SAELens"
             )
         needed = {"W_enc", "b_enc", "W_dec", "b_dec", *NEEDED.get(architecture, ())}
         if missing := sorted(needed - weights.keys()):
@@ -90,7 +90,7 @@ class Dictionary(nn.Module):
         if self.W_dec.shape[0] != d_sae or self.b_enc.shape != (d_sae,) or self.b_dec.shape != self.W_dec.shape[1:]:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items())
             raise DictionaryError(
-                f"the weights of this {architecture} dictionary do not fit one another ({shapes}): save it again"
+                f"the weights of this {architecture} dictionary do not fit together ({shapes}): save it again"
             )
         if architecture in ("topk", "groupmax") and not (
             k is not None and 1 <= k <= d_sae and (architecture == "topk" or d_sae % k == 0)
@@ -107,12 +107,12 @@ class Dictionary(nn.Module):
         return ACTIVATIONS[self.cfg.architecture](self, torch.addmm(self.b_enc, self.process_sae_in(x), self.W_enc))
 
     def process_sae_in(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
-        """What the encoder's product is taken of, under SAELens' name."""
+        """The input of the encoder's product, under SAELens' name."""
         x = x.to(self.W_enc)
         return x - getattr(self, "b_pre", self.b_dec) if self.subtract_bias else x
 
     def decode(self, feature_acts: Float[Tensor, "token feature"]) -> Float[Tensor, "token d_out"]:
-        """Activations of latents, without a skip connection's part."""
+        """Activations from latents, without a skip connection's part."""
         return feature_acts @ self.W_dec + self.b_dec
 
 
@@ -149,5 +149,5 @@ ACTIVATIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "jumprelu": _jumprelu,
     "gated": _gated,
 }
-"""Latents from preactivations [token, feature], by architecture."""
+"""Latents from preactivations [token, feature], for each architecture."""
 NEEDED = {"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}

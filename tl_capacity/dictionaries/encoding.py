@@ -1,5 +1,5 @@
-"""Encoding: which latents are active on a chunk of activations, and their values, with as little as possible made that
-is mostly zeros.
+"""Encoding: which latents are active on a chunk of activations, and their values. As few zeros as possible are
+computed.
 """
 
 from __future__ import annotations
@@ -17,42 +17,41 @@ from tl_capacity.runtime.devices import is_accelerator
 from tl_capacity.runtime.scratch import Scratch
 
 Entries = tuple[Tensor, Tensor, Tensor]
-"""`(token, feature, value)` of each active latent; those of one feature are in the order of the tokens."""
+"""`(token, feature, value)` of each active latent. Entries of one feature are in the order of the tokens."""
 Products = Iterator[tuple[slice, Tensor]]
-"""The features of each block, and their products with the inputs, x·W_enc [token, feature], without the bias; the next
-block overwrites it.
+"""The features of each block, and their products with the inputs, x·W_enc [token, feature], without the bias. The next
+block overwrites the products.
 """
 Find = Callable[[Any, Products], Iterator[Entries]]
-"""From an SAE and its products to the active latents, those of some features after those of others."""
+"""A function from an SAE and its products to the active latents, one block of features after the other."""
 
 CHUNK_TOKENS = 2048
-"""Tokens that are encoded at once, where memory allows: with fewer a matrix product is slower, with 256 by a quarter.
-"""
+"""Tokens encoded at once, if memory allows. With fewer, a matrix product is slower: with 256 by a quarter."""
 DENSE_LATENTS = 768 * 24_576
-"""Latents that are dense at once, at most: 75 MB in float32."""
+"""Most latents that are dense at once: 75 MB in float32."""
 FEATURE_BLOCK = 1024
-"""Features whose products are made at once where each latent is judged by itself; at 2,048 tokens 8 MB. More take
-memory and save no time.
+"""Features computed at once if each latent is judged by itself: 8 MB at 2,048 tokens. More would take memory and save
+no time.
 """
 ROW_BLOCK = 24_576
-"""The same where the latents of a token are compared with each other."""
+"""The same if the latents of a token are compared with each other."""
 DENSE_FEATURES = 16_384
-"""The same on an accelerator, which would otherwise wait for its next order."""
+"""The same on an accelerator, which would wait for its next order if blocks were smaller."""
 DENSE_AT_ONCE = 2**28
-"""Latents that are dense at once on an accelerator, at most: 1 GiB in float32."""
+"""Most latents that are dense at once on an accelerator: 1 GiB in float32."""
 FEWEST_TOKENS = 64
-"""Tokens that an SAE's own `encode`, which makes all latents at once, is given, whatever their number."""
+"""Fewest tokens given to an SAE's own `encode`, which makes all latents at once."""
 
 CHECKED_TOKENS = 16
 """Tokens on which an encoder's short cut is compared with the SAE's own `encode` before it is used."""
 
 LANES = 32
-"""Features of one token of which, for the largest k, the largest is looked at first."""
+"""Features of one token in a group. To find the largest k, the largest of each group is looked at first."""
 FEW = 1 / 3
-"""Share of such groups that k may be; where it is more, all latents are sorted."""
+"""Largest k as a share of the number of groups. For a larger k, all latents are sorted."""
 SORTED_AT_ONCE = 256 * 24_576
-"""Latents whose largest are found together: what is gathered of them is small beside the block, and is still near when
-it is needed.
+"""Latents among which the largest are found together. What is gathered of them is small beside the block, and is still
+in the cache when needed.
 """
 
 
@@ -86,8 +85,8 @@ class Encoder:
         self.hold(most if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
 
     def hold(self, latents: int) -> None:
-        """Let so many latents be dense at once, by which `chunk`, the tokens to encode at once, is chosen; at least
-        those of one token.
+        """Allow so many latents to be dense at once, at least those of one token. This sets `chunk`, the tokens to
+        encode at once.
         """
         self.dense_latents = latents
         self._block = self.d_sae
@@ -102,14 +101,14 @@ class Encoder:
         return joined(list(self.parts(inputs)))
 
     def entries(self, inputs: Tensor) -> Iterator[Entries]:
-        """The active latents of any number of tokens, `chunk` of them at a time."""
+        """The active latents of any number of tokens, encoded `chunk` tokens at a time."""
         for start in range(0, len(inputs), self.chunk):
             tokens, features, values = self(inputs[start : start + self.chunk])
             yield tokens + start, features, values
 
     def parts(self, inputs: Tensor) -> Iterator[Entries]:
-        """The active latents of at most `chunk` tokens, some features or tokens after others, so that all need never be
-        in memory; to be gone through under `torch.no_grad`.
+        """The active latents of at most `chunk` tokens, in parts, so that all of them need never be in memory. Iterate
+        under `torch.no_grad`.
         """
         inputs = inputs.to(self.sae.W_dec.device)  # the model may run elsewhere
         if self.dead is None:
@@ -117,7 +116,7 @@ class Encoder:
         return (_without(self.dead, entries) for entries in self._encoded_parts(inputs))
 
     def _encoded_parts(self, inputs: Tensor) -> Iterator[Entries]:
-        """As `parts`, with latents whose decoder vector is zero."""
+        """As `parts`, including latents whose decoder vector is zero."""
         activation = self.short_cut(inputs)
         if activation is None:
             at_once = max(1, self.dense_latents // self.d_sae)
@@ -128,8 +127,8 @@ class Encoder:
             yield from activation.find(self.sae, self._products(inputs))
 
     def short_cut(self, inputs: Tensor) -> Activation | None:
-        """How the active latents are found; None where the SAE's own `encode` must be asked. On the first inputs the
-        two are compared.
+        """How the active latents are found; None if the SAE's own `encode` must be asked. The two are compared on the
+        first inputs.
         """
         if not self._checked and len(inputs):
             self._checked = True
@@ -188,7 +187,7 @@ def _topk(sae: Any, products: Products) -> Iterator[Entries]:
 
 @dataclass(frozen=True)
 class Activation:
-    """How one architecture's active latents are found.
+    """How the active latents of one architecture are found.
 
     Attributes:
         find: finds them.
@@ -207,11 +206,11 @@ ACTIVATIONS = {
     "JumpReLUSAE": Activation(_jumprelu, FEATURE_BLOCK, lambda sae: sae.threshold.clamp(min=0)),
     "TopKSAE": Activation(_topk, ROW_BLOCK),
 }
-"""By SAELens' class."""
+"""By the name of SAELens' class."""
 
 
 def joined(parts: Sequence[Entries]) -> Entries:
-    """The entries of several parts; one at least."""
+    """The entries of several parts, at least one."""
     if len(parts) == 1:
         return parts[0]
     tokens, features, values = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -219,7 +218,7 @@ def joined(parts: Sequence[Entries]) -> Entries:
 
 
 def _without(dead: Tensor, entries: Entries) -> Entries:
-    """The entries of latents that write something."""
+    """Entries without those of latents that write nothing."""
     tokens, features, values = entries
     kept = torch.nonzero(~dead.to(features.device)[features]).view(-1)
     return tokens[kept], features[kept], values[kept]
@@ -260,7 +259,7 @@ def _largest_by_group(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _above(threshold: Tensor, bias: Tensor, products: Products) -> Iterator[Entries]:
-    """The latents whose product is not at or below its threshold; so NaN counts as active and is reported, rather than
+    """The latents whose product is not at or below its threshold. So NaN counts as active and is reported, instead of
     passing for zero.
     """
     for some, block in products:
@@ -269,16 +268,16 @@ def _above(threshold: Tensor, bias: Tensor, products: Products) -> Iterator[Entr
 
 
 def _encoded(sae: Any, inputs: Tensor) -> Tensor:
-    """A few tokens' latents from the SAE's own `encode`, one token after the other: for a product of several with all
-    features MKL keeps tens of MB.
+    """A few tokens' latents from the SAE's own `encode`, one token at a time. For several tokens and all features, MKL
+    would keep tens of MB.
     """
     return torch.cat([sae.encode(token) for token in torch.split(inputs, 1)])
 
 
 @torch.no_grad()
 def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
-    """Whether `decode` adds up decoder vectors times `decoder_scale`, seen on a few tokens [token, d_in], so that no
-    architecture need be known; None without an active latent, or where what is written is not finite.
+    """Whether `decode` adds up decoder vectors times `decoder_scale`. This is tested on a few tokens [token, d_in], so
+    no architecture needs to be known. None if no latent is active or the output is not finite.
     """
     # One token after the other: what undoes the normalisation of a token remembers the last that was encoded.
     pairs = []
@@ -308,19 +307,19 @@ def active_entries(latents: Tensor) -> Entries:
 
 
 def _entries(latents: Tensor, active: Tensor) -> Entries:
-    """The entries of contiguous [token, feature] where `active` is set."""
+    """The entries of contiguous [token, feature] at which `active` is set."""
     place = _places(active)
     return _at(place, latents.view(-1)[place], latents.shape[-1])
 
 
 def _at(place: Tensor, values: Tensor, width: int) -> Entries:
-    """Entries by their flat place in [token, feature]."""
+    """Entries by their flat index in [token, feature]."""
     tokens = torch.div(place, width, rounding_mode="floor")
     return tokens, place - tokens * width, values
 
 
 def _places(active: Tensor) -> Tensor:
-    """The flat places of contiguous flags that are set.
+    """The flat indices of contiguous flags that are set.
 
     `torch.nonzero` on the CPU costs per element whether zero or not, and few are set. So eight at a time are tested
     first, as one int64.

@@ -1,5 +1,4 @@
-"""Dictionaries in plain torch: those that EleutherAI's `sparsify` and `dictionary_learning` save, and bases of neurons
-or of PCA to compare an SAE with.
+"""Dictionaries of other trainers in plain torch: those that EleutherAI's `sparsify` and `dictionary_learning` save.
 
 Each is a `SparseAutoencoder` of `tl_capacity.interfaces`. None needs SAELens, whose own folders of the three commonest
 kinds are read here too, where it is not installed.
@@ -25,8 +24,8 @@ SPARSIFY_WEIGHTS, DICTIONARY_LEARNING_WEIGHTS, SAE_LENS_WEIGHTS = "sae.safetenso
 
 
 def read_sparsify(folder: Path) -> Dictionary:
-    """A sparse coder that EleutherAI's `sparsify` saved: `cfg.json` and `sae.safetensors`; the folder's name says where
-    it belongs (`layers.3`).
+    """A sparse coder that EleutherAI's `sparsify` saved as `cfg.json` and `sae.safetensors`. The folder's name says
+    where it belongs (`layers.3`).
 
     Raises:
         DictionaryError: where it lacks its weights or is of a kind unknown here.
@@ -37,8 +36,8 @@ def read_sparsify(folder: Path) -> Dictionary:
     config, weights = read_json(folder / "cfg.json"), load_file(folder / SPARSIFY_WEIGHTS)
     if config.get("signed"):
         raise DictionaryError(
-            f"the sparse coder in {folder} keeps the largest latents of either sign, which `sparsify` no longer does:"
-            " choose another"
+            f"the sparse coder in {folder} keeps the largest latents of either sign, which `sparsify` no longer "
+            "does: choose another SAE"
         )
     transcodes = bool(config.get("transcode"))
     activation, k = _field(config, "activation", str) or "topk", _field(config, "k", int)
@@ -47,8 +46,8 @@ def read_sparsify(folder: Path) -> Dictionary:
 
 
 def _with_run(hooks: Metadata, folder: Path) -> Metadata:
-    """What the run's own `config.json`, above the folders of its modules, says of model and text; other files of that
-    name say nothing of the kind.
+    """The configuration with what the run's own `config.json` says of model and text. That file lies above the folders
+    of the modules. Other files of that name have no such fields.
     """
     file = folder.absolute().parent / "config.json"
     if re.fullmatch(r"seed\d+", folder.name):
@@ -63,12 +62,12 @@ SPARSIFY_RUN: dict[str, tuple[str, type]] = {
     "dataset": ("dataset_path", str),
     "ctx_len": ("context_size", int),
 }
-"""Fields of a run of `sparsify`, under the names that SAELens uses."""
+"""Fields of a `sparsify` run, under the names that SAELens uses."""
 
 
 def sparsify_hooks(folder: Path, transcodes: bool) -> Metadata:
     """Hook points of a folder that `sparsify` named after a module of the base model: `layers.3`, `h.3.mlp`,
-    `layers.3.attention`; `/seed1` follows where it trained several.
+    `layers.3.attention`. If it trained several seeds, `/seed1` follows.
 
     It is trained on what the module itself gives, which a norm may stand behind, and a transcoder also on what the
     module reads.
@@ -89,12 +88,12 @@ def sparsify_hooks(folder: Path, transcodes: bool) -> Metadata:
 
 
 SUBLAYERS = {"mlp": "mlp", "attention": "attn", "attn": "attn", "self_attn": "attn"}
-"""TransformerLens' names of the modules in a block that transformers gives these names."""
+"""TransformerLens' names for the modules of a block, by transformers' names."""
 
 
 def read_dictionary_learning(folder: Path) -> Dictionary:
-    """A dictionary that `dictionary_learning` saved: `config.json` and `ae.pt`, a state dictionary, which is loaded
-    without running any code in it.
+    """A dictionary that `dictionary_learning` saved as `config.json` and `ae.pt`. The file is a state dictionary, and
+    loading it runs no code from it.
 
     As its own `load_dictionary` does, decoder vectors of an `AutoEncoder` are scaled to norm 1, and its latents with
     them.
@@ -117,8 +116,8 @@ def read_dictionary_learning(folder: Path) -> Dictionary:
         renamed["b_enc"] = torch.zeros(renamed["W_enc"].shape[1])
     if architecture == "jumprelu" and "threshold" in renamed and float(renamed["threshold"].min()) < 0:
         raise DictionaryError(
-            f"the {kind} in {folder} was saved before its threshold was set, so its latents depend on the whole batch:"
-            " train it further"
+            f"the {kind} in {folder} was saved before its threshold was set, so its latents depend on the whole "
+            "batch: train it further, until the threshold is set"
         )
     if architecture != "jumprelu":
         renamed.pop("threshold", None)  # a TopK dictionary keeps one beside k, and does not use it by default
@@ -143,7 +142,7 @@ DICTIONARY_LEARNING = {
     "MatryoshkaBatchTopKSAE": ("jumprelu", True),
     "JumpReluAutoEncoder": ("jumprelu", False),
 }
-"""`dict_class` of dictionary_learning: the architecture, and whether it subtracts its decoder's bias from the input."""
+"""`dict_class` of dictionary_learning: the architecture, and whether it subtracts the decoder's bias from its input."""
 
 RENAMED = {
     "W_enc": "W_enc",
@@ -160,10 +159,10 @@ RENAMED = {
     "r_mag": "r_mag",
     "mag_bias": "b_mag",
 }
-"""Other trainers' names of the weights."""
+"""Other trainers' names for the weights."""
 
 TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-"""Those of them that are stored [out, in], as `torch.nn.Linear` does."""
+"""The weights that are stored [out, in], as `torch.nn.Linear` does."""
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,9 +171,7 @@ def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dictionary_learning_hooks(trainer: Mapping[str, Any], side: str) -> Metadata:
-    """The hook points, from the layer, the name of the submodule, and the side of it that the activations were taken
-    from.
-    """
+    """The hook points, from the layer, the submodule's name, and whether its input or output was read."""
     layer = _field(trainer, "layer", int)
     name = str(trainer.get("submodule_name") or "resid_post")
     part = next((part for part in DICTIONARY_LEARNING_HOOKS if part in name), None)
@@ -189,11 +186,11 @@ DICTIONARY_LEARNING_HOOKS = {
     "mlp": ("mlp.hook_in", "mlp.hook_out"),
     "att": ("attn.hook_in", "attn.hook_out"),
 }
-"""What a submodule's name has in it, and what enters and leaves such a submodule."""
+"""For a part of a submodule's name, the hook points of its input and output."""
 
 
 def read_sae_lens(folder: Path) -> Dictionary:
-    """A standard, TopK or JumpReLU SAE that SAELens saved, where SAELens is not installed.
+    """A standard, TopK or JumpReLU SAE that SAELens saved, read without SAELens.
 
     Raises:
         DictionaryError: where it is of another kind, or expects inputs that are normalised or reshaped.
@@ -219,8 +216,7 @@ def read_sae_lens(folder: Path) -> Dictionary:
 
 
 def check_described(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Whether an SAE's configuration, under the names that SAELens uses, has the types that SAELens writes; SAELens
-    itself loads others too.
+    """Check that an SAE's configuration has the types that SAELens writes. SAELens itself also loads others.
 
     Raises:
         ValueError: where a field that decides what the SAE does, or where, has another type, or more latents are to be
@@ -255,12 +251,12 @@ SAE_LENS_METADATA: dict[str, type] = {
     "context_size": int,
     "prepend_bos": bool,
 }
-KINDS: dict[type, str] = {int: "whole number", str: "text", bool: "truth value", dict: "object"}
-"""What a type is called in a refusal."""
+KINDS: dict[type, str] = {int: "a whole number", str: "a text", bool: "true or false", dict: "an object"}
+"""The name of a type in an error message."""
 
 
 def _field(content: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A field of a configuration; None where it is missing or null.
+    """A field of a configuration; None if it is missing or null.
 
     Raises:
         ValueError: where it is of another kind.
@@ -270,9 +266,9 @@ def _field(content: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
-    """The value of a field, which is of a kind; neither `true` nor infinity is a whole number."""
+    """The value of a field, checked to be of a type. Neither `true` nor infinity is a whole number."""
     if type(value) is not kind or (isinstance(value, int) and value < 0):
-        raise ValueError(f"{name} is no {KINDS[kind]} but {value!r}")
+        raise ValueError(f"{name} = {value!r} is not {KINDS[kind]}")
     return value
 
 
@@ -284,5 +280,5 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
+        raise ValueError(f"{path.name} does not hold a JSON object")
     return content

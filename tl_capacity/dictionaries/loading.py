@@ -1,4 +1,4 @@
-"""SAEs by name: a folder of any trainer, a release of SAELens' directory, a repository of the hub."""
+"""SAEs by name: a folder of any trainer, a release in SAELens' directory, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tl_capacity.runtime.devices import device_named
 from tl_capacity.runtime.hub import hub_or_cache, loading_errors, reason_of
 
 NEAR = 0.75
-"""How alike two names are, as difflib has it, before one is offered for the other."""
+"""How alike two names must be, as difflib measures it, for one to be suggested for the other."""
 TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
-"""Architectures of SAELens that only its training classes have."""
+"""Architectures that only SAELens' training classes have."""
 
 
 @checked
 def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
-    """Load `spec` in float32: a folder that SAELens, `sparsify` or `dictionary_learning` saved, a file of
-    `circuit-tracer`'s or of the paper's, else `RELEASE/SAE_ID` of SAELens' directory, else `OWNER/REPOSITORY/SAE_ID` on
-    the hub, of any of these trainers.
+    """The SAE that `spec` names, in float32. `spec` is a folder saved by SAELens, `sparsify` or `dictionary_learning`,
+    a file of `circuit-tracer` or of the paper, `RELEASE/SAE_ID` of SAELens' directory, or `OWNER/REPOSITORY/SAE_ID` of
+    any of these trainers on the hub.
 
     Returns:
         the SAE's name for the record, and the SAE.
@@ -53,8 +53,8 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
 
     if not sae_lens_works():
         raise DictionaryError(
-            f"{spec!r} is no folder, and SAELens, which knows SAEs by name, is not installed for this TransformerLens:"
-            " pass a folder"
+            f"there is no folder {spec!r}, and SAELens, which finds SAEs by name, is not installed for this "
+            "TransformerLens: pass a folder"
         )
     from sae_lens import SAE
     from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS, get_conversion_loader_name
@@ -77,7 +77,7 @@ def load_sae(spec: str, device: str = "cpu") -> tuple[str, SparseAutoencoder]:
 
 
 def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
-    """The dictionary in a folder, by whichever trainer's files lie in it."""
+    """The dictionary in a folder. The files in it tell which trainer saved it."""
     from tl_capacity.dictionaries import formats as dictionaries
     from tl_capacity.dictionaries import transcoders
 
@@ -102,7 +102,7 @@ def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
 
 
 def _read(path: Path, trainer: str, read: Callable[[Path], Any], device: str) -> SparseAutoencoder:
-    """What a function reads from a trainer's files; whatever fails is one sentence."""
+    """What a function reads from a trainer's files. Any failure becomes one sentence."""
     try:
         sae: SparseAutoencoder = read(path).to(device)
         return sae
@@ -134,14 +134,14 @@ def _read_sae_lens(folder: Path) -> Any:
 
 @contextmanager
 def _own_account_is_read() -> Iterator[None]:
-    """Without SAELens' advice on how to load the model: `reading_of` looks at the model at hand."""
+    """Silence SAELens' advice on how to load the model. `reading_of` looks at the actual model instead."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs", UserWarning)
         yield
 
 
 def _described(sae: Any) -> Any:
-    """An SAE of SAELens' as it is, where its configuration can be relied on."""
+    """An SAE of SAELens, unchanged, once its configuration is checked."""
     from tl_capacity.dictionaries.formats import check_described
 
     check_described(vars(sae.cfg), vars(sae.cfg.metadata))
@@ -149,7 +149,7 @@ def _described(sae: Any) -> Any:
 
 
 def sae_lens_works() -> bool:
-    """Whether SAELens can be imported: beside TransformerLens 4 it cannot, whether it is installed or not."""
+    """Whether SAELens can be imported. Beside TransformerLens 4 it cannot, even if it is installed."""
     try:
         importlib.import_module("sae_lens")
     except ImportError:
@@ -158,8 +158,8 @@ def sae_lens_works() -> bool:
 
 
 def _of_another_trainer(repository: str, name: str) -> Path | None:
-    """What a repository of the hub holds under a name where SAELens finds nothing: the folder of another trainer's
-    files, or a file of circuit-tracer's or the paper's; None where it holds neither.
+    """The SAE that a hub repository holds under a name that SAELens does not find: a folder of another trainer, or a
+    file of circuit-tracer or the paper. None if it holds neither.
     """
     from huggingface_hub import hf_hub_download
 
@@ -187,7 +187,7 @@ def _of_another_trainer(repository: str, name: str) -> Path | None:
 
 
 def _refuse_cross_layer(release: str, sae_id: str) -> None:
-    """Refuse a layer of a cross-layer transcoder, whose decoders SAELens adds up as if they wrote to one layer."""
+    """Refuse a layer of a cross-layer transcoder. SAELens would add up its decoders as if they wrote to one layer."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     from tl_capacity.dictionaries.transcoders import cross_layer
@@ -200,7 +200,7 @@ def _refuse_cross_layer(release: str, sae_id: str) -> None:
 
 
 def _release_and_id(spec: str) -> tuple[str, str]:
-    """The release and the SAE id that `spec` names, checked against SAELens' directory of releases."""
+    """The release and SAE id that `spec` names, checked against SAELens' directory."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     directory = get_pretrained_saes_directory()
@@ -211,7 +211,8 @@ def _release_and_id(spec: str) -> tuple[str, str]:
             return release, sae_id
         near = get_close_matches(sae_id, ids, n=3, cutoff=0.0)
         raise DictionaryError(
-            f"the release {release!r} has no SAE {sae_id!r}: the nearest of its {len(ids)} are {', '.join(near)}"
+            f"the release {release!r} has no SAE {sae_id!r}: choose one of its {len(ids)}, of which the nearest are "
+            f"{', '.join(near)}"
         )
     if spec.count("/") >= 2 and not spec.startswith((".", "/", "~")):
         owner, repository, sae_id = spec.split("/", 2)

@@ -24,7 +24,7 @@ class Moments:
         self._origin = self._total = self._products = torch.zeros(0, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "token width"]) -> None:
-        """Add the activations of some tokens; nothing where there are none."""
+        """Add the activations of some tokens, which may be none."""
         if not len(x):
             return
         values = exact(x)
@@ -37,17 +37,17 @@ class Moments:
 
     @property
     def finite(self) -> bool:
-        """Whether every activation was."""
+        """Whether every activation was finite."""
         return bool(torch.isfinite(self._products).all())
 
     @property
     def mean(self) -> Float64[Tensor, " width"]:
-        """μ."""
+        """The mean μ."""
         return self._origin + self._total / self.count
 
     @property
     def covariance(self) -> Float64[Tensor, "width width"]:
-        """E[(x − μ)(x − μ)ᵀ]."""
+        """The covariance E[(x − μ)(x − μ)ᵀ]."""
         shift = self._total / self.count
         return self._products / self.count - torch.outer(shift, shift)
 
@@ -55,7 +55,7 @@ class Moments:
 def principal_components(
     covariance: Float64[Tensor, "width width"],
 ) -> tuple[Float64[Tensor, " component"], Float64[Tensor, "component width"]]:
-    """Variances and directions of the principal components, by falling variance.
+    """Variances and directions of the principal components, largest variance first.
 
     An eigenvector's sign is arbitrary; its largest entry is made positive, so that the same activations always give the
     same components.

@@ -1,4 +1,4 @@
-"""Reading: the hook point of the model at hand that carries what a dictionary was trained on, and what differs.
+"""Reading: the hook point of the model at hand that carries what a dictionary was trained on, and any differences.
 
 SAELens' metadata says with which keywords the dictionary's own model was loaded. Everything that runs a model and a
 dictionary asks here where the dictionary reads.
@@ -16,7 +16,7 @@ from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.models.processing import CENTRING, PROCESSING, is_layer_norm, mean_is_ignored
 
 OTHER_WEIGHTS = ("revision", "checkpoint_index", "checkpoint_value", "checkpoint_label")
-"""Keywords of SAELens' metadata that choose other weights of the same model."""
+"""Keywords in SAELens' metadata that choose other weights of the same model."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reading:
 
 
 def reading_of(model: Any, sae: Any, hook: str) -> Reading:
-    """The place of a hook point in a model, as an SAE's own account of its model has it.
+    """Where a dictionary's hook point is in this model, following the SAE's metadata on its own model.
 
     Raises:
         HookPointError: where the model has no such hook point.
@@ -65,14 +65,14 @@ def reading_of(model: Any, sae: Any, hook: str) -> Reading:
 
 
 def _of_its_head(point: TapPoint, sae: Any, hook: str) -> TapPoint:
-    """The place as an SAE of one attention head sees it."""
+    """The place as an SAE of one attention head reads it."""
     reads = hook == read_hook(sae) or hook != target_hook(sae, hook)
     head = metadata_of(sae, "hook_head_index" if reads else "hook_head_index_out")
     return point if head is None else replace(point, head=int(head), width=None)
 
 
 def loaded_with(sae: Any) -> Mapping[str, Any] | None:
-    """The keywords with which a dictionary's own model was loaded; None where it does not say which model that was."""
+    """The keywords with which a dictionary's own model was loaded; None if its metadata names no model."""
     said = metadata_of(sae, "model_from_pretrained_kwargs")
     if isinstance(said, Mapping):
         return said
@@ -80,8 +80,8 @@ def loaded_with(sae: Any) -> Mapping[str, Any] | None:
 
 
 def processing_wanted(model: Any, places: Iterable[tuple[Any, str]]) -> frozenset[str]:
-    """Options by which a model's weights must be processed, so that SAEs see at hook points what they were trained on;
-    taking the mean away needs none where it is exact.
+    """Options by which a model's weights must be processed to give the activations that the SAEs were trained on.
+    Subtracting the mean needs none where it is exact.
     """
     exact = mean_is_ignored(model) or not is_layer_norm(model)
     return frozenset(
@@ -94,7 +94,7 @@ def processing_wanted(model: Any, places: Iterable[tuple[Any, str]]) -> frozense
 
 
 def _carried_by(point: TapPoint) -> str:
-    """The canonical name of a hook point: a bridge has one of its own for each that TransformerLens knows."""
+    """The model's own name for a hook point. A bridge has one for each name of TransformerLens."""
     name = getattr(point.module, "name", None)
     is_known = isinstance(name, str) and any(p.changes.fullmatch(name) for p in PROCESSING.values())
     return name if isinstance(name, str) and is_known else point.name
@@ -102,15 +102,16 @@ def _carried_by(point: TapPoint) -> str:
 
 def _not_undergone(hook: str, option: str) -> str:
     return (
-        f"{hook}: the SAE was trained on a model with {option}, by its own account, and this one is without, where"
-        f" activations differ: load it with HookedTransformer.from_pretrained_no_processing(…, {option}=True)"
+        f"{hook}: the SAE's metadata says that it was trained on a model with {option}, and this model is without, "
+        "so its activations differ: load the model with HookedTransformer.from_pretrained_no_processing(…, "
+        f"{option}=True)"
     )
 
 
 def _not_asked_for(hook: str, option: str) -> str:
     return (
-        f"{hook}: the SAE was trained on a model without {option}, by its own account, and this one is processed so,"
-        " where activations differ: load it with HookedTransformer.from_pretrained_no_processing"
+        f"{hook}: the SAE's metadata says that it was trained on a model without {option}, and this model has it, so "
+        "its activations differ: load the model with HookedTransformer.from_pretrained_no_processing"
     )
 
 
@@ -120,6 +121,6 @@ def _other_weights(model: Any, said: Mapping[str, Any], hook: str) -> Iterator[s
         wanted = said.get(name)
         if wanted is not None and getattr(config, name, None) != wanted:
             yield (
-                f"{hook}: the SAE was trained on the weights that {name} = {wanted!r} chooses, by its own account: load"
-                " those if these are others"
+                f"{hook}: the SAE's metadata says that it was trained on the weights that {name} = {wanted!r} "
+                "selects: load those if this model has others"
             )

@@ -1,4 +1,4 @@
-"""Reducing: the sums of dense latents over pieces of equal length, as PyTorch's own steps or as one compiled kernel."""
+"""Reducing: the sums of dense latents over pieces of equal length, by PyTorch's own steps or by one compiled kernel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from tl_capacity.runtime.logs import log
 
 COMPILE = "TL_CAPACITY_COMPILE"
-"""The environment variable that has the sums compiled at once, where it is 1, or never, where it is 0."""
+"""An environment variable: 1 compiles the sums at once, 0 never compiles them."""
 COMPILED_AFTER = 256
-"""Blocks that are summed on CUDA before compiling, which takes as long as some thousands of them, is worth it."""
+"""Blocks summed on CUDA before compiling pays off. Compiling takes as long as some thousands of them."""
 
 
 class PieceSums(NamedTuple):
@@ -31,14 +31,14 @@ class PieceSums(NamedTuple):
 
 
 def activated(latents: Tensor, least: Tensor | float) -> Tensor:
-    """Pre-activations with zero where they do not exceed `least`; NaN stays, so that it is found. In place."""
+    """Pre-activations, with zero for those that do not exceed `least`. NaN stays, so that it is found. In place."""
     if isinstance(least, float):
         return torch.threshold_(latents, least, 0.0)
     return latents.masked_fill_(torch.le(latents, least), 0)
 
 
 def sums_in_steps(latents: Tensor, least: Tensor | float | None, length: int) -> PieceSums:
-    """The sums of [token, feature], one pass over the latents for each."""
+    """The sums of [token, feature], in one pass over the latents for each sum."""
     latents = latents if least is None else activated(latents, least)
     pieces = latents.unflatten(0, (-1, length))
     return PieceSums(
@@ -49,7 +49,7 @@ def sums_in_steps(latents: Tensor, least: Tensor | float | None, length: int) ->
 
 
 def sums_at_once(latents: Tensor, least: Tensor | float | None, length: int) -> PieceSums:
-    """The same for a compiler, which makes one pass of it; nothing is overwritten."""
+    """The same for a compiler, which makes it one pass. Nothing is overwritten."""
     pieces = latents.unflatten(0, (-1, length)).float()
     active = pieces != 0 if least is None else ~(pieces <= least)
     values = torch.where(active, pieces, 0.0)
@@ -57,7 +57,7 @@ def sums_at_once(latents: Tensor, least: Tensor | float | None, length: int) -> 
 
 
 class Reducer:
-    """The sums of dense latents over pieces, compiled where that is worth it and works."""
+    """The sums of dense latents over pieces, compiled if that works and pays off."""
 
     def __init__(self) -> None:
         wanted = os.environ.get(COMPILE)
@@ -69,7 +69,7 @@ class Reducer:
     def __call__(
         self, latents: Tensor, least: Tensor | float | None, length: int, checked: int
     ) -> tuple[Tensor, PieceSums]:
-        """The latents of the first tokens, and the sums of all.
+        """The latents of the first tokens, and the sums of all tokens.
 
         Args:
             latents: [token, feature], before the activation where `least` is given; they are overwritten then.
@@ -85,13 +85,13 @@ class Reducer:
         return first if least is None else activated(first, least), sums
 
     def _due(self, device: torch.device) -> bool:
-        """Whether this block's sums are to be compiled."""
+        """Whether to compile this block's sums."""
         self._blocks += 1
         after = 0 if self._at_once else self._compiles_after.get(device.type)
         return not self._fails and after is not None and self._blocks > after
 
     def _sums_at_once(self, latents: Tensor, least: Tensor | float | None, length: int) -> PieceSums | None:
-        """Compiled sums; None where they cannot be had, which is said once."""
+        """Compiled sums; None if compiling fails, which is logged once."""
         try:
             # A run holds compiled models back, whose graphs would go past hooks; there are none here.
             with torch.compiler.set_stance("default"), warnings.catch_warnings():
@@ -103,5 +103,5 @@ class Reducer:
             raise
         except Exception as problem:  # whatever a compiler stumbles over
             self._fails, self._compiled = True, None
-            log.warning(f"torch.compile does not work here ({type(problem).__name__}): sums are made without it")
+            log.warning(f"torch.compile does not work here ({type(problem).__name__}): sums are computed without it")
             return None

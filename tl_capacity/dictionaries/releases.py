@@ -1,4 +1,6 @@
-"""Releases: which SAEs SAELens' directory has for a model; it comes with SAELens, so that no network is asked."""
+"""Releases: which SAEs SAELens' directory has for a model. The directory comes with SAELens, so no
+network is needed.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from typing import Any
 from tl_capacity.dictionaries.loading import sae_lens_works
 
 ALIKE = 0.6
-"""How alike two models' names are, as difflib has it, before the SAEs of one are named where the other is asked for."""
+"""How alike two models' names must be, as difflib measures it, for the SAEs of one to be suggested for the other."""
 SHOWN = 6
-"""Releases that a sentence names."""
+"""Most releases that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,12 @@ class Release:
 
     @property
     def example(self) -> str:
-        """`RELEASE/SAE_ID` of an SAE in the middle of the release, and so in most releases of a middle layer."""
+        """`RELEASE/SAE_ID` of an SAE in the middle of the release. In most releases that is a middle layer."""
         return f"{self.name}/{self.saes[len(self.saes) // 2]}"
 
 
 def releases_for(model: str) -> list[Release]:
-    """The releases for a model, and after them those for models of a similar name, the nearest first; none without
-    SAELens.
+    """The releases for a model, followed by those for models of a similar name, nearest first. Empty without SAELens.
 
     Releases of residual streams come before others, since every model can be tapped there.
     """
@@ -56,19 +57,19 @@ def releases_for(model: str) -> list[Release]:
 
 
 def advice(model: str) -> str:
-    """What to pass for a model that comes with no SAE, to stand in a sentence: names that can be pasted."""
+    """What to pass for a model that comes with no SAE, as part of a sentence, with names that can be pasted."""
     releases = releases_for(model)
     aliases = _aliases() if releases else {}
     own = [release for release in releases if _key(release.model, aliases) == _key(model, aliases)]
     if own:
         more = f", or of {len(own) - SHOWN} more releases" if len(own) > SHOWN else ""
-        return f"pass one by name, of those that SAELens' directory has for this model: {_pasted(own)}{more}"
+        return f"pass one of those that SAELens' directory has for this model: {_pasted(own)}{more}"
     passed = "pass a folder, RELEASE/SAE_ID of SAELens' directory, or an SAE in memory"
     if not releases:
         return passed
     return (
-        f"{passed}; the directory has none for this model, and for models of the nearest names, which may be others:"
-        f" {_pasted(releases)}"
+        f"{passed}; SAELens' directory has none for this model, but some for models of similar names, which may be "
+        f"other models: {_pasted(releases)}"
     )
 
 
@@ -77,14 +78,14 @@ def _pasted(releases: Sequence[Release]) -> str:
 
 
 def _key(model: str, aliases: dict[str, str]) -> str:
-    """One name for all spellings of a model's: `gpt2`, `gpt2-small` and `https://huggingface.co/gpt2`."""
+    """One name for all spellings of a model's name: `gpt2`, `gpt2-small` and `https://huggingface.co/gpt2`."""
     name = model.removeprefix("https://huggingface.co/").lower()
     short = name.rpartition("/")[2]
     return (aliases.get(name) or aliases.get(short) or name).lower().rpartition("/")[2]
 
 
 def _aliases() -> dict[str, str]:
-    """TransformerLens' other names of models, and the name that each is for."""
+    """TransformerLens' other names of models, each with the name it stands for."""
     from transformer_lens import loading_from_pretrained
 
     known: Any = loading_from_pretrained

@@ -1,5 +1,5 @@
-"""Rows: how the rows of text began and which of their positions were seen when a dictionary was trained, by SAELens'
-metadata; the defaults that follow for several dictionaries, and what differs from them.
+"""Rows: how the training text of a dictionary was cut into rows, as SAELens' metadata says. From it follow the defaults
+for several dictionaries, and notes on differences.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tl_capacity.text.counting import EVERY_POSITION, Positions
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """The rows that a dictionary was trained on; None where its metadata says nothing.
+    """The rows that a dictionary was trained on. A field is None if the metadata does not say.
 
     Attributes:
         prepend_bos: whether rows began with BOS.
@@ -31,7 +31,7 @@ class TrainedRows:
 
     @classmethod
     def of(cls, sae: Any) -> TrainedRows:
-        """What a dictionary says of its rows.
+        """The rows that a dictionary's metadata describes.
 
         Raises:
             DictionaryError: where it names positions that no row has.
@@ -47,7 +47,7 @@ class TrainedRows:
 
 
 def positions_in(seqpos_slice: Any, context: int | None) -> Positions:
-    """The positions that SAELens' `seqpos_slice` takes from rows of a context.
+    """The positions that SAELens' `seqpos_slice` selects in rows of a given length.
 
     Raises:
         DictionaryError: where it is no slice, or takes none.
@@ -60,28 +60,28 @@ def positions_in(seqpos_slice: Any, context: int | None) -> Positions:
         taken = range(context or 2**31)[meant]
     except (TypeError, ValueError) as problem:
         raise DictionaryError(
-            f"seqpos_slice = {seqpos_slice!r} in an SAE's metadata is no slice of positions: write it as [first, last]"
-            " or null"
+            f"seqpos_slice = {seqpos_slice!r} in an SAE's metadata is not a slice of positions: write it as [first, "
+            "last] or null"
         ) from problem
     if len(taken) == 0 or taken.step < 0:
         raise DictionaryError(
-            f"seqpos_slice = {seqpos_slice!r} in an SAE's metadata takes none of {context or 'any'} positions: write it"
-            " as [first, last] or null"
+            f"seqpos_slice = {seqpos_slice!r} in an SAE's metadata selects none of {context or 'any'} positions: "
+            "write it as [first, last] or null"
         )
     ends = meant.stop is not None and (context is not None or meant.stop >= 0)
     return Positions(taken.start, taken.stop if ends else None, taken.step)
 
 
 def default_bos(saes: Sequence[Any]) -> bool:
-    """Whether rows begin with BOS where nobody asks: as the dictionaries' own did, and with BOS where they disagree or
-    say nothing, as TransformerLens does.
+    """Whether rows begin with BOS by default: as in the dictionaries' own training. If they disagree or do not say,
+    rows begin with BOS, as in TransformerLens.
     """
     return {bos for sae in saes if (bos := TrainedRows.of(sae).prepend_bos) is not None} != {False}
 
 
 def counted_positions(skip_first: int | None, saes: Sequence[Any]) -> Positions:
-    """The positions that count: all but so many first ones, or where nobody asks those that every dictionary was
-    trained on.
+    """The positions that count. Either the given number of first positions is skipped, or by default the positions that
+    every dictionary was trained on count.
     """
     if skip_first is not None:
         return Positions(skip_first)
@@ -92,7 +92,9 @@ def counted_positions(skip_first: int | None, saes: Sequence[Any]) -> Positions:
 
 
 def advised_source(saes: Sequence[Any]) -> str:
-    """Where dictionaries' own text is from, as the end of a sentence that asks for a source; empty where none says."""
+    """The end of a sentence that asks for a source: the text that the dictionaries were trained on. Empty
+    if none says.
+    """
     own = dict.fromkeys(dataset for sae in saes if (dataset := TrainedRows.of(sae).dataset))
     return f"; the SAEs were trained on {', '.join(f'--source {dataset}' for dataset in own)}" if own else ""
 
@@ -100,7 +102,7 @@ def advised_source(saes: Sequence[Any]) -> str:
 def rows_differ(
     sae: Any, hook: str, begins_with_bos: bool | None, context: int | None, counted: Positions
 ) -> Iterator[str]:
-    """How rows differ from those that a dictionary was trained on, a sentence each.
+    """How rows differ from those that a dictionary was trained on, one sentence for each difference.
 
     Args:
         begins_with_bos, context: of the rows; None where that is not known.
@@ -109,14 +111,14 @@ def rows_differ(
     own = TrainedRows.of(sae)
     if None not in (own.prepend_bos, begins_with_bos) and own.prepend_bos != begins_with_bos:
         theirs, ours = ("that begin with BOS", "do not") if own.prepend_bos else ("without BOS", "begin with it")
-        yield f"{hook}: the SAE was trained on rows {theirs}, by its own account, and these {ours}"
+        yield f"{hook}: the SAE's metadata says that it was trained on rows {theirs}, and these {ours}"
     if own.context is not None and context is not None and context > own.context:
         yield (
-            f"{hook}: the SAE was trained on rows of {own.context} positions, by its own account, and these have"
-            f" {context}"
+            f"{hook}: the SAE's metadata says that it was trained on rows of {own.context} positions, and these have "
+            f"{context}"
         )
     if not counted.are_among(own.positions):
         yield (
-            f"{hook}: the SAE was trained on {own.positions} of each row, by its own account, and others are counted"
-            " here"
+            f"{hook}: the SAE's metadata says that it was trained on {own.positions} of each row, and others are "
+            "counted here"
         )

@@ -1,4 +1,4 @@
-"""Tensors: what a reader must know where a dictionary may be measured on another tensor than it was trained on."""
+"""Tensors: notes for a dictionary that may be measured on a different tensor from the one it was trained on."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from tl_capacity.models.places import family_place, walk
 
 NORMALIZED = re.compile(r"(blocks\.\d+)\.(ln[12])\.hook_normalized")
 READERS = {"ln1": "attn.hook_in", "ln2": "mlp.hook_in"}
-"""What reads the output of a norm."""
+"""The sublayer that reads the output of a norm."""
 
 
 def tensor_notes(model: Any, sae: Any, hook: str) -> Iterator[str]:
-    """A sentence for each doubt about a hook point that an SAE reads, or that a transcoder writes to."""
+    """A sentence for each doubt about the hook point that an SAE reads, or that a transcoder writes to."""
     trained = read_hook(sae)
     writes = trained is not None and hook == target_hook(sae, trained)
     if trained is not None and not writes and not same_tensor(model, hook, trained):
         yield (
-            f"{hook}: the SAE was trained on {trained}, by its own account, and reads another tensor here: measure it"
-            f" at {trained} if that was not meant"
+            f"{hook}: the SAE's metadata says that it was trained on {trained}, and it reads another tensor here: "
+            f"measure it at {trained} if this was not intended"
         )
     head = metadata_of(sae, "hook_head_index_out" if writes else "hook_head_index")
     if head is not None:
-        yield f"{hook}: of the attention heads, the SAE knows head {head} alone, by its own account"
+        yield f"{hook}: the SAE's metadata says that it reads attention head {head} alone"
     if (found := NORMALIZED.fullmatch(hook)) and _is_layer_norm(walk(model, f"{found[1]}.{found[2]}")):
         yield (
-            f"{hook} is before the norm's weight and bias in TransformerLens 3, and was behind them in TransformerLens"
-            f" 2: if the SAE was trained with that, measure it at {found[1]}.{READERS[found[2]]}"
+            f"{hook} is before the norm's weight and bias in TransformerLens 3, and was after them in "
+            f"TransformerLens 2: if the SAE was trained with version 2, measure it at {found[1]}.{READERS[found[2]]}"
         )
 
 
 def same_tensor(model: Any, hook: str, other: str) -> bool:
-    """Whether two names of hook points mean one tensor of a model."""
+    """Whether two names of hook points mean the same tensor of a model."""
     if _before(hook) == _before(other):
         return True
     try:
@@ -52,7 +52,7 @@ def same_tensor(model: Any, hook: str, other: str) -> bool:
 
 
 def _before(hook: str) -> str:
-    """The stream before a block is the stream after the one before."""
+    """The name of the stream before a block, turned into the stream after the block before it."""
     match = re.fullmatch(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)", hook)
     if match is None:
         return hook
@@ -60,6 +60,6 @@ def _before(hook: str) -> str:
 
 
 def _is_layer_norm(norm: nn.Module) -> bool:
-    """Whether a norm of TransformerLens, in either form of the model, is a layer norm with a weight of its own."""
+    """Whether a norm of TransformerLens is a layer norm with its own weight, in either form of the model."""
     kinds = ("LayerNorm", "NormalizationBridge")
     return type(norm).__name__ in kinds and getattr(norm, "uses_rms_norm", False) is False

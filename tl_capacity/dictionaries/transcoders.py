@@ -1,4 +1,4 @@
-"""Transcoders as `circuit-tracer` stores them: a file for each layer, and a `config.yaml` that says where all of them
+"""Transcoders as `circuit-tracer` stores them: one file for each layer, and a `config.yaml` that says where they all
 read and write.
 """
 
@@ -18,11 +18,11 @@ CONFIG = "config.yaml"
 WEIGHTS = {"W_enc", "b_enc", "W_dec", "b_dec"}
 THRESHOLDS = ("threshold", "activation_function.threshold")
 CROSS_LAYER = re.compile(r"W_(enc|dec)_\d+")
-"""Weights of one layer of a cross-layer transcoder, by their names in a file and by the names of the files."""
+"""The names by which weights and files of a cross-layer transcoder are recognised."""
 
 
 def read_transcoder(file: Path) -> Dictionary:
-    """The transcoder of one layer: z = ReLU(W_enc x + b_enc), or JumpReLU where it has thresholds, and ŷ = W_decᵀ z +
+    """The transcoder of one layer: z = ReLU(W_enc x + b_enc), or JumpReLU if it has thresholds, and ŷ = W_decᵀ z +
     b_dec, plus W_skip x.
 
     Args:
@@ -39,13 +39,16 @@ def read_transcoder(file: Path) -> Dictionary:
     if config.get("model_kind") == "cross_layer_transcoder" or any(CROSS_LAYER.fullmatch(name) for name in weights):
         raise DictionaryError(cross_layer(file))
     if not layers:
-        raise DictionaryError(f"{file} does not say its layer: name it as circuit-tracer does, layer_3.safetensors")
+        raise DictionaryError(
+            f"the name of {file} does not tell its layer: name it as circuit-tracer does, such as layer_3.safetensors"
+        )
     if missing := sorted(WEIGHTS - weights.keys()):
         raise DictionaryError(f"the transcoder in {file} lacks {', '.join(missing)}: download it again")
     known = {*WEIGHTS, *THRESHOLDS, "W_skip"}
     if strange := sorted(weights.keys() - known):
         raise DictionaryError(
-            f"the transcoder in {file} has {', '.join(strange)}, whose use is not known: choose a ReLU or JumpReLU one"
+            f"the transcoder in {file} has {', '.join(strange)}, which are unknown: choose a ReLU or JumpReLU "
+            "transcoder"
         )
     renamed = {name: weights[name] for name in (*WEIGHTS, "W_skip") if name in weights}
     renamed["W_enc"] = renamed["W_enc"].T
@@ -74,14 +77,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except yaml.YAMLError as problem:
-        raise ValueError(f"{CONFIG} is no YAML: {problem}") from problem
+        raise ValueError(f"{CONFIG} is not YAML: {problem}") from problem
     if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG} holds no mapping")
+        raise ValueError(f"{CONFIG} does not hold a mapping")
     return config
 
 
 def refuse_folder(folder: Path) -> None:
-    """Name the files to choose from, where a folder holds transcoders of several layers.
+    """Refuse a folder with transcoders of several layers, and name the files to choose from.
 
     Raises:
         DictionaryError: where it does.
@@ -91,26 +94,26 @@ def refuse_folder(folder: Path) -> None:
         raise DictionaryError(cross_layer(folder))
     if files and (folder / CONFIG).is_file():
         raise DictionaryError(
-            f"{folder} holds transcoders of {len(files)} layers: name one, such as {folder / files[0]}"
+            f"{folder} holds transcoders of {len(files)} layers: name the file of one, such as {folder / files[0]}"
         )
 
 
 def cross_layer(what: object) -> str:
-    """Why a cross-layer transcoder is not measured, in a sentence."""
+    """Why a cross-layer transcoder cannot be measured, in a sentence."""
     return (
-        f"{what} is of a cross-layer transcoder, whose features write to several layers, so that no one hook point"
-        " shows what they explain: choose a per-layer transcoder, which reads and writes in one layer"
+        f"{what} is of a cross-layer transcoder, whose features write to several layers, so no single hook point "
+        "shows what they explain: choose a per-layer transcoder"
     )
 
 
 def hook_of_layer(config: Mapping[str, Any], name: str, layer: str) -> str:
-    """The hook point in a layer's block that a configuration names, with its block or without.
+    """The hook point in a layer's block that a configuration names, with or without its block.
 
     Raises:
         ValueError: where it names none.
     """
     hook = config.get(name)
     if not isinstance(hook, str) or not hook:
-        raise ValueError(f"{CONFIG} has no {name}, which names a hook point such as mlp.hook_in")
+        raise ValueError(f"{CONFIG} has no {name}, the name of a hook point such as mlp.hook_in")
     hook = hook.replace("{layer}", layer)
     return hook if hook.startswith("blocks.") else f"blocks.{layer}.{hook}"
