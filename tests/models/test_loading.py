@@ -81,7 +81,7 @@ class TestModels:
 
     def test_a_dtype(self, folder: Path) -> None:
         assert load_model(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
-        with pytest.raises(CapacityError, match="'int8' is no dtype"):
+        with pytest.raises(CapacityError, match="'int8' is not a dtype"):
             load_model(str(folder), dtype="int8")
 
     def test_a_device_that_is_not_there(self, folder: Path) -> None:
@@ -114,7 +114,7 @@ class TestModels:
         with pytest.raises(CapacityError, match="'someone/steps' at the revision 'step4000' cannot be loaded"):
             load_model("someone/steps", revision="step4000")
         for name in (str(folder), "embedded"):
-            with pytest.raises(CapacityError, match="and no hub id, so it has no revision 'step3000'"):
+            with pytest.raises(CapacityError, match="not a hub id, so it has no revision 'step3000'"):
                 load_model(name, revision="step3000")
             assert load_measured_model(name, load_model(name).revision).name == name
 
@@ -133,7 +133,7 @@ class TestModels:
             load_model("smollm2-135")
 
     def test_a_path_that_does_not_exist(self) -> None:
-        with pytest.raises(CapacityError, match=r"there is no folder '\./nothing'"):
+        with pytest.raises(CapacityError, match=r"'\./nothing' is neither a folder nor a hub id"):
             load_model("./nothing")
 
     def test_a_plugin_comes_first(
@@ -212,9 +212,14 @@ class TestModels:
     @pytest.mark.parametrize(
         ("file", "field", "value", "said"),
         [
-            ("config.json", "bos_token_id", 10**30, r"its bos_token_id = 10{30} is no token id"),
-            ("config.json", "eos_token_id", [0, 10**30], r"its eos_token_id = 10{30} is no token id"),
-            ("tokenizer_config.json", "model_max_length", "x", "its tokenizer's model_max_length = 'x' is no number"),
+            ("config.json", "bos_token_id", 10**30, r"its bos_token_id = 10{30} is not a token id"),
+            ("config.json", "eos_token_id", [0, 10**30], r"its eos_token_id = 10{30} is not a token id"),
+            (
+                "tokenizer_config.json",
+                "model_max_length",
+                "x",
+                "its tokenizer's model_max_length = 'x' is not a number",
+            ),
         ],
     )
     def test_altered_fields(self, folder: Path, file: str, field: str, value: Any, said: str) -> None:
@@ -433,7 +438,7 @@ class TestSAEs:
         (content if len(field) == 1 else content[field[0]])[field[-1]] = value
         (own_sae / "cfg.json").write_text(json.dumps(content))
         with pytest.raises(
-            DictionaryError, match=rf"cannot be loaded \({field[-1]} is no .* but .*\): save it again with SAELens"
+            DictionaryError, match=rf"cannot be loaded \({field[-1]} = .* is not .*\): save it again with SAELens"
         ) as caught:
             load_sae(str(own_sae))
         assert repr(value) in str(caught.value)

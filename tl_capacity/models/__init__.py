@@ -1,1 +1,1 @@
-"""Models: loaded by name, watched and edited at a hook point, run and stopped early."""
+"""Models: loaded by name, watched and edited at a hook point, and run no further than needed."""

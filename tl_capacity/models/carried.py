@@ -9,7 +9,7 @@ from torch import nn
 
 
 def carried_saes(model: Any) -> Mapping[str, Any]:
-    """The SAEs that `add_sae` put into a model, by the hook point that each of them reads."""
+    """The SAEs that `add_sae` put into a model, by the hook point that each reads."""
     return dict(getattr(model, "acts_to_saes", {}))
 
 
@@ -21,5 +21,5 @@ def is_hook_point(module: Any) -> bool:
 
 
 def replaces_hook_point(module: Any) -> bool:
-    """Whether a module is what SAELens puts in the place of a hook point where an SAE is attached."""
+    """Whether a module is what SAELens puts in the place of a hook point to attach an SAE."""
     return isinstance(module, nn.Module) and is_hook_point(getattr(module, "hook_sae_input", None))

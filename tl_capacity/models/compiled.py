@@ -1,6 +1,4 @@
-"""Compiled models: a graph of `torch.compile` keeps to the hooks that it was made with, and runs past those that came
-later.
-"""
+"""Compiled models: a graph of `torch.compile` runs only the hooks that existed when it was made."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import torch
 
 
 def uncompiled(model: Any) -> Any:
-    """The model inside the wrapper that `torch.compile` puts around one; any other as it is.
+    """The model inside `torch.compile`'s wrapper; any other model unchanged.
 
     Calls of the wrapper run the hooks of the model inside it.
     """
@@ -20,5 +18,5 @@ def uncompiled(model: Any) -> Any:
 
 
 def forget_graphs() -> None:
-    """Have PyTorch compile anew whatever it compiled: its graphs were made with other hooks than there are now."""
+    """Make PyTorch compile everything anew, since its graphs were made with other hooks."""
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""What fits a model where nothing was asked for: how long its rows are, and where it is looked at."""
+"""Defaults for a model: how long its rows are, and at which hook point it is read."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 from tl_capacity.errors import CapacityError
 
 USUAL_CONTEXT = 256
-"""Positions in a row, where neither a user, an SAE nor the model says otherwise."""
+"""Positions in a row, if neither the user, an SAE nor the model says otherwise."""
 
 
 def longest_row(config: Any) -> int:
-    """The most positions that a model takes, by its configuration; 2³¹ where that names no limit."""
+    """The most positions that a model takes, according to its configuration; 2³¹ if that gives no limit."""
     names = ("n_ctx", "max_position_embeddings")
     return next((int(value) for name in names if (value := getattr(text_config(config), name, None))), 2**31)
 
 
 def row_length(config: Any, asked: int | None = None, usual: int = USUAL_CONTEXT) -> int:
-    """Positions in a row: those asked for, else the usual ones or as many as the model has.
+    """Positions in a row: those asked for, else the usual number, but no more than the model has.
 
     Raises:
         CapacityError: where more are asked for than the model has.
     """
     limit = longest_row(config)
     if asked is not None and asked > limit:
-        raise CapacityError(f"--context {asked} is longer than the model's {limit} positions: choose at most that")
+        raise CapacityError(f"--context {asked} is longer than the model's {limit} positions: choose at most {limit}")
     return min(usual, limit) if asked is None else asked
 
 
@@ -34,7 +34,7 @@ def middle_hook(config: Any) -> str:
 
 
 def layers_of(model: Any) -> int | None:
-    """How many layers a model has, by its configuration; None where that does not say."""
+    """How many layers a model has, according to its configuration; None if that does not say."""
     config = getattr(model, "cfg", None) or text_config(getattr(model, "config", None))
     layers = next((n for name in ("n_layers", "num_hidden_layers") if (n := getattr(config, name, None))), None)
     return None if layers is None else int(layers)
@@ -49,12 +49,12 @@ def width_of(config: Any) -> int:
     width = getattr(config, "hidden_size", None)
     if width is None:
         raise CapacityError(
-            f"a model of type {config.model_type!r} holds more than a text model: pass its text model alone, saved as"
-            f" {text_config(config).model_type!r}"
+            f"a model of type {config.model_type!r} is more than a text model: pass its text part alone, saved as "
+            f"{text_config(config).model_type!r}"
         )
     return int(width)
 
 
 def text_config(config: Any) -> Any:
-    """The configuration of a model's text; a model of text and images keeps it inside its own."""
+    """The configuration of a model's text part. A model of text and images keeps it inside its own configuration."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config

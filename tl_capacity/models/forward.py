@@ -1,4 +1,4 @@
-"""Running a model: in evaluation mode, up to a hook point, on tokens that it knows."""
+"""Running a model: in evaluation mode, up to a hook point, on tokens in its vocabulary."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout
 
 
 def forward_options(model: Any) -> dict[str, Any]:
-    """What a forward pass is called with: a cache of keys and values that nobody reads costs memory; TransformerLens
-    keeps none by default.
+    """Options of a forward pass. They turn off the cache of keys and values, which takes memory; TransformerLens keeps
+    none by default.
     """
     return (
         {"use_cache": False}
@@ -33,12 +33,12 @@ def forward_options(model: Any) -> dict[str, Any]:
 
 
 class NothingMoreToSeeError(Exception):
-    """Ends a forward pass whose rest nobody looks at."""
+    """Ends a forward pass whose remaining part nobody needs."""
 
 
 def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position"]) -> Tensor | None:
-    """Run a model up to a hook point and return what it carries [row, position, ...]; None where the hook point does
-    not fire.
+    """The activation [row, position, ...] at a hook point, from a run that stops there; None if the hook point does not
+    fire.
 
     Raises:
         CapacityError: where a token is not in the model's vocabulary.
@@ -48,8 +48,8 @@ def activation_at(model: Any, point: TapPoint, tokens: Int[Tensor, "row position
 
 @torch.no_grad()
 def activations_at(model: Any, points: Sequence[TapPoint], tokens: Int[Tensor, "row position"]) -> list[Tensor | None]:
-    """Run a model once, up to the last of some hook points, and return what each carries [row, position, ...]; None
-    where one does not fire.
+    """The activation [row, position, ...] at each of some hook points, from one run that stops at the last; None for
+    one that does not fire.
 
     Raises:
         CapacityError: where a token is not in the model's vocabulary.
@@ -88,19 +88,19 @@ def embedding_of(model: Any) -> nn.Module:
 
 
 def longest(model: Any) -> int:
-    """The most positions that a row of a model may have."""
+    """The most positions that a row of this model may have."""
     return longest_row(getattr(model, "cfg", None) or getattr(model, "config", None))
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model takes its tokens: where its embedding is computed."""
+    """The device on which a model takes its tokens, which is where its embedding is."""
     device: torch.device = next(model.parameters()).device
     # What Accelerate keeps elsewhere is on no device until it is needed; its hooks move the tokens there.
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the model") -> None:
-    """Whether a model has a vector for each token.
+    """Check that a model has an embedding for each token.
 
     Raises:
         CapacityError: where it has not.
@@ -109,13 +109,12 @@ def check_token_ids(model: Any, ids: NDArray[np.integer[Any]], who: str = "the m
     strange = ids[(ids < 0) | (ids >= vocabulary)]
     if len(strange):
         raise CapacityError(
-            f"the text has token id {strange[0]}, but {who}'s vocabulary has {vocabulary:,}: tokenise it with {who}'s"
-            " own tokenizer"
+            f"the text has token id {strange[0]}, but {who}'s vocabulary has {vocabulary:,}: use {who}'s own tokenizer"
         )
 
 
 def check_row_length(model: Any, rows: NDArray[np.integer[Any]], who: str = "the model") -> None:
-    """Whether a model has a position for each token of rows [row, position].
+    """Check that a model has a position for each token of rows [row, position].
 
     Raises:
         CapacityError: where it has not.
@@ -127,7 +126,7 @@ def check_row_length(model: Any, rows: NDArray[np.integer[Any]], who: str = "the
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module back as it was.
+    """Put the model into evaluation mode inside the block, and each module back as it was afterwards.
 
     Meanwhile graphs of `torch.compile` are not used, since they run past hooks that came later.
     """

@@ -1,4 +1,4 @@
-"""A language model's head, and the hidden states that it turns into logits, of any model that can be tapped."""
+"""A language model's head, and the hidden states that it turns into logits, for any model that can be tapped."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tl_capacity.models.forward import NothingMoreToSeeError, evaluating
 from tl_capacity.runtime.devices import exact, exact_device
 
 CHUNK_TOKENS = 128
-"""Tokens whose logits exist at a time."""
+"""Tokens whose logits exist at one time."""
 CACHED_LOGITS = 2**17
-"""Logits that a processor core is given at once between two matrix products, so that they are still in its cache."""
+"""Logits that a processor core works on at once between two matrix products, so that they stay in its cache."""
 CHECKED_TOKENS = 8
 """Tokens on which a head is compared with the model's own logits."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A language model's head: logits = cap · tanh((h Wᵀ + b) / cap), without the tanh where there is no cap (Gemma 2
-    has one).
+    """A language model's head: logits = cap · tanh((h Wᵀ + b) / cap), or without the tanh if there is no cap. Gemma 2
+    has one.
     """
 
     weight: Float[Tensor, "vocabulary d_model"]
@@ -36,7 +36,7 @@ class Head:
     def logits(
         self, hidden: Float[Tensor, "token d_model"], out: Float[Tensor, "token vocabulary"]
     ) -> Float[Tensor, "token vocabulary"]:
-        """Logits of some tokens, into `out`; a head of another dtype than `out` computes in its own."""
+        """Logits of some tokens, written into `out`. If `out` has another dtype, the head still computes in its own."""
         hidden, weight = hidden.to(self.weight.dtype), self.weight
         if weight.dtype != out.dtype:
             out.copy_(F.linear(hidden, weight, self.bias))
@@ -58,8 +58,8 @@ def head_of(model: Any) -> Head:
 
 
 def last_hidden(model: Any, tokens: Int[Tensor, "row position"]) -> Float[Tensor, "rows position d_model"]:
-    """Hidden states behind a model's last norm, which its head turns into logits. Rows are padded on the right, where
-    causal models do not look.
+    """Hidden states after a model's last norm, the input of its head. Rows are padded on the right, where causal models
+    do not look.
 
     There are more rows than in `tokens` where a hook adds some on the way.
     """
@@ -84,7 +84,7 @@ def last_hidden(model: Any, tokens: Int[Tensor, "row position"]) -> Float[Tensor
 
 @torch.no_grad()
 def check_head(model: Any, tokens: Int[Tensor, "row position"], doing: str = "distilled") -> None:
-    """Whether a model's own logits are its head's of its last hidden state.
+    """Check that a model's own logits are its head applied to its last hidden state.
 
     Raises:
         CapacityError: where they are not, as in architectures that scale them.
@@ -109,7 +109,7 @@ def divergences(
     others: Float[Tensor, "variant token d_model"],
     chunk: int = CHUNK_TOKENS,
 ) -> Float64[Tensor, "variant token"]:
-    """KL(clean ‖ other) of the next-token distributions at T = 1, in nats, of several variants of the hidden states.
+    """KL(clean ‖ other) of the next-token distributions at T = 1, in nats, for several variants of the hidden states.
 
     Logits of `chunk` tokens exist at a time, those of the clean states once for all variants.
     """
@@ -133,7 +133,7 @@ def divergences(
 
 
 def cached_pieces(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """A few of some tokens at a time, whose logits stay in the cache."""
+    """Pieces of some tokens, each small enough for its logits to stay in the cache."""
     at_once = torch.get_num_threads() * max(1, CACHED_LOGITS // vocabulary)
     for start in range(0, tokens, at_once):
         yield slice(start, min(start + at_once, tokens))

@@ -56,11 +56,11 @@ class TapPoint:
 
     @property
     def carries_the_stream(self) -> bool:
-        """Whether all of the residual stream passes here, between two blocks."""
+        """Whether the whole residual stream passes here, between two blocks."""
         return _STREAM.fullmatch(self.name) is not None
 
     def again(self) -> TapPoint:
-        """This place as the model has it now.
+        """The same place in the model as it is now.
 
         Raises:
             HookPointError: where the hook point is gone.
@@ -70,13 +70,13 @@ class TapPoint:
             return self
         if not isinstance(module, nn.Module):
             raise HookPointError(
-                f"the hook point {self.name} is gone since the capacity hooks were attached (by reset_saes?): attach"
-                " them again, at a hook point that the model has"
+                f"the hook point {self.name} was removed after the capacity hooks were attached (by reset_saes?): "
+                "attach them again, at a hook point that the model has"
             )
         return replace(self, module=module)
 
     def watch(self, callback: Callable[[Tensor], None], differentiable: bool = False) -> Hook:
-        """Call `callback` with each activation; returns what takes the hook away again, and nothing else.
+        """Call `callback` with each activation. Returns a function that removes this hook and nothing else.
 
         A bridge shows some hooks a view of their own (`hook_z`, cut into heads) and goes on with the activation itself,
         so that the view has no gradient. With `differentiable`, what was seen is handed back unchanged, and the model
@@ -90,8 +90,8 @@ class TapPoint:
         return self.edit(see)
 
     def edit(self, change: Change) -> Hook:
-        """Replace each activation by what `change` gives, where it gives one; returns what takes the hook away again,
-        and nothing else.
+        """Replace each activation by what `change` returns, unless that is None. Returns a function that removes this
+        hook and nothing else.
         """
         if self.centred:
             change = about_the_mean(change)
@@ -105,7 +105,7 @@ class TapPoint:
 
 
 def about_the_mean(change: Change) -> Change:
-    """A change of activations less their mean over the last dimension; the mean is added again."""
+    """A change applied to activations minus their mean over the last dimension. The mean is added again afterwards."""
 
     def changed(activation: Tensor) -> Tensor | None:
         # In half precision a sum of a thousand entries, or a large mean taken from small entries, loses what matters.
@@ -118,7 +118,7 @@ def about_the_mean(change: Change) -> Change:
 
 
 def cut_into_heads(change: Change, heads: int) -> Change:
-    """A change of heads [..., head, d_head] as one of heads that are joined to one vector."""
+    """A change of heads [..., head, d_head], made into a change of heads that are joined to one vector."""
 
     def changed(activation: Tensor) -> Tensor | None:
         after = change(activation.unflatten(-1, (heads, -1)))
@@ -128,7 +128,7 @@ def cut_into_heads(change: Change, heads: int) -> Change:
 
 
 def of_one_head(change: Change, head: int, name: str) -> Change:
-    """A change of one head of [row, position, head, d_head]; the others stay.
+    """A change of one head of [row, position, head, d_head]. The others stay.
 
     Raises, when activations come:
         HookPointError: where there is no such head.
@@ -138,8 +138,8 @@ def of_one_head(change: Change, head: int, name: str) -> Change:
         if activation.ndim != 4 or not 0 <= head < activation.shape[2]:
             count = f"{activation.shape[2]} heads" if activation.ndim == 4 else "no heads"
             raise HookPointError(
-                f"the SAE reads head {head} of {name}, by its own account, which has {count} in this model: it belongs"
-                " to another model"
+                f"the SAE's metadata says that it reads head {head} of {name}, which has {count} in this model: "
+                "choose an SAE of this model"
             )
         after = change(activation[:, :, head])
         if after is None:
@@ -161,7 +161,7 @@ def find_tap_point(model: Any, name: str) -> TapPoint:
         HookPointError: where the model has no such hook point.
     """
     if not isinstance(model, nn.Module):
-        raise HookPointError(f"{type(model).__name__} is no model: pass a TransformerLens or Hugging Face model")
+        raise HookPointError(f"{type(model).__name__} is not a model: pass a TransformerLens or Hugging Face model")
     return _of_hooked_model(model, name) if hasattr(model, "hook_dict") else _of_hugging_face_model(model, name)
 
 
@@ -185,7 +185,7 @@ def _of_hooked_model(model: Any, name: str) -> TapPoint:
         if place is not None and isinstance(inside := walk(model, place.path), nn.Module):
             return TapPoint(name, lambda: walk(model, place.path), inside, place.side, int(model.cfg.d_model))
         known = hook_names(model)
-        raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, known)}")
+        raise HookPointError(f"{name!r} is not a hook point of this model: {_nearest(name, known)}")
     # Of an SAE in the place of a hook point, what the model gives it is watched.
     width = _hook_width(model, sought)
     return TapPoint(name, find, module, "input", width, carried=lambda: tuple(carried_saes(model).values()))
@@ -201,12 +201,12 @@ def _of_hugging_face_model(model: Any, name: str) -> TapPoint:
                 " TransformerBridge"
             )
         raise HookPointError(
-            f"{name!r} is no residual-stream hook, nor another that the family of {kind!r} has a place for: wrap the"
-            " model in a TransformerBridge"
+            f"{name!r} is not a hook point that the family of {kind!r} has a place for: choose a residual-stream "
+            "hook, or wrap the model in a TransformerBridge"
         )
     module = walk(model, place.path)
     if not isinstance(module, nn.Module):
-        raise HookPointError(f"{name!r} is no hook point of this model: {_nearest(name, hook_names(model))}")
+        raise HookPointError(f"{name!r} is not a hook point of this model: {_nearest(name, hook_names(model))}")
     heads = int(model.config.num_attention_heads) if name.endswith(".hook_z") else None
     return TapPoint(
         name, lambda: walk(model, place.path), module, place.side, _side_width(model, name, heads), heads=heads
@@ -242,7 +242,7 @@ def _hook_width(model: Any, name: str) -> int | None:
 
 
 def residual_width(model: Any) -> int | None:
-    """Dimensions of a model's residual stream, where its configuration says."""
+    """Dimensions of a model's residual stream, if its configuration says."""
     config: Any = getattr(model, "cfg", None) or getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "d_model", None) or getattr(text, "hidden_size", None)

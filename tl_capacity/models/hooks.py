@@ -1,5 +1,5 @@
-"""Hooks of ours on a model's modules: what they give replaces what the module carries, a compiled graph does not look
-into them, and a copy of the model is without them.
+"""Our hooks on a model's modules. A hook may replace what a module carries. Compiled graphs do not trace into it, and
+copies of the model do not have it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 Callback = TypeVar("Callback", bound=Callable[..., Any])
 Change = Callable[[Tensor], Tensor | None]
-"""Gives what replaces an activation, or None where it stays."""
+"""A function that returns the replacement of an activation, or None to keep it."""
 
 
 @dataclass(frozen=True)
 class Hook:
-    """A hook on a module; calling it takes the hook away again, and nothing else.
+    """A hook on a module. Calling it removes it and nothing else.
 
     Attributes:
         remove: takes it away; may be called twice.
@@ -34,7 +34,7 @@ class Hook:
 
 
 class ModelHook:
-    """A hook for torch that does nothing in a copy of its model, nor in a model that was saved and loaded."""
+    """A hook for torch that does nothing in a copy of its model, or in a model that was saved and loaded."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         # A compiled graph would trace through the bookkeeping; a graph break here costs less.
@@ -49,7 +49,7 @@ class ModelHook:
 
 
 def edit_hook_point(point: Any, change: Change) -> Hook:
-    """Change what a hook point of TransformerLens carries; returns what takes the hook away again.
+    """Change what a hook point of TransformerLens carries. Returns a function that removes the hook.
 
     TransformerLens' `add_hook` wraps a hook in a local function, which cannot be pickled and which copies share.
     """
@@ -72,7 +72,7 @@ def edit_hook_point(point: Any, change: Change) -> Hook:
 
 
 def edit_input(module: nn.Module, change: Change) -> Hook:
-    """Change the first argument of a module; returns what takes the hook away again."""
+    """Change the first argument of a module. Returns a function that removes the hook."""
 
     def before(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -87,7 +87,7 @@ def edit_input(module: nn.Module, change: Change) -> Hook:
 
 
 def edit_output(module: nn.Module, change: Change) -> Hook:
-    """Change what a module returns, or the first of several things; returns what takes the hook away again."""
+    """Change what a module returns, or the first item of a tuple. Returns a function that removes the hook."""
 
     def after(_: nn.Module, args: Any, out: Any) -> Any:
         changed = change(out[0] if isinstance(out, tuple) else out)
@@ -97,6 +97,6 @@ def edit_output(module: nn.Module, change: Change) -> Hook:
 
 
 def untraced(function: Callback) -> Callback:
-    """The same function, which a compiled graph does not look into."""
+    """The same function, which a compiled graph does not trace into."""
     untraced: Callback = torch.compiler.disable(function)
     return untraced

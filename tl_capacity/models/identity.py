@@ -1,4 +1,4 @@
-"""Identity: how a model in memory is named in a measurement."""
+"""Identity: the name under which a measurement records a model in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Identity:
-    """The model as a measurement names it.
+    """The model as a measurement records it.
 
     Attributes:
         name: name, folder or hub id.
@@ -20,7 +20,7 @@ class Identity:
 
     @classmethod
     def according_to(cls, model: Any) -> Identity:
-        """What a model's own configuration says."""
+        """The identity that a model's own configuration gives."""
         config = getattr(model, "cfg", None) or getattr(model, "config", None)
         name = getattr(config, "model_name", None) or getattr(config, "name_or_path", None) or type(model).__name__
         return cls(str(name), getattr(config, "_commit_hash", None))

@@ -1,5 +1,4 @@
-"""Names into objects: models, SAEs and data sets, from plugins, local folders or a hub, whichever knows the name; and
-into folders what other libraries save.
+"""Models and tokenizers by name: from plugins, local folders or a hub.
 
 Whatever fails on the way comes out as one sentence. Nothing heavy is imported before it is needed, and nothing that
 runs code from a download is ever loaded.
@@ -60,8 +59,8 @@ class LoadedModel:
 
     @cached_property
     def bridge(self) -> Any:
-        """A TransformerBridge around the model, without asking a hub anything; made once, since it rewrites the model
-        in place. Its tokenizer is a copy: TransformerLens gives it special tokens that it lacks.
+        """A TransformerBridge around the model, made without asking a hub. It is made once, because it rewrites the
+        model in place. Its tokenizer is a copy, because TransformerLens adds special tokens to it.
 
         Raises:
             CapacityError: where TransformerLens cannot bridge the architecture.
@@ -72,13 +71,13 @@ class LoadedModel:
 
         if is_spread(self.model):
             raise CapacityError(
-                f"{self.name!r} is spread over processes, which TransformerLens' bridge cannot take: tap"
-                " residual-stream hooks, or leave --shard-model out"
+                f"{self.name!r} is spread over processes, which TransformerLens' bridge does not support: tap "
+                "residual-stream hooks, or leave out --shard-model"
             )
         if hasattr(self.model, "hf_device_map"):
             raise CapacityError(
-                f"{self.name!r} is spread over devices by a device map, which TransformerLens' bridge cannot take: tap"
-                " residual-stream hooks, or leave --device-map out"
+                f"{self.name!r} is spread over devices by a device map, which TransformerLens' bridge does not "
+                "support: tap residual-stream hooks, or leave out --device-map"
             )
         device = str(next(self.model.parameters()).device)
         try:
@@ -99,7 +98,7 @@ class LoadedModel:
             raise CapacityError(f"TransformerLens cannot bridge {kind!r} ({reason}): {what}") from problem
 
     def source(self, given: str) -> str:
-        """The token source that was given, or else the one that belongs to the model.
+        """The token source that was given, or else the model's own.
 
         Raises:
             TokenSourceError: where there is neither.
@@ -107,7 +106,7 @@ class LoadedModel:
         source = given or self.corpus
         if not source:
             raise TokenSourceError(
-                f"no corpus belongs to {self.name!r}: name one with --source, such as a .txt or .jsonl file"
+                f"{self.name!r} comes with no text: name some with --source, such as a .txt or .jsonl file"
             )
         return source
 
@@ -121,7 +120,8 @@ def load_model(
     revision: str | None = None,
     device_map: str | Mapping[str, str | int] | None = None,
 ) -> LoadedModel:
-    """Load `spec`: a name that a plugin registered, else a folder written by `save_pretrained`, else a hub id.
+    """The model that `spec` names: a name that a plugin registered, else a folder written by `save_pretrained`, else a
+    hub id.
 
     Args:
         device: where it runs; `auto` for the first of CUDA, MPS and CPU that there is.
@@ -138,7 +138,7 @@ def load_model(
     import torch
 
     if dtype not in DTYPES:
-        raise CapacityError(f"{dtype!r} is no dtype to run a model in: choose one of {', '.join(DTYPES)}")
+        raise CapacityError(f"{dtype!r} is not a dtype for running a model: choose one of {', '.join(DTYPES)}")
     device = device_named(device)
     if dtype == "float64" and exact_device(torch.device(device)) != torch.device(device):
         raise CapacityError(f"the device {device!r} has no float64: choose another --dtype, or --device cpu")
@@ -146,13 +146,13 @@ def load_model(
     in_folder = named is None and Path(spec).expanduser().is_dir()
     if revision is not None and (named is not None or in_folder):
         raise CapacityError(
-            f"{spec!r} is {'a plugin' if named else 'a folder'}'s model and no hub id, so it has no revision"
-            f" {revision!r}: leave --revision out"
+            f"{spec!r} is {'a plugin' if named else 'a folder'}'s model, not a hub id, so it has no revision "
+            f"{revision!r}: leave out --revision"
         )
     if device_map is not None and named is not None:
         raise CapacityError(
-            f"the plugin's model {spec!r} is loaded by its plugin, which places it itself: leave --device-map out, or"
-            " save the model to a folder and pass that"
+            f"the plugin's model {spec!r} is placed on devices by its plugin: leave out --device-map, or save the "
+            "model to a folder and pass that"
         )
     placed = _Placement.of(device_map)
     if named is not None:
@@ -166,8 +166,8 @@ def load_model(
         except Exception as problem:  # a plugin's code may raise anything
             origin, kind = plugins().models.origins[spec], type(problem).__name__
             raise CapacityError(
-                f"the plugin {origin!r} fails to load its model {spec!r} ({kind}: {reason_of(problem)}): mend or"
-                " uninstall it"
+                f"the plugin {origin!r} fails to load its model {spec!r} ({kind}: {reason_of(problem)}): fix or "
+                "uninstall it"
             ) from problem
         revision = named.revision
     elif in_folder:
@@ -184,7 +184,7 @@ def load_model(
 
 
 def load_measured_model(name: str, revision: str | None, *, device: str = AUTO, dtype: str = "float32") -> LoadedModel:
-    """The model that a result names: of a hub id the very commit that was measured.
+    """The model that a result names. A hub id is loaded at the very commit that was measured.
 
     Raises:
         CapacityError: as `load_model`.
@@ -193,15 +193,15 @@ def load_measured_model(name: str, revision: str | None, *, device: str = AUTO, 
 
 
 def hub_revision(name: str, revision: str | None) -> str | None:
-    """A model's recorded revision, where it can be asked for: that of a hub id."""
+    """A model's recorded revision, if it can be asked for, which only a hub id's can."""
     of_hub = not any(m.name == name for m in plugins().models) and not Path(name).expanduser().is_dir()
     return revision if of_hub else None
 
 
 @checked
 def load_config(spec: str, revision: str | None = None) -> Any:
-    """The configuration of the model that `load_model` would load; weights are read only where a plugin cannot but load
-    them.
+    """The configuration of the model that `load_model` would load. Weights are read only if a plugin loads nothing
+    without them.
 
     Raises:
         CapacityError: where nothing knows the name, or its configuration is damaged.
@@ -270,7 +270,7 @@ def load_folder(folder: Path, dtype: str = "float32", placed: _Placement | None 
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the configuration and the weights in a folder, read in pieces."""
+    """SHA-256 of the configuration and the weights in a folder, read in pieces."""
     return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
@@ -280,7 +280,7 @@ def _load_from_hub(spec: str, dtype: str, placed: _Placement, revision: str | No
     meant = f"did you mean {near[0]!r}, " if near else f"use {', '.join(map(repr, names)) or 'a model of a plugin'} "
     local = f"{meant}or a folder written by save_pretrained{'?' if near else ''}"
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or not spec.strip():
-        raise CapacityError(f"there is no folder {spec!r}, and it is no hub id: {local}")
+        raise CapacityError(f"{spec!r} is neither a folder nor a hub id: {local}")
     try:
         with hub_or_cache():
             return _pretrained(spec, dtype, placed, revision)
@@ -290,7 +290,7 @@ def _load_from_hub(spec: str, dtype: str, placed: _Placement, revision: str | No
 
 
 def _cached_commit(spec: str, revision: str | None) -> str | None:
-    """The commit that the hub's cache holds as a revision, by default the main branch: the one just loaded."""
+    """The commit that the hub's cache has for a revision, by default the main branch. It is the one just loaded."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(spec, "config.json", revision=revision)
@@ -299,7 +299,7 @@ def _cached_commit(spec: str, revision: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where the parts of a model are put by Accelerate.
+    """Where Accelerate puts the parts of a model.
 
     Attributes:
         device_map: a strategy, or the device of each module.
@@ -311,7 +311,7 @@ class _Placement:
 
     @classmethod
     def of(cls, device_map: str | Mapping[str, str | int] | None) -> _Placement:
-        """What was asked for.
+        """The placement that was asked for.
 
         Raises:
             CapacityError: where it is no strategy, mapping or JSON file of one.
@@ -323,19 +323,19 @@ class _Placement:
                 device_map = json.loads(Path(device_map).expanduser().read_bytes())
             except (OSError, ValueError) as problem:
                 raise CapacityError(
-                    f"the device map {device_map!r} is none ({reason_of(problem)}): pass one of"
+                    f"the device map {device_map!r} cannot be read ({reason_of(problem)}): pass one of"
                     f' {", ".join(STRATEGIES)}, or a JSON file such as {{"model.embed_tokens": 0, …}}'
                 ) from problem
             if not isinstance(device_map, dict):
-                raise CapacityError("the device map is no JSON object: give a device for each module")
+                raise CapacityError("the device map is not a JSON object: give each module a device")
         return cls(device_map if isinstance(device_map, str) else dict(device_map), tempfile.mkdtemp(prefix="offload-"))
 
     def options(self) -> dict[str, Any]:
-        """What `from_pretrained` is told."""
+        """The options to pass to `from_pretrained`."""
         return {} if self.device_map is None else {"device_map": self.device_map, "offload_folder": self.offload}
 
     def settle(self, model: Any) -> Any:
-        """The model as it was placed; what was put on disk goes with it."""
+        """The model as it was placed. Parts that were put on disk are deleted with it."""
         if self.offload is not None:
             weakref.finalize(model, shutil.rmtree, self.offload, True)
         return model
@@ -381,12 +381,12 @@ def _tokenizer(source: str, revision: str | None = None) -> Any:
 
 
 def _check_token_ids(config: Any, tokenizer: Any) -> None:
-    """Refuse what transformers loads as it stands and stumbles over later."""
+    """Refuse token ids that transformers loads without complaint and fails on later."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, name, None)
         for token in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
             if isinstance(token, bool) or not isinstance(token, int) or abs(token) > LARGEST_TOKEN_ID:
-                raise ValueError(f"its {name} = {token!r} is no token id")
+                raise ValueError(f"its {name} = {token!r} is not a token id")
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, (int, float)):
-        raise ValueError(f"its tokenizer's model_max_length = {longest!r} is no number")
+        raise ValueError(f"its tokenizer's model_max_length = {longest!r} is not a number")

@@ -1,4 +1,4 @@
-"""Places: which module of a model carries the tensor that a hook name means, and on which of its sides.
+"""Places: the module of a model that carries the tensor of a hook name, and on which side.
 
 TransformerLens' names are found by its own hook points. Here are the other two kinds: sides of a block's modules that a
 HookedTransformer has no hook for, and sides of modules of a Hugging Face model, by the model family's places.
@@ -14,24 +14,24 @@ from torch import nn
 from tl_capacity.plugins import plugins
 
 BLOCK_SIDE = re.compile(r"(blocks\.\d+\.(?:attn|mlp|ln1|ln1_post|ln2|ln2_post))\.(hook_in|hook_out)")
-"""A side of a module in a block, such as `blocks.3.mlp.hook_out`."""
+"""One side of a module in a block, such as `blocks.3.mlp.hook_out`."""
 
 
 class Place(NamedTuple):
-    """A module by its path in the model, and the side of it that is meant: "input" or "output"."""
+    """A module, by its path in the model, and one of its sides: "input" or "output"."""
 
     path: str
     side: str
 
     @classmethod
     def parse(cls, name: str) -> Place:
-        """The place that a path names, such as `model.layers.3.mlp.input`; without a side, the output is meant."""
+        """The place that a path names, such as `model.layers.3.mlp.input`. Without a side, the output is meant."""
         path, _, side = name.rpartition(".")
         return cls(path, side) if side in ("input", "output") else cls(name, "output")
 
 
 def walk(root: Any, path: str) -> Any:
-    """What lies at a dotted path, or None."""
+    """The object at a dotted path, or None."""
     for part in path.split("."):
         root = (
             root[int(part)]
@@ -42,15 +42,15 @@ def walk(root: Any, path: str) -> Any:
 
 
 def side_of_block(name: str) -> Place | None:
-    """The module in a block of a TransformerLens model, and its side, that `blocks.3.mlp.hook_out` and its like name;
-    None for any other name.
+    """The module in a block of a TransformerLens model, and its side, for names such as `blocks.3.mlp.hook_out`; None
+    for any other name.
     """
     match = BLOCK_SIDE.fullmatch(name)
     return Place(match[1], "input" if match[2] == "hook_in" else "output") if match else None
 
 
 def hugging_face_place(model: Any, name: str) -> Place | None:
-    """Where a Hugging Face model carries what a hook name means; None where its family does not say, or there is no
+    """Where a Hugging Face model carries what a hook name means; None if its family does not say, or if it has no
     family.
     """
     named = Place.parse(name)
@@ -64,8 +64,8 @@ def hugging_face_place(model: Any, name: str) -> Place | None:
 
 
 def family_place(model: Any, name: str) -> Place | None:
-    """Where the family of a model, in whatever form, says that the Hugging Face model carries what a hook name means;
-    None where it does not say.
+    """Where the Hugging Face model carries what a hook name means, according to the family of a model in any form; None
+    if the family does not say.
     """
     kind = model_type_of(model)
     family = plugins().family_of(kind)
@@ -76,7 +76,7 @@ def family_place(model: Any, name: str) -> Place | None:
 
 
 def hugging_face_hooks(model: Any) -> list[str]:
-    """The hook names that a Hugging Face model's family has places for."""
+    """The hook names for which a Hugging Face model's family has places."""
     kind, layers = model_type_of(model), int(getattr(model.config, "num_hidden_layers", 0))
     family = plugins().family_of(kind)
     inside = family.places.get(str(kind), {}) if family else {}
@@ -85,8 +85,8 @@ def hugging_face_hooks(model: Any) -> list[str]:
 
 
 def lens_name(model: Any, name: str) -> str:
-    """TransformerLens' name of what a side of a Hugging Face module carries, such as `blocks.3.mlp.hook_out` for
-    `model.layers.3.mlp`; any other name as it is.
+    """TransformerLens' name for one side of a Hugging Face module, such as `blocks.3.mlp.hook_out` for
+    `model.layers.3.mlp`; any other name unchanged.
     """
     kind, named = model_type_of(model), Place.parse(name)
     family = plugins().family_of(kind)
@@ -98,8 +98,8 @@ def lens_name(model: Any, name: str) -> str:
 
 
 def model_type_of(model: Any) -> str | None:
-    """The `config.model_type` of a model. A HookedTransformer keeps only the name of the model's class, from which it
-    is found.
+    """The `config.model_type` of a model. A HookedTransformer keeps only the name of the model's class, so it is found
+    from that.
     """
     config = getattr(getattr(model, "original_model", model), "config", None)
     if kind := getattr(config, "model_type", None):

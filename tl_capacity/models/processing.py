@@ -1,4 +1,5 @@
-"""Weight processing of TransformerLens: which activations each option changes, and whether a model has undergone it.
+"""Weight processing of TransformerLens: which activations each option changes, and whether a model was processed with
+it.
 
 `HookedTransformer.from_pretrained` can rewrite a model so that it computes the same with simpler weights. Its logits
 stay, and some of its activations change.
@@ -22,8 +23,8 @@ from tl_capacity.runtime.hub import reason_of
 CENTRING = "center_writing_weights"
 
 CENTRED_WITHIN = 0.01
-"""Of the mean that independent entries have by chance, below which weights were centred; rounding to bfloat16 leaves a
-thousandth.
+"""Weights count as centred if their mean is below this share of the mean that independent entries have by chance.
+Rounding to bfloat16 leaves a thousandth.
 """
 
 
@@ -41,20 +42,20 @@ class Processing:
 
 
 def is_centred(model: Any) -> bool:
-    """Whether what is written to the residual stream has no mean over d_model."""
+    """Whether what is written to the residual stream has a mean of zero over d_model."""
     last = model.blocks[len(model.blocks) - 1]
     written = [_weight(model, "W_E"), _weight(last, "mlp.W_out"), _weight(last, "attn.W_O")]
     return is_layer_norm(model) and all(_has_no_mean(weight) for weight in written if weight is not None)
 
 
 def values_are_folded(model: Any) -> bool:
-    """Whether value biases are zero where output biases are not, as they are once they stand in for them."""
+    """Whether value biases are zero while output biases are not, as after folding."""
     values, outputs = ([_weight(block, f"attn.{name}") for block in model.blocks] for name in ("b_V", "b_O"))
     return not any(map(_is_not_zero, values)) and any(map(_is_not_zero, outputs)) and None not in values
 
 
 def norms_are_folded(model: Any) -> bool:
-    """Whether the weights of normalisations are in the layers that read them."""
+    """Whether the weights of normalisations were folded into the layers that read them."""
     if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre"):
         return True
     # A bridge keeps the norms with weights of 1.
@@ -63,7 +64,7 @@ def norms_are_folded(model: Any) -> bool:
 
 
 def cannot_be_told(_: Any) -> bool:
-    """Whether a model was processed in a way that leaves no trace: nobody is accused of it."""
+    """False, because this processing leaves no trace in a model."""
     return False
 
 
@@ -91,12 +92,12 @@ PROCESSING: Mapping[str, Processing] = {
     ),
     "center_unembed": Processing(re.compile(r"unembed\.hook_out"), cannot_be_told),
 }
-"""By the name of the option."""
+"""The processing options, by name."""
 
 
 def is_layer_norm(model: Any) -> bool:
-    """Whether a model normalises its residual stream by LayerNorm, which alone takes the mean away: TransformerLens
-    centres no other model's weights.
+    """Whether a model normalises its residual stream by LayerNorm. Only LayerNorm subtracts the mean, so
+    TransformerLens centres no other model's weights.
     """
     if hasattr(model, "hook_dict"):
         kind, config = str(getattr(model.cfg, "normalization_type", "")), model.cfg
@@ -106,12 +107,12 @@ def is_layer_norm(model: Any) -> bool:
 
 
 RMS = ("T5LayerNorm",)
-"""Normalisations that leave the mean, whatever their names say."""
+"""Normalisations that keep the mean, whatever their names say."""
 
 
 def mean_is_ignored(model: Any) -> bool:
-    """Whether the mean over d_model can be taken from a residual stream as `center_writing_weights` does, exactly: all
-    that reads the stream normalises it first by LayerNorm, and all that writes to it are weights.
+    """Whether subtracting the mean over d_model from a residual stream equals `center_writing_weights` exactly. It does
+    if everything that reads the stream first normalises it by LayerNorm, and everything that writes to it is a weight.
 
     BLOOM normalises its embedding, whose mean that option leaves; OPT-350m normalises what it writes.
     """
@@ -124,8 +125,8 @@ def mean_is_ignored(model: Any) -> bool:
 
 
 def processed(model: Any, tokenizer: Any, options: Collection[str]) -> Any:
-    """A `HookedTransformer` with the weights of a Hugging Face model, processed by some options and no others, as
-    `HookedTransformer.from_pretrained_no_processing` makes one of a published model.
+    """A `HookedTransformer` with a Hugging Face model's weights, processed by the given options only, as
+    `HookedTransformer.from_pretrained_no_processing` processes a published model.
 
     Raises:
         CapacityError: where TransformerLens cannot make one of it.
@@ -134,8 +135,8 @@ def processed(model: Any, tokenizer: Any, options: Collection[str]) -> Any:
         from transformer_lens import HookedTransformer, loading_from_pretrained
     except ImportError as problem:
         raise CapacityError(
-            f"an SAE asks for a model with {_listed(options)}, which takes HookedTransformer, and this TransformerLens"
-            " has none: install transformer-lens<4"
+            f"an SAE needs a model with {_listed(options)}, which only HookedTransformer provides, and this "
+            "TransformerLens has none: install transformer-lens<4"
         ) from problem
     try:
         with TemporaryDirectory() as folder:
@@ -148,9 +149,9 @@ def processed(model: Any, tokenizer: Any, options: Collection[str]) -> Any:
         lens.load_and_process_state_dict(weights, **{name: name in options for name in PROCESSING})
     except (ValueError, KeyError, AttributeError, NotImplementedError, RuntimeError, OSError) as problem:
         raise CapacityError(
-            f"an SAE asks for a model with {_listed(options)}, and TransformerLens makes no HookedTransformer of this"
-            f" {model.config.model_type!r} ({reason_of(problem)}): measure a processed model in a session, or leave"
-            " that SAE out"
+            f"an SAE needs a model with {_listed(options)}, and TransformerLens cannot make a HookedTransformer of "
+            f"this {model.config.model_type!r} ({reason_of(problem)}): measure a processed model in a session, or "
+            "leave out that SAE"
         ) from problem
     return lens.to(model.device, print_details=False).eval()
 
@@ -160,7 +161,7 @@ def _listed(options: Collection[str]) -> str:
 
 
 def _write_configuration(model: Any, folder: Path) -> None:
-    """A configuration that TransformerLens reads: it knows published models by name, and others by their class."""
+    """A configuration that TransformerLens can read. It knows published models by name, and others by their class."""
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
     if not hasattr(config, "n_ctx") and (positions := getattr(config, "max_position_embeddings", None)):
@@ -175,7 +176,7 @@ def _weight(owner: Any, path: str) -> Tensor | None:
 
 
 def _has_no_mean(weight: Tensor) -> bool:
-    """Whether vectors [..., d_model] have a mean of zero, a thousand of them at most."""
+    """Whether vectors [..., d_model] have a mean of zero; at most a thousand of them are checked."""
     rows = weight.flatten(0, -2)[:1024].float()
     by_chance = rows.square().mean().sqrt() / rows.shape[-1] ** 0.5
     return bool(rows.mean(-1).square().mean().sqrt() <= CENTRED_WITHIN * by_chance)

@@ -1,5 +1,5 @@
-"""A model whose blocks are spread over several processes (FSDP): each holds a part of every block, and a forward pass
-gathers one block at a time.
+"""A model whose blocks are spread over several processes (FSDP). Each process holds a part of every block, and a
+forward pass gathers one block at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tl_capacity.plugins import plugins
 
 
 def spread_blocks(model: Any, device: torch.device, processes: int) -> None:
-    """Leave this process a part of every block; embeddings and head stay whole. Weights that are mapped from a file are
-    read as far as they are kept.
+    """Leave this process a part of every block. Embeddings and head stay whole. Of weights mapped from a file, only the
+    kept part is read.
 
     Raises:
         CapacityError: where there is one process, or no family says where the blocks are.
@@ -25,14 +25,14 @@ def spread_blocks(model: Any, device: torch.device, processes: int) -> None:
 
     if processes == 1:
         raise CapacityError(
-            "one process has nobody to share the teacher with: start several with accelerate launch, or leave the"
-            " teacher whole"
+            "a single process has nobody to share the teacher with: start several with accelerate launch, or do not "
+            "shard the teacher"
         )
     family = plugins().family_of(model.config.model_type)
     if family is None:
         raise CapacityError(
-            f"no model family says where {model.config.model_type!r} has its blocks: register one (docs/families.md),"
-            " or leave the teacher whole"
+            f"no model family says where {model.config.model_type!r} has its blocks: register a family "
+            "(docs/families.md), or do not shard the teacher"
         )
     mesh = init_device_mesh(device.type, (processes,))
     for block in model.get_submodule(family.blocks):
@@ -47,8 +47,8 @@ def is_spread(model: Any) -> bool:
 
 
 class Pace:
-    """Keeps processes in step that have parts of one model: each must run as many forward passes as the others, since
-    every pass gathers its blocks from all. Of a model in one piece it does nothing.
+    """Keeps processes in step that hold parts of one model. Each must run as many forward passes as the others, since
+    every pass gathers its blocks from all. With a whole model it does nothing.
 
     Attributes:
         together: whether there are such processes.
@@ -63,15 +63,15 @@ class Pace:
         self.together = bool(self._spread)
 
     def step(self) -> None:
-        """Say that this process runs a pass."""
+        """Announce that this process runs a pass."""
         self._one_runs(True)
 
     def another_runs(self) -> bool:
-        """Say that this process has no pass to run any more; whether another has."""
+        """Announce that this process has no pass left. Returns whether another process has."""
         return self._one_runs(False)
 
     def release(self) -> None:
-        """Give back the parts of others that a pass which was ended early has gathered."""
+        """Free the parts of other processes that a pass gathered before it ended early."""
         for module in self._spread:
             module.reshard()
 

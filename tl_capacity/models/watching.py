@@ -1,4 +1,4 @@
-"""Watch: a hook that follows its hook point when the model gets another module there."""
+"""Watch: a hook that stays at its hook point, even if the model gets another module there."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tl_capacity.models.hook_points import TapPoint
 
 
 class Watch:
-    """Watches a place in a model, whatever module is put there."""
+    """Watches a place in a model, whichever module is there."""
 
     def __init__(self, point: TapPoint, callback: Callable[[Tensor], None], differentiable: bool = False) -> None:
         self._point, self._callback, self._differentiable = point, callback, differentiable
         self._hook = point.watch(callback, differentiable)
 
     def follow(self) -> None:
-        """Go where the place is now: `add_sae` and `reset_saes` put other modules there, and drop hooks.
+        """Move to the module that is at the place now. `add_sae` and `reset_saes` replace modules, and drop hooks.
 
         Raises:
             HookPointError: where the hook point is gone.
@@ -28,5 +28,5 @@ class Watch:
             self._point, self._hook = point, point.watch(self._callback, self._differentiable)
 
     def remove(self) -> None:
-        """Take the hook away, and nobody else's."""
+        """Remove this hook and no others."""
         self._hook.remove()

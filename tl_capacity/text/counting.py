@@ -1,4 +1,4 @@
-"""Which tokens count: padding, special tokens and some positions do not. The only mask of the package."""
+"""Which tokens count: padding, special tokens and some positions do not. No other module masks tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ else:
 
 MASK_REASONS = ("padding", "special", "position")
 CHECK_SALT = 2**40
-"""Added to document numbers, so that which documents are checked does not depend on the groups that they belong to."""
+"""Added to document numbers before hashing, so that the checked documents do not depend on the document groups."""
 
 
 class Positions(NamedTuple):
-    """Positions of a row: from `first` on, before `stop` where there is one, every `step`-th."""
+    """Positions of a row: from `first` on, before `stop` if there is one, every `step`-th."""
 
     first: int = 0
     stop: int | None = None
@@ -35,12 +35,12 @@ class Positions(NamedTuple):
         return f"positions from {self.first} {until}" + (f", each {self.step}th" if self.step > 1 else "")
 
     def have(self, place: Int[np.ndarray, "row position"]) -> Bool[np.ndarray, "row position"]:
-        """Which places, counted from 0, are among these positions."""
+        """Whether each place, counted from 0, is among these positions."""
         ends = np.inf if self.stop is None else self.stop
         return np.asarray((place >= self.first) & (place < ends) & ((place - self.first) % self.step == 0))
 
     def are_among(self, others: Positions) -> bool:
-        """Whether every one of these is one of the others."""
+        """Whether all of these positions are among the others."""
         steps = self.step % others.step == 0 and (self.first - others.first) % others.step == 0
         ends = others.stop is None or (self.stop is not None and self.stop <= others.stop)
         return self.first >= others.first and ends and steps
@@ -67,23 +67,23 @@ class CountingRule:
 
     @classmethod
     def for_model(cls, model: Any, tokenizer: Any, skip_first_positions: int = 0) -> CountingRule:
-        """The rule by which every token counts that is not a special one of the tokenizer or the model."""
+        """The rule by which all tokens count but special tokens of the tokenizer or the model."""
         return cls(tuple(special_token_ids(model, tokenizer)), skip_first_positions)
 
     @classmethod
     def without(cls, ids: Iterable[int], skip_first_positions: int = 0) -> CountingRule:
-        """The rule by which every token counts but these ids."""
+        """The rule by which all tokens count but these ids."""
         return cls(tuple(sorted({int(i) for i in ids})), skip_first_positions)
 
     @classmethod
     def recorded(cls, settings: Mapping[str, Any]) -> CountingRule:
-        """The rule that a measurement's settings record."""
+        """The rule in a measurement's recorded settings."""
         first, step = (int(settings.get(*field)) for field in (("skip_first_positions", 0), ("position_step", 1)))
         rule = cls.without(settings.get("masked_token_ids", ()))
         return rule.at(Positions(first, settings.get("stop_position"), step))
 
     def at(self, positions: Positions) -> CountingRule:
-        """The same rule for some positions of each row and no others."""
+        """The same rule for these positions of each row and no others."""
         return replace(
             self,
             skip_first_positions=positions.first,
@@ -98,7 +98,7 @@ class CountingRule:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a measurement records of it."""
+        """The rule as a measurement records it."""
         more = {"stop_position": self.stop_position, "position_step": self.position_step}
         return {
             "masked_token_ids": list(self.special_ids),
@@ -108,13 +108,13 @@ class CountingRule:
 
     @property
     def filler(self) -> int:
-        """An id to put where a row has ended: it is masked, so that nothing depends on it."""
+        """An id for places after the end of a row. It is masked, so nothing depends on it."""
         return self.special_ids[0] if self.special_ids else 0
 
     def masks(
         self, tokens: Int[np.ndarray, "row position"], before: Int[np.ndarray, " row"] | None = None
     ) -> dict[str, Bool[np.ndarray, "row position"]]:
-        """Which tokens do not count, by reason; each token has one reason at most.
+        """Which tokens do not count, by reason. No token has two reasons.
 
         Args:
             tokens: token ids, and `PADDING`, which is no position of a row.
@@ -131,12 +131,12 @@ class CountingRule:
         return np.asarray(~np.logical_or.reduce(list(self.masks(tokens).values())))
 
     def apply(self, batch: TokenBatch) -> CountedTokens:
-        """Which tokens of a batch count, and which documents they are from."""
+        """Which tokens of a batch count, and the document of each."""
         return CountedTokens(batch, self)
 
 
 class CountedTokens:
-    """Which tokens of a batch count, and which documents they are from; on the CPU.
+    """Which tokens of a batch count, and the document of each; on the CPU.
 
     Attributes:
         valid: bool [row, position], where a row has not ended.
@@ -168,7 +168,7 @@ class CountedTokens:
 
     @cached_property
     def unique_documents(self) -> list[int]:
-        """The documents of the batch, each once, in their order."""
+        """The documents of the batch, each once, in order."""
         return list(dict.fromkeys(self.documents.tolist()))
 
     @cached_property
@@ -177,8 +177,8 @@ class CountedTokens:
         return self.documents[self.counted.any(1)].tolist()
 
     def checked(self, every: int) -> Bool[Tensor, " row"]:
-        """Whether the reconstruction is checked on the row's document: on the first document, and by a hash on one of
-        so many others.
+        """Whether the reconstruction is checked on each row's document. The first document is checked, and a hash
+        chooses one in so many of the others.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's, from a folder or the hub, a row at a time."""
+"""Data sets from a folder or the Hugging Face hub, one row at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tl_capacity.errors import SourceCutOffError, TokenSourceError
 from tl_capacity.runtime.hub import hub_or_cache, reason_of
 
 READS = 2
-"""How often a part of a stream is asked for."""
+"""How often a part of a stream is requested."""
 
 
 def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
-    """Stream the rows of `spec`: a local folder of data files, or a `datasets` id `OWNER/NAME` or `OWNER/NAME/CONFIG`;
-    `:SPLIT` chooses a split.
+    """The rows of `spec`, streamed. `spec` is a local folder of data files, or a `datasets` id `OWNER/NAME` or
+    `OWNER/NAME/CONFIG`; `:SPLIT` chooses a split.
 
     Raises:
         TokenSourceError: where there is no such data set or split, or a file cannot be read.
@@ -42,8 +42,8 @@ def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
     except Exception as problem:  # libraries of files, tables and networks, each with classes of its own
         if seen and not local:
             raise SourceCutOffError(
-                f"the data set {spec!r} was cut off after {seen:,} rows ({_deepest(problem)}): run the same command"
-                " again when the network is back, measure with --resume"
+                f"the data set {spec!r} was cut off after {seen:,} rows ({_deepest(problem)}): when the network is "
+                "back, run the same command again, measure with --resume"
             ) from problem
         raise TokenSourceError(
             f"the data set {spec!r} cannot be read ({reason_of(problem)}): check its name and its files, or pass a"
@@ -53,8 +53,8 @@ def load_dataset_rows(spec: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _fewer_retries() -> Iterator[None]:
-    """Read again once where a stream is cut off. The hub's client has then tried six times itself; `datasets` would go
-    on for half an hour.
+    """Read again only once if a stream is cut off. The hub's client has then tried six times itself, and `datasets`
+    would go on for half an hour.
     """
     import datasets
 
@@ -67,7 +67,7 @@ def _fewer_retries() -> Iterator[None]:
 
 
 def _deepest(problem: BaseException) -> str:
-    """The reason behind all that was raised after it."""
+    """The first cause in a chain of exceptions."""
     while problem.__cause__ is not None:
         problem = problem.__cause__
     return reason_of(problem)

@@ -1,4 +1,4 @@
-"""Document groups: each document belongs to one of 64, so that sums over documents merge and can be resampled."""
+"""Document groups: each document belongs to one of 64 groups. Sums over groups can be merged and resampled."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ DOCUMENT_GROUPS = 64
 
 
 def document_groups(documents: NDArray[np.int64], groups: int = DOCUMENT_GROUPS) -> NDArray[np.int64]:
-    """The group of each document number: a hash (splitmix64), so that neighbours and shards spread evenly whatever the
-    order.
+    """The group of each document number. A hash (splitmix64) spreads neighbours and shards evenly,
+    whatever the order.
     """
     x = documents.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

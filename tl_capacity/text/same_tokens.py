@@ -1,4 +1,6 @@
-"""Same tokens: whether two tokenizers make the same ids of a text, by what they contain and by what they do."""
+"""Same tokens: whether two tokenizers give the same ids, judged by their vocabularies and by their results
+on a text.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.text.streams import TokenStream
 
 COMPARED_BATCHES = 4
-"""Of a text, which both tokenizers read."""
+"""Batches of a text that both tokenizers read."""
 
 
 def check_same_tokens(tokenizer: Any, other: Any, who: str, stream: Any = None) -> None:
-    """Refuse a student whose tokenizer is another than its teacher's; nothing is known where either has none.
+    """Refuse a student whose tokenizer differs from its teacher's. If either has none, nothing is checked.
 
     Args:
         tokenizer, other: the teacher's and the student's.
@@ -33,13 +35,13 @@ def check_same_tokens(tokenizer: Any, other: Any, who: str, stream: Any = None) 
         difference = reading_difference(stream, other)
     if difference is not None:
         raise CapacityError(
-            f"{who} needs other tokens than the teacher ({difference}): judge a student that has the teacher's"
-            " tokenizer"
+            f"{who} has a different tokenizer from the teacher ({difference}): choose a student with the teacher's "
+            "tokenizer"
         )
 
 
 def last_token(tokenizer: Any) -> int:
-    """The largest id of a tokenizer's own vocabulary, without tokens that were added; −1 where there is none."""
+    """The largest id of a tokenizer's own vocabulary, without added tokens; −1 if there is none."""
     if tokenizer is None:
         return -1
     added = tokenizer.get_added_vocab()
@@ -47,7 +49,7 @@ def last_token(tokenizer: Any) -> int:
 
 
 def token_difference(tokenizer: Any, other: Any) -> str | None:
-    """What the vocabularies of two tokenizers differ in, in words; None where every token has the same id in both.
+    """How the vocabularies of two tokenizers differ, in words; None if every token has the same id in both.
 
     A token that one of them has and the other lacks is no difference where it was added to the vocabulary, as a padding
     token often is: no text is told by it.
@@ -72,7 +74,7 @@ def token_difference(tokenizer: Any, other: Any) -> str | None:
 
 
 def reading_difference(stream: TokenStream, other: Any) -> str | None:
-    """Where another tokenizer makes other ids of the first texts of a stream, in words; None where it makes the same.
+    """Where another tokenizer gives other ids for the first texts of a stream, in words; None if it gives the same.
 
     Two tokenizers with one vocabulary may still cut words otherwise.
     """
@@ -84,5 +86,5 @@ def reading_difference(stream: TokenStream, other: Any) -> str | None:
             row, other_row = next(((a, b) for a, b in rows if a != b), (mine.tokens[-1].tolist(), []))
             place = next((i for i, (a, b) in enumerate(zip(row, other_row, strict=False)) if a != b), 0)
             text = stream.tokenizer.decode([token for token in row[max(0, place - 2) : place + 3] if token >= 0])
-            return f"it makes other tokens of {text!r}"
+            return f"it cuts {text!r} into other tokens"
     return None

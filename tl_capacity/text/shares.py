@@ -1,5 +1,5 @@
-"""Shares: which documents each of several processes reads, also where an earlier launch of another number of processes
-has read some of them.
+"""Shares: which documents each of several processes reads, also after an earlier launch with another number of
+processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one process reads of what earlier launches have left.
+    """What one process reads of the text that earlier launches have left.
 
     Documents that were begun are dealt to the processes in turn, and so are those that were not. Which process reads a
     document follows from its number alone, so that processes need not talk about it.
@@ -39,7 +39,7 @@ class Share:
 
     @classmethod
     def recorded(cls, index: int, count: int, launches: Sequence[Sequence[Sequence[int]]]) -> Share:
-        """The share of a process, from launches as JSON has them."""
+        """The share of a process, with earlier launches read from JSON."""
         return cls(index, count, tuple(tuple(Place(*map(int, place)) for place in launch) for launch in launches))
 
     def __call__(self, numbered: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, int, Item]]:
@@ -70,24 +70,24 @@ class Share:
 
     @cached_property
     def begun(self) -> Mapping[int, int]:
-        """The documents of this process of which earlier launches have read a part, with how many rows they read."""
+        """The documents of this process that earlier launches began, and how many rows of each they read."""
         return {number: rows for number, (process, rows) in self._stages[-1][0].items() if process == self.index}
 
     @cached_property
     def all_begun(self) -> Mapping[int, int]:
-        """The documents of all processes of which earlier launches have read a part, with how many rows they read."""
+        """The documents of all processes that earlier launches began, and how many rows of each they read."""
         return {number: rows for number, (_, rows) in self._stages[-1][0].items()}
 
     def place(self, place: Place) -> Place:
-        """A place that counts the rows from where this process began, as one that counts them from the document's
+        """A place whose rows count from where this process began, turned into one that counts from the document's
         beginning.
         """
         return Place(place.document, place.rows + self.begun.get(place.document, 0)) if place.rows else place
 
     @cached_property
     def _stages(self) -> list[tuple[dict[int, tuple[int, int]], tuple[Place, ...]]]:
-        """Of each launch, the process and the rows of each document that was begun when it began, and where its
-        processes ended; this launch, which has not, comes last.
+        """For each launch: the process and the rows of each unfinished document at its beginning, and where its
+        processes ended. This launch comes last and has not ended.
         """
         stages: list[tuple[dict[int, tuple[int, int]], tuple[Place, ...]]] = []
         rows: dict[int, int] = {}

@@ -1,5 +1,5 @@
-"""Token streams: documents cut into rows of one context, each row from one document, in an order that depends on
-nothing but the source.
+"""Token streams: documents cut into rows of one length, each row from one document. The order depends only on the
+source.
 
 A row is `[BOS, tokens…]`, padded at the end; teacher, students and SAE see exactly these tokens. A shard takes every
 n-th document.
@@ -25,11 +25,11 @@ from tl_capacity.text.tokenizing import bos_of, tokens_of_each, without_nulls
 Item = TypeVar("Item")
 
 PADDING = -1
-"""Marks a padded place in `TokenBatch.tokens` until it is given to a model."""
+"""Marks a padded place in `TokenBatch.tokens` until the tokens go to a model."""
 
 
 SEVERAL = 3
-"""So many of one id at an end of a row may be padding."""
+"""This many equal ids at an end of a row may be padding."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class TokenBatch:
 
     @property
     def present(self) -> NDArray[np.bool_]:
-        """[row, position] whether a token is there, and not padding."""
+        """[row, position] whether there is a token, and not padding."""
         return np.asarray(self.tokens != PADDING)
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """[token] the ids of all tokens that are there."""
+        """[token] the ids of all tokens, without padding."""
         return self.tokens[self.present]
 
     def padded_at_the_end(self) -> TokenBatch:
-        """The same rows, each of which begins at the first position.
+        """The same rows, moved so that each begins at the first position.
 
         Padding in front of a row or inside it would be attended to, or would have to be masked in every model's own
         way. Behind a row, nothing depends on it.
@@ -71,7 +71,7 @@ class TokenBatch:
         return replace(self, tokens=np.take_along_axis(self.tokens, order, axis=1)[:, :longest])
 
     def filled(self, filler: int) -> NDArray[np.int64]:
-        """[row, position] the ids with a filler in place of padding, as a model takes them."""
+        """[row, position] the ids as a model takes them, with a filler in place of padding."""
         return np.where(self.present, self.tokens, filler)
 
 
@@ -105,12 +105,12 @@ class TokenStream:
     def __post_init__(self) -> None:
         if self.context < 2 or self.batch_rows < 1:
             raise TokenSourceError(
-                f"context = {self.context} and batch_rows = {self.batch_rows} hold no token to predict: use at least 2"
-                " and 1"
+                f"context = {self.context} and batch_rows = {self.batch_rows} hold no token to predict: use at least "
+                "2 positions and 1 row"
             )
         index, of = self.shard
         if not 0 <= index < of:
-            raise TokenSourceError(f"shard {index} of {of} does not exist: the index runs from 0 to {of - 1}")
+            raise TokenSourceError(f"shard {index} of {of} does not exist: choose an index from 0 to {of - 1}")
         if not isinstance(self.source, np.ndarray) and self.tokenizer is None:
             raise TokenSourceError("a stream of text needs a tokenizer: pass the model's, or rows of token ids")
 
@@ -121,11 +121,11 @@ class TokenStream:
 
     @property
     def is_text(self) -> bool:
-        """Whether rows are made here, from text, and not given as token ids."""
+        """Whether rows are made from text here, and not given as token ids."""
         return not isinstance(self.source, np.ndarray)
 
     def name(self) -> str:
-        """What the stream reads, for the record."""
+        """What the stream reads, as a measurement records it."""
         if isinstance(self.source, str):
             return self.source
         return (
@@ -187,7 +187,7 @@ class TokenStream:
 
 
 def _begun_with(bos: list[int], ids: list[int]) -> NDArray[np.int64]:
-    """A row that begins with BOS, once."""
+    """A row that begins with BOS exactly once."""
     return np.array(ids if ids[:1] == bos else bos + ids, dtype=np.int64)
 
 
@@ -216,13 +216,13 @@ def _documents_of(source: TokenSource, spec: str) -> Iterator[str]:
 
 
 def source_of(stream: Any) -> str:
-    """What a stream reads, for the record."""
+    """What a stream reads, as a measurement records it."""
     return stream.name() if isinstance(stream, TokenStream) else "token ids given in a session"
 
 
 @dataclass(frozen=True)
 class Fillers:
-    """Ids that may be padding where no attention mask says so.
+    """Ids that may be padding if no attention mask says so.
 
     Attributes:
         before: ids that matter in front of a row, such as every special one: the model attends to them.
@@ -233,8 +233,8 @@ class Fillers:
     behind: Sequence[int] = ()
 
     def assumption(self, tokens: NDArray[np.int64]) -> str | None:
-        """What is assumed of rows [row, position] that begin or end with one of these ids three times or more; None
-        where none does. Twice it stands where a packed text has EOS behind a row's BOS.
+        """What is assumed about rows [row, position] that begin or end with at least three of one of these ids; None if
+        no row does. Two occur in packed text, where EOS follows a row's BOS.
         """
         for ids, at_once, where, effect in (
             (self.before, tokens, "begins", "the model attends to them"),
@@ -246,15 +246,15 @@ class Fillers:
             if several.any():
                 row = at_once[int(np.argmax(several))]
                 return (
-                    f"a row {where} with {int(np.argmax(row != row[0]))} tokens of id {row[0]}, and no attention mask"
-                    f" came with it: they are taken for text, so that {effect}; if they are padding, pass"
-                    " {'input_ids': …, 'attention_mask': …}"
+                    f"a row {where} with {int(np.argmax(row != row[0]))} tokens of id {row[0]}, and no attention "
+                    f"mask came with it: they are read as text, so {effect}; if they are padding, pass "
+                    "{'input_ids': …, 'attention_mask': …}"
                 )
         return None
 
 
 def as_batches(stream: Any, first_document: int = 0, fillers: Fillers | None = None) -> Iterator[TokenBatch]:
-    """Batches of a `TokenStream`, or of anything a notebook has at hand: a tensor of rows, a `datasets.Dataset`, an
+    """Batches of a `TokenStream`, or of whatever a notebook has at hand: a tensor of rows, a `datasets.Dataset`, an
     iterable of tensors or of `{"input_ids": …}`.
 
     Where rows come without document numbers, each row counts as a document of its own, numbered from `first_document`.
@@ -287,7 +287,7 @@ def _items(stream: Any) -> Iterable[Any]:
         return [stream]
     if isinstance(stream, str) or not isinstance(stream, Iterable):
         raise TokenSourceError(
-            f"{type(stream).__name__} is no stream of tokens: pass a TokenStream, or tokens of shape [row, position]"
+            f"{type(stream).__name__} is not a stream of tokens: pass a TokenStream, or tokens of shape [row, position]"
         )
     return stream
 
@@ -316,7 +316,7 @@ def _batch(item: Any, first_document: int) -> TokenBatch:
 
 
 def _rows(values: Any) -> NDArray[np.int64]:
-    """Whole numbers [row, position] of one row or several, shorter ones padded; always a copy."""
+    """Whole numbers [row, position] from one row or several, shorter ones padded. Always a copy."""
     try:
         several = isinstance(values, (list, tuple)) and any(hasattr(row, "__len__") for row in values)
         rows = [_numpy(row) for row in values] if several else []
@@ -331,8 +331,8 @@ def _rows(values: Any) -> NDArray[np.int64]:
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2 or array.dtype.kind not in "iub":
         raise TokenSourceError(
-            f"a batch of tokens is {array.dtype}{list(array.shape)}, but whole numbers of shape [row, position] are"
-            " needed"
+            f"a batch of tokens is {array.dtype}{list(array.shape)}, not whole numbers of shape [row, position]: "
+            "pass token ids"
         )
     return array.astype(np.int64)
 

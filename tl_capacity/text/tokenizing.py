@@ -1,4 +1,6 @@
-"""Tokenizing: text as token ids, in which text stays text, and long documents in pieces with the whole's tokens."""
+"""Tokenizing: text as token ids. Special tokens that a text spells stay text, and a long document cut into pieces gets
+the same tokens as the whole.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,19 @@ Number = TypeVar("Number")
 
 DOCUMENTS_AT_ONCE = 64
 CHARACTERS_AT_ONCE = 2**16
-"""A longer document is cut into pieces of this many characters. A tokenizer holds some 200 bytes for each token."""
+"""A longer document is cut into pieces of this many characters, since a tokenizer holds about 200 bytes
+for each token.
+"""
 GROUP_CHARACTERS = 2**20
 OVERLAP = 2**11
 """Characters that two neighbouring pieces share."""
 AGREEING = 24
-"""Tokens on either side of a seam that both of its pieces must have."""
+"""Tokens on either side of a seam on which both of its pieces must agree."""
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The id that begins a row: BOS, or EOS where a tokenizer has no BOS, as TransformerLens sets it; None where it has
-    neither. Id 0 is valid (GPT-NeoX).
+    """The id that begins a row: BOS, or EOS if a tokenizer has no BOS, as in TransformerLens; None without either. Id 0
+    is valid (GPT-NeoX).
     """
     ids = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
     return next((int(token) for token in ids if token is not None), None)
@@ -43,7 +47,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str], special_tokens: bool = False
 def tokens_of_each(
     tokenizer: Any, texts: Iterable[tuple[Number, str]], special_tokens: bool = False
 ) -> Iterator[tuple[Number, Iterator[list[int]]]]:
-    """The ids of each numbered text, in pieces: short texts are tokenized together, a long one is while it is read."""
+    """The ids of each numbered text, in pieces. Short texts are tokenized together, and a long one while it is read."""
     for group in _groups(texts):
         if len(group) == 1 and len(group[0][1]) > CHARACTERS_AT_ONCE:
             [(number, text)] = group
@@ -61,7 +65,7 @@ def tokens_in_pieces(
     size: int = CHARACTERS_AT_ONCE,
     overlap: int = OVERLAP,
 ) -> Iterator[list[int]]:
-    """The ids of a text in pieces: laid end to end they are the ids of the whole, and no more than a piece is held.
+    """The ids of a text in pieces. Together they are the ids of the whole text, but only one piece is held at a time.
 
     Neighbouring pieces overlap. They are joined at a token that begins and ends at the same place in both, and around
     which both have the same tokens; where there is none, the piece is made longer. A tokenizer that is written in
@@ -92,7 +96,9 @@ def tokens_in_pieces(
 
 
 def _seam(text: str, left: Any, left_start: int, right: Any, right_start: int, overlap: int) -> tuple[int, int] | None:
-    """The place of one token in each of two overlapping pieces, from which on the right one has the whole's tokens."""
+    """The place of one token in each of two overlapping pieces. From there on, the right piece has the same tokens as
+    the whole.
+    """
     middle = range(right_start + overlap // 2, right_start + 3 * overlap // 4)
     word_starts = [place for place in middle if text[place - 1].isspace() and not text[place].isspace()]
     left_ids, right_ids = left["input_ids"][0], right["input_ids"][0]
@@ -125,7 +131,7 @@ def _encoded(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> Any:
 
 
 def _groups(texts: Iterable[tuple[Number, str]]) -> Iterator[list[tuple[Number, str]]]:
-    """Texts that are tokenized together; a long one stands alone."""
+    """Texts to tokenize together; a long one is by itself."""
     group: list[tuple[Number, str]] = []
     characters = 0
     try:
@@ -148,8 +154,8 @@ def _groups(texts: Iterable[tuple[Number, str]]) -> Iterator[list[tuple[Number, 
 
 
 def without_nulls(texts: Iterable[Any], giver: str, spec: str) -> Iterator[str]:
-    """The texts that are there: empty ones and nulls, such as None and a table's NaN, are left out; their number is
-    said in the log once the reading ends.
+    """The texts without empty ones and nulls, such as None and a table's NaN. Their number is logged when the reading
+    ends.
 
     Args:
         texts: what a source gives.
