@@ -272,7 +272,7 @@ def respoil(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 class TestDamage:
     def test_no_folder_and_no_file(self, folder: Path, tmp_path: Path) -> None:
         for missing in (tmp_path / "nowhere", tmp_path, folder / JSON_NAME):
-            with pytest.raises(MeasurementError, match="is no measurement"):
+            with pytest.raises(MeasurementError, match="is not a measurement"):
                 Measurement.load(missing)
 
     def test_missing_arrays(self, folder: Path) -> None:
@@ -475,7 +475,7 @@ class TestFailingWrites:
     def test_a_file_in_the_way(self, whole: Measurement, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")
         for target in (tmp_path / "file", tmp_path / "file" / "below"):
-            with pytest.raises(CapacityError, match="cannot be made"):
+            with pytest.raises(CapacityError, match="cannot be created"):
                 whole.save(target)
         assert (tmp_path / "file").read_text() == "in the way"
 

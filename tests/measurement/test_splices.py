@@ -63,8 +63,8 @@ def test_a_splice_of_another_teacher_or_dictionary_is_refused(tmp_path: Path) ->
     for about, curve, says in (
         ({"model": "another"}, CURVE, "the splice is of the model 'another' and the measurement of 'unnamed model'"),
         ({"revision": "b" * 40}, CURVE, "the splice is of the revision 'bbb"),
-        ({}, replace(CURVE, sae_digest="1" * 64), "of other dictionaries than were measured here"),
-        ({}, replace(CURVE, hook="blocks.9.hook_resid_post"), "of other dictionaries than were measured here"),
+        ({}, replace(CURVE, sae_digest="1" * 64), "the splice is of other dictionaries"),
+        ({}, replace(CURVE, hook="blocks.9.hook_resid_post"), "the splice is of other dictionaries"),
     ):
         Spliced((curve,), about).save(tmp_path / "s")
         with pytest.raises(MeasurementError, match=says):

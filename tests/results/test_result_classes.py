@@ -112,5 +112,5 @@ class TestShortcuts:
         assert all(found.sae in written for found in measurement)
         assert measurement.floors([4], max_fvu=None)[0].predicted_floor.show(",.1f").split(" ")[0] in written
         (tmp_path / "file").write_text("")
-        with pytest.raises(CapacityError, match=r"the folder .* cannot be made"):
+        with pytest.raises(CapacityError, match=r"the folder .* cannot be created"):
             page_writer()(measurement, tmp_path / "file" / "page.html")

@@ -164,7 +164,7 @@ class TestClosedForms:
 
     @pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan"), float("inf")])
     def test_no_threshold(self, threshold: float) -> None:
-        with pytest.raises(CapacityError, match="is no firing rate"):
+        with pytest.raises(CapacityError, match="is not a firing rate"):
             rates_summary([0.1], threshold=threshold)
 
 

@@ -1,4 +1,4 @@
-"""Measurement: what was counted at every hook point, on what and how; save, load, merge."""
+"""Measurement: what was counted at every hook point, with model, text and settings; save, load, merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Exports: what writes a measurement down for readers, found through an entry point, as it is built on measurements."""
+"""Exports: functions that write a measurement for readers. They are found through an entry point, because they are
+built on measurements.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,13 @@ from pathlib import Path
 from tl_capacity.errors import PluginError
 
 GROUP = "tl_capacity.exports"
-"""The entry points of whatever writes a measurement to a file: `name = module:function`, which takes the measurement,
-the file and student widths, and returns the file.
+"""Entry points of functions that write a measurement to a file: `name = module:function`. The function takes the
+measurement, the file and student widths, and returns the file.
 """
 
 
 def page_writer() -> Callable[..., Path]:
-    """What writes the HTML page of a measurement.
+    """The function that writes a measurement's HTML page.
 
     Raises:
         PluginError: where no installed package offers one.

@@ -39,8 +39,8 @@ def importance_figure(
     law: str | None = None,
     hook: str | None = None,
 ) -> go.Figure:
-    """Importance of the alive features, most important first, with 95% bands over documents; where each student width's
-    budget ends is marked.
+    """Importance of the alive features, most important first, with 95% bands over documents. The end of each student
+    width's budget is marked.
 
     Args:
         hook: the hook point whose budgets are drawn as lines; by default the middle one. Markers on the curves show
@@ -83,7 +83,7 @@ def importance_figure(
             for count in spaced(list(ends.values())):
                 label_above(figure, float(count), next(f"{width:,}" for width, kept_ in ends.items() if kept_ == count))
     if not figure.data:
-        raise CapacityError("no hook point has an alive feature of any importance: count more tokens")
+        raise CapacityError("no hook point has an alive feature with an importance above 0: count more tokens")
     figure.update_xaxes(type="log", title="rank of the feature by importance", exponentformat="power", dtick=1)
     value_axis(figure, f"importance ({per_token(lined.unit(importance))})")
     figure.update_layout(legend={"y": 1.09 if widths else 1.02})
@@ -91,8 +91,8 @@ def importance_figure(
 
 
 def firing_rate_figure(measurement: Iterable[HookMeasurement]) -> go.Figure:
-    """Firing rates of the latents that fired, on a logarithmic scale, with the thresholds at which F is counted and
-    1/e, above which g(α) does not apply.
+    """Firing rates of the latents that fired, on a logarithmic scale. The thresholds at which F is counted are marked,
+    and 1/e, above which g(α) does not apply.
     """
     hooks = tuple(measurement)
     figure, alive = new_figure(), hooks[0].summary.alive_threshold
@@ -121,7 +121,7 @@ def firing_rate_figure(measurement: Iterable[HookMeasurement]) -> go.Figure:
 
 
 def _curve_interval(hook: HookMeasurement, importance: str | None, ranks: NDArray[np.int64]) -> list[Estimate]:
-    """The sorted importances at some ranks, with intervals."""
+    """The intervals of the sorted importances at some ranks."""
     estimator, s = hook.estimator(importance), hook.summary
 
     def at_ranks(sums: Resample) -> list[float]:

@@ -1,4 +1,4 @@
-"""A measurement on disk: a JSON file, and beside it a safetensors file that it names by its hash."""
+"""A measurement on disk: a JSON file, and a safetensors file that it names by its hash."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ JSON_NAME = "measurement.json"
 def write_folder(
     folder: Path, content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], keep_previous: bool = False
 ) -> Path:
-    """Write JSON and arrays so that the JSON, renamed into place last, always names arrays that are whole; with
-    `keep_previous`, beside what was there.
+    """Write JSON and arrays. The JSON is renamed into place last, so it always names complete arrays. With
+    `keep_previous`, the earlier files stay too.
     """
     from safetensors.numpy import save
 
@@ -38,12 +38,14 @@ def write_folder(
 
 
 def remove_leftovers(folder: Path, keep_previous: bool = False) -> None:
-    """Delete what a measurement's record does not name; without `keep_previous`, the checkpoint before it too."""
+    """Delete files that a measurement's record does not name. Without `keep_previous`, delete the earlier checkpoint
+    too.
+    """
     storage.remove_stale(folder / JSON_NAME, "statistics", "statistics-*.safetensors", keep_previous)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a measurement or a checkpoint, and the folder itself where nothing else is in it."""
+    """Delete a measurement or a checkpoint, and its folder if nothing else is in it."""
     record = folder / JSON_NAME
     for path in (storage.previous(record), record, *folder.glob("statistics-*.safetensors")):
         path.unlink(missing_ok=True)
@@ -63,7 +65,8 @@ def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], di
     path = folder / name
     if not path.is_file():
         raise MeasurementError(
-            f"{folder} is no measurement: it has no {JSON_NAME}; pass a folder that `tl-capacity measure --out` wrote"
+            f"{folder} is not a measurement, as it has no {JSON_NAME}: pass a folder that `tl-capacity measure "
+            "--out` wrote"
         )
     try:
         content = storage.read_record(path, SCHEMA)
@@ -73,11 +76,11 @@ def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], di
         raise MeasurementError(f"{path} is truncated, altered or no JSON ({problem}): measure again") from problem
     if not isinstance(content.get("schema"), int):
         raise MeasurementError(
-            f"{path} has no schema version: it was not written by this tool or was altered, measure again"
+            f"{path} has no schema version: it was altered or not written by this tool, so measure again"
         )
     tensors_name, sha = content.get("statistics"), content.get("statistics_sha256")
     if not isinstance(tensors_name, str) or Path(tensors_name).name != tensors_name:
-        raise MeasurementError(f"{path} names no statistics file: it was altered, measure again")
+        raise MeasurementError(f"{path} names no statistics file: it was altered, so measure again")
     try:
         data = (folder / tensors_name).read_bytes()
     except (OSError, ValueError) as problem:
@@ -93,5 +96,5 @@ def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], di
         return content, load(data)
     except SafetensorError as problem:
         raise MeasurementError(
-            f"{folder / tensors_name} is no safetensors file ({problem}): measure again"
+            f"{folder / tensors_name} is not a safetensors file ({problem}): measure again"
         ) from problem

@@ -1,5 +1,5 @@
-"""Measurement: what was measured, on what and how, one `HookMeasurement` per SAE; on disk a JSON and a safetensors file
-that names its hash.
+"""Measurement: what was measured, on what and how, one `HookMeasurement` for each SAE. On disk it is a JSON file and a
+safetensors file named by its hash.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Measurement(ShownInNotebooks):
         return iter(self.hooks)
 
     def __getitem__(self, hook: str) -> HookMeasurement:
-        """What was measured at a hook point.
+        """The measurement at a hook point.
 
         Raises:
             CapacityError: where nothing was measured there, or several SAEs were: iterate to see each.
@@ -60,13 +60,13 @@ class Measurement(ShownInNotebooks):
 
     @property
     def n_alive(self) -> dict[str, Estimate]:
-        """F of each hook point, the number of alive features; by the SAE's name where several were measured at one."""
+        """F of each hook point, the number of alive features. Where several SAEs were measured, by the SAE's name."""
         name = told_apart(self.hooks)
         return {name(hook): hook.n_alive for hook in self.hooks}
 
     @property
     def d_star(self) -> dict[str, Estimate]:
-        """d* of each hook point, in dimensions; by the SAE's name where several were measured at one."""
+        """d* of each hook point, in dimensions. Where several SAEs were measured, by the SAE's name."""
         name = told_apart(self.hooks)
         return {name(hook): hook.d_star for hook in self.hooks}
 
@@ -96,7 +96,7 @@ class Measurement(ShownInNotebooks):
         law: str | None = None,
         max_fvu: float | None = 1.0,
     ) -> list[FloorPrediction]:
-        """Predicted floors of every hook and width; arguments as in `budget`."""
+        """Predicted floors of every hook point and width; arguments as in `budget`."""
         return list(self.budget(widths, importance, law, max_fvu).floors)
 
     def to_frame(self) -> Any:
@@ -114,7 +114,7 @@ class Measurement(ShownInNotebooks):
         law: str | None = None,
         hook: str | None = None,
     ) -> Any:
-        """A plotly figure of the sorted importances, with the budget of each student width drawn in; see
+        """A plotly figure of the sorted importances, with the budget of each student width marked; see
         `measurement.figures.importance_figure`.
         """
         from tl_capacity.measurement.figures import importance_figure
@@ -146,7 +146,8 @@ class Measurement(ShownInNotebooks):
 
     @checked
     def save(self, folder: str | Path) -> Path:
-        """Write the measurement to `folder`; kept whole if the process dies or the disk fills while writing.
+        """Write the measurement to `folder`. What was there stays whole if the process dies or the disk fills
+        meanwhile.
 
         Raises:
             CapacityError: where the folder cannot be written.
@@ -154,11 +155,11 @@ class Measurement(ShownInNotebooks):
         return write_folder(Path(folder), self.to_json(), self.arrays())
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The sums of every hook, as they lie on disk: `place of the hook/name of the sum`."""
+        """The sums of every hook point, under the names on disk: `place of the hook/name of the sum`."""
         return {f"{i}/{name}": array for i, h in enumerate(self.hooks) for name, array in h.summary.arrays.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays."""
+        """Everything except the arrays."""
         return {
             "complete": self.complete,
             "provenance": asdict(self.provenance),
@@ -184,7 +185,7 @@ class Measurement(ShownInNotebooks):
     @classmethod
     @checked
     def load(cls, folder: str | Path) -> Measurement:
-        """Read a measurement and check all that it relies on.
+        """Read a measurement and check everything that it relies on.
 
         Raises:
             MeasurementError: where it is missing, truncated, altered, or of a newer schema.
@@ -193,7 +194,7 @@ class Measurement(ShownInNotebooks):
 
     @classmethod
     def read(cls, path: Path) -> Measurement:
-        """As `load`, from the JSON file of the measurement."""
+        """As `load`, from the measurement's JSON file."""
         content, arrays = read_folder(path.parent, path.name)
         try:
             hooks = []
@@ -227,13 +228,13 @@ class Measurement(ShownInNotebooks):
             raise
         except (CapacityError, KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as problem:
             raise MeasurementError(
-                f"{path} lacks or garbles {problem}: the measurement was altered, measure again"
+                f"{path} lacks or garbles {problem}: the measurement was altered, so measure again"
             ) from problem
 
     @classmethod
     @checked
     def merge(cls, parts: Sequence[Measurement]) -> Measurement:
-        """Join shards of one measurement: counts exactly, moments to rounding.
+        """Join shards of one measurement. Counts are exact; moments are exact up to rounding.
 
         Raises:
             MeasurementError: where the shards measured other models, SAEs, sources or settings, or the same documents

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 SAME_RUN = ("model", "revision", "dtype", "source", "shards", "shard_count", "settings")
-"""What two provenances of one run agree in; what they differ in first is told in this order."""
+"""Fields in which two provenances of one run agree, in the order in which a difference is reported."""
 
 
 class Difference(NamedTuple):
-    """A field in which two provenances differ, and its values."""
+    """A field in which two provenances differ, and both values."""
 
     name: str
     mine: Any
@@ -49,7 +49,7 @@ class Provenance:
     seconds: float = 0.0
 
     def difference(self, other: Provenance, may_differ: Container[str] = ()) -> Difference | None:
-        """The first field in which this is not the same run as another; None where it is.
+        """The first field in which this run differs from another; None if they are the same run.
 
         Args:
             may_differ: names of fields that do not matter, such as the shards where shards are joined.
@@ -62,7 +62,7 @@ class Provenance:
 
 
 def typed_field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    """A field of a saved mapping, if it is there and of its type."""
+    """A field of a saved mapping, checked to exist and to have its type."""
     if not isinstance(saved[name], kind) or (
         name in ("width", "d_model") and saved[name] is not None and saved[name] < 1
     ):
@@ -71,7 +71,7 @@ def typed_field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ..
 
 
 def provenance_from_json(saved: Mapping[str, Any]) -> Provenance:
-    """The provenance that `asdict` wrote; what earlier versions wrote besides is ignored."""
+    """The provenance that `asdict` wrote. Further fields from earlier versions are ignored."""
     kinds: dict[str, Any] = {"revision": (str, type(None)), "shards": list, "seconds": (int, float)}
     content = {
         name: typed_field(saved, name, kinds.get(name, type(default))) for name, default in vars(Provenance()).items()

@@ -1,4 +1,4 @@
-"""Splices of a measurement: the one that was named or lies beside it, checked to be of this measurement."""
+"""Splices of a measurement: the one named, or the one beside it, checked to belong to the measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tl_capacity.storage.files import read_json
 
 
 def splice_of(measurement: Measurement, folder: Path, named: Path | None) -> tuple[Spliced | None, list[str]]:
-    """The splice of a measurement, and what to say of it; None where none was named and none lies beside it.
+    """The splice of a measurement, and a note on where it was found; None if none was named and none lies beside it.
 
     Args:
         folder: the measurement's. Its own splice.json counts as beside it, and those of its folders and of the folders
@@ -32,16 +32,16 @@ def splice_of(measurement: Measurement, folder: Path, named: Path | None) -> tup
         return None, []
     if len(beside) > 1:
         return None, [
-            f"{len(beside)} splices of this measurement lie beside it, and none is read: choose one with --splice"
-            f" ({', '.join(str(path.parent) for path in beside)})"
+            f"{len(beside)} splices of this measurement lie beside it, so none is read: choose one with --splice "
+            f"({', '.join(str(path.parent) for path in beside)})"
         ]
     spliced = Spliced.load(beside[0])
     check_splice(spliced, measurement)
-    return spliced, [f"floors in nats are read from {beside[0].parent}, which is a splice of this measurement"]
+    return spliced, [f"floors in nats come from {beside[0].parent}, a splice of this measurement"]
 
 
 def splices_beside(folder: Path) -> list[Path]:
-    """The splices in a measurement's folder, one folder deeper, or in a folder next to it, which name the hash of the
+    """The splices in a measurement's folder, one folder deeper, or in a neighbouring folder, that name the hash of the
     measurement's file.
     """
     measured = folder / MEASUREMENT_JSON
@@ -55,7 +55,7 @@ def splices_beside(folder: Path) -> list[Path]:
 
 
 def check_splice(spliced: Spliced, measurement: Measurement) -> None:
-    """Refuse a splice of another teacher than was measured, or of none of its dictionaries.
+    """Refuse a splice of another teacher than was measured, or with none of its dictionaries.
 
     Raises:
         MeasurementError: says which.
@@ -72,13 +72,13 @@ def check_splice(spliced: Spliced, measurement: Measurement) -> None:
     if not any((curve.hook, curve.sae_digest) in known for curve in spliced):
         spliced_at = ", ".join(dict.fromkeys(f"{curve.sae} at {curve.hook}" for curve in spliced))
         raise MeasurementError(
-            f"the splice is of other dictionaries than were measured here ({spliced_at or 'none'}): splice this"
-            " measurement (tl-capacity run splice)"
+            f"the splice is of other dictionaries ({spliced_at or 'none'}) than the measurement: splice this "
+            "measurement (tl-capacity run splice)"
         )
 
 
 def _measured(path: Path) -> str | None:
-    """The hash of the measurement that a splice says it is of."""
+    """The hash of the measurement that a splice belongs to."""
     try:
         content = read_json(path)
         return str(content["about"]["measured"])

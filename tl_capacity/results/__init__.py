@@ -1,1 +1,1 @@
-"""What the sums of one hook point say, every figure with its interval."""
+"""What the sums of one hook point say: every figure with its interval."""

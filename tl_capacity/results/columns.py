@@ -1,4 +1,4 @@
-"""Each headline figure of a measured hook point, declared once: its names, its format, its formula and its getter.
+"""Each headline figure of a hook point, declared once: its names, format, formula and getter.
 
 The JSON of a measurement, the tables in a terminal, a notebook and the report, the DataFrame and the README's table of
 figures are all selections of these columns.
@@ -14,11 +14,11 @@ from tl_capacity.results.estimate import Estimate
 from tl_capacity.results.hook import HookMeasurement
 
 Value = Estimate | int | float | Mapping[Any, Any] | None
-"""What a column holds; None where the reconstruction was not checked, on which it rests."""
+"""What a column holds; None if it needs a reconstruction that was not checked."""
 
 
 def as_json(value: Value) -> Any:
-    """A value in JSON: an estimate as its three numbers, thresholds as short numbers."""
+    """A value in JSON: an estimate as three numbers, thresholds as short numbers."""
     if isinstance(value, Estimate):
         return value.to_json()
     if isinstance(value, Mapping):
@@ -33,7 +33,7 @@ def without_interval(value: Value) -> Any:
 
 @dataclass(frozen=True)
 class Column:
-    """One headline figure: what it is called in each place, how it is shown, and how it is had of a hook point.
+    """One headline figure: its name in each place, its format, and how to compute it for a hook point.
 
     Attributes:
         name: its short name, also in a DataFrame.
@@ -64,7 +64,7 @@ class Column:
         return value.show(self.digits) if isinstance(value, Estimate) else format(value, self.digits)
 
     def brief(self, hook: HookMeasurement) -> str:
-        """The same without an interval that rounds to the figure itself."""
+        """The same, without an interval that rounds to the figure itself."""
         value = self.value(hook)
         return value.brief(self.digits) if isinstance(value, Estimate) else self.show(hook)
 
@@ -85,8 +85,8 @@ ALIVE = Column(
     digits=",.0f",
     formula="number of features with firing rate pᵢ > 10⁻⁵",
     meaning=(
-        "alive features; grows with the tokens read, so it is also given at other thresholds, with Chao2's estimate of"
-        " all that can fire"
+        "alive features; their number grows with the tokens read, so F is also given at other thresholds, with "
+        "Chao2's estimate of how many can fire at all"
     ),
 )
 ALIVE_AT = Column("F at thresholds", lambda hook: hook.summary.alive_at, key="alive_at")
@@ -146,8 +146,8 @@ HETEROGENEOUS_CRITICAL_WIDTH = Column(
     digits=",.1f",
     formula="Σᵢ pᵢ ln(1/pᵢ)",
     meaning=(
-        "the same without supposing that all features fire equally often; never larger than d*, and needs no alive"
-        " threshold"
+        "critical width without the assumption that all features fire equally often; never larger than d*, and "
+        "needs no alive threshold"
     ),
 )
 DENSE_LATENTS = Column(
@@ -166,7 +166,7 @@ FVU = Column(
     heading="FVU",
     digits=".3f",
     formula="Σ‖x − x̂‖² / Σ‖x − x̄‖²",
-    meaning="variance that the SAE leaves unexplained; above 1 the SAE is refused",
+    meaning="share of the variance that the SAE leaves unexplained; above 1 the SAE is refused",
 )
 EXPLAINED_VARIANCE = Column(
     "explained variance",
@@ -193,9 +193,9 @@ RECORDED = (
     FVU,
     EXPLAINED_VARIANCE,
 )
-"""What a measurement's JSON says of each hook point, in its order."""
+"""The figures of each hook point in a measurement's JSON, in order."""
 
 
 def recorded(hook: HookMeasurement) -> dict[str, Any]:
-    """The headline figures of a hook point in JSON, so that a measurement can be read without this package."""
+    """The headline figures of a hook point in JSON. A measurement can be read from them without this package."""
     return {column.key: column.to_json(column.value(hook)) for column in RECORDED}

@@ -1,4 +1,4 @@
-"""Estimate: a number with its 95% interval over documents, and every bootstrap that such intervals come from."""
+"""Estimate: a number with its 95% interval over documents, and every bootstrap that gives such intervals."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPLICATES = 200
-"""Of the bootstrap over document groups; a percentile is placed roughly, and the figures are many."""
+"""Replicates of the bootstrap over document groups. They are few, because there are many figures and a percentile need
+not be exact.
+"""
 CLUSTER_REPLICATES = 1_000
-"""Of the bootstrap over clusters of rows, whose statistics are cheap."""
+"""Replicates of the bootstrap over clusters of rows, whose statistics are cheap."""
 MIN_GROUPS_FOR_INTERVAL = 8
-"""Document groups, or clusters, below which no interval is given."""
+"""Fewest document groups, or clusters, for an interval."""
 WEIGHTS_AT_ONCE = 4_000_000
 """Rows times replicates whose weights are in memory at once: 32 MB."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval over documents; `low` and `high` are None where there are too few documents to
-    say.
-    """
+    """A number with its 95% interval over documents. `low` and `high` are None if there are too few documents."""
 
     value: float
     low: float | None = None
@@ -35,27 +35,29 @@ class Estimate:
         return {name: value if value is not None and isfinite(value) else None for name, value in vars(self).items()}
 
     def show(self, digits: str = ",.1f") -> str:
-        """`value [low, high]`, or the value alone where no interval can be given."""
+        """`value [low, high]`, or the value alone without an interval."""
         if not isfinite(self.value):
             return "undefined"
         interval = "" if self.low is None or self.high is None else f" [{self.low:{digits}}, {self.high:{digits}}]"
         return f"{self.value:{digits}}{interval}"
 
     def brief(self, digits: str = ",.1f") -> str:
-        """The same without an interval both of whose ends round to the value, so that it would say nothing more."""
+        """The same, without an interval whose two ends both round to the value."""
         shown = self.show(digits)
         value, _, interval = shown.partition(" ")
         return value if interval == f"[{value}, {value}]" else shown
 
     def within(self, least: float, most: float = float("inf")) -> Estimate:
-        """The same with an interval that does not leave [least, most], as a shifted one of a count or a share may."""
+        """The same, with the interval cut to [least, most]. A shifted interval of a count or a share may leave that
+        range.
+        """
         low, high = (None if end is None else min(max(end, least), most) for end in (self.low, self.high))
         return Estimate(self.value, low, high)
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """The format in which a number has so many significant digits, and the ends of its interval as many decimals: no
-    powers of ten but for tiny ones.
+    """A number format with so many significant digits. The ends of the interval get as many decimals. Only tiny numbers
+    get powers of ten.
     """
     if not isfinite(value) or abs(value) < 1e-4:
         return f".{digits}g"
@@ -63,8 +65,8 @@ def significant(value: float, digits: int = 4) -> str:
 
 
 def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """How often each replicate of the document bootstrap takes each document group [replicate, group]; None where too
-    few groups have a token.
+    """How often each replicate of the document bootstrap takes each document group [replicate, group]; None if too few
+    groups have a token.
     """
     occupied = np.flatnonzero(tokens)
     if len(occupied) < MIN_GROUPS_FOR_INTERVAL:
@@ -77,8 +79,8 @@ def document_resamples(tokens: NDArray[np.int64]) -> NDArray[np.float64] | None:
 
 
 def group_means(sums: NDArray[np.float64], tokens: NDArray[np.int64]) -> list[Estimate]:
-    """Sums over document groups [group, column] as means per token, each with its interval by the document bootstrap;
-    of what is never negative.
+    """Means per token of sums over document groups [group, column], each with its interval by the document bootstrap.
+    For figures that are never negative.
 
     Args:
         tokens: [group] tokens of each document group.
@@ -99,8 +101,8 @@ def cluster_bootstrap(
     seed: int = 0,
     replicates: int = CLUSTER_REPLICATES,
 ) -> Estimate:
-    """A statistic of weighted rows with its 95% percentile interval when whole clusters are drawn with replacement;
-    without one below eight clusters.
+    """A statistic of weighted rows, with its 95% percentile interval when whole clusters are drawn with replacement. No
+    interval below eight clusters.
 
     Args:
         statistic: maps weights of the rows [replicate, row] to the statistic of each replicate [replicate], NaN where
@@ -128,7 +130,7 @@ def cluster_bootstrap(
 def standard_errors(
     statistics: Callable[[NDArray[np.int64]], NDArray[np.float64]], points: int, replicates: int, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Standard errors [statistic] by a bootstrap over points, NaN where there is but one.
+    """Standard errors [statistic] by a bootstrap over points; NaN if there is only one point.
 
     Args:
         statistics: maps the places of the points that count, some of them repeated, to the statistics [statistic].
@@ -161,7 +163,7 @@ def percentile_interval(replicates: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def percentile_estimate(value: float, replicates: NDArray[np.float64]) -> Estimate:
-    """An estimate with the 95% percentile interval of its replicates [replicate], as they are."""
+    """An estimate with the 95% percentile interval of its replicates [replicate], unchanged."""
     return Estimate(float(value), *percentile_interval(replicates))
 
 
@@ -187,7 +189,7 @@ def group_resamples(groups: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def block_resample(series: NDArray[np.float64], block: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """One replicate of a moving-block bootstrap: a series as long as the given one, of blocks of its neighbours."""
+    """One replicate of a moving-block bootstrap: a series of the same length, made of blocks of neighbours."""
     n = len(series)
     starts = random.integers(0, n - block + 1, size=-(-n // block))
     return np.concatenate([series[start : start + block] for start in starts])[:n]

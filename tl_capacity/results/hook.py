@@ -1,4 +1,4 @@
-"""HookMeasurement: one SAE at one hook point, its figures and its importances."""
+"""HookMeasurement: one SAE at one hook point, with its figures and importances."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class HookMeasurement:
 
     @property
     def is_basis(self) -> bool:
-        """Whether the features are the vectors of a basis instead of an SAE's."""
+        """Whether the features are the vectors of a basis, not of an SAE."""
         return self.architecture.split(",")[0] in BASES
 
     @property
     def teacher_width(self) -> int:
-        """d_T, dimensions of the residual stream of the model, the teacher of whatever is distilled from it; 0 where it
-        is not known.
+        """d_T, the dimensions of the model's residual stream. The model is the teacher of any student distilled from
+        it. 0 if unknown.
         """
         if self.d_model is None and RESIDUAL_STREAM.fullmatch(self.hook):
             return self.width
@@ -65,7 +65,7 @@ class HookMeasurement:
 
     @property
     def kind(self) -> str:
-        """What a sentence calls the dictionary: SAE or basis."""
+        """The word for the dictionary in a sentence: SAE or basis."""
         return "basis" if self.is_basis else "SAE"
 
     @property
@@ -80,14 +80,14 @@ class HookMeasurement:
 
     @property
     def feature_pages(self) -> str:
-        """The address before a feature's number at which Neuronpedia shows it, as SAELens opens it; empty where the SAE
-        does not say its name there.
+        """The address of Neuronpedia's page for a feature, without the feature's number. Empty if the SAE's metadata
+        names none.
         """
         return f"{NEURONPEDIA}/{quote(self.neuronpedia_id)}/" if self.neuronpedia_id else ""
 
     def importance(self, name: str | None = None) -> NDArray[np.float64]:
-        """Importance [feature] of the alive features, in the SAE's order, in the estimator's unit; by the default
-        estimator where none is named.
+        """Importance [feature] of the alive features, in the SAE's order and the estimator's unit. By default the
+        default estimator's.
 
         Raises:
             CapacityError: where no such estimator is registered, or it had to be named when measuring and was not.
@@ -96,14 +96,12 @@ class HookMeasurement:
         return self.summary.importance(estimator.compute, estimator.name)
 
     def ranked(self, importance: str | None = None) -> NDArray[np.int64]:
-        """Numbers of the alive features in the SAE, the most important first; of equals the one with the smaller
-        number.
-        """
+        """Numbers of the alive features in the SAE, most important first. Of equals, the smaller number comes first."""
         order = np.argsort(-self.importance(importance), kind="stable")
         return np.asarray(np.flatnonzero(self.summary.alive)[order], dtype=np.int64)
 
     def unit(self, name: str | None = None) -> str:
-        """The unit of an importance, of which a predicted floor is a sum.
+        """The unit of an importance. A predicted floor is a sum of importances, so it has the same unit.
 
         Latents of an SAE that normalises each token are in units of the normalised token, whatever the estimator says.
         """
@@ -112,7 +110,7 @@ class HookMeasurement:
         return f"normalised {estimator.unit}" if inside else str(estimator.unit)
 
     def estimator(self, name: str | None = None) -> Any:
-        """The registered estimator of that name, or the default one, checked to have accumulated what it needs.
+        """The registered estimator of that name, or the default one. It is checked to have the sums it needs.
 
         Raises:
             MeasurementError: where it accumulated nothing here, or only its sums are here and its plugin is not.
@@ -122,7 +120,7 @@ class HookMeasurement:
         absent = [known for known in self.estimators if known not in registered]
         if absent and name is not None and name not in registered:
             raise MeasurementError(
-                f"no plugin that is loaded has the importance estimator {name!r}; {self.hook} was measured with"
+                f"no loaded plugin has the importance estimator {name!r}; {self.hook} was measured with"
                 f" {', '.join(map(repr, absent))}, whose plugin is not loaded: pass its file, as tl-capacity --plugin"
                 " FILE …, or register it in the session"
             )

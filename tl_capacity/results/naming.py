@@ -1,4 +1,4 @@
-"""Hook points by name: told apart where several SAEs were measured at one, and short where they stand in a figure."""
+"""Names of hook points: distinct where several SAEs were measured at one, and short in figures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def middle(hooks: Iterable[HookMeasurement]) -> HookMeasurement:
-    """The hook point in the middle of those measured, from which predictions are made where none is asked for."""
+    """The middle one of the measured hook points, from which predictions are made by default."""
     measured = tuple(hooks)
     return measured[len(measured) // 2]
 
 
 def hook_named(hooks: Iterable[HookMeasurement], name: str) -> HookMeasurement:
-    """What was measured at a hook point.
+    """The measurement at a hook point.
 
     Raises:
         CapacityError: where nothing was measured there, or several SAEs were: iterate to see each.
@@ -30,14 +30,14 @@ def hook_named(hooks: Iterable[HookMeasurement], name: str) -> HookMeasurement:
         raise CapacityError(f"{name!r} was not measured: choose one of {', '.join(h.hook for h in measured)}")
     if len(there) > 1:
         raise CapacityError(
-            f"{len(there)} SAEs were measured at {name!r} ({', '.join(h.sae for h in there)}): iterate over the"
-            " measurement and choose one"
+            f"{len(there)} SAEs were measured at {name!r} ({', '.join(h.sae for h in there)}): loop over the "
+            "measurement and choose one"
         )
     return there[0]
 
 
 def short_hook(hooks: Iterable[HookMeasurement], hook: str) -> str:
-    """`layer N` where all hook points are the same but for their layer, else the hook point's name."""
+    """`layer N` if all hook points are the same except for their layer, else the hook point's name."""
     matches = [LAYER.fullmatch(h.hook) for h in hooks]
     kinds = {match[2] if match is not None else None for match in matches}
     layer = LAYER.fullmatch(hook)
@@ -45,8 +45,8 @@ def short_hook(hooks: Iterable[HookMeasurement], hook: str) -> str:
 
 
 def hook_label(hooks: Iterable[HookMeasurement], hook: HookMeasurement) -> str:
-    """The hook point's short name; where several SAEs were measured there with the SAE's, or that alone where it names
-    the hook point.
+    """The hook point's short name. Where several SAEs were measured, the SAE's name is added, or stands alone if it
+    names the hook point.
     """
     measured = tuple(hooks)
     short = short_hook(measured, hook.hook)
@@ -56,7 +56,7 @@ def hook_label(hooks: Iterable[HookMeasurement], hook: HookMeasurement) -> str:
 
 
 def told_apart(hooks: Iterable[HookMeasurement]) -> Callable[[HookMeasurement], str]:
-    """Names a hook point, and the SAE as well where several were measured there."""
+    """A function that names a hook point, with the SAE's name where several were measured there."""
     saes_at = Counter(h.hook for h in hooks)
 
     def name(hook: HookMeasurement) -> str:
@@ -68,7 +68,7 @@ def told_apart(hooks: Iterable[HookMeasurement]) -> Callable[[HookMeasurement], 
 
 
 def places_told_apart(places: Iterable[tuple[str, str]]) -> Callable[[str, str], str]:
-    """Names a hook point by itself, and with its SAE where several stand there.
+    """A function that names a hook point, with its SAE's name where several stand there.
 
     Args:
         places: hook point and SAE of whatever is shown, each as often as it likes.

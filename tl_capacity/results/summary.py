@@ -1,4 +1,4 @@
-"""FeatureSummary: what the sums of one SAE say, in numpy alone, so that a saved measurement is read without importing
+"""FeatureSummary: what the sums of one SAE say. It needs numpy alone, so a saved measurement is read without importing
 torch.
 
 Sums are kept per *document group*: a document belongs to one of 64 groups by a hash of its number, and the document
@@ -24,15 +24,14 @@ from tl_capacity.results.estimate import Estimate, document_resamples, estimate_
 from tl_capacity.text.counting import MASK_REASONS
 
 SUMS_AT_ONCE = 2**19
-"""Replicates times latents whose sums are in memory at once, 4 MB for each array: such a block stays in a cache."""
+"""Replicates times latents whose sums are in memory at once: 4 MB for each array, so that a block stays in a cache."""
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4)
-"""Firing rates above which F is reported; the paper's alive threshold is 1e-5."""
+"""Firing rates for which F is reported; the paper's alive threshold is 1e-5."""
 
 
 @dataclass(frozen=True)
 class FeatureSummary:
-    """Everything derived from the sums of one SAE, in numpy; every figure is an `Estimate` with a document-bootstrap
-    interval.
+    """Everything derived from the sums of one SAE. Every figure is an `Estimate` with a document-bootstrap interval.
 
     Attributes:
         arrays: the arrays of `FeatureStatistics.tensors`.
@@ -53,10 +52,10 @@ class FeatureSummary:
 
     @staticmethod
     def check_threshold(threshold: float) -> None:
-        """Raises `CapacityError` where an alive threshold is no firing rate."""
+        """Check that an alive threshold is a firing rate."""
         if not 0 <= threshold < 1:
             raise CapacityError(
-                f"alive_threshold = {threshold} is no firing rate: choose one in [0, 1), the paper's is 1e-5"
+                f"alive_threshold = {threshold} is not a firing rate: choose one in [0, 1), such as the paper's 1e-5"
             )
 
     @property
@@ -76,12 +75,12 @@ class FeatureSummary:
 
     @property
     def masked(self) -> dict[str, int]:
-        """Tokens left out, by reason."""
+        """Tokens that do not count, by reason."""
         return dict(zip(MASK_REASONS, self.arrays["masked"].tolist(), strict=True))
 
     @property
     def masked_norm_share(self) -> float:
-        """Share of Σ‖x‖² that lies on masked tokens other than padding: what leaving them in would have added."""
+        """Share of Σ‖x‖² on masked tokens other than padding, which counting them would have added."""
         masked, counted = float(self.arrays["masked_norm"][0]), float(self.arrays["counted_norm"][0])
         return masked / (masked + counted) if masked + counted > 0 else 0.0
 
@@ -162,7 +161,7 @@ class FeatureSummary:
 
     @property
     def features_chao2(self) -> Estimate:
-        """Chao2 estimate of how many latents can fire at all, seen or not, with Chao's log-normal interval.
+        """Chao2's estimate of how many latents can fire at all, seen or not, with Chao's log-normal interval.
 
         F_obs + (m−1)/m · Q₁(Q₁−1) / (2(Q₂+1)), the bias-corrected form, where Q₁ and Q₂ features were seen in exactly
         one and two of m documents (Chao 1987; Colwell 2013, EstimateS). A lower bound on the richness, capped at the
@@ -218,7 +217,7 @@ class FeatureSummary:
         return self._headline[name].within(0.0, float(self.d_sae))
 
     def _of_reconstruction(self, name: str) -> Estimate | None:
-        """A headline figure that rests on the reconstruction, or None where that was not checked."""
+        """A headline figure that needs the reconstruction; None if that was not checked."""
         return self._headline[name] if self.arrays["fvu_tokens"].sum() > 0 else None
 
     def sparsity_of(self, sums: Resample) -> float:
@@ -268,7 +267,7 @@ class GroupSums:
     taken: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def of(self, name: str) -> NDArray[Any]:
-        """An array summed over groups [replicate, ...]; computed when it is first asked for."""
+        """An array summed over groups [replicate, ...]; computed on first use."""
         if name not in self.taken:
             self.taken[name] = np.tensordot(self.weights, self.arrays[name], 1)
         return self.taken[name]
@@ -287,7 +286,7 @@ class Resample:
     place: int
 
     def total(self, name: str) -> Any:
-        """An array summed over document groups, each as often as the replicate counts it."""
+        """An array summed over document groups, each counted as often as the replicate draws it."""
         return self.sums.of(name)[self.place]
 
     @property
@@ -334,8 +333,8 @@ class Resample:
         expected = (len(sums.counts),)
         if importance.shape != expected:
             raise CapacityError(
-                f"the importance estimator {estimator!r} returned shape {importance.shape}, but one value for each of"
-                f" {expected} is needed"
+                f"the importance estimator {estimator!r} returned shape {importance.shape} instead of {expected}: "
+                "return one importance for each feature"
             )
         if not (np.isfinite(importance).all() and (importance >= 0).all()):
             raise CapacityError(

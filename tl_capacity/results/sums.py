@@ -1,4 +1,4 @@
-"""The sums of one SAE: which there are, how two sets of documents are added up, and what makes them whole."""
+"""The sums of one SAE: their names and axes, how two sets of documents are added, and what makes them valid."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SUMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mean_sum": ("float64", ("group", "width")),  # Σ x over those
     "decoder_norm": ("float64", ("feature",)),  # ‖w_dec,i‖, a property of the SAE and no sum
 }
-"""Every sum by name: its type and axes. Estimators' own sums, named `state/estimator/key`, come beside these."""
+"""Every sum by name, with its type and axes. Estimators' own sums come beside these, named `state/estimator/key`."""
 Sums = TypeVar("Sums", bound=Any)
 
 
 def merge_sums(mine: Mapping[str, Sums], theirs: Mapping[str, Sums]) -> dict[str, Sums]:
-    """The sums (arrays or tensors) of two disjoint sets of documents together.
+    """The sums (arrays or tensors) of two disjoint sets of documents, added together.
 
     Raises:
         MeasurementError: where they are not of the same SAE and estimators.
@@ -40,21 +40,21 @@ def merge_sums(mine: Mapping[str, Sums], theirs: Mapping[str, Sums]) -> dict[str
     if mine.keys() != theirs.keys():
         odd = ", ".join(sorted(mine.keys() ^ theirs.keys()))
         raise MeasurementError(
-            f"the shards accumulated different statistics ({odd}): measure both with the same importance estimators"
+            f"the shards have different sums ({odd}): measure both with the same importance estimators"
         )
     for name, value in mine.items():
         if value.shape != theirs[name].shape:
             raise MeasurementError(
-                f"{name} has shape {tuple(value.shape)} in one shard and {tuple(theirs[name].shape)} in the other: not"
-                " the same SAE"
+                f"{name} has shape {tuple(value.shape)} in one shard and {tuple(theirs[name].shape)} in the other: "
+                "measure both with the same SAE"
             )
     if not bool((mine["decoder_norm"] == theirs["decoder_norm"]).all()):
-        raise MeasurementError("the shards' decoder norms differ: they were measured with different SAE weights")
+        raise MeasurementError("the shards' decoder norms differ: measure both with the same SAE weights")
     return {name: value if name == "decoder_norm" else value + theirs[name] for name, value in mine.items()}
 
 
 def check_sums(arrays: Mapping[str, NDArray[Any]], where: str) -> None:
-    """Whether `arrays` are whole sums of one SAE.
+    """Check that `arrays` are the complete sums of one SAE.
 
     Raises:
         MeasurementError: where one is missing, or its type or shape does not fit the others.
@@ -63,28 +63,30 @@ def check_sums(arrays: Mapping[str, NDArray[Any]], where: str) -> None:
     for name, (dtype, axes) in SUMS.items():
         array = arrays.get(name)
         if array is None:
-            raise MeasurementError(f"{where} lacks the statistics {name!r}: the measurement was altered, measure again")
+            raise MeasurementError(
+                f"{where} lacks the statistics {name!r}: the measurement was altered, so measure again"
+            )
         fits = array.ndim == len(axes) and all(
             sizes.setdefault(axis, size) == size for axis, size in zip(axes, array.shape, strict=True)
         )
         if not fits or str(array.dtype) != dtype:
             seen = f"{array.dtype}{list(array.shape)}"
             raise MeasurementError(
-                f"{name!r} in {where} is {seen}, not {dtype}{list(axes)}: the measurement was altered, measure again"
+                f"{name!r} in {where} is {seen}, not {dtype}{list(axes)}: the measurement was altered, so measure again"
             )
         if not np.isfinite(array).all() or (dtype == "int64" and (array < 0).any()):
             raise MeasurementError(
-                f"{name!r} in {where} has negative counts or non-finite sums: the measurement was altered, measure"
-                " again"
+                f"{name!r} in {where} has negative counts or non-finite sums: the measurement was altered, so "
+                "measure again"
             )
     for name, array in arrays.items():
         if name.startswith("state/") and (array.shape[:1] != arrays["tokens"].shape or not np.isfinite(array).all()):
             raise MeasurementError(
-                f"{name!r} in {where} has shape {list(array.shape)} or non-finite sums: the measurement was altered,"
-                " measure again"
+                f"{name!r} in {where} has shape {list(array.shape)} or non-finite sums: the measurement was altered, "
+                "so measure again"
             )
     if (arrays["counts"] > arrays["tokens"][:, None]).any() or (arrays["incidence"] > arrays["documents"].sum()).any():
         raise MeasurementError(
-            f"{where} counts latents on more tokens or documents than it has: the measurement was altered, measure"
-            " again"
+            f"{where} counts latents on more tokens or documents than it has: the measurement was altered, so "
+            "measure again"
         )
