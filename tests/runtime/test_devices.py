@@ -153,18 +153,21 @@ class TestSpreadOverDevices:
             same(tmp_path / "whole", tmp_path / name)
         spread = load_model(str(setup / "model"), device_map=self.MAP)
         assert spread.model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight.is_meta, "it is on disk"
-        with pytest.raises(CapacityError, match=r"is spread over devices by a device map, which .* bridge cannot take"):
+        with pytest.raises(
+            CapacityError, match=r"is spread over devices by a device map, which .* bridge does not support"
+        ):
             _ = spread.bridge
 
     @pytest.mark.parametrize(
-        ("device_map", "says"), [("nowhere.json", "the device map 'nowhere.json' is none"), ("[]", "is none")]
+        ("device_map", "says"),
+        [("nowhere.json", "the device map 'nowhere.json' cannot be read"), ("[]", "cannot be read")],
     )
     def test_what_is_no_map(self, setup: Path, device_map: str, says: str) -> None:
         with pytest.raises(CapacityError, match=re.escape(says)):
             load_model(str(setup / "model"), device_map=device_map)
 
     def test_of_a_plugin_s_model(self) -> None:
-        with pytest.raises(CapacityError, match="'embedded' is loaded by its plugin"):
+        with pytest.raises(CapacityError, match="'embedded' is placed on devices by its plugin"):
             load_model("embedded", device_map="auto")
 
 

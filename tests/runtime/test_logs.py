@@ -85,7 +85,8 @@ def test_a_plugin_file_that_fails_is_a_line_too(cli: Cli, tmp_path: Path, how: l
     lines = [json.loads(line) for line in err.splitlines()]
     assert lines[0]["level"] == "error"
     assert (
-        lines[0]["message"] == f"the plugin file {failing} failed and is left out (ZeroDivisionError: division by zero)"
+        lines[0]["message"]
+        == f"the plugin file {failing} failed and was left out (ZeroDivisionError: division by zero)"
     )
     assert [line["message"] for line in lines[1:]] == ([] if "--quiet" in how else ["done"])
 

@@ -62,12 +62,12 @@ def test_a_recipes_result_of_before_an_option_is_of_the_same_settings(
     for written, says in (
         ('{"settings": {"k": 2, "widths": [1, 2]}}', r"of other settings \(k = 2\)"),
         ('{"settings": {}}', r"of other settings \(k = None, widths = None\)"),
-        ('{"settings": [1]}', r"of other settings \(which are not known\)"),
-        ("[]", r"of other settings \(which are not known\)"),
+        ('{"settings": [1]}', r"of other settings \(which are unknown\)"),
+        ("[]", r"of other settings \(which are unknown\)"),
     ):
         about.write_text(written)
         with pytest.raises(CapacityError, match=says):
             already_there(result, about, {"k": 1, "widths": (1, 2), "new": None})
     about.write_text('{"settings": {"k": 1, "widths": [1, 2], "gone": 3}}')
     assert already_there(result, about, {"k": 1, "widths": (1, 2), "new": None})
-    assert "it stays: choose another --out to make it anew" in capsys.readouterr().out
+    assert "which stays: choose another --out to make it anew" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""The process: which of several it is, what it says while it runs, and the memory that it keeps."""
+"""The process: which of several it is, what it logs while it runs, and the memory it keeps."""

@@ -1,5 +1,5 @@
-"""Run-time type checks of public functions, so that a wrong argument in a notebook is named where it was passed;
-nothing that runs per batch is checked.
+"""Run-time type checks of public functions, so that a wrong argument is named where it was passed. Nothing that runs
+per batch is checked.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _check = beartype(
 
 
 def checked(function: Function) -> Function:
-    """Check a public function's arguments against its annotations, array shapes included; a mismatch raises
+    """Check a public function's arguments against its annotations, including array shapes. A mismatch raises
     `ArgumentTypeError`.
     """
     return checked_but()(function)
 
 
 def checked_but(*names: str) -> Callable[[Function], Function]:
-    """`checked`, but for arguments that the function itself checks and says more of.
+    """`checked`, except for arguments that the function checks itself with a better message.
 
     Of a list, beartype checks one item, which it draws from `random`. So the check stands apart from the call, and the
     user's random numbers stay as they were.

@@ -1,4 +1,4 @@
-"""Devices: which one is meant, and where figures in float64 are computed."""
+"""Devices: which one to use, and where to compute in float64."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AUTO = "auto"
-DEVICE_HELP = "auto (the first of cuda, mps and cpu that there is), or one of these."
+DEVICE_HELP = "auto (the first available of cuda, mps and cpu), or one of these."
 WITHOUT_FLOAT64 = ("mps",)
-"""Kinds of devices that have no float64."""
+"""Kinds of devices without float64."""
 
 
 def device_named(device: str) -> str:
-    """The device that is meant: for `auto` CUDA where there is one, else MPS, else the CPU.
+    """The device that a name means. `auto` means CUDA if there is one, else MPS, else the CPU.
 
     Raises:
         CapacityError: where it cannot be used.
@@ -39,7 +39,7 @@ def device_named(device: str) -> str:
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Where sums in float64 over tensors of a device are kept: there, or on the CPU where the device has no float64."""
+    """Where to keep sums in float64 of a device's tensors: on it, or on the CPU if it has no float64."""
     import torch
 
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
@@ -51,12 +51,12 @@ def exact(values: Tensor) -> Tensor:
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Whether a device computes while the host goes on, and sums in float64."""
+    """Whether a device computes while the host continues, and can sum in float64."""
     return device.type != "cpu" and device.type not in WITHOUT_FLOAT64
 
 
 def uploaded(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the host on a device, which nobody waits for: from pinned memory where CUDA copies."""
+    """Values of the host copied to a device without waiting; for CUDA, from pinned memory."""
     import torch
 
     device = torch.device(device)

@@ -1,4 +1,6 @@
-"""The hub, asked once whether it is there, and what libraries raise when something cannot be loaded."""
+"""The Hugging Face hub: asked once whether it can be reached. Also what libraries raise if something
+cannot be loaded.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ PROBE_SECONDS = 5.0
 
 @contextmanager
 def hub_or_cache(needed: bool = True) -> Iterator[None]:
-    """Ask the hub once whether it is there; if not, use its cache alone until the block ends.
+    """Inside the block, use the hub if it can be reached, which is asked once. Otherwise use only its cache.
 
     Without a network its clients retry five times for each file, half a minute in all, before they look into the cache.
     """
@@ -38,7 +40,7 @@ def _hub_answers() -> bool:
 
 
 def loading_errors() -> tuple[type[Exception], ...]:
-    """What transformers, SAELens and safetensors raise on missing, damaged or unfitting files."""
+    """What transformers, SAELens and safetensors raise on missing, damaged or unsuitable files."""
     from pickle import UnpicklingError
     from struct import error as StructError
 
@@ -63,7 +65,7 @@ def loading_errors() -> tuple[type[Exception], ...]:
 
 
 def reason_of(problem: BaseException) -> str:
-    """Why something failed, in a few words to stand inside a sentence."""
+    """Why something failed, in a few words that fit into a sentence."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause: BaseException | None = problem

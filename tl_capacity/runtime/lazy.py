@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when first used, so that importing it stays cheap."""
+"""Public names of a package that are imported on first use, so that importing the package stays cheap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def lazily(package: str, file: str) -> tuple[Callable[[str], Any], list[str]]:
-    """The `__getattr__` and the public names of a package.
+    """A package's `__getattr__` and its public names.
 
     The names are those that its `__init__.py` imports under `if TYPE_CHECKING:`, so that type checkers and readers see
     the same list, and there is one.

@@ -1,4 +1,4 @@
-"""Logs: what a long run says on the way, through Python's logger `tl_capacity`; silent until somebody listens, as
+"""Logs: what a long run reports, through Python's logger `tl_capacity`. It is silent until somebody listens, as
 `tl-capacity --log json` does.
 
 A record's figures, such as tokens done, stand beside its message, so that a program need not read sentences.
@@ -37,14 +37,12 @@ def figures(**values: Any) -> dict[str, dict[str, Any]]:
 
 
 def ended_early(tokens: int, asked: int) -> str:
-    """What to say where a text had fewer tokens than were asked for."""
-    return f"the text ended after {tokens:,} tokens, and {asked:,} were asked for: give a longer text, or ask for fewer"
+    """The message for a text with fewer tokens than were asked for."""
+    return f"the text ended after {tokens:,} tokens, but {asked:,} were asked for: give a longer text, or ask for fewer"
 
 
 def configure(as_json: bool, quiet: bool) -> None:
-    """Say what happens on standard error: as JSON lines, or nothing but errors, or neither; replaces what was
-    configured before.
-    """
+    """Set what goes to standard error: JSON lines, errors only, or Python's default. Replaces the previous setting."""
     handlers: list[logging.Handler] = []
     if as_json:
         handlers.append(logging.StreamHandler(sys.stderr))
@@ -59,7 +57,5 @@ def configure(as_json: bool, quiet: bool) -> None:
 
 
 def bar_allowed() -> bool:
-    """Whether a progress bar may be drawn: not where lines are logged to the same place, nor where
-    quiet was asked for.
-    """
+    """Whether a progress bar may be drawn: not if the log is written to the same place, or if quiet was asked for."""
     return not log.handlers and log.level <= logging.INFO

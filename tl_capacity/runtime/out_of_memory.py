@@ -1,4 +1,4 @@
-"""A device that runs out of memory, said in one sentence with the option that helps."""
+"""One sentence for a device that runs out of memory, with the option that helps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tl_capacity.errors import DeviceFullError
 
 @contextmanager
 def within_device_memory(what: str, help: str) -> Iterator[None]:
-    """Turn a device's lack of memory into one sentence. What the failed call held there is freed, so that a notebook
-    can go on.
+    """Turn a device's lack of memory into one sentence. Memory that the failed call held is freed, so that a notebook
+    can continue.
 
     Args:
         what: the work that does not fit, such as "a step of 8 rows".

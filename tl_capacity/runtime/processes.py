@@ -1,5 +1,5 @@
-"""The processes of one launch, as `accelerate launch` or `torchrun` starts them: which of them this is, what its share
-is, and sums and lists over all.
+"""The processes of one launch, as `accelerate launch` or `torchrun` starts them: which one this is, what its share is,
+and sums and lists over all.
 """
 
 from __future__ import annotations
@@ -24,24 +24,22 @@ from tl_capacity.runtime.hub import reason_of
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 CONNECTING = timedelta(minutes=15)
-"""How long a process waits for the others to begin."""
+"""How long a process waits for the others at the start."""
 TOGETHER_BYTES = 2**22
-"""Larger tensors travel alone: a copy of them would cost more than a message."""
+"""Larger tensors are sent alone, because copying them together would cost more than a message."""
 WAITING = timedelta(days=1)
-"""How long a process waits for the others at the end, which may have longer documents; one that has died is noticed at
-once.
-"""
+"""How long a process waits at the end for others with longer documents. A process that died is noticed at once."""
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks for all; also before they are connected."""
+    """Whether this process is the first, which reports for all. Works before they are connected."""
     return Processes.of_launch().first
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its launch. All must ask for the same sums and lists in the same order; a process by
-    itself answers at once.
+    """This process and the others of its launch. All must ask for the same sums and lists in the same order. A process
+    by itself answers at once.
 
     Attributes:
         index: of this process.
@@ -55,13 +53,13 @@ class Processes:
 
     @classmethod
     def of_launch(cls) -> Processes:
-        """Those that were started together with this one, not connected yet: what any of them refuses by itself is
-        refused before.
+        """The processes that were started together with this one, not connected yet. A process can then refuse its
+        input before the others wait for it.
         """
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     def connected(self, device: str = "cpu") -> Processes:
-        """The same, able to add up.
+        """The same, connected and able to add up.
 
         Args:
             device: where they compute; each takes a GPU of its own for "cuda".
@@ -94,19 +92,21 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that speaks for all."""
+        """Whether this process is the first, which reports for all."""
         return self.index == 0
 
     def own(self, path: Path) -> Path:
-        """A place beside `path` for what this process keeps; by itself it keeps it at `path`."""
+        """A place beside `path` where this process keeps its files; `path` itself if it is alone."""
         return path if self.count == 1 else path.with_name(f"{path.name}.process-{self.index}-of-{self.count}")
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """What of some items this process takes: every n-th."""
+        """The items that this process takes: every n-th."""
         return items[self.index :: self.count]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, exact for whole numbers, where `tensor` is; it may be overwritten."""
+        """The sum over all processes, exact for whole numbers, on the device of `tensor`. `tensor`
+        may be overwritten.
+        """
         if self.count == 1:
             return tensor
         sent = tensor.to(self.device).contiguous()
@@ -115,8 +115,8 @@ class Processes:
         return sent.to(tensor.device)
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sum of each over all processes, where it is; small ones of one type travel together. They may be
-        overwritten.
+        """The sum of each tensor over all processes, on its device. Small ones of one type are sent together. They may
+        be overwritten.
         """
         if self.count == 1:
             return list(tensors)
@@ -143,7 +143,7 @@ class Processes:
         return gathered
 
     def of_first(self, mine: Item) -> Item:
-        """What the first process has, in all."""
+        """What the first process has, known to all."""
         held = [mine]
         if self.count > 1:
             with _others_needed():
@@ -151,12 +151,12 @@ class Processes:
         return held[0]
 
     def map(self, function: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
-        """`function` of each item, in their order; each is computed in one process and known in all."""
+        """`function` of each item, in order. Each is computed in one process and known to all."""
         gathered: list[list[Any]] = self.gather([function(item) for item in self.share(items)])
         return [gathered[number % self.count][number // self.count] for number in range(len(items))]
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have come here."""
         if self.count > 1:
             with _others_needed():
                 distributed.barrier()
@@ -164,7 +164,7 @@ class Processes:
 
 @contextmanager
 def _others_needed() -> Iterator[None]:
-    """Say in one sentence that another process is gone."""
+    """Turn the loss of another process into one sentence."""
     try:
         yield
     except CapacityError:
@@ -177,7 +177,7 @@ def _others_needed() -> Iterator[None]:
 
 
 def check_kinds(store: Any, kind: str, processes: Processes) -> None:
-    """Refuse processes on different kinds of devices, which would wait for each other for ever.
+    """Refuse processes on different kinds of devices, which would wait for each other forever.
 
     Raises:
         CapacityError: where there are such.
@@ -187,8 +187,8 @@ def check_kinds(store: Any, kind: str, processes: Processes) -> None:
     if others := {index: other for index, other in kinds.items() if other != kind}:
         index, other = next(iter(others.items()))
         raise CapacityError(
-            f"the processes compute on a mixed set of devices, {kind} in process {processes.index} and {other} in"
-            f" process {index}: pass the same --device to all, which all machines have"
+            f"the processes compute on a mixed set of devices, {kind} in process {processes.index} and {other} in "
+            f"process {index}: pass to all the same --device, one that all machines have"
         )
 
 
@@ -206,7 +206,7 @@ def check_gpus(kind: str) -> None:
 
 
 def _local_index() -> int:
-    """Which of the processes of this machine this is."""
+    """The index of this process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 

@@ -1,5 +1,5 @@
-"""A progress bar with tokens (or steps) per second and the remaining time, shown only once something takes longer than
-two seconds; and the same in the log.
+"""A progress bar with tokens (or steps) per second and the remaining time. It appears once something takes longer than
+two seconds. The log gets the same figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOG_SECONDS = 10.0
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process has held at most (its peak resident set)."""
+    """The most memory that this process has held, in bytes (its peak resident set)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -29,7 +29,7 @@ def peak_memory() -> int:
 def token_progress(
     total: int | None, enabled: bool = True, label: str = "counting", unit: str = "tokens"
 ) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the tokens, or whatever else is counted, done so far."""
+    """Yields a function to call with the number of tokens, or other items, done so far."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),

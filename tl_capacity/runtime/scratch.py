@@ -1,6 +1,4 @@
-"""Scratch: memory that is kept between uses, because the first touch of fresh memory costs as much
-as a pass over it.
-"""
+"""Scratch: memory that is kept between uses. The first touch of fresh memory costs as much as a pass over it."""
 
 from __future__ import annotations
 
@@ -9,15 +7,15 @@ from torch import Tensor
 
 
 class Scratch:
-    """Memory for one large block at a time; whatever works one after the other shares it, so that it need not grow with
-    their number.
+    """Memory for one large block at a time, shared by users that work one after the other. It need not grow with their
+    number.
     """
 
     def __init__(self) -> None:
         self._kept: Tensor | None = None
 
     def take(self, elements: int, like: Tensor) -> Tensor:
-        """So many elements of a tensor's dtype and device, which whoever takes them next overwrites."""
+        """A block of so many elements, of a tensor's dtype and device. The next `take` overwrites it."""
         kept = self._kept
         if kept is None or len(kept) < elements or (kept.dtype, kept.device) != (like.dtype, like.device):
             self.release()
@@ -26,5 +24,5 @@ class Scratch:
         return kept[:elements]
 
     def release(self) -> None:
-        """Give the memory back until it is needed again."""
+        """Free the memory until it is needed again."""
         self._kept = None

@@ -1,4 +1,4 @@
-"""Random numbers that a seed decides, without a trace in the streams of the caller."""
+"""Random numbers that a seed decides, without changing the caller's random streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Meanwhile torch draws what the seed decides; afterwards it goes on where it was, on the CPU and on every GPU.
+    """Inside the block, torch draws what the seed decides. Afterwards it continues as before, on the CPU and on every
+    GPU.
 
     A GPU that this process has not used yet is not touched: seeding it would change what the caller draws there.
     """

@@ -9,33 +9,33 @@ from tl_capacity.errors import CapacityError
 
 BYTES = {"MB": 10**6, "GB": 10**9}
 NATS = "nats per token"
-"""The unit of a student's KL. A predicted floor in it needs no factor."""
+"""The unit of a student's KL. A floor predicted in this unit needs no factor."""
 
 
 def bytes_in(text: str) -> int:
-    """The bytes that `500MB` or `4GB` means, exactly; a fraction of a byte is left out.
+    """The number of bytes that `500MB` or `4GB` means, exactly. A fraction of a byte is dropped.
 
     Raises:
         CapacityError: where the text is no size.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", text.strip())
     if not size:
-        raise CapacityError(f"{text!r} is no size: write 500MB or 4GB")
+        raise CapacityError(f"{text!r} is not a size: write it as 500MB or 4GB")
     return int(Fraction(size[1]) * BYTES[size[2]])
 
 
 def show_bytes(count: int) -> str:
-    """Bytes, in the unit that shows them best."""
+    """A number of bytes, in the unit that fits best."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def show_seconds(seconds: float) -> str:
-    """Seconds, in the unit that shows them best."""
+    """A number of seconds, in the unit that fits best."""
     if seconds < 120:
         return f"{seconds:,.0f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def per_token(unit: str) -> str:
-    """A unit of importance, per token; one that says so already stays."""
+    """A unit of importance with "per token", which is added if it is missing."""
     return unit if unit.endswith("per token") else f"{unit} per token"

@@ -9,7 +9,7 @@ LIBRARIES = ("tl-capacity", "torch", "transformer-lens", "sae-lens", "transforme
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a measurement depends on, where installed."""
+    """Versions of the installed libraries that a measurement depends on."""
     versions = {}
     for name in LIBRARIES:
         try:

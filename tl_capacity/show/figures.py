@@ -1,4 +1,4 @@
-"""The drawing kit of every figure: lines, bands, markers and axes that say the same thing everywhere."""
+"""The drawing kit of every figure: lines, bands, markers and axes that look the same everywhere."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ MARKS = "●■◆▲✚✖★"
 """The symbols as text."""
 GREY = "#8A8F98"
 POINTS = 240
-"""Points of a curve that are drawn; evenly spaced on the logarithmic axis, no eye misses the others."""
+"""Points drawn of a curve. They are evenly spaced on the logarithmic axis, so that nobody misses the others."""
 LONGEST_NAME = 44
 NEAREST_LABELS = 0.26
-"""Decades between labels on a logarithmic axis; nearer ones would overlap on a phone."""
+"""Decades between labels on a logarithmic axis. Nearer ones would overlap on a phone."""
 
 
 def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str, order: Sequence[str] = ()) -> go.Figure:
-    """Lines against the student's width, from flat rows `{"series", "width", "value", "low", "high", "baseline"}`;
-    baselines are dotted, and where seeds of a width differ, each is an open marker and the line goes through their
+    """Lines against the student's width, from flat rows `{"series", "width", "value", "low", "high", "baseline"}`.
+    Baselines are dotted. Where the seeds of a width differ, each is an open marker, and the line goes through their
     mean.
 
     Args:
@@ -41,7 +41,7 @@ def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str, order: Sequen
     """
     drawn = [r for r in rows if r["value"] is not None and np.isfinite(r["value"])]
     if not drawn:
-        raise CapacityError("there is no number to draw")
+        raise CapacityError("there is nothing to draw")
     figure = new_figure()
     for place, series in enumerate(order or dict.fromkeys(r["series"] for r in drawn)):
         mine = [r for r in drawn if r["series"] == series]
@@ -56,12 +56,12 @@ def series_figure(rows: Sequence[Mapping[str, Any]], y_title: str, order: Sequen
 
 
 def legend(series: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Colour, symbol and name of each series in its order, for a legend that several figures share."""
+    """Colour, symbol and name of each series in order, for a legend that several figures share."""
     return [(colour_of(place), MARKS[place % len(MARKS)], name) for place, name in enumerate(series)]
 
 
 def power_of_ten(value: float) -> str:
-    """A power of ten as it is printed, 10⁻⁵; other numbers as they are."""
+    """A power of ten in print, such as 10⁻⁵; other numbers unchanged."""
     exponent = round(np.log10(value)) if value > 0 else 0
     if value <= 0 or not np.isclose(value, 10.0**exponent) or exponent in (0, 1):
         return f"{value:g}"
@@ -69,12 +69,12 @@ def power_of_ten(value: float) -> str:
 
 
 def decimated(n: int, points: int = POINTS) -> NDArray[np.int64]:
-    """At most `points` of the ranks 1 … n, evenly spaced on a logarithmic scale, both ends among them."""
+    """At most `points` of the ranks 1 … n, evenly spaced on a logarithmic scale, with both ends."""
     return np.unique(np.geomspace(1, n, points).round().astype(np.int64)) if n > points else np.arange(1, n + 1)
 
 
 def spaced(values: Sequence[int], decades: float = NEAREST_LABELS) -> list[int]:
-    """Of ascending values those that are at least so far from the one before, the first among them."""
+    """The first of some ascending values, and then each that is far enough from the last one taken."""
     apart: list[int] = []
     for value in values:
         if not apart or np.log10(value / apart[-1]) >= decades:
@@ -83,12 +83,12 @@ def spaced(values: Sequence[int], decades: float = NEAREST_LABELS) -> list[int]:
 
 
 def shown(text: str) -> str:
-    """`text` as plotly, which reads some HTML in names, shows it literally."""
+    """`text` so that plotly, which reads some HTML in names, shows it literally."""
     return escape(shortened(text, LONGEST_NAME))
 
 
 def band(figure: go.Figure, x: NDArray[np.int64], estimates: Sequence[Estimate], smallest: float, place: int) -> None:
-    """A shaded interval; what reaches zero or below ends at the smallest value, as a logarithmic axis has no zero."""
+    """A shaded interval. A part at or below zero ends at the smallest value, because a logarithmic axis has no zero."""
     sure = [
         (float(at), max(e.low, smallest), max(e.high, smallest))
         for at, e in zip(x, estimates, strict=True)
@@ -119,15 +119,15 @@ def width_axis(figure: go.Figure, widths: Sequence[int]) -> None:
 
 
 def round_numbers(low: int, high: int) -> list[float]:
-    """1, 2 and 5 times the powers of ten between two numbers, or only the powers where those are many."""
+    """1, 2 and 5 times the powers of ten between two numbers, or only the powers if those are many."""
     powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     steps = (1, 2, 5) if len(powers) <= 4 else (1,)
     return [float(power * step) for power in powers for step in steps if low <= power * step <= high]
 
 
 def value_axis(figure: go.Figure, title: str) -> None:
-    """A logarithmic y axis with one tick a decade, or every other one where there are many; a linear one within half a
-    decade, where labels would overlap.
+    """A logarithmic y axis with one tick for each decade, or for every other one if there are many. Within half a
+    decade it is linear, because labels would overlap.
     """
     values = np.concatenate(
         [np.asarray(trace.y, dtype=np.float64) for trace in figure.data if trace.y is not None and len(trace.y)]
@@ -144,14 +144,14 @@ def value_axis(figure: go.Figure, title: str) -> None:
 
 
 def label_above(figure: go.Figure, x: float, text: str) -> None:
-    """A small label above the plot, at a place on its logarithmic axis."""
+    """A small label above the plot, at a position on its logarithmic axis."""
     figure.add_annotation(
         x=np.log10(x), y=1, yref="paper", yanchor="bottom", text=text, showarrow=False, font={"size": 10}
     )
 
 
 def distinct_labels(names: Sequence[tuple[str, ...]]) -> list[str]:
-    """A label for each of some series: the parts of its name that differ between them, or its first part."""
+    """A label for each series: the parts of its name that differ from the others, or else the first part."""
     differ = [len(set(column)) > 1 for column in zip(*names, strict=True)]
     told = differ if any(differ) else [True]
     return [", ".join(part for part, shown in zip(name, told, strict=False) if shown) for name in names]
@@ -216,8 +216,8 @@ def add_series(
     marker: Mapping[str, Any],
     **where: Any,
 ) -> None:
-    """Draw values with their intervals, and a line through the mean at each width; where seeds of a width differ, each
-    is an open marker.
+    """Draw values with their intervals, and a line through the mean at each width. Where the seeds of a width differ,
+    each is an open marker.
 
     Args:
         figure: a plotly figure.
@@ -249,7 +249,7 @@ def add_series(
 
 
 def error_bars(estimates: Sequence[Estimate], colour: str) -> dict[str, Any]:
-    """Asymmetric error bars, none where there is no interval."""
+    """Asymmetric error bars; none without an interval."""
     up = [0.0 if e.high is None else max(0.0, e.high - e.value) for e in estimates]
     down = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in estimates]
     return {

@@ -1,4 +1,4 @@
-"""How a result looks where IPython shows it: its tables and its figure in a notebook, its tables in a terminal."""
+"""How IPython shows a result: its tables and its figure in a notebook, its tables in a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tl_capacity.errors import CapacityError
 
 
 class ShownInNotebooks:
-    """A result that a notebook shows by itself: what `_repr_html_` gives, and beneath it what `plot` draws.
+    """A result that a notebook shows by itself: `_repr_html_`, and below it the figure of `plot`.
 
     The figure is shown as plotly shows its own, so `plotly.io.renderers` decides how. A class has `to_frame` and
     `plot`, and its own `_repr_html_` where a frame says too little.
@@ -20,7 +20,7 @@ class ShownInNotebooks:
         return str(self.to_frame().to_html(index=False))
 
     def _ipython_display_(self: Any) -> None:
-        """Called by IPython, which then shows nothing of its own."""
+        """Called by IPython, which then shows nothing itself."""
         ipython: Any = import_module("IPython")
         if not hasattr(ipython.get_ipython(), "kernel"):
             _print_in_terminal(self)
@@ -34,7 +34,7 @@ class ShownInNotebooks:
 
 
 def _print_in_terminal(result: Any) -> None:
-    """The result as its command prints it."""
+    """Print the result as its command prints it."""
     if not hasattr(result, "__rich_console__"):
         print(repr(result))
         return

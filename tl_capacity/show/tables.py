@@ -1,4 +1,4 @@
-"""Tables: as rich shows them in a terminal, and as HTML for a notebook."""
+"""Tables, by rich in a terminal and as HTML in a notebook."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 NAME_LETTERS, FEWEST_LETTERS = 16, 6
-"""Letters of a name that a table leaves room for, and those that stay however narrow a terminal is."""
+"""Letters of a name that a table leaves room for, and letters that stay even in the narrowest terminal."""
 
 
 def shortened(text: str, longest: int) -> str:
-    """`text` with its middle left out where it is longer than `longest`; beginning and end tell hook points and paths
-    apart.
+    """`text` with its middle left out if it is longer than `longest`. Hook points and paths differ at their beginning
+    and end.
     """
     if len(text) <= longest:
         return text
@@ -30,8 +30,8 @@ def shortened(text: str, longest: int) -> str:
 
 @dataclass(frozen=True)
 class TableText:
-    """Text of a table's cell: it is wrapped between words, and a name that is wider than its column is cut in the
-    middle; rich itself would break it into pieces. No number is cut.
+    """Text of a table's cell. It is wrapped between words. A name wider than its column is cut in the middle, while
+    rich would break it into pieces. No number is cut.
     """
 
     text: str
@@ -53,12 +53,12 @@ class TableText:
 
 
 def _is_name(word: str) -> bool:
-    """Whether a word is a name, such as a hook point's, which may be cut."""
+    """Whether a word is a name that may be cut, such as a hook point's."""
     return len(word) > NAME_LETTERS and any(letter.isalpha() for letter in word)
 
 
 def table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], right: bool = True) -> Table:
-    """A rich table, with all columns but the first to the right where they hold figures."""
+    """A rich table. All columns but the first are aligned to the right if they hold figures."""
     from rich.table import Table
     from rich.text import Text
 
@@ -71,7 +71,7 @@ def table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], righ
 
 
 def html_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table for a notebook, every cell escaped."""
+    """A table for a notebook, with every cell escaped."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
@@ -82,14 +82,16 @@ def html_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text for a terminal, in which no bracket is markup."""
+    """Text for a terminal, whose brackets are not read as markup."""
     from rich.markup import escape as escape_markup
 
     return escape_markup(text)
 
 
 def said_once(notes: Iterable[str]) -> list[str]:
-    """Notes without repetitions: what is said of several hook points, as `hook: what`, names them all in front."""
+    """Notes without repetitions. What several notes of the form `hook: what` share becomes one note, with all their
+    names in front.
+    """
     subjects: dict[str, dict[str, None]] = {}
     for note in notes:
         subject, colon, what = note.partition(": ")
@@ -98,7 +100,7 @@ def said_once(notes: Iterable[str]) -> list[str]:
 
 
 def terminal_notes(notes: Iterable[str]) -> Iterator[str]:
-    """What a reader must know, a line of a terminal each, in which no bracket of a note is markup."""
+    """What a reader must know, one line each in a terminal. Brackets in a note are not read as markup."""
     for note in said_once(notes):
         yield f"[yellow]note:[/yellow] {plain(note)}"
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLUMNS = 140
-"""Where the output is no terminal: rich assumes 80, and would fold numbers."""
+"""Columns of an output that is not a terminal. Rich assumes 80, and would fold numbers."""
 
 
 def console() -> Console:
@@ -21,12 +21,12 @@ def console() -> Console:
 
 
 def print_text(text: str, style: str | None = None) -> None:
-    """Print text in which no bracket is markup and no number is coloured."""
+    """Print text. Brackets are not read as markup, and numbers are not coloured."""
     console().print(text, style=style, markup=False, highlight=False)
 
 
 def print_json(content: Any) -> None:
-    """Print JSON, in which names stand as they are."""
+    """Print JSON, with non-ASCII letters in names unchanged."""
     import typer
 
     typer.echo(json.dumps(content, indent=1, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, checked when they are read."""
+"""Files: written completely or not at all, and checked when they are read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The state of something that takes long, in one file in the folder of its result: replaced as it goes on, and deleted
-when the result is written, or when the run is refused.
+"""The state of a long run, in one file in its result's folder. It is replaced as the run goes on, and deleted when the
+result is written or the run is refused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tl_capacity.storage.files import last_whole, make_folder, previous, write_b
 from tl_capacity.storage.same_run import earlier_values
 
 SECONDS = 30.0
-"""Between two checkpoints."""
+"""Time between two checkpoints."""
 SHARE = 0.1
-"""Of the time, at most so much goes into saving: where a state is large, it is saved less often."""
+"""Most of the time that goes into saving, as a share. A large state is saved less often."""
 
 
 class Checkpoint:
-    """Tensors and a JSON object, with the settings that they are of and a SHA-256 of everything; the one before is kept
-    as well.
+    """Tensors and a JSON object, with the settings they belong to and a SHA-256 of everything. The previous checkpoint
+    is kept as well.
 
     Attributes:
         tensors, about: the state; empty where there is none to go on from.
@@ -92,22 +92,25 @@ class Checkpoint:
             if texts["sha256"] != tensors_digest(tensors, texts["settings"], texts["about"]):
                 raise ValueError("the SHA-256 of its content is not the recorded one")
         except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as problem:
-            raise CapacityError(f"{path} is no whole checkpoint ({problem}): delete it to begin anew") from problem
+            raise CapacityError(
+                f"{path} is not a complete checkpoint ({problem}): delete it to begin anew"
+            ) from problem
         if changed := earlier_values(settings, self.settings, all_of_them=True):
             raise CapacityError(
-                f"{path} belongs to other settings ({changed}): use those to go on from it, or delete it to begin anew"
+                f"{path} belongs to other settings ({changed}): use those to continue from it, or delete it to begin "
+                "anew"
             )
         return tensors, about
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint and the one before, now that the result is there."""
+    """Delete a checkpoint and the previous one, once the result is written."""
     for old in (path, previous(path)):
         old.unlink(missing_ok=True)
 
 
 def checkpoint_in(folder: Path, name: str, beside: Path) -> Path:
-    """Where a checkpoint is kept: in the folder of the result.
+    """The file of a checkpoint, in the result's folder.
 
     Earlier versions kept it beside that folder; one that lies there is moved.
 
@@ -125,9 +128,8 @@ def checkpoint_in(folder: Path, name: str, beside: Path) -> Path:
 
 @contextmanager
 def gone_if_refused(paths: Sequence[Path]) -> Iterator[None]:
-    """Delete checkpoints where what is done meanwhile is refused: the next command has other settings, to which they do
-    not belong. They stay where the same command can go on: after a kill, a full disk, a full device, or a source
-    that was cut off.
+    """Delete checkpoints if what runs inside the block is refused, because the next command will have other settings.
+    They stay if the same command can continue: after a kill, a full disk, a full device, or a source that was cut off.
     """
     try:
         yield

@@ -17,12 +17,14 @@ def digest(data: bytes) -> str:
 
 
 def place_of(name: str) -> float:
-    """A number in [0, 1) that depends on a name alone, as if drawn: names are divided by it, and never move."""
+    """A number in [0, 1) that looks random but depends on a name alone. Names are split by it, so they never change
+    sides.
+    """
     return int(digest(name.encode())[:16], 16) / 2**64
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
-    """SHA-256 over the names, shapes, types and values of tensors, and over some texts.
+    """SHA-256 of the names, shapes, types and values of tensors, and of some texts.
 
     The order of the tensors makes no difference, as safetensors keeps none.
     """
@@ -35,7 +37,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of files, read in pieces."""
+    """SHA-256 of the names and contents of files, read in pieces."""
     total = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -44,7 +46,7 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 over the names and values of a model's parameters, in their order."""
+    """SHA-256 of the names and values of a model's parameters, in order."""
     total = hashlib.sha256()
     for name, parameter in model.named_parameters():
         total.update(name.encode())
@@ -53,7 +55,7 @@ def fingerprint(model: Any) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    """The values of a tensor of any type, bfloat16 too, which numpy has not."""
+    """The values of a tensor of any type as bytes. Numpy has no bfloat16."""
     import torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

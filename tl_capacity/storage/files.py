@@ -1,5 +1,5 @@
-"""Files: written beside their final name and renamed, so that a reader finds the old file or the new one and never half
-of one; checkpoints also keep the one before, for the day on which the last is damaged.
+"""Files: written beside their final name and renamed, so that a reader finds the old file or the new one, never half of
+one. Of checkpoints, the previous one is kept in case the last is damaged.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SEAL = "sha256_of_the_rest"
 
 
 def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
-    """Write `data` to `path` atomically and durably; with `keep_previous`, what was there stays under its name of
-    `previous`.
+    """Write `data` to `path` atomically and durably. With `keep_previous`, the old file stays under the name that
+    `previous` gives.
 
     Raises:
         NotWrittenError: where the disk is full or the folder cannot be written; whatever was at `path` stays.
@@ -46,7 +46,7 @@ def write_bytes(path: Path, data: bytes, keep_previous: bool = False) -> None:
 
 
 def write_json(path: Path, content: Any, keep_previous: bool = False) -> None:
-    """Write `content` as indented JSON, atomically; NaN is refused."""
+    """Write `content` as indented JSON, atomically. NaN is refused."""
     write_bytes(
         path,
         (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", "replace"),
@@ -55,7 +55,7 @@ def write_json(path: Path, content: Any, keep_previous: bool = False) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         MeasurementError: where it cannot be read, or is no JSON.
@@ -67,14 +67,16 @@ def read_json(path: Path) -> Any:
 
 
 def write_record(path: Path, content: Mapping[str, Any], keep_previous: bool = False) -> None:
-    """Write a JSON object with the SHA-256 of all else in it, so that `read_record` sees a single bit that changed."""
+    """Write a JSON object with the SHA-256 of everything else in it, so that `read_record` notices a single changed
+    bit.
+    """
     # As a reader will see it: keys are strings, tuples are lists, and what UTF-8 cannot hold was replaced.
     written = json.loads(json.dumps(content, allow_nan=False, ensure_ascii=False).encode("utf-8", "replace"))
     write_json(path, {**written, SEAL: _seal(written)}, keep_previous)
 
 
 def read_record(path: Path, schema: int) -> dict[str, Any]:
-    """What `write_record` wrote, without the hash; a file without one, as written by hand, is taken as it is.
+    """What `write_record` wrote, without the hash. A file without a hash, such as one written by hand, is not checked.
 
     Raises:
         MeasurementError: where its `schema` is newer than the one given.
@@ -95,8 +97,8 @@ def read_record(path: Path, schema: int) -> dict[str, Any]:
 
 
 def remove_stale(record: Path, names: str, pattern: str, keep_previous: bool) -> None:
-    """Delete the files beside a record that match `pattern` and are not the one that it names in its field `names`, nor
-    the one that the record before it does; without `keep_previous`, that record too.
+    """Delete files beside a record that match `pattern`, except the one named in its field `names` and the one that the
+    previous record names. Without `keep_previous`, delete the previous record too.
     """
     if not keep_previous:
         _discard(previous(record))
@@ -108,7 +110,7 @@ def remove_stale(record: Path, names: str, pattern: str, keep_previous: bool) ->
 
 
 def _remove_unfinished(folder: Path, pattern: str) -> None:
-    """Delete what another process left that was killed while it wrote; each file has one writer, which writes over its
+    """Delete what another process left when it was killed while writing. Each file has one writer, which overwrites its
     own.
     """
     for path in folder.glob(f".{pattern}.*.writing"):
@@ -117,7 +119,7 @@ def _remove_unfinished(folder: Path, pattern: str) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Delete a file that is no longer of use; where it cannot be, as in a folder that is read-only, it does no harm."""
+    """Delete a file that is no longer needed. If it cannot be deleted, as in a read-only folder, nothing happens."""
     with suppress(OSError):
         path.unlink()
 
@@ -143,8 +145,8 @@ def previous(path: Path) -> Path:
 
 
 def last_whole(path: Path, read: Callable[[Path], Content]) -> Content | None:
-    """What `read` makes of the checkpoint at `path`; where that is damaged, of the one before it, which then takes its
-    place. None where there is neither.
+    """What `read` returns for the checkpoint at `path`. If that is damaged, the previous one is read and takes its
+    place. None if there is neither.
 
     Raises:
         CapacityError: what `read` raises, where both are damaged.
@@ -160,7 +162,7 @@ def last_whole(path: Path, read: Callable[[Path], Content]) -> Content | None:
         except (CapacityError, OSError):
             raise problem from None
         os.replace(before, path)
-        log.warning(f"the last checkpoint is left out, and the one before it gone on from: {problem}")
+        log.warning(f"the last checkpoint cannot be used, so the run continues from the one before it: {problem}")
         return content
 
 
@@ -174,12 +176,12 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise NotWrittenError(
-            f"the folder {path} cannot be made ({problem.strerror}): choose another --out"
+            f"the folder {path} cannot be created ({problem.strerror}): choose another --out"
         ) from problem
 
 
 def save_into(folder: str | Path, name: str, content: Any, write: Callable[[Path, Any], None] = write_json) -> Path:
-    """Write a result's file into its folder, which is made; returns the folder.
+    """Write a result's file into its folder, which is created. Returns the folder.
 
     Raises:
         CapacityError: where it cannot be written.
@@ -190,7 +192,7 @@ def save_into(folder: str | Path, name: str, content: Any, write: Callable[[Path
 
 
 def file_in(path: str | Path, name: str) -> Path:
-    """The file of a result that is given by its folder or by itself."""
+    """The file of a result, given as the file or as its folder."""
     return Path(path) / name if Path(path).is_dir() else Path(path)
 
 
@@ -206,5 +208,5 @@ def read_kept(path: Path) -> dict[str, Any]:
         raise
     except (ValueError, OSError, RecursionError) as problem:
         raise CapacityError(
-            f"{path} is truncated or was altered ({problem}): delete the folder that it is in, or choose another --out"
+            f"{path} is truncated or was altered ({problem}): delete its folder, or choose another --out"
         ) from problem

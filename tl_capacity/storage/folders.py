@@ -1,4 +1,4 @@
-"""Folders that other libraries write to: they appear whole, or what was there before stays."""
+"""Folders that other libraries write to. They appear complete, or what was there before stays."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from tl_capacity.runtime.hub import reason_of
 from tl_capacity.storage.files import make_folder
 
 FULL_BYTES = 2**16
-"""A disk with less space than this counts as full."""
+"""A disk with less free space than this counts as full."""
 
 
 @contextmanager
 def written(place: Path) -> Iterator[None]:
-    """Turn what other libraries raise while they save to `place`, where the disk is full or must not be written to,
-    into the sentence of `storage.write_bytes`.
+    """Turn what other libraries raise on a full or read-only disk into the sentence of `storage.write_bytes`.
 
     Raises:
         NotWrittenError: from an OSError, or from what safetensors and torch make of one.
@@ -39,8 +38,8 @@ def written(place: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
-    """A folder to write to, which is `place` as soon as the block has ended and its files are on the disk, instead of
-    what was there; if it fails, nothing was.
+    """A folder to write to. It becomes `place`, replacing what was there, once the block has ended and its files are on
+    disk. If the block fails, `place` is unchanged.
 
     A process that was killed meanwhile leaves it, and the next that writes to `place` begins it anew.
 
@@ -65,7 +64,7 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Make sure that a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Is this the same run? What a run that goes on must have in common with the one before."""
+"""Is this the same run? What a run that continues must have in common with the one before."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names in `now` that have another value in `before`, in the order of `now`; a field that is missing is None,
-    as a setting is that was not given.
+    """The names in `now` whose value differs in `before`, in the order of `now`. A missing field is None, like a
+    setting that was not given.
     """
     return [name for name, value in now.items() if before.get(name) != value]
 
 
 def earlier_values(before: Mapping[str, Any], now: Mapping[str, Any], all_of_them: bool = False) -> str:
-    """What a run before this one had where this one has something else, as `seed = 1, tokens = 500`; nothing where they
-    agree.
+    """The values of an earlier run where they differ from this one's, as `seed = 1, tokens = 500`; empty if they agree.
 
     Args:
         all_of_them: a field that only the earlier run has counts too.
