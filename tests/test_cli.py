@@ -93,7 +93,7 @@ def test_a_finished_measurement_with_fewer_tokens_says_so(
     assert cli(*arguments(setup, tmp_path / "m", "--resume"))[0] == 0
     assert not caplog.records
     assert cli(*arguments(setup, tmp_path / "m", "--resume", tokens=9_000))[0] == 0
-    assert "and 9,000 are asked for" in caplog.text
+    assert "fewer than the 9,000 asked for now" in caplog.text
 
 
 def test_an_sae_of_another_model_is_warned_of(
@@ -168,7 +168,7 @@ BAD_INPUT = [
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--max-fvu", "nan"], "refuses nothing"),
     (
         ["--sae", "ln_final.hook_normalised=SETUP/sae", "--source", "SETUP/text.jsonl"],
-        "'ln_final.hook_normalised' is no hook point.*ln_final.hook_normalized",
+        "'ln_final.hook_normalised' is not a hook point.*ln_final.hook_normalized",
     ),
 ]
 

@@ -75,7 +75,7 @@ def test_a_healthy_set_up(settings: MeasureSettings) -> None:
 @pytest.mark.parametrize(
     ("change", "check", "says"),
     [
-        ({"model": "./nowhere"}, "model", "there is no folder"),
+        ({"model": "./nowhere"}, "model", "is neither a folder nor a hub id"),
         ({"saes": ("./nowhere",)}, "SAE", "there is no folder"),
         ({"saes": ()}, "SAE", "no SAE was given"),
         ({"source": "missing.txt"}, "text", "there is no file"),
@@ -92,7 +92,7 @@ def test_what_is_not_there(settings: MeasureSettings, change: dict[str, Any], ch
 def test_rows_longer_than_those_the_sae_knows(settings: MeasureSettings, sae_with: Callable[..., str]) -> None:
     known = replace(settings, saes=(sae_with(context_size=16),))
     assert worst(examine(replace(known, context=32)), "context") == Finding(
-        "context", CHANGE, "rows have 32 positions, and the SAE was trained on 16: pass --context 16"
+        "context", CHANGE, "rows have 32 positions, but the SAE was trained on 16: pass --context 16"
     )
     assert worst(examine(known), "context").level == OK
 
@@ -136,7 +136,7 @@ def test_another_models_tokenizer(settings: MeasureSettings, setup: Path, tmp_pa
     assert "hook" not in {f.check for f in findings}  # its embedding could not even be asked
     with pytest.raises(
         CapacityError,
-        match=r"the text has token id \d+, but the model's vocabulary has 40: tokenise it with the model's own",
+        match=r"the text has token id \d+, but the model's vocabulary has 40: use the model's own",
     ):
         measure(replace(settings, model=str(model)))
     for basis in ("pca", "neurons"):
@@ -197,7 +197,7 @@ def test_an_sae_that_does_not_fit(settings: MeasureSettings, sae_with: Callable[
     sae = sae_with(lambda sae: sae.W_dec.mul_(-1))
     findings = examine(replace(settings, saes=(sae,)))
     assert worst(findings, "FVU").level == STOP
-    assert "wrong hook point, wrong model" in worst(findings, "FVU").says
+    assert "the wrong hook point, the wrong model" in worst(findings, "FVU").says
     assert "duration" not in {f.check for f in findings}
     assert worst(examine(replace(settings, saes=(sae,), max_fvu=float("inf"))), "FVU").level == CHANGE
 
@@ -206,7 +206,7 @@ def test_an_sae_that_was_trained_on_scaled_activations(settings: MeasureSettings
     """Its threshold lies far above the activations as they are, so that it explains nothing of them."""
     finding = worst(examine(replace(settings, saes=(sae_with(lambda sae: sae.b_enc.fill_(-0.3)),))), "FVU")
     assert finding.level in (CHANGE, STOP)
-    assert "fold the factor in first, with sae.fold_activation_norm_scaling_factor(" in finding.says
+    assert "fold in the factor first, with sae.fold_activation_norm_scaling_factor(" in finding.says
 
 
 def test_an_sae_that_was_trained_on_centred_activations(
@@ -259,7 +259,7 @@ def test_a_folder_that_is_whole(measured: Path, cli: Cli) -> None:
     assert {f.level for f in examine_folder(measured / "m")} == {OK}
     code, out, err = cli("doctor", measured / "m", "--json")
     assert (code, err) == (0, "")
-    assert "holds a measurement that has ended" in json.loads(out)[0]["says"]
+    assert "holds a complete measurement" in json.loads(out)[0]["says"]
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_the_exit_code_tells_the_result(cli: Cli, setup: Path, tmp_path: Path) -
     for neither_or_both in ([], [tmp_path, "--model", setup / "model"]):
         code, _, err = cli("doctor", *neither_or_both)
         assert code == 2
-        assert "pass one of DIR and --model" in err
+        assert "pass a folder or --model" in err
 
 
 def test_settings_are_read_back_from_a_measurement(measured: Path, setup: Path, tmp_path: Path, cli: Cli) -> None:

@@ -1,5 +1,5 @@
-"""`tl-capacity`: the verbs of the core. Torch and the model libraries are imported by the commands that need them, so
-that help is instant.
+"""`tl-capacity`: the core's commands. Torch and the model libraries are imported only by the commands that need them,
+so help is instant.
 
 Exit codes: 0 done, 2 bad input (one sentence on standard error), 130 interrupted.
 """
@@ -31,14 +31,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="How many features a language model holds, and how narrow a student may be before it must lose some.",
+    help="Count the features that a language model holds. Predict how narrow a distilled student may be, and what "
+    "it loses. Check the prediction.",
 )
 
 
 def _log_kind(kind: str) -> str:
-    """Configures the log at once, so that a command that does not exist is a line of it too."""
+    """Configure the log at once, so that a mistyped command is logged too."""
     if kind not in ("text", "json"):
-        raise CapacityError(f"--log {kind!r} is no kind of log: choose text or json")
+        raise CapacityError(f"--log {kind!r} is not a kind of log: choose text or json")
     configure(kind == "json", quiet=False)
     return kind
 
@@ -46,14 +47,14 @@ def _log_kind(kind: str) -> str:
 @app.callback(invoke_without_command=True)
 def root(
     plugin: Annotated[
-        list[Path] | None, typer.Option(help="Also load this Python file as a plugin; may be repeated.")
+        list[Path] | None, typer.Option(help="Load this Python file as a plugin too. May be repeated.")
     ] = None,
     log: Annotated[
         str,
         typer.Option(
             callback=_log_kind,
             is_eager=True,
-            help="What to say on standard error while something runs: text, or json, an object a line.",
+            help="Form of the log on standard error: text, or json for one object a line.",
         ),
     ] = "text",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only: no progress, no warnings.")] = False,
@@ -75,7 +76,7 @@ def root(
             name = load_plugin_file(path)
             problem = find().failures.get(name)
             if problem is not None:
-                logger.error(f"the plugin file {path} failed and is left out ({problem})")
+                logger.error(f"the plugin file {path} failed and was left out ({problem})")
 
 
 for verb in (measure, budget, floor, decompose, effective, observe, doctor, report, plan, merge, plugins, hooks):

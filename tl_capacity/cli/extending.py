@@ -1,4 +1,4 @@
-"""Verbs of what plugins add: plugins lists it, run runs a recipe."""
+"""Commands for what plugins add: `plugins` lists it, and `run` runs a recipe."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def plugins(as_json: AsJson = False) -> None:
 
 
 def _claims(item: Any) -> dict[str, Any]:
-    """What a floor predictor says of itself; nothing of anything else."""
+    """What a floor predictor says of itself; empty for anything else."""
     from tl_capacity.interfaces import FloorPredictor
 
     if not isinstance(item, FloorPredictor):
@@ -57,7 +57,7 @@ def _claims(item: Any) -> dict[str, Any]:
 
 
 def _in_words(claims: dict[str, Any]) -> str:
-    """The same as a reader needs it."""
+    """The same in words."""
     if "constants" not in claims:
         return ""
     fitted = "nothing is fitted" if not claims["constants"] else f"constants fitted: {claims['constants']}"
@@ -67,10 +67,13 @@ def _in_words(claims: dict[str, Any]) -> str:
 
 
 def run(
-    name: Annotated[str | None, typer.Argument(help="The recipe; none lists them.")] = None,
-    options: Annotated[list[str] | None, typer.Argument(help="Its options.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the recipe.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="Options of the recipe.")] = None,
 ) -> None:
-    """Run a recipe; without a name, list them. `tl-capacity run NAME --help` shows its options."""
+    """Run a recipe, or list all recipes.
+
+    Without NAME, the recipes are listed. `tl-capacity run NAME --help` shows a recipe's options.
+    """
     from tl_capacity import recipe
     from tl_capacity.plugins import plugins as find
 

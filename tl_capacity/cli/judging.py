@@ -1,4 +1,4 @@
-"""Verbs that judge the prediction: decompose, effective, observe and report."""
+"""Commands that judge predictions: `decompose`, `effective`, `observe` and `report`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ def decompose(
     measurement: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
     distillation: Annotated[
         Path,
-        typer.Argument(
-            help="Students of it, as `tl-capacity run distill --out` or `tl-capacity observe --out` wrote it."
-        ),
+        typer.Argument(help="Its students: the folder that `tl-capacity run distill` or `tl-capacity observe` wrote."),
     ],
     hook: Annotated[
         str | None, typer.Option(help="The hook point to predict from. Default: the middle one of those measured.")
@@ -31,22 +29,22 @@ def decompose(
     observed: Annotated[
         str,
         typer.Option(
-            help="last_tenth: the mean of the held-out curve at its end; fit: where it is heading. The verdict by the"
-            " other stands beside."
+            help="How to read the loss that students reached. last_tenth is the mean of the last tenth of the "
+            "held-out curve, fit is where the curve is heading. The verdict by the other one is shown too."
         ),
     ] = "last_tenth",
     given: Annotated[
         list[Path] | None,
         typer.Option(
             "--with",
-            help="Floors for which the teacher was run: a folder with splice.json or forecasts.json, or the file."
-            " Repeatable.",
+            help="Further predictions, made with `run splice` or `run rivals`: their folder, or its splice.json or "
+            "forecasts.json. May be repeated.",
         ),
     ] = None,
     max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predicted with observed floors, and with everything else that might explain them."""
+    """Compare predicted with observed floors, and with rival explanations."""
     from tl_capacity.distillation.decomposition import decompose as run_decompose
     from tl_capacity.distillation.run import DistillationRun
     from tl_capacity.measurement.measurement import Measurement
@@ -68,7 +66,7 @@ def decompose(
 def effective(
     measurement: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
     distillation: Annotated[
-        Path, typer.Argument(help="A distillation of it, as `tl-capacity run distill --out` wrote it.")
+        Path, typer.Argument(help="Its students: the folder that `tl-capacity run distill` wrote.")
     ],
     splice: Splice = None,
     hook: Annotated[str | None, typer.Option(help="Only this hook point. Default: all that were spliced.")] = None,
@@ -77,11 +75,18 @@ def effective(
     ] = None,
     law: Law = None,
     observed: Annotated[
-        str, typer.Option(help="last_tenth: what the students reached; fit: where their held-out curves are heading.")
+        str,
+        typer.Option(
+            help="How to read the loss that students reached. last_tenth is the mean of the last "
+            "tenth of the held-out curve, fit is where the curve is heading."
+        ),
     ] = "last_tenth",
     as_json: AsJson = False,
 ) -> None:
-    """Say how many features the students of each width are worth, for each of their dimensions, beside g(α)."""
+    """Say how many features each dimension of the students is worth.
+
+    The answer stands beside g(α), the number that the theory predicts.
+    """
     from tl_capacity.distillation.effective import effective_capacity
     from tl_capacity.distillation.run import DistillationRun
     from tl_capacity.errors import CapacityError
@@ -94,8 +99,10 @@ def effective(
         raise CapacityError(
             notes[0]
             if notes
-            else f"no splice of this measurement lies beside it: run tl-capacity run splice {measurement}, and pass"
-            " what it wrote with --splice"
+            else (
+                f"no splice of this measurement lies beside it: run tl-capacity run splice {measurement}, and pass "
+                "the folder that it writes with --splice"
+            )
         )
     students = DistillationRun.load(distillation)
     show(
@@ -106,7 +113,10 @@ def effective(
 
 @command_with(ObserveSettings)
 def observe(settings: ObserveSettings, as_json: AsJson = False) -> None:
-    """Judge students that somebody else made: their KL from the teacher on held-out text, of every document."""
+    """Judge students that somebody else trained.
+
+    Their loss is the KL from the teacher on held-out text. It is stored for every document.
+    """
     from tl_capacity.distillation.observed import judged_cells
     from tl_capacity.distillation.observed_by_name import observe_named
     from tl_capacity.distillation.observed_table import judged_json, judged_notes, judged_title
@@ -127,13 +137,14 @@ def report(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="A measurement, and with it a distillation, probes, recoverability, a splice, a price list: folders or"
-            " JSON files, in any order. A second measurement stands beside the first."
+            help="A measurement, and anything else to show with it: a distillation, probes, recoverability, a "
+            "splice, a price list. Folders or JSON files, in any order. A second measurement is compared with "
+            "the first."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     widths: Annotated[
-        str, typer.Option(help="Student widths, as 128,256,512. Default: those that were distilled.")
+        str, typer.Option(help="Student widths, such as 128,256,512. Default: the widths that were distilled.")
     ] = "",
     importance: Importance = None,
     law: Law = None,
@@ -141,22 +152,25 @@ def report(
         str | None,
         typer.Option(help="The hook point that the verdict is about. Default: the middle one of those measured."),
     ] = None,
-    observed: Annotated[str, typer.Option(help="As for decompose: last_tenth or fit.")] = "last_tenth",
+    observed: Annotated[
+        str,
+        typer.Option(
+            help="How to read the loss that students reached: last_tenth or fit. `decompose --help` explains them."
+        ),
+    ] = "last_tenth",
     target_loss: Annotated[
-        float, typer.Option(help="The loss in nats per token for which the verdict names a width.")
+        float, typer.Option(help="The verdict names a width for this loss, in nats per token.")
     ] = 0.1,
     splice: Splice = None,
     snippets: Annotated[
-        bool, typer.Option(help="Show the text on which features are most active; runs the model.")
+        bool, typer.Option(help="Show text on which features are most active. This runs the model.")
     ] = True,
-    model: Annotated[str | None, typer.Option(help="The model that was measured, if it is elsewhere now.")] = None,
-    source: Annotated[
-        str | None, typer.Option(help="Text to show features on. Default: that which was measured.")
-    ] = None,
-    snippet_tokens: Annotated[int, typer.Option(help="How much of it to look through.")] = 20_000,
+    model: Annotated[str | None, typer.Option(help="The measured model, if it has another name or folder now.")] = None,
+    source: Annotated[str | None, typer.Option(help="Text to show features on. Default: the measured text.")] = None,
+    snippet_tokens: Annotated[int, typer.Option(help="How many tokens of that text to search.")] = 20_000,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = AUTO,
 ) -> None:
-    """Write one self-contained HTML page that shows everything that was found."""
+    """Write one self-contained HTML page that shows all results."""
     from tl_capacity.report import ReportSettings, Results, find_snippets, write_report
 
     shown = Results.load(results, splice)

@@ -1,4 +1,4 @@
-"""Verbs that count: measure, the doctor before it, merge after it, and the hook points there are."""
+"""Commands that count: `doctor`, `measure`, `merge` and `hooks`."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from tl_capacity.show.tables import table
 from tl_capacity.show.terminal import console, print_json, print_text
 
 EXAMINED = {
-    "model": "As for measure.",
-    "saes": "As for measure; may be repeated.",
-    "out": "Where the measurement is to be written; nothing is written there.",
-    "tokens": "Tokens that are to be counted, for the time that it takes.",
-    "source": "As for measure.",
-    "importance": "As for measure; may be repeated.",
-    "context": "As for measure.",
-    "batch_rows": "As for measure.",
-    "prepend_bos": "As for measure.",
-    "special_tokens": "As for measure.",
-    "skip_first_positions": "As for measure.",
-    "device": "As for measure.",
-    "dtype": "As for measure.",
-    "revision": "As for measure.",
-    "device_map": "As for measure.",
+    "model": None,
+    "saes": None,
+    "out": "The folder that you will give to measure. Nothing is written there.",
+    "tokens": "Tokens that you will count, to estimate the time.",
+    "source": None,
+    "importance": None,
+    "context": None,
+    "batch_rows": None,
+    "prepend_bos": None,
+    "special_tokens": None,
+    "skip_first_positions": None,
+    "device": None,
+    "dtype": None,
+    "revision": None,
+    "device_map": None,
     "max_fvu": None,
 }
-"""The options of `measure` that `doctor` has too, and what its help says of them."""
+"""The options that `doctor` shares with `measure`, each with its help text; None keeps the text of `measure`."""
 
 
 @command_with(MeasureSettings, after={"widths": "importance"})
 def measure(
     settings: MeasureSettings,
     widths: Annotated[
-        str, typer.Option(help="Also print the predicted floors of these student widths, as 16,32,64.")
+        str, typer.Option(help="Print predicted floors of these student widths too, such as 16,32,64.")
     ] = "",
 ) -> None:
     """Count a model's SAE features on text and write a measurement."""
@@ -70,15 +70,17 @@ def measure(
 def doctor(
     settings: MeasureSettings,
     folder: Annotated[
-        Path | None, typer.Argument(help="A measurement or checkpoint to continue; instead of --model.")
+        Path | None, typer.Argument(help="A measurement or checkpoint to continue. Give this or --model.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a set-up before a long measurement, on its first thousand tokens, and say what to change; exit code 2 where
-    a run would fail or mean nothing.
+    """Check a set-up before a long measurement.
+
+    This tries the first thousand tokens and says what to change. The exit code is 2 if a run would fail or mean
+    nothing.
     """
     if (folder is None) == (not settings.model):
-        raise CapacityError("doctor checks either a folder or a model: pass one of DIR and --model")
+        raise CapacityError("doctor checks either a folder or a model: pass a folder or --model")
     from tl_capacity.doctor import STOP, examine, examine_folder
 
     findings = examine(settings) if folder is None else examine_folder(folder, settings.tokens, settings.device)
@@ -89,16 +91,19 @@ def doctor(
         console().print(table("Doctor", ["", "check", "what was found"], rows, right=False))
     if stops := sum(finding.level == STOP for finding in findings):
         raise CapacityError(
-            f"{stops} of {len(findings)} checks found what would stop this run or leave it without meaning: mend what"
-            f" is marked {STOP!r} above"
+            f"{stops} of {len(findings)} checks found something that would stop this run or make it meaningless: fix "
+            f"what is marked {STOP!r} above"
         )
 
 
 def merge(
-    folders: Annotated[list[Path], typer.Argument(help="Measurements of the shards.")],
-    out: Annotated[Path, typer.Option(help="Folder of the joined measurement.")],
+    folders: Annotated[list[Path], typer.Argument(help="The measurements to join, one for each shard.")],
+    out: Annotated[Path, typer.Option(help="The folder to write the joined measurement to.")],
 ) -> None:
-    """Join measurements of shards into one: counts exactly, moments to rounding."""
+    """Join measurements of shards into one.
+
+    Counts are exact, and moments are exact up to rounding.
+    """
     from tl_capacity.measurement.folder import JSON_NAME
     from tl_capacity.measurement.measurement import Measurement
 
@@ -110,8 +115,10 @@ def merge(
 
 
 def hooks(
-    model: Annotated[str, typer.Option(help="A registered name, a save_pretrained folder, or a hub id.")],
-    matching: Annotated[str, typer.Option(help="Only names that contain this.")] = "",
+    model: Annotated[
+        str, typer.Option(help="The model: a name that a plugin registered, a save_pretrained folder, or a hub id.")
+    ],
+    matching: Annotated[str, typer.Option(help="Only hook points whose names contain this.")] = "",
 ) -> None:
     """List the hook points of a model."""
     from tl_capacity.models.hook_points import hook_names

@@ -1,4 +1,4 @@
-"""Verbs that predict from a measurement: budget, floor and plan."""
+"""Commands that predict from a measurement: `budget`, `floor` and `plan`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 def budget(
-    folder: Annotated[Path, typer.Argument(help="A measurement.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a measurement.")],
     widths: Widths = "",
     importance: Importance = None,
     law: Law = None,
     max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Print the per-layer table: F, L0, α, g(α), budget, d*, d*_het, FVU, with intervals."""
+    """Print how many features each layer has and can hold.
+
+    The columns are F, L0, α, g(α), budget, d*, d*_het and FVU, with 95% intervals. docs/counting.md explains them.
+    """
     from tl_capacity.measurement.measurement import Measurement
 
     table_of_layers = Measurement.load(folder).budget(widths_in(widths), importance, law, max_fvu)
@@ -34,7 +37,9 @@ def budget(
 
 
 def floor(
-    path: Annotated[Path, typer.Argument(help="A measurement folder, or the JSON of a published importance curve.")],
+    path: Annotated[
+        Path, typer.Argument(help="The folder of a measurement, or the JSON file of a published importance curve.")
+    ],
     widths: Widths,
     importance: Importance = None,
     law: Law = None,
@@ -43,7 +48,7 @@ def floor(
     max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the loss floor of students of some widths."""
+    """Predict the loss floor of students of given widths."""
     from tl_capacity.measurement.measurement import Measurement
     from tl_capacity.measurement.splices import splice_of
     from tl_capacity.predict.caveats import error_warnings
@@ -71,7 +76,7 @@ def floor(
             ]
             notes += [*spliced.notes(), *kept_whole(in_nats), *records(each.key for each in in_nats)]
     elif splice is not None:
-        raise CapacityError("a published curve has no splice: leave --splice out, or pass a measurement folder")
+        raise CapacityError("a published curve has no splice: leave out --splice, or pass a measurement folder")
     else:
         predictions = Curve.load(path).floors(wanted, law)
     if not predictions:
@@ -90,40 +95,53 @@ def floor(
 
 def plan(
     folder: Annotated[Path, typer.Argument(help="A measurement of the teacher.")],
-    keep: Annotated[float | None, typer.Option(help="Share of the features to keep, as 0.95.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Goal: the share of the features to keep, such as 0.95.")] = None,
     target_loss: Annotated[
         float | None,
         typer.Option(
-            help="Largest floor: in nats per token where there is a splice, forecasts or students, else in the"
-            " importance's unit per token."
+            help="Goal: the largest loss floor. It is in nats per token with a splice, forecasts or students, and "
+            "otherwise in the importance's unit per token."
         ),
     ] = None,
     splice: Splice = None,
     beside: Annotated[
         list[Path] | None,
         typer.Option(
-            "--with", help="A folder with forecasts.json or splice.json, to stand beside it; may be repeated."
+            "--with",
+            help="Show the answers of other predictions too: a folder with forecasts.json or splice.json. "
+            "May be repeated.",
         ),
     ] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="A distillation of the teacher, whose students correct the predicted floors.")
+        Path | None,
+        typer.Option(help="A distillation of the teacher. The losses of its students correct the predicted floors."),
     ] = None,
     observed: Annotated[
-        str, typer.Option(help="Of these students: last_tenth, what they reached; fit, where their curves are heading.")
+        str,
+        typer.Option(
+            help="How to read the loss of these students. last_tenth is the mean of the last tenth of "
+            "the held-out curve, fit is where the curve is heading."
+        ),
     ] = "last_tenth",
-    widths: Annotated[str, typer.Option(help="Also show what these widths cost.")] = "",
+    widths: Annotated[str, typer.Option(help="Show what these student widths cost too.")] = "",
     hook: Annotated[
-        str | None, typer.Option(help="Only this hook point. Default: the goal must be met at all of them.")
+        str | None, typer.Option(help="Meet the goal at this hook point only. Default: at all hook points.")
     ] = None,
     importance: Importance = None,
     law: Law = None,
     model: Annotated[
-        str | None, typer.Option(help="The teacher, for the cost in parameters. Default: the one that was measured.")
+        str | None,
+        typer.Option(
+            help="The teacher, whose configuration gives the cost in parameters. Default: the measured model."
+        ),
     ] = None,
     max_fvu: MaxFvu = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Find the smallest student width that meets a goal, and what each width costs in parameters."""
+    """Find the narrowest student that meets a goal, and what each width costs.
+
+    Give --keep or --target-loss as the goal. The cost is in parameters.
+    """
     from tl_capacity.distillation.run import DistillationRun
     from tl_capacity.measurement.measurement import Measurement
     from tl_capacity.plan import check_goal, teacher_config
@@ -162,17 +180,15 @@ def _spliced_for_plan(
     target_loss: float | None,
     importance: str | None,
 ) -> tuple[Spliced | None, list[str]]:
-    """The splice that a plan reads, and what to say of it: the one that was named, or the one that lies beside the
-    measurement where it can answer.
+    """The splice that a plan reads, and notes on it: the splice that was named, or the one beside the measurement if it
+    can answer.
     """
     from tl_capacity.measurement.splices import splice_of
     from tl_capacity.runtime.units import NATS
 
     given = [each for each in beside if each is not None]
     if len(given) > 1 or (given and named is not None):
-        raise CapacityError(
-            "a plan reads one splice: pass it with --splice, or one folder with a splice.json by --with"
-        )
+        raise CapacityError("a plan reads one splice: pass one, with --splice or as a folder with --with")
     if given:
         return given[0], []
     if named is None and target_loss is None:
@@ -183,4 +199,4 @@ def _spliced_for_plan(
     if any(spliced.curve_of(hook, importance) is not None for hook in measurement):
         return spliced, notes
     order = measurement.hooks[0].estimator(importance).name
-    return None, [f"the splice beside the measurement has no curve in the order of {order}, and is not read"]
+    return None, [f"the splice beside the measurement has no curve in the order of {order}, so it is not read"]

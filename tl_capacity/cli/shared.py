@@ -1,4 +1,4 @@
-"""Options that several verbs share, and how a verb shows what it has."""
+"""Options that several commands share, and how a command shows its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tl_capacity.options import read, whole_numbers
 from tl_capacity.show.tables import said_once
 from tl_capacity.show.terminal import console, print_json, print_text
 
-Widths = Annotated[str, typer.Option(help="Student widths, as 128,256,512.")]
+Widths = Annotated[str, typer.Option(help="Student widths, such as 128,256,512.")]
 Importance = Annotated[
     str | None, typer.Option(help="Importance estimator; `tl-capacity plugins` lists them. Default: the paper's.")
 ]
@@ -21,7 +21,8 @@ Law = Annotated[str | None, typer.Option(help="Capacity law; `tl-capacity plugin
 Splice = Annotated[
     Path | None,
     typer.Option(
-        help="What `tl-capacity run splice` wrote of the measurement, for floors in nats. Default: the one beside it."
+        help="The folder that `tl-capacity run splice` wrote, for floors in nats. Default: the splice beside the "
+        "measurement."
     ),
 ]
 MaxFvu = Annotated[float, typer.Option(help=MAX_FVU)]
@@ -29,12 +30,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def widths_in(text: str) -> tuple[int, ...]:
-    """The student widths that were typed, each once."""
+    """The student widths in a text, each once."""
     return tuple(dict.fromkeys(read("--widths", text, whole_numbers)))
 
 
 def show(result: Any, as_json: bool) -> None:
-    """A result as a table, or as JSON."""
+    """Print a result as a table, or as JSON."""
     if as_json:
         print_json(result.to_json())
     else:
@@ -42,6 +43,6 @@ def show(result: Any, as_json: bool) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """A line for each caveat."""
+    """Print each note on a line."""
     for note in said_once(notes):
         print_text(f"note: {note}")

@@ -1,5 +1,5 @@
-"""`doctor`: what would spoil a long measurement, found on its first thousand tokens: a hook that stays silent, an SAE
-of another model, a full disk.
+"""`doctor`: finds what would spoil a long measurement on its first thousand tokens, such as a silent hook, an SAE of
+another model, or a full disk.
 
 Every check ends in one `Finding`; a check that cannot be made because an earlier one failed is left out.
 """

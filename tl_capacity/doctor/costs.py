@@ -16,12 +16,12 @@ from tl_capacity.runtime.progress import peak_memory
 from tl_capacity.runtime.units import show_bytes, show_seconds
 
 FILES_AT_ONCE = 3
-"""The last checkpoint, the one before it, and the one that is being written."""
+"""Copies on disk at once: the last checkpoint, the one before it, and the one being written."""
 
 
 def cost_findings(trial: Trial, dictionaries: Sequence[NamedDictionary]) -> Iterator[Finding]:
-    """Time, memory and disk that the whole run will take, from a second run over the text, in which nothing is loaded
-    or compiled any more.
+    """Time, memory and disk that the whole run will take. They are estimated from a second run over the text, in which
+    nothing is loaded or compiled any more.
     """
     settings = trial.settings
     if not dictionaries:
@@ -40,13 +40,13 @@ def cost_findings(trial: Trial, dictionaries: Sequence[NamedDictionary]) -> Iter
 
 
 def memory(further: int, available: int | None = None) -> Finding:
-    """Whether there is memory for what a run takes beyond what was taken already, in bytes."""
+    """Whether there is memory for what a run will take beyond what is already taken, in bytes."""
     import psutil
 
     free = psutil.virtual_memory().available if available is None else available
     says = (
-        f"about {show_bytes(peak_memory() + further)} at the peak, {show_bytes(further)} of them for the sums and for"
-        f" saving them; {show_bytes(free)} are free"
+        f"about {show_bytes(peak_memory() + further)} at the peak, {show_bytes(further)} of it for the sums and for "
+        f"saving them; {show_bytes(free)} are free"
     )
     return (
         Finding("memory", OK, says)
@@ -56,7 +56,7 @@ def memory(further: int, available: int | None = None) -> Finding:
 
 
 def disk(out: Path, needed: int) -> Finding:
-    """Whether a folder can be written and has room for `needed` bytes."""
+    """Whether a folder can be written, and has room for `needed` bytes."""
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not place.is_dir():
         return Finding("disk", STOP, f"{place} is a file, so {out} cannot be a folder: choose another --out")

@@ -1,4 +1,4 @@
-"""The examination: every check in its order, on the first thousand tokens."""
+"""The examination: every check in order, on the first thousand tokens."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ SAMPLE_TOKENS = 1_000
 
 
 def examine(settings: MeasureSettings) -> list[Finding]:
-    """Check what `measure` would do with these settings; nothing is written."""
+    """Check what `measure` would do with these settings. Nothing is written."""
     return list(_findings(settings))
 
 
 def examine_folder(folder: Path, tokens: int = MeasureSettings.tokens, device: str = AUTO) -> list[Finding]:
-    """Check the measurement or checkpoint in a folder, and that it could be gone on with: its files, and the model,
-    SAEs and text that it names.
+    """Check the measurement or checkpoint in a folder, and whether it can be continued: its files, and the model, SAEs
+    and text that it names.
     """
     findings: list[Finding] = []
     with refusal_found("folder", findings):
         measurement = Measurement.load(folder)
-        state = "a measurement that has ended" if measurement.complete else "a checkpoint, which --resume goes on from"
+        state = "a complete measurement" if measurement.complete else ("a checkpoint, from which --resume continues")
         findings.append(
             Finding(
                 "folder",
@@ -54,7 +54,7 @@ def examine_folder(folder: Path, tokens: int = MeasureSettings.tokens, device: s
 
 
 def settings_of(measurement: Measurement, folder: Path, tokens: int, device: str) -> MeasureSettings:
-    """The settings that a measurement was made with, as far as it records them."""
+    """The settings of a measurement, as far as it records them."""
     p = measurement.provenance
     return MeasureSettings(
         model=p.model,
@@ -77,7 +77,7 @@ def settings_of(measurement: Measurement, folder: Path, tokens: int, device: str
 
 
 def _findings(settings: MeasureSettings, earlier: Measurement | None = None) -> Iterator[Finding]:
-    """Each check needs what those before it prepared, and is left out where that is missing."""
+    """The findings of all checks. Each check needs what earlier ones prepared, and is left out if that is missing."""
     findings: list[Finding] = []
     loaded = saes = text = readable = None
     with refusal_found("model", findings):
@@ -113,7 +113,7 @@ def _findings(settings: MeasureSettings, earlier: Measurement | None = None) -> 
 
 
 def _sample(stream: Iterable[TokenBatch], rule: CountingRule) -> list[TokenBatch]:
-    """The first batches, until they have a thousand tokens that will be counted."""
+    """The first batches, up to a thousand tokens that will be counted."""
     batches, counted = [], 0
     for batch in stream:
         batches.append(batch)
@@ -126,8 +126,8 @@ def _sample(stream: Iterable[TokenBatch], rule: CountingRule) -> list[TokenBatch
 def _run(
     settings: MeasureSettings, loaded: LoadedModel, saes: Sequence[NamedDictionary], batches: Sequence[TokenBatch]
 ) -> Iterator[Finding]:
-    """What only the running model tells: each SAE by itself first, so that one which fails hides nothing of the others;
-    then all together, for the time.
+    """The findings that need the running model. Each SAE is tried alone first, so that a failing one hides nothing
+    about the others. Then all run together, for the time.
     """
     findings: list[Finding] = []
     with refusal_found("hook", findings):

@@ -1,4 +1,4 @@
-"""What one check found, and a refusal that becomes such a finding."""
+"""What one check found, and a way to turn a refusal into such a finding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Finding:
 
 @contextmanager
 def refusal_found(check: str, findings: list[Finding]) -> Iterator[None]:
-    """A refusal of the tool's own ends the block, and is appended to the findings."""
+    """A `CapacityError` ends the block, and is appended to the findings."""
     try:
         yield
     except CapacityError as problem:

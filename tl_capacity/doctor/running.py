@@ -1,4 +1,6 @@
-"""Checks that need the running model: whether a hook fires, which positions outweigh others, and the SAE's fit."""
+"""Checks that need the running model: whether a hook fires, whether a position outweighs the others, and how well the
+SAE fits.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,14 @@ from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch
 
 HIGH_FVU = 0.5
-"""Above it the SAE misses half of the variance, and its features with it."""
+"""Above it, the SAE misses half of the variance, and the features in it."""
 FIRST_NORM_RATIO = 10.0
-"""Attention sinks have norms a hundred times those of other positions; nothing else comes near ten."""
+"""Attention sinks have norms a hundred times those of other positions. Nothing else comes near ten."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A model that can be tapped, and the little text that it is tried on.
+    """A model that can be tapped, and a little text to try it on.
 
     Attributes:
         rule: by which the text's tokens count.
@@ -47,12 +49,12 @@ class Trial:
         return attach(self.model, dictionaries, self.rule, importance, settings.alive_threshold, fvu_every)
 
     def counted(self) -> list[Tensor]:
-        """Of each batch, bool [row, position]: which tokens count."""
+        """For each batch, bool [row, position]: which tokens count."""
         return [torch.from_numpy(self.rule.counted(batch.tokens)) for batch in self.batches]
 
 
 def tap_findings(trial: Trial, dictionary: NamedDictionary) -> Iterator[Finding]:
-    """One SAE: normalisation, hook point, width, whether it fires, and how much it explains."""
+    """The findings on one SAE: normalisation, hook point, width, whether it fires, and how much it explains."""
     hook, _, sae = dictionary
     findings: list[Finding] = []
     with refusal_found("normalisation", findings):
@@ -73,8 +75,8 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
     point = reading.point
     if point.width is not None and point.width != sae.cfg.d_in:
         raise CapacityError(
-            f"{hook} has width {point.width}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook point or"
-            " model, so pass one that was trained on this"
+            f"{hook} has width {point.width}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook point "
+            "or model, so pass an SAE that was trained on this one"
         )
     activations: list[Tensor] = []
     unwatch = point.watch(lambda activation: activations.append(activation.detach().flatten(2)))
@@ -87,7 +89,7 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
     assert summary.fvu is not None
     counted = trial.counted()
     inputs = torch.cat([x[c.to(x.device)] for x, c in zip(activations, counted, strict=True)])
-    fires = f"{hook} fires, with {sae.cfg.d_in} dimensions as the SAE has; {summary.n_tokens:,} tokens counted"
+    fires = f"{hook} fires, with {sae.cfg.d_in} dimensions like the SAE; {summary.n_tokens:,} tokens counted"
     return [
         Finding("hook", OK, fires),
         *processing_findings(hook, reading),
@@ -97,9 +99,10 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
 
 
 def processing_findings(hook: str, reading: Reading) -> list[Finding]:
-    """What the SAE says of the model that it was trained on, and whether the activations are that model's."""
+    """What the SAE's metadata says of its own model, and whether the activations here are that model's."""
     applied = (
-        f"{hook}: activations are those of a model with {' and '.join(reading.processing)}, as the SAE was trained"
+        f"{hook}: the activations are those of a model with {' and '.join(reading.processing)}, on which the SAE was "
+        "trained"
     )
     return [
         *([Finding("processing", OK, applied)] if reading.processing else []),
@@ -108,8 +111,8 @@ def processing_findings(hook: str, reading: Reading) -> list[Finding]:
 
 
 def first_position_finding(hook: str, activations: Sequence[Tensor], counted: Sequence[Tensor]) -> Finding:
-    """Whether the first counted position of a row outweighs all others, as an attention sink does where no BOS takes
-    its place.
+    """Whether the first counted position of a row outweighs all others, as an attention sink does in a
+    row without BOS.
     """
     norms = [torch.where(c, x.float().norm(dim=-1).cpu(), torch.nan) for x, c in zip(activations, counted, strict=True)]
     first, rest = (
@@ -128,15 +131,15 @@ def first_position_finding(hook: str, activations: Sequence[Tensor], counted: Se
 
 
 def fit_finding(hook: str, sae: Any, fvu: float, inputs: Float[Tensor, "token d_in"], max_fvu: float) -> Finding:
-    """The FVU, and where it is high, whether the SAE fits activations that were normalised as training often does."""
+    """The FVU. If it is high, also whether the SAE fits activations normalised as training often does."""
     if fvu <= HIGH_FVU:
         return Finding("FVU", OK, f"{hook}: {fvu:.3f} on {len(inputs):,} tokens")
     level = STOP if fvu > max_fvu else CHANGE
     mean_norm = float(inputs.float().norm(dim=-1).mean())
     scale = sqrt(inputs.shape[1]) / mean_norm
     scaled = (
-        f"scaled to the mean norm √{inputs.shape[1]}: fold the factor in first, with"
-        f" sae.fold_activation_norm_scaling_factor({scale:.4g})"
+        f"scaled to the mean norm √{inputs.shape[1]}: fold in the factor first, with "
+        f"sae.fold_activation_norm_scaling_factor({scale:.4g})"
     )
     centred = (
         "centred over the dimensions: if it was trained on a model with center_writing_weights, say so in its"
@@ -147,19 +150,21 @@ def fit_finding(hook: str, sae: Any, fvu: float, inputs: Float[Tensor, "token d_
         for how, x in normalised.items():
             if (better := _fvu(sae, x)) <= HIGH_FVU:
                 return Finding(
-                    "FVU", level, f"{hook}: {fvu:.3g} as the activations are, but {better:.3g} with them {how}"
+                    "FVU",
+                    level,
+                    f"{hook}: {fvu:.3g} with the activations as they are, but {better:.3g} with them {how}",
                 )
     return Finding(
         "FVU",
         level,
-        f"{hook}: {fvu:.3g} of the variance is unexplained: wrong hook point, wrong model, or other text than the SAE"
-        " knows?",
+        f"{hook}: {fvu:.3g} of the variance is unexplained: is it the wrong hook point, the wrong model, or text of "
+        "another kind than the SAE was trained on?",
     )
 
 
 @torch.no_grad()
 def _fvu(sae: Any, x: Float[Tensor, "token d_in"]) -> float:
-    """Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
+    """The FVU, Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
     x = x.to(sae.W_dec)
     value = float((x - sae.decode(sae.encode(x))).square().sum() / (x - x.mean(0)).square().sum())
     return value if isfinite(value) else float("inf")

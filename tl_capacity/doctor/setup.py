@@ -1,4 +1,4 @@
-"""Checks of a set-up before its model runs: the model, its SAEs, and the text as it is made into tokens."""
+"""Checks of a set-up before its model runs: the model, its SAEs, and how the text becomes tokens."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tl_capacity.text.counting import EVERY_POSITION, CountingRule
 from tl_capacity.text.streams import PADDING, TokenBatch, TokenStream
 
 UNKNOWN_SHARE = 0.01
-"""Of the tokens, above which the text is of another kind than the tokenizer knows."""
+"""Above this share of unknown tokens, the text is of another kind than the tokenizer knows."""
 
 
 def model_finding(loaded: LoadedModel, settings: MeasureSettings, earlier: Measurement | None) -> Finding:
-    """Whether the model is the one that was measured before, where it was."""
+    """Whether the model is the one that was measured before, if it was."""
     if earlier is not None and earlier.provenance.revision != loaded.revision:
         return Finding(
             "model",
             STOP,
-            f"{settings.model} is now {loaded.revision}, and was {earlier.provenance.revision} when it was measured:"
-            " get that one, or start anew",
+            f"{settings.model} is now {loaded.revision}, but was {earlier.provenance.revision} when it was measured: "
+            "get that version, or measure anew",
         )
     parameters = sum(p.numel() for p in loaded.model.parameters())
     return Finding(
@@ -39,11 +39,13 @@ def model_finding(loaded: LoadedModel, settings: MeasureSettings, earlier: Measu
 
 
 def dictionary_finding(dictionary: NamedDictionary, earlier: Measurement | None) -> Finding:
-    """Whether the SAE is the one that was measured before, where it was."""
+    """Whether the SAE is the one that was measured before, if it was."""
     hook, name, sae = dictionary
     if earlier is not None and dictionary_digest(sae) not in {h.sae_digest for h in earlier if h.hook == hook}:
         return Finding(
-            "SAE", STOP, f"{name} at {hook} has other weights than when it was measured: get those, or start anew"
+            "SAE",
+            STOP,
+            f"{name} at {hook} has other weights than when it was measured: get those weights, or measure anew",
         )
     return Finding("SAE", OK, f"{name} at {hook}: {type(sae).__name__}, {len(sae.W_dec):,} latents")
 
@@ -55,40 +57,42 @@ def context_finding(context: int, dictionaries: Sequence[NamedDictionary]) -> Fi
         return Finding(
             "context",
             CHANGE,
-            f"rows have {context} positions, and the SAE was trained on {min(trained)}: pass --context {min(trained)}",
+            f"rows have {context} positions, but the SAE was trained on {min(trained)}: pass --context {min(trained)}",
         )
     return Finding("context", OK, f"rows of {context} positions")
 
 
 def bos_finding(stream: TokenStream, dictionaries: Sequence[NamedDictionary]) -> Finding:
-    """Whether rows begin with BOS where they did when the SAEs were trained, and only there."""
+    """Whether rows begin with BOS exactly if they did when the SAEs were trained."""
     trained = {metadata_of(d.sae, "prepend_bos") for d in dictionaries}
     if stream.prepend_bos and stream.bos is None:
         return Finding(
-            "BOS", CHANGE, "rows are to begin with BOS, and the tokenizer has none: pass --no-bos to say that you know"
+            "BOS", CHANGE, "rows should begin with BOS, but the tokenizer has none: pass --no-bos to accept that"
         )
     if trained == {True} and stream.bos is None:
-        return Finding("BOS", CHANGE, "the SAE was trained on rows that begin with BOS, and these do not: pass --bos")
+        return Finding("BOS", CHANGE, "the SAE was trained on rows that begin with BOS, but these do not: pass --bos")
     if trained == {False} and stream.bos is not None:
-        return Finding("BOS", CHANGE, "the SAE was trained on rows without BOS, and these begin with it: pass --no-bos")
+        return Finding("BOS", CHANGE, "the SAE was trained on rows without BOS, but these begin with it: pass --no-bos")
     if stream.bos is None:
         return Finding("BOS", OK, "rows begin without BOS")
     return Finding("BOS", OK, f"rows begin with BOS (id {stream.bos}), which is not counted")
 
 
 def positions_findings(rule: CountingRule, dictionaries: Sequence[NamedDictionary]) -> Iterator[Finding]:
-    """Whether the positions that count are some that the SAEs were trained on; nothing where that is all of them."""
+    """Whether the SAEs were trained on the positions that count. Empty if they were trained on all."""
     for dictionary in dictionaries:
         own = TrainedRows.of(dictionary.sae).positions
         if not rule.positions.are_among(own):
             yield Finding(
                 "positions",
                 CHANGE,
-                f"{rule.positions} are counted, and the SAE at {dictionary.hook} was trained on {own}: leave out"
-                " --skip-first-positions",
+                f"{rule.positions} are counted, but the SAE at {dictionary.hook} was trained on {own}: leave out "
+                "--skip-first-positions",
             )
         elif own != EVERY_POSITION:
-            yield Finding("positions", OK, f"{rule.positions} are counted, as the SAE at {dictionary.hook} was trained")
+            yield Finding(
+                "positions", OK, f"{rule.positions} are counted; the SAE at {dictionary.hook} was trained on these"
+            )
 
 
 def vocabulary_finding(sample: Sequence[TokenBatch], loaded: LoadedModel) -> Finding:
