@@ -1,1 +1,1 @@
-"""Built-in plugins that attach to models. They reach the core through the same entry points as anybody's plugin."""
+"""Built-in plugins that attach to models. They reach the core through the same entry points as any other plugin."""

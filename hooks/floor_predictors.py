@@ -1,4 +1,4 @@
-"""Floor predictors: what the features of a dictionary predict, and rivals that know nothing of features."""
+"""Floor predictors: what a dictionary's features predict, and rivals that know nothing of features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RIVALS = "tl-capacity run rivals"
 
 class Importance(FloorPredictor):
     """Σ_{i > F_S} I_(i), the importance of the features that a width loses: the paper's refined floor
-    (arXiv:2604.04037). In nats per token where the importance is.
+    (arXiv:2604.04037). In nats per token if the importance is.
     """
 
     name = "importance"
@@ -34,7 +34,7 @@ class Importance(FloorPredictor):
 
 
 class Naive(Importance):
-    """Σ I · max(0, 1 − d_S · g(α)/F), every feature equally important (arXiv:2604.04037).
+    """Σ I · max(0, 1 − d_S · g(α)/F), with every feature equally important (arXiv:2604.04037).
 
     Another importance changes little but the factor, so it is said once for each law.
     """
@@ -49,7 +49,7 @@ class Naive(Importance):
 
 
 class Splice(FloorPredictor):
-    """KL(teacher ‖ teacher with only the kept features at one hook point), read off the curve that was run."""
+    """KL(teacher ‖ teacher with only the kept features at one hook point), read from a curve computed before."""
 
     name = "splice"
     summary = "KL of the teacher with only the kept features"
@@ -74,14 +74,16 @@ class Run(FloorPredictor):
 
 
 class PCASplice(Run):
-    """KL(teacher ‖ teacher whose activation at one hook point is projected on its d_S leading principal components)."""
+    """KL(teacher ‖ teacher whose activation at one hook point is projected onto its d_S
+    leading principal components).
+    """
 
     name = "pca_splice"
     summary = "KL of the teacher projected on its d_S leading components"
 
 
 class TruncatedStart(Run):
-    """KL(teacher ‖ student before its first step), the student cut out of the teacher along its principal
+    """KL(teacher ‖ student before its first step). The student is cut out of the teacher along its principal
     components.
     """
 
@@ -91,8 +93,8 @@ class TruncatedStart(Run):
 
 
 class RankBound(Run):
-    """The least KL that logits of rank d_S can have: a lower bound for every student of that width, as far as the
-    optimiser found it (exponential-family PCA, Collins et al. 2001; arXiv:2404.07647).
+    """The least KL that logits of rank d_S can have, as far as the optimiser found it. It is a lower bound for every
+    student of that width (exponential-family PCA, Collins et al. 2001; arXiv:2404.07647).
     """
 
     name = "rank_bound"
@@ -118,7 +120,7 @@ class PCATail(Run):
 
 
 class InWidth(FloorPredictor):
-    """A shape that only the width decides."""
+    """A shape that depends only on the width."""
 
     knows_features = False
     varies_with = ()
@@ -126,7 +128,7 @@ class InWidth(FloorPredictor):
 
 
 class Constant(InWidth):
-    """The same floor at every width: what anything else has to beat."""
+    """The same floor at every width. Any other predictor must beat it."""
 
     name = "constant"
     unit = "1"
@@ -168,8 +170,8 @@ class PowerOfWidth(OneOverWidth):
 
 
 class PowerOfParameters(InWidth):
-    """P^−s with the exponent s fitted, P the parameters of the student without embeddings and head: the scaling law of
-    Kaplan et al. 2020 (arXiv:2001.08361).
+    """P^−s with the exponent s fitted, where P is the number of the student's parameters without embeddings and head:
+    the scaling law of Kaplan et al. 2020 (arXiv:2001.08361).
     """
 
     name = "power law in parameters"

@@ -1,4 +1,4 @@
-"""The token source of last resort: whatever the `datasets` library loads by id or from a folder of data files."""
+"""The token source of last resort: whatever the `datasets` library loads, by id or from a folder of data files."""
 
 from __future__ import annotations
 

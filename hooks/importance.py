@@ -1,5 +1,5 @@
-"""Importance estimators: three that need nothing but the sums that every measurement keeps, and three in nats, from
-backward passes.
+"""Importance estimators: three that need only the sums of every measurement, and three in nats that need backward
+passes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class SecondMoment(ImportanceEstimator):
-    """Iᵢ = E[zᵢ²] over all counted tokens: the paper's importance (arXiv:2604.04037). Not invariant to rescaling a
-    latent.
+    """Iᵢ = E[zᵢ²] over all counted tokens: the paper's importance (arXiv:2604.04037). It changes if a latent is
+    rescaled.
     """
 
     name = "second_moment"
@@ -35,7 +35,7 @@ class SecondMoment(ImportanceEstimator):
 
 
 class DecoderWeighted(ImportanceEstimator):
-    """Iᵢ = E[zᵢ²] · ‖w_dec,i‖²: the mean squared length of what the feature writes; equals the paper's for unit-norm
+    """Iᵢ = E[zᵢ²] · ‖w_dec,i‖²: the mean squared length of what the feature writes. It equals the paper's for unit-norm
     decoders.
     """
 
@@ -60,8 +60,8 @@ class FiringRate(ImportanceEstimator):
 
 
 class Gradient(ImportanceEstimator):
-    """Iᵢ = E|zᵢ · ∂L/∂zᵢ|, L the next-token cross-entropy of the whole row: what each firing is worth to first order
-    (attribution, arXiv:2403.19647).
+    """Iᵢ = E|zᵢ · ∂L/∂zᵢ|, with L the next-token cross-entropy of the whole row: what each firing is worth to first
+    order (attribution, arXiv:2403.19647).
     """
 
     name = "gradient"
@@ -83,8 +83,8 @@ class Gradient(ImportanceEstimator):
 
 
 class Fisher(ImportanceEstimator):
-    """Iᵢ = ½ E[(zᵢ · ∂ log p(y)/∂zᵢ)²], y drawn from the model's output p: to second order, the KL to the clean output
-    if each firing is ablated alone.
+    """Iᵢ = ½ E[(zᵢ · ∂ log p(y)/∂zᵢ)²], with y drawn from the model's output p. To second order, this is the KL to the
+    clean output if each firing is ablated alone.
     """
 
     name = "fisher"
@@ -103,7 +103,7 @@ class Fisher(ImportanceEstimator):
 
 
 class IntegratedGradients(ImportanceEstimator):
-    """Iᵢ = E|zᵢ · ∫₀¹ ∂L/∂zᵢ dα| along x(α) = b_dec + α(x − b_dec), L the next-token cross-entropy: integrated
+    """Iᵢ = E|zᵢ · ∫₀¹ ∂L/∂zᵢ dα| along x(α) = b_dec + α(x − b_dec), with L the next-token cross-entropy: integrated
     gradients (arXiv:1703.01365) of latents.
 
     On the straight path, all latents of all counted tokens and the SAE's error grow together from nothing to what they
@@ -157,12 +157,12 @@ def _zeros(names: tuple[str, ...], sae: SparseAutoencoder, groups: int, device: 
 
 
 def _like(example: Tensor, values: Tensor) -> Tensor:
-    """Values in the type of an example, and where it is: moved first, as some devices have no float64."""
+    """Values with the type and device of an example. They are moved first, because some devices have no float64."""
     return values.to(example.device).to(example.dtype)
 
 
 def _add(total: Tensor, batch: LatentBatch, values: Tensor) -> None:
-    """Add a value of each active latent to its feature, in its document group."""
+    """Add a value for each active latent to its feature, in its document group."""
     total.view(-1).index_add_(0, batch.groups * total.shape[1] + batch.features, values)
 
 

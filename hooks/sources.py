@@ -19,8 +19,8 @@ _OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.ope
 
 
 class TextFile(TokenSource):
-    """A `.txt` (or `.md`) file, plain or compressed (`.gz`, `.xz`): documents are separated by blank lines and joined
-    up to 2,000 characters.
+    """A `.txt` (or `.md`) file, plain or compressed (`.gz`, `.xz`). Blank lines separate paragraphs, which are joined
+    to documents of some 2,000 characters.
     """
 
     name = "text file"
@@ -44,7 +44,7 @@ class TextFile(TokenSource):
 
 
 class JsonLines(TokenSource):
-    """A `.jsonl` file, plain or compressed: one object a line with a `text` field."""
+    """A `.jsonl` file, plain or compressed, with one object a line that has a `text` field."""
 
     name = "jsonl file"
     summary = 'PATH.jsonl[.gz|.xz]: one {"text": …} a line'
@@ -60,7 +60,7 @@ class JsonLines(TokenSource):
                 content = json.loads(line)
             except (ValueError, RecursionError) as problem:
                 raise TokenSourceError(
-                    f"line {number} of {spec} is no JSON ({problem}): write one object a line"
+                    f"line {number} of {spec} is not JSON ({problem}): write one object a line"
                 ) from problem
             yield text_of(content, f"line {number} of {spec}")
 
@@ -82,12 +82,14 @@ class Parquet(TokenSource):
         try:
             table = pyarrow.parquet.ParquetFile(spec)
         except (pyarrow.ArrowException, OSError, ValueError) as problem:
-            raise TokenSourceError(f"{spec} is no Parquet file ({problem}): check how it was written") from problem
+            raise TokenSourceError(
+                f"{spec} is not a Parquet file ({problem}): write it again, or choose another source"
+            ) from problem
         field = next((name for name in TEXT_FIELDS if name in table.schema_arrow.names), None)
         if field is None:
             raise TokenSourceError(
-                f"{spec} has the columns {', '.join(table.schema_arrow.names)} and none named {', '.join(TEXT_FIELDS)}:"
-                " rename one"
+                f"{spec} has the columns {', '.join(table.schema_arrow.names)} but none named "
+                f"{', '.join(TEXT_FIELDS)}: rename one"
             )
         kind = table.schema_arrow.field(field).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
@@ -104,7 +106,7 @@ class Parquet(TokenSource):
 
 
 def file_suffix(spec: str) -> str:
-    """The suffix that says what a file holds: `.jsonl` of `texts.jsonl.xz`."""
+    """The suffix that says what a file holds: `.jsonl` for `texts.jsonl.xz`."""
     path = Path(spec)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _OPENERS else path.suffix.lower()
 
@@ -133,7 +135,7 @@ def _lines(spec: str) -> Iterator[str]:
 
 
 def text_of(content: Any, where: str) -> str | None:
-    """The text of one row; None where its field is null.
+    """The text of one row; None if its field is null.
 
     Raises:
         TokenSourceError: where none of its fields holds one.

@@ -1,4 +1,4 @@
-"""CapacityCallback: how far a student is from its teacher, while transformers' `Trainer` or one of TRL's trains it.
+"""CapacityCallback: logs how far a student is from its teacher while transformers' `Trainer` or one of TRL's trains it.
 
 What it finds goes to the trainer's own log, and with it to whatever that reports to.
 """
@@ -22,12 +22,13 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.checks import checked
 
 PREFIX = "capacity/"
-"""Of every name in the log."""
+"""Prefix of every name in the log."""
 
 
 @dataclass(frozen=True)
 class KeptFeatures:
-    """What counting the features that a student keeps needs; it costs two passes of both models over some text.
+    """What it takes to count the features that a student keeps. Counting costs two passes of both models over some
+    text.
 
     Attributes:
         sae: an SAE of the teacher.
@@ -48,7 +49,7 @@ class KeptFeatures:
 
 
 class CapacityCallback(TrainerCallback):
-    """Logs, every so many steps, the student's KL from its teacher on held-out text, beside the predicted floor.
+    """Logs the student's KL from its teacher on held-out text every so many steps, beside the predicted floor.
 
     `trainer.add_callback(CapacityCallback(trainer, teacher, stream, every=500, floor=0.52))` adds these to the
     trainer's log: `capacity/heldout_kl` with `_low` and `_high`, in nats per token; `capacity/agreement`;
@@ -73,7 +74,7 @@ class CapacityCallback(TrainerCallback):
         floor: float | Estimate | None = None,
         kept: KeptFeatures | None = None,
     ) -> None:
-        """Read the text and see whether the student can be judged on it, before any step is taken.
+        """Read the text, and check before any step that the student can be judged on it.
 
         Args:
             trainer: the trainer whose model is the student.
@@ -99,7 +100,7 @@ class CapacityCallback(TrainerCallback):
         self.rows = rows_to_judge(self.teacher, [self._student(trainer.model)], stream, tokens)
 
     def evaluate(self, model: Any) -> dict[str, float]:
-        """What is logged of a student as it is now, without the prefix."""
+        """The figures that are logged for the student as it is now, without the prefix."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             [judged], _, _ = judge_students(self.teacher, [self._student(model)], self.rows, self.batch_rows)
@@ -108,7 +109,7 @@ class CapacityCallback(TrainerCallback):
             return found | self._kept(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Evaluate the student as training finds it."""
+        """Evaluate the student before its first step."""
         self._log(state, control, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -117,19 +118,19 @@ class CapacityCallback(TrainerCallback):
             self._log(state, control, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Evaluate what came out, where the last step did not."""
+        """Evaluate the final student, unless its last step was evaluated."""
         if state.global_step % self.every:
             self._log(state, control, model)
 
     def _student(self, model: Any) -> Party:
-        """The trainer's model with the tokenizer that the trainer knows."""
+        """The trainer's model, with the trainer's tokenizer."""
         party = Party.of("the student", model)
         processor = getattr(self.trainer, "processing_class", None)
         tokenizer = processor if hasattr(processor, "get_vocab") else None
         return Party(party.who, party.name, party.model, tokenizer)
 
     def _log(self, state: Any, control: Any, model: Any) -> None:
-        """Hand an evaluation to the trainer's own log."""
+        """Pass an evaluation to the trainer's own log."""
         found = self.evaluate(model)
         if self.floor is not None:
             found |= _with_ends("predicted_floor", self.floor)
@@ -161,12 +162,12 @@ class CapacityCallback(TrainerCallback):
 
 
 def _first_kl(history: list[Mapping[str, Any]], now: float) -> float:
-    """The first held-out KL that a trainer has logged, also before it was resumed; else the one of now."""
+    """The first held-out KL that a trainer has logged, even before it was resumed; else the current one."""
     name = f"{PREFIX}heldout_kl"
     return next((float(entry[name]) for entry in history if name in entry), now)
 
 
 def _with_ends(name: str, figure: Estimate) -> dict[str, float]:
-    """A figure, and the ends of its interval where it has one."""
+    """A figure, and the ends of its interval if it has one."""
     ends = {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
     return {key: end for key, end in ends.items() if end is not None}

@@ -1,5 +1,5 @@
-"""What the package raises on bad input, one sentence with what is wrong, the value, and what to do; and how a command
-shows it.
+"""The errors of the package. Each is one sentence that says what is wrong, the value, and what to do. Also how a
+command shows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130
 
 
 class CapacityError(ValueError):
-    """Bad input or state that the user can mend; its message is one sentence and the command line
+    """Bad input or state that the user can fix. Its message is one sentence, and the command line
     prints nothing else.
     """
 
@@ -34,45 +34,47 @@ class DictionaryError(CapacityError):
 
 
 class TokenSourceError(CapacityError):
-    """A token source is missing, empty, unreadable or yields nothing to count."""
+    """A token source is missing, empty or unreadable, or has nothing to count."""
 
 
 class NothingCountedError(CapacityError):
-    """No token counted: there was none, or all were padding or special ones."""
+    """No token was counted: there were none, or all were padding or special."""
 
 
 class NothingToReadError(TokenSourceError, NothingCountedError):
-    """A token source has no token for whoever reads it: it is empty, or the reader's share of it is."""
+    """A token source has no token for its reader: it is empty, or the reader's share of it is."""
 
 
 class SourceCutOffError(TokenSourceError):
-    """A token source stopped in the midst of its text, as where the network failed; what came before was whole."""
+    """A token source stopped in the middle of its text, for example because the network failed. What came before is
+    whole.
+    """
 
 
 class DeviceFullError(CapacityError):
-    """A device has no memory left for what was asked of it; checkpoints stay."""
+    """A device has no memory left for the task. Checkpoints stay."""
 
 
 class NotWrittenError(CapacityError):
-    """A file or a folder cannot be written, as where the disk is full; what was there before is whole."""
+    """A file or folder cannot be written, for example because the disk is full. What was there before is whole."""
 
 
 class MeasurementError(CapacityError):
-    """A measurement on disk is damaged, of another schema, or does not fit what it is combined with."""
+    """A measurement on disk is damaged, has another schema, or does not fit what it is combined with."""
 
 
 class ArgumentTypeError(CapacityError, TypeError):
-    """A public function was given an argument of another type than it asks for."""
+    """An argument of a public function has the wrong type."""
 
 
 class PluginError(CapacityError):
-    """Two plugins clash, one implements a hook that does not exist, or the code of one fails."""
+    """Two plugins clash, a plugin implements a hook that does not exist, or a plugin's code fails."""
 
 
 @contextmanager
 def plugin_code(kind: str, name: str, code: object) -> Iterator[None]:
-    """Turn whatever a plugin's code raises into one sentence that names the plugin and its line; refusals of its own,
-    `CapacityError`s, pass as they are.
+    """Turn whatever a plugin's code raises into one sentence that names the plugin and its line. A `CapacityError`
+    passes unchanged.
 
     Args:
         kind: what the plugin registered, such as "importance estimator".
@@ -89,13 +91,13 @@ def plugin_code(kind: str, name: str, code: object) -> Iterator[None]:
     except (Exception, SystemExit) as problem:
         what = ": ".join(filter(None, (type(problem).__name__, str(problem))))
         raise PluginError(
-            f"the {kind} {name!r} failed{line_of(code, problem)} ({what}): mend it, or choose another"
+            f"the {kind} {name!r} failed{line_of(code, problem)} ({what}): fix it, or choose another"
         ) from problem
 
 
 def line_of(code: object, problem: BaseException | None = None) -> str:
-    """Where a plugin's function went wrong, as " in line 9 of plugin.py", else where it begins; nothing where that is
-    not known.
+    """Where a plugin's function failed, as " in line 9 of plugin.py", or else where it begins; empty if that is
+    unknown.
     """
     file, begins = _written_in(code)
     raised = traceback.extract_tb(problem.__traceback__) if problem is not None else []
@@ -105,8 +107,8 @@ def line_of(code: object, problem: BaseException | None = None) -> str:
 
 
 def _written_in(code: object) -> tuple[str | None, int | None]:
-    """The file of a plugin's function, and the line in it at which the function begins: none where a method is
-    inherited from another file.
+    """The file of a plugin's function, and the line where the function begins. None if a method is inherited from
+    another file.
     """
     bound_to = getattr(code, "__self__", None)
     owner = type(bound_to) if inspect.ismethod(code) and not isinstance(bound_to, type) else code
@@ -119,15 +121,15 @@ def _written_in(code: object) -> tuple[str | None, int | None]:
 
 @contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Turn what the user can mend into one sentence and an exit code."""
+    """Turn an error that the user can fix into one sentence and an exit code."""
     try:
         yield
     except CapacityError as problem:
         _say(str(problem), EXIT_BAD_INPUT, "error: ")
     except KeyboardInterrupt:
         _say(
-            "interrupted; what was saved is whole, and the same command goes on from it, measure and distill with"
-            " --resume",
+            "interrupted; what was saved is whole, and the same command continues from it, measure and distill with "
+            "--resume",
             EXIT_INTERRUPTED,
         )
     except Exception as problem:
@@ -144,12 +146,12 @@ def reporting_errors() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Text with its control characters as escapes: a file's name may hold anything, and a terminal obeys them."""
+    """Text with its control characters escaped. A file's name may contain any, and a terminal obeys them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _say(sentence: str, code: int, prefix: str = "") -> NoReturn:
-    """Show a sentence, in the log where there is one, and end."""
+    """Show a sentence, in the log if there is one, and end."""
     sentence = printable(sentence)
     log = logging.getLogger("tl_capacity")
     if log.handlers:

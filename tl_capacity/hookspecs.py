@@ -1,4 +1,4 @@
-"""The hook specifications: what a plugin may contribute. Each hook gets a `register` function and calls it once per
+"""The hook specifications: what a plugin may contribute. Each hook receives a `register` function and calls it once per
 object.
 """
 
@@ -25,7 +25,7 @@ hookimpl = pluggy.HookimplMarker("tl_capacity")
 
 @hookspec
 def register_importance_estimators(register: Callable[[ImportanceEstimator], None]) -> None:
-    """Add ways to say how much a feature matters."""
+    """Add ways to measure how much a feature matters."""
 
 
 @hookspec
@@ -35,7 +35,7 @@ def register_capacity_laws(register: Callable[[CapacityLaw], None]) -> None:
 
 @hookspec
 def register_floor_predictors(register: Callable[[FloorPredictor], None]) -> None:
-    """Add ways to predict the loss that a student of some width ends at."""
+    """Add ways to predict the loss that students of a width end at."""
 
 
 @hookspec
@@ -45,7 +45,7 @@ def register_model_families(register: Callable[[ModelFamily], None]) -> None:
 
 @hookspec
 def register_models(register: Callable[[NamedModel], None]) -> None:
-    """Add models, and the SAEs that belong to them, that load by a short name without a hub."""
+    """Add models that load by a short name without a hub, and the SAEs that belong to them."""
 
 
 @hookspec
@@ -55,7 +55,7 @@ def register_token_sources(register: Callable[[TokenSource], None]) -> None:
 
 @hookspec
 def register_concepts(register: Callable[[Concept], None]) -> None:
-    """Add labelled texts to probe models for."""
+    """Add labelled texts for probes."""
 
 
 @hookspec

@@ -1,4 +1,5 @@
-"""Modules of version 0.1 that have no file any more: importing one still gives its public names, from where they live.
+"""Modules of version 0.1 that no longer have a file. Importing one still gives its public names, from where they live
+now.
 
 Only what the documentation of 0.1 named is kept. New code imports from the rooms, which the values of `MOVED` name.
 """
@@ -47,7 +48,7 @@ MOVED: Mapping[str, Mapping[str, str]] = {
     "summary": {"Estimate": "results.estimate", "FeatureSummary": "results.summary"},
     "tokens": {"TokenBatch": "text.streams", "TokenStream": "text.streams", "documents": "text.streams"},
 }
-"""Old module → public name → the module, below `tl_capacity`, that it lives in."""
+"""Old module → public name → the module below `tl_capacity` where it lives now."""
 
 
 class OldModules(MetaPathFinder, Loader):
@@ -56,12 +57,12 @@ class OldModules(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module, where its name is an old one."""
+        """The module, if its name is an old one."""
         package, _, name = fullname.rpartition(".")
         return ModuleSpec(fullname, self) if package == "tl_capacity" and name in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its names, each imported when it is first used."""
+        """Give the module its names, each imported on first use."""
         moved = MOVED[module.__name__.rpartition(".")[2]]
         homes = {name: f"tl_capacity.{home}" for name, home in moved.items()}
         module.__doc__ = f"Its names moved: {', '.join(f'{name} to {home}' for name, home in homes.items())}."
@@ -69,6 +70,6 @@ class OldModules(MetaPathFinder, Loader):
 
 
 def find_old_modules() -> None:
-    """Let old modules be imported, once however often this is called."""
+    """Let old modules be imported. Calling it again changes nothing."""
     if not any(isinstance(finder, OldModules) for finder in sys.meta_path):
         sys.meta_path.append(OldModules())

@@ -1,4 +1,4 @@
-"""Options: the fields of a frozen dataclass as the options of a command, each with its type, default and help text.
+"""Options: each field of a frozen dataclass becomes an option of a command, with its type, default and help text.
 
 Every setting is declared once, in the dataclass; a verb of `tl-capacity` and a recipe are made into commands alike.
 """
@@ -50,13 +50,13 @@ def required(help: str) -> Any:
 
 
 def argument(help: str) -> Any:
-    """A dataclass field that is given by its place instead of by an option's name; required."""
+    """A required dataclass field that is passed by position instead of as an option."""
     return dataclasses.field(metadata={"help": help, "by_place": True})
 
 
 def option_of(declaring: type, name: str, help: str | None = None, **default: Any) -> Any:
-    """A dataclass field for a setting that another dataclass declares: with its default and help text, and others only
-    where they are given.
+    """A dataclass field for a setting that another dataclass declares. Default and help text are taken from there
+    unless given.
 
     Args:
         declaring: the dataclass of the stage that the setting is for.
@@ -72,7 +72,7 @@ def option_of(declaring: type, name: str, help: str | None = None, **default: An
 
 
 def values_of(config: Any, declaring: type) -> dict[str, Any]:
-    """The values in `config` of the settings that `declaring` declares, by their names there; see `option_of`."""
+    """The values in `config` of the settings that `declaring` declares, under their names there; see `option_of`."""
     declared = ((field.name, field.metadata.get("declared")) for field in dataclasses.fields(config))
     return {where[1]: getattr(config, name) for name, where in declared if where and where[0] is declaring}
 
@@ -83,7 +83,7 @@ def internal(default: Any) -> Any:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """Student widths as they are typed: `128,256,512`, or nothing.
+    """Student widths in a text such as `128,256,512`, which may be empty.
 
     Raises:
         CapacityError: where one is no whole number, or below 1.
@@ -91,14 +91,14 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     try:
         widths = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as problem:
-        raise CapacityError(f"{text!r} is no list of whole numbers: write them as 128,256,512") from problem
+        raise CapacityError(f"{text!r} is not a list of whole numbers: write them as 128,256,512") from problem
     if any(width < 1 for width in widths):
-        raise CapacityError(f"{text!r} has a width below 1: a student needs at least one dimension")
+        raise CapacityError(f"{text!r} has a width below 1: give widths of at least 1")
     return widths
 
 
 def read(name: str, text: str, parse: Callable[[str], Value]) -> Value:
-    """What an option's text means.
+    """The value of an option's text.
 
     Raises:
         CapacityError: where `parse` refuses it; the option's name is put before what it says.
@@ -116,7 +116,7 @@ def command_with(
     defaults: Mapping[str, Any] | None = None,
     after: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: where a function takes a dataclass, the command takes the dataclass' options.
+    """A decorator: a parameter that is a dataclass becomes options of the command, one for each field.
 
     What else the function takes stays, in Typer's words.
 
@@ -175,7 +175,7 @@ def _options(config_type: type, only: Mapping[str, str | None] | None, defaults:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    """A field's default, or `...` where it has none, as Typer says it."""
+    """A field's default, or `...` if it has none, as Typer writes it."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return ... if field.default is dataclasses.MISSING else field.default
@@ -183,7 +183,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Option:
-    """A field, its type, and its help text and default in one command."""
+    """A field, with its type, help text and default in one command."""
 
     field: dataclasses.Field[Any]
     kind: Any
@@ -195,7 +195,7 @@ class _Option:
         return typing.get_origin(self.kind) is tuple
 
     def parameter(self, command: str) -> inspect.Parameter:
-        """The parameter that Typer makes the option of.
+        """The parameter from which Typer makes the option.
 
         Raises:
             PluginError: where it has a type of which none can be made.
@@ -217,7 +217,7 @@ class _Option:
         return inspect.Parameter(self.field.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
     def value(self, given: Any) -> Any:
-        """What was typed, as the field holds it.
+        """The typed value, as the field holds it.
 
         Raises:
             CapacityError: where it cannot be that.
@@ -234,9 +234,11 @@ class _Option:
         try:
             return tuple(item(part) for part in parts)
         except ValueError as problem:
-            raise CapacityError(f"{name} {joined!r} is no list of {item.__name__}s: write them as 1,2,3") from problem
+            raise CapacityError(
+                f"{name} {joined!r} is not a list of {item.__name__}s: write them as 1,2,3"
+            ) from problem
 
     def _typed(self, items: Sequence[Any]) -> list[str]:
-        """A tuple as it would be typed."""
+        """A tuple as a user would type it."""
         texts = [str(item) for item in items]
         return texts if self.field.metadata.get("repeated") or not texts else [",".join(texts)]

@@ -34,16 +34,14 @@ from tl_capacity.interfaces.floors import problem_with
 from tl_capacity.storage.digests import digest
 
 FILE = "tl_capacity_plugin_"
-"""How the module of a plugin file is called, before the file's own name."""
+"""Prefix of the module name of a plugin file, before the file's own name."""
 
 Item = TypeVar("Item")
 Estimator = TypeVar("Estimator", bound=ImportanceEstimator | type[ImportanceEstimator])
 
 
 def says_default(item: object) -> bool:
-    """Whether an object's own class, or the object itself, says that it is the default; a class that inherits from a
-    default is none.
-    """
+    """Whether an object or its own class says that it is the default. Inheriting from a default does not count."""
     said = {**vars(type(item)), **getattr(item, "__dict__", {})}
     return bool(said.get("is_default", False))
 
@@ -65,7 +63,7 @@ class Registry(Generic[Item]):
     problem_with: Callable[[object], str | None] = lambda item: None
 
     def lacking(self, item: object) -> str | None:
-        """The first of the attributes it needs that an object does not have; None where it has all."""
+        """The first required attribute that an object lacks; None if it has all."""
         return next((need for need in self.needs if not getattr(item, need, "")), None)
 
     def add(self, item: Item, origin: str) -> None:
@@ -97,7 +95,7 @@ class Registry(Generic[Item]):
 
     @property
     def default(self) -> Item:
-        """The object that is meant where none is named: the one whose `is_default` is true.
+        """The default object: the one whose `is_default` is true.
 
         Raises:
             PluginError: where no plugin registered one.
@@ -111,7 +109,7 @@ class Registry(Generic[Item]):
         )
 
     def named(self, name: str | None) -> Item:
-        """The object of that name, or the default where none is named.
+        """The object of that name, or the default if no name is given.
 
         Raises:
             PluginError: where there is none.
@@ -157,12 +155,12 @@ class Plugins:
         return next((family for family in self.model_families if model_type in family.model_types), None)
 
     def registries(self) -> dict[str, Registry[Any]]:
-        """Each registry under the name that its hook gives it."""
+        """Each registry, under the name that its hook has for it."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Registry)}
 
 
 class PluginManager(pluggy.PluginManager):
-    """pluggy's manager of this package's hooks; what it registers or unregisters shows in the next `plugins()`.
+    """pluggy's manager of this package's hooks. What it registers or unregisters shows in the next `plugins()`.
 
     Attributes:
         failures: why each plugin failed that could not be imported, by the plugin's name.
@@ -174,7 +172,7 @@ class PluginManager(pluggy.PluginManager):
         self.failures: dict[str, str] = {}
 
     def register(self, plugin: object, name: str | None = None) -> str:
-        """Add a plugin (a module or an object with `@hookimpl` methods) and return the name it is known by.
+        """Add a plugin (a module or an object with `@hookimpl` methods). Returns the plugin's name.
 
         Raises:
             PluginError: where it or another plugin of that name is registered already, or it implements a hook with
@@ -201,21 +199,21 @@ class PluginManager(pluggy.PluginManager):
         return registered
 
     def unregister(self, plugin: object | None = None, name: str | None = None) -> Any:
-        """Take a plugin out again and return it; of one that could not be imported, its failure is forgotten."""
+        """Remove a plugin and return it. For a plugin that could not be imported, its failure is forgotten."""
         plugins.cache_clear()
         if name is not None and name in self.failures:
             return self.failures.pop(name)
         return super().unregister(plugin, name)
 
     def fail(self, name: str, problem: BaseException) -> None:
-        """Record why a plugin could not be imported; the rest works without it."""
+        """Record why a plugin could not be imported. Everything else works without it."""
         plugins.cache_clear()
         self.failures[name] = f"{type(problem).__name__}: {problem}"
 
 
 @lru_cache(maxsize=1)
 def plugin_manager() -> PluginManager:
-    """The manager of this process, with every plugin that an installed package's entry points name.
+    """The manager of this process, with every plugin named by an installed package's entry points.
 
     Raises:
         PluginError: where two packages have a plugin of one name.
@@ -241,7 +239,7 @@ def plugin_manager() -> PluginManager:
 
 @lru_cache(maxsize=1)
 def plugins() -> Plugins:
-    """What all plugins contributed; asked for once and kept until a plugin is registered or unregistered.
+    """What all plugins contributed. They are asked once, and again only after a plugin was registered or unregistered.
 
     Raises:
         PluginError: where two plugins register the same name, or one implements a hook that does not exist.
@@ -282,7 +280,7 @@ def _adder(registry: Registry[Any], origin: str) -> Callable[[Any], None]:
 
 
 def register_plugin(plugin: object, name: str | None = None) -> str:
-    """Add a plugin (a module or an object with `@hookimpl` methods) to this process and return the name it is known by.
+    """Add a plugin (a module or an object with `@hookimpl` methods) to this process. Returns the plugin's name.
 
     Raises:
         PluginError: where it or another plugin of that name is registered already, or it implements a hook with other
@@ -292,13 +290,13 @@ def register_plugin(plugin: object, name: str | None = None) -> str:
 
 
 def unregister_plugin(name: str) -> None:
-    """Take a plugin out again."""
+    """Remove a plugin."""
     plugin_manager().unregister(name=name)
 
 
 def load_plugin_file(path: Path) -> str:
-    """Import a Python file and register it as a plugin; a file that fails is recorded in `plugins().failures` and the
-    rest works.
+    """Import a Python file and register it as a plugin. If the file fails, `plugins().failures` records it, and
+    everything else works.
     """
     if not path.is_file():
         raise PluginError(f"there is no plugin file {path}: pass the path of a Python file")
@@ -307,7 +305,7 @@ def load_plugin_file(path: Path) -> str:
         name += f"_{digest(str(path.resolve()).encode())[:8]}"  # another file of that name, in another folder
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise PluginError(f"{path} is no Python file: pass a file that ends in .py")
+        raise PluginError(f"{path} is not a Python file: pass a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -320,7 +318,7 @@ def load_plugin_file(path: Path) -> str:
 
 
 def plugin_file(origin: str, stem: str) -> ModuleType | None:
-    """The module of a plugin that was loaded from a file, where the file is called so; None where it is another plugin.
+    """The module of a plugin that was loaded from a file of this name; None for any other plugin.
 
     Args:
         origin: the name of the plugin.
@@ -333,8 +331,8 @@ def plugin_file(origin: str, stem: str) -> ModuleType | None:
 
 
 def register_importance_estimator(estimator: Estimator) -> Estimator:
-    """Add one importance estimator from a notebook, also as a decorator of its class; running the cell again replaces
-    the earlier one of that name.
+    """Add one importance estimator from a notebook. Also a decorator of its class. Running the cell again replaces the
+    earlier estimator of that name.
 
     Raises:
         PluginError: where another plugin has an estimator of that name; nothing is registered then.

@@ -1,5 +1,5 @@
 """Recipes as commands: the fields of a recipe's frozen dataclass become the options of `tl-capacity run NAME`, and of
-the recipe's file run by itself.
+the recipe's own file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tl_capacity.storage.same_run import earlier_values
 
 
 def load(recipe: Recipe) -> Callable[[Any], Any]:
-    """The function that a recipe is, or names.
+    """The function of a recipe: its target, or what its target names.
 
     Raises:
         PluginError: where it cannot be imported, or is no function of a dataclass.
@@ -33,15 +33,15 @@ def load(recipe: Recipe) -> Callable[[Any], Any]:
     function = _imported(recipe, recipe.target) if isinstance(recipe.target, str) else recipe.target
     if not callable(function):
         raise PluginError(
-            f"the recipe {recipe.name!r} has the target {function!r}, which is no function: give a function of a frozen"
-            " dataclass, or where it is as module:function"
+            f"the recipe {recipe.name!r} has the target {function!r}, which is not a function: give a function of a "
+            "frozen dataclass, or its place as module:function"
         )
     _config_type(function, f"the recipe {recipe.name!r}")
     return typing.cast(Callable[[Any], Any], function)
 
 
 def _imported(recipe: Recipe, target: str) -> Any:
-    """What stands behind `module:function`; a plugin file that registers the recipe may name itself."""
+    """The object that `module:function` names. A plugin file that registers the recipe may name itself."""
     module, _, function = target.partition(":")
     itself = plugin_file(plugins().recipes.origins.get(recipe.name, ""), module)
     try:
@@ -67,8 +67,8 @@ def _config_type(function: Callable[[Any], Any], what: str) -> type:
         kinds = [kind for name, kind in typing.get_type_hints(function).items() if name != "return"]
     except (NameError, TypeError, AttributeError) as problem:
         raise PluginError(
-            f"{what} has a function whose types cannot be read{line_of(function)} ({problem}): write them as names that"
-            " its module has"
+            f"{what} has a function whose types cannot be read{line_of(function)} ({problem}): write them as names "
+            "that exist in its module"
         ) from problem
     if not kinds or not (isinstance(kinds[0], type) and dataclasses.is_dataclass(kinds[0])):
         raise PluginError(
@@ -79,8 +79,8 @@ def _config_type(function: Callable[[Any], Any], what: str) -> type:
 
 
 def settings_of(config: Any, *without: str) -> dict[str, Any]:
-    """A recipe's settings as JSON holds them, but for some that say nothing of the result, such as
-    where it is written.
+    """A recipe's settings as JSON holds them, without those that do not change the result, such as where
+    it is written.
     """
     return {
         name: str(value) if isinstance(value, Path) else value
@@ -90,8 +90,8 @@ def settings_of(config: Any, *without: str) -> dict[str, Any]:
 
 
 def already_there(result: Path, about: Path, settings: dict[str, Any]) -> bool:
-    """Whether a recipe's result is there, made with these settings, so that the same command started again has nothing
-    to do.
+    """Whether a recipe's result, made with these settings, already exists. The same command started again then has
+    nothing to do.
 
     Args:
         result: the file that is written last.
@@ -106,20 +106,20 @@ def already_there(result: Path, about: Path, settings: dict[str, Any]) -> bool:
         before, now = json.loads(about.read_bytes())["settings"], json.loads(json.dumps(settings))
         changed = earlier_values(before, now)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        changed = "which are not known"
+        changed = "which are unknown"
     if changed:
         raise CapacityError(
             f"{result.parent} already holds a {result.name} of other settings ({changed}): choose another --out"
         )
     print(
-        f"{result.parent} already holds a {result.name} of these settings, and it stays: choose another --out to make"
-        " it anew"
+        f"{result.parent} already holds a {result.name} of these settings, which stays: choose another --out to make "
+        "it anew"
     )
     return True
 
 
 def run(function: Callable[[Any], Any], arguments: Sequence[str] | None = None, name: str | None = None) -> Any:
-    """Parse `arguments` (by default the command line's) into the function's dataclass and call it.
+    """Parse `arguments` (by default the command line's) into the function's dataclass, and call the function.
 
     `tuple[int, ...]` fields are given as `16,32,64`, or the option is repeated; a field without a default is a required
     option.
@@ -129,13 +129,13 @@ def run(function: Callable[[Any], Any], arguments: Sequence[str] | None = None, 
 
 
 def run_file(function: Callable[[Any], Any]) -> None:
-    """What a recipe's file calls under `if __name__ == "__main__"`: `run`, with errors as on the command line."""
+    """What a recipe's file calls under `if __name__ == "__main__"`: `run`, with errors shown as on the command line."""
     with reporting_errors():
         run(function)
 
 
 def command_of(function: Callable[[Any], Any]) -> Any:
-    """A recipe's function as a command of click, which Typer makes.
+    """A recipe's function as a click command, made by Typer.
 
     Raises:
         PluginError: where the function takes no dataclass, or one of whose fields no options can be made.

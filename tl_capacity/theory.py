@@ -124,7 +124,8 @@ def heterogeneous_critical_width(firing_rates: Values) -> Any:
 
 
 def dense_latents(firing_rates: Values) -> int:
-    """How many latents fire on more than 1/e of all tokens: too dense for the sparse regime that g(α) describes.
+    """How many latents fire on more than 1/e of all tokens. They are too dense for the sparse regime that g(α)
+    describes.
 
     >>> dense_latents([0.9, 0.4, 0.3])
     2
@@ -134,7 +135,7 @@ def dense_latents(firing_rates: Values) -> int:
 
 
 def kept_features(width: Numeric | int, alpha: Numeric, n_features: Numeric | int) -> Any:
-    """Features a student keeps: F_S = min(⌊d_S · g(α)⌋, F), the F_S most important ones.
+    """Features that a student keeps: F_S = min(⌊d_S · g(α)⌋, F), the most important ones.
 
     Returns:
         An int for plain numbers, an int64 array or tensor otherwise.
@@ -190,7 +191,7 @@ def refined_floor(importance: Values, width: Any, alpha: Any) -> Any:
 
 
 def naive_floor(importance: Values, width: Any, alpha: Any) -> Any:
-    """Naive loss floor L_∞ · max(0, 1 − d_S g(α)/F): every one of the F features taken as equally important.
+    """Naive loss floor L_∞ · max(0, 1 − d_S g(α)/F), with all F features equally important.
 
     L_∞ = Σ I is the loss of keeping nothing. Arguments and errors as in `refined_floor`.
 
@@ -227,7 +228,7 @@ def _importance(importance: Any) -> NDArray[np.float64]:
     values = _within("importance", importance, lambda i: (i >= 0) & np.isfinite(i), "0 ≤ I < ∞")
     if values.ndim != 1:
         raise ValueError(
-            f"importance has shape {values.shape}, but one value per feature is needed: pass a one-dimensional array"
+            f"importance has shape {values.shape}, not one value per feature: pass a one-dimensional array"
         )
     return values
 
@@ -249,7 +250,7 @@ def _array(value: Any) -> NDArray[np.float64]:
 
 
 def _like(result: Any, *inputs: Any, keep_dtype: bool = True) -> Any:
-    """`result` as the richest kind among the inputs: a tensor, else an array, else a plain number."""
+    """`result` in the richest type among the inputs: a tensor, else an array, else a plain number."""
     result = np.asarray(result)
     for value in inputs:
         if _is_tensor(value):

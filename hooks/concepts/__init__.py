@@ -1,5 +1,5 @@
-"""The embedded concepts: labelled texts from redistributable sources, installed with the package; and the Brown corpus'
-categories, where it is installed.
+"""The embedded concepts: labelled texts from redistributable sources, installed with the package. Also the Brown
+corpus' categories, if it is installed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ FOLDER = Path(__file__).parent
 PUBLIC_DOMAIN, WORDNET, HANDBOOK = "public domain", "WordNet 3.0 licence", "CC BY-SA 3.0"
 
 EMBEDDED = (
-    ("question", ("question", "statement"), "a sentence that was a question, its mark cut off", PUBLIC_DOMAIN),
+    ("question", ("question", "statement"), "a sentence that was a question, without its question mark", PUBLIC_DOMAIN),
     ("sermon", ("sermon", "novel"), "Bible commentary or Jane Austen", PUBLIC_DOMAIN),
     ("french", ("French", "English"), "the same sections of a handbook in two languages", HANDBOOK),
     ("german", ("German", "English"), "the same sections of a handbook in two languages", HANDBOOK),
     ("code", ("code", "prose"), "Python functions or docstrings of the same modules", "PSF licence"),
-    ("base64", ("base64", "text"), "prose as it is or in base64", PUBLIC_DOMAIN),
-    ("geography", ("geography", "prose"), "what the World Factbook says of land and climate, or prose", PUBLIC_DOMAIN),
+    ("base64", ("base64", "text"), "plain prose, or the same in base64", PUBLIC_DOMAIN),
+    ("geography", ("geography", "prose"), "the World Factbook on land and climate, or prose", PUBLIC_DOMAIN),
     ("economy", ("economy", "history"), "overviews of the same countries in the World Factbook", PUBLIC_DOMAIN),
-    ("number", ("number", "no number"), "sentences that state a number in digits or none", PUBLIC_DOMAIN),
-    ("medicine", ("medicine", "other"), "definitions of medical terms or of others of the same kinds", WORDNET),
-    ("law", ("law", "other"), "definitions of legal terms or of others of the same kinds", WORDNET),
+    ("number", ("number", "no number"), "sentences with a number in digits, or without one", PUBLIC_DOMAIN),
+    ("medicine", ("medicine", "other"), "definitions of medical terms, or of other terms of the same kinds", WORDNET),
+    ("law", ("law", "other"), "definitions of legal terms, or of other terms of the same kinds", WORDNET),
     ("animal", ("animal", "plant"), "definitions of animals or plants", WORDNET),
     ("food", ("food", "place"), "definitions of foods or places", WORDNET),
 )

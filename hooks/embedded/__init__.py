@@ -1,5 +1,5 @@
-"""The embedded teacher: a small GPT-NeoX with three SAEs and public-domain text, installed with the package, so that
-everything can be tried with no hub.
+"""The embedded teacher: a small GPT-NeoX with three SAEs and public-domain text, installed with the package. Everything
+can be tried without a hub.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LAYERS = (1, 3, 5)
 
 
 class EmbeddedCorpus(TokenSource):
-    """Public-domain prose that the embedded teacher was not trained on: `embedded` (or `embedded:measure`) and
+    """Public-domain prose on which the embedded teacher was not trained: `embedded` (or `embedded:measure`) and
     `embedded:heldout`.
     """
 
@@ -35,7 +35,7 @@ class EmbeddedCorpus(TokenSource):
 
 
 def load() -> tuple[Any, Any]:
-    """`(causal language model, tokenizer)` of the embedded teacher, its float16 weights in float32."""
+    """`(causal language model, tokenizer)` of the embedded teacher, with its float16 weights in float32."""
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 

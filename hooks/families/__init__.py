@@ -1,5 +1,5 @@
 """Model families: where Hugging Face architectures keep their residual stream, and how their students are built. One
-file per family.
+file for each family.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gemma: scales attention scores by a number of its own, and caps the logits of Gemma 2."""
+"""Gemma. It has its own factor for attention scores, and Gemma 2 caps its logits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tl_capacity.interfaces import ModelFamily
 
 
 def student(config: Any, width: int) -> dict[str, Any] | None:
-    """What a student of some width has otherwise than its teacher; see `scaling`. Scores stay scaled by the same
-    multiple of the head size.
+    """What differs in a student's configuration, besides the width; see `scaling`. The factor of the scores stays the
+    same multiple of the head size.
     """
     changes = decoder(config, width)
     scalar = getattr(config, "query_pre_attn_scalar", None)

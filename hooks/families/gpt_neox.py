@@ -11,7 +11,7 @@ from tl_capacity.interfaces import ModelFamily
 
 
 def student(config: Any, width: int) -> dict[str, Any] | None:
-    """What a student of some width has otherwise than its teacher; see `scaling`."""
+    """What differs in a student's configuration, besides the width; see `scaling`."""
     teacher_size = config.hidden_size // config.num_attention_heads
     size = head_size(width, teacher_size, multiple=2)
     if size is None:

@@ -1,4 +1,4 @@
-"""Llama and what shares its configuration: SmolLM2, Mistral, OLMo."""
+"""Llama, and models with the same configuration: SmolLM2, Mistral, OLMo."""
 
 from __future__ import annotations
 

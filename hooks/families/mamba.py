@@ -1,5 +1,5 @@
-"""Mamba: no heads; its inner width is a multiple of the stream's, and the rank of its time step grows with the width.
-State and convolution stay.
+"""Mamba. It has no heads. Its inner width is a multiple of the stream's, and the rank of its time step grows with the
+width. State and convolution keep their sizes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tl_capacity.interfaces import ModelFamily
 
 
 def student(config: Any, width: int) -> dict[str, Any]:
-    """What a student of some width has otherwise than its teacher; see `scaling`."""
+    """What differs in a student's configuration, besides the width; see `scaling`."""
     return {
         "hidden_size": width,
         "intermediate_size": scaled(config.intermediate_size, width, config.hidden_size),

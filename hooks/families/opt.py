@@ -1,4 +1,4 @@
-"""OPT, whose smallest post-norm model (350M) embeds in fewer dimensions than its stream has."""
+"""OPT. The embedding of its 350M model, whose norms come after the sublayers, has fewer dimensions than the stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tl_capacity.interfaces import ModelFamily
 
 
 def student(config: Any, width: int) -> dict[str, Any] | None:
-    """What a student of some width has otherwise than its teacher; see `scaling`."""
+    """What differs in a student's configuration, besides the width; see `scaling`."""
     size = head_size(width, config.hidden_size // config.num_attention_heads)
     if size is None:
         return None

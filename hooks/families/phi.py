@@ -1,5 +1,5 @@
-"""Phi, which rotates a part of each head; Phi 3 stretches each rotary dimension by a factor of its own, so that no rule
-gives those of another head size.
+"""Phi. It rotates a part of each head. Phi 3 stretches each rotary dimension by its own factor, so no rule gives the
+factors of another head size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tl_capacity.interfaces import ModelFamily
 
 
 def student(config: Any, width: int) -> dict[str, Any] | None:
-    """What a student of some width has otherwise than its teacher; see `scaling`."""
+    """What differs in a student's configuration, besides the width; see `scaling`."""
     changes = decoder(config, width)
     if changes is None:
         return None

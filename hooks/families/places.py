@@ -1,4 +1,4 @@
-"""Where blocks keep what hooks inside them mean, in the few ways in which architectures differ.
+"""The places of hook points inside blocks, in the few ways in which architectures differ.
 
 A sublayer's own output is `attn.hook_out` or `mlp.hook_out`. What it adds to the stream, behind a norm of its own where
 the architecture has one, is `hook_attn_out` or `hook_mlp_out`.
@@ -45,7 +45,7 @@ def sublayers(
 
 AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 PRE_NORM = sublayers(middle="post_attention_layernorm.input")
-"""Llama's: a norm before each sublayer."""
+"""Llama's places: a norm before each sublayer."""
 NORMS_ON_BOTH_SIDES = sublayers(
     norms={
         "ln1": "input_layernorm",
@@ -56,8 +56,8 @@ NORMS_ON_BOTH_SIDES = sublayers(
     added_by=AFTER,
     middle="pre_feedforward_layernorm.input",
 )
-"""Gemma 2's."""
+"""Gemma 2's places: a norm before and after each sublayer."""
 POST_NORM = sublayers(
     norms={"ln1": "post_attention_layernorm", "ln2": "post_feedforward_layernorm"}, added_by=AFTER, middle="mlp.input"
 )
-"""OLMo 2's: a norm after each sublayer, and none before."""
+"""OLMo 2's places: a norm after each sublayer, and none before."""

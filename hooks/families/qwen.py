@@ -1,4 +1,4 @@
-"""Qwen 2, whose head size follows from the width, and Qwen 3, whose does not."""
+"""Qwen 2, whose head size follows from the width, and Qwen 3, whose head size does not."""
 
 from __future__ import annotations
 

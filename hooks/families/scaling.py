@@ -1,5 +1,4 @@
-"""The rule by which a student's configuration follows from its teacher's and from its width d_S, the same for all
-families.
+"""How a student's configuration follows from its teacher's and from its width d_S, by the same rule for all families.
 
 - Depth, vocabulary, context and everything that is not named here: the teacher's.
 - MLP: d_mlp · d_S / d_T, rounded; so the ratio of MLP to stream stays.
@@ -17,7 +16,7 @@ from math import inf, nextafter, sqrt
 from typing import Any
 
 HEADS_DIVIDE_WIDTH = ("llama", "gemma2", "gemma3_text")
-"""Model types of which transformers refuses a width that is no multiple of the number of heads."""
+"""Model types for which transformers requires a width that is a multiple of the number of heads."""
 
 
 def scaled(size: int, width: int, teacher_width: int) -> int:
@@ -26,8 +25,8 @@ def scaled(size: int, width: int, teacher_width: int) -> int:
 
 
 def head_size(width: int, teacher_size: int, multiple: int = 1) -> int | None:
-    """The largest size of heads that divides `width`, is a multiple of `multiple` and within a factor of 2 of the
-    teacher's; None where there is none.
+    """The largest head size that divides `width`, is a multiple of `multiple`, and is within a factor of 2 of the
+    teacher's; None if there is none.
     """
     if width <= teacher_size:
         return width if width % multiple == 0 else None
@@ -42,7 +41,9 @@ def head_size(width: int, teacher_size: int, multiple: int = 1) -> int | None:
 
 
 def key_value_heads(heads: int, teacher_heads: int, teacher_key_value_heads: int) -> int:
-    """The divisor of `heads` that is nearest to the teacher's share of key/value heads; the larger of two."""
+    """The divisor of `heads` that is nearest to the teacher's share of key/value heads. Of two equally near, the
+    larger.
+    """
     wanted = heads * teacher_key_value_heads  # times teacher_heads, so that all stay whole numbers
     return min((n for n in range(heads, 0, -1) if heads % n == 0), key=lambda n: abs(n * teacher_heads - wanted))
 
@@ -53,7 +54,7 @@ def even(size: float) -> int:
 
 
 def share_of(part: int, whole: int) -> float:
-    """The share that gives `part` again when `whole` is multiplied by it and the product is truncated.
+    """A share that gives `part` again when it multiplies `whole` and the product is truncated.
 
     Transformers keeps some sizes as shares and computes `int(whole * share)`. The nearest float to 28 / 110 gives 27;
     the next one gives 28.
@@ -63,20 +64,19 @@ def share_of(part: int, whole: int) -> float:
 
 
 def partly_rotated(rope_parameters: Mapping[str, Any], size: int, teacher_size: int) -> dict[str, Any]:
-    """The rotary parameters of heads of some size, of which the same share is rotated as in the teacher's heads."""
+    """The rotary parameters of heads of some size. The same share of each head is rotated as in the teacher."""
     teacher_rotary = int(teacher_size * rope_parameters["partial_rotary_factor"])  # as transformers computes it
     rotary = min(size, even(size * teacher_rotary / teacher_size))
     return {**rope_parameters, "partial_rotary_factor": share_of(rotary, size)}
 
 
 def initial_weights(config: Any, width: int, name: str = "initializer_range") -> float:
-    """Standard deviation of the student's initial weights, which the teacher's configuration has under `name`."""
+    """Standard deviation of the student's initial weights. The teacher's configuration has it under `name`."""
     return float(getattr(config, name)) * sqrt(config.hidden_size / width)
 
 
 def decoder(config: Any, width: int) -> dict[str, Any] | None:
-    """What changes in a configuration with Llama's names (Mistral, OLMo, Qwen, Gemma, Phi), or None where no head size
-    fits.
+    """What changes in a configuration with Llama's names (Mistral, OLMo, Qwen, Gemma, Phi); None if no head size fits.
 
     Where the head size is free of the width (`head_dim`, as in Qwen 3 and Gemma 2), it stays the teacher's, as long as
     one such head is not more than the student's share of the attention's width. Llama and Gemma still need a width that

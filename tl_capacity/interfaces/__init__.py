@@ -1,4 +1,4 @@
-"""What plugins hand over and what the core asks of models and dictionaries: protocols and small records, free of any
+"""What plugins provide, and what the core asks of models and dictionaries: protocols and small records, without any
 implementation.
 
 Importing this room imports neither torch nor TransformerLens, so that listing plugins is cheap.

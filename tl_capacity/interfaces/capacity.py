@@ -1,4 +1,4 @@
-"""What a capacity law is told, and what it says of itself."""
+"""The interface of a capacity law: what it is given, and what it declares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class CapacityContext:
-    """What a capacity law is told of the features at a hook point, and of the widths there.
+    """What a capacity law is given: the features at a hook point, and the widths there.
 
     Attributes:
         alpha: sparsity α of the features.
@@ -31,16 +31,16 @@ class CapacityContext:
 
 
 class CapacityLaw:
-    """Base of a capacity law: how many features a student's width holds. Subclass, name it, and override one method:
-    `features_per_dimension`, or `kept` for a law that looks at other widths or is not linear in the student's.
+    """Base of a capacity law: how many features a student's width holds. Subclass it, name it, and override one method.
+    That is `features_per_dimension`, or `kept` for a law that looks at other widths or is not linear in the student's.
     """
 
     name: str
     summary: str = ""
     caveat: str = ""
-    """Where the law must not be trusted; printed beside every figure that rests on it."""
+    """Where the law must not be trusted. It is printed beside every figure that uses the law."""
     is_default: bool = False
-    """Whether this law is meant where none is named; of all plugins' laws, one says so."""
+    """Whether this law is used by default. Exactly one law of all plugins says so."""
 
     def features_per_dimension(self, alpha: float, importance: NDArray[np.float64]) -> float:
         """ĝ for sparsity `alpha` and the alive features' importances [feature]."""
@@ -49,7 +49,7 @@ class CapacityLaw:
         )
 
     def kept(self, width: int, at: CapacityContext) -> float:
-        """Features that a student of width d_S keeps, before they are rounded down; it must not fall as the width
-        grows. Called only where both widths of `at` are known.
+        """Features that a student of width d_S keeps, before rounding down. It must not fall as the width grows. Called
+        only if both widths of `at` are known.
         """
         return width * self.features_per_dimension(at.alpha, at.importance)

@@ -11,8 +11,8 @@ else:
 
 
 class _ByItems(type(Protocol)):  # type: ignore[misc]
-    """An instance is whatever has the members. From Python 3.12 on, a protocol's own check misses the parameters of
-    PyTorch's modules, which no class holds.
+    """An instance is anything that has the members. From Python 3.12 on, a protocol's own check misses the parameters
+    of PyTorch's modules, which no class holds.
     """
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -21,7 +21,7 @@ class _ByItems(type(Protocol)):  # type: ignore[misc]
 
 @runtime_checkable
 class SparseAutoencoder(Protocol, metaclass=_ByItems):
-    """A dictionary as the core sees it; every SAELens inference class is one.
+    """A dictionary as the core sees it. Every SAELens inference class is one.
 
     `encode` maps activations [token, d_in] to latents [token, feature]; an entry is active where it is not zero.
     `decode` maps them back. `cfg` has `d_in` and `d_sae`; where it also has SAELens' `metadata`, the hook name is read
@@ -37,6 +37,6 @@ class SparseAutoencoder(Protocol, metaclass=_ByItems):
 
 
 BASES = ("neurons", "pca")
-"""How the architecture of a basis begins; it has as many features as the hook point has dimensions, whatever the model
-holds.
+"""How the architecture name of a basis begins. A basis has as many features as the hook point has dimensions, whatever
+the model holds.
 """

@@ -1,4 +1,4 @@
-"""What a floor predictor is told, and what it says of itself."""
+"""The interface of a floor predictor: what it is given, and what it declares."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ VARIES_WITH = ("hook", "importance", "law")
 
 @runtime_checkable
 class WithInterval(Protocol):
-    """A number with its 95% interval, as `tl_capacity.results.estimate.Estimate` is one; no interval where both ends
-    are None.
+    """A number with its 95% interval, such as `tl_capacity.results.estimate.Estimate`. Both ends are None without an
+    interval.
     """
 
     @property
@@ -35,14 +35,14 @@ class WithInterval(Protocol):
 
 @runtime_checkable
 class KLCurve(Protocol):
-    """KL of the spliced teacher, in nats per token, against the number of features that stay."""
+    """KL of the spliced teacher in nats per token, by the number of features that stay."""
 
     @property
     def alive(self) -> int:
         """F, the number of alive features."""
 
     def at(self, kept: int, /) -> WithInterval:
-        """The KL where so many features stay, from none to all that are alive."""
+        """The KL if so many features stay, from none to all that are alive."""
 
 
 def _none(width: int) -> float:
@@ -51,7 +51,7 @@ def _none(width: int) -> float:
 
 @dataclass(frozen=True)
 class FloorContext:
-    """What a floor predictor is told of a hook point, and of what the teacher was already run for.
+    """What a floor predictor is given: a hook point, and what the teacher was already run for.
 
     Attributes:
         hook, sae: the hook point and the dictionary that was measured there.
@@ -87,8 +87,8 @@ class FloorContext:
 
 
 class FloorPredictor:
-    """Base of a floor predictor: what loss does a student of some width end at? Subclass, name it, say what it claims,
-    and override `floors`.
+    """Base of a floor predictor: which loss do students of a width end at? Subclass it, name it, declare what it
+    claims, and override `floors`.
 
     A predictor knows the teacher and the text, and no student. What it cannot know is fitted to students later, and
     `constants` says how many numbers that takes. A prediction that fits nothing can fail; one that fits three numbers
@@ -97,47 +97,47 @@ class FloorPredictor:
 
     name: str
     unit: str = NATS
-    """Unit of the floors: nats per token, or that of a shape that a factor turns into nats."""
+    """Unit of the floors: nats per token, or the unit of a shape that a fitted factor turns into nats."""
     summary: str = ""
     """One line for `tl-capacity plugins`."""
     constants: int = 0
-    """How many numbers must be fitted to students before the floors are in nats per token: 0 for a claim in nats, 1 for
-    a shape that still needs a factor, and 1 more for a free exponent.
+    """How many numbers must be fitted to students before the floors are in nats per token. That is 0 for a claim in
+    nats and 1 for a shape that needs a factor. A free exponent adds 1.
     """
     needs_model: bool = False
-    """Whether the teacher has to be run once more for it, beyond the measurement."""
+    """Whether the teacher must run once more for it, beyond the measurement."""
     knows_features: bool = True
-    """Whether it rests on the features of a dictionary. What does not is a rival: features are worth something only
-    where they beat it.
+    """Whether it uses the features of a dictionary. A predictor without features is a rival: features are worth
+    something only if they beat it.
     """
     varies_with: Sequence[str] | None = None
-    """Which of `VARIES_WITH` its floors depend on, so that it is asked once for each; by default all of them, or for a
-    predictor that knows no features the hook point alone.
+    """Which of `VARIES_WITH` its floors depend on; it is asked once for each. By default all of them, or only the hook
+    point for a predictor that knows no features.
     """
     exponent_is_free: bool = False
-    """Whether an exponent is fitted as well: what is compared with students is C · floor^s."""
+    """Whether an exponent is fitted too, so that C · floor^s is compared with students."""
     is_bound: bool = False
-    """Whether it is a bound that no student can be below, instead of a forecast of where students end."""
+    """Whether it is a bound that no student can be below, and not a forecast of where students end."""
     is_default: bool = False
-    """Whether this predictor is meant where none is named; of all plugins' predictors, one says so."""
+    """Whether this predictor is used by default. Exactly one predictor of all plugins says so."""
     made_by: str = ""
-    """The command that makes what it reads, where a measurement alone does not do."""
+    """The command that makes its input, if a measurement alone is not enough."""
 
     def floors(self, widths: Sequence[int], at: FloorContext) -> Sequence[float | WithInterval | None] | None:
-        """The floor of each width, finite and at least 0, in `unit`; with an interval where one is known. None at a
-        width of which nothing can be said, and None for all where `at` lacks what is needed.
+        """The floor of each width, finite and at least 0, in `unit`, with an interval if one is known. None at a width
+        about which nothing can be said, and None for all if `at` lacks what is needed.
         """
         raise NotImplementedError(f"the floor predictor {self.name!r} does not override floors()")
 
     def unit_at(self, at: FloorContext) -> str:
-        """Unit of the floors there; override it where it is that of the importance."""
+        """Unit of the floors at a hook point. Override it if that is the importance's unit."""
         return self.unit
 
 
 def problem_with(predictor: object) -> str | None:
-    """What is wrong with what a floor predictor says of itself, and what to do; None where nothing is."""
+    """What is wrong with a floor predictor's declarations, and what to do; None if nothing is."""
     if not isinstance(predictor, FloorPredictor):
-        return "that is no FloorPredictor: subclass tl_capacity.interfaces.FloorPredictor"
+        return "that is not a FloorPredictor: subclass tl_capacity.interfaces.FloorPredictor"
     constants, fewest = predictor.constants, int(predictor.unit != NATS) + int(predictor.exponent_is_free)
     if not isinstance(constants, int) or isinstance(constants, bool) or constants < 0:
         return f"with constants = {constants!r}: give a whole number of at least 0"

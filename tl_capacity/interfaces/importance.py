@@ -1,4 +1,4 @@
-"""What an importance estimator is told, and what it says of itself."""
+"""The interface of an importance estimator: what it is given, and what it declares."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ else:
 
 @dataclass(frozen=True)
 class FeatureSums:
-    """Sums over the counted tokens of one SAE, or over a bootstrap resample of their documents: what importance is
-    computed from.
+    """Sums over the counted tokens of one SAE, or over a bootstrap resample of their documents. Importance is computed
+    from them.
 
     Attributes:
         tokens: number of counted tokens.
@@ -47,8 +47,8 @@ ENTRIES_AT_ONCE = 2**14
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """The active latents of some counted tokens, sparse: one entry per (token, feature) with z ≠ 0; those of one
-    feature are in the order of the tokens.
+    """The active latents of some counted tokens, as sparse entries: one for each (token, feature) with z ≠ 0. Entries
+    of one feature are in the order of the tokens.
 
     Attributes:
         features: the feature.
@@ -83,7 +83,7 @@ class LatentBatch:
     scale: Float[Tensor, " feature"] | None = None
 
     def latent_gradients(self, loss: str) -> Float64[Tensor, " entry"]:
-        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩ times its scale, the error of the reconstruction held fixed
+        """∂L/∂z of each active latent: ⟨w_dec, ∂L/∂x⟩ times its scale, with the error of the reconstruction held fixed
         (Marks et al. 2024, arXiv:2403.19647).
         """
         import torch
@@ -101,7 +101,7 @@ class LatentBatch:
         return gradients * self.scale.to(gradients.device).to(gradients.dtype)[self.features]
 
     def dense(self) -> Tensor:
-        """Latents [token, feature] in float64; costs what the sparse form avoids."""
+        """Latents [token, feature] in float64. This takes the memory that the sparse form avoids."""
         import torch
 
         latents = torch.zeros(len(self.activations), self.sae.cfg.d_sae, dtype=torch.float64, device=self.values.device)
@@ -111,7 +111,7 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class PathGradient:
-    """The gradient of a loss, averaged along the straight path from the SAE's decoder bias to the activations; costs
+    """The gradient of a loss, averaged along the straight path from the SAE's decoder bias to the activations. It takes
     `steps` passes for each hook point.
 
     Attributes:
@@ -124,13 +124,13 @@ class PathGradient:
 
     @property
     def name(self) -> str:
-        """What it is called among `batch.gradients`."""
+        """Its name among `batch.gradients`."""
         return f"{self.loss} along a path of {self.steps}"
 
 
 class ImportanceEstimator:
-    """Base of an importance estimator: subclass, name it, and override `compute`; add `start` and `update` if the sums
-    above do not suffice.
+    """Base of an importance estimator: how much does a feature matter? Subclass it, name it, and override `compute`.
+    Add `start` and `update` if the sums above are not enough.
 
     An estimator that needs gradients names the losses in `gradient_of`; `batch.gradients` then has them, and the model
     runs to its end and back.
@@ -140,20 +140,20 @@ class ImportanceEstimator:
     """
 
     name: str
-    """Short name, as given to `--importance`."""
+    """Short name, as passed to `--importance`."""
     unit: str
-    """Unit of the importance, and so of the floors predicted from it."""
+    """Unit of the importance, and of the floors predicted from it."""
     summary: str = ""
     """One line for `tl-capacity plugins`."""
     gradient_of: tuple[str | PathGradient, ...] = ()
-    """Losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.measure.backward`), or
+    """The losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.measure.backward`), or
     `PathGradient`s.
     """
     is_default: bool = False
-    """Whether this estimator is meant where none is named; of all plugins' estimators, one says so."""
+    """Whether this estimator is used by default. Exactly one estimator of all plugins says so."""
     compares_with_reconstruction_error: bool = False
     """Whether importances add up in the unit of the dictionary's error E‖x − x̂‖², so that floor and error can be
-    compared; then `compute` needs no state.
+    compared. Then `compute` must need no state.
     """
 
     def start(self, sae: SparseAutoencoder, groups: int, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Model families, and models that load by a short name."""
+"""The interfaces of model families, and of models that load by a short name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 RESIDUAL_STREAM = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_in|hook_resid_post|hook_out)")
-"""Hook points before and after a block: its number, and where."""
+"""Hook points before and after a block: the block's number, and which side."""
 HOOK_IN_BLOCK = re.compile(r"blocks\.(\d+)\.([\w.]+)")
-"""Any hook point of a block: its number, and the rest of the name."""
+"""Any hook point of a block: the block's number, and the rest of the name."""
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Where a Hugging Face architecture keeps its residual stream, and how a narrower model of it looks.
+    """Where a Hugging Face architecture keeps its residual stream, and how to configure a narrower model of it.
 
     Attributes:
         name: the family's name.
@@ -42,23 +42,19 @@ class ModelFamily:
         for kind, inside in self.places.items():
             if strange := [place for place in inside.values() if not place.endswith((".input", ".output"))]:
                 raise ValueError(
-                    f"the family {self.name!r} has no side of a module in its place {strange[0]!r} of {kind!r}: end it"
-                    " with .input or .output"
+                    f"the family {self.name!r} names no side of a module in its place {strange[0]!r} of {kind!r}: "
+                    "end it with .input or .output"
                 )
 
     def residual(self, hook_name: str) -> tuple[str, str] | None:
-        """`(module path, "input" or "output")` that carries a residual-stream hook, or None where the hook is no
-        residual stream.
-        """
+        """`(module path, "input" or "output")` of a residual-stream hook; None for any other hook."""
         match = RESIDUAL_STREAM.fullmatch(hook_name)
         if match is None:
             return None
         return f"{self.blocks}.{int(match[1])}", "input" if match[2] in ("hook_resid_pre", "hook_in") else "output"
 
     def place(self, hook_name: str, model_type: str) -> tuple[str, str] | None:
-        """`(module path, "input" or "output")` that carries what a hook name means, inside blocks too; None where the
-        family does not say.
-        """
+        """`(module path, "input" or "output")` of a hook name, inside blocks too; None if the family does not say."""
         match = HOOK_IN_BLOCK.fullmatch(hook_name)
         inside = self.places.get(model_type, {}).get(match[2]) if match else None
         if match is None or inside is None:
@@ -67,7 +63,7 @@ class ModelFamily:
         return f"{self.blocks}.{int(match[1])}.{path}", side
 
     def hook_at(self, path: str, side: str, model_type: str) -> str | None:
-        """The hook name that means one side of a module of the model, or None where the family does not say."""
+        """The hook name of one side of a module of the model; None if the family does not say."""
         match = re.fullmatch(re.escape(self.blocks) + r"\.(\d+)(?:\.([\w.]+))?", path)
         if match is None:
             return None

@@ -1,4 +1,4 @@
-"""Places to read documents from, and labelled texts to probe models for."""
+"""The interfaces of token sources, and of labelled texts for probes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 
 class TokenSource:
-    """Base of a token source: turns a specification such as a path into documents."""
+    """Base of a token source: it turns a specification, such as a path, into documents."""
 
     name: str
     summary: str = ""
 
     def matches(self, spec: str) -> bool:
-        """Whether this source can read `spec`; sources are asked in the order in which plugins registered them."""
+        """Whether this source can read `spec`. Sources are asked in the order in which plugins registered them."""
         raise NotImplementedError(f"the token source {self.name!r} does not override matches()")
 
     def documents(self, spec: str) -> Iterator[str | None]:
-        """The documents, always in the same order; None where a row has no text, which is left out and counted."""
+        """The documents, always in the same order. None stands for a row without text, which is left
+        out and counted.
+        """
         raise NotImplementedError(f"the token source {self.name!r} does not override documents()")
 
 
@@ -41,7 +43,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class Concept:
-    """A property of texts that a probe is to read off activations: texts of two classes.
+    """A property of texts that a probe reads off activations: texts of two classes.
 
     Attributes:
         name: as given to `--concepts`.
