@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved pairs, ratios with intervals, goals, and what becomes of the rows."""
+"""What all benchmarks share: interleaved pairs, ratios with intervals, goals, and the printed or written rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ import page
 Entered = TypeVar("Entered")
 
 NARROW = 0.03
-"""An interval is narrow where its width is below this share of the ratio; then no more pairs are timed."""
+"""An interval is narrow if its width is below this share of the ratio. Then no more pairs are timed."""
 ENOUGH = 6
-"""Turns before which nobody looks whether an interval is narrow, and from which on it is a bootstrap's: all of five
-independent ratios lie on one side of their median in 1 of 16 cases, all of six in 1 of 32.
+"""Turns before which nobody checks whether an interval is narrow. From here on the interval is a bootstrap's: all of
+five independent ratios lie on one side of their median in 1 of 16 cases, all of six in 1 of 32.
 """
 FEWEST = 3
-"""Turns without which there is no interval, and before which a limit in seconds ends nothing. It is Student's where
-there are fewer than enough: over two degrees of freedom as wide as that must be.
+"""Turns without which there is no interval, and before which a limit in seconds ends nothing. With fewer than enough
+turns the interval is Student's, which over two degrees of freedom is as wide as it must be.
 """
 MOST = 200
 """Turns after which timing ends, however wide the interval is."""
@@ -38,7 +38,7 @@ DRAWS = 2_000
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure must reach.
+    """A bound that a figure must reach.
 
     Attributes:
         value: the bound of the figure.
@@ -55,7 +55,7 @@ class Goal:
         return f"{sign} {self.value:g}" + ("" if self.end is None else f" (end {sign} {self.end:g})")
 
     def reached(self, figure: float, low: float, high: float) -> bool:
-        """Whether the figure reaches its bound, and the unfavourable end of its interval its own."""
+        """Whether the figure reaches its bound, and the unfavourable end of its interval reaches its own bound."""
         end = self.value if self.end is None else self.end
         return figure >= self.value and low >= end if self.least else figure <= self.value and high <= end
 
@@ -70,7 +70,7 @@ def at_least(value: float, end: float | None = None) -> Goal:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure, its 95% interval, the goal, and whether it holds.
+    """One figure with its 95% interval, its goal, and whether it reaches the goal.
 
     Attributes:
         value: None where it could not be measured; the note says why.
@@ -90,7 +90,7 @@ class Row:
 
 
 def row(name: str, values: Sequence[float], goal: Goal | None = None) -> Row:
-    """The median of some values with its interval, held against a goal, which too few values do not reach."""
+    """The median of some values with its interval, compared with a goal. Too few values do not reach a goal."""
     figure, interval = statistics.median(values), median_interval(values)
     low, high = interval or (None, None)
     note = "" if interval else f"only {len(values)} of at least {FEWEST} turns"
@@ -99,26 +99,26 @@ def row(name: str, values: Sequence[float], goal: Goal | None = None) -> Row:
 
 
 def spread(name: str, values: Sequence[float], goal: Goal | None = None) -> Row:
-    """The median of what several processes had, and from the least to the most that one had."""
+    """The median over several processes, with their smallest and largest value."""
     figure, low, high = statistics.median(values), min(values), max(values)
     holds = None if goal is None else goal.reached(figure, low, high)
     return Row(name, figure, low, high, str(goal or ""), holds, len(values), "range")
 
 
 def fact(name: str, value: float, goal: Goal | None = None) -> Row:
-    """A figure without chance, such as a number of bytes."""
+    """A figure without randomness, such as a number of bytes."""
     holds = None if goal is None else goal.reached(value, value, value)
     return Row(name, value, value, value, str(goal or ""), holds)
 
 
 def absent(name: str, why: str, goal: Goal | None = None) -> Row:
-    """What cannot be measured here, and why."""
+    """A figure that cannot be measured here, and why."""
     return Row(name, None, goal=str(goal or ""), note=why)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95% interval of the median of independent positive values: the percentile bootstrap's, or Student's of their
-    logarithms where they are few; None where they are fewer than `FEWEST`.
+    logarithms if they are few. None if they are fewer than `FEWEST`.
     """
     number = len(values)
     if number < FEWEST:
@@ -136,7 +136,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """A ratio of candidates that take turns, turn by turn.
+    """A ratio of candidates' seconds, computed for each turn.
 
     Attributes:
         over, under: candidates whose seconds of one turn are added up above and below the line; one may be named twice.
@@ -151,13 +151,13 @@ class Claim:
     scale: float = 1.0
 
     def ratios(self, seconds: Mapping[str, Sequence[float]]) -> list[float]:
-        """The ratio of each turn in which all candidates took part."""
+        """The ratio in each turn in which all candidates took part."""
         turns = range(min(len(seconds[name]) for name in (*self.over, *self.under)))
         above, below = ([sum(seconds[name][i] for name in names) for i in turns] for names in (self.over, self.under))
         return [self.scale * a / (b if self.under else 1) for a, b in zip(above, below, strict=True)]
 
     def settled(self, seconds: Mapping[str, Sequence[float]], narrow: float) -> bool:
-        """Whether there are enough turns and the interval of its ratio is narrow."""
+        """Whether there are enough turns and the interval of the ratio is narrow."""
         ratios = self.ratios(seconds)
         interval = median_interval(ratios) if len(ratios) >= ENOUGH else None
         return interval is not None and interval[1] - interval[0] < narrow * statistics.median(ratios)
@@ -187,7 +187,7 @@ def take_turns(
     watch: Callable[[], float] = time.monotonic,
     warm: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every turn of each candidate, after one that is not counted.
+    """Seconds of every turn of each candidate. A first turn is not counted.
 
     All take turns, and every other round goes backwards, so that drift of the machine hits all alike. A candidate drops
     out as soon as the claims on it are settled.
@@ -231,7 +231,7 @@ class Sitting:
 
     @staticmethod
     def clock() -> float:
-        """Seconds, once the device has done all that it was given."""
+        """The time in seconds, once the device has done everything it was given."""
         import torch
 
         if torch.cuda.is_initialized():
@@ -240,7 +240,7 @@ class Sitting:
 
     @contextmanager
     def group(self) -> Iterator[Callable[[AbstractContextManager[Entered]], Entered]]:
-        """Gives what enters context managers, such as sessions; they are left at the end."""
+        """A function that enters context managers, such as sessions. All are left at the end."""
         with ExitStack() as stack:
             yield stack.enter_context
 
@@ -253,7 +253,7 @@ class Sitting:
         clock: Callable[[], float] | None = None,
         warm: Mapping[str, Callable[[], object]] | None = None,
     ) -> dict[str, list[float]]:
-        """Time candidates against each other and keep a row for each claim; returns the seconds of every turn.
+        """Time candidates against each other and keep a row for each claim. Returns the seconds of every turn.
 
         Args:
             share: of the seconds that the benchmark has.
@@ -294,8 +294,8 @@ class Sitting:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Print the rows and write what was asked for; where the benchmark broke off, those that there are, but not on
-        the page.
+        """Print the rows and write what was asked for. If the benchmark broke off, the existing rows are shown, but the
+        page is not written.
         """
         if problem is not None:
             self.notes.append(f"It broke off: {type(problem).__name__}: {problem}")
@@ -315,8 +315,8 @@ def arguments(
     arguments: Sequence[str] | None = None,
     **numbers: int,
 ) -> argparse.Namespace:
-    """What every benchmark is asked on the command line, and `numbers` of its own with their defaults; two threads, and
-    no warnings between the figures. With `--write FILE` it writes the page from the file and ends.
+    """The arguments of a benchmark, and its own `numbers` with their defaults. Sets two threads, and no warnings
+    between the figures. With `--write FILE` it writes the page from the file and ends.
 
     Args:
         seconds: of timing, after which each ratio has the interval that it has.

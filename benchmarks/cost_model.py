@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 GROUPS = 64
-"""Document groups that sums are kept for."""
+"""Document groups for which sums are kept."""
 SUM_BYTES = 8
-"""Of a count or a moment."""
+"""Bytes of a count or a moment."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured.
+    """The model, SAEs and text to measure.
 
     Attributes:
         d: d_model.
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process computes and moves, per second.
+    """What a process computes and transfers in a second.
 
     Attributes:
         model_flops, encoder_flops: in the forward pass, and in the SAE's product.
@@ -83,8 +83,8 @@ def block_weights(job: Job) -> int:
 
 
 def token_seconds(job: Job, machine: Machine) -> float:
-    """What one token costs one process: 2 operations for each weight that it meets, F·d products of the encoder, and
-    the reductions.
+    """The time that one token takes in one process: 2 operations for each weight that it meets, F·d products of the
+    encoder, and the reductions.
     """
     met = job.tapped * block_weights(job) + job.heads * job.d * job.vocabulary
     forward = 2 * met / machine.model_flops
@@ -94,21 +94,21 @@ def token_seconds(job: Job, machine: Machine) -> float:
 
 
 def sums_bytes(job: Job) -> int:
-    """The sums of one SAE: counts, Σz and Σz² of each group and feature, documents of each feature, and of each group a
-    mean over d and five numbers. The decoder's norms are not sent.
+    """Bytes of the sums of one SAE: counts, Σz and Σz² of each group and feature, documents of each feature, and for
+    each group a mean over d and five numbers. The decoder's norms are not sent.
     """
     of_features = 3 * GROUPS * job.features + job.features
     return SUM_BYTES * (of_features + GROUPS * (job.d + 5) + 3 + 2)
 
 
 def end_bytes(job: Job, processes: int) -> float:
-    """What a process sends in the all-reduce at the end, in a ring: each sum 2(n − 1)/n times."""
+    """Bytes that a process sends in the all-reduce at the end. In a ring, each sum is sent 2(n − 1)/n times."""
     return 2 * (processes - 1) / processes * sums_bytes(job)
 
 
 def pass_bytes(job: Job, processes: int) -> float:
-    """What a process receives in each forward pass: the parts of others of every block that runs, where blocks are
-    spread.
+    """Bytes that a process receives in each forward pass if blocks are spread: the other processes' parts of every
+    block that runs.
     """
     held = job.tapped * block_weights(job) * job.weight_bytes
     return held * (processes - 1) / processes if job.spread else 0.0
@@ -116,7 +116,7 @@ def pass_bytes(job: Job, processes: int) -> float:
 
 def memory(job: Job, processes: int) -> float:
     """Bytes of a process: weights, the SAE, its sums and their copy at a checkpoint. Activations, and the block of
-    latents that is dense at once, come besides.
+    dense latents, are not included.
     """
     blocks = job.blocks * block_weights(job) * job.weight_bytes
     embedding = (1 + job.untied) * job.vocabulary * job.d * job.weight_bytes
@@ -126,19 +126,21 @@ def memory(job: Job, processes: int) -> float:
 
 
 def text_seconds(job: Job, machine: Machine, processes: int) -> float:
-    """Reading: every process parses the whole text and tokenizes its share."""
+    """Seconds of reading: every process parses the whole text and tokenizes its share."""
     return job.tokens * job.text_bytes / machine.read_bytes + job.tokens / processes / machine.token_rate
 
 
 def rate(job: Job, machine: Machine, processes: int) -> float:
-    """Tokens per second over all processes, while they count; text is read beside the device where there is one."""
+    """Tokens per second over all processes while they count. Text is read at the same time if there is a device."""
     at_once = min(processes, machine.parallel or processes)
     seconds = token_seconds(job, machine) + pass_bytes(job, processes) / machine.send_bytes / job.batch
     return at_once / seconds
 
 
 def seconds(job: Job, machine: Machine, processes: int) -> float:
-    """The whole: the start, counting and reading one after the other, and the sums at the end."""
+    """Seconds of the whole measurement: the start, counting and reading one after the other, and the sums
+    at the end.
+    """
     counting = job.tokens / rate(job, machine, processes)
     return (
         machine.start
@@ -149,7 +151,7 @@ def seconds(job: Job, machine: Machine, processes: int) -> float:
 
 
 GEMMA = Job(2304, 26, 21, 65_536, 256_128, l0=70, batch=16_384, tokens=1e9, weight_bytes=2, untied=False)
-"""A model of Gemma 2's 2B shape, tapped behind block 20."""
+"""A model of the shape of Gemma 2 2B, tapped after block 20."""
 H100 = Machine(
     model_flops=4e14,
     encoder_flops=4e13,
@@ -160,7 +162,7 @@ H100 = Machine(
     token_rate=4e5,
     start=60,
 )
-"""Assumed, not measured: docs/results/many-machines.md names each number."""
+"""Assumed, not measured. docs/results/many-machines.md names each number."""
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from tl_capacity.models.forward import activation_at
 from tl_capacity.models.hook_points import find_tap_point
 
 CHOSEN = 200
-"""Features that are kept."""
+"""Features to keep."""
 SETTINGS = DistillSettings(loss=LogitLoss(temperature=2.0))  # the paper's
 NUMBERS = {2: "two", 5: "five"}
 LARGE_CHUNK = 1024
@@ -41,7 +41,7 @@ LARGE_CHUNK = 1024
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of students, of which one is timed alone too."""
+    """Widths of students. One of them is timed alone too."""
 
     one: int
     widths: tuple[int, ...]
@@ -71,7 +71,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def kept(of: Any, tokens: torch.Tensor, shapes: Shapes = CPU) -> Kept:
-    """200 features of a dictionary of random weights, each of which fires on about 1% of the tokens."""
+    """200 features of a dictionary with random weights, each of which fires on about 1% of the tokens."""
     point = find_tap_point(of, shapes.hook)
     seen = activation_at(of, point, tokens)
     assert seen is not None
@@ -87,13 +87,13 @@ def kept(of: Any, tokens: torch.Tensor, shapes: Shapes = CPU) -> Kept:
 
 
 def student_of(of: Any, width: int, shapes: Shapes) -> Any:
-    """A student whose weights are drawn where they are needed."""
+    """A student with random weights, made on its device."""
     with torch.device(shapes.device):
         return new_student(of, width)
 
 
 def autocast(shapes: Shapes) -> torch.autocast:
-    """The students' blocks in bfloat16, where their teacher is."""
+    """Run the students' blocks in bfloat16, if their teacher is."""
     return torch.autocast(shapes.device, torch.bfloat16, enabled=shapes.dtype == torch.bfloat16)
 
 
@@ -131,7 +131,7 @@ def step_of(
 
 
 def plain(of: Any, width: int, tokens: torch.Tensor, shapes: Shapes = CPU) -> Callable[[], object]:
-    """The loop that tutorials have: the softmax of both over the whole batch, and `kl_div`."""
+    """The loop that tutorials have: the softmax of both models over the whole batch, and `kl_div`."""
     student = student_of(of, width, shapes)
     optimiser = adamw(student)
 
@@ -153,7 +153,7 @@ def plain(of: Any, width: int, tokens: torch.Tensor, shapes: Shapes = CPU) -> Ca
 
 
 def memory(which: str) -> float:
-    """Peak growth of one kind of step, in MB; run in a process of its own."""
+    """Peak growth of one kind of step, in MB. It runs in its own process."""
     of, one = teacher(), WIDTHS["cpu"].one
     make: dict[str, Callable[[torch.Tensor], Callable[[], object]]] = {
         "chunks": lambda tokens: step_of(of, (one,), tokens),
@@ -163,7 +163,7 @@ def memory(which: str) -> float:
 
 
 def time_heads(sitting: Sitting, shapes: HeadShapes, goal: float, share: float) -> None:
-    """The head beside its products and beside other libraries' losses, with the error of its gradient."""
+    """Time the head beside its matrix products and other libraries' losses, and record the error of its gradient."""
     gpu = sitting.asked.device == "cuda"
     ways, claims = {"head": with_gradients(ours(), shapes), "its four GEMMs": four_gemms(shapes)}, []
     best = ["head"]
@@ -198,7 +198,7 @@ def time_heads(sitting: Sitting, shapes: HeadShapes, goal: float, share: float) 
 
 
 def time_steps(sitting: Sitting, shapes: Shapes, students: Widths, share: float) -> None:
-    """A step beside the plain loop, and several students at once beside one after the other."""
+    """Time a step beside the plain loop, and several students at once beside one after the other."""
     of, tokens = teacher(shapes), token_ids(shapes)
     gpu, one, number = sitting.asked.device == "cuda", students.one, NUMBERS[len(students.widths)]
     steps, loops = ({w: f"{kind}, student of {w}" for w in students.widths} for kind in ("step", "plain loop"))
@@ -229,7 +229,7 @@ def time_steps(sitting: Sitting, shapes: Shapes, students: Widths, share: float)
 
 
 def benchmark(sitting: Sitting) -> None:
-    """The heads, the steps, and their memory."""
+    """Measure the heads, the steps, and their memory."""
     asked = sitting.asked
     shapes = {"cpu": CPU, "cuda": replace(CUDA, rows=8)}[asked.device]
     shapes = tiny(shapes) if asked.tiny else shapes

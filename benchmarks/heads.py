@@ -1,5 +1,5 @@
-"""A language model's head and the divergence of two: ours, the products that none can do without, liger-kernel's and
-TRL's, from hidden states to gradients.
+"""A language model's head and the divergence of two, from hidden states to gradients: ours, the bare products that all
+need, liger-kernel's and TRL's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tl_capacity.runtime.scratch import Scratch
 
 @dataclass(frozen=True)
 class HeadShapes:
-    """Of two heads and the tokens."""
+    """Sizes of two heads and the tokens."""
 
     tokens: int
     teacher: int
@@ -31,7 +31,7 @@ class HeadShapes:
 
 
 def outputs(shapes: HeadShapes, dtype: torch.dtype | None = None) -> tuple[Output, Output]:
-    """Hidden states and heads of a teacher and a student, whose logits are about as sharp as a trained model's."""
+    """Hidden states and heads of a teacher and a student. Their logits are about as sharp as a trained model's."""
     random = torch.Generator(shapes.device).manual_seed(2)
     drawn = []
     for width in (shapes.teacher, shapes.student):
@@ -63,7 +63,7 @@ def ours(chunk: int = CHUNK_TOKENS) -> Loss:
 
 
 def ligers() -> Loss:
-    """liger-kernel's chunked loss, whose generalised JSD is forward KL at β = 0; compiled, as it is by default.
+    """liger-kernel's chunked loss, whose generalised JSD is forward KL at β = 0. It is compiled, as by default.
 
     Raises:
         ImportError: where it is not installed.
@@ -80,7 +80,7 @@ def ligers() -> Loss:
 
 
 def trls() -> Loss:
-    """TRL's loss of GKD, whose generalised JSD is forward KL at β = 0, from the logits of the whole batch.
+    """TRL's loss of GKD, whose generalised JSD is forward KL at β = 0. It needs the logits of the whole batch.
 
     Raises:
         ImportError: where it is not installed.
@@ -101,7 +101,7 @@ def trls() -> Loss:
 
 
 def peers() -> Iterator[tuple[str, Loss | None, str]]:
-    """`(name, loss or None, why there is none)` of the losses of others."""
+    """`(name, loss or None, why there is none)` for other libraries' losses."""
     for name, make in (("liger-kernel", ligers), ("TRL", trls)):
         loss, why = None, ""
         try:
@@ -115,7 +115,7 @@ def peers() -> Iterator[tuple[str, Loss | None, str]]:
 
 
 def with_gradients(loss: Loss, shapes: HeadShapes) -> Callable[[], object]:
-    """Loss and gradients from hidden states."""
+    """Compute a loss and its gradients from hidden states."""
     of, student = outputs(shapes)
 
     def once() -> object:
@@ -128,7 +128,7 @@ def with_gradients(loss: Loss, shapes: HeadShapes) -> Callable[[], object]:
 
 
 def four_gemms(shapes: HeadShapes, chunk: int = CHUNK_TOKENS) -> Callable[[], object]:
-    """The products that no head can do without, chunk by chunk, into buffers that are there already."""
+    """The products that every head needs, chunk by chunk, into existing buffers."""
     of, student = outputs(shapes)
     chunk = min(chunk, shapes.tokens)
     place: dict[str, Any] = {"device": shapes.device, "dtype": shapes.dtype}
@@ -151,7 +151,9 @@ def four_gemms(shapes: HeadShapes, chunk: int = CHUNK_TOKENS) -> Callable[[], ob
 
 
 def gradient_error(loss: Loss, shapes: HeadShapes) -> float:
-    """Largest error of a gradient over its largest entry, against autograd through the definition in float64."""
+    """Largest error of a gradient as a share of its largest entry, against autograd through the
+    definition in float64.
+    """
     of, student = outputs(shapes)
     loss(of, student).backward()
     of64, student64 = outputs(shapes, torch.float64)

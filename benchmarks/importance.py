@@ -18,7 +18,7 @@ from neox import CPU, Shapes, hugging_face, shapes_of, sharing, sparse_autoencod
 from tl_capacity.hooks.importance import IntegratedGradients
 
 STEPS = 2
-"""Points on the path of integrated gradients; its cost is proportional to them."""
+"""Points on the path of integrated gradients. The cost is proportional to them."""
 
 
 def plain_forward(model: Any, shapes: Shapes = CPU) -> Callable[[], object]:
@@ -33,7 +33,7 @@ def plain_forward(model: Any, shapes: Shapes = CPU) -> Callable[[], object]:
 
 @contextmanager
 def measuring(model: Any, sae: Any, importance: list[Any], shapes: Shapes = CPU) -> Iterator[Callable[[], object]]:
-    """A batch in the middle of a run with some importance estimators."""
+    """A batch in the middle of a run, with some importance estimators."""
     from tl_capacity import add_capacity_hooks
 
     batch = tokens(shapes)
@@ -43,7 +43,7 @@ def measuring(model: Any, sae: Any, importance: list[Any], shapes: Shapes = CPU)
 
 
 def benchmark(sitting: Sitting) -> None:
-    """Every kind of estimator beside the plain forward pass."""
+    """Time every kind of estimator beside the plain forward pass."""
     asked = sitting.asked
     shapes = shapes_of("cpu", asked.tiny)
     sitting.notes.append(shapes.described() + ".")

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and what else that did meanwhile."""
+"""What a benchmark ran on, and what else the machine did meanwhile."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import psutil
 
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "triton", "liger-kernel", "trl")
 MOST_OTHERS, MOST_STEAL = 0.05, 0.01
-"""Shares of the processors' time that others may take before the machine counts as busy."""
+"""Shares of the processors' time above which others make the machine count as busy."""
 
 
 def description() -> dict[str, Any]:
-    """The processors, the memory and, where one was used, the GPU."""
+    """The processors, the memory and, if one was used, the GPU."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     named = {name.strip(): value.strip() for name, value in fields.items()}
@@ -42,7 +42,7 @@ def description() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that decide the figures."""
+    """Versions of Python and of the libraries that decide the figures."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the folder, marked where tracked files of the code were changed since."""
+    """The folder's commit, marked if tracked code files have changed since."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -68,7 +68,7 @@ def commit() -> str:
 
 
 def _own() -> float:
-    """Processor seconds of this process and of those it waited for."""
+    """Processor seconds of this process and of its finished children."""
     return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, -1)))
 
 
@@ -81,7 +81,7 @@ def _all() -> tuple[float, float]:
 
 @dataclass
 class Load:
-    """What others did on the machine since this was made."""
+    """What others did on the machine since this object was made."""
 
     average: tuple[float, float, float] = field(default_factory=os.getloadavg)
     started: float = field(default_factory=time.monotonic)
@@ -89,7 +89,7 @@ class Load:
     all: tuple[float, float] = field(default_factory=_all)
 
     def summary(self) -> dict[str, Any]:
-        """What others took so far, by `shares`, and how long that was."""
+        """What others took so far, by `shares`, and over how many seconds."""
         worked, stolen = (now - before for now, before in zip(_all(), self.all, strict=True))
         seconds = time.monotonic() - self.started
         taken = shares(worked, stolen, _own() - self.own, seconds * (psutil.cpu_count() or 1))

@@ -1,4 +1,4 @@
-"""What counting costs beside the forward pass it rides on, and beside the two ways it is done elsewhere.
+"""What counting costs beside the forward pass that it is part of, and beside the two usual ways.
 
 python benchmarks/measure.py: GPT-NeoX d=768, 12 layers, vocabulary 50,304, random weights; a ReLU SAE of 24,576 latents
 after layer 6 of which 0.8% are active; batches of 8×256 tokens, float32, two threads. The *limit* is the Hugging Face
@@ -43,11 +43,11 @@ from neox import (
 from tl_capacity.dictionaries.reducing import COMPILE
 
 BATCHES = 3
-"""Batches of one turn on a GPU, which synchronises once for all of them."""
+"""Batches of one turn on a GPU. The device is waited for once for all of them."""
 
 
 def limit(model: Any, sae: Any, shapes: Shapes = CPU, batches: int = 1) -> Callable[[], object]:
-    """The cut forward pass and one encoder product into a buffer that is there already."""
+    """The lower limit: the cut forward pass, and one encoder product into an existing buffer."""
     forward, weight = cut_forward(model, shapes), sae.W_enc.detach()
     buffer = torch.empty(shapes.rows * shapes.context, shapes.d_sae, dtype=weight.dtype, device=weight.device)
 
@@ -60,13 +60,13 @@ def limit(model: Any, sae: Any, shapes: Shapes = CPU, batches: int = 1) -> Calla
 
 
 def limit_once(model: Any, sae: Any, shapes: Shapes) -> None:
-    """The limit with all that it allocates."""
+    """The limit, including everything it allocates."""
     limit(model, sae, shapes)()
 
 
 def dense_loop(model: Any, sae: Any, shapes: Shapes = CPU) -> Callable[[], object]:
-    """The paper's kind of script: the whole model with its head, dense latents, three dense
-    reductions, dense decoding.
+    """The kind of script that the paper uses: the whole model with its head, dense latents, three dense reductions,
+    dense decoding.
     """
     batch = tokens(shapes)
     counts, squares, l0, error = torch.zeros(shapes.d_sae), torch.zeros(shapes.d_sae), 0.0, 0.0
@@ -130,7 +130,7 @@ def proxy_evals(model: Any, shapes: Shapes = CPU, weights: Weights | None = None
 
 
 def memory(which: str) -> float:
-    """Peak growth of one way of counting, in MB; run in a process of its own."""
+    """Peak growth of one way of counting, in MB. It runs in its own process."""
     model = hugging_face()
     sae = sparse_autoencoder("standard", model)
 
@@ -148,7 +148,7 @@ def memory(which: str) -> float:
 
 @contextmanager
 def synchronisations_warned_of() -> Iterator[None]:
-    """PyTorch warns of each call that waits for the device, where there is one."""
+    """Let PyTorch warn of each call that waits for the device, if there is one."""
     if not torch.cuda.is_available():
         yield
         return
@@ -160,8 +160,8 @@ def synchronisations_warned_of() -> Iterator[None]:
 
 
 def synchronisations(step: Callable[[int], object]) -> Counter[str]:
-    """How often the host waits for the device in one batch, by the place in the code: what two batches have more
-    than one.
+    """How often the host waits for the device in one batch, by place in the code. It is what two batches have more than
+    one.
 
     Args:
         step: runs so many batches.
@@ -190,7 +190,9 @@ def runs_of(model: Any, saes: Any, shapes: Shapes) -> Iterator[Callable[[int], o
 
 
 def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
-    """Counting on Hugging Face, TransformerLens and its bridge, several layers, other SAEs, the peers and memory."""
+    """Time counting on Hugging Face, TransformerLens and its bridge, with several layers, other SAEs, the peers and
+    memory.
+    """
     hf, bound = hugging_face(shapes), at_most(1.03, end=1.05)
     fitted = Weights.fitting(hf, shapes)
     relu, topk, jumprelu = (
@@ -264,7 +266,7 @@ def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
 
 @contextmanager
 def compiled() -> Iterator[None]:
-    """Sessions that are attached meanwhile have their sums compiled on a GPU."""
+    """Inside the block, sessions have their sums compiled on a GPU."""
     os.environ[COMPILE] = "1"
     try:
         yield
@@ -273,13 +275,13 @@ def compiled() -> Iterator[None]:
 
 
 def counting_once(model: Any, sae: Any, shapes: Shapes) -> None:
-    """A session of one batch, with all that it allocates."""
+    """A session of one batch, including everything it allocates."""
     with counting(sharing(model), {shapes.hook: sae}, shapes, warm=1):
         pass
 
 
 def waits(sitting: Sitting, name: str, model: Any, sae: Any, shapes: Shapes) -> None:
-    """A row on how often a batch synchronises, and a note on where."""
+    """Add a row on how often a batch synchronises, and a note on where."""
     with runs_of(sharing(model), {shapes.hook: sae}, shapes) as runs:
         places = synchronisations(runs)
     title, none = f"synchronisations a batch, {name}", at_most(0)
@@ -291,7 +293,7 @@ def waits(sitting: Sitting, name: str, model: Any, sae: Any, shapes: Shapes) -> 
 
 
 def beside_limit(sitting: Sitting, model: Any, saes: Mapping[str, Any], shapes: Shapes, share: float) -> None:
-    """Rows on SAEs of one precision beside the limit, and on tokens a second."""
+    """Add rows on SAEs of one precision beside the limit, and on tokens per second."""
     one = next(iter(saes.values()))
     bare = f"limit, {str(one.W_enc.dtype).removeprefix('torch.')} SAE"
     sitting.sizes[f"peak device memory of the {bare}"] = device_growth_mb(partial(limit_once, model, one, shapes))
@@ -320,7 +322,7 @@ def beside_limit(sitting: Sitting, model: Any, saes: Mapping[str, Any], shapes: 
 
 
 def beside_evals(sitting: Sitting, model: Any, sae: Any, weights: Weights, shapes: Shapes, share: float) -> None:
-    """A row on SAELens' `run_evals`, which holds all latents of the batch."""
+    """Add a row on SAELens' `run_evals`, which holds all latents of the batch."""
     peer, ours = "run_evals, HookedProxyLM", "counting, beside run_evals"
     claim = Claim("run_evals / everything", (peer,), (ours,), at_least(3))
     try:
@@ -334,7 +336,9 @@ def beside_evals(sitting: Sitting, model: Any, sae: Any, weights: Weights, shape
 
 
 def on_cuda(sitting: Sitting, shapes: Shapes) -> None:
-    """Counting on the device beside its limit with SAEs of three kinds and two precisions, `run_evals`, and memory."""
+    """Time counting on the device beside its limit, with SAEs of three kinds and two precisions, `run_evals`, and
+    memory.
+    """
     hf = hugging_face(shapes)
     fitted = Weights.fitting(hf, shapes)
     kinds = {"ReLU": "standard", "TopK": "topk", "JumpReLU": "jumprelu"}
@@ -348,7 +352,7 @@ def on_cuda(sitting: Sitting, shapes: Shapes) -> None:
 
 
 def benchmark(sitting: Sitting) -> None:
-    """Counting on the device that was asked for."""
+    """Time counting on the device that was asked for."""
     asked = sitting.asked
     shapes = shapes_of(asked.device, asked.tiny)
     sitting.notes.append(shapes.described() + ".")

@@ -1,4 +1,4 @@
-"""How much memory a candidate takes over the loaded state, in the process or on the device."""
+"""How much memory a candidate takes beyond the loaded state, in the process or on the device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROCESSES = 3
-"""Processes whose memory is measured, one after another: how much of it the allocator reuses differs from one to the
-next.
-"""
+"""Processes whose memory is measured, one after another. How much memory the allocator reuses differs between them."""
 
 
 def peak_growth_mb(candidate: Callable[[], object], loaded: Callable[[], object] = lambda: None) -> float:
-    """Growth of the process's peak resident memory over its present size while `candidate` runs twice, in MB; Linux
+    """Growth of the process's peak resident memory over its present size while `candidate` runs twice, in MB. Linux
     only.
 
     Args:
@@ -31,8 +29,8 @@ def peak_growth_mb(candidate: Callable[[], object], loaded: Callable[[], object]
 
 
 def growth_apart(script: str, which: str, processes: int = PROCESSES) -> list[float]:
-    """Peak growth of one candidate in MB, as the script prints it with `--memory-of`, in so many processes of its
-    own.
+    """Peak growth of one candidate in MB, measured in so many separate processes of its script, which prints it with
+    `--memory-of`.
     """
     command = [sys.executable, script, "--memory-of", which]
     return [
@@ -42,8 +40,8 @@ def growth_apart(script: str, which: str, processes: int = PROCESSES) -> list[fl
 
 
 def device_growth_mb(candidate: Callable[[], object]) -> float:
-    """Growth of the peak memory that is allocated on the GPU while `candidate` runs, in MB; without one it runs, and
-    the growth is 0.
+    """Growth of the GPU's peak allocated memory while `candidate` runs, in MB. Without a GPU it runs, and the growth is
+    0.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""The models and SAEs that benchmarks run: GPT-NeoX with random weights, and SAEs of which 0.8% of the latents are
-active on it.
+"""The models and SAEs that benchmarks run: GPT-NeoX with random weights, and SAEs with 0.8% of their latents active on
+it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a benchmark runs, on what device and in what precision.
+    """The sizes that a benchmark runs, with the device and the precision.
 
     Attributes:
         tapped: the layer behind which the SAE sits.
@@ -55,7 +55,7 @@ CUDA = Shapes(2304, 18, d_sae=65_536, rows=16, context=1024, device="cuda", dtyp
 
 
 def tiny(shapes: Shapes) -> Shapes:
-    """Tiny shapes of the same precision, on the GPU only where there is one, to see that a benchmark runs."""
+    """Tiny shapes of the same precision, on a GPU only if there is one. They show that a benchmark runs."""
     device = shapes.device if torch.cuda.is_available() else "cpu"
     return Shapes(64, 4, 3, 2, (1, 2), 512, 1024, 4, 32, 0.02, device, shapes.dtype)
 
@@ -142,9 +142,7 @@ def proxy_model(hf: Any, shapes: Shapes = CPU) -> Any:
 
 
 def sharing(model: Any) -> Any:
-    """A copy of a model that shares its weights, so that what is attached to one from now on does not see the other's
-    calls.
-    """
+    """A copy of a model that shares its weights. What is later attached to one does not see the other's calls."""
     weights = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
@@ -183,13 +181,15 @@ def cut_forward(model: Any, shapes: Shapes = CPU) -> Callable[[], torch.Tensor]:
 
 
 def sharing_where_possible(model: Any) -> Any:
-    """TransformerLens' own models are copied; a bridge keeps references to its parts and is used as it is."""
+    """A copy that shares weights, for TransformerLens' own models. A bridge keeps references to its parts and is used
+    as it is.
+    """
     return sharing(model) if type(model).__name__ == "HookedTransformer" else model
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An encoder, and the threshold above which the wanted share of its products lies on a model's activations."""
+    """An encoder, and the threshold that the wanted share of its products exceeds on a model's activations."""
 
     encoder: torch.Tensor
     threshold: float
@@ -212,7 +212,7 @@ def sparse_autoencoder(
     weights: Weights | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A random SAE of which 0.8% of the latents are active on the model's own activations."""
+    """A random SAE with 0.8% of its latents active on the model's own activations."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
@@ -238,15 +238,15 @@ def sparse_autoencoder(
 
 
 WARM = 3
-"""Batches before those that are timed, after which the sums of every document group are in memory."""
+"""Batches before those that are timed. After them, the sums of every document group are in memory."""
 
 
 @contextmanager
 def counting(
     model: Any, saes: Any, shapes: Shapes = CPU, batches: int = 1, warm: int = WARM
 ) -> Iterator[Callable[[], object]]:
-    """A step of batches in the middle of a run through the product: counts, moments, L0, incidence, FVU on one document
-    in eight.
+    """A step of batches in the middle of a run of the product: counts, moments, L0, incidence, FVU on one document in
+    eight.
     """
     from tl_capacity import add_capacity_hooks
 

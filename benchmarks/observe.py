@@ -37,7 +37,7 @@ def judging(models: list[Any], tokens: torch.Tensor) -> Callable[[], object]:
 
 
 def bare(models: list[Any], tokens: torch.Tensor) -> Callable[[], object]:
-    """The forward passes alone; the logits of one model are gone before those of the next come."""
+    """The forward passes alone. The logits of one model are freed before the next one's exist."""
 
     @torch.no_grad()
     def once() -> object:
@@ -49,7 +49,7 @@ def bare(models: list[Any], tokens: torch.Tensor) -> Callable[[], object]:
 
 
 def memory(which: str) -> float:
-    """Peak growth of one way, in MB; run in a process of its own."""
+    """Peak growth of one way, in MB. It runs in its own process."""
     models = pair(WIDTHS[0])
     make: dict[str, Callable[[list[Any], torch.Tensor], Callable[[], object]]] = {"judging": judging, "bare": bare}
     return peak_growth_mb(make[which](models, token_ids()), make[which](models, token_ids(rows=1)[:, :8]))
@@ -62,7 +62,7 @@ def pair(width: int, shapes: Shapes = CPU) -> list[Any]:
 
 
 def benchmark(sitting: Sitting) -> None:
-    """Two students judged, and the memory of it."""
+    """Time two students being judged, and the memory of it."""
     asked = sitting.asked
     shapes = shapes_of("cpu", asked.tiny)
     sitting.notes.append(shapes.described() + ".")

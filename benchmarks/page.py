@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: a benchmark's tables are written between its marks; the text around them is by hand."""
+"""docs/benchmarks.md: a benchmark's tables are written between its marks. The text around them is written by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
 def marks(record: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands before and behind the tables of a benchmark."""
+    """The lines before and after the tables of a benchmark."""
     name = f"benchmark {record['benchmark']} on {record['device']}"
     return f"<!-- {name}: written by {command_of(record)} --write -->", f"<!-- end of {name} -->"
 
@@ -40,7 +40,7 @@ def write(record: Mapping[str, Any], to: Path = PAGE) -> None:
 
 
 def inserted(text: str, record: Mapping[str, Any]) -> str:
-    """A page's text with a benchmark's tables between its marks, which must stand there once."""
+    """A page's text with a benchmark's tables between its marks. The marks must appear exactly once."""
     first, last = marks(record)
     if text.count(first) != 1 or text.count(last) != 1 or text.index(last) < text.index(first):
         raise SystemExit(f"the page has no place for {command_of(record)}: write {first} and {last} once each")
@@ -49,7 +49,7 @@ def inserted(text: str, record: Mapping[str, Any]) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
@@ -69,7 +69,7 @@ def tables(record: Mapping[str, Any]) -> str:
 
 
 def said(record: Mapping[str, Any]) -> str:
-    """On what, when and of which commit it was measured, and whether the machine was busy."""
+    """Where, when and at which commit it was measured, and whether the machine was busy."""
     machine, load = record["machine"], record["load"]
     where = f"{machine['cores']} cores of {machine['processor']}"
     if machine["instructions"]:
@@ -112,7 +112,7 @@ def printed(record: Mapping[str, Any]) -> str:
 
 
 def _cells(each: Mapping[str, Any]) -> list[str]:
-    """A row's cells behind its name."""
+    """A row's cells after its name."""
     holds = {True: "yes", False: "no", None: ""}[each["holds"]]
     value, low, high = each["value"], each["low"], each["high"]
     if value is None:
@@ -126,7 +126,7 @@ def _cells(each: Mapping[str, Any]) -> list[str]:
 
 
 def _figure(value: float) -> str:
-    """Three decimals of a ratio; large figures without."""
+    """A figure as text: three decimals for a ratio, none for large figures."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}".rstrip("0").rstrip(".")
 
 

@@ -61,7 +61,7 @@ def recovering(
 
 
 def memory() -> float:
-    """Peak growth of recovering, in MB; run in a process of its own."""
+    """Peak growth of recovering, in MB. It runs in its own process."""
     teacher, stream = hugging_face(), batches(4 * CPU.rows * CPU.context)
     sae, student = sparse_autoencoder("standard", teacher), new_student(teacher, WIDTH).eval()
     measured = measuring(teacher, sae, stream)()
@@ -69,7 +69,7 @@ def memory() -> float:
 
 
 def benchmark(sitting: Sitting) -> None:
-    """Recovering, without and with random weights, and its memory."""
+    """Time recovering, without and with random weights, and its memory."""
     asked = sitting.asked
     shapes = shapes_of("cpu", asked.tiny)
     sitting.notes.append(f"{shapes.described()}; {asked.tokens:,} tokens.")

@@ -1,4 +1,4 @@
-"""Whether cost_model.py says what several processes of one machine cost.
+"""Whether cost_model.py is right about several processes on one machine.
 
 python benchmarks/processes.py: rates are taken from one and two processes at one shape (d=256, F=4,096). Then a larger
 shape (d=512, F=8,192) is counted by one, two and four processes of one thread each, with the whole model in each and
@@ -65,7 +65,7 @@ def prepare(folder: Path, job: Job) -> None:
 
 
 def work(folder: Path, spread: bool) -> None:
-    """What one process of a launch does; prints its figures."""
+    """The work of one process of a launch; prints its figures."""
     import psutil
     import torch
 
@@ -138,7 +138,7 @@ def launch(folder: Path, count: int, spread: bool = False) -> dict[str, float]:
 
 
 def gemm_flops(job: Job) -> float:
-    """What a core reaches in the encoder's product."""
+    """Operations per second of a core in the encoder's product."""
     import torch
 
     torch.set_num_threads(1)
@@ -151,8 +151,8 @@ def gemm_flops(job: Job) -> float:
 
 
 def calibrated(alone: Mapping[str, float], two: Mapping[str, float], spread: Mapping[str, float]) -> Machine:
-    """A machine whose rates are those of the small shape: products by themselves, what is left for the active latents,
-    and for the bytes that are sent where the blocks are spread.
+    """A machine with the rates of the small shape: the matrix products alone, what remains for the active latents, and
+    the bytes sent if blocks are spread.
     """
     flops = gemm_flops(SMALL)
     bare = Machine(flops, flops)
@@ -180,7 +180,7 @@ def main() -> None:
 
 
 def report(found: Mapping[str, float], small: Mapping[str, float], spread: bool, machine: Machine, count: int) -> None:
-    """One row of the table: measured, and in brackets what the model says."""
+    """One row of the table: the measured figures, and in brackets the model's."""
     of_small, of_large = (replace(job, l0=found["l0"], spread=spread) for job in (SMALL, LARGE))
     cells = [
         (found["cpu"] * 1e6, min(count, machine.parallel or count) / rate(of_large, machine, count) * 1e6),

@@ -1,4 +1,4 @@
-"""What a report weighs, how long its writing takes, and how soon it answers, in headless Chromium.
+"""How large a report is, how long writing it takes, and how soon it answers, in headless Chromium.
 
 python benchmarks/report.py: the embedded teacher at three hook points, each with a random TopK SAE of 32,768 latents of
 which 24 are active; measured and searched for examples on 20,000 tokens; six widths with three students each, whose
@@ -42,8 +42,8 @@ addEventListener("DOMContentLoaded", () => setTimeout(() => {
   requestAnimationFrame(() => setTimeout(() => { window.answered = performance.now(); }, 0));
 }, 0));
 """
-"""Moves the slider as soon as a reader could; notes when the list that follows has been painted, and when the last
-figure has been drawn.
+"""Moves the slider as soon as a reader could. Notes when the list below has been painted, and when the last figure has
+been drawn.
 """
 
 
@@ -111,7 +111,7 @@ def probes() -> dict[str, Any]:
 
 
 def page(folder: Path, tokens: int, writes: int) -> tuple[Path, dict[str, list[float]]]:
-    """A report, and how many seconds it took to measure, to find examples and, several times, to write."""
+    """A report, and how many seconds it took to measure, to find examples, and to write it each of several times."""
     seconds: dict[str, list[float]] = {}
 
     @contextmanager
@@ -146,7 +146,7 @@ def page(folder: Path, tokens: int, writes: int) -> tuple[Path, dict[str, list[f
 
 
 def loads(path: Path, repetitions: int) -> dict[str, list[float]]:
-    """Seconds from the start of loading; the first load, of a browser that has just started, is not counted."""
+    """Seconds from the start of loading. The first load, in a browser that has just started, is not counted."""
     browser = started()
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": ANSWERED})
     times: dict[str, list[float]] = {
@@ -171,7 +171,7 @@ def loads(path: Path, repetitions: int) -> dict[str, list[float]]:
 
 
 def benchmark(sitting: Sitting) -> None:
-    """One report, written and opened."""
+    """Write and open one report."""
     asked = sitting.asked
     with tempfile.TemporaryDirectory() as folder:
         path, seconds = page(Path(folder), asked.tokens, asked.writes)

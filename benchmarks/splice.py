@@ -29,7 +29,7 @@ def measured(model: Any, sae: Any, shapes: Shapes = CPU) -> Measurement:
 
 
 def kept(measurement: Measurement, shapes: Shapes = CPU) -> list[int]:
-    """Five numbers of features, none and all among them."""
+    """Five numbers of features, including none and all."""
     alive = int(measurement[shapes.hook].summary.n_alive.value)
     return [0, alive // 8, alive // 4, alive // 2, alive]
 
@@ -37,12 +37,12 @@ def kept(measurement: Measurement, shapes: Shapes = CPU) -> list[int]:
 def splicing(
     model: Any, sae: Any, measurement: Measurement, numbers: list[int], shapes: Shapes = CPU
 ) -> Callable[[], object]:
-    """All of it, for one batch."""
+    """All of splicing, for one batch."""
     return lambda: splice(model, measurement, tokens(shapes), saes={shapes.hook: sae}, kept=numbers, progress=False)
 
 
 def upper_layers(model: Any, shapes: Shapes = CPU) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layers above the hook point and the last norm, of the same weights."""
+    """The layers above the hook point and the last norm, with the same weights."""
     from transformers import GPTNeoXModel
 
     upper = GPTNeoXModel(model.config)
@@ -52,7 +52,7 @@ def upper_layers(model: Any, shapes: Shapes = CPU) -> Callable[[torch.Tensor], t
 
 
 def limit(model: Any, sae: Any, variants: int, shapes: Shapes = CPU) -> Callable[[], object]:
-    """What must run whatever splicing does."""
+    """What must run however splicing is done."""
     lower, upper, head = cut_forward(model, shapes), upper_layers(model, shapes), head_of(model)
     block = torch.empty(tokens(shapes).numel(), shapes.d_sae // 24)
 
@@ -69,7 +69,7 @@ def limit(model: Any, sae: Any, variants: int, shapes: Shapes = CPU) -> Callable
 
 
 def memory() -> float:
-    """Peak growth of splicing, in MB; run in a process of its own."""
+    """Peak growth of splicing, in MB. It runs in its own process."""
     model = hugging_face()
     sae = sparse_autoencoder("standard", model)
     measurement = measured(model, sae)
@@ -77,7 +77,7 @@ def memory() -> float:
 
 
 def benchmark(sitting: Sitting) -> None:
-    """Splicing beside its limit, and its memory."""
+    """Time splicing beside its limit, and its memory."""
     asked = sitting.asked
     shapes = shapes_of("cpu", asked.tiny)
     sitting.notes.append(shapes.described() + ".")

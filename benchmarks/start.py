@@ -17,12 +17,12 @@ COMMAND = Path(sys.executable).with_name("tl-capacity")
 
 
 def process(*command: str) -> Callable[[], object]:
-    """A process, from its start to its end."""
+    """Run a process from its start to its end."""
     return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def benchmark(sitting: Sitting) -> None:
-    """Importing, and help, each in seconds."""
+    """Time importing and help, each in seconds."""
     bare, importing, asking = "python -c pass", "import tl_capacity", "tl-capacity --help"
     sitting.time(
         {

@@ -21,13 +21,13 @@ GRID = SweepSettings(seeds=SEEDS, batch=BATCH, distilled=False)
 
 
 def batched(steps: int, distilled: bool = False, seeds: int = SEEDS) -> Callable[[], object]:
-    """The whole sweep for some steps, from drawing the initial weights to the last step."""
+    """Train the whole sweep for some steps, from drawing the initial weights to the last step."""
     settings = SweepSettings(seeds=seeds, batch=BATCH, steps=steps, distilled=distilled)
     return lambda: train(settings)
 
 
 def looped(steps: int) -> Callable[[], object]:
-    """The same models, those of one configuration and width at a time."""
+    """Train the same models, one configuration and width at a time."""
 
     def one(n: int, alpha: float, width: int) -> None:
         weights = torch.nn.Parameter(torch.nn.init.xavier_normal_(torch.empty(SEEDS, width, n)))
@@ -55,7 +55,7 @@ def looped(steps: int) -> Callable[[], object]:
 
 
 def benchmark(sitting: Sitting) -> None:
-    """The sweep in one batch beside the loop, and how long the paper's takes."""
+    """Time the sweep in one batch beside the loop, and estimate how long the paper's takes."""
     asked = sitting.asked
     paper = SweepSettings()
     sitting.notes.append(f"Seconds are of {asked.steps} steps of training.")

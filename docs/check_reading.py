@@ -29,7 +29,7 @@ MAY_BE_LONG = ("Reference", "Results")
 """Kinds of pages that a reader looks something up in."""
 GENERATED = re.compile(r"<!-- ([^:,>]+)[:,] [^>]* -->.*?<!-- end of \1 -->", re.DOTALL)
 END = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)[.!?][)”\"]?\s+(?=[^\sa-z])")
-"""Where a sentence ends. What follows it begins with no small letter."""
+"""Where a sentence ends. The next one does not begin with a small letter."""
 WORD = re.compile(r"\w[\w.,'’/-]*")
 LINK = re.compile(r"\]\(([^)\s#]+)")
 
@@ -50,7 +50,7 @@ def kinds(contents: Path = ROOT / "docs" / "index.md") -> dict[Path, str]:
 
 
 def plain(inline: Token) -> str:
-    """The text of a paragraph. A piece of code counts as one word, a picture as none."""
+    """The text of a paragraph. A piece of code counts as one word, and a picture as none."""
     parts = inline.children or []
     read = {"code_inline": "Code", "softbreak": " "}
     return "".join(part.content if part.type == "text" else read.get(part.type, "") for part in parts)
@@ -74,7 +74,7 @@ def length(sentence: str) -> int:
 
 
 def fault(page: Path) -> str | None:
-    """What makes a page hard to read, with its longest sentences; None where nothing does."""
+    """What makes a page hard to read, with its longest sentences; None if nothing does."""
     found = sorted(sentences(page.read_text(encoding="utf-8")), key=length, reverse=True)
     if not found:
         return None
@@ -107,7 +107,7 @@ def too_long(page: Path, kind: str | None) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the faults of some pages, or of all; returns the exit code."""
+    """Print the faults of some pages, or of all. Returns the exit code."""
     chosen = [Path(argument) for argument in arguments] or pages()
     if missing := [str(page) for page in chosen if not page.is_file()]:
         print(f"there is no page {', '.join(missing)}: pass paths of Markdown files, or nothing", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Draws the figures of the README and the docs from what is measured: `python docs/make_figures.py runs/demo`.
+"""Draws the figures of the README and the docs from a measurement: `python docs/make_figures.py runs/demo`.
 
 Needs plotly's static export (`pip install kaleido`) and Chromium; nobody needs it to use or test the package.
 """
@@ -22,7 +22,7 @@ WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def floors(measurement: Measurement) -> go.Figure:
-    """Left: importance curves with each width's budget; right: the predicted floor against the student's width, with
+    """Left: importance curves with each width's budget. Right: the predicted floor against the student's width, with
     intervals.
     """
     titles = ("Importance of the alive features", "Predicted floor of a narrower student")
@@ -57,7 +57,7 @@ def floors(measurement: Measurement) -> go.Figure:
 
 
 def teacher_curve() -> go.Figure:
-    """Held-out loss of the embedded teacher against the tokens it was trained on."""
+    """Held-out loss of the embedded teacher against the number of training tokens."""
     record = json.loads((FOLDER / "training.json").read_text())["record"]
     figure = new_figure()
     for place, (key, name) in enumerate((("heldout_loss", "held-out"), ("train_loss", "training, smoothed"))):

@@ -33,13 +33,13 @@ def published(name: str) -> list[dict[str, Any]]:
 
 
 def scaled(prediction: Sequence[float], floors: Sequence[float]) -> list[float]:
-    """A prediction times the one constant that fits it to the floors by least squares."""
+    """A prediction times the constant that fits it to the floors best, by least squares."""
     constant = np.dot(prediction, floors) / np.dot(prediction, prediction)
     return [float(constant * value) for value in prediction]
 
 
 def floors() -> go.Figure:
-    """What students reached, and what was predicted with at most one fitted constant, with features and without."""
+    """What students reached, and predictions with at most one fitted constant, with features and without."""
     students = printed_floors()
     widths = sorted({student.width for student in students})
     reached = [fmean(student.last_tenth for student in students if student.width == width) for width in widths]
@@ -68,7 +68,7 @@ def floors() -> go.Figure:
 
 
 def critical_widths() -> go.Figure:
-    """d* against L0 over the dictionaries of one hook point, a line for each size; what was interpolated has no k."""
+    """d* against L0 over the dictionaries of one hook point, a line for each size. Interpolated ones have no k."""
     points = {(row["d_sae"], row["l0"]): row["d_star"] for row in published("splice.json") if row["k"]}
     figure = new_figure()
     for place, size in enumerate(sorted({size for size, _ in points})):

@@ -1,4 +1,4 @@
-"""Takes the pictures of a report for the docs in headless Chromium: `python docs/make_report_pictures.py report.html`.
+"""Takes the pictures of a report for the docs, in headless Chromium: `python docs/make_report_pictures.py report.html`.
 
 At 1280 and 390 pixels, light and dark: the top of the page, and on the phone the list of features. Needs chromium,
 chromedriver and selenium.
@@ -20,7 +20,7 @@ PICTURES = (
     (390, "light", "body", 1500),
     (390, "dark", "#features", 1300),
 )
-"""Width in pixels, colours, where the picture begins, and how high it is."""
+"""Width in pixels, colour scheme, where the picture begins, and how high it is."""
 
 
 def main() -> None:

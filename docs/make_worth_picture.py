@@ -22,7 +22,7 @@ from tl_capacity.show.figures import add_series, line_of, marker_of, new_figure
 
 SIZE = (1000, 520)
 LATENTS = 2_048
-"""Dictionaries of this size are drawn: those of another size have another g(α) at the same d*."""
+"""Dictionaries of this size are drawn. Those of another size have another g(α) at the same d*."""
 
 
 def worth(runs: Path) -> go.Figure:
@@ -51,7 +51,7 @@ def worth(runs: Path) -> go.Figure:
 
 
 def main() -> None:
-    """Draw it and take its picture."""
+    """Draw the figure and save its picture."""
     take(worth(Path(sys.argv[1])), RESULTS / "worth.webp", SIZE)
 
 

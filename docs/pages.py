@@ -1,4 +1,4 @@
-"""What the scripts share that write the parts of pages which the code decides."""
+"""What the scripts share that write parts of pages from the code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def with_parts(page: Path, script: str, parts: Mapping[str, Iterable[str]]) -> s
 
 
 def write_or_check(page: Path, script: str, source: str, wanted: Callable[[], str], arguments: list[str]) -> int:
-    """What such a script does with its arguments: writes the page, or with `--check` says whether it is stale.
+    """Write the page, or with `--check` say whether it is stale.
 
     Args:
         page: the page.

@@ -1,4 +1,4 @@
-"""Pictures of figures for the pages, taken in headless Chromium; needs chromium, chromedriver and selenium."""
+"""Pictures of figures for the pages, taken in headless Chromium. Needs chromium, chromedriver and selenium."""
 
 from __future__ import annotations
 

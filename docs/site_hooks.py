@@ -1,4 +1,4 @@
-"""What `mkdocs build` does besides: navigation from the contents page, notebooks as pages, and links that leave
+"""What `mkdocs build` does in addition: navigation from the contents page, notebooks as pages, and links out of
 `docs/`.
 
 The pages are written for readers of the repository, where a link may lead to any file. On the site such a file gets a
@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 LINK = re.compile(r"(?<!\\)(\]\()([^)\s#]+)([^)\s]*\))")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 SOURCES = "source"
-"""The folder of the site in which files from outside `docs/` are."""
+"""The site's folder for files from outside `docs/`."""
 
 
 def on_config(config: Any) -> Any:
@@ -39,7 +39,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Pages made of notebooks, and of what pages link to outside `docs/`."""
+    """Pages for notebooks, and for files outside `docs/` that pages link to."""
     docs, outside = Path(config.docs_dir), set[str]()
     for notebook in sorted((docs / "notebooks").glob("*.ipynb")):
         name = f"notebooks/{notebook.name}"
@@ -56,7 +56,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to notebooks and to files outside `docs/` lead to the pages made of them."""
+    """A page whose links to notebooks and to files outside `docs/` lead to the pages made of them."""
     here = page.file.src_uri
     if here.startswith(f"{SOURCES}/"):
         return markdown
@@ -73,7 +73,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def notebook_page(notebook: Path) -> str:
-    """A notebook as Markdown: text, fenced code, what it has shown, and a link to the file under the title."""
+    """A notebook as Markdown: text, fenced code, outputs, and a link to the file under the title."""
     cells = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
@@ -84,7 +84,7 @@ def notebook_page(notebook: Path) -> str:
 
 
 def output_block(output: dict[str, Any]) -> str:
-    """What a cell has shown: a picture, a table, or text."""
+    """The output of a cell: a picture, a table, or text."""
     data = output.get("data", {"text/plain": output.get("text", "")})
     kind = next(kind for kind in ("image/png", "text/html", "text/plain") if kind in data)
     content = "".join(data[kind]).strip()
@@ -97,13 +97,13 @@ def output_block(output: dict[str, Any]) -> str:
 
 
 def source_page(path: Path, name: str) -> str:
-    """A file's text as a page."""
+    """A page with a file's text."""
     language = {".py": "python", ".toml": "toml", ".md": "markdown"}.get(path.suffix, "text")
     return f"# {name}\n\n````{language}\n{path.read_text(encoding='utf-8')}\n````\n"
 
 
 def _path(page: str, link: str) -> str:
-    """A link's target from `docs/`; an address is left as it is."""
+    """The target of a link, relative to `docs/`. A web address is unchanged."""
     return link if "://" in link or link.startswith("mailto:") else normpath(str(PurePosixPath(page).parent / link))
 
 

@@ -62,7 +62,9 @@ class Teacher:
         return as_measured(source, self.loaded.tokenizer, self.provenance, CONTEXT, rows)
 
     def changes(self, hook: HookMeasurement, kept: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """What replaces an activation [row, position, d] at counted tokens [row, position], with so many latents."""
+        """A function that replaces an activation [row, position, d] at counted tokens [row, position], keeping so many
+        latents.
+        """
         sae = self.saes[hook.hook]
         order = np.argsort(-hook.importance(None), kind="stable")
         latents = np.flatnonzero(hook.summary.alive)[order]
@@ -129,7 +131,7 @@ def between(teacher: Any, student: Any, clean: Tensor, other: Tensor) -> Tensor:
 def hidden_with(
     model: Any, ids: Tensor, counted: Tensor, changes: Mapping[str, Callable[[Tensor, Tensor], Tensor]]
 ) -> Tensor:
-    """Last hidden states with the activations at some hook points changed."""
+    """Last hidden states, with the activations at some hook points changed."""
     undo = []
     for hook, change in changes.items():
         point = reading_of(model, None, hook).point
@@ -146,7 +148,7 @@ def _changed(change: Callable[[Tensor, Tensor], Tensor], counted: Tensor, activa
 
 
 def orders(teacher: Teacher) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Other rankings, what stands for the lost, and the SAE's error kept."""
+    """Run other rankings, other replacements for lost latents, and the SAE's error kept."""
     [hook] = teacher.measurement
     sae = teacher.saes[hook.hook]
     latents = np.flatnonzero(hook.summary.alive)
@@ -193,7 +195,7 @@ def orders(teacher: Teacher) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def layers(teacher: Teacher) -> dict[str, Any]:
-    """Every layer that has a dictionary spliced at once, each by its own budget."""
+    """Splice every layer that has a dictionary at once, each by its own budget."""
     from tl_capacity.theory import kept_features
 
     found: dict[str, Any] = {"hooks": list(teacher.saes), "kl": {}, "standard_error": {}}
@@ -209,7 +211,7 @@ def layers(teacher: Teacher) -> dict[str, Any]:
 
 
 def tuned(teacher: Teacher, width: int) -> dict[str, Any]:
-    """The teacher spliced, and then all behind the hook point trained to do with what is left."""
+    """Splice the teacher, and then train everything above the hook point to work with what is left."""
     from tl_capacity.theory import kept_features
 
     [hook] = teacher.measurement
@@ -262,7 +264,7 @@ def tuned(teacher: Teacher, width: int) -> dict[str, Any]:
 
 
 def main(runs: Path, device: str = "cpu") -> None:
-    """Run what is not there yet, then fill the page."""
+    """Run what does not exist yet, then fill the page."""
     done: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {}
 
     def add(name: str, result: dict[str, Any], started: float) -> None:

@@ -1,4 +1,4 @@
-"""Writes the parts of ARCHITECTURE.md that the code decides: `python docs/write_architecture.py [--check]`.
+"""Writes the parts of ARCHITECTURE.md that follow from the code: `python docs/write_architecture.py [--check]`.
 
 They stand between markers: the layers, from the import contract in pyproject.toml, and the modules of each room, from
 their docstrings. With `--check` nothing is written, and the exit code is 1 where the page is stale.
@@ -18,7 +18,7 @@ from pages import with_parts, write_or_check
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "ARCHITECTURE.md"
 OUTSIDE = {"hooks": "hooks", "recipes": "recipes"}
-"""Rooms that lie beside the package and are installed into it."""
+"""Rooms beside the package that are installed into it."""
 
 
 def layers() -> list[list[str]]:
@@ -69,7 +69,7 @@ def module_lists() -> Iterator[str]:
 
 
 def page() -> str:
-    """The page as it should be."""
+    """The page with its parts written from the code."""
     return with_parts(PAGE, "write_architecture.py", {"layers": layer_table(), "modules": module_lists()})
 
 

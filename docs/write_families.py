@@ -1,5 +1,5 @@
-"""Writes the table of docs/architectures.md from what works on a tiny random model of each architecture:
-`python docs/write_families.py [--check]`.
+"""Writes the table of docs/architectures.md by trying a tiny random model of each architecture: `python
+docs/write_families.py [--check]`.
 
 Each cell is tried, and what does not work is told in its own words. With `--check` nothing is written, and the exit
 code is 1 where the table is stale.
@@ -93,15 +93,15 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "Mamba": lambda: MambaConfig(**SHARED, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 OFFICIAL = {"gemma2": "google/gemma-2-2b", "gemma3_text": "google/gemma-3-1b-pt"}
-"""Architectures whose settings TransformerLens has under the names of published models, and does not read from a
+"""Architectures whose settings TransformerLens has under the names of published models, instead of reading a
 configuration.
 """
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny random model of one architecture in a folder, with an SAE and text, and what the SAE does on it, computed
-    densely.
+    """A tiny random model of one architecture in a folder, with an SAE, text, and the SAE's
+    latents computed densely.
     """
 
     folder: Path
@@ -146,7 +146,7 @@ class Tiny:
 
     @cached_property
     def hooked_transformer(self) -> Any:
-        """As `HookedTransformer.from_pretrained` makes one, which takes no folder."""
+        """A HookedTransformer as `HookedTransformer.from_pretrained`, which takes no folder, would make it."""
         kind, config = self.model.config.model_type, self.model.config
         settings = loading_from_pretrained.get_pretrained_model_config(
             OFFICIAL.get(kind, str(self.folder)), device="cpu", n_ctx=CONTEXT
@@ -173,7 +173,7 @@ class Tiny:
 
     @cached_property
     def counts(self) -> Any:
-        """[feature] tokens on which each latent is active, BOS not counted."""
+        """[feature] tokens on which each latent is active, without BOS."""
         seen: list[Any] = []
         handle = last_block(self.model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         with torch.no_grad():
@@ -188,8 +188,8 @@ class Tiny:
         return capacity.measurement()
 
     def compare(self, measurement: Measurement) -> None:
-        """Another order of summation may choose the other of two latents that are as good as equal; nothing else may
-        differ.
+        """Compare counts. Another order of summation may choose the other of two nearly equal latents, but nothing else
+        may differ.
         """
         different = int(np.abs(measurement[HOOK].summary.arrays["counts"].sum(0) - self.counts).sum())
         if different > 2:
@@ -273,7 +273,7 @@ TRIALS: dict[str, Callable[[Tiny], None]] = {
 
 
 def forms(tiny: Tiny) -> Iterator[Any]:
-    """The model in each form that can be made."""
+    """The model in each form that it can have."""
     for name in ("model", "bridge", "hooked_transformer"):
         try:
             form = getattr(tiny, name)
@@ -292,7 +292,7 @@ def source(tiny: Tiny) -> list[Any]:
 
 
 def command(*arguments: Any) -> None:
-    """Run the command line in this process; what it prints is of interest only where it fails.
+    """Run the command line in this process. Its output is shown only if it fails.
 
     Raises:
         CapacityError: with its own words.
@@ -308,13 +308,13 @@ def command(*arguments: Any) -> None:
 
 @contextmanager
 def tiny_model(architecture: str) -> Iterator[Tiny]:
-    """The tiny model of an architecture, in a folder that goes away."""
+    """The tiny model of an architecture, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         yield Tiny.make(ARCHITECTURES[architecture](), Path(folder) / "model")
 
 
 def reasons(architecture: str) -> dict[str, str | None]:
-    """For each column, why it does not work, or None where it does."""
+    """For each column, why it does not work; None if it works."""
     found: dict[str, str | None] = {}
     with tiny_model(architecture) as tiny:
         for name, trial in TRIALS.items():
@@ -327,7 +327,7 @@ def reasons(architecture: str) -> dict[str, str | None]:
 
 
 def row(architecture: str, found: dict[str, str | None]) -> str:
-    """The table's row; what does not work has its reasons below the table."""
+    """A row of the table. Reasons for what does not work stand below the table."""
     return f"| {architecture} | " + " | ".join("yes" if reason is None else "no" for reason in found.values()) + " |\n"
 
 

@@ -24,12 +24,12 @@ PAGE, TESTS = ROOT / "docs" / "fidelity.md", ROOT / "tests"
 BEGIN, END = "<!-- written by docs/write_fidelity.py -->\n", "<!-- to here -->\n"
 FIELDS = ("source", "says", "obeyed")
 ANY = "any"
-"""The source of a mark that holds for every format; its rows come last."""
+"""The source of a mark that holds for every format. Its rows come last."""
 
 
 @dataclass(frozen=True, order=True)
 class Mark:
-    """What one test shows: the format, what it says of itself, how that is obeyed, and the test by name."""
+    """What one test shows: the format, what it says of itself, how the tool obeys it, and the name of the test."""
 
     source: str
     says: str
@@ -89,7 +89,7 @@ def all_marks(tests: Path = TESTS) -> list[Mark]:
 
 
 def table(marks: list[Mark]) -> str:
-    """The part of the page between its two marks: a row for each thing that is said and how it is obeyed."""
+    """The part of the page between its two marks: a row for each statement of a format and how the tool obeys it."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for mark in marks:
         shown = f"[`{mark.test}`](../{mark.file})"
@@ -104,7 +104,7 @@ def table(marks: list[Mark]) -> str:
 
 
 def page() -> str:
-    """The page as it should be."""
+    """The page with its table written from the marks."""
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     return f"{before}{BEGIN}{table(all_marks())}{END}{rest.split(END)[1]}"
 

@@ -1,5 +1,5 @@
-"""Writes docs/help.md from the command line's own help, so that the page cannot say anything else:
-`python docs/write_help.py [--check]`.
+"""Writes docs/help.md from the command line's own help, so that both always agree: `python docs/write_help.py
+[--check]`.
 
 With `--check` nothing is written, and the exit code is 1 where the page is stale.
 """
@@ -26,7 +26,7 @@ Written by `python docs/write_help.py` from the commands themselves; do not edit
 
 
 def sections() -> Iterator[tuple[str, str]]:
-    """`(command, help)` of the root, of each of its commands, and of each recipe that comes with the package."""
+    """`(command, help)` of the root, of each of its commands, and of each recipe in the package."""
     root: Any = typer.main.get_command(app)
     context = root.context_class(root, info_name="tl-capacity", terminal_width=COLUMNS)
     yield "tl-capacity", root.get_help(context)

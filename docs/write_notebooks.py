@@ -25,11 +25,11 @@ NOTEBOOKS = Path(__file__).parent / "notebooks"
 FIGURE = "application/vnd.plotly.v1+json"
 SIZE = (900, 420)
 TIMEOUT = 900
-"""Seconds for a cell."""
+"""Most seconds for a cell."""
 
 
 def run(notebook: Any, folder: Path) -> None:
-    """Runs all cells of a notebook in a folder; the outputs are in its cells afterwards."""
+    """Run all cells of a notebook in a folder. The outputs are in its cells afterwards."""
     client = NotebookClient(
         notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
@@ -37,7 +37,7 @@ def run(notebook: Any, folder: Path) -> None:
 
 
 def stored(outputs: list[Any], browser: Any) -> list[Any]:
-    """Outputs as they are stored: without what is said on standard error, and each figure as a picture."""
+    """Outputs as they are stored: without standard error, and with each figure as a picture."""
     kept = [output for output in outputs if output.get("name") != "stderr"]
     for output in kept:
         if figure := output.get("data", {}).pop(FIGURE, None):
@@ -47,7 +47,7 @@ def stored(outputs: list[Any], browser: Any) -> list[Any]:
 
 
 def main() -> None:
-    """Run and write the notebooks that are named, or all."""
+    """Run and write the named notebooks, or all of them."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "TOKENIZERS_PARALLELISM": "false"}
     browser = started()
     try:

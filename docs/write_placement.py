@@ -59,7 +59,7 @@ COMMIT = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the experiment is made of, stage by stage.
+    """The settings and stages of the experiment.
 
     Attributes:
         runs: the folder of all stages.
@@ -81,7 +81,7 @@ class Experiment:
 
     @cached_property
     def measurement(self) -> Measurement:
-        """Of the teacher at the hook point, made where it is not there."""
+        """The teacher's measurement at the hook point, made if it does not exist."""
         settings = MeasureSettings(
             "embedded", self.runs / "measurement", (HOOK,), tokens=self.measure_tokens, resume=True, device=self.device
         )
@@ -106,7 +106,7 @@ class Experiment:
         return kept_features(plugins().capacity_laws.default, width, at)
 
     def config(self, width: int, out: str, keep: str = "", weights: Sequence[float] = (0.0,)) -> PlacementConfig:
-        """A placement at one width."""
+        """The settings of a placement at one width."""
         return PlacementConfig(
             measurement=self.runs / "measurement",
             keep=keep,
@@ -120,7 +120,7 @@ class Experiment:
         )
 
     def plain(self, width: int) -> dict[str, LoadedModel]:
-        """The plain students of a width, trained where they are not there."""
+        """The plain students of a width, trained if they do not exist."""
         config = self.config(width, f"plain-{width}")
         nothing = KeepFeatures(HOOK, (0,))
         run = recipe.train(config, self.teacher, (width,), nothing, 0.0, self.sae, JUDGED_ON)
@@ -138,7 +138,7 @@ class Experiment:
         return files
 
     def _recovered(self, students: dict[str, LoadedModel]) -> Recovery:
-        """What plain students keep, on text that judges nothing."""
+        """What plain students keep, on text that is not used for judging."""
         provenance = self.measurement.provenance
         return recover_features(
             self.teacher.model,
@@ -151,7 +151,7 @@ class Experiment:
         )
 
     def placed(self, width: int, name: str, weights: Sequence[float]) -> Placement:
-        """The price list of a set; its plain students are those that the features were chosen by."""
+        """The price list of a set. Its plain students are those by which the features were chosen."""
         out, file = f"{name}-{width}-priced", self.chosen(width)[name]
         if (self.runs / out / "placement.json").exists():
             return Placement.load(self.runs / out)
@@ -163,8 +163,8 @@ class Experiment:
         return Placement.load(config.out)
 
     def predicted(self, width: int, name: str, features: Sequence[int]) -> Estimate:
-        """What splicing predicts for keeping these features, and as many fewer of the law's: KL with them and the most
-        important others, as many as the law gives the width, less KL with the most important ones.
+        """The price of keeping these features, predicted by splicing: the KL with them and the most important others,
+        as many as the law gives the width, minus the KL with the most important ones.
         """
         out, kept = self.runs / f"{name}-{width}-spliced", self.budget(width)
         if not (out / "splice.json").exists():
@@ -220,7 +220,7 @@ def rows_of(name: str, placement: Placement, predicted: Estimate) -> list[dict[s
 
 
 def sentences(width: int, placements: dict[str, Placement], predicted: dict[str, Estimate]) -> list[str]:
-    """What a width showed, said from its numbers."""
+    """What a width showed, in sentences made from its numbers."""
     said = []
     for name, placement in placements.items():
         plain, *asked = placement.of_width(width)
@@ -236,7 +236,7 @@ def sentences(width: int, placements: dict[str, Placement], predicted: dict[str,
 
 
 def page(found: list[dict[str, Any]], said: list[str], command: str, about: str) -> str:
-    """placement.md."""
+    """The text of placement.md."""
     header = ["width", "set", "weight", "chosen kept", "others kept", "KL", "paid", "per feature", "splice predicts"]
     lines = [
         [
@@ -272,12 +272,12 @@ def page(found: list[dict[str, Any]], said: list[str], command: str, about: str)
 
 
 def shown(estimate: dict[str, Any] | None, digits: str) -> str:
-    """A saved estimate, or nothing."""
+    """A saved estimate; empty if there is none."""
     return "" if estimate is None else Estimate(**estimate).show(digits)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is not there yet, and write the page."""
+    """Run what does not exist yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--source", default="runs/embedded-teacher/train.jsonl", help="text to train students on")

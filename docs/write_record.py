@@ -1,5 +1,5 @@
 """Writes tl_capacity/predict/record.json, how far predictions in nats were from students: `python docs/write_record.py
-[runs]`, which `python docs/write_splice.py runs` does as well.
+[runs]`. `python docs/write_splice.py runs` does this too.
 
 Spliced floors and what students reached come from docs/results/splice.json. With the folder of the runs that
 results/splice.md names, summed importances in nats are read from `nats`, the measurement that embedded_floor.md names,
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "tl_capacity" / "predict" / "record.json"
 SPLICE = ROOT / "docs" / "results" / "splice.json"
 LAWS = {"d·g(α)": "compressed_sensing", "F·d_S/d_T": "proportional"}
-"""The laws as results/splice.md calls them; its interpolation over dictionaries is no law of one."""
+"""The laws under the names of results/splice.md. Its interpolation over dictionaries is not a law's."""
 TEACHER, TEACHER_WIDTH = "embedded", 128
 TEACHER_WIDTHS = {TEACHER: TEACHER_WIDTH, "smollm2-135m": 576}
 
@@ -53,7 +53,7 @@ def spliced() -> Iterator[Check]:
 
 
 def others(runs: Path) -> Iterator[Check]:
-    """Summed importances in nats, and the floors of rivals where they are there, at the widths that were observed."""
+    """Summed importances in nats, and the rivals' floors if they exist, at the widths that were observed."""
     observed = {check.width: check.observed for check in spliced() if check.teacher == TEACHER}
     widths = np.array(sorted(observed))
     rivals = [Forecasts.load(runs / "rivals")] if (runs / "rivals" / FORECASTS_JSON).exists() else []
@@ -75,7 +75,7 @@ def others(runs: Path) -> Iterator[Check]:
 
 
 def write(runs: Path | None) -> None:
-    """Replace the file; rows of predictors that are not among the runs stay as they are."""
+    """Replace the file. Rows of predictors that are not in the runs stay as they are."""
     checks = list(spliced())
     if runs is not None and (runs / "nats").exists():
         checks += others(runs)

@@ -1,5 +1,5 @@
-"""Writes what the tests of faults measured into docs/fault-tests.md: `python docs/write_reliability.py RESULTS.xml …`,
-from pytest's `--junitxml`.
+"""Writes the results of the tests of faults into docs/fault-tests.md: `python docs/write_reliability.py RESULTS.xml …`.
+The files are from pytest's `--junitxml`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parent / "fault-tests.md"
 
 
 def figures(results: Sequence[Path]) -> str:
-    """What the tests recorded; whole numbers of one name are added up over tests."""
+    """What the tests recorded. Whole numbers of one name are added up over tests."""
     found: dict[str, str] = {}
     for path in results:
         for recorded in ElementTree.parse(path).iter("property"):

@@ -1,5 +1,5 @@
-"""Writes the tables and figures of docs/results/ on the embedded teacher's students:
-`python docs/write_results.py runs`, or `… runs floors kept` for those.
+"""Writes the tables and figures of docs/results/ on the embedded teacher's students: `python docs/write_results.py
+runs`, or `… runs floors kept` for these two.
 
 The folder holds what the commands that the pages name have written.
 Only what stands between two marks is written; the text around it is for people to write, who must read the tables
@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Runs:
-    """The folders of the commands that the pages name."""
+    """The folders that the pages' commands write."""
 
     folder: Path
 
@@ -75,7 +75,7 @@ def floors(runs: Runs) -> str:
 
 
 def printed_floors() -> list[ObservedFloor]:
-    """The floors as the page prints them, so that the league can be made without the distillation."""
+    """The floors as the page prints them. The league can be made from them without the distillation."""
     number, interval = r"([\d.]+)", r"([\d.]+) \[([\d.]+), ([\d.]+)\]"
     row = re.compile(rf"^\| (\d+) \| (\d+) \| {number} \| {interval} \|", re.MULTILINE)
     return [
@@ -117,7 +117,7 @@ def candidates(runs: Runs) -> str:
 
 
 def tokens(runs: Runs) -> str:
-    """Last-tenth losses of runs that each went down the whole schedule; of several seeds the first."""
+    """Last-tenth losses of runs that each completed the schedule. Of several seeds, the first."""
     folders = {"0.5M": "scan/500000", "1M": "scan/1000000", "2M": "scan/2000000", "20M": "full/distillation"}
     seen = {
         length: {f.width: f.last_tenth for f in observed_floors(runs.distillation(path)) if f.seed == 0}
@@ -232,7 +232,7 @@ def concepts(runs: Runs) -> str:
 
 
 def baselines(runs: Runs) -> str:
-    """Means over concepts; an interval of them would need the concepts' texts resampled together."""
+    """Means over concepts. An interval would need the concepts' texts resampled together."""
     probes = runs.probes
     rows = []
     for kind, model, _ in dict.fromkeys((kind, model, "") for kind, model, _ in probes if kind == TRAINED):
@@ -319,7 +319,7 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def filled(text: str, name: str, content: str, by: str = "docs/write_results.py") -> str:
-    """A page with one table exchanged."""
+    """A page with one table replaced."""
     begin, end = f"<!-- {name}, by {by} -->\n", f"<!-- end of {name} -->\n"
     before, _, rest = text.partition(begin)
     if end not in rest:

@@ -20,7 +20,7 @@ PAGE = RESULTS / "rivals.md"
 
 
 def reached() -> dict[int, list[float]]:
-    """The mean of the last tenth of every committed student of a width, of 20 million tokens and of 4."""
+    """The mean of the last tenth of every committed student of a width, with 20 million tokens and with 4."""
     losses = observed([])
     for row in json.loads((RESULTS / "embedded_floor_4m.json").read_text(encoding="utf-8")):
         losses.setdefault(row["width"], []).append(row["last_tenth"])
@@ -28,7 +28,7 @@ def reached() -> dict[int, list[float]]:
 
 
 def check(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> None:
-    """Refuse a bound that a student is below.
+    """Refuse a bound that lies above a student.
 
     Raises:
         ValueError: names the width.
@@ -42,7 +42,7 @@ def check(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> None:
 
 
 def rows(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> list[dict[str, Any]]:
-    """A row for each record, and what students of its width reached."""
+    """Each record as a row, with what students of its width reached."""
     return [{**record.to_json(), "observed_seeds": losses.get(record.width, [])} for record in forecasts]
 
 
@@ -59,7 +59,7 @@ def floors_table(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> str
 
 
 def bound_table(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> str:
-    """The bound beside the lowest student of each width, and what an extrapolation of its curve gave."""
+    """The bound beside the lowest student of each width, and an extrapolation of its curve."""
     fits: dict[int, list[dict[str, Any]]] = {}
     for row in json.loads((RESULTS / "embedded_floor.json").read_text(encoding="utf-8")):
         fits.setdefault(row["width"], []).append(row)

@@ -36,7 +36,7 @@ def rows(runs: Path) -> Iterator[dict[str, Any]]:
 
 
 def write(runs: Path) -> None:
-    """Replace this teacher's rows and tables; predictions that are there stay as they were committed."""
+    """Replace this teacher's rows and tables. Existing predictions stay as they were committed."""
     every = json.loads(JSON.read_text(encoding="utf-8"))
     before = {key(row): row for row in every if row["teacher"] == TEACHER}
     teacher_width = Measurement.load(runs / "measurement").hooks[0].teacher_width

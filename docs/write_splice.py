@@ -1,4 +1,4 @@
-"""Writes docs/results/splice.json, the tables of docs/results/splice.md and the package's record of how far such
+"""Writes docs/results/splice.json, the tables of docs/results/splice.md, and the package's record of how far such
 predictions were off: `python docs/write_splice.py runs`.
 
 The folder holds what the commands that the page names have written: `saes/NAME`, dictionaries that train-sae trained,
@@ -33,11 +33,11 @@ from tl_capacity.results.hook import HookMeasurement
 
 WIDTHS = (16, 20, 24, 32, 40, 48, 56, 64, 80, 96)
 HOOK = "blocks.3.hook_resid_post"
-"""Where most dictionaries are."""
+"""The hook point of most dictionaries."""
 MISSING = "not computed"
-"""What students of a width are worth in a dictionary that is not in the folder."""
+"""A cell for a dictionary that is not in the folder."""
 NEW = (20, 40, 56, 80)
-"""Widths of which no student had been trained when their floors were predicted."""
+"""Widths for which no student had been trained when their floors were predicted."""
 BUDGET, SHARE = LAWS
 CONSISTENT = "d·g(α), interpolated to d* = d_T"
 PAPERS = {8: (31_006, 234.9), 12: (28_665, 218.29), 16: (29_169, 248.96)}
@@ -46,7 +46,7 @@ PAPERS_WIDTH = 1_024
 
 
 def curves(runs: Path) -> Iterator[tuple[HookMeasurement, SplicedCurve, dict[str, Any]]]:
-    """Each dictionary's measurement, its curve by the paper's importance, and how it was trained."""
+    """Each dictionary's measurement, its curve by the paper's importance, and its training settings."""
     for folder in sorted(runs.glob("splice/*-s")):
         measurement = Measurement.load(folder.with_name(folder.name.removesuffix("-s")))
         for curve in Spliced.load(folder):
@@ -73,7 +73,7 @@ def rows(runs: Path) -> list[dict[str, Any]]:
 def rows_of(
     teacher: str, hook: HookMeasurement, curve: SplicedCurve, settings: dict[str, Any], widths: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each law and width of one dictionary, which was trained with these settings."""
+    """A row for each law and width of one dictionary, with its training settings."""
     summary = hook.summary
     about = {
         "teacher": teacher,
@@ -94,13 +94,13 @@ def rows_of(
 
 
 def predicted(estimate: Estimate, width: int) -> dict[str, Any]:
-    """What a row says of a prediction."""
+    """The fields of a row that state a prediction."""
     return {"width": width, "predicted": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def interpolated(found: list[dict[str, Any]], teacher: str, teacher_width: int) -> Iterator[dict[str, Any]]:
-    """For each hook point and size of dictionary the prediction at d* = d_T, log-linear in d* between the two k beside
-    it; its interval is that of the same interpolation of the ends.
+    """For each hook point and size of dictionary, the prediction at d* = d_T, log-linear in d* between the two nearest
+    k. The interval is interpolated between the two intervals in the same way.
     """
     groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for row in found:
@@ -149,7 +149,7 @@ def add_reached(losses: dict[int, list[float]], distillations: Iterable[Path]) -
 def with_observed(
     row: dict[str, Any], before: Mapping[tuple[Any, ...], dict[str, Any]], seen: Mapping[int, list[float]], new: bool
 ) -> dict[str, Any]:
-    """A row with what students reached; a prediction that was committed stays as it was.
+    """A row with what students reached. A committed prediction stays as it was.
 
     Args:
         before: the committed rows.
@@ -167,7 +167,7 @@ def with_observed(
 
 
 def write(runs: Path, distillations: list[Path]) -> None:
-    """Replace splice.json and the tables of splice.md; predictions that are there stay as they were committed."""
+    """Replace splice.json and the tables of splice.md. Existing predictions stay as they were committed."""
     path = RESULTS / "splice.json"
     every = json.loads(path.read_text(encoding="utf-8"))
     before = {key(row): row for row in every if row["teacher"] == TEACHER}
@@ -194,7 +194,7 @@ def write(runs: Path, distillations: list[Path]) -> None:
 
 
 def law_table(found: list[dict[str, Any]], law: str) -> str:
-    """A row for each dictionary, by one law, below what was observed."""
+    """A row for each dictionary by one law, below what was observed."""
     mine = [row for row in found if row["law"] == law]
     header = ["dictionary", "L0", "d*", *(f"d={width}" for width in WIDTHS), "all latents"]
     lines = [
@@ -210,14 +210,14 @@ def law_table(found: list[dict[str, Any]], law: str) -> str:
 
 
 def cells_of(text: str, name: str) -> dict[str, dict[str, str]]:
-    """The cells of a table of the page as it is, by the first cell of the row and the heading of the column."""
+    """The cells of a table of the present page, by the row's first cell and the column's heading."""
     lines = text.split(f"<!-- {name}, ", 1)[1].split(f"<!-- end of {name}", 1)[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
 
 def worth_table(runs: Path, seen: dict[int, list[float]], before: dict[str, dict[str, str]]) -> str:
-    """A row for each dictionary: the features that students of each width are worth, for each of their dimensions."""
+    """A row for each dictionary: the features per dimension that students of each width are worth."""
     widths = sorted(seen)
     law = plugins().capacity_laws[LAWS[BUDGET]]
     header = ["dictionary", "d*", "g(α)", *(f"d={width}" for width in widths)]
@@ -236,7 +236,9 @@ def worth_table(runs: Path, seen: dict[int, list[float]], before: dict[str, dict
 
 
 def spread_table(found: list[dict[str, Any]]) -> str:
-    """How far each rule's predictions lie apart over the dictionaries of one layer, and from what students reached."""
+    """For each rule, how far its predictions lie apart over the dictionaries of one layer, and how far from what
+    students reached.
+    """
     found = [row for row in found if row["hook"] == HOOK]
     lines = []
     for law in (*LAWS, CONSISTENT):
@@ -255,8 +257,8 @@ def spread_table(found: list[dict[str, Any]]) -> str:
 
 
 def curves_table(distillations: list[Path]) -> str:
-    """For each student, its mean loss over a tenth of its training in the middle and at the end of the constant rate,
-    and over the last tenth, after the rate fell.
+    """For each student, its mean loss over three tenths of its training: in the middle and at the end of the constant
+    rate, and the last tenth, after the rate fell.
     """
     lines = []
     for folder in distillations:
@@ -292,12 +294,12 @@ def observed_at(found: list[dict[str, Any]], width: int) -> float | None:
 
 
 def number(value: float | None) -> str:
-    """Three decimals, or that there is none yet."""
+    """Three decimals, or a text if there is no number yet."""
     return "not yet" if value is None else f"{value:.3f}"
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What one prediction is known by; one between dictionaries by their size, as more may come."""
+    """What identifies a prediction. One between dictionaries is identified by their size, because more may come."""
     dictionary = "d_sae" if row["law"] == CONSISTENT else "sae"
     return tuple(row[name] for name in ("teacher", "hook", dictionary, "law", "width"))
 

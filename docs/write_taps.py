@@ -34,7 +34,7 @@ NAMES = {
     "gemma3_text": "Gemma 3",
     "olmo2": "OLMo 2",
 }
-"""What the architectures that have places are called, in the table's order."""
+"""Names of the architectures that have places, in the table's order."""
 HOOKS = (
     "hook_resid_mid",
     "attn.hook_in",
@@ -67,7 +67,7 @@ def formats() -> Iterator[tuple[str, str, Metadata]]:
 
 
 def format_table() -> Iterator[str]:
-    """A row for each thing that a format says."""
+    """A row for each statement of a format."""
     yield "| format | its files say | it reads | it writes |"
     yield "|---|---|---|---|"
     for trainer, says, hooks in formats():
@@ -85,7 +85,7 @@ def format_table() -> Iterator[str]:
 
 
 def places() -> dict[str, dict[str, str]]:
-    """For each architecture that has them, the place of each hook point in a block."""
+    """For each architecture with places, the place of each hook point in a block."""
     families = {kind: family for family in plugins().model_families for kind in family.model_types}
     return {kind: dict(families[kind].places[kind]) for kind in NAMES}
 
@@ -104,7 +104,7 @@ def family_table() -> Iterator[str]:
 
 
 def page() -> str:
-    """The page as it should be."""
+    """The page with its tables written from the code."""
     return with_parts(PAGE, "write_taps.py", {"formats": format_table(), "families": family_table()})
 
 
