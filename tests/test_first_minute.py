@@ -63,7 +63,7 @@ class TestWhatIsMissing:
 
         other = SAE.from_pretrained(*GEMMA_SCOPE.split("/", 1))
         for sae, says in (
-            (other, "is no hook point of this model: did you mean"),
+            (other, "is not a hook point of this model: did you mean"),
             ({"blocks.8.hook_resid_pre": other}, "width"),
         ):
             with pytest.raises(CapacityError) as refusal:

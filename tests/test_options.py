@@ -94,8 +94,8 @@ def test_a_command_may_have_fewer_options_and_other_defaults() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--limit", "much"], "--limit 'much' is no size: write 500MB or 4GB"),
-        (["--widths", "8,x"], "--widths '8,x' is no list of ints: write them as 1,2,3"),
+        (["--limit", "much"], "--limit 'much' is not a size: write it as 500MB or 4GB"),
+        (["--widths", "8,x"], "--widths '8,x' is not a list of ints: write them as 1,2,3"),
     ],
 )
 def test_a_refusal_names_the_option(arguments: list[str], says: str) -> None:

@@ -171,7 +171,7 @@ def test_a_measurement_whose_estimator_is_not_loaded_says_so(command: Cli, setup
         code, out, err = command(*verb, "--importance", "third_moment")
         assert (code, out) == (2, "")
         assert err == (
-            f"error: no plugin that is loaded has the importance estimator 'third_moment'; {HOOK} was measured with"
+            f"error: no loaded plugin has the importance estimator 'third_moment'; {HOOK} was measured with"
             " 'third_moment', whose plugin is not loaded: pass its file, as tl-capacity --plugin FILE …, or register it"
             " in the session\n"
         )
@@ -252,7 +252,10 @@ BAD_MAINS = {
         "def main(config: 'Missing'): ...",
         "has a function whose types cannot be read in line LINE of MINE (name 'Missing' is not defined): write them",
     ),
-    "a number": ("main = 3", "has the target 3, which is no function: give a function of a frozen dataclass, or where"),
+    "a number": (
+        "main = 3",
+        "has the target 3, which is not a function: give a function of a frozen dataclass, or its place",
+    ),
 }
 
 
@@ -321,14 +324,14 @@ def numbered() -> Iterator[Any]:
 
 
 WRONG_TEXTS = {
-    "raises": (fails, r"failed in line \d+ of FILE \(KeyError: 'two'\): mend it, or choose another"),
+    "raises": (fails, r"failed in line \d+ of FILE \(KeyError: 'two'\): fix it, or choose another"),
     "raises at once": (
         lambda: 1 / 0,
-        r"failed in line \d+ of FILE \(ZeroDivisionError: division by zero\): mend it, or choose another",
+        r"failed in line \d+ of FILE \(ZeroDivisionError: division by zero\): fix it, or choose another",
     ),
     "nothing": (
         lambda: None,
-        r"failed in line \d+ of FILE \(TypeError: 'NoneType' object is not iterable\): mend it, or choose another",
+        r"failed in line \d+ of FILE \(TypeError: 'NoneType' object is not iterable\): fix it, or choose another",
     ),
     "tuples": (lambda: [("one", "a")], r"gives a tuple in line \d+ of FILE, as its text 1: let load give LabelledText"),
     "a number": (lambda: [LabelledText(1, "a")], r"gives a text that is a int in line \d+ of FILE, as its text 1"),  # type: ignore[arg-type]

@@ -360,7 +360,7 @@ def test_an_estimator_from_a_file_beside_a_file_that_fails(
     measure = arguments(setup, tmp_path / "out", "--importance", "cubed", "--widths", "4", tokens=600)
     code, out, _ = cli("--plugin", broken, "--plugin", cubed, *measure)
     assert code == 0
-    assert f"the plugin file {broken} failed and is left out (RuntimeError: no such disk)" in caplog.text
+    assert f"the plugin file {broken} failed and was left out (RuntimeError: no such disk)" in caplog.text
     assert "latent³" in out
     measured = tl_capacity.Measurement.load(tmp_path / "out").hooks[0]
     squared, cubes = measured.importance("second_moment"), measured.importance("cubed")
@@ -372,7 +372,7 @@ def test_an_estimator_from_a_file_beside_a_file_that_fails(
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ("sums.counts[:3]", "shape (3,), but one value for each of (64,) is needed"),
+        ("sums.counts[:3]", "shape (3,) instead of (64,): return one importance for each feature"),
         ("sums.counts * float('nan')", "negative or non-finite values: importances must be finite and ≥ 0"),
         ("-sums.squares - 1", "negative or non-finite values: importances must be finite and ≥ 0"),
     ],
@@ -456,17 +456,17 @@ def register_token_sources(register):
         (
             "start",
             ["--importance", "broken"],
-            "importance estimator 'broken' failed in line 9 of FILE (IndexError: list index out of range): mend it",
+            "importance estimator 'broken' failed in line 9 of FILE (IndexError: list index out of range): fix it",
         ),
         (
             "update",
             ["--importance", "broken"],
-            "importance estimator 'broken' failed in line 12 of FILE (KeyError: 'missing'): mend it",
+            "importance estimator 'broken' failed in line 12 of FILE (KeyError: 'missing'): fix it",
         ),
         (
             "exit",
             ["--importance", "broken"],
-            "importance estimator 'broken' failed in line 13 of FILE (SystemExit: 0): mend it",
+            "importance estimator 'broken' failed in line 13 of FILE (SystemExit: 0): fix it",
         ),
         (
             "compute",
@@ -476,13 +476,13 @@ def register_token_sources(register):
         (
             "matches",
             ["--source", "text.jsonl"],
-            "token source 'broken' failed in line 28 of FILE (ValueError: substring not found): mend it",
+            "token source 'broken' failed in line 28 of FILE (ValueError: substring not found): fix it",
         ),
         (
             "documents",
             ["--source", "broken"],
             (
-                "token source 'broken' failed in line 32 of FILE (RuntimeError: the disk is gone): mend it, or choose"
+                "token source 'broken' failed in line 32 of FILE (RuntimeError: the disk is gone): fix it, or choose"
                 " another\n"
             ),
         ),
@@ -516,7 +516,7 @@ def test_a_law_whose_code_fails_is_named(
 ) -> None:
     cli(*arguments(setup, tmp_path / "out", tokens=600))
     raises = plugin_file("raises.py", FAILING.replace("FAILS", "'law'"))
-    says = f"failed in line 22 of {raises} (ZeroDivisionError: division by zero): mend it, or choose another"
+    says = f"failed in line 22 of {raises} (ZeroDivisionError: division by zero): fix it, or choose another"
     for command, *more in (["budget"], ["floor", "--widths", "8"], ["plan", "--keep", "0.9"]):
         assert cli("--plugin", raises, command, tmp_path / "out", *more, "--law", "broken") == (
             2,
@@ -543,7 +543,7 @@ def test_in_a_session_the_cause_is_kept(neox: Any, make_sae: Any, tokens: torch.
             neox, {"blocks.1.hook_resid_post": make_sae()}, importance=[Dividing()]
         ) as capacity,
         pytest.raises(
-            PluginError, match=r"'cubed' failed in line \d+ of .*test_plugins.py \(ZeroDivisionError\): mend it"
+            PluginError, match=r"'cubed' failed in line \d+ of .*test_plugins.py \(ZeroDivisionError\): fix it"
         ) as found,
     ):
         capacity.run(tokens, progress=False)
@@ -574,7 +574,7 @@ def test_a_plugin_file_that_would_end_the_program(
     found = json.loads(out)
     assert found["failures"][str(ending)].startswith("SystemExit")
     assert "cubed" in [plugin["name"] for plugin in found["plugins"]]
-    assert f"the plugin file {ending} failed and is left out (SystemExit" in caplog.text
+    assert f"the plugin file {ending} failed and was left out (SystemExit" in caplog.text
 
 
 def test_a_plugin_file_given_twice_is_refused(cli: Cli, plugin_file: Callable[[str, str], Path]) -> None:
@@ -715,8 +715,8 @@ class TestEstimatorWithState:
             ),
             (lambda zeros: None, r"starts with a NoneType instead of a mapping in line \d+ of FILE: return tensors by"),
             (lambda zeros: [("cubes", zeros)], r"starts with a list instead of a mapping in line \d+ of FILE: return"),
-            (lambda zeros: {"cubes": zeros + 1}, "starts with 'cubes' of numbers other than zero, which each shard"),
-            (lambda zeros: {"cubes": zeros * float("nan")}, "starts with 'cubes' of numbers other than zero"),
+            (lambda zeros: {"cubes": zeros + 1}, "starts with 'cubes' with numbers other than zero, which each shard"),
+            (lambda zeros: {"cubes": zeros * float("nan")}, "starts with 'cubes' with numbers other than zero"),
             (lambda zeros: {"cubes": zeros.half()}, r"starts with 'cubes' in torch.float16, which loses sums: make it"),
             (lambda zeros: {"cubes": zeros.bfloat16()}, r"starts with 'cubes' in torch.bfloat16, which loses sums"),
             (lambda zeros: {"cubes": zeros.bool()}, r"starts with 'cubes' in torch.bool, which loses sums"),
@@ -772,7 +772,7 @@ class TestEstimatorWithState:
         self, make_model: Any, make_sae: Any, tokens: torch.Tensor
     ) -> None:
         saes = {"blocks.1.hook_resid_post": make_sae("standard")}
-        message = "'gradient' needs the gradient of cross_entropy, which torch.inference_mode does not give"
+        message = "'gradient' needs the gradient of cross_entropy, which torch.inference_mode does not record"
         model = make_model("gpt_neox")
         with tl_capacity.add_capacity_hooks(model, saes, importance=["gradient"]) as capacity:
             with torch.inference_mode(), pytest.raises(tl_capacity.CapacityError, match=message):

@@ -390,7 +390,7 @@ def test_hidden_states_are_matched_through_a_learned_map(teacher: Any) -> None:
         assert student.heldout_kl[-1] != plain.students[0].heldout_kl[-1]
         assert student.heldout_kl[0] == plain.students[0].heldout_kl[0], "the judgement is of the logits alone"
     for elsewhere, message in (
-        ("blocks.9.hook_resid_post", "is no hook point of this model"),
+        ("blocks.9.hook_resid_post", "is not a hook point of this model"),
         ("blocks.1.hook_mlp_out", "cannot be matched at 'blocks.1.h"),
     ):
         with pytest.raises(HookPointError, match=message):
@@ -460,7 +460,7 @@ def test_input_that_cannot_be_distilled_is_refused(teacher: Any) -> None:
         attempt([8], np.where(train_tokens() == 5, 150, train_tokens()))
     with pytest.raises(CapacityError, match="rows have 40 positions, more than the teacher's 32"):
         attempt([8], rows(200, positions=40))
-    with pytest.raises(CapacityError, match="one process has nobody to share the teacher with"):
+    with pytest.raises(CapacityError, match="a single process has nobody to share the teacher with"):
         attempt([8], train_tokens(), shard_teacher=True)
     with pytest.raises(CapacityError, match="nothing to resume"):
         attempt([8], train_tokens(), resume=True)

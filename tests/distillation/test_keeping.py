@@ -209,7 +209,7 @@ def test_what_cannot_be_kept_is_refused(
         CapacityError, match=r"no dictionary at 'blocks.0.hook_resid_post'.*\(there is one at: blocks.1"
     ):
         attempt(KeepFeatures("blocks.0.hook_resid_post", features))
-    with pytest.raises(HookPointError, match="is no hook point of this model"):
+    with pytest.raises(HookPointError, match="is not a hook point of this model"):
         attempt(KeepFeatures("blocks.9.hook_resid_post", features), saes={"blocks.9.hook_resid_post": sae})
     with pytest.raises(CapacityError, match=r"kept at blocks\.1\.hook_resid_post twice over"):
         attempt(KeepFeatures(HOOK, (1,)), KeepFeatures(HOOK, (2,)))

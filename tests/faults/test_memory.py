@@ -80,7 +80,7 @@ def test_a_wide_sae_within_its_bound(
 
 @pytest.mark.parametrize("text", ["4", "4 TB", "lots", "-1GB", "1e9GB"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(CapacityError, match="is no size: write 500MB or 4GB"):
+    with pytest.raises(CapacityError, match="is not a size: write it as 500MB or 4GB"):
         bytes_in(text)
 
 

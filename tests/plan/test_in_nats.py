@@ -285,7 +285,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
     students = students_with({4: [1.0], 16: [0.1]})
     other = Spliced((replace(SPLICED.curves[0], sae_digest="1" * 64),))
     for options, says in (
-        ({"spliced": other}, "of other dictionaries than were measured here"),
+        ({"spliced": other}, "the splice is of other dictionaries"),
         ({"students": replace(students, teacher="other")}, "the measurement is of 'unnamed model'"),
         ({"students": replace(students, complete=False)}, "has not ended"),
         ({"students": students, "observed": "best"}, "'best' is no observed floor"),

@@ -79,7 +79,7 @@ def test_shown() -> None:
 def test_drawn() -> None:
     assert [list(trace.y) for trace in forecasts().plot().data] == [[1.5, 0.5], [0.0625]]
     assert [list(trace.y) for trace in forecasts(RECORDS[3:]).plot().data] == [[2.0]]
-    with pytest.raises(CapacityError, match="no number to draw"):
+    with pytest.raises(CapacityError, match="nothing to draw"):
         Forecasts(()).plot()
 
 

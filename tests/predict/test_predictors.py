@@ -246,9 +246,9 @@ def raising(widths: Sequence[int]) -> Any:
         ([1.0, -1.0], "gives -1 at width 4"),
         ([1.0], "gives 1 floors for 2 widths, but one for each is needed: mend it$"),
         ([1.0, 1.0, 1.0], "gives 3 floors for 2 widths"),
-        (["many", 1.0], r"failed in line \d+ of .*could not convert string to float: 'many'\): mend it, or choose"),
+        (["many", 1.0], r"failed in line \d+ of .*could not convert string to float: 'many'\): fix it, or choose"),
         (3.0, r"failed in line \d+ of .*'float' object is not iterable"),
-        (raising, rf"failed in line \d+ of {re.escape(__file__)} \(ZeroDivisionError: no such disk\): mend it"),
+        (raising, rf"failed in line \d+ of {re.escape(__file__)} \(ZeroDivisionError: no such disk\): fix it"),
     ],
 )
 def test_what_no_predictor_may_give_is_one_sentence(
@@ -289,7 +289,7 @@ def test_claims_that_cannot_be_are_refused(register: Callable[[Any], None], clai
 
 def test_what_is_no_predictor_is_refused(register: Callable[[Any], None]) -> None:
     register(type("Other", (), {"name": "other", "unit": "1"})())
-    with pytest.raises(PluginError, match="'other' that is no FloorPredictor: subclass"):
+    with pytest.raises(PluginError, match="'other' that is not a FloorPredictor: subclass"):
         plugins()
 
 

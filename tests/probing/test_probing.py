@@ -205,7 +205,7 @@ class TestActivations:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"hook": "blocks.9.hook_resid_post"}, "no hook point of this model"),
+            ({"hook": "blocks.9.hook_resid_post"}, "not a hook point of this model"),
             ({"pooling": "max"}, "'max' is no pooling: choose one of mean, last, token"),
             ({"texts": []}, "pass at least one text"),
             ({"texts": ["w1", ""]}, "text 1 has no token that counts"),
@@ -818,8 +818,8 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("given", "says"),
         [
-            (HOOK, r"shallow: 'blocks\.1\.hook_resid_post' is no hook point"),
-            ("shallow=blocks.9.hook_resid_post", r"shallow: 'blocks\.9\.hook_resid_post' is no hook point"),
+            (HOOK, r"shallow: 'blocks\.1\.hook_resid_post' is not a hook point"),
+            ("shallow=blocks.9.hook_resid_post", r"shallow: 'blocks\.9\.hook_resid_post' is not a hook point"),
             (f"deep={HOOK}", "--student-hook .* is for no student: choose one of shallow"),
         ],
     )

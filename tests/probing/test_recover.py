@@ -645,7 +645,8 @@ def test_a_student_without_the_hook(
         measured = capacity.run(tokens, progress=False).measurement()["blocks.2.hook_resid_post"]
     hook = "blocks.2.hook_resid_post"
     with pytest.raises(
-        HookPointError, match=r"the student 'shallow' cannot be read at blocks\.2\.hook_resid_post: .* is no hook point"
+        HookPointError,
+        match=r"the student 'shallow' cannot be read at blocks\.2\.hook_resid_post: .* is not a hook point",
     ):
         recover_features(teacher, sae, {"shallow": shallow}, tokens, measured=measured, student_hooks={"shallow": hook})
     with pytest.raises(CapacityError, match="a hook point is named for other, which is no student"):
@@ -851,7 +852,7 @@ def test_a_student_of_other_tokens_is_refused_before_the_first_pass(measured_set
     vocabulary = content["model"]["vocab"]
     vocabulary["w5"], vocabulary["w6"] = vocabulary["w6"], vocabulary["w5"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CapacityError, match="the student 'other' needs other tokens than the teacher"):
+    with pytest.raises(CapacityError, match="the student 'other' has a different tokenizer from the teacher"):
         recipe.run(main, recovering(measured_setup, folder, tmp_path / "out"))
     with pytest.raises(
         HookPointError, match=r"the student 'width8-seed0' cannot be read .*: name another --student-hook"

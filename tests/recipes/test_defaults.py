@@ -158,7 +158,7 @@ def test_a_model_of_text_and_images_is_one_sentence(tokenizer: Any) -> None:
         "patch_size": 2,
     }
     model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
-    says = "'gemma3' holds more than a text model: pass its text model alone, saved as 'gemma3_text'"
+    says = "'gemma3' is more than a text model: pass its text part alone, saved as 'gemma3_text'"
     with pytest.raises(CapacityError, match=says):
         distill(model, [8], torch.ones(20, 9, dtype=torch.int64))
     with pytest.raises(CapacityError, match=says):

@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused(setup: Path, finished: Path, tmp_path: Pat
                 str(tmp_path / "a"),
             ],
         )
-    with pytest.raises(MeasurementError, match="is no measurement"):
+    with pytest.raises(MeasurementError, match="is not a measurement"):
         recipe.run(main, options(setup, tmp_path / "b", "--measurement", str(tmp_path)))
 
 

@@ -395,9 +395,7 @@ def test_a_tokenizer_with_more_words_than_the_model(
     )
     with pytest.raises(
         CapacityError,
-        match=(
-            "the text has token id 100, but the model's vocabulary has 100: tokenise it with the model's own tokenizer"
-        ),
+        match=("the text has token id 100, but the model's vocabulary has 100: use the model's own tokenizer"),
     ):
         main(replace(config, model=str(tmp_path / "model"), source=str(tmp_path / "texts.jsonl")))
 
@@ -432,7 +430,7 @@ def test_settings_that_do_not_fit(config: TrainSAEConfig, change: dict[str, Any]
 
 def test_a_hook_that_does_not_exist(config: TrainSAEConfig) -> None:
     for hook in ("blocks.7.hook_resid_post", "blocks.0.hook_nothing"):
-        with pytest.raises(HookPointError, match="is no hook point of this model"):
+        with pytest.raises(HookPointError, match="is not a hook point of this model"):
             main(replace(config, hook=hook))
 
 

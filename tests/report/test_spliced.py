@@ -100,7 +100,7 @@ def test_without_a_splice_or_students_one_line_says_how() -> None:
 
 
 def test_of_a_splice_of_another_measurement_there_is_no_page() -> None:
-    with pytest.raises(MeasurementError, match="of other dictionaries than were measured here"):
+    with pytest.raises(MeasurementError, match="the splice is of other dictionaries"):
         report_page(Results(MEASURED, spliced=Spliced((replace(CURVE, sae_digest="1" * 64),))))
 
 

@@ -170,7 +170,7 @@ def test_refusals(hooked: Any, neox: Any, tokens: torch.Tensor) -> None:
         pca_splice(neox, tokens[:, :1], [2], [HOOK], fitted_on=tokens)
     with pytest.raises(CapacityError, match="too few for principal components"):
         pca_splice(neox, tokens, [2], [HOOK], fitted_on=tokens[:1, :2], rule=RULE)
-    with pytest.raises(HookPointError, match="is no hook point of this model"):
+    with pytest.raises(HookPointError, match="is not a hook point of this model"):
         pca_splice(neox, tokens, [2], ["blocks.9.hook_resid_post"])
     with pytest.raises(HookPointError, match="did not fire before the model's head"):
         pca_splice(hooked, tokens, [2], ["unembed.hook_out"], rule=RULE)

@@ -496,7 +496,7 @@ class TestSweep:
     @pytest.mark.parametrize("content", [b"", b"nothing of the sort", b"\x08" + bytes(7) + b'{"a": 1}'])
     def test_a_damaged_checkpoint_is_one_sentence(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "state").write_bytes(content)
-        with pytest.raises(CapacityError, match="is no whole checkpoint"):
+        with pytest.raises(CapacityError, match="is not a complete checkpoint"):
             train(TINY, tmp_path / "state")
 
     @pytest.mark.slow
