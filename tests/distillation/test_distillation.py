@@ -603,6 +603,7 @@ def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: Dis
     assert losses_of(DistillationRun.load(out)) == losses_of(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--shard-teacher",)])
 def test_two_processes_follow_the_curves_of_one(
     on_disk: Path, undisturbed: DistillationRun, tmp_path: Path, more: tuple[str, ...]

@@ -103,6 +103,7 @@ def test_a_process_that_dies(setup: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "undisturbed"]
 
 
+@pytest.mark.slow
 def test_two_processes_recover_what_one_does(setup: Path, whole: Path, tmp_path: Path) -> None:
     """Batches are the same, so that activations are, to the last bit; sums are added in another order."""
     command = ["run", "recover", whole, students_of(setup), "--tokens", 12_000, "--tau", 0.8, "--out"]
@@ -141,6 +142,7 @@ def test_two_processes_splice_what_one_does(setup: Path, whole: Path, tmp_path: 
         np.testing.assert_allclose(mine.kl, theirs.kl, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_two_processes_probe_what_one_does(setup: Path, tmp_path: Path) -> None:
     """A model is probed in one process or the other, and to the same last bit."""
     command = [

@@ -244,6 +244,7 @@ def test_sums_without_a_compiler(
     assert caplog.text.count("torch.compile does not work here (RuntimeError)") == 1
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_a_sentence_and_the_checkpoint_stays(
     setup: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

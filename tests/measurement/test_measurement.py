@@ -526,7 +526,9 @@ class TestResume:
             name: array for name, array in read_folder(folder)[1].items() if name.startswith("resume/")
         }
 
-    @pytest.mark.parametrize("batches", [1, 2, 5, 11])
+    @pytest.mark.parametrize(
+        "batches", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 11]
+    )
     def test_equals_the_uninterrupted_run(
         self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path, batches: int
     ) -> None:

@@ -371,6 +371,7 @@ def test_what_a_reader_must_know_is_said(placed: Path) -> None:
     assert "students have one seed" in said
 
 
+@pytest.mark.slow
 def test_the_report_has_a_section_on_it_or_says_why_not(placed: Path, measured: Path) -> None:
     from tl_capacity import Measurement
 

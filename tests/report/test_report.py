@@ -290,6 +290,7 @@ def test_tables_sort(desktop: Any) -> None:
     assert values() == sorted(before, reverse=True)
 
 
+@pytest.mark.slow
 def test_features_are_found_by_number_and_by_text(desktop: Any, full: Results) -> None:
     hook = full.measurement.hooks[1]
     law = plugins().capacity_laws["compressed_sensing"]
@@ -432,6 +433,7 @@ def test_the_verdict_names_a_width(lone: Measurement, full: Results) -> None:
     assert hook.hook in said
 
 
+@pytest.mark.slow
 def test_the_verdict_holds_students_against_the_prediction(full: Results) -> None:
     assert full.run is not None
     assert full.spliced is not None
@@ -830,6 +832,7 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
         assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_two_measurements_stand_side_by_side(
     folder: Path, lone: Measurement, tmp_path: Path, cli: Cli, browser: Any
 ) -> None:

@@ -86,6 +86,7 @@ def test_what_students_are_worth_is_drawn_beside_the_law(page: str) -> None:
     assert "a student that is not trained to its end is worth more" in page.lower()
 
 
+@pytest.mark.slow
 def test_without_a_splice_or_students_one_line_says_how() -> None:
     nothing = report_page(Results(MEASURED))
     for name in ("spliced", "effective"):
