@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import tl_capacity as tlc
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator
-from tl_capacity.measure import backward as gradients
+from tl_capacity.measure.losses import LOSSES
 
 MakeSAE = Callable[..., Any]
 HOOK, EARLY = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
@@ -264,7 +264,7 @@ def test_unknown_losses_are_refused(neox: Any, make_sae: MakeSAE) -> None:
 
     with pytest.raises(
         CapacityError,
-        match=f"there is no gradient of perplexity: .* name some of {', '.join(gradients.LOSSES)}",
+        match=f"there is no gradient of perplexity: .* name some of {', '.join(LOSSES)}",
     ):
         tlc.add_capacity_hooks(neox, make_sae("standard", HOOK), importance=[Odd()])
 

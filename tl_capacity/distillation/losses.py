@@ -188,8 +188,7 @@ class _ChunkedLosses(torch.autograd.Function):
         for start in range(0, len(task.labels), task.chunk):
             rows = slice(start, min(start + task.chunk, len(task.labels)))
             log_p, logits, *scratch = (buffer[: rows.stop - start] for buffer in buffers)
-            teacher.head.logits(teacher.hidden[rows], logits)
-            torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1, out=log_p)
+            torch.log_softmax(teacher.head.logits(teacher.hidden[rows], logits, temperature), -1, out=log_p)
             for student in students:
                 student.add(rows, task, log_p, logits, scratch)
         ctx.save_for_backward(*(gradient for student in students for gradient in student.gradients))
@@ -233,7 +232,7 @@ class _Student:
         overwrites all but that.
         """
         hidden = self.hidden[rows]
-        self.head.logits(hidden, logits)
+        self.head.logits(hidden, logits, task.loss.temperature)
         pieces = zip(
             *(torch.split(whole, len(scratch[0])) for whole in (task.labels[rows], log_p, logits)), strict=True
         )
@@ -252,13 +251,14 @@ class _Student:
     def _replace_by_gradient(
         self, task: _Task, labels: Tensor, log_p: Tensor, logits: Tensor, p: Tensor, log_q: Tensor
     ) -> Tensor:
-        """The divergence of some tokens [token]; the gradient of their loss takes the place of their logits. Overwrites
-        `p` and `log_q`.
+        """The divergence of some tokens [token]; the gradient of their loss takes the place of their logits, which were
+        divided by the temperature. Overwrites `p` and `log_q`.
         """
         loss, temperature = task.loss, task.loss.temperature
-        slope = None if self.head.cap is None else 1 - (logits / self.head.cap).square()  # of the cap's tanh
-        hard = torch.log_softmax(logits, -1) if loss.ce_weight else None
-        torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1, out=log_q)
+        # The slope of the cap's tanh.
+        slope = None if self.head.cap is None else 1 - (logits * (temperature / self.head.cap)).square_()
+        hard = torch.log_softmax(logits * temperature, -1) if loss.ce_weight else None
+        torch.log_softmax(logits, -1, out=log_q)
         value, gradient = task.divergence(log_p, torch.exp(log_p, out=p), log_q, torch.exp(log_q, out=logits))
         if hard is not None:
             label = labels[:, None]

@@ -12,7 +12,6 @@ from tl_capacity.interfaces.floors import FloorContext as FloorContext
 from tl_capacity.interfaces.floors import FloorPredictor as FloorPredictor
 from tl_capacity.interfaces.floors import KLCurve as KLCurve
 from tl_capacity.interfaces.floors import WithInterval as WithInterval
-from tl_capacity.interfaces.importance import ENTRIES_AT_ONCE as ENTRIES_AT_ONCE
 from tl_capacity.interfaces.importance import FeatureSums as FeatureSums
 from tl_capacity.interfaces.importance import ImportanceEstimator as ImportanceEstimator
 from tl_capacity.interfaces.importance import LatentBatch as LatentBatch

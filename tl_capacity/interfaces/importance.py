@@ -41,8 +41,8 @@ class FeatureSums:
     state: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-ENTRIES_AT_ONCE = 2**14
-"""Active latents whose decoder vectors are gathered at once."""
+GATHERED_NUMBERS = 2**18
+"""Numbers of decoder vectors that are gathered at once: 1 MB, still in a core's cache when it is multiplied."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,13 @@ class LatentBatch:
         """
         import torch
 
-        decoder, gradient = self.sae.W_dec.detach().flatten(1), self.gradients[loss]
-        pieces = zip(
-            torch.split(self.features, ENTRIES_AT_ONCE), torch.split(self.tokens, ENTRIES_AT_ONCE), strict=True
-        )
+        decoder = self.sae.W_dec.detach().flatten(1)
+        gradient = self.gradients[loss].to(decoder)
+        at_once = max(1, GATHERED_NUMBERS // decoder.shape[1])
+        places = (torch.split(each.to(decoder.device), at_once) for each in (self.features, self.tokens))
         along = [
-            (decoder[f.to(decoder.device)] * gradient[t.to(gradient.device)].to(decoder)).sum(-1) for f, t in pieces
+            decoder.index_select(0, features).mul_(gradient.index_select(0, tokens)).sum(-1)
+            for features, tokens in zip(*places, strict=True)
         ]
         gradients = torch.cat(along).to(self.values.device).to(self.values.dtype)
         if self.scale is None:
@@ -146,7 +147,7 @@ class ImportanceEstimator:
     summary: str = ""
     """One line for `tl-capacity plugins`."""
     gradient_of: tuple[str | PathGradient, ...] = ()
-    """The losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.measure.backward`), or
+    """The losses whose gradients `update` needs: `cross_entropy`, `sampled` (see `tl_capacity.measure.losses`), or
     `PathGradient`s.
     """
     is_default: bool = False

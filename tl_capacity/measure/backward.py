@@ -1,51 +1,19 @@
-"""Gradients on request, with frozen parameters: one backward pass for each loss, from the logits to every tapped hook
-point, or an average along a path from a baseline to the activations.
+"""Gradients on request, with frozen parameters: one backward pass for each loss, from the model's end to every tapped
+hook point, or an average along a path from a baseline to the activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.interfaces import PathGradient
-
-PREDICTED = -100
-"""Marks a position that predicts nothing, as PyTorch's cross-entropy does."""
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Σ −log p(next token) in nats, over positions that have a next token."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PREDICTED, reduction="sum")
-
-
-def sampled(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Σ −log p(y) in nats, with y drawn from the model's own p. In expectation, half its squared gradient is the KL to
-    the clean output to second order.
-
-    The gradient of that KL itself vanishes at the clean output; its curvature is the Fisher information E[∇ log p(y) ∇
-    log p(y)ᵀ], y ~ p.
-    """
-    probabilities = logits.detach().flatten(0, 1).softmax(-1)
-    drawn = (
-        torch.multinomial(probabilities.to(generator.device), 1, generator=generator)
-        .to(targets.device)
-        .view_as(targets)
-    )
-    return cross_entropy(logits, torch.where(targets == PREDICTED, PREDICTED, drawn), generator)
-
-
-LOSSES: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "sampled": sampled,
-}
-"""The losses whose gradients an importance estimator can ask for."""
+from tl_capacity.measure.ending import Slope
 
 
 @contextmanager
@@ -75,18 +43,13 @@ def differentiable(model: nn.Module, embedding: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def gradients(
-    logits: Tensor, tokens: Tensor, valid: Tensor, activations: Sequence[Tensor], losses: Sequence[str], seed: int
-) -> list[dict[str, Tensor]]:
+def gradients(slopes: Sequence[Slope], activations: Sequence[Tensor], losses: Sequence[str]) -> list[dict[str, Tensor]]:
     """The gradient of each loss, summed over positions, with respect to each activation.
 
     Args:
-        logits: [row, position, vocabulary], that depend on the activations.
-        tokens: int64 [row, position].
-        valid: bool [row, position], where `tokens` is no padding.
+        slopes: where each loss is taken, which depends on the activations, and its slope there.
         activations: [row, position, ...] each.
-        losses: names from `LOSSES`.
-        seed: for the losses that draw.
+        losses: their names.
 
     Returns:
         For each activation, its gradients by name of the loss, in nats per unit of the activation.
@@ -95,10 +58,8 @@ def gradients(
         CapacityError: where the logits do not depend on an activation.
     """
     by_activation: list[dict[str, Tensor]] = [{} for _ in activations]
-    generator = torch.Generator().manual_seed(seed)
-    for i, name in enumerate(losses):
-        loss = _loss(name, logits, tokens, valid, generator)
-        along: Any = torch.autograd.grad(loss, activations, retain_graph=i + 1 < len(losses), allow_unused=True)
+    for i, (name, (end, slope)) in enumerate(zip(losses, slopes, strict=True)):
+        along: Any = torch.autograd.grad(end, activations, slope, retain_graph=i + 1 < len(losses), allow_unused=True)
         for gradient, by_loss in zip(along, by_activation, strict=True):
             if gradient is None:
                 raise CapacityError(
@@ -110,13 +71,7 @@ def gradients(
 
 
 def path_gradient(
-    logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor],
-    baseline: Tensor,
-    moving: Tensor,
-    tokens: Tensor,
-    valid: Tensor,
-    along: PathGradient,
-    seed: int,
+    slope_with: Callable[[Callable[[Tensor], Tensor]], Slope], baseline: Tensor, moving: Tensor, steps: int
 ) -> Tensor:
     """∫₀¹ ∂L/∂x at x(α) = b + α(x − b) dα: the gradient along the straight path from a baseline b to the activations x.
     All tokens move together.
@@ -126,17 +81,16 @@ def path_gradient(
     arXiv:1703.01365).
 
     Args:
-        logits_with: runs the model with what a function makes of the activation [row, position, ...] in its place, and
-            returns the logits.
+        slope_with: runs the model with what a function makes of the activation [row, position, ...] in its place; where
+            the loss is taken then, and its slope there.
         baseline: b [width].
         moving: bool [row, position], the tokens that move; the others stay as they are.
-        tokens, valid, seed: as in `gradients`.
-        along: the loss, and the number of points on the path.
+        steps: points on the path.
 
     Returns:
         [row, position, ...], in nats per unit of the activation.
     """
-    places, weights = np.polynomial.legendre.leggauss(along.steps)
+    places, weights = np.polynomial.legendre.leggauss(steps)
     total: Any = 0
     for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
         reached: list[Tensor] = []
@@ -148,11 +102,6 @@ def path_gradient(
             reached.append(torch.where(chosen, origin + alpha * (activation - origin), activation).requires_grad_())
             return reached[-1]
 
-        loss = _loss(along.loss, logits_with(move), tokens, valid, torch.Generator().manual_seed(seed))
-        total = total + weight * torch.autograd.grad(loss, reached[-1])[0].float()
+        end, slope = slope_with(move)
+        total = total + weight * torch.autograd.grad(end, reached[-1], slope)[0].float()
     return torch.as_tensor(total)
-
-
-def _loss(name: str, logits: Tensor, tokens: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
-    following = torch.where(valid[:, 1:].to(tokens.device), tokens[:, 1:], PREDICTED)
-    return LOSSES[name](logits[:, :-1].float(), following.to(logits.device), generator)

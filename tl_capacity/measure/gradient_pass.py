@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_capacity.dictionaries.adapter import decoder_bias
 from tl_capacity.interfaces import PathGradient
 from tl_capacity.measure.backward import differentiable, frozen, gradients, path_gradient
+from tl_capacity.measure.ending import Ending, Slope
 from tl_capacity.measure.passes import ForwardPass, IdlePass, SteadyPass, StreamingPass
 from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
@@ -23,9 +24,11 @@ from tl_capacity.text.counting import CountedTokens
 class GradientPass(ForwardPass):
     """A pass over a batch of a stream, forward to the model's end and back."""
 
-    def __init__(self, number: int, tokens: CountedTokens, taps: Sequence[Tap], wanted: WantedGradients) -> None:
+    def __init__(
+        self, number: int, tokens: CountedTokens, taps: Sequence[Tap], wanted: WantedGradients, ending: Ending
+    ) -> None:
         super().__init__(number, tokens, taps)
-        self._wanted = wanted
+        self._wanted, self._ending = wanted, ending
         self._seen: list[tuple[Tap, Tensor]] | None = []
 
     def see(self, tap: Tap, activation: Tensor) -> None:
@@ -42,16 +45,18 @@ class GradientPass(ForwardPass):
             seed: for the losses that draw.
         """
         options = forward_options(model)
+        seen, self._seen = self._seen, None
+        self._ending.decide(model, ids, options)
+        self._seen = seen
         with differentiable(model, embedding_of(model)):
-            output = model(ids, **options)
+            slopes = self._ending.slopes(model, ids, options, self.tokens.valid, self._wanted.losses, seed)
             seen, self._seen = self._seen, None
             if not seen:
                 return
             taps, activations = zip(*seen, strict=True)
             del seen
-            logits = getattr(output, "logits", output)
-            by_tap = gradients(logits, ids, self.tokens.valid, activations, self._wanted.losses, seed)
-        del output, logits  # and with them the graph, before others are built
+            by_tap = gradients(slopes, activations, self._wanted.losses)
+        del slopes  # and with them the graph, before others are built
         for tap, activation, by_loss in zip(taps, activations, by_tap, strict=True):
             by_path = {path.name: self._along(path, tap, model, ids, options, seed) for path in self._wanted.paths}
             self._note_firing(tap)
@@ -66,16 +71,15 @@ class GradientPass(ForwardPass):
         """The gradient at a tap, averaged along the path from the decoder's bias. Other taps keep their activations."""
         tap.refuse_unless_linear()
 
-        def logits_with(move: Callable[[Tensor], Tensor]) -> Tensor:
+        def slope_with(move: Callable[[Tensor], Tensor]) -> Slope:
             with _edited(tap, move):
-                output: Any = model(ids, **options)
-            logits: Tensor = getattr(output, "logits", output)
-            return logits
+                [slope] = self._ending.slopes(model, ids, options, self.tokens.valid, [path.loss], seed)
+            return slope
 
         bias = decoder_bias(tap.sae)
         baseline = torch.zeros(tap.d_in) if bias is None else bias
         with frozen(model):
-            return path_gradient(logits_with, baseline, self.tokens.counted, ids, self.tokens.valid, path, seed)
+            return path_gradient(slope_with, baseline, self.tokens.counted, path.steps)
 
 
 class IdleGradientPass(GradientPass):
@@ -86,17 +90,18 @@ class IdleGradientPass(GradientPass):
 
 
 def kind_of_pass(
-    wanted: WantedGradients, together: bool, idle: bool = False
+    wanted: WantedGradients, ending: Ending, together: bool, idle: bool = False
 ) -> Callable[[int, CountedTokens, Sequence[Tap]], StreamingPass | GradientPass]:
     """The class of pass that a batch of a stream needs.
 
     Args:
         wanted: gradients.
+        ending: where a pass with gradients ends.
         together: whether other processes run the same pass.
         idle: whether it is run for these only.
     """
     if wanted:
-        return partial(IdleGradientPass if idle else GradientPass, wanted=wanted)
+        return partial(IdleGradientPass if idle else GradientPass, wanted=wanted, ending=ending)
     return IdlePass if idle else SteadyPass if together else StreamingPass
 
 

@@ -34,6 +34,7 @@ from tl_capacity.measure.by_name import stream_of
 from tl_capacity.measure.calls import Call, Calls
 from tl_capacity.measure.current import CurrentPasses
 from tl_capacity.measure.cursor import Cursor, batches_after
+from tl_capacity.measure.ending import Ending
 from tl_capacity.measure.gradient_pass import GradientPass, kind_of_pass
 from tl_capacity.measure.passes import ForwardPass, RefusedCall, StreamingPass
 from tl_capacity.measure.stream_record import StreamRecord
@@ -177,7 +178,8 @@ class CapacityHooks:
                 tap.close_open_documents()
         with self._passes.running(), evaluating(self.model), token_progress(max_tokens, progress) as advance:
             self._pace = Pace(self.model)
-            kind = kind_of_pass(self._gradients, self._pace.together)
+            ending = Ending(whole=self._pace.together)
+            kind = kind_of_pass(self._gradients, ending, self._pace.together)
             for batch, cursor in self._in_step(batches_after(stream, self._cursor, again, self._fillers)):
                 if max_tokens is not None and self.n_tokens - earlier_tokens >= max_tokens:
                     break  # the checkpoint that is gone on from had reached the end
@@ -355,7 +357,7 @@ class CapacityHooks:
     def _run_beside_others(self) -> None:
         idle = TokenBatch(np.full((1, 2), self.rule.filler), np.array([-1]))
         while self._pace.another_runs():
-            self._forward(idle, kind_of_pass(self._gradients, together=True, idle=True))
+            self._forward(idle, kind_of_pass(self._gradients, Ending(whole=True), together=True, idle=True))
 
     def _forward(
         self, batch: TokenBatch, kind: Callable[[int, CountedTokens, Sequence[Tap]], StreamingPass | GradientPass]

@@ -10,7 +10,7 @@ import torch
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import PathGradient
-from tl_capacity.measure.backward import LOSSES
+from tl_capacity.measure.losses import LOSSES
 from tl_capacity.measure.tap import Tap
 
 

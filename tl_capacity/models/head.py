@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +35,26 @@ class Head:
     cap: float | None = None
 
     def logits(
-        self, hidden: Float[Tensor, "token d_model"], out: Float[Tensor, "token vocabulary"]
+        self,
+        hidden: Float[Tensor, "token d_model"],
+        out: Float[Tensor, "token vocabulary"],
+        temperature: float = 1.0,
     ) -> Float[Tensor, "token vocabulary"]:
-        """Logits of some tokens, written into `out`. If `out` has another dtype, the head still computes in its own."""
+        """Logits of some tokens, divided by the temperature and written into `out`. If `out` has another dtype, the head
+        still computes in its own.
+        """
         hidden, weight = hidden.to(self.weight.dtype), self.weight
+        # Within the product it costs nothing. A pass over the logits costs as much as an exponential.
+        scale = 1 / temperature if self.cap is None and weight.dtype == out.dtype else 1.0
         if weight.dtype != out.dtype:
             out.copy_(F.linear(hidden, weight, self.bias))
         elif self.bias is None:
-            torch.mm(hidden, weight.T, out=out)
+            torch.addmm(out, hidden, weight.T, beta=0, alpha=scale, out=out)
         else:
-            torch.addmm(self.bias, hidden, weight.T, out=out)
-        return out if self.cap is None else out.div_(self.cap).tanh_().mul_(self.cap)
+            torch.addmm(self.bias, hidden, weight.T, beta=scale, alpha=scale, out=out)
+        if self.cap is not None:
+            out.mul_(1 / self.cap).tanh_().mul_(self.cap)
+        return out if scale * temperature == 1 else out.mul_(1 / temperature)
 
 
 def head_of(model: Any) -> Head:
@@ -66,20 +76,41 @@ def last_hidden(model: Any, tokens: Int[Tensor, "row position"]) -> Float[Tensor
     if not hasattr(model, "hook_dict"):
         hidden: Tensor = model.base_model(tokens, use_cache=False)[0]
         return hidden
+    return head_input(model, tokens)
+
+
+def head_input(
+    model: Any, tokens: Int[Tensor, "row position"], **options: Any
+) -> Float[Tensor, "rows position d_model"]:
+    """What a model's own forward pass gives its head, where that pass is ended.
+
+    Args:
+        options: of the pass.
+    """
     seen: list[Tensor] = []
 
-    def keep(_: Any, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        seen.append(positional[0] if positional else next(iter(named.values())))
+    def keep(hidden: Tensor) -> None:
+        seen.append(hidden)
         raise NothingMoreToSeeError
 
-    handle = model.unembed.register_forward_pre_hook(keep, with_kwargs=True)
+    with before_head(model, keep), suppress(NothingMoreToSeeError):
+        model(tokens, **options)
+    return seen[0]
+
+
+@contextmanager
+def before_head(model: Any, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand on what the head of a Hugging Face or TransformerLens model is given."""
+
+    def hand_on(_: Any, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        see(positional[0] if positional else next(iter(named.values())))
+
+    module = model.unembed if hasattr(model, "hook_dict") else model.get_output_embeddings()
+    handle = module.register_forward_pre_hook(hand_on, with_kwargs=True)
     try:
-        model(tokens)
-    except NothingMoreToSeeError:
-        pass
+        yield
     finally:
         handle.remove()
-    return seen[0]
 
 
 @torch.no_grad()
