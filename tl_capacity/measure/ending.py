@@ -31,7 +31,8 @@ class Ending:
     """
 
     def __init__(self, whole: bool = False) -> None:
-        self._decided, self._head = whole, None
+        self._decided = whole
+        self._head: Head | None = None
 
     def decide(self, model: Any, ids: Int64[Tensor, "row position"], options: dict[str, Any]) -> None:
         """Find out on the first tokens, with a pass of its own, whether the logits are the head's."""

@@ -40,8 +40,8 @@ class Head:
         out: Float[Tensor, "token vocabulary"],
         temperature: float = 1.0,
     ) -> Float[Tensor, "token vocabulary"]:
-        """Logits of some tokens, divided by the temperature and written into `out`. If `out` has another dtype, the head
-        still computes in its own.
+        """Logits of some tokens, divided by the temperature and written into `out`. If `out` has another dtype, the
+        head still computes in its own.
         """
         hidden, weight = hidden.to(self.weight.dtype), self.weight
         # Within the product it costs nothing. A pass over the logits costs as much as an exponential.
