@@ -407,7 +407,7 @@ def test_no_loader_raises_anything_else(
 
     try_it()
     record_property("kinds of files", 1)
-    record_property("changed files that load, and can be measured with where they are to be measured with", loaded)
+    record_property("changed files that load, and then measure if they are of that kind", loaded)
     record_property("changed files that are refused", len(said))
     assert said
     assert not [sentence for sentence in said if "\n" in sentence]
