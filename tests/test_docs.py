@@ -203,6 +203,7 @@ LEFT_OUT = {
 EARLIER = {
     "doctor": ["runs/embedded"],
     "check-prediction": ["runs/embedded", "runs/students"],
+    "effective": ["runs/embedded", "runs/students"],
     "estimators": ["explained.py"],
     "families": ["toy_family.py", "toy", "toy-sae", "texts.jsonl"],
     "floor-predictors": ["edge.py", "runs/embedded", "runs/students"],
@@ -219,7 +220,6 @@ EARLIER = {
     "shards": ["model", "sae", "texts.jsonl"],
     "report": ["runs/students", "runs/recover", "runs/pythia-floor"],
     "sources": ["notes.txt"],
-    "splice": ["runs/students"],
 }
 """What a page takes for granted: the reader's own files, and results of other pages."""
 

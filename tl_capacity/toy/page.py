@@ -87,7 +87,7 @@ def _what_was_run(result: SweepResult, command: str) -> str:
         f" i^−{s.slope:g}, {s.correlation} features; floors on {s.evaluation_rows:,} held-out samples."
         f" {len(result.students):,} students. {result.machine}; {versions}; {seconds}. This page, its figures and"
         " [toy.json](toy.json) are written by `--report` from the saved sweep; what the words mean is in"
-        " [../toy.md](../toy.md)."
+        " [../about-toy-models.md](../about-toy-models.md)."
     )
 
 
