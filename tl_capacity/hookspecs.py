@@ -4,20 +4,24 @@ object.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pluggy
 
-from tl_capacity.interfaces import (
-    CapacityLaw,
-    Concept,
-    FloorPredictor,
-    ImportanceEstimator,
-    ModelFamily,
-    NamedModel,
-    Recipe,
-    TokenSource,
-)
+# Named in annotations only: numpy and jaxtyping, which they need, are half of the time that the package's import takes.
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tl_capacity.interfaces import (
+        CapacityLaw,
+        Concept,
+        FloorPredictor,
+        ImportanceEstimator,
+        ModelFamily,
+        NamedModel,
+        Recipe,
+        TokenSource,
+    )
 
 hookspec = pluggy.HookspecMarker("tl_capacity")
 hookimpl = pluggy.HookimplMarker("tl_capacity")
