@@ -103,7 +103,7 @@ def test_the_formula_is_found_where_it_holds(c: float, b: float) -> None:
     assert found.chosen.r2 == pytest.approx(1)
     assert found.chosen.error == pytest.approx(0, abs=1e-6)
     assert "better than those that know none, with" in found.verdict()
-    assert any(f"{NAME}, asked for, misses a left-out width by" in note for note in found.notes())
+    assert any(f"the requested prediction, {NAME}, misses a left-out width by" in note for note in found.notes())
 
 
 @pytest.mark.parametrize(
@@ -262,10 +262,10 @@ def test_what_is_wrong_with_the_floors_is_said() -> None:
     far = [replace(f, last_tenth=2 * f.value) for f in floors(lambda w: 1.0)]
     for which, says in (
         ("fit", "L∞ is extrapolated"),
-        ("last_tenth", "the mean of the last tenth is an upper bound of it"),
+        ("last_tenth", "the mean of the last tenth is only an upper bound"),
     ):
         notes = decomposed(far, which=which).notes()
-        assert any("7 students have not come near their floor" in note and says in note for note in notes)
+        assert any("7 students ended more than a tenth above their floor" in note and says in note for note in notes)
     unfitted = [replace(f, low=None, high=None) for f in floors(lambda w: 1.0)]
     assert any("7 students have too few evaluations" in note for note in decomposed(unfitted, which="fit").notes())
 
@@ -355,11 +355,11 @@ def test_the_last_tenth_is_taken_and_the_fit_can_be(measured: Measurement, run: 
 
 
 def test_what_does_not_belong_together_is_refused(measured: Measurement, run: DistillationRun) -> None:
-    with pytest.raises(MeasurementError, match="the measurement is of 'teacher' and the distillation of 'another'"):
+    with pytest.raises(MeasurementError, match="the measurement is of 'teacher', but the distillation is of 'another'"):
         decompose(measured, replace(run, teacher="another"))
     with pytest.raises(MeasurementError, match="has not ended"):
         decompose(measured, replace(run, complete=False))
-    with pytest.raises(CapacityError, match="'best' is no observed floor"):
+    with pytest.raises(CapacityError, match="'best' is not a way to read the observed floor"):
         decompose(measured, run, observed="best")
     with pytest.raises(CapacityError, match=r"'blocks\.9\.hook_resid_post' was not measured"):
         decompose(measured, run, hook="blocks.9.hook_resid_post")
@@ -370,7 +370,7 @@ def test_what_does_not_belong_together_is_refused(measured: Measurement, run: Di
     with pytest.raises(MeasurementError, match="measured without the importance estimator 'gradient'"):
         decompose(measured, run, importance="gradient", max_fvu=None)
     control = tuple(replace(s, start="teacher") for s in run)
-    with pytest.raises(MeasurementError, match="has no students but the control"):
+    with pytest.raises(MeasurementError, match="has only the control student"):
         decompose(measured, replace(run, students=control), max_fvu=None)
 
 
@@ -457,7 +457,9 @@ def test_forecasts_for_which_the_teacher_was_run_are_candidates(
     group = next(group for group in found.groups if group.constants == 0)
     assert group.features is not None
     assert group.rivals is not None
-    assert any("truncated_start says nothing of width 8, 12, 16, 24, so it is no candidate" in n for n in found.notes())
+    assert any(
+        "truncated_start has no floor at width 8, 12, 16, 24, so it is not a candidate" in n for n in found.notes()
+    )
     with pytest.raises(MeasurementError, match="the forecasts of 'another': decompose the floors of one teacher"):
         decompose(measured, run, max_fvu=None, forecasts=[replace(told, about={"model": "another"})])
     for folder, result in (("m", measured), ("d", run), ("s", spliced), ("f", told)):

@@ -189,7 +189,7 @@ def test_a_teacher_in_lower_precision_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"divergence": "mse"}, "'mse' is no loss to distil with: choose one of forward_kl, reverse_kl, jsd"),
+        ({"divergence": "mse"}, "'mse' is not a loss to distil with: choose one of forward_kl, reverse_kl, jsd"),
         ({"temperature": 0.0}, "temperature = 0"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"beta": 1.5}, "beta = 1.5"),
@@ -345,7 +345,7 @@ def test_a_damaged_run_is_refused(
     (tmp_path / "distillation.json").write_text(json.dumps(content))
     with pytest.raises(MeasurementError, match=r"distil again|upgrade"):
         DistillationRun.load(tmp_path)
-    with pytest.raises(MeasurementError, match="is no distillation"):
+    with pytest.raises(MeasurementError, match="is not a distillation"):
         DistillationRun.load(tmp_path / "none")
 
 
@@ -420,13 +420,13 @@ def test_hidden_losses_are_what_they_say() -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"schedule": "linear"}, "'linear' is no schedule"),
-        ({"mixed_precision": "fp8"}, "'fp8' is no precision"),
+        ({"schedule": "linear"}, "'linear' is not a learning-rate schedule"),
+        ({"mixed_precision": "fp8"}, "'fp8' is not a precision"),
         ({"tokens": 0}, "tokens = 0 trains nothing"),
         ({"lr": -1.0}, "lr = -1.0 trains nothing"),
-        ({"warmup": 0.9}, "are no shares of one run"),
+        ({"warmup": 0.9}, "are not shares of one run"),
         ({"seeds": (1, 1)}, r"seeds = \(1, 1\)"),
-        ({"start": "teacher"}, "'teacher' is no way to start all students"),
+        ({"start": "teacher"}, "'teacher' is not a way to start all students"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings_: dict[str, Any], message: str) -> None:
@@ -446,7 +446,7 @@ def test_input_that_cannot_be_distilled_is_refused(teacher: Any) -> None:
     def attempt(widths: list[int], text: Any, **more: Any) -> None:
         distill(teacher, widths, text, settings=SMALL, progress=False, **more)
 
-    with pytest.raises(CapacityError, match="no student of width 17: the nearest that it has are 16 and 18"):
+    with pytest.raises(CapacityError, match="cannot build a student of width 17: the nearest widths are 16 and 18"):
         attempt([17], train_tokens())
     with pytest.raises(CapacityError, match="widths = 8,8 name no students, or one twice"):
         attempt([8, 8], train_tokens())
@@ -595,7 +595,7 @@ def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: Dis
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (out / "distillation.json").exists()
-    with pytest.raises(CapacityError, match="already holds a distillation: go on with --resume"):
+    with pytest.raises(CapacityError, match="already holds a distillation: resume it with --resume"):
         recipe.run(main, command(on_disk, out)[2:])
     with pytest.raises(CapacityError, match=r"lr 0\.003, and this one has 0\.01: resume with the same settings"):
         recipe.run(main, command(on_disk, out, "--resume", "--lr", "0.01")[2:])

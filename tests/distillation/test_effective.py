@@ -170,21 +170,23 @@ def test_several_curves_are_told_apart() -> None:
 
 def test_what_does_not_belong_together_is_refused() -> None:
     run = students_with(planted(5.0))
-    with pytest.raises(MeasurementError, match="the measurement is of 'unnamed model' and the distillation of 'other'"):
+    with pytest.raises(
+        MeasurementError, match="the measurement is of 'unnamed model', but the distillation is of 'other'"
+    ):
         effective_capacity(MEASURED, SPLICED, replace(run, teacher="other"))
     with pytest.raises(MeasurementError, match="has not ended"):
         effective_capacity(MEASURED, SPLICED, replace(run, complete=False))
-    with pytest.raises(CapacityError, match="'best' is no observed floor"):
+    with pytest.raises(CapacityError, match="'best' is not a way to read the observed floor"):
         effective_capacity(MEASURED, SPLICED, run, observed="best")
     with pytest.raises(CapacityError, match="was not measured"):
         effective_capacity(MEASURED, SPLICED, run, hook="blocks.7.hook_resid_post")
-    with pytest.raises(CapacityError, match="no curve of the splice is of such a hook point"):
+    with pytest.raises(CapacityError, match="the splice has no curve for this hook point"):
         effective_capacity(MEASURED, SPLICED, run, importance="random")
     other = Spliced((replace(curve_at(HOOK, kl), sae_digest="1" * 64),))
-    with pytest.raises(CapacityError, match="no curve of the splice is of such a hook point"):
+    with pytest.raises(CapacityError, match="the splice has no curve for this hook point"):
         effective_capacity(MEASURED, other, run)
     control = replace(run, students=tuple(replace(student, start="teacher") for student in run))
-    with pytest.raises(MeasurementError, match="no students but the control"):
+    with pytest.raises(MeasurementError, match="only the control student"):
         effective_capacity(MEASURED, SPLICED, control)
 
 

@@ -206,7 +206,7 @@ def test_what_cannot_be_kept_is_refused(
     with pytest.raises(DictionaryError, match="no feature 64 in a dictionary of 64"):
         attempt(KeepFeatures(HOOK, (64,)))
     with pytest.raises(
-        CapacityError, match=r"no dictionary at 'blocks.0.hook_resid_post'.*\(there is one at: blocks.1"
+        CapacityError, match=r"no dictionary at 'blocks.0.hook_resid_post'.*\(dictionaries are at: blocks.1"
     ):
         attempt(KeepFeatures("blocks.0.hook_resid_post", features))
     with pytest.raises(HookPointError, match="is not a hook point of this model"):
@@ -216,7 +216,7 @@ def test_what_cannot_be_kept_is_refused(
     for wrong, message in (
         (((), 1.0), "no feature is named"),
         (((3, 3), 1.0), "feature 3 is named twice"),
-        (((-1,), 1.0), "-1 is no number of a feature"),
+        (((-1,), 1.0), "-1 is not a feature number"),
         (((1,), 0.0), "weight = 0 keeps no features"),
         (((1,), float("nan")), "weight = nan keeps no features"),
     ):
@@ -243,9 +243,9 @@ def test_more_features_than_the_budget_and_a_loss_that_is_drowned_are_said(
             progress=False,
         )
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert f"{len(every)} features are to be kept at {HOOK}, and the capacity law" in said
+    assert f"{len(every)} features are to be kept at {HOOK}, but the capacity law" in said
     assert "gives a student of width 2 only" in said
-    assert "the features to keep drown it, choose a lower --keep-weight" in said
+    assert "the features to keep outweigh the distillation, so choose a lower --keep-weight" in said
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_a_token_that_was_added_is_no_difference(setup: Path) -> None:
     stream = TokenStream(str(setup / "text.jsonl"), teacher.tokenizer, context=16)
     run = observe(teacher, {"a": student}, stream, tokens=200, progress=False)
     assert run.settings["compared_logits"] == 64
-    with pytest.raises(CapacityError, match=r"the student 'b' has 60 logits, and there are 64 tokens to predict"):
+    with pytest.raises(CapacityError, match=r"the student 'b' has 60 logits, but there are 64 tokens to predict"):
         observe(
             teacher,
             {"b": LoadedModel(small_llama(60), teacher.tokenizer, "b", None)},
@@ -300,7 +300,7 @@ def test_a_token_that_was_added_is_no_difference(setup: Path) -> None:
         ({"students": {}}, CapacityError, "there is no student to judge"),
         ({"students": {"a": 3}}, CapacityError, "the student 'a' is a int, which predicts no tokens"),
         ({"tokens": 0}, CapacityError, "tokens = 0 and batch_rows = 8 judge nothing"),
-        ({"stream": torch.ones(3, 1, dtype=torch.long)}, TokenSourceError, "no token that another one follows"),
+        ({"stream": torch.ones(3, 1, dtype=torch.long)}, TokenSourceError, "the text has no token to predict"),
         ({"stream": torch.full((2, 4), 70)}, CapacityError, "token id 70, but the teacher's vocabulary has 50"),
         ({"stream": torch.full((2, 20), 3)}, CapacityError, "rows have 20 positions, more than the teacher's 16"),
     ],

@@ -107,7 +107,7 @@ def test_what_cannot_be_truncated_is_refused(family: str, width: int, says: str)
 
 
 def test_it_needs_text() -> None:
-    with pytest.raises(CapacityError, match="needs text in which its teacher's stream is seen"):
+    with pytest.raises(CapacityError, match="needs text on which its teacher's stream is seen"):
         new_student(teacher("llama"), 16, start="truncated")
 
 

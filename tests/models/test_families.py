@@ -137,7 +137,8 @@ def test_smollm2_and_gemma2_students() -> None:
 def test_a_width_that_cannot_be_built_names_the_nearest(width: int, near: str) -> None:
     config = GPTNeoXConfig(hidden_size=128, num_attention_heads=4, intermediate_size=512)
     with pytest.raises(
-        CapacityError, match=f"the family gpt-neox has no student of width {width}: the nearest that it has are {near}$"
+        CapacityError,
+        match=f"the family gpt-neox cannot build a student of width {width}: the nearest widths are {near}$",
     ):
         students.student_config(config, width)
     for each in map(int, near.split(" and ")):
@@ -145,11 +146,11 @@ def test_a_width_that_cannot_be_built_names_the_nearest(width: int, near: str) -
 
 
 def test_architectures_without_students_are_refused() -> None:
-    with pytest.raises(CapacityError, match="no model family says how students of 'phi3' are built"):
+    with pytest.raises(CapacityError, match="no model family knows how to build students of 'phi3'"):
         students.student_config(Phi3Config(), 32)
     with pytest.raises(CapacityError, match="Linear cannot be distilled"):
         students.new_student(torch.nn.Linear(2, 2), 1)
-    with pytest.raises(CapacityError, match="'svd' is no way to start"):
+    with pytest.raises(CapacityError, match="'svd' is not a way to start"):
         students.new_student(teacher("gpt2"), 16, start="svd")
 
 
@@ -304,7 +305,7 @@ def test_students_whose_heads_rotate_in_part_run(family: str, width: int) -> Non
 def test_gemma_and_llama_need_heads_that_divide_the_width() -> None:
     """Transformers refuses others of Gemma and Llama, but not of Qwen."""
     of = wide_config("gemma2")
-    with pytest.raises(CapacityError, match="has no student of width 193: the nearest that it has are 192 and 194"):
+    with pytest.raises(CapacityError, match="cannot build a student of width 193: the nearest widths are 192 and 194"):
         students.student_config(of, 193)
     assert students.student_config(of, 194).num_attention_heads == 2
     assert students.student_config(wide_config("qwen3"), 193).num_attention_heads == 2

@@ -94,7 +94,7 @@ def test_an_architecture_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, cli:
                 trial(tiny)
         with pytest.raises(
             CapacityError,
-            match=r"no model family says how students of 'biogpt' are built: register one \(docs/families.md\)",
+            match=r"no model family knows how to build students of 'biogpt': register one \(docs/families.md\)",
         ):
             write_families.distill(tiny)
         plugin = tiny.folder / "biogpt.py"

@@ -333,7 +333,7 @@ def test_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
     for more, says in (
         (["--with", tmp_path / "s"], "a plan reads one splice"),
         (["--with", tmp_path / "d"], "holds neither splice.json nor forecasts.json"),
-        (["--calibrate", tmp_path / "m"], "is no distillation"),
+        (["--calibrate", tmp_path / "m"], "is not a distillation"),
         (["--calibrate", tmp_path / "d", "--observed", "best"], "'best' is no observed floor"),
     ):
         code, out, err = cli(*command, *more)

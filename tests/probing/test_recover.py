@@ -747,7 +747,7 @@ def test_the_recipe(saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
 def test_the_recipe_wants_both_folders_of_one_teacher(saved: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(Exception, match="Missing parameter: distillation"):
         recipe.run(main, [str(saved[0])])
-    with pytest.raises(MeasurementError, match="is no distillation"):
+    with pytest.raises(MeasurementError, match="is not a distillation"):
         recipe.run(main, [str(saved[0]), str(tmp_path), "--out", str(tmp_path / "out")])
     measurement = Measurement.load(saved[0])
     replace(measurement, provenance=replace(measurement.provenance, revision="0")).save(tmp_path / "older")
@@ -805,7 +805,7 @@ def test_any_student_is_read_out_as_a_distilled_one(measured_setup: Path, tmp_pa
     moved = replace(run, students=(replace(run.students[0], place=str(tmp_path / "changed")),))
     student.tokenizer.save_pretrained(tmp_path / "changed")
     moved.save(tmp_path / "moved")
-    with pytest.raises(CapacityError, match="changed has other weights than when `tl-capacity observe` judged it"):
+    with pytest.raises(CapacityError, match="changed have changed since `tl-capacity observe` judged it"):
         recipe.run(main, recovering(setup, tmp_path / "moved", tmp_path / "out"))
 
 

@@ -118,7 +118,7 @@ def test_a_rerun_keeps_what_is_finished(setup: Path, finished: Path, capsys: pyt
     found = recipe.run(main, options(setup, finished, "--importance", "fisher"))  # another prediction of what is there
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert found.unit == "nats per token"
-    assert f"fisher, compressed_sensing at {HOOK} predicts nats per token, and C = " in capsys.readouterr().out.replace(
+    assert f"fisher, compressed_sensing at {HOOK} predicts nats per token; C = " in capsys.readouterr().out.replace(
         "\n", " "
     )
     recipe.run(main, options(setup, finished))
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused(setup: Path, finished: Path, tmp_path: Pat
 def test_what_the_distillation_would_refuse_is_refused_before_the_measurement(setup: Path, tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match="students of width 8 start alike with every seed"):
         recipe.run(main, options(setup, tmp_path / "a", "--seeds", "0,1,2"))
-    with pytest.raises(CapacityError, match="has no student of width 17"):
+    with pytest.raises(CapacityError, match="cannot build a student of width 17"):
         recipe.run(main, options(setup, tmp_path / "a", "--widths", "16,17"))
     assert not (tmp_path / "a").exists()
 

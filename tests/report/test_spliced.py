@@ -83,7 +83,7 @@ def test_what_students_are_worth_is_drawn_beside_the_law(page: str) -> None:
     assert numbers(worth, "x") == list(WIDTHS)
     assert numbers(worth, "y") == pytest.approx([row.per_dimension.value for row in found.rows if row.per_dimension])
     assert found.verdict()[0][:40] in page
-    assert "a student that is not trained to its end is worth more" in page.lower()
+    assert "a student that is not fully trained is worth more" in page.lower()
 
 
 @pytest.mark.slow

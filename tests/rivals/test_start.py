@@ -45,7 +45,7 @@ def test_as_the_whole_models_have_it() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(CapacityError, match="has no student of width 7: the nearest that it has are"):
+    with pytest.raises(CapacityError, match="cannot build a student of width 7: the nearest widths are"):
         truncated_start(teacher("gpt-neox"), HELD_OUT, [7])
     with pytest.raises(CapacityError, match="students cannot start from a truncated teacher"):
         truncated_start(teacher("mamba"), HELD_OUT, [16], progress=False)

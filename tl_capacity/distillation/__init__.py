@@ -1,4 +1,6 @@
-"""Distillation of a teacher into narrower students, all of them at once, and the loss floors that they reach."""
+"""Distillation: a teacher trains narrower students, all at once, and this measures the loss floor that each of them
+reaches.
+"""
 
 from __future__ import annotations
 

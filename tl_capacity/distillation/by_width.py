@@ -1,6 +1,4 @@
-"""Observed floors by width: what the students of each width reached, whatever their seeds, and whether they are of the
-teacher that was measured.
-"""
+"""Observed floors by width, over all seeds; students of another teacher than the measured one are refused."""
 
 from __future__ import annotations
 
@@ -16,13 +14,13 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.results.estimate import Estimate
 
 ByWidth = Mapping[int, Sequence[Estimate]]
-"""Observed floors in nats per token of each student of a width, in ascending order of the widths."""
+"""Observed floors of the students of each width, in nats per token; the widths ascend."""
 
 
 def check_students(
-    measurement: Measurement, run: DistillationRun, advice: str = "pass students of the teacher that was measured"
+    measurement: Measurement, run: DistillationRun, advice: str = "pass students of the measured teacher"
 ) -> None:
-    """Refuse students of another teacher than was measured, and such as are still trained.
+    """Refuse students of another teacher than the measured one, and students that are still training.
 
     Args:
         advice: what to do about another teacher.
@@ -34,12 +32,13 @@ def check_students(
         raise MeasurementError("the distillation has not ended: resume it with --resume")
     if run.teacher != measurement.provenance.model:
         raise MeasurementError(
-            f"the measurement is of {measurement.provenance.model!r} and the distillation of {run.teacher!r}: {advice}"
+            f"the measurement is of {measurement.provenance.model!r}, but the distillation is of {run.teacher!r}:"
+            f" {advice}"
         )
 
 
 def floors_by_width(floors: Iterable[ObservedFloor], which: str) -> dict[int, tuple[Estimate, ...]]:
-    """The observed floors of the students of each width, controls left out.
+    """The students' observed floors by width, without the controls.
 
     Args:
         which: "fit" for L∞ of each curve's fit, or "last_tenth" for the mean over the last tenth of training.
@@ -48,10 +47,10 @@ def floors_by_width(floors: Iterable[ObservedFloor], which: str) -> dict[int, tu
         CapacityError: where `which` is neither, or there is no student but the control.
     """
     if which not in OBSERVED:
-        raise CapacityError(f"{which!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
+        raise CapacityError(f"{which!r} is not a way to read the observed floor: choose one of {', '.join(OBSERVED)}")
     students = sorted((floor for floor in floors if floor.start != "teacher"), key=lambda floor: floor.width)
     if not students:
-        raise MeasurementError("the distillation has no students but the control: distil some widths")
+        raise MeasurementError("the distillation has only the control student: distil some widths")
     by_width: dict[int, tuple[Estimate, ...]] = {}
     for student in students:
         by_width[student.width] = (*by_width.get(student.width, ()), student.taken_as(which))
@@ -59,8 +58,10 @@ def floors_by_width(floors: Iterable[ObservedFloor], which: str) -> dict[int, tu
 
 
 def drawn_means(students: Sequence[Estimate], replicates: int) -> NDArray[np.float64]:
-    """The mean of some students' floors, drawn anew [replicate]: students with replacement, and each one's floor within
-    its own interval. A mean is not negative, as no KL is.
+    """Bootstrap replicates [replicate] of the mean of some students' floors.
+
+    Students are drawn with replacement, and each floor is drawn within its own interval. A mean is never negative, as a
+    KL never is.
     """
     random = np.random.default_rng(0)
     values = np.array([student.value for student in students])
@@ -71,5 +72,5 @@ def drawn_means(students: Sequence[Estimate], replicates: int) -> NDArray[np.flo
 
 
 def _spread(student: Estimate) -> float:
-    """The standard deviation of which a 95% interval would be; 0 without an interval."""
+    """The standard deviation that an estimate's 95% interval implies; 0 if it has no interval."""
     return 0.0 if student.low is None or student.high is None else (student.high - student.low) / (2 * 1.96)

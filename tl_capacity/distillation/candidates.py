@@ -1,4 +1,4 @@
-"""Candidates: everything that might explain observed floors. Some know the teacher's features; their rivals know none.
+"""Candidates: everything that might explain the observed floors, with and without knowledge of the teacher's features.
 
 A shape is what one floor predictor says of the student widths. A candidate is a shape with none to three constants to
 fit.
@@ -33,7 +33,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Form:
-    """What is fitted of observed = C · x^s + B; the rest is C = 1, B = 0, s = 1.
+    """Which constants of observed = C · x^s + B are fitted; the others stay at C = 1, B = 0, s = 1.
 
     Attributes:
         suffix: what a candidate's name ends with.
@@ -46,7 +46,7 @@ class Form:
 
     @property
     def constants(self) -> int:
-        """How many constants are fitted."""
+        """The number of fitted constants."""
         return self.free_c + self.free_b + self.free_exponent
 
 
@@ -60,7 +60,7 @@ POWER = Form(True, True, True, ", any power")
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """What a floor predictor says of the student widths.
+    """What one floor predictor says of the student widths.
 
     Attributes:
         name: the predictor's, with what it looked at.
@@ -83,11 +83,11 @@ class Shape:
     free_exponent: bool = False
 
     def at(self, widths: NDArray[np.float64]) -> NDArray[np.float64]:
-        """x [width] at some widths."""
+        """x [width] at the given widths."""
         return np.array([self.x[int(width)] for width in widths])
 
     def is_power_of(self, other: Shape) -> bool:
-        """Whether it is another shape's x to some power, times a factor."""
+        """Whether this x is another shape's x to some power, times a factor."""
         x, others = (np.array([shape.x[width] for width in self.x]) for shape in (self, other))
         if len(x) < 3 or min(x.min(), others.min()) <= 0 or not np.ptp(others):
             return False
@@ -95,8 +95,10 @@ class Shape:
         return bool(np.allclose(slope * np.log(others) + offset, np.log(x), atol=1e-9))
 
     def candidates(self, powers: Sequence[Shape] = ()) -> list[Candidate]:
-        """The shape with every choice of constants that makes sense: C, C and B, and an exponent too; in nats also as
-        it is and with B alone. What is the same at every width has one constant.
+        """The shape with every sensible choice of constants.
+
+        These are C; C and B; and C, B and an exponent. A prediction in nats also enters as it is, and with B alone. A
+        shape without features that is the same at every width has one constant.
 
         Args:
             powers: shapes with a free exponent; a power of one of them has no exponent of its own.
@@ -114,25 +116,25 @@ class Shape:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One explanation of the observed floors: a shape, and what of C · x^s + B is fitted."""
+    """One explanation of the observed floors: a shape, and which constants of C · x^s + B are fitted."""
 
     shape: Shape
     form: Form
 
     @property
     def name(self) -> str:
-        """The shape's name, with what is not fitted or an exponent that is."""
+        """The shape's name, and which constants are not fitted, or that the exponent is."""
         plain = self.form is POWER and self.shape.free_exponent
         return f"{self.shape.name}{'' if plain else self.form.suffix}"
 
     @property
     def constants(self) -> int:
-        """How many constants are fitted."""
+        """The number of fitted constants."""
         return self.form.constants
 
 
 def shapes_of(forecasts: Forecasts, widths: Sequence[int]) -> dict[tuple[str, str, str, str, str], Shape]:
-    """A shape for each series of forecasts that has a floor at every one of these widths, by what the series is of."""
+    """A shape for each series of forecasts that covers all of these widths, keyed by the series."""
     whole = {series: by_width for series, by_width in forecasts.series.items() if set(widths) <= set(by_width)}
     saes: dict[str, set[str]] = {}
     for _, hook, sae, _, _ in whole:
@@ -163,7 +165,7 @@ def _shape(by_width: Mapping[int, Forecast], several_saes: bool) -> Shape:
 
 
 def added_rivals(constants: int, number: int, widths: NDArray[np.float64]) -> list[Candidate]:
-    """So many further curves over the width that know nothing of features.
+    """The given number of further curves over the width that know nothing of features.
 
     With one or two constants they are d^−s, the exponents s from 0.1 to 4. With three the exponent is fitted, so they
     are (d + δ)^−s, the shifts δ from a tenth of the narrowest width to a hundred times it: between a power law and an
@@ -186,8 +188,9 @@ def _over_widths(name: str, x: NDArray[np.float64], widths: NDArray[np.float64])
 
 
 def short_names(candidates: Iterable[Candidate]) -> Callable[[Candidate], str]:
-    """How candidates are called where there is little room: `layer N` for their hook points where all of them are the
-    same but for their layer, and without the law where it is the default one.
+    """A function that gives candidates short names.
+
+    Hook points become `layer N` if they differ in nothing but the layer. The default capacity law is not named.
     """
     matches = {hook: LAYER.fullmatch(hook) for hook in {c.shape.hook for c in candidates} - {""}}
     alike = len({match and match[2] for match in matches.values()}) == 1
@@ -202,5 +205,5 @@ def short_names(candidates: Iterable[Candidate]) -> Callable[[Candidate], str]:
 
 
 def without_default_law(text: str) -> str:
-    """A candidate's name, or a sentence with such names, without the capacity law where it is the default one."""
+    """A candidate's name, or a sentence with such names, without the name of the default capacity law."""
     return text.replace(f", {plugins().capacity_laws.default.name}", "")

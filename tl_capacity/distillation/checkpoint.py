@@ -1,5 +1,6 @@
-"""The state of a distillation on disk: weights and optimiser in safetensors, the run so far in JSON that names their
-hash and is renamed into place last.
+"""Checkpoints of a distillation: weights and optimiser in safetensors, and the progress as JSON.
+
+The JSON names the tensors' hash. It is renamed into place last, so a checkpoint is whole or not there.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ class State:
 
     @property
     def evaluated(self) -> bool:
-        """Whether the students as they are have been evaluated."""
+        """Whether the students have been evaluated since their last step."""
         return self.run.students[0].tokens[-1:] == (self.tokens,)
 
     def advance(self, tokens: int) -> None:
-        """A step was taken."""
+        """Count a step."""
         self.step, self.tokens = self.step + 1, self.tokens + tokens
 
     def learn(self, losses: list[float]) -> None:
-        """A step's losses were read."""
+        """Add a step's losses."""
         self.since += 1
         self.losses = [before + loss for before, loss in zip(self.losses or [0.0] * len(losses), losses, strict=True)]
 
     def lasted(self, seconds: float) -> None:
-        """The run has taken so long until now."""
+        """Set how long the run has taken so far."""
         self.run = replace(self.run, seconds=seconds)
 
     def record(self, sums: list[list[float]], tokens: list[int]) -> None:
@@ -79,7 +80,7 @@ class State:
 
 
 def save(folder: Path, state: State, students: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Write a checkpoint; the one before stays beside it, and the one before that is deleted."""
+    """Write a checkpoint. The one before stays beside it; older ones are deleted."""
     from safetensors.torch import save as to_bytes
 
     tensors = {f"weights/{name}": p.detach() for name, p in students.named_parameters()}
@@ -98,8 +99,8 @@ def save(folder: Path, state: State, students: nn.Module, optimiser: torch.optim
 
 
 def read(folder: Path) -> tuple[State, Mapping[str, Tensor]] | None:
-    """The state in a folder and its tensors, or None where there is no checkpoint; of the checkpoint before the last
-    where that is damaged.
+    """The state in a folder with its tensors; None if there is no checkpoint. If the last one is damaged, the one
+    before is read.
 
     Raises:
         MeasurementError: where both are damaged.
@@ -135,7 +136,7 @@ def _read(path: Path) -> tuple[State, Mapping[str, Tensor]]:
 
 
 def restore(tensors: Mapping[str, Tensor], students: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors back."""
+    """Load a checkpoint's tensors into students and optimiser."""
     with torch.no_grad():
         for name, parameter in students.named_parameters():
             parameter.copy_(tensors[f"weights/{name}"])

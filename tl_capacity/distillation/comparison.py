@@ -1,5 +1,6 @@
-"""Comparison of next-token distributions: a teacher's with those of any students, from hidden states, a chunk of tokens
-at a time, so that the logits of a batch never exist at once.
+"""Compare next-token distributions of a teacher and any students, from their hidden states.
+
+It takes a chunk of tokens at a time, so that the logits of a whole batch never exist at once.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 
 GROUP = 256
-"""Tokens among which the likeliest is looked for at once."""
+"""Size of the groups of logits in which the likeliest token is looked for."""
 
 
 @runtime_checkable
 class Logits(Protocol):
-    """What turns a model's hidden states into logits."""
+    """Anything that turns a model's hidden states into logits."""
 
     def logits(
         self, hidden: Float[Tensor, "token width"], out: Float[Tensor, "token vocabulary"]
     ) -> Float[Tensor, "token vocabulary"]:
-        """Logits of some tokens, into `out`."""
+        """Write the logits of some tokens into `out`."""
         ...
 
 
 class LogitsThemselves:
-    """Stands in for the head of a model whose hidden states are its logits already."""
+    """Stands in for the head of a model whose hidden states are already its logits."""
 
     def logits(
         self, hidden: Float[Tensor, "token width"], out: Float[Tensor, "token vocabulary"]
     ) -> Float[Tensor, "token vocabulary"]:
-        """The first of them, into `out`."""
+        """Copy the first logits into `out`."""
         return out.copy_(hidden[:, : out.shape[1]])
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model predicts behind some tokens.
+    """What a model predicts after some tokens.
 
     Attributes:
         hidden: hidden states behind its last norm.
@@ -73,14 +74,14 @@ class Predictor:
 
     @classmethod
     def of(cls, model: Any, row: Int[Tensor, "one position"]) -> Predictor:
-        """A model that can be run, with its head where it has one, as is seen on a row of tokens."""
+        """A model that can be run, and its head if it has one, as a forward pass over one row of tokens shows it."""
         with torch.no_grad():
             output = model(row[:, :2], **forward_options(model))
         vocabulary = int(getattr(output, "logits", output).shape[-1])
         try:
             head = head_of(model)
             if not isinstance(head.weight, Tensor) or len(head.weight) != vocabulary:
-                raise CapacityError("its head is no matrix")  # as where it was quantised
+                raise CapacityError("its head is not a matrix")  # as where it was quantised
             check_head(model, row, "judged")
         except (CapacityError, AttributeError, RuntimeError, TypeError):
             return cls(model, vocabulary, None)
@@ -89,7 +90,7 @@ class Predictor:
     def __call__(
         self, tokens: Int[Tensor, "row position"], counted: Bool[Tensor, "row position"], vocabulary: int
     ) -> Predicted:
-        """What it predicts at the counted positions. Rows are padded on the right, where causal models do not look.
+        """The predictions at the counted positions. Rows are padded on the right, where causal models do not look.
 
         Args:
             vocabulary: logits to keep, the first so many.
@@ -106,7 +107,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Compared:
-    """Some tokens as a teacher and its students predict them.
+    """How a teacher and its students predict the same tokens.
 
     Attributes:
         kl: KL(teacher ‖ student) at T = 1, in nats.
@@ -121,13 +122,13 @@ class Compared:
     agreement: Bool[Tensor, "student token"]
 
     def figures(self) -> Float64[Tensor, "figure student token"]:
-        """All of them as numbers, in the order of `judged.MEANS`."""
+        """All figures as numbers, in the order of `judged.MEANS`."""
         own = self.teacher_cross_entropy.expand_as(self.kl)
         return torch.stack([self.kl, self.cross_entropy, own, self.agreement.to(self.kl)])
 
 
 def likeliest(logits: Float[Tensor, "token vocabulary"]) -> Int[Tensor, " token"]:
-    """The token with the largest logit, the first of several; as `argmax` gives it.
+    """The token with the largest logit; the first one if several are equal, as with `argmax`.
 
     It is looked for in the group of tokens that has the largest logit. Over a whole vocabulary `argmax` takes several
     times as long on a CPU, where it compares one number at a time.
@@ -150,7 +151,7 @@ def compare_models(
     vocabulary: int,
     scratch: Scratch,
 ) -> Compared:
-    """Compare what several models, the teacher first, predict at the counted positions of some rows; see `compare`."""
+    """Compare how several models predict the counted positions of some rows. The teacher comes first; see `compare`."""
     teacher, *students = (predictor(tokens, counted, vocabulary) for predictor in predictors)
     return compare(teacher, students, labels, vocabulary, scratch)
 

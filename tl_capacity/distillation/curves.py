@@ -1,4 +1,4 @@
-"""StudentCurve: one student of a distillation and its losses on the way."""
+"""StudentCurve: one student of a distillation, and its losses during training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from tl_capacity.distillation.judged import Judged
 
 GIVEN = "given"
-"""The start of a student that somebody else trained: it was judged as it came."""
+"""The `start` of a student that somebody else trained. It is judged as it came."""
 
 
 @dataclass(frozen=True)
 class StudentCurve:
-    """One student and its losses.
+    """One student and its losses during training.
 
     Attributes:
         name: of its folder under `students/`, where the run was saved.
@@ -53,20 +53,22 @@ class StudentCurve:
 
     @property
     def given(self) -> bool:
-        """Whether somebody else trained it."""
+        """Whether somebody else trained this student."""
         return self.start == GIVEN
 
     def losses(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
-        """Both losses by name."""
+        """Training and held-out losses by name."""
         return ("heldout_kl", self.heldout_kl), ("train_loss", self.train_loss)
 
     def curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Tokens and held-out KL [evaluation], without the one before training."""
+        """Tokens and held-out KL [evaluation], without the evaluation before training."""
         return np.array(self.tokens[1:], dtype=np.int64), np.array(self.heldout_kl[1:], dtype=np.float64)
 
     def kl_by_part(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-        """Predicted tokens and KL in nats [part] of the parts of the held-out text that can be resampled: documents of
-        a given student, else `heldout_parts`; None where none were kept.
+        """Predicted tokens and KL in nats [part] of the parts of the held-out text that can be resampled.
+
+        The parts are documents for a student that somebody else trained, and `heldout_parts` for the others. None if
+        none were kept.
         """
         if self.judged is not None:
             tokens = np.array(self.judged.tokens, dtype=np.float64)
@@ -77,14 +79,14 @@ class StudentCurve:
         return tokens, sums
 
     def to_json(self) -> dict[str, Any]:
-        """All that is known of it, flat but for what it was judged by."""
+        """The curve as a flat JSON object; the figures that a given student was judged by are nested."""
         content = asdict(replace(self, judged=None))
         content["judged"] = None if self.judged is None else self.judged.to_json()
         return {name: value for name, value in content.items() if name not in _NEWER or value}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> StudentCurve:
-        """What `to_json` wrote.
+        """The curve that `to_json` wrote.
 
         Raises:
             ValueError, KeyError, TypeError: where it is damaged.
@@ -110,4 +112,4 @@ class StudentCurve:
 
 
 _NEWER = ("heldout_parts", "place", "revision", "judged")
-"""Fields that earlier versions do not know, written where there is something in them."""
+"""Fields that earlier versions do not know. They are written only if they hold something."""

@@ -1,6 +1,4 @@
-"""The text of a distillation: rows of tokens read once, some whole documents held out, and the order in which the
-others are trained on.
-"""
+"""The text of a distillation: rows of tokens to train on, in a seeded order, and whole documents held out."""
 
 from __future__ import annotations
 
@@ -21,15 +19,15 @@ from tl_capacity.storage.digests import digest
 from tl_capacity.text.streams import PADDING, Fillers, as_batches
 
 HELDOUT_EVERY = 16
-"""Where no held-out text is given, every so many-th document is held out until there is enough."""
+"""If no held-out text is given, one document in this many is held out, until there is enough."""
 
 SHOWN_ROWS = 16
-"""Rows of the training text in which the directions of a teacher's stream are taken."""
+"""Rows of training text from which the directions of a teacher's stream are computed."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of token ids, `PADDING` behind their ends; 4 bytes a token, all in memory.
+    """Rows of token ids, padded at the end with `PADDING`. All are in memory, at 4 bytes a token.
 
     Attributes:
         tokens: token ids [row, position].
@@ -45,7 +43,7 @@ class Rows:
         return np.asarray(np.maximum((self.tokens != PADDING).sum(1) - 1, 0), dtype=np.int64)
 
     def in_parts(self, rows: int) -> list[int]:
-        """Predicted tokens of so many rows that follow one another, and of the next so many, to the end."""
+        """Predicted tokens of each block of this many consecutive rows."""
         return [int(self.predicted[start : start + rows].sum()) for start in range(0, len(self.tokens), rows)]
 
     @cached_property
@@ -54,8 +52,9 @@ class Rows:
         return digest(np.ascontiguousarray(self.tokens).tobytes())
 
     def batch(self, step: int, batch_rows: int, seed: int) -> NDArray[np.int64]:
-        """The rows of a step [row, position]: each epoch takes all rows in an order of its own, which depends on the
-        seed and the epoch alone.
+        """The rows of a step [row, position].
+
+        Each epoch takes all rows, in an order that depends only on the seed and the epoch.
         """
         places = np.arange(step * batch_rows, (step + 1) * batch_rows)
         epochs = places // len(self.tokens)
@@ -68,19 +67,19 @@ class Rows:
         )
 
     def trimmed(self, rows: slice | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Some rows, as long as the longest of them."""
+        """Some rows, cut to the length of the longest of them."""
         chosen = self.tokens[rows]
         return chosen[:, : int((chosen != PADDING).sum(1).max())].astype(np.int64)
 
     def steps(self, tokens: int, batch_rows: int) -> int:
-        """How many steps predict about so many tokens."""
+        """The number of steps that predict about this many tokens."""
         return max(1, round(tokens / (batch_rows * float(self.predicted.mean()))))
 
 
 def read(
     stream: Any, heldout: Any, tokens: int, heldout_tokens: int, repeat: bool, special_ids: Sequence[int] = ()
 ) -> tuple[Rows, Rows]:
-    """Rows to train on, for `tokens` predicted tokens, and rows held out.
+    """Rows to train on, with about `tokens` predicted tokens, and held-out rows.
 
     Args:
         stream: a `TokenStream`, or whatever `as_batches` takes.
@@ -113,12 +112,12 @@ def read(
         n_held = sum(int((row != PADDING).sum()) - 1 for row in held)
     if n_held < 1:
         raise TokenSourceError(
-            "there is no held-out text to judge the students by: give some, or a stream of several documents"
+            "there is no held-out text to judge the students on: pass some, or a stream with several documents"
         )
     if not n_train:
         raise TokenSourceError(
-            "all of the text was held out and none is left to train on: give a stream of several documents, or held-out"
-            " text of its own"
+            "all of the text was held out, so none is left to train on: pass a stream with several documents, or"
+            " separate held-out text"
         )
     if n_train < tokens and not repeat:
         raise TokenSourceError(
@@ -131,7 +130,7 @@ def read(
 def first_rows(
     stream: Any, tokens: int, every: int = 1, fillers: Fillers | None = None
 ) -> Iterator[tuple[int, NDArray[np.int32]]]:
-    """`(document, token ids)` of the first rows of a stream, until they have so many predicted tokens.
+    """`(document, token ids)` of the first rows of a stream, until they have enough predicted tokens.
 
     Args:
         every: read only documents whose number is a multiple of this, and the last of them whole; with `HELDOUT_EVERY`
@@ -158,12 +157,12 @@ def read_to_judge(stream: Any, tokens: int, every: int = 1, special_ids: Sequenc
     rows = list(first_rows(stream, tokens, every, Fillers(special_ids, special_ids)))
     kept = [(document, row) for document, row in rows if int((row != PADDING).sum()) > 1]
     if not kept:
-        raise TokenSourceError("the text has no token that another one follows: give documents of two tokens or more")
+        raise TokenSourceError("the text has no token to predict: pass documents of at least two tokens")
     return Rows(_table([row for _, row in kept]), np.array([document for document, _ in kept], dtype=np.int64))
 
 
 def first_whole_rows(text: Rows) -> Int[Tensor, "row position"]:
-    """Whole rows at the beginning of a text, in which the directions of a teacher's stream are taken."""
+    """Full rows from the beginning of a text, for computing the directions of a teacher's stream."""
     whole = text.tokens[(text.tokens != PADDING).all(1)]
     return torch.from_numpy((whole if len(whole) else text.trimmed(slice(0, 1)))[:SHOWN_ROWS].astype(np.int64))
 
@@ -171,7 +170,7 @@ def first_whole_rows(text: Rows) -> Int[Tensor, "row position"]:
 def model_inputs(
     rows: NDArray[np.int64], device: torch.device
 ) -> tuple[Int[Tensor, "row position"], Bool[Tensor, "row position"], Int[Tensor, " token"]]:
-    """Token ids [row, position], which positions have a next token to predict, and those next tokens [token]."""
+    """Token ids [row, position], a mask of the positions that have a next token, and those next tokens [token]."""
     counted = np.zeros(rows.shape, dtype=bool)
     counted[:, :-1] = rows[:, 1:] != PADDING
     labels = rows[:, 1:][counted[:, :-1]]  # on the host: on a device their number would be waited for

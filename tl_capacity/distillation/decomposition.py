@@ -1,5 +1,6 @@
-"""Decomposition of observed floors: observed(d_S) = C · predicted(d_S) + B, with intervals, and beside it everything
-else that might explain them as well.
+"""Compare observed floors with predictions: observed(d_S) = C · predicted(d_S) + B, with intervals.
+
+Every other explanation of the floors stands beside it.
 
 What knows the teacher's features and what knows none meet in a league (`league.py`), as R² of a straight line through a
 handful of points says little: 1/d alone has R² 0.992 on the published predicted floors of the paper (arXiv:2604.04037).
@@ -39,12 +40,12 @@ from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, plain, table, terminal_notes
 
 SHOWN = 3
-"""Candidates of each group that the table shows whatever they are."""
+"""How many candidates of each group the table always shows."""
 
 
 @dataclass(frozen=True)
 class Decomposition(ShownInNotebooks):
-    """Observed floors, and every candidate fitted to them; shows itself in a terminal.
+    """Observed floors, and every candidate fitted to them. It shows itself in a terminal.
 
     Attributes:
         observed: of each student, controls included.
@@ -68,18 +69,20 @@ class Decomposition(ShownInNotebooks):
 
     @property
     def unit(self) -> str:
-        """Of the prediction that was asked for."""
+        """Unit of the requested prediction."""
         return self.chosen.candidate.shape.unit
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The league of the observed floor that was asked for."""
+        """The league for the requested way to read the floor."""
         return self.leagues[self.which]
 
     @property
     def winner(self) -> Fit | None:
-        """The candidate that explains the floors best: of the sides that are ahead in their group, the best candidate
-        of the one with the smallest error. None where no side is ahead of the other.
+        """The candidate that explains the floors best; None if no side is ahead in any group.
+
+        It is the best candidate of the side that is ahead in its group. Of several such sides, the one with the
+        smallest error counts.
         """
         leaders = [group.leader for group in self.groups if group.leader is not None]
         leader = min(leaders, key=lambda side: side.error.value, default=None)
@@ -87,8 +90,9 @@ class Decomposition(ShownInNotebooks):
 
     @property
     def best(self) -> tuple[Fit | None, Fit | None]:
-        """The best candidate with C and B that knows features, and the best rival; None where there is none, or too few
-        widths to say.
+        """The best candidate that knows features and the best rival, both fitted with C and B.
+
+        Each is None if there is no such candidate, or if there are too few widths to rank them.
         """
         group = next((group for group in self.groups if group.constants == LINE.constants), None)
         sides = (None, None) if group is None else (group.features, group.rivals)
@@ -97,15 +101,17 @@ class Decomposition(ShownInNotebooks):
 
     @property
     def students(self) -> tuple[ObservedFloor, ...]:
-        """The observed floors without the controls', which no candidate is fitted to."""
+        """The observed floors without the controls. No candidate is fitted to a control."""
         return tuple(floor for floor in self.observed if floor.start != "teacher")
 
     def verdict(self) -> str:
-        """Whether knowing the teacher's features helps to predict a left-out width, by the floor that was asked for."""
+        """Whether knowing the teacher's features helps to predict a left-out width, for the requested way to read the
+        floor.
+        """
         return self.verdicts()[self.which]
 
     def verdicts(self) -> dict[str, str]:
-        """The verdict for each way to read the floor, that which was asked for first."""
+        """The verdict for each way to read the floor; the requested one comes first."""
         return {
             which: notes.verdict(self.leagues[which], notes.reading(self.observed, which), len(self.predicted))
             for which in self._readings
@@ -117,11 +123,11 @@ class Decomposition(ShownInNotebooks):
 
     @property
     def _readings(self) -> tuple[str, ...]:
-        """The ways to read the floor, that which was asked for first."""
+        """The ways to read the floor; the requested one comes first."""
         return (self.which, *(which for which in OBSERVED if which != self.which))
 
     def notes(self) -> list[str]:
-        """What a reader must know before believing the figures, the verdicts first."""
+        """What a reader must know before believing the figures; the verdicts come first."""
         floors: dict[int, list[float]] = defaultdict(list)
         for student in self.students:
             floors[student.width].append(student.taken_as(self.which).value)
@@ -135,9 +141,11 @@ class Decomposition(ShownInNotebooks):
         ]
 
     def shown(self, most: int = SHOWN) -> list[tuple[str, Fit]]:
-        """The candidates that a table needs, each with its place and the place's interval: of each group the best, the
-        best rival and the shape asked for; with C and B also every importance at the hook point and by the law asked
-        for. Without places, and no others, where there are too few widths to rank.
+        """The candidates that a table shows, each with its place and the place's interval.
+
+        These are the best of each group, the best rival, and the requested shape. With C and B fitted, every importance
+        at the requested hook point and law is shown too. With too few widths to rank, there are no places, and only the
+        predictions asked for are shown.
         """
         if not self.groups:
             return [("", fit) for fit in self.fits if fit is self.chosen or fit in self.in_nats()]
@@ -156,8 +164,9 @@ class Decomposition(ShownInNotebooks):
         return shown
 
     def in_nats(self) -> list[Fit]:
-        """The predictions in nats per token at the hook point and by the law asked for, with C and B fitted: they are
-        right where C is 1 and B is 0.
+        """The predictions in nats per token at the requested hook point and law, fitted with C and B.
+
+        Such a prediction is right if C is 1 and B is 0.
         """
         return [
             fit
@@ -166,7 +175,7 @@ class Decomposition(ShownInNotebooks):
         ]
 
     def _is_beside_chosen(self, fit: Fit) -> bool:
-        """Whether a fit is a prediction at the hook point and by the law asked for, of whatever importance."""
+        """Whether a fit is a prediction at the requested hook point and law, with any importance."""
         asked, shape = self.chosen.candidate.shape, fit.candidate.shape
         return shape.knows_features and (shape.hook, shape.law) == (asked.hook, asked.law)
 
@@ -174,7 +183,7 @@ class Decomposition(ShownInNotebooks):
         return next(fit for fit in self.fits if fit.candidate == candidate)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole result as a JSON object."""
         verdicts = self.verdicts()
         return {
             "schema": 1,
@@ -192,7 +201,7 @@ class Decomposition(ShownInNotebooks):
         }
 
     def plot(self) -> Any:
-        """A plotly figure of the observed floors with what explains them; see `report.figures.observed_figure`."""
+        """A plotly figure of the observed floors and what explains them; see `report.figures.observed_figure`."""
         from tl_capacity.distillation.figures import observed_figure
 
         return observed_figure(self.observed, self)
@@ -243,7 +252,7 @@ class Decomposition(ShownInNotebooks):
         yield from terminal_notes(self.to_json()["notes"])
 
     def _floor_cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the students, both readings of each floor side by side."""
+        """Header and rows of the students, with both readings of each floor side by side."""
         readings = {notes.reading(self.observed, which): which for which in self._readings}
         header = [
             "width",
@@ -275,7 +284,7 @@ def decompose(
     max_fvu: float | None = 1.0,
     forecasts: Sequence[Spliced | Forecasts] = (),
 ) -> Decomposition:
-    """Fit observed floors to predicted ones, and to every rival.
+    """Fit observed floors to the predicted ones and to every rival.
 
     What every registered floor predictor says is a candidate, at each hook point, importance and law that it
     distinguishes.
@@ -295,20 +304,22 @@ def decompose(
             together.
     """
     if observed not in OBSERVED:
-        raise CapacityError(f"{observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
+        raise CapacityError(
+            f"{observed!r} is not a way to read the observed floor: choose one of {', '.join(OBSERVED)}"
+        )
     advice = "decompose the floors of one teacher"
     check_students(measurement, run, advice)
     teacher = measurement.provenance.model
     for told in forecasts:
         if (other := told.about.get("model", teacher)) != teacher:
             what = "splice" if isinstance(told, Spliced) else "forecasts"
-            raise MeasurementError(f"the measurement is of {teacher!r} and the {what} of {other!r}: {advice}")
+            raise MeasurementError(f"the measurement is of {teacher!r}, but the {what} is of {other!r}: {advice}")
     asked_hook = measurement[hook] if hook is not None else measurement.hooks[len(measurement.hooks) // 2]
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
     chosen_law = plugins().capacity_laws.named(law)
     floors = observed_floors(run)
     if not run.widths:
-        raise MeasurementError("the distillation has no students but the control: distil some widths")
+        raise MeasurementError("the distillation has only the control student: distil some widths")
     predicted = hook_floors(asked_hook, run.widths, importance, chosen_law)
     parameters = {student.width: student.body_parameters for student in run if student.start != "teacher"}
     everything = forecasts_of(
@@ -337,7 +348,7 @@ def decompose_floors(
     predicted: Mapping[int, Estimate] | None = None,
     curves: Sequence[StudentCurve] = (),
 ) -> Decomposition:
-    """The same from floors and forecasts as such.
+    """Decompose from observed floors and forecasts, without a run and a measurement.
 
     Args:
         asked: predictor, hook, SAE, law and importance of the prediction that is asked for.
@@ -371,10 +382,10 @@ def _points(students: Sequence[ObservedFloor], which: str) -> Points:
 
 
 def _left_out(forecasts: Forecasts, shapes: Mapping[Any, Shape], widths: Sequence[int]) -> list[str]:
-    """A sentence for each forecast that says nothing of some width that was distilled."""
+    """A sentence for each forecast that has no floor for one of the distilled widths."""
     return [
-        f"{', '.join(filter(None, series))} says nothing of width"
-        f" {', '.join(str(width) for width in widths if width not in by_width)}, so it is no candidate"
+        f"{', '.join(filter(None, series))} has no floor at width"
+        f" {', '.join(str(width) for width in widths if width not in by_width)}, so it is not a candidate"
         for series, by_width in forecasts.series.items()
         if series not in shapes
     ]

@@ -1,4 +1,4 @@
-"""Effective capacity: how many of the teacher's features students of a width are worth for each of their dimensions.
+"""Effective capacity: how many of the teacher's features a student is worth, for each of its dimensions.
 
 The KL that students reached is looked up in the curve of the spliced teacher: so many features must pass its hook point
 for the same KL. Divided by d_S, that measures the capacity function on a language model.
@@ -35,7 +35,7 @@ from tl_capacity.show.tables import html_notes, html_table, plain, table, termin
 
 @dataclass(frozen=True)
 class EffectiveWidth:
-    """What students of one width are worth, by one curve.
+    """How many features the students of one width are worth, read from one curve.
 
     Attributes:
         hook, sae, order: of the curve.
@@ -62,7 +62,7 @@ class EffectiveWidth:
     error: Estimate
 
     def to_json(self) -> dict[str, Any]:
-        """A flat object, but for the estimates, which are three numbers each."""
+        """A flat JSON object, except that each estimate is three numbers."""
         return {
             **vars(self),
             "observed": self.observed.to_json(),
@@ -75,7 +75,7 @@ class EffectiveWidth:
 
 @dataclass(frozen=True)
 class EffectiveCapacity(ShownInNotebooks):
-    """Features per dimension that students are worth; shows itself in a terminal and a notebook.
+    """How many features per dimension students are worth. It shows itself in a terminal and a notebook.
 
     Attributes:
         rows: one for each curve and width.
@@ -88,28 +88,28 @@ class EffectiveCapacity(ShownInNotebooks):
     law: str
 
     def series(self) -> dict[tuple[str, str, str], list[EffectiveWidth]]:
-        """The rows of each curve, by its hook point, SAE and order."""
+        """The rows of each curve, by hook point, SAE and order."""
         found: dict[tuple[str, str, str], list[EffectiveWidth]] = {}
         for row in self.rows:
             found.setdefault((row.hook, row.sae, row.order), []).append(row)
         return found
 
     def verdict(self) -> list[str]:
-        """For each curve a sentence: what the students are worth, and what the law says."""
+        """A sentence for each curve: what the students are worth, and what the law says."""
         name = self.named()
         return [_verdict(name(rows[0].hook, rows[0].sae), rows, self.law) for rows in self.series().values()]
 
     def named(self) -> Callable[[str, str], str]:
-        """Names the hook point of a row, with its SAE where several stand there."""
+        """A function that names a row's hook point, with its SAE if several were spliced there."""
         return places_told_apart((row.hook, row.sae) for row in self.rows)
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting the figures."""
         name = self.named()
         beyond = [
-            f"students of width {row.width:,} reached {_nats(row.observed)}, and with every feature kept the spliced"
-            f" teacher at {name(row.hook, row.sae)} has {_nats(row.error)}: no number of this dictionary's features is"
-            " worth as much"
+            f"students of width {row.width:,} reached {_nats(row.observed)}, but even with every feature kept the"
+            f" spliced teacher at {name(row.hook, row.sae)} has {_nats(row.error)}: they are worth more than all"
+            " features of this dictionary"
             for row in self.rows
             if row.features is None
         ]
@@ -117,19 +117,19 @@ class EffectiveCapacity(ShownInNotebooks):
         notes = list(dict.fromkeys(beyond))
         if alone:
             notes.append(
-                f"width{'s' if len(alone) > 1 else ''} {', '.join(f'{width:,}' for width in alone)} had one student, so"
-                " that its interval knows nothing of other seeds"
+                f"width{'s' if len(alone) > 1 else ''} {', '.join(f'{width:,}' for width in alone)} had one student,"
+                " so the interval leaves out how seeds differ"
             )
         if any(row.features is not None and row.features.low is None for row in self.rows):
             notes.append("some numbers have no interval: splice on more text")
         return [
             *notes,
-            "a student that is not trained to its end is worth more than this says; and the upper layers of the spliced"
-            " teacher are frozen, where a student's learn to do with what is left",
+            "a student that is not fully trained is worth more than this says; also, the spliced teacher's upper"
+            " layers are frozen, while a student's learn to work with the features that are left",
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole result as a JSON object."""
         return {
             "schema": 1,
             "which": self.which,
@@ -140,7 +140,7 @@ class EffectiveCapacity(ShownInNotebooks):
         }
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a row for each curve and width."""
+        """A pandas DataFrame with one row for each curve and width."""
         import pandas
 
         names = ("observed", "features", "per_dimension", "expected", "error")
@@ -160,7 +160,7 @@ class EffectiveCapacity(ShownInNotebooks):
         )
 
     def plot(self) -> Any:
-        """A plotly figure: features per dimension against the student's width, beside the capacity law's."""
+        """A plotly figure of features per dimension against the student's width, beside the capacity law."""
         from tl_capacity.distillation.effective_figure import effective_figure
 
         return effective_figure(self)
@@ -193,7 +193,7 @@ class EffectiveCapacity(ShownInNotebooks):
         return f"{verdict}<p>{escape(_TITLE)}</p>{html_table(*self.cells())}{html_notes(self.notes())}"
 
 
-_TITLE = "Features that students are worth, for each of their dimensions [95% interval]"
+_TITLE = "Features per dimension that students are worth [95% interval]"
 
 
 @checked
@@ -207,7 +207,7 @@ def effective_capacity(
     law: str | None = None,
     observed: str = "last_tenth",
 ) -> EffectiveCapacity:
-    """Features per dimension that the students of each width are worth.
+    """How many features per dimension the students of each width are worth.
 
     Args:
         measurement: of the teacher.
@@ -237,7 +237,7 @@ def worth_of(
     law: str | None = None,
     observed: str = "last_tenth",
 ) -> EffectiveCapacity:
-    """The same from observed floors, for the curves of some hook points.
+    """Effective capacity from observed floors, for the curves of some hook points.
 
     Raises:
         CapacityError: where no curve is of one of these hook points and that order.
@@ -251,8 +251,8 @@ def worth_of(
     ]
     if not pairs:
         raise CapacityError(
-            "no curve of the splice is of such a hook point, SAE and order of this measurement: pass the measurement"
-            " that was spliced, and an order that was"
+            "the splice has no curve for this hook point, SAE and order: pass the measurement that was spliced, and"
+            " one of the splice's orders"
         )
     rows = [row for hook, curve in pairs for row in effective_widths(hook, curve, by_width, chosen)]
     return EffectiveCapacity(tuple(rows), observed, chosen.name)
@@ -261,7 +261,7 @@ def worth_of(
 def effective_widths(
     hook: HookMeasurement, curve: SplicedCurve, by_width: ByWidth, law: CapacityLaw
 ) -> list[EffectiveWidth]:
-    """What students of each width are worth, by one curve of one hook point.
+    """How many features the students of each width are worth, by one curve of one hook point.
 
     Documents of the splice and observed floors are drawn independently. Where both are of the same text, what is easy
     in one is easy in the other, and the interval is too wide rather than too narrow.
@@ -305,17 +305,17 @@ def _nats(estimate: Estimate) -> str:
 
 
 def _verdict(place: str, rows: Sequence[EffectiveWidth], law: str) -> str:
-    """What students are worth by one curve, in a sentence."""
+    """One sentence: what students are worth by one curve, beside the capacity law."""
     worth = {row.width: row.per_dimension for row in rows if row.per_dimension is not None}
-    where = f"At {place}, features in the order of {rows[0].order}:"
+    where = f"At {place}, with features ordered by {rows[0].order}:"
     if not worth:
-        return f"{where} students of no width are worth a number of features that the dictionary has"
+        return f"{where} students of every width are worth more than all features of the dictionary"
     values = [estimate.value for estimate in worth.values()]
     said = f"{values[0]:.3g}" if len(values) == 1 else f"{min(values):.3g} to {max(values):.3g}"
     expected = [row.expected.value for row in rows if row.width in worth]
     low, high = f"{min(expected):.3g}", f"{max(expected):.3g}"
     between = f"width {min(worth):,}" if len(worth) == 1 else f"widths {min(worth):,} to {max(worth):,}"
     return (
-        f"{where} students of {between} are worth {said} features a dimension, where {law} says"
+        f"{where} students of {between} are worth {said} features per dimension; {law} says"
         f" {low if low == high else f'{low} to {high}'}"
     )

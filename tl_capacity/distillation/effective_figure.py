@@ -1,4 +1,4 @@
-"""The figure of effective capacity: features per dimension that students are worth, beside what a capacity law says."""
+"""The figure of effective capacity: features per dimension that students are worth, beside the capacity law."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tl_capacity.show.figures import (
 
 @runtime_checkable
 class Effective(Protocol):
-    """What a figure needs of an `EffectiveCapacity`."""
+    """The parts of an `EffectiveCapacity` that its figure needs."""
 
     @property
     def law(self) -> str: ...
@@ -31,8 +31,9 @@ class Effective(Protocol):
 
 
 def effective_figure(found: Effective) -> go.Figure:
-    """Features per dimension against the student's width, a colour for each curve, with 95% intervals; dotted, what the
-    capacity law says.
+    """Features per dimension against the student's width, one colour for each curve, with 95% intervals.
+
+    Dotted lines show what the capacity law says.
 
     Raises:
         CapacityError: where students of no width are worth a number of features.
@@ -40,7 +41,7 @@ def effective_figure(found: Effective) -> go.Figure:
     series = found.series()
     if all(row.per_dimension is None for rows in series.values() for row in rows):
         raise CapacityError(
-            "students of no width are worth a number of features that the dictionary has: splice one that reconstructs"
+            "students of every width are worth more than all features of the dictionary: splice one that reconstructs"
             " better"
         )
     figure, labels = new_figure(), distinct_labels(list(series))

@@ -1,4 +1,4 @@
-"""All students of a distillation as one module, what a step trains them by and what they are judged by."""
+"""All students of a distillation as one module, with their training loss and their held-out loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from tl_capacity.runtime.seeds import seeded
 
 
 class Students(nn.Module):
-    """All students, and what each learns beside itself, as one module: so DDP sums all their gradients in one pass.
+    """All students, with the maps and readouts that each learns, as one module.
+
+    So DDP sums all their gradients in one pass.
 
     Attributes:
         hooks: where teacher and students are read, besides their last hidden states.
@@ -62,7 +64,7 @@ class Students(nn.Module):
         teacher: Output,
         total: int,
     ) -> Float[Tensor, " student"]:
-        """The training loss of each student, in float64: its sum over these tokens, divided by `total`."""
+        """The training loss of each student in float64: the sum over these tokens, divided by `total`."""
         hooks = tuple(dict.fromkeys((*self.hooks, *(each.hook for each in self.kept))))
         outputs = [output_of(model, tokens, counted, hooks) for model in self.models]
         losses = chunked_losses(
@@ -74,7 +76,7 @@ class Students(nn.Module):
         return losses + sum(term for term in terms if term is not None)
 
     def _matched(self, teacher: Output, outputs: Sequence[Output], total: int) -> Float[Tensor, " student"] | None:
-        """What each student's hidden states add to its loss."""
+        """The loss that each student pays for its hidden states."""
         if not self.hooks:
             return None
         matched = []
@@ -93,7 +95,7 @@ class Students(nn.Module):
         return torch.stack(matched)
 
     def _told(self, teacher: Output, outputs: Sequence[Output], total: int) -> Float[Tensor, " student"] | None:
-        """What the features that each student is to keep add to its loss; their latents are made once for all."""
+        """The loss that each student pays for the features to keep. All students share their latents."""
         if not self.kept:
             return None
         latents = [each.latents(teacher.states[each.state]) for each in self.kept]
@@ -122,8 +124,8 @@ def _width_at(student: Any, hook: str) -> int:
     width = find_tap_point(student, hook).width
     if width is None:
         raise HookPointError(
-            f"features cannot be kept at {hook!r}, as no configuration says how wide a student is there: choose a hook"
-            " point such as blocks.1.hook_resid_post"
+            f"features cannot be kept at {hook!r}, because no configuration says how wide a student is there: choose a"
+            " hook point such as blocks.1.hook_resid_post"
         )
     return width
 
@@ -132,8 +134,10 @@ def _width_at(student: Any, hook: str) -> int:
 def heldout_losses(
     teacher: Any, students: Students, held: Rows, settings: DistillSettings, accelerator: Any
 ) -> list[list[float]]:
-    """Forward KL from the teacher at T = 1 on the held-out rows, a sum in nats for each student and each part of the
-    text: `batch_rows` rows that follow one another [part, student].
+    """Forward KL from the teacher at T = 1 on the held-out rows, in nats, for each student and each part of the text
+    [part, student].
+
+    It is a sum over the tokens of a part. A part is `batch_rows` consecutive rows.
     """
     students.eval()
     starts = range(0, len(held.tokens), settings.batch_rows)

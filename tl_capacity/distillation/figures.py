@@ -34,7 +34,7 @@ from tl_capacity.show.palette import COLOURS
 
 @runtime_checkable
 class Explained(Protocol):
-    """What a figure of observed floors needs of a `Decomposition`."""
+    """The parts of a `Decomposition` that the figure of observed floors needs."""
 
     @property
     def which(self) -> str: ...
@@ -49,8 +49,10 @@ class Explained(Protocol):
 def observed_figure(
     floors: Sequence[ObservedFloor], decomposition: Explained | None = None, which: str = "last_tenth"
 ) -> go.Figure:
-    """Observed floors against width, with their 95% intervals; of a decomposition also the prediction asked for, the
-    best candidate that knows features and the best rival, each with two fitted constants.
+    """Observed floors against width, with their 95% intervals.
+
+    A decomposition adds three curves: the requested prediction, the best candidate that knows features, and the best
+    rival. Each has two fitted constants.
 
     Args:
         which: "last_tenth", or "fit" for L∞; a decomposition has its own.
@@ -60,7 +62,7 @@ def observed_figure(
     """
     students = sorted((f for f in floors if f.start != "teacher"), key=lambda f: f.width)
     if not students:
-        raise CapacityError("the distillation has no students but the control: distil some widths")
+        raise CapacityError("the distillation has only the control student: distil some widths")
     figure, which = new_figure(), decomposition.which if decomposition is not None else which
     values = [student.taken_as(which) for student in students]
     figure.add_scatter(
@@ -103,8 +105,9 @@ def observed_figure(
 
 
 def curves_figure(run: Iterable[StudentCurve], floors: Sequence[ObservedFloor] | None = None) -> go.Figure:
-    """Held-out KL of every student against the tokens it was trained on, a colour for each width, with the fit L∞ +
-    a·t^−b and its asymptote L∞.
+    """Held-out KL of every student against the tokens it was trained on, one colour for each width.
+
+    Each curve has its fit L∞ + a·t^−b and the asymptote L∞.
 
     Raises:
         CapacityError: where no student was evaluated after the start.
@@ -161,14 +164,14 @@ def curves_figure(run: Iterable[StudentCurve], floors: Sequence[ObservedFloor] |
 
 
 def _what_was_observed(students: Sequence[ObservedFloor], which: str) -> str:
-    """What the points of a figure are."""
+    """What the points of a figure show, in words."""
     if all(student.start == GIVEN for student in students):
         return "observed, as they came"
     return "observed, L∞ of the fit" if which == "fit" else "observed, mean of the last tenth"
 
 
 def _drawn_fits(decomposition: Explained | None) -> list[tuple[Fit, str]]:
-    """The fits worth a line, each with its role; a fit that has two is drawn once."""
+    """The fits that are drawn, each with its role. A fit with two roles is drawn once."""
     if decomposition is None:
         return []
     features, rival = decomposition.best
@@ -181,5 +184,5 @@ def _drawn_fits(decomposition: Explained | None) -> list[tuple[Fit, str]]:
 
 
 def _width_of(student: StudentCurve) -> tuple[bool, int]:
-    """What students of one colour share: whether they are the control, and their width."""
+    """What students of one colour share: their width, and whether they are controls."""
     return student.start == "teacher", student.width

@@ -1,4 +1,4 @@
-"""Fits of candidates to observed floors by least squares, with intervals and the error at a width that was left out."""
+"""Least-squares fits of candidates to observed floors, with intervals and leave-one-width-out errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from tl_capacity.distillation.candidates import Candidate, Form, Points
 from tl_capacity.results.estimate import Estimate, percentile_estimate
 
 EXPONENTS = np.geomspace(0.02, 8, 40)
-"""Among which the exponent of a power law is looked for: 17% apart."""
+"""Exponents tried for a power law, 17% apart."""
 REFINEMENTS = (1.0, 0.1)
-"""Then the top of a parabola through three exponents, so many times that distance apart, is taken, once for each."""
+"""Steps of the refinement: each takes the top of a parabola through three exponents, this multiple of the grid's step
+apart.
+"""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A candidate, fitted.
+    """A candidate with its fitted constants.
 
     Attributes:
         c, b: C and B with 95% intervals (bootstrap over widths and, within a width, over seeds), C in nats per token
@@ -46,7 +48,7 @@ class Fit:
         return "too few widths" if self.error is None else f"{self.error:.4f}"
 
     def to_json(self) -> dict[str, Any]:
-        """A flat object."""
+        """The fit as a flat JSON object."""
         shape = self.candidate.shape
         return {
             "name": self.candidate.name,
@@ -66,7 +68,7 @@ class Fit:
 
 
 def fit_candidates(candidates: Sequence[Candidate], points: Points, replicates: NDArray[np.float64]) -> list[Fit]:
-    """Fit candidates by least squares, every student counting the same.
+    """Fit candidates by least squares. Every student has the same weight.
 
     Args:
         replicates: [replicate, student] how often each student counts, as `group_resamples` of the widths draws it.
@@ -81,7 +83,7 @@ def fit_candidates(candidates: Sequence[Candidate], points: Points, replicates: 
 def _fit_form(
     form: Form, candidates: Sequence[Candidate], points: Points, replicates: NDArray[np.float64]
 ) -> list[Fit]:
-    """Candidates that have the same constants to fit."""
+    """Fit candidates that have the same free constants."""
     widths, at_width = np.unique(points.widths, return_inverse=True)
     of_width = np.eye(len(widths))[at_width]
     x = np.stack([candidate.shape.at(widths) for candidate in candidates])
@@ -113,7 +115,7 @@ def _fit(
     misses: NDArray[np.float64] | None,
     has_c: bool,
 ) -> Fit:
-    """A fit from what was solved.
+    """The fit of one candidate, from the solved constants.
 
     Args:
         values: C · x^s + B of each student.
@@ -141,7 +143,7 @@ def _fit(
 
 
 def values_at(numbers: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """C · x^s + B [..., width] of numbers `[C, B, s]` [..., 3]."""
+    """C · x^s + B [..., width] for the constants `[C, B, s]` [..., 3]."""
     c, b, s = np.moveaxis(numbers[..., None, :], -1, 0)
     return np.asarray(c * x**s + b)
 
@@ -149,7 +151,7 @@ def values_at(numbers: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[n
 def solve(
     form: Form, x: NDArray[np.float64], counts: NDArray[np.float64], totals: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """`[C, B, s]` by least squares, every student counting the same [row, shape, replicate, 3].
+    """`[C, B, s]` [row, shape, replicate, 3] by least squares. Every student has the same weight.
 
     Args:
         x: [shape, width], not negative.
@@ -175,8 +177,9 @@ def solve(
 def _lines(
     x: NDArray[np.float64], counts: NDArray[np.float64], totals: NDArray[np.float64], free_b: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`(C, B)` [row, shape, replicate] of least-squares lines, through zero where B is not free; C is 0 where nothing
-    tells what it is, as where x is the same everywhere.
+    """`(C, B)` [row, shape, replicate] of least-squares lines, through zero if B is not free.
+
+    C is 0 if nothing determines it, as when x is the same everywhere.
 
     Args:
         x: [row or 1, shape, replicate or 1, width].
@@ -190,8 +193,9 @@ def _lines(
 def _moments(
     x: NDArray[np.float64], counts: NDArray[np.float64], totals: NDArray[np.float64], centred: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Mean of x, Σ (x − mean)·y and Σ (x − mean)², each [row, shape, replicate or 1], or without the mean; the last is
-    0 where it is what rounding leaves of 0.
+    """Mean of x, Σ (x − mean)·y and Σ (x − mean)², each [row, shape, replicate or 1].
+
+    Without `centred` the mean is not subtracted. The last sum is 0 if only rounding errors are left of it.
     """
     mean_x = np.einsum("rskw,rw->rsk", x, counts) / counts.sum(1)[:, None, None]
     moved = x - mean_x[..., None] if centred else np.broadcast_to(x, (len(counts), *x.shape[1:]))
@@ -205,10 +209,10 @@ def _moments(
 def _exponents(
     x: NDArray[np.float64], counts: NDArray[np.float64], totals: NDArray[np.float64], free_b: bool
 ) -> NDArray[np.float64]:
-    """The exponents [row, shape, replicate] whose power of x leaves the least to a straight line."""
+    """The exponents [row, shape, replicate] whose power of x a straight line fits best."""
 
     def explained(powers: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What each line explains of the sum of squares."""
+        """How much of the sum of squares each line explains."""
         _, products, spread = _moments(powers, counts, totals, free_b)
         return np.divide(np.square(products), spread, out=np.zeros_like(products), where=spread > 0)
 

@@ -1,5 +1,6 @@
-"""Judged: how a student that is there predicts held-out text beside its teacher, document by document, and the figures
-that follow with their intervals; read without importing torch.
+"""Judged: how a finished student predicts held-out text beside its teacher, document by document.
+
+The figures that follow have intervals over documents. It is read without importing torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from tl_capacity.results.estimate import Estimate, cluster_bootstrap
 
 MEANS = ("kl", "cross_entropy", "teacher_cross_entropy", "agreement")
-"""What is a mean over the predicted tokens of each document."""
+"""The figures that are means over the predicted tokens of each document."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Judged:
 
     @cached_property
     def figures(self) -> dict[str, Estimate]:
-        """Means over all tokens, with 95% intervals from a bootstrap over documents: those of `MEANS`, and
-        `above_teacher`, how much the student's cross-entropy exceeds its teacher's.
+        """Means over all tokens, with 95% intervals from a bootstrap over documents.
+
+        They are those of `MEANS` and `above_teacher`: the student's cross-entropy less its teacher's.
         """
         columns = {name: np.array(getattr(self, name)) for name in MEANS}
         columns["above_teacher"] = columns["cross_entropy"] - columns["teacher_cross_entropy"]
@@ -53,7 +55,7 @@ class Judged:
         )
 
     def flat(self) -> dict[str, float | None]:
-        """The figures in one row: of each its value, and `NAME low` and `NAME high`."""
+        """The figures as one row: each value, then `NAME low` and `NAME high`."""
         return {
             key: end
             for name, figure in self.figures.items()
@@ -64,17 +66,17 @@ class Judged:
     def of_sums(
         cls, documents: NDArray[np.int64], tokens: NDArray[np.int64], sums: Mapping[str, NDArray[np.float64]]
     ) -> Judged:
-        """From the sums over each document's predicted tokens [document], by the names in `MEANS`."""
+        """From sums over each document's predicted tokens [document], keyed by the names in `MEANS`."""
         means = (tuple((sums[name] / tokens).tolist()) for name in MEANS)
         return cls(tuple(documents.tolist()), tuple(tokens.tolist()), *means)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole result as a JSON object."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Judged:
-        """What `to_json` wrote.
+        """The result that `to_json` wrote.
 
         Raises:
             ValueError, KeyError, TypeError: where it is damaged.
@@ -83,5 +85,5 @@ class Judged:
         judged = cls(documents, tokens, *(tuple(map(float, content[name])) for name in MEANS))
         lengths = {len(getattr(judged, name)) for name in ("documents", "tokens", *MEANS)}
         if len(lengths) != 1 or not judged.tokens or min(judged.tokens) < 1:
-            raise ValueError("its figures are not of the same documents, or of none")
+            raise ValueError("its figures are of different documents, or of none")
         return judged

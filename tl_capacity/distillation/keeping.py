@@ -1,5 +1,5 @@
-"""Keeping chosen features: what the teacher's dictionaries say of them, and the readout by which a student is trained
-to tell them.
+"""Keep chosen features: what the teacher's dictionaries say of them, and the readout that trains students to
+keep them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tl_capacity.runtime.devices import exact
 from tl_capacity.runtime.logs import log
 
 SEEN_TOKENS = 32_768
-"""Tokens of the training text on which firing rates are taken, at most."""
+"""Most tokens of training text from which firing rates are taken."""
 SEEN_NUMBERS = 2**24
-"""Activations, or latents of chosen features, of these tokens that are in memory at once, at most: 64 MB."""
+"""Most activations of these tokens, or latents of chosen features, in memory at once: 64 MB."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,18 @@ class Kept:
 
     @property
     def hook(self) -> str:
-        """Where students are read."""
+        """The hook point at which students are read."""
         return self.wanted.hook
 
     @property
     def state(self) -> str:
-        """What the teacher's activations there are called, beside those that hidden states are matched to."""
+        """The name of the teacher's activations there, so that they differ from matched hidden states."""
         return f"features at {self.hook}"
 
     def new_readout(self, width: int) -> nn.Linear:
-        """A readout of a student's activations that knows each feature's rate and mean and nothing else: logits of
-        firing, and behind them values.
+        """A new readout of a student's activations: logits of firing, then values.
+
+        It starts with each feature's firing rate and mean, and knows nothing else.
         """
         readout, rate = nn.Linear(width, 2 * len(self.latents.features)), self.latents.rate
         nn.init.zeros_(readout.weight)
@@ -71,7 +72,7 @@ class Kept:
     def loss(
         self, readout: Float[Tensor, "token told"], latents: Float[Tensor, "token chosen"], total: int
     ) -> Float[Tensor, ""]:
-        """The weighted loss of what a readout says of some tokens, in float64: its sum, divided by `total`."""
+        """The weighted loss of a readout on some tokens, in float64: the sum, divided by `total`."""
         logits, values = readout.float().chunk(2, dim=-1)
         rate, square = (each.to(latents) for each in (self.latents.rate, self.latents.square))
         told = feature_loss(logits, values, latents, rate, square)
@@ -81,8 +82,9 @@ class Kept:
 def dictionaries_of(
     teacher: Any, keep: Sequence[KeepFeatures], saes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The dictionary at each hook point where features are to be kept: one that was given, else the one that comes with
-    the teacher.
+    """The dictionary at each hook point where features are to be kept.
+
+    A given dictionary comes first, then the one that the teacher brings.
 
     Raises:
         CapacityError: where there is none, or it cannot be read as it is.
@@ -100,8 +102,8 @@ def dictionaries_of(
         else:
             known = ", ".join({**bundled, **(saes or {})}) or "none"
             raise CapacityError(
-                f"there is no dictionary at {hook!r} whose features could be kept (there is one at: {known}): pass it"
-                " with --sae, or in Python as saes"
+                f"there is no dictionary at {hook!r} to keep features of (dictionaries are at: {known}): pass one with"
+                " --sae, or as saes in Python"
             )
         check_dictionary(sae, hook)
         loaded[hook] = sae
@@ -117,7 +119,8 @@ def digests_of(saes: Mapping[str, Any]) -> dict[str, str]:
 def features_to_keep(
     model: Any, keep: Sequence[KeepFeatures], saes: Mapping[str, Any], text: Rows, batch_rows: int
 ) -> tuple[Kept, ...]:
-    """What the teacher's dictionaries say of the features that students are to keep, on the beginning of a text.
+    """The features that students are to keep, with what the teacher's dictionaries say of them on the beginning of a
+    text.
 
     Args:
         model: the teacher, in evaluation mode.
@@ -139,21 +142,22 @@ def features_to_keep(
             named = ", ".join(f"{feature:,}" for feature in latents.silent[:5])
             named += f" and {len(latents.silent) - 5:,} more" if len(latents.silent) > 5 else ""
             log.warning(
-                f"{wanted.hook}: of the features to keep, {named} never fire on {latents.tokens:,} tokens of the text,"
-                " and nothing is done for them: train on text on which they do"
+                f"{wanted.hook}: features {named} never fire on {latents.tokens:,} tokens of the text, so"
+                " students cannot learn to keep them: train on text on which they fire"
             )
         if latents.agreement < 1:
             log.info(
-                f"{wanted.hook}: latents compete in this dictionary, and thresholds of the"
-                f" {len(wanted.features):,} chosen features give {latents.agreement:.1%} of their firings"
+                f"{wanted.hook}: latents compete in this dictionary, so thresholds stand in for the competition; those"
+                f" of the {len(wanted.features):,} chosen features give {latents.agreement:.1%} of their firings"
             )
         kept.append(Kept(wanted, reading.point, latents))
     return tuple(kept)
 
 
 def over_budget(kept: Sequence[Kept], widths: Sequence[int], teacher_width: int) -> list[str]:
-    """A sentence for each width that is to keep more features than the default capacity law gives it, by the sparsity
-    that the text showed.
+    """A warning for each width that should keep more features than the default capacity law allows.
+
+    The law uses the sparsity that the text showed.
     """
     law, notes = plugins().capacity_laws.default, []
     for each in kept:
@@ -166,30 +170,30 @@ def over_budget(kept: Sequence[Kept], widths: Sequence[int], teacher_width: int)
             budget, chosen = kept_features(law, width, at), len(each.wanted.features)
             if chosen > budget:
                 notes.append(
-                    f"{chosen:,} features are to be kept at {each.hook}, and the capacity law {law.name!r} gives a"
-                    f" student of width {width:,} only {budget:,}: expect that not all of them stay"
+                    f"{chosen:,} features are to be kept at {each.hook}, but the capacity law {law.name!r} gives a"
+                    f" student of width {width:,} only {budget:,}: expect that some are lost"
                 )
     return notes
 
 
 def drowned(students: Sequence[StudentCurve]) -> list[str]:
-    """A sentence for each student whose held-out KL has just risen above the one that it started with."""
+    """A warning for each student whose held-out KL has just risen above its first value."""
     return [
         f"the held-out KL of {student.name} is {student.heldout_kl[-1]:.4g} nats per token after"
-        f" {student.tokens[-1]:,} tokens, and was {student.heldout_kl[0]:.4g} before the first: the features to keep"
-        " drown it, choose a lower --keep-weight"
+        f" {student.tokens[-1]:,} tokens, but was {student.heldout_kl[0]:.4g} before training: the features to keep"
+        " outweigh the distillation, so choose a lower --keep-weight"
         for student in students
         if student.start != "teacher" and risen(student.heldout_kl) and not risen(student.heldout_kl[:-1])
     ]
 
 
 def risen(losses: Sequence[float]) -> bool:
-    """Whether the last of a student's held-out losses is above the first."""
+    """Whether a student's last held-out loss is above its first."""
     return len(losses) > 1 and losses[-1] > losses[0]
 
 
 def _activations(model: Any, point: TapPoint, text: Rows, batch_rows: int, chosen: int) -> Float[Tensor, "token ..."]:
-    """What the dictionary reads on the first rows of a text, on the tokens that have a next one."""
+    """What the dictionary reads on the first rows of a text, at the tokens that have a next one."""
     device, parts, tokens, most = next(model.parameters()).device, [], 0, SEEN_TOKENS
     for start in range(0, len(text.tokens), batch_rows):
         ids, counted, _ = model_inputs(text.trimmed(slice(start, start + batch_rows)), device)

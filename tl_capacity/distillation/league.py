@@ -1,5 +1,7 @@
-"""The league: do candidates that know the teacher's features predict the floor of a left-out width better than those
-that know none, with as many fitted constants and as many tries?
+"""The league: does knowing the teacher's features help to predict the floor of a left-out width?
+
+Candidates that know features are compared with candidates that know none, with as many fitted constants and as many
+tries.
 
 Candidates meet by how many constants they fit. Each side's candidate is chosen inside the fold (nested
 cross-validation; Cawley & Talbot 2010, JMLR 11): for each left-out width, it is the one with the smallest
@@ -30,13 +32,13 @@ from tl_capacity.distillation.left_out import Errors, errors_of
 from tl_capacity.results.estimate import Estimate
 
 MIN_WIDTHS = 5
-"""Fewer widths than this cannot tell a law with two or three free numbers from another."""
+"""With fewer widths, laws with two or three free constants cannot be told apart."""
 WIDTH_DRAWS = 10_000
-"""Of the bootstrap over left-out widths, as its outer percentiles are needed."""
+"""Bootstrap draws of left-out widths; many, because outer percentiles are needed."""
 PLACE_DRAWS = 500
-"""The same for the places of candidates."""
+"""Bootstrap draws for the places of candidates."""
 FEATURES, RIVALS, NEITHER = "features", "rivals", "not distinguishable"
-"""Which side is ahead."""
+"""The side that is ahead."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Side:
     chosen: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The side as a JSON object."""
         return {
             "best": self.best.name,
             "error": self.error.to_json(),
@@ -90,8 +92,9 @@ class Group:
 
     @property
     def ahead(self) -> str | None:
-        """`FEATURES` or `RIVALS` where the 95% interval of the difference says so, both with equally many tries and
-        with each side's own; else `NEITHER`. None where there is one side.
+        """`FEATURES`, `RIVALS` or `NEITHER`; None if there is only one side.
+
+        A side is ahead if the 95% interval of the difference says so, both with equal tries and with each side's own.
         """
         if self.difference is None:
             return None
@@ -107,7 +110,7 @@ class Group:
         return {FEATURES: self.features, RIVALS: self.rivals}.get(self.ahead or "")
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The group as a JSON object."""
         equal, own = self.difference or (None, None)
         return {
             "constants": self.constants,
@@ -122,7 +125,7 @@ class Group:
 
 
 def league(candidates: Sequence[Candidate], points: Points, noise: NDArray[np.float64]) -> tuple[Group, ...]:
-    """The groups with a candidate, by the number of fitted constants; none below five widths.
+    """Candidates in groups by their number of fitted constants; no groups below five widths.
 
     Args:
         noise: [replicate, width] what is added to the mean observed floor of each width in a replicate of the
@@ -139,7 +142,7 @@ def league(candidates: Sequence[Candidate], points: Points, noise: NDArray[np.fl
 
 
 def _group(constants: int, candidates: Sequence[Candidate], points: Points, noise: NDArray[np.float64]) -> Group:
-    """One group, its sides made equal in tries."""
+    """One group, with equal tries for both sides."""
     features, rivals = (
         errors_of([c for c in candidates if c.shape.knows_features == knows], points, noise) for knows in (True, False)
     )
@@ -161,7 +164,7 @@ def _group(constants: int, candidates: Sequence[Candidate], points: Points, nois
 
 
 def _side(side: Errors, many: Errors, tries: int | None = None) -> Side:
-    """What a reader is told of a side.
+    """The figures of one side.
 
     Args:
         many: its candidates with those that were added to have as many as the other side.
@@ -173,7 +176,7 @@ def _side(side: Errors, many: Errors, tries: int | None = None) -> Side:
 
 
 def _resampled(nested: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Root mean square error [draw] over left-out widths drawn with replacement, of each replicate equally often.
+    """Root mean square error [draw] over left-out widths drawn with replacement, each replicate equally often.
 
     The draws are the same for whatever is compared, so that it is compared in pairs.
     """
@@ -185,13 +188,13 @@ def _resampled(nested: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=8)
 def _width_draws(widths: int, replicates: int, least: int) -> NDArray[np.float64]:
-    """How often each width is drawn [replicate, draw, width], in at least so many draws over all replicates."""
+    """How often each width is drawn [replicate, draw, width], with at least `least` draws over all replicates."""
     size = (replicates, -(-least // replicates))
     return np.random.default_rng(0).multinomial(widths, np.full(widths, 1 / widths), size=size).astype(np.float64)
 
 
 def _interval(nested: NDArray[np.float64], less: NDArray[np.float64] | None = None) -> Estimate:
-    """The root mean square error over widths with its 95% interval, or how much it is above another's.
+    """The root mean square error over widths with its 95% interval, or its difference from another one.
 
     A bootstrap over few widths is too narrow, so its percentiles are expanded to what a t interval would have
     (Hesterberg 2015, arXiv:1411.5279, section 3.2).
@@ -206,7 +209,9 @@ def _interval(nested: NDArray[np.float64], less: NDArray[np.float64] | None = No
 
 
 def _places(sides: Sequence[Errors]) -> dict[Candidate, Estimate]:
-    """The place of each candidate by its leave-one-width-out error, with its 95% interval; equals share one."""
+    """The place of each candidate by its leave-one-width-out error, with its 95% interval. Equal candidates share a
+    place.
+    """
     everybody = [candidate for side in sides for candidate in side.candidates]
     outer = np.concatenate([side.outer for side in sides], 1)
     distinct = np.concatenate([np.isin(np.arange(len(side.candidates)), side.distinct) for side in sides])
@@ -225,6 +230,6 @@ def _places(sides: Sequence[Errors]) -> dict[Candidate, Estimate]:
 
 
 def _ranks(errors: NDArray[np.float64], distinct: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """One more than how many different candidates are better [draw, candidate]."""
+    """One plus the number of different candidates that are better [draw, candidate]."""
     better = np.sort(errors[:, distinct], axis=1)
     return np.stack([1 + np.searchsorted(row, each * (1 - 1e-9)) for row, each in zip(better, errors, strict=True)])

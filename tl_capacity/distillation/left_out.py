@@ -1,4 +1,4 @@
-"""Errors of candidates at widths that were left out, on the observed floors and on replicates of them."""
+"""Errors of candidates at left-out widths, on the observed floors and on bootstrap replicates of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.results.estimate import MIN_GROUPS_FOR_INTERVAL
 
 NOISE_DRAWS = 32
-"""Replicates of the observed floors; in each, every candidate is fitted and chosen anew."""
+"""Replicates of the observed floors. In each, all candidates are fitted and chosen anew."""
 SAME = 6
-"""Decimals, as shares of the largest floor, to which the predictions of candidates agree that count as one try."""
+"""Candidates count as one try if their predictions agree to this many decimals, as shares of the largest floor."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Errors:
 
     @property
     def tries(self) -> int:
-        """How many candidates differ."""
+        """The number of different candidates."""
         return len(self.distinct)
 
     @property
@@ -48,7 +48,7 @@ class Errors:
         return self.candidates[int(self.outer[:, :, 0].mean(0).argmin())]
 
     def joined(self, other: Errors) -> Errors:
-        """The candidates of both, all of which differ."""
+        """The candidates of both sides; all of the other side's differ from these."""
         return Errors(
             (*self.candidates, *other.candidates),
             np.concatenate([self.outer, other.outer], 1),
@@ -57,7 +57,7 @@ class Errors:
         )
 
     def nested(self, tries: int | None = None) -> NDArray[np.float64]:
-        """Squared error at each left-out width [width, replicate] of the candidate chosen without it.
+        """Squared error at each left-out width [width, replicate], of the candidate chosen without that width.
 
         With fewer tries than there are candidates, it is the mean over all subsets of so many, in closed form: the j-th
         best of n is the best of a subset of k with probability C(n − j, k − 1) / C(n, k).
@@ -67,13 +67,13 @@ class Errors:
         return np.asarray(np.tensordot(ordered, best_of_subset(self.tries, tries or self.tries), (1, 0)))
 
     def chosen(self) -> list[Candidate]:
-        """The candidate that is chosen for each left-out width without it."""
+        """The candidate that is chosen without each width."""
         places = self.distinct[self.inner[:, self.distinct, 0].argmin(1)]
         return [self.candidates[place] for place in places]
 
 
 def errors_of(candidates: Sequence[Candidate], points: Points, noise: NDArray[np.float64]) -> Errors | None:
-    """The errors of some candidates that fit equally many constants; None of no candidate."""
+    """The errors of candidates with the same number of fitted constants; None without candidates."""
     if not candidates:
         return None
     widths, counts = np.unique(points.widths, return_counts=True)
@@ -102,7 +102,9 @@ def mean_floors(points: Points) -> NDArray[np.float64]:
 
 
 def best_of_subset(candidates: int, tries: int) -> NDArray[np.float64]:
-    """The probability [candidate] of each candidate, best first, to be the best of a random subset of so many."""
+    """The probability [candidate] of being the best of a random subset of `tries`, for candidates in order,
+    best first.
+    """
     probabilities = np.zeros(candidates)
     probabilities[0] = tries / candidates
     for place in range(1, candidates - tries + 1):
@@ -113,7 +115,7 @@ def best_of_subset(candidates: int, tries: int) -> NDArray[np.float64]:
 def _misses(
     form: Form, x: NDArray[np.float64], counts: NDArray[np.float64], floors: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Observed less predicted floor [left-out width, width, shape, replicate] at a width that is left out as well.
+    """Observed less predicted floor at a second left-out width [left-out width, width, shape, replicate].
 
     Args:
         x: [shape, width].
@@ -139,8 +141,10 @@ def _misses(
 def floor_noise(
     students: Sequence[ObservedFloor], which: str, curves: Iterable[StudentCurve] = ()
 ) -> NDArray[np.float64]:
-    """What the mean observed floors of the widths may be off by [replicate, width]: how seeds differ, how well each
-    curve says its floor, and which documents the students were judged on.
+    """Random errors of the mean observed floors of the widths [replicate, width].
+
+    They come from three sources: the seeds, the fit of each curve, and the choice of documents that students were
+    judged on.
 
     A width seldom has many seeds, so deviations from the mean of a width are pooled over all widths that have several
     (each times √(n/(n − 1)), as the mean took one degree of freedom), and each student draws one. To that comes normal
@@ -173,8 +177,9 @@ def floor_noise(
 
 
 def text_noise(students: Sequence[ObservedFloor], curves: Iterable[StudentCurve]) -> NDArray[np.float64] | None:
-    """How far each student's loss on a resample of the parts of the held-out text is from that on all of it [replicate,
-    student]; None where the students were not judged on the same parts, or on fewer than eight.
+    """How far each student's loss moves when the parts of the held-out text are resampled [replicate, student].
+
+    None if the students were not judged on the same parts, or on fewer than eight.
     """
     by_name = {curve.name: curve.kl_by_part() for curve in curves}
     parts = [part for student in students if (part := by_name.get(student.name)) is not None]

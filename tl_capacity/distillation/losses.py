@@ -1,5 +1,6 @@
-"""Losses of distillation: how far a student's next-token distribution is from its teacher's, from hidden states, a
-chunk of tokens at a time.
+"""Losses of distillation: how far a student's next-token distribution is from its teacher's.
+
+They are computed from hidden states, a chunk of tokens at a time.
 
 A divergence is a plain function from log-probabilities to its value and its gradient. `chunked_losses` takes the
 gradient in the forward pass, so that the logits of a whole batch never exist, and computes the teacher's distribution
@@ -28,13 +29,12 @@ from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 
 CACHED = 2**17
-"""Logits that a processor core is given at once, for all that is done to them between two matrix products, so that they
-are still in its cache.
-"""
+"""How many logits a processor core handles at once between two matrix products, so that they stay in its cache."""
 
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`(log_p, p, log_q, q)` → value [token] and gradient [token, vocabulary] with respect to the student's logits, in
-place of `q`; overwrites `log_q` too.
+"""`(log_p, p, log_q, q)` → value [token] and gradient [token, vocabulary] with respect to the student's logits.
+
+The gradient takes the place of `q`. `log_q` is overwritten too.
 """
 
 Probabilities = Float[Tensor, "token vocabulary"]
@@ -89,12 +89,12 @@ def divergence_of(loss: LogitLoss) -> Divergence:
 
 
 HELDOUT_LOSS = LogitLoss()
-"""What a student is judged by, whatever it was trained with: forward KL at T = 1, in nats per token."""
+"""The loss that every student is judged by, whatever it was trained with: forward KL at T = 1, in nats per token."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a language model says about some tokens.
+    """A language model's hidden states and head at some tokens.
 
     Attributes:
         hidden: hidden states behind its last norm.
@@ -116,7 +116,7 @@ def chunked_losses(
     chunk: int = CHUNK_TOKENS,
     scratch: Scratch | None = None,
 ) -> Float[Tensor, " student"]:
-    """The loss of each student in float64: its sum over the tokens, divided by `total` (by default, by their number).
+    """The loss of each student in float64: the sum over the tokens, divided by `total` (default: their number).
 
     Gradients reach the students' hidden states, head weights and biases and are exact: chunks only order the sums.
 
@@ -133,7 +133,7 @@ def chunked_losses(
         if student.head.weight.shape[0] != teacher.head.weight.shape[0]:
             raise CapacityError(
                 f"the student's vocabulary has {student.head.weight.shape[0]:,} tokens and the teacher's"
-                f" {teacher.head.weight.shape[0]:,}: distil between models of one tokenizer and one vocabulary size"
+                f" {teacher.head.weight.shape[0]:,}: use models with the same tokenizer and vocabulary size"
             )
     task = _Task(
         teacher,
@@ -152,7 +152,7 @@ def chunked_losses(
 
 @dataclass(frozen=True)
 class _Task:
-    """What `chunked_losses` was asked for, but for the tensors of which gradients are wanted."""
+    """The arguments of `chunked_losses`, except the tensors that need gradients."""
 
     teacher: Output
     caps: list[float | None]
@@ -165,7 +165,7 @@ class _Task:
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """The losses and, in the same pass over the chunks, their gradients, which the backward pass only scales where it
+    """The losses, and their gradients from the same pass over the chunks. The backward pass only scales them if it
     must.
     """
 
@@ -209,7 +209,7 @@ class _ChunkedLosses(torch.autograd.Function):
 
 
 class _Student:
-    """One student's hidden states and head, its loss, and the gradients of both, summed over chunks."""
+    """One student's hidden states and head, its loss, and the gradients, summed over chunks."""
 
     def __init__(
         self, with_gradient: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None
@@ -224,12 +224,13 @@ class _Student:
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of the loss with respect to hidden states, weight and bias."""
+        """Gradients of the loss with respect to hidden states, weight and bias."""
         return self.of_hidden, None if self.of_weight is None else self.of_weight.T, self.of_bias
 
     def add(self, rows: slice, task: _Task, log_p: Tensor, logits: Tensor, scratch: Sequence[Tensor]) -> None:
-        """Add the loss and the gradients of a chunk, given the teacher's distribution on it;
-        overwrites all but that.
+        """Add the loss and the gradients of a chunk, given the teacher's distribution on it.
+
+        It overwrites everything except that distribution.
         """
         hidden = self.hidden[rows]
         self.head.logits(hidden, logits, task.loss.temperature)
@@ -285,7 +286,7 @@ def cosine(student: Float[Tensor, "token width"], teacher: Float[Tensor, "token 
 
 
 MATCHES = dict(zip(MATCH_KINDS, (mean_square, cosine), strict=True))
-"""How far mapped student states are from teacher states, by the name that `HiddenMatch` has for it."""
+"""Distance of mapped student states from teacher states, by the names that `HiddenMatch` uses."""
 
 
 def feature_loss(
@@ -295,7 +296,7 @@ def feature_loss(
     rate: Float[Tensor, " chosen"],
     square: Float[Tensor, " chosen"],
 ) -> Float[Tensor, " token"]:
-    """How little a readout tells of some features: ½ · mean over features of CE(σ(u), f) / H(p) + f (v − z)² / E[z²].
+    """How badly a readout tells some features: ½ · mean over features of CE(σ(u), f) / H(p) + f (v − z)² / E[z²].
 
     f is 1 where a feature fires, z ≠ 0, and CE the cross-entropy of the readout's logit u. H(p) is the entropy of its
     firing rate, so the first term is 1 on average where the readout knows no more than the rate. The second is of the

@@ -1,4 +1,4 @@
-"""Named students: those that folders, hub ids and distillations stand for, by short names, and how each is loaded."""
+"""Students by name: folders, hub ids and distillations under short names, and how to load each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tl_capacity.models.loading import LoadedModel, hub_revision, load_model
 
 @dataclass(frozen=True)
 class NamedStudent:
-    """Where a student lies, and what is known of it.
+    """Where a student is stored, and what is known of it.
 
     Attributes:
         place: a folder, a hub id, or a name that a plugin registered.
@@ -28,11 +28,11 @@ class NamedStudent:
 
     @property
     def distilled(self) -> StudentCurve | None:
-        """What the distillation says of it that trained it; None of a student that somebody else made."""
+        """The student's curve in its distillation; None if somebody else trained it."""
         return None if self.curve is None or self.curve.given else self.curve
 
     def load(self, device: str, dtype: str = "float32") -> LoadedModel:
-        """The student with its tokenizer.
+        """The student and its tokenizer.
 
         Raises:
             CapacityError: where it cannot be loaded, or has other weights than when it was judged.
@@ -40,7 +40,7 @@ class NamedStudent:
         loaded = load_model(self.place, device=device, dtype=dtype, revision=self.revision)
         if self.curve is not None and self.curve.revision not in (None, loaded.revision):
             raise CapacityError(
-                f"{self.place} has other weights than when `tl-capacity observe` judged it: judge it again"
+                f"the weights of {self.place} have changed since `tl-capacity observe` judged it: judge it again"
             )
         return loaded
 
@@ -51,8 +51,10 @@ def is_run(spec: str | Path) -> bool:
 
 
 def students_named(specs: Iterable[str]) -> dict[str, NamedStudent]:
-    """Students by short names that differ: a folder's or a hub id's last part, with the part before it where two have
-    the same. The folder of a distillation stands for its students, controls left out.
+    """Students by short names that differ.
+
+    The short name is the last part of a folder or hub id. If two share it, the part before is added. The folder of a
+    distillation stands for its students, without the controls.
 
     Raises:
         CapacityError: where one is named twice.
@@ -68,13 +70,13 @@ def students_named(specs: Iterable[str]) -> dict[str, NamedStudent]:
             as_it_is = not at or Path(spec).expanduser().exists()
             new = {spec: NamedStudent(spec) if as_it_is else NamedStudent(place, revision)}
         if twice := students.keys() & new.keys():
-            raise CapacityError(f"{min(twice)!r} is named twice: name each once")
+            raise CapacityError(f"{min(twice)!r} is named twice: name each student once")
         students |= new
     return dict(zip(_short(list(students)), students.values(), strict=True))
 
 
 def _short(places: list[str]) -> list[str]:
-    """The last parts of some places, as many of each as tell it from the others."""
+    """The last parts of each path, as many as are needed to tell the paths apart."""
     parts = [[part for part in place.split("/") if part not in ("", ".", "..")] or [place] for place in places]
     shown = [1] * len(places)
     while True:

@@ -1,4 +1,4 @@
-"""Notes on a decomposition: its answer in words, and what a reader must know before believing its figures."""
+"""Notes on a decomposition: its answer in words, and what to know before believing its figures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tl_capacity.distillation.observed import ObservedFloor
 from tl_capacity.results.estimate import Estimate
 
 READINGS = {"last_tenth": "the mean of the last tenth", "fit": "L∞ of the fit"}
-"""How the ways to read a floor off a curve are called."""
+"""Names of the ways to read a floor off a curve."""
 AS_THEY_CAME = "the loss of the students as they came"
-"""The same of students that somebody else trained, which have no curve."""
+"""The same for students that somebody else trained, which have no curve."""
 C_WITHIN = 0.1
-"""How far from 1 the estimate of C may be where a prediction in nats is called right."""
+"""How far C may be from 1 if a prediction in nats is to be called right."""
 B_WITHIN = 0.1
-"""The same of B from 0, as a share of the mean observed floor."""
+"""How far B may be from 0, as a share of the mean observed floor."""
 NUMBERS = ("no", "one", "two", "three")
 
 
@@ -63,7 +63,7 @@ def _constants(numbers: Sequence[int]) -> str:
 
 
 def ranking_notes(group: Group | None, chosen: Fit) -> list[str]:
-    """Where the prediction that was asked for stands.
+    """The place of the requested prediction.
 
     Args:
         group: that of the prediction; None where too few widths make a ranking.
@@ -72,27 +72,27 @@ def ranking_notes(group: Group | None, chosen: Fit) -> list[str]:
         return []
     place, last = group.places[chosen.candidate], max(place.value for place in group.places.values())
     return [
-        f"{chosen.candidate.name}, asked for, misses a left-out width by {chosen.show_error()} nats per token: place"
-        f" {place.show('.0f')} of {last:.0f} with {_constants([group.constants])}"
+        f"the requested prediction, {chosen.candidate.name}, misses a left-out width by {chosen.show_error()} nats per"
+        f" token: place {place.show('.0f')} of {last:.0f} with {_constants([group.constants])}"
     ]
 
 
 def noise_notes(students: Sequence[ObservedFloor], one_text: bool) -> list[str]:
-    """What the league's intervals do not know.
+    """Sources of uncertainty that the league's intervals leave out.
 
     Args:
         one_text: whether the students' losses on parts of the held-out text are not known.
     """
     widths = [student.width for student in students]
     unknown = [
-        *(["how seeds differ, as no width has two"] if len(widths) == len(set(widths)) else []),
-        *(["which documents were held out, as their losses were not kept"] if one_text else []),
+        *(["how seeds differ, as no width has two seeds"] if len(widths) == len(set(widths)) else []),
+        *(["the choice of held-out documents, as their losses were not kept"] if one_text else []),
     ]
-    return [f"the league's intervals do not know {' and '.join(unknown)}"] if unknown else []
+    return [f"the league's intervals leave out {' and '.join(unknown)}"] if unknown else []
 
 
 def prediction_notes(chosen: Fit, in_nats: Sequence[Fit], floors: Mapping[int, Sequence[float]]) -> list[str]:
-    """Whether predictions in nats per token are right as they are, and whether C of the one asked for makes sense.
+    """Whether predictions in nats per token are right as they are, and whether the requested one has a sensible C.
 
     Args:
         in_nats: the fits with C and B.
@@ -115,7 +115,7 @@ def _right(fit: Fit, floors: Mapping[int, Sequence[float]]) -> str:
     """Whether a prediction in nats per token is right as it is, with C = 1 and B = 0."""
     assert fit.c is not None
     name, n_widths = fit.candidate.name, len(floors)
-    told = f"{name} predicts nats per token, and C = {fit.c.show('.3g')}, B = {fit.b.show('.3g')}"
+    told = f"{name} predicts nats per token; C = {fit.c.show('.3g')}, B = {fit.b.show('.3g')}"
     if n_widths < MIN_WIDTHS:
         widths = "1 width is" if n_widths == 1 else f"{n_widths} widths are"
         return f"{told}: {widths} too few to say whether it is right as it is"
@@ -125,9 +125,7 @@ def _right(fit: Fit, floors: Mapping[int, Sequence[float]]) -> str:
         for number, estimate, truth, within in (("C", fit.c, 1.0, C_WITHIN), ("B", fit.b, 0.0, B_WITHIN * abs(mean)))
         if not _is_about(estimate, truth, within)
     ]
-    return f"{told}: " + (
-        f"it is not right as it is, where {' and '.join(wrong)}" if wrong else "it may be right as it is"
-    )
+    return f"{told}: " + (f"it is not right as it is ({' and '.join(wrong)})" if wrong else "it may be right as it is")
 
 
 def _is_about(estimate: Estimate, truth: float, within: float) -> bool:
@@ -136,7 +134,7 @@ def _is_about(estimate: Estimate, truth: float, within: float) -> bool:
 
 
 def floor_notes(observed: Sequence[ObservedFloor], which: str, floors: Mapping[int, Sequence[float]]) -> list[str]:
-    """What is wrong with the observed floors.
+    """Problems of the observed floors.
 
     Args:
         observed: of each student, controls included.
@@ -159,12 +157,9 @@ def floor_notes(observed: Sequence[ObservedFloor], which: str, floors: Mapping[i
         meaning = (
             "L∞ is extrapolated, and too low where the learning rate fell to zero"
             if which == "fit"
-            else "the mean of the last tenth is an upper bound of it"
+            else "the mean of the last tenth is only an upper bound"
         )
-        notes.append(
-            f"{falling} students have not come near their floor (more than a tenth of it above at the end), so"
-            f" {meaning}: train longer"
-        )
+        notes.append(f"{falling} students ended more than a tenth above their floor, so {meaning}: train longer")
     if which != "fit":
         return notes
     unfitted = sum(floor.low is None and floor.start not in ("teacher", GIVEN) for floor in observed)

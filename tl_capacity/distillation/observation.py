@@ -1,4 +1,4 @@
-"""Observation: a teacher beside students that are there already, judged on held-out text.
+"""Judge students that somebody else trained, beside their teacher, on held-out text.
 
 One pass over the text serves all of them. What is written is a `DistillationRun`, so that every stage that reads one
 reads it too.
@@ -52,8 +52,10 @@ def observe(
     progress: bool = True,
     processes: Processes = ALONE,
 ) -> DistillationRun:
-    """How students that somebody else made predict held-out text beside their teacher: KL(teacher ‖ student) at T = 1,
-    cross-entropy of both, and top-1 agreement, of every document, with 95% intervals over documents.
+    """A run that says how given students predict held-out text beside their teacher.
+
+    For every document it has KL(teacher ‖ student) at T = 1, the cross-entropy of both, and top-1 agreement. Means have
+    95% intervals over documents.
 
     Students may be of any family, depth and width. They must make the same tokens of a text as the teacher. Where
     models have more logits than others, as with embedding matrices that were padded, all are compared on the first that
@@ -115,7 +117,7 @@ def observe(
 
 
 def check_new(folder: Path | None) -> None:
-    """Refuse a folder that holds a distillation.
+    """Refuse a folder that already holds a distillation.
 
     Raises:
         CapacityError: where it does.
@@ -126,7 +128,7 @@ def check_new(folder: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Party:
-    """The teacher or a student that is judged.
+    """The teacher, or a student to judge.
 
     Attributes:
         who: in a sentence.
@@ -143,7 +145,7 @@ class Party:
 
     @classmethod
     def of(cls, who: str, given: Any) -> Party:
-        """What was passed, which may be loaded already.
+        """The party for a model that was passed, loaded or not.
 
         Raises:
             CapacityError: where it is no language model.
@@ -153,18 +155,18 @@ class Party:
         if not isinstance(given, torch.nn.Module) or not (hasattr(given, "config") or hasattr(given, "cfg")):
             raise CapacityError(
                 f"{who} is a {type(given).__name__}, which predicts no tokens: pass a causal language model, such as"
-                " load_model gives"
+                " one from load_model"
             )
         return cls(who, Identity.according_to(given).name, given, getattr(given, "tokenizer", None))
 
     @property
     def width(self) -> int:
-        """Dimensions of its residual stream, by its configuration."""
+        """Dimensions of the residual stream, from the configuration."""
         cfg = getattr(self.model, "cfg", None)
         return int(cfg.d_model) if cfg is not None else width_of(self.model.config)
 
     def as_student(self, name: str, judged: Judged) -> StudentCurve:
-        """What a run holds of it."""
+        """The student's entry in a run."""
         kl = judged.figures["kl"].value
         return StudentCurve(
             name,
@@ -181,7 +183,7 @@ class Party:
 
 
 def rows_to_judge(judge: Party, students: Sequence[Party], stream: Any, tokens: int, held_out: bool = False) -> Rows:
-    """The rows that students are judged on, which all models can read.
+    """The rows on which students are judged. All models can read them.
 
     Args:
         judge: the teacher.
@@ -212,7 +214,7 @@ def judge_students(
     progress: bool = False,
     processes: Processes = ALONE,
 ) -> tuple[list[Judged], list[Predictor], int]:
-    """Each student judged on some rows; how the teacher and they predict; and how many logits were compared.
+    """The result of each student, the predictors of teacher and students, and how many logits were compared.
 
     Models are left in the modes that they were in.
 
@@ -230,7 +232,7 @@ def judge_students(
 
 
 def _common_vocabulary(parties: Sequence[Party], predictors: Sequence[Predictor], rows: Rows) -> int:
-    """How many logits all models have; says so where some have more.
+    """The number of logits that all models have, with a message if some have more.
 
     Raises:
         CapacityError: where the text has a token that one cannot predict, or devices differ.
@@ -242,7 +244,7 @@ def _common_vocabulary(parties: Sequence[Party], predictors: Sequence[Predictor]
     for party, predictor in zip(parties, predictors, strict=True):
         if predictor.vocabulary <= last:
             raise CapacityError(
-                f"{party.who} has {predictor.vocabulary:,} logits, and there are {last + 1:,} tokens to predict: judge"
+                f"{party.who} has {predictor.vocabulary:,} logits, but there are {last + 1:,} tokens to predict: judge"
                 " students of the teacher's vocabulary"
             )
     common = min(predictor.vocabulary for predictor in predictors)
@@ -298,20 +300,20 @@ def _judge(
 def _by_document(
     places: NDArray[np.int64], predicted: NDArray[np.int64], values: NDArray[np.float64]
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """The sums [figure, student] of the tokens of each row, with the place of its document."""
+    """The sums [figure, student] over the tokens of each row, with its document."""
     for place, row in zip(places.tolist(), np.split(values, np.cumsum(predicted)[:-1], axis=2), strict=True):
         yield place, row.sum(2)
 
 
 def _batches(predictors: Sequence[Predictor], rows: Rows, batch_rows: int) -> Iterator[slice]:
-    """Rows that go through the models together; one by one where logits cannot be computed a chunk at a time."""
+    """Rows that pass through the models together; one at a time if logits cannot be computed in chunks."""
     at_once = 1 if any(predictor.head is None for predictor in predictors) else batch_rows
     for start in range(0, len(rows.tokens), at_once):
         yield slice(start, start + at_once)
 
 
 def _parameters(model: Any) -> tuple[int, int]:
-    """Number of parameters: all, and without the embeddings and the head."""
+    """Number of parameters: all, and without embeddings and head."""
     total = sum(parameter.numel() for parameter in model.parameters())
     if hasattr(model, "hook_dict"):
         ends = [model.embed, model.unembed]
@@ -322,6 +324,6 @@ def _parameters(model: Any) -> tuple[int, int]:
 
 
 def _place(name: str) -> str:
-    """A folder as it is found from anywhere; a hub id or a plugin's name as it is."""
+    """A folder as an absolute path; a hub id or a plugin's name stays as it is."""
     folder = Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name

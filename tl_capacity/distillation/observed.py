@@ -1,4 +1,4 @@
-"""Observed floors: where a student's held-out loss would end if training went on, from its curve, in nats per token."""
+"""Observed floors: where a student's held-out loss would end if training went on, in nats per token."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from tl_capacity.distillation.curves import GIVEN, StudentCurve
 from tl_capacity.results.estimate import Estimate, block_resample, percentile_interval
 
 OBSERVED = ("fit", "last_tenth")
-"""What may be taken as a student's floor: L∞ of its curve's fit, or the mean over the last tenth of training."""
+"""Two ways to read a student's floor: L∞ of the curve's fit, or the mean over the last tenth of training."""
 REPLICATES = 100
 MIN_EVALUATIONS = 8
 SKIPPED_SHARE = 0.1
-"""Of the curve at its beginning, which is warm-up and no power law."""
+"""Share of the curve's beginning that is left out of the fit: it is warm-up and not a power law."""
 BLOCK = 4
-"""Neighbouring evaluations are of nearly the same weights on the same text, so residuals are resampled in blocks of so
-many.
-"""
+"""Residuals are resampled in blocks of this size, as neighbouring evaluations share text and nearly their weights."""
 
 
 JUDGED = {
@@ -31,7 +29,7 @@ JUDGED = {
     "above_teacher": ("above the teacher's", ".4f"),
     "agreement": ("top-1 agreement", ".4f"),
 }
-"""The figures that a table shows of a student that was judged as it came, with their headings and formats."""
+"""Figures that a table shows of a student judged as it came, with headings and formats."""
 
 
 @dataclass(frozen=True)
@@ -68,32 +66,32 @@ class ObservedFloor:
 
     @property
     def falling(self) -> float:
-        """How much the curve would still fall, in nats per token."""
+        """How far the curve would still fall, in nats per token."""
         return self.last_tenth - self.value
 
     @property
     def far_from_floor(self) -> bool:
-        """Whether the last tenth of training was still more than a tenth above where the curve is heading."""
+        """Whether the last tenth of training was still more than a tenth above the curve's asymptote."""
         return self.low is not None and self.falling > 0.1 * self.value
 
     def taken_as(self, which: str) -> Estimate:
-        """The observed floor with its interval, where it is taken as one of `OBSERVED`."""
+        """The observed floor with its interval, read in one of the ways in `OBSERVED`."""
         if which == "fit":
             return Estimate(self.value, self.low, self.high)
         return Estimate(self.last_tenth, self.last_tenth_low, self.last_tenth_high)
 
     def to_json(self) -> dict[str, Any]:
-        """A flat object."""
+        """The floor as a flat JSON object."""
         return {**asdict(self), "falling": self.falling}
 
 
 def observed_floors(run: Iterable[StudentCurve]) -> list[ObservedFloor]:
-    """The floor of every student of a run."""
+    """The observed floor of every student of a run."""
     return [observed_floor(student) for student in run]
 
 
 def observed_floor(student: StudentCurve) -> ObservedFloor:
-    """The floor of one student, deterministic."""
+    """The observed floor of one student. The result is deterministic."""
     who: dict[str, Any] = {"name": student.name, "width": student.width, "seed": student.seed, "start": student.start}
     if student.given:
         kl = Estimate(student.heldout_kl[-1]) if student.judged is None else student.judged.figures["kl"]
@@ -119,7 +117,7 @@ def observed_floor(student: StudentCurve) -> ObservedFloor:
 
 @lru_cache(maxsize=256)
 def _extrapolated(share: tuple[float, ...], losses: tuple[float, ...], last_tenth: float) -> Mapping[str, Any]:
-    """What the fit to a curve says of its floor, with intervals; kept, as several stages ask for the same curves.
+    """The floor from the fit to a curve, with intervals. It is cached, as several stages ask for the same curves.
 
     Args:
         share: of the training, at each evaluation that is fitted.
@@ -157,7 +155,7 @@ def floor_cells(floors: Sequence[ObservedFloor]) -> tuple[list[str], list[list[s
 
 
 def judged_cells(students: Iterable[StudentCurve]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the students that were judged as they came, as text."""
+    """Header and rows of students that were judged as they came, as text."""
     header = ["student", "width d_S", "parameters", *(heading for heading, _ in JUDGED.values())]
     return header, [
         [
@@ -172,7 +170,7 @@ def judged_cells(students: Iterable[StudentCurve]) -> tuple[list[str], list[list
 
 
 def _cells(floor: ObservedFloor) -> list[str]:
-    """What a table says of a floor behind the student's name and width."""
+    """A student's table row after its name and width."""
     if floor.start == GIVEN:
         return ["not trained here", Estimate(floor.value, floor.low, floor.high).show(".4f"), "", "", ""]
     if floor.low is None:
@@ -189,8 +187,9 @@ def power_law(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArr
 def fit_power_law(
     t: NDArray[np.float64], losses: NDArray[np.float64], start: tuple[float, float, float] | None = None
 ) -> tuple[float, float, float]:
-    """`(L∞, a, b)` by least squares, with L∞ ≥ 0, a ≥ 0 and 0.05 ≤ b ≤ 5: a slower fall cannot be told from a straight
-    line in so short a curve.
+    """`(L∞, a, b)` by least squares, with L∞ ≥ 0, a ≥ 0 and 0.05 ≤ b ≤ 5.
+
+    A slower fall cannot be told from a straight line in so short a curve.
 
     Args:
         t: training so far, in (0, 1].
@@ -213,6 +212,6 @@ def _slopes(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArray
 
 
 def _around(value: float, replicates: NDArray[np.float64]) -> tuple[float, float]:
-    """The 95% interval of replicates, with the value itself inside."""
+    """The 95% interval of replicates, widened to contain the value itself."""
     low, high = percentile_interval(replicates)
     return min(low, value), max(high, value)

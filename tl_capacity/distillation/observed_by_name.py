@@ -1,6 +1,4 @@
-"""`observe` from names, as `tl-capacity observe` runs it: models and text are loaded, and nothing is written but the
-result.
-"""
+"""`observe` by names, as `tl-capacity observe` runs it: loads models and text, and writes only the result."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def observe_named(settings: ObserveSettings) -> DistillationRun:
 
 
 def _context(asked: int | None, models: Mapping[str, LoadedModel]) -> int:
-    """Positions in a row: those asked for, else as many as all models take, at most the usual ones.
+    """Positions in a row: the requested number, or as many as all models take, up to the default.
 
     Raises:
         CapacityError: where one takes fewer than are asked for.

@@ -1,4 +1,4 @@
-"""What `observe` says beside its table: the title, what a reader must know, and the figures as JSON."""
+"""What `observe` prints around its table: the title, the notes, and the figures as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tl_capacity.distillation.run import DistillationRun
 
 
 def judged_title(run: DistillationRun) -> str:
-    """What the table shows."""
+    """The title of the table."""
     judged = next((student.judged for student in run if student.judged is not None), None)
     if judged is None:
         return f"No student of {run.teacher} was judged as it came"
@@ -23,8 +23,8 @@ def judged_title(run: DistillationRun) -> str:
 def judged_notes(run: DistillationRun) -> list[str]:
     """What a reader must know before believing the figures."""
     notes = [
-        "these students were judged as they came: their loss is no floor, as more training may lower it, and it is"
-        " too low where they were trained on this text"
+        "these students were judged as they came: their loss is not a floor, as more training may lower it; it is too"
+        " low if they were trained on this text"
     ]
     logits, common = run.settings.get("logits", {}), run.settings.get("compared_logits")
     if wider := [f"{name} has {size:,}" for name, size in logits.items() if size != common]:
@@ -36,7 +36,7 @@ def judged_notes(run: DistillationRun) -> list[str]:
 
 
 def judged_json(run: DistillationRun) -> dict[str, Any]:
-    """The figures without those of each document, which the folder holds."""
+    """The figures as JSON, without those of each document; the folder holds these."""
     students = [
         {
             "name": student.name,

@@ -1,4 +1,4 @@
-"""The settings of `tl-capacity observe`, each with its option's help text; they are read without importing torch."""
+"""The settings of `tl-capacity observe`, each with its option's help text; torch is not imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 
 @dataclass(frozen=True)
 class ObserveSettings:
-    """Whom to judge and on what; each field's help text says what it is, as `tl-capacity observe --help` shows.
+    """Whom to judge, and on which text. Each field has the help text that `tl-capacity observe --help` shows.
 
     Attributes:
         students: folders or hub ids, a hub id with `@REVISION` where it is not the main one; the folder of a
@@ -27,19 +27,17 @@ class ObserveSettings:
     teacher: str = required("A registered name, a save_pretrained folder, or a hub id.")
     students: tuple[str, ...] = option(
         (),
-        "A student: a save_pretrained folder, a hub id, optionally with @REVISION, or the folder of a distillation for"
-        " all of its students; may be repeated.",
+        "A student: a save_pretrained folder, a hub id (optionally with @REVISION), or the folder of a distillation,"
+        " for all of its students. May be repeated.",
         "--student",
         repeated=True,
     )
-    source: str = option(
-        "", "The text to judge on, which no student was trained on: a file, a `datasets` id, or a name."
-    )
+    source: str = option("", "Text that no student was trained on: a file, a `datasets` id, or a name.")
     out: Path = option(Path("runs/observed"), "The folder to write.")
     tokens: int = option(50_000, "Predicted tokens to judge on.")
     held_out: bool = option(
         False,
-        "Only the documents of --source that `run distill` holds out where it gets no --heldout.",
+        "Judge only on the documents of --source that `run distill` holds out when it has no --heldout.",
         "--held-out",
     )
     context: int | None = option(

@@ -1,4 +1,4 @@
-"""The processes of a distillation: Accelerate's handle of this one, and its trackers."""
+"""Processes of a distillation: Accelerate's handle of this process, and its trackers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tl_capacity.models.forward import device_of
 def new_accelerator(
     model: Any, settings: DistillSettings, shard_teacher: bool, trackers: Sequence[Any], folder: Path | None
 ) -> Any:
-    """Accelerate's handle of this process: alone, or one of several that `accelerate launch` started."""
+    """Accelerate's handle of this process, which runs alone or is one of several that `accelerate launch` started."""
     from accelerate import Accelerator
     from accelerate.state import is_initialized
     from accelerate.tracking import get_available_trackers
@@ -40,13 +40,13 @@ def new_accelerator(
         )
     except ValueError as problem:
         raise CapacityError(
-            f"mixed_precision = {settings.mixed_precision!r} cannot be had in this process, which began with another:"
-            " start a new process"
+            f"mixed_precision = {settings.mixed_precision!r} is not possible in this process, which began with"
+            " another: start a new process"
         ) from problem
     device = own_device(model, accelerator)
     if device.type != accelerator.device.type and settings.mixed_precision != "no":
         raise CapacityError(
-            f"mixed_precision = {settings.mixed_precision!r} cannot be had on {device.type} in this process, which"
+            f"mixed_precision = {settings.mixed_precision!r} is not possible on {device.type} in this process, which"
             f" began on {accelerator.device.type}: start a new process"
         )
     if trackers:
@@ -55,8 +55,10 @@ def new_accelerator(
 
 
 def own_device(model: Any, accelerator: Any) -> torch.device:
-    """Where this process computes: by itself where its model is, since Accelerate stays where the process began; among
-    several on the device that Accelerate gave it.
+    """The device of this process.
+
+    A process that runs alone computes where its model is, as Accelerate stays where the process began. One of several
+    computes on the device that Accelerate gave it.
     """
     device: torch.device = accelerator.device if accelerator.num_processes > 1 else device_of(model)
     return device

@@ -1,4 +1,4 @@
-"""Refusals of a distillation: what cannot be distilled, and what must not go on, said before or as soon as it shows."""
+"""Refusals of a distillation: what cannot be distilled is refused at once, and what goes wrong as soon as it shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tl_capacity.text.streams import PADDING
 
 
 def check_hidden(model: Any, hidden: Sequence[HiddenMatch]) -> None:
-    """Refuse hook points off the residual stream: without a bridge around a model, nothing else can be read from it.
+    """Refuse hook points off the residual stream. Without a bridge around the model, nothing else can be read.
 
     Raises:
         HookPointError: names the hook point.
@@ -33,13 +33,13 @@ def check_hidden(model: Any, hidden: Sequence[HiddenMatch]) -> None:
     for match in hidden:
         if family is not None and family.residual(match.hook) is None:
             raise HookPointError(
-                f"hidden states cannot be matched at {match.hook!r}, which is no residual-stream hook point: choose one"
-                " such as blocks.1.hook_resid_post"
+                f"hidden states cannot be matched at {match.hook!r}, which is not a residual-stream hook point: choose"
+                " one such as blocks.1.hook_resid_post"
             )
 
 
 def check_tokens(model: Any, *texts: Rows) -> None:
-    """Refuse text that the teacher has no token ids or no positions for.
+    """Refuse text whose tokens or positions the teacher does not have.
 
     Raises:
         CapacityError: names the id, or how many positions it has.
@@ -50,7 +50,7 @@ def check_tokens(model: Any, *texts: Rows) -> None:
 
 
 def check_folder(folder: Path | None, resume: bool) -> None:
-    """Make the folder, and refuse one that holds a distillation which is not to be gone on with.
+    """Make the folder. Refuse one that holds a distillation, unless it is to be resumed.
 
     Raises:
         CapacityError: also where there is no folder to resume from.
@@ -60,12 +60,12 @@ def check_folder(folder: Path | None, resume: bool) -> None:
             raise CapacityError("there is nothing to resume without a folder: pass out")
         return
     if not resume and ((folder / JSON_NAME).exists() or (folder / checkpoint.JSON_NAME).exists()):
-        raise CapacityError(f"{folder} already holds a distillation: go on with --resume, or choose another --out")
+        raise CapacityError(f"{folder} already holds a distillation: resume it with --resume, or choose another --out")
     make_folder(folder)
 
 
 def check_same(earlier: DistillationRun, now: DistillationRun) -> None:
-    """Refuse to go on from a run of other students, settings, teacher or text.
+    """Refuse to resume a run with other students, settings, teacher or text.
 
     Raises:
         CapacityError: names the first that is another.
@@ -73,7 +73,7 @@ def check_same(earlier: DistillationRun, now: DistillationRun) -> None:
     before, wanted = _decisive(earlier), _decisive(now)
     for name in changed_fields(before, wanted):
         raise CapacityError(
-            f"the folder holds a distillation with {name} {before.get(name)!r}, and this one has {wanted[name]!r}:"
+            f"the folder holds a distillation with {name} {before.get(name)!r}, but this one has {wanted[name]!r}:"
             " resume with the same settings, teacher and text, or choose another --out"
         )
 
@@ -81,7 +81,7 @@ def check_same(earlier: DistillationRun, now: DistillationRun) -> None:
 def check_finite(
     students: Sequence[StudentCurve], losses: Sequence[float], norms: Sequence[float], step: int, folder: Path | None
 ) -> None:
-    """Refuse to go on with a student whose loss or gradient is not finite.
+    """Refuse to continue with a student whose loss or gradient is not finite.
 
     Raises:
         CapacityError: names the student.
@@ -96,7 +96,7 @@ def check_finite(
 
 
 def check_weights(curves: Sequence[StudentCurve], students: Students, step: int, folder: Path | None) -> None:
-    """Refuse to go on with weights that a step with a finite loss has thrown out of range.
+    """Refuse to continue with weights that are not finite, although the step's loss was.
 
     Raises:
         CapacityError: names the student.
@@ -108,7 +108,7 @@ def check_weights(curves: Sequence[StudentCurve], students: Students, step: int,
 
 
 def _decisive(run: DistillationRun) -> dict[str, Any]:
-    """What decides the curves of a run."""
+    """The settings that decide the curves of a run."""
     names = [f"{student.name} ({student.parameters:,} parameters)" for student in run.students]
     identity = {name: getattr(run, name) for name in ("teacher", "fingerprint", "train_digest", "heldout_digest")}
     return {"students": names, **identity, **run.settings}

@@ -1,5 +1,6 @@
-"""DistillationRun: what was distilled from what and how, and the held-out loss of every student on the way; JSON on
-disk, read without importing torch.
+"""DistillationRun: the students of one teacher, how they were trained, and their held-out losses during training.
+
+It is JSON on disk, and is read without importing torch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.storage import files as storage
 
 SCHEMA = 2
-"""The newest that is read. Students of one's own are written as schema 1, which earlier versions read too."""
+"""The newest schema that is read. Runs that trained their students are written as schema 1, which earlier versions read
+too.
+"""
 JSON_NAME = "distillation.json"
 
 
 @dataclass(frozen=True)
 class DistillationRun(ShownInNotebooks):
-    """Students of one teacher, trained together. Immutable; `save` and `load` keep it.
+    """Students of one teacher, trained together. It is immutable; `save` writes it and `load` reads it.
 
     Attributes:
         teacher: name, folder or hub id of the teacher.
@@ -75,11 +78,11 @@ class DistillationRun(ShownInNotebooks):
 
     @property
     def observed(self) -> bool:
-        """Whether all students were judged as they came, and none was trained."""
+        """Whether all students were judged as they came, with none trained here."""
         return bool(self.students) and all(student.given for student in self.students)
 
     def place_of(self, name: str, folder: str | Path) -> str:
-        """Where a student's weights lie: a folder or a hub id.
+        """The folder or hub id of a student's weights.
 
         Args:
             name: of the student.
@@ -91,16 +94,18 @@ class DistillationRun(ShownInNotebooks):
         return self[name].place or str(Path(folder) / "students" / name)
 
     def plot(self) -> Any:
-        """A plotly figure of the held-out curves with their asymptotes, see `report.figures.curves_figure`; of students
-        that were judged as they came, of their losses.
+        """A plotly figure of the held-out curves with their asymptotes; see `report.figures.curves_figure`.
+
+        For students that were judged as they came, it shows their losses.
         """
         from tl_capacity.distillation.figures import curves_figure
 
         return self.plot_floors() if self.observed else curves_figure(self)
 
     def plot_floors(self) -> Any:
-        """A plotly figure of the observed floors against the student's width; `decompose(measurement, run).plot()`
-        shows the predicted ones too.
+        """A plotly figure of the observed floors against the student's width.
+
+        `decompose(measurement, run).plot()` adds the predicted ones.
         """
         from tl_capacity.distillation.figures import observed_figure
         from tl_capacity.distillation.observed import observed_floors
@@ -108,8 +113,9 @@ class DistillationRun(ShownInNotebooks):
         return observed_figure(observed_floors(self))
 
     def to_frame(self) -> Any:
-        """The held-out curves as a pandas DataFrame, one row for each evaluation of each student; students that were
-        judged as they came have one, with its interval and the other figures.
+        """The held-out curves as a pandas DataFrame, with one row for each evaluation of each student.
+
+        Students that were judged as they came have one row, with its interval and the other figures.
         """
         import pandas
 
@@ -137,13 +143,13 @@ class DistillationRun(ShownInNotebooks):
         return html_table(*floor_cells(observed_floors(self)))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole run as a JSON object."""
         content = {each.name: getattr(self, each.name) for each in fields(self)}
         students = [student.to_json() for student in self.students]
         return {"schema": SCHEMA if any(s.given for s in self.students) else 1, **content, "students": students}
 
     def save(self, folder: str | Path) -> Path:
-        """Write `distillation.json` into a folder, whole or not at all.
+        """Write `distillation.json` into a folder. The file is whole or not there.
 
         Raises:
             CapacityError: where the folder cannot be written.
@@ -154,7 +160,7 @@ class DistillationRun(ShownInNotebooks):
 
     @classmethod
     def load(cls, folder: str | Path) -> DistillationRun:
-        """Read a run.
+        """Read a run from its folder.
 
         Raises:
             MeasurementError: where it is missing, damaged, or of a newer schema.
@@ -162,7 +168,7 @@ class DistillationRun(ShownInNotebooks):
         path = Path(folder) / JSON_NAME
         if not path.is_file():
             raise MeasurementError(
-                f"{folder} is no distillation: it has no {JSON_NAME}; pass a folder that `tl-capacity run distill"
+                f"{folder} is not a distillation: it has no {JSON_NAME}; pass a folder that `tl-capacity run distill"
                 " --out` or `tl-capacity observe --out` wrote"
             )
         try:
@@ -174,7 +180,7 @@ class DistillationRun(ShownInNotebooks):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> DistillationRun:
-        """What `to_json` wrote."""
+        """The run that `to_json` wrote."""
         if not isinstance(content["schema"], int) or content["schema"] > SCHEMA:
             raise MeasurementError(
                 f"the distillation has schema {content['schema']!r}, and this version reads up to {SCHEMA}: upgrade"

@@ -1,4 +1,4 @@
-"""Settings of a distillation, each with its option's help text; they are read without importing torch."""
+"""Settings of a distillation, each with its option's help text; torch is not imported."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ class LogitLoss:
         CapacityError: on an unknown divergence or a value outside its domain.
     """
 
-    divergence: str = option("forward_kl", "Between next-token distributions: forward_kl, reverse_kl or jsd.")
+    divergence: str = option(
+        "forward_kl", "Divergence between next-token distributions: forward_kl, reverse_kl or jsd."
+    )
     temperature: float = option(
-        1.0, "Temperature of the training loss, which is multiplied by its square; students are judged at 1."
+        1.0,
+        "Temperature of the training loss, which is multiplied by the temperature's square. Students are judged at 1.",
     )
     beta: float = option(0.5, "β of jsd: 0 is forward KL, 1 is reverse KL.")
     ce_weight: float = option(0.0, "Share of the text's cross-entropy in the loss.")
@@ -43,25 +46,28 @@ class LogitLoss:
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise CapacityError(
-                f"{self.divergence!r} is no loss to distil with: choose one of {', '.join(DIVERGENCES)}"
+                f"{self.divergence!r} is not a loss to distil with: choose one of {', '.join(DIVERGENCES)}"
             )
         if not self.temperature > 0:
             raise CapacityError(
                 f"temperature = {self.temperature:g} does not scale logits: choose a number above 0, such as 1 or 2"
             )
         if not 0 <= self.ce_weight <= 1:
-            raise CapacityError(f"ce_weight = {self.ce_weight:g} is no share of the loss: choose a number from 0 to 1")
+            raise CapacityError(
+                f"ce_weight = {self.ce_weight:g} is not a share of the loss: choose a number from 0 to 1"
+            )
         if not 0 <= self.beta <= 1:
             raise CapacityError(
-                f"beta = {self.beta:g} is no mixture of teacher and student: choose a number from 0 (forward KL) to 1"
+                f"beta = {self.beta:g} does not mix teacher and student: choose a number from 0 (forward KL) to 1"
                 " (reverse KL)"
             )
 
 
 @dataclass(frozen=True)
 class HiddenMatch:
-    """Also match the states at one hook point, through a linear map from the student's width to the teacher's that is
-    learned beside the student.
+    """Also match hidden states at one hook point.
+
+    A linear map from the student's width to the teacher's is learned with the student.
 
     Attributes:
         hook: a residual-stream hook point, by TransformerLens' name, in teacher and student.
@@ -79,14 +85,14 @@ class HiddenMatch:
     def __post_init__(self) -> None:
         if self.kind not in MATCH_KINDS:
             raise CapacityError(
-                f"{self.kind!r} is no loss between hidden states: choose one of {', '.join(MATCH_KINDS)}"
+                f"{self.kind!r} is not a loss between hidden states: choose one of {', '.join(MATCH_KINDS)}"
             )
         if not self.weight > 0:
             raise CapacityError(f"weight = {self.weight:g} of {self.hook} has no effect: choose a number above 0")
 
     @classmethod
     def parse(cls, text: str) -> HiddenMatch:
-        """`HOOK[=KIND[*WEIGHT]]`, as on the command line: `blocks.3.hook_resid_post=cosine*0.5`."""
+        """Read `HOOK[=KIND[*WEIGHT]]` from the command line, as in `blocks.3.hook_resid_post=cosine*0.5`."""
         hook, _, rest = text.partition("=")
         kind, _, weight = rest.partition("*")
         try:
@@ -94,13 +100,17 @@ class HiddenMatch:
         except ValueError as problem:
             if isinstance(problem, CapacityError):
                 raise
-            raise CapacityError(f"{text!r} is no hidden state to match: write HOOK=mse or HOOK=cosine*0.5") from problem
+            raise CapacityError(
+                f"{text!r} does not name hidden states to match: write HOOK=mse or HOOK=cosine*0.5"
+            ) from problem
 
 
 @dataclass(frozen=True)
 class KeepFeatures:
-    """Also keep some features of a dictionary of the teacher: the student's activation at the hook point is trained so
-    that a linear readout, learned beside the student, tells when each of them fires and how strongly.
+    """Also keep some features of one of the teacher's dictionaries.
+
+    A linear readout is learned with the student. It must tell from the student's activation at the hook point when each
+    feature fires and how strongly.
 
     Attributes:
         hook: where the teacher's dictionary reads, and where the student is read.
@@ -115,17 +125,18 @@ class KeepFeatures:
     features: tuple[int, ...]
     weight: float = option(
         1.0,
-        "Weight of the loss of kept features: what a student pays, in nats per token, of which they cannot be read.",
+        "Weight of the loss of kept features: what a student pays, in nats per token, if they cannot be read from it"
+        " at all.",
     )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(int(feature) for feature in self.features))  # numpy's are no JSON
         if not self.features:
-            raise CapacityError(f"no feature is named that shall be kept at {self.hook}: name one at least")
+            raise CapacityError(f"no feature to keep at {self.hook} is named: name at least one")
         if twice := sorted({feature for feature in self.features if self.features.count(feature) > 1}):
-            raise CapacityError(f"feature {twice[0]} is named twice to be kept at {self.hook}: name each feature once")
+            raise CapacityError(f"feature {twice[0]} is named twice at {self.hook}: name each feature once")
         if min(self.features) < 0:
-            raise CapacityError(f"{min(self.features)} is no number of a feature at {self.hook}: they begin with 0")
+            raise CapacityError(f"{min(self.features)} is not a feature number at {self.hook}: they start at 0")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise CapacityError(
                 f"weight = {self.weight:g} keeps no features at {self.hook}: choose a number above 0, such as 1"
@@ -133,7 +144,7 @@ class KeepFeatures:
 
     @classmethod
     def load(cls, path: str | Path, hook: str = "") -> tuple[KeepFeatures, ...]:
-        """What a JSON file names: an object with `hook` and `features`, or a list of such objects.
+        """Read a JSON file: an object with `hook` and `features`, or a list of such objects.
 
         Args:
             hook: where an object names none, or the file is a bare list of features.
@@ -158,13 +169,13 @@ class KeepFeatures:
         return cls(hook, tuple(features))
 
     def weighing(self, weight: float) -> KeepFeatures:
-        """The same with another weight."""
+        """The same features with another weight."""
         return replace(self, weight=weight)
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """Everything that decides the students, but for teacher, widths and text.
+    """Everything that decides the students, except teacher, widths and text.
 
     Attributes:
         tokens: predicted tokens to train on.
@@ -193,23 +204,25 @@ class DistillSettings:
     """
 
     tokens: int = option(1_000_000, "Predicted tokens to train on.")
-    seeds: tuple[int, ...] = option((0,), "Seeds of the initial weights; each width is trained once for each.")
+    seeds: tuple[int, ...] = option((0,), "Seeds of the initial weights. Each width is trained once per seed.")
     seeded_widths: tuple[int, ...] = option(
-        (), "Widths that are trained with every seed, the others with the first; by default all."
+        (), "Widths that are trained with every seed. The others get only the first. Default: all widths."
     )
     loss: LogitLoss = internal(LogitLoss())
-    hidden: tuple[HiddenMatch, ...] = option((), "Hidden states to match besides, as HOOK=mse or HOOK=cosine*0.5.")
+    hidden: tuple[HiddenMatch, ...] = option((), "Also match hidden states: HOOK=mse or HOOK=cosine*0.5.")
     keep: tuple[KeepFeatures, ...] = option(
         (),
-        "Features of the teacher to keep besides: a JSON file with hook and features, or concept:NAME for those that"
+        "Also keep features of the teacher: a JSON file with hook and features, or concept:NAME for the features that"
         " carry a concept.",
     )
     start: str = option(
         "random",
-        "The students' first weights: random, or truncated, the teacher's in the leading directions of its residual"
-        " stream.",
+        "The students' first weights: random, or truncated (the teacher's, in the leading directions of its residual"
+        " stream).",
     )
-    control: bool = option(False, "Also train a student of the teacher's width that starts with its weights.")
+    control: bool = option(
+        False, "Also train a control: a student of the teacher's width that starts with the teacher's weights."
+    )
     lr: float = option(3e-3, "Peak learning rate of AdamW.")
     warmup: float = option(0.05, "Share of the steps over which the learning rate rises.")
     schedule: str = option("cosine", "How the learning rate falls: cosine or wsd.")
@@ -218,39 +231,39 @@ class DistillSettings:
     betas: tuple[float, float] = internal((0.9, 0.95))
     clip: float = internal(1.0)
     batch_rows: int = option(8, "Rows in a step, over all processes.")
-    evaluations: int = option(40, "How often to do so, evenly spaced.")
-    heldout_tokens: int = option(16_384, "Predicted tokens to judge the students by.")
-    repeat: bool = option(False, "Read a source that is shorter than --tokens several times.")
+    evaluations: int = option(40, "How often to judge the students during training, evenly spaced.")
+    heldout_tokens: int = option(16_384, "Predicted tokens to judge the students on.")
+    repeat: bool = option(False, "Repeat the source if it is shorter than --tokens.")
     seed: int = option(0, "Seed of the order of the rows.")
-    mixed_precision: str = option("no", "no, or bf16 for the students' blocks.")
+    mixed_precision: str = option("no", "Mixed precision: no, or bf16 for the students' blocks.")
     chunk_tokens: int = internal(CHUNK_TOKENS)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise CapacityError(
-                f"{self.schedule!r} is no schedule of the learning rate: choose one of {', '.join(SCHEDULES)}"
+                f"{self.schedule!r} is not a learning-rate schedule: choose one of {', '.join(SCHEDULES)}"
             )
         if self.start not in ("random", "truncated"):
-            raise CapacityError(f"{self.start!r} is no way to start all students: choose random or truncated")
+            raise CapacityError(f"{self.start!r} is not a way to start all students: choose random or truncated")
         if self.mixed_precision not in ("no", "bf16"):
-            raise CapacityError(f"{self.mixed_precision!r} is no precision to train in: choose no or bf16")
+            raise CapacityError(f"{self.mixed_precision!r} is not a precision to train in: choose no or bf16")
         for name in ("tokens", "batch_rows", "evaluations", "heldout_tokens", "chunk_tokens", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise CapacityError(f"{name} = {getattr(self, name)} trains nothing: choose a number above 0")
         if not 0 <= self.warmup < 1 or not 0 < self.decay <= 1 or self.warmup + self.decay > 1:
             raise CapacityError(
-                f"warmup = {self.warmup:g} and decay = {self.decay:g} are no shares of one run: choose numbers from 0"
+                f"warmup = {self.warmup:g} and decay = {self.decay:g} are not shares of one run: choose numbers from 0"
                 " to 1 that add up to at most 1"
             )
         if len({keep.hook for keep in self.keep}) < len(self.keep):
             hooks = [keep.hook for keep in self.keep]
             twice = next(hook for hook in hooks if hooks.count(hook) > 1)
-            raise CapacityError(f"features are to be kept at {twice} twice over: name them together, once")
+            raise CapacityError(f"{twice} is named twice among the features to keep: list its features together")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise CapacityError(f"seeds = {self.seeds} are not one or several different numbers: pass each seed once")
 
     def rate(self, step: int, steps: int) -> float:
-        """Share of the peak learning rate at a step."""
+        """The learning rate at a step, as a share of the peak."""
         warmup = max(1, round(self.warmup * steps))
         if step < warmup:
             return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""The tables of a decomposition: the league, its candidates, and the floors, as text."""
+"""The tables of a decomposition as text: the league, its candidates, and the floors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ AHEAD = {FEATURES: "features ahead", RIVALS: "rivals ahead", NEITHER: NEITHER, N
 
 
 def league_cells(groups: Sequence[Group], short: Callable[[Candidate], str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the league, a row for each number of fitted constants.
+    """Header and rows of the league, with one row for each number of fitted constants.
 
     Args:
         short: how a candidate is called.

@@ -1,5 +1,4 @@
-"""Students: models of the teacher's family, vocabulary and depth, but narrower, and what makes one out of hidden states
-and a head.
+"""Students: models like the teacher in family, vocabulary and depth, but narrower.
 
 They are plain Hugging Face modules: a model inside TransformerLens' bridge would train other parameters than its own.
 Wrap them afterwards.
@@ -34,8 +33,7 @@ STARTS = ("random", "truncated", "teacher")
 def new_student(
     teacher: Any, width: int, seed: int = 0, start: str = "random", tokens: Int[Tensor, "row position"] | None = None
 ) -> Any:
-    """A student in float32, in training mode but without dropout, so that a step depends on nothing but weights and
-    tokens.
+    """A student in float32, in training mode but without dropout, so that a step depends only on weights and tokens.
 
     Args:
         teacher: a Hugging Face causal language model.
@@ -50,7 +48,7 @@ def new_student(
     """
     check_teacher(teacher)
     if start not in STARTS:
-        raise CapacityError(f"{start!r} is no way to start a student: choose one of {', '.join(STARTS)}")
+        raise CapacityError(f"{start!r} is not a way to start a student: choose one of {', '.join(STARTS)}")
     if start == "teacher" and width != teacher.config.hidden_size:
         raise CapacityError(
             f"a student of width {width} cannot start from all of the teacher's weights, whose width is"
@@ -68,7 +66,7 @@ def new_student(
     if start == "truncated":
         if tokens is None:
             raise CapacityError(
-                "a student that starts truncated needs text in which its teacher's stream is seen: pass tokens"
+                "a student that starts truncated needs text on which its teacher's stream is seen: pass tokens"
             )
         truncate(teacher, student, tokens.to(next(teacher.parameters()).device))
     return student.requires_grad_(True).train()
@@ -77,8 +75,7 @@ def new_student(
 def new_students(
     teacher: Any, widths: Sequence[int], settings: DistillSettings, tokens: Int[Tensor, "row position"]
 ) -> tuple[tuple[StudentCurve, ...], list[Any]]:
-    """The students before training, and what is known of them; those that start truncated see their teacher's stream on
-    `tokens`.
+    """The untrained students, and their entries in the run. A truncated start needs the teacher's stream on `tokens`.
 
     Raises:
         CapacityError: where there are none of these widths, or seeds make no difference.
@@ -107,13 +104,13 @@ def new_students(
         if seed != settings.seeds[0] and all(map(torch.equal, models[-1].parameters(), models[-2].parameters())):
             raise CapacityError(
                 f"students of width {width} start alike with every seed, as all of their weights are the teacher's:"
-                " name others as seeded_widths"
+                " name other widths as seeded_widths"
             )
     return tuple(curves), models
 
 
 def student_config(config: Any, width: int) -> Any:
-    """The configuration of a student of some width, by its family's rule.
+    """The configuration of a student of some width, by the rule of its family.
 
     Raises:
         CapacityError: where no family has a rule for the architecture, or its rule has no such width.
@@ -123,7 +120,7 @@ def student_config(config: Any, width: int) -> Any:
     if changes is None:
         shown = " and ".join(map(str, _nearest(config, width)))
         raise CapacityError(
-            f"the family {_family(config).name} has no student of width {width}: the nearest that it has are {shown}"
+            f"the family {_family(config).name} cannot build a student of width {width}: the nearest widths are {shown}"
         )
     values = {
         k: v
@@ -135,7 +132,7 @@ def student_config(config: Any, width: int) -> Any:
 
 
 def nearest_widths(config: Any, widths: Sequence[int]) -> tuple[int, ...]:
-    """The widths, each once; one that the teacher's family has no student of is the nearest that it has.
+    """The widths in ascending order, each once; a width that the family cannot build becomes the nearest that it can.
 
     Raises:
         CapacityError: where no family has a rule for the architecture.
@@ -148,19 +145,19 @@ def nearest_widths(config: Any, widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _family(config: Any) -> Any:
-    """The family that says how students of an architecture are built."""
+    """The family that knows how to build students of an architecture."""
     family = plugins().family_of(config.model_type)
     if family is None or family.student is None:
         able = ", ".join(f.name for f in plugins().model_families if f.student is not None)
         raise CapacityError(
-            f"no model family says how students of {config.model_type!r} are built: register one (docs/families.md);"
-            f" {able} have students"
+            f"no model family knows how to build students of {config.model_type!r}: register one (docs/families.md);"
+            f" {able} can"
         )
     return family
 
 
 def _changes(config: Any, width: int) -> Mapping[str, Any] | None:
-    """What a student of some width has otherwise than its teacher; None where the family has none of that width."""
+    """What differs from the teacher in a student of some width; None if the family has no student of that width."""
     width_of(config)
     family = _family(config)
     with plugin_code("model family", family.name, family.student):
@@ -169,8 +166,8 @@ def _changes(config: Any, width: int) -> Mapping[str, Any] | None:
 
 
 def _nearest(config: Any, width: int) -> list[int]:
-    """The nearest widths below and above of which the family has students; above, the teacher's own or a multiple is a
-    sure one.
+    """The nearest widths below and above that the family can build. Above, the teacher's own width or a multiple always
+    works.
     """
     below, above = range(width - 1, 0, -1), range(max(1, width + 1), max(0, width) + width_of(config) + 1)
     near = (next((w for w in side if _changes(config, w) is not None), None) for side in (below, above))
@@ -178,7 +175,7 @@ def _nearest(config: Any, width: int) -> list[int]:
 
 
 def check_teacher(teacher: Any) -> None:
-    """Whether a model can be distilled.
+    """Refuse a model that cannot be distilled.
 
     Raises:
         CapacityError: where it is no Hugging Face causal language model, or holds one beside others.
@@ -200,8 +197,9 @@ def output_of(
     hooks: Sequence[str] = (),
     points: Mapping[str, TapPoint] | None = None,
 ) -> Output:
-    """Hidden states of the counted positions, also at some hook points, and the head. Rows are padded on the right,
-    where causal models do not look.
+    """Hidden states at the counted positions and at some hook points, and the head.
+
+    Rows are padded on the right, where causal models do not look.
 
     Args:
         hooks: hook points, by whose names the states there are kept.
@@ -220,7 +218,7 @@ def output_of(
 
 
 def parameters_of(model: nn.Module) -> tuple[int, int]:
-    """Number of parameters: all, and without the embeddings and the head."""
+    """Number of parameters: all, and without embeddings and head."""
     hf: Any = model
     embeddings = {
         id(p) for module in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in module.parameters()

@@ -1,4 +1,4 @@
-"""The distillation loop: one forward pass of the teacher serves all students, of all widths and seeds, in each step.
+"""The distillation loop: in each step, one forward pass of the teacher serves students of all widths and seeds.
 
 Every student has its own gradient clipping and none sees another, so it comes out as if it had been trained alone.
 Whatever decides a step is a function of its number, so a run that is killed and resumed, or spread over processes by
@@ -161,7 +161,7 @@ def distill(
     unread = Unread(device)
 
     def catch_up() -> None:
-        """Read the steps of which nothing was read yet, and refuse to go on where one went wrong."""
+        """Read the steps that were not read yet, and stop if one of them went wrong."""
         for step, losses, norms in unread.read():
             check_finite(state.run.students, losses, norms, step, folder)
             state.learn(losses)
@@ -242,7 +242,7 @@ def _named(teacher: Any) -> tuple[str, Any, Any]:
 
 
 def _recorded(settings: DistillSettings, dictionaries: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the students, as JSON; which features they keep, and of which dictionaries, only where they do."""
+    """What decides the students, as JSON. Kept features and their dictionaries are in it only if there are any."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     if not settings.keep:
         del content["keep"]  # so that a run from before there was such a setting goes on
@@ -251,9 +251,7 @@ def _recorded(settings: DistillSettings, dictionaries: Mapping[str, Any]) -> dic
 
 
 def _save(folder: Path, run: DistillationRun, models: Sequence[Any], tokenizer: Any) -> None:
-    """The students, each as `save_pretrained` writes it, then the run, and then the checkpoint is
-    not needed any more.
-    """
+    """Write the students with `save_pretrained`, then the run, then delete the checkpoint."""
     for curve, model in zip(run.students, models, strict=True):
         place = folder / "students" / curve.name
         with new_folder(place) as whole, written(place):

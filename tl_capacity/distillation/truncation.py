@@ -1,4 +1,4 @@
-"""A start for students: the teacher's weights, in the leading directions of its residual stream.
+"""A start for students: the teacher's weights in the leading directions of its residual stream.
 
 The stream of a pre-norm transformer is only ever read through a norm and written by adding to it. So it can be rotated,
 and cut, and nothing else need change (SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024). What reads and writes it is
@@ -39,7 +39,7 @@ ROWS_AT_ONCE = 4
 
 @dataclass
 class Reading:
-    """What a forward pass showed of the stream of a model.
+    """What a forward pass showed of a model's residual stream.
 
     Attributes:
         readers: the matrices that read each norm's output, by name.
@@ -68,7 +68,7 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
     width, teacher_width = int(student.config.hidden_size), int(teacher.config.hidden_size)
     if width > teacher_width:
         raise CapacityError(
-            f"a student of width {width} cannot start from fewer directions, its teacher's {teacher_width}: start it at"
+            f"a student of width {width} cannot start from a narrower teacher (width {teacher_width}): start it at"
             " random"
         )
     cut = _cut(teacher, student, read_stream(teacher, tokens))
@@ -108,7 +108,7 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
 
 @dataclass(frozen=True)
 class _Cut:
-    """What a student's weights are made of, besides its teacher's.
+    """What a student's weights are built from, besides its teacher's.
 
     Attributes:
         seen: what reads and writes the teacher's stream.
@@ -134,12 +134,12 @@ class _Cut:
     kept: Mapping[str, Tensor | None]
 
     def embedding(self, module: Any) -> Tensor:
-        """The student's embedding."""
+        """The student's embedding matrix."""
         vectors: Tensor = module.weight.float() @ self.basis * self.scale
         return vectors
 
     def norm(self, name: str, module: Any) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the student's norm."""
+        """Weight and bias of one of the student's norms."""
         gain, bias, basis = _gain(module), getattr(module, "bias", None), self.basis
         if name in self.folded:
             new_gain = basis.new_ones(basis.shape[1])
@@ -151,7 +151,7 @@ class _Cut:
         return new_gain - (gain - module.weight).mean(), new_bias  # Gemma's gain is 1 + its weight
 
     def reader(self, name: str, module: Any) -> tuple[Tensor, Tensor | None] | None:
-        """Matrix [out, in] and bias of what reads the student's stream; None where they stay random."""
+        """Matrix [out, in] and bias of a module that reads the student's stream; None if they stay random."""
         weight, norm = _matrix(module), self.norm_of[name]
         weight = (
             self.wider * weight * _gain(self.modules[norm]) @ self.basis if norm in self.folded else weight @ self.basis
@@ -166,7 +166,7 @@ class _Cut:
         return weight[rows], None if module.bias is None else module.bias[rows]
 
     def writer(self, name: str, module: Any) -> tuple[Tensor, Tensor | None] | None:
-        """Matrix [out, in] and bias of what writes to the student's stream; None where they stay random."""
+        """Matrix [out, in] and bias of a module that writes to the student's stream; None if they stay random."""
         if (columns := self.kept[name]) is None:
             return None
         bias = None if module.bias is None else self.basis.T @ module.bias.float()
@@ -174,7 +174,7 @@ class _Cut:
 
 
 def _cut(teacher: Any, student: Any, seen: Reading) -> _Cut:
-    """How a teacher's stream is cut to a student's width.
+    """How to cut a teacher's stream to a student's width.
 
     Raises:
         CapacityError: where no matrix reads the output of a norm.
@@ -203,7 +203,7 @@ def _cut(teacher: Any, student: Any, seen: Reading) -> _Cut:
 
 @torch.no_grad()
 def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
-    """Watch what is read from and written to a model's residual stream.
+    """What reads a model's residual stream and what writes to it, found by watching forward passes.
 
     Raises:
         CapacityError: where the first norm reads something else than the sum of the embeddings.
@@ -258,7 +258,7 @@ def read_stream(model: Any, tokens: Int[Tensor, "row position"]) -> Reading:
 
 
 def _basis(seen: Reading, modules: dict[str, Any], width: int) -> Float[Tensor, "d_T d_S"]:
-    """Orthonormal columns: the student's stream is `basisᵀ x`."""
+    """Orthonormal columns of `basis`; the student's stream is `basisᵀ x`."""
     moment = torch.stack([seen.second_moment[norm] for norm in seen.readers]).sum(0)
     directions: Tensor = torch.linalg.eigh(moment).eigenvectors.flip(1)
     if not any(isinstance(modules[norm], nn.LayerNorm) for norm in seen.readers):
@@ -282,8 +282,8 @@ def _kept(
     config: Any,
     student_config: Any,
 ) -> Tensor | None:
-    """Which inner coordinates of a matrix that writes to the stream the student keeps; None where its heads are others
-    than the teacher's.
+    """The inner coordinates that the student keeps of a matrix that writes to the stream; None if its heads differ from
+    the teacher's.
     """
     weight, size = _matrix(modules[writer]), _matrix(student_modules[writer]).shape[1]
     contribution = seen.inner[writer] * exact(weight).square().sum(0)
@@ -298,7 +298,7 @@ def _kept(
 
 
 def _rows(name: str, kept: Tensor, rows: int, inner: int, config: Any) -> Tensor:
-    """The rows of a matrix that reads the stream that belong to the inner coordinates kept."""
+    """The rows of a matrix that reads the stream, for the inner coordinates that are kept."""
     if name.endswith("query_key_value"):  # GPT-NeoX: query, key and value of one head beside each other
         size = _heads(config)[0]
         heads = kept.view(-1, size)[:, 0] // size
@@ -311,14 +311,14 @@ def _rows(name: str, kept: Tensor, rows: int, inner: int, config: Any) -> Tensor
 
 
 def _heads(config: Any) -> tuple[int, int]:
-    """Size of a head, and how many share a key."""
+    """Size of a head, and how many heads share a key."""
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     return size, heads // int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _scale(model: Any) -> float:
-    """What an architecture multiplies its embeddings by (Gemma: √d)."""
+    """The factor by which an architecture multiplies its embeddings (Gemma: √d)."""
     return float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
 
 
@@ -328,7 +328,7 @@ def _is_norm(module: Any, width: int) -> bool:
 
 
 def _gain(norm: Any) -> Float[Tensor, " d_T"]:
-    """What a norm multiplies by: an RMS norm leaves ones as they are but for it."""
+    """The factors of a norm. An RMS norm changes ones only by its gain."""
     gain: Tensor = norm.weight if isinstance(norm, nn.LayerNorm) else norm(torch.ones_like(norm.weight))
     return gain.float()
 

@@ -1,4 +1,6 @@
-"""What steps of training said of themselves, left on the device until it is read: reading waits for the device."""
+"""Losses and gradient norms of training steps, left on the device until they are read, because reading waits for the
+device.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from torch import Tensor
 from tl_capacity.runtime.devices import exact
 
 AT_ONCE = 16
-"""Steps that a GPU may be ahead of what was read of it."""
+"""How many steps a GPU may be ahead of the last reading."""
 
 
 class Unread:
-    """Losses and gradient norms of the students in the steps since the last reading.
+    """Losses and gradient norms of the students since the last reading.
 
     Attributes:
         at_once: steps after which they should be read; 1 on the CPU, which nobody waits for.
@@ -27,8 +29,9 @@ class Unread:
         self._norms: list[Tensor] = []
 
     def add(self, step: int, losses: Tensor, norms: Sequence[Tensor]) -> None:
-        """A step's losses and norms [student], over all processes: nothing may be asked of these at a reading, whose
-        time each chooses by its own clock.
+        """Add a step's losses and norms [student], summed over all processes.
+
+        Reading must not communicate, as each process reads by its own clock.
         """
         self._steps.append(step)
         self._losses.append(losses.detach())
@@ -40,7 +43,7 @@ class Unread:
         return len(self._steps) >= self.at_once
 
     def read(self) -> Iterator[tuple[int, list[float], list[float]]]:
-        """`(step, losses, norms)` of each step; then there is nothing unread."""
+        """`(step, losses, norms)` of each step since the last reading."""
         if not self._steps:
             return
         losses, norms = torch.stack(self._losses), exact(torch.stack(self._norms))
