@@ -333,7 +333,10 @@ WRONG_TEXTS = {
         lambda: None,
         r"failed in line \d+ of FILE \(TypeError: 'NoneType' object is not iterable\): fix it, or choose another",
     ),
-    "tuples": (lambda: [("one", "a")], r"gives a tuple in line \d+ of FILE, as its text 1: let load give LabelledText"),
+    "tuples": (
+        lambda: [("one", "a")],
+        r"gives a tuple in line \d+ of FILE, as its text 1: its load must give LabelledText",
+    ),
     "a number": (lambda: [LabelledText(1, "a")], r"gives a text that is a int in line \d+ of FILE, as its text 1"),  # type: ignore[arg-type]
     "a list": (lambda: [LabelledText("1", ["a"])], r"gives a label that is a list in line \d+ of FILE, as its text 1"),  # type: ignore[arg-type]
     "a document": (numbered, r"gives a document that is a int in line \d+ of FILE, as its text 2"),

@@ -351,7 +351,7 @@ class TestProbes:
     def test_bad_input(self, collected: Activations, concept: LabelledTexts) -> None:
         with pytest.raises(CapacityError, match="no activations of the concept 'words'"):
             fit_probes({}, [concept])
-        with pytest.raises(CapacityError, match="are of 3 texts, and it has 240"):
+        with pytest.raises(CapacityError, match="are of 3 texts, but it has 240"):
             fit_probes(
                 {
                     "words": replace(
@@ -604,7 +604,7 @@ class TestConcepts:
             ),
             (
                 [replace(text, split=("train", "test")[i % 2]) for i, text in enumerate(texts_of(120))],
-                "'document 0' of the concept 'x' stands in two splits",
+                "'document 0' of the concept 'x' is in two splits",
             ),
             (
                 [replace(text, split="dev") for text in texts_of(120)],
@@ -624,7 +624,7 @@ class TestConcepts:
         ("content", "message"),
         [
             ('{"text": "a"}', "line 1 of .* lacks a `text` or a `label`"),
-            ("[1", "not JSON in each line"),
+            ("[1", "not JSON on each line"),
             ('{"text": "a", "label": 1.5}', "lacks a `text` or a `label`"),
         ],
     )

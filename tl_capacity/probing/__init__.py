@@ -1,5 +1,5 @@
-"""Probing: which concepts a linear probe reads off a model's activations, and which features of the teacher a student's
-stream still tells.
+"""Probing: which concepts a linear probe reads off a model's activations, and which of the teacher's features a student
+kept.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Activations of labelled texts: one pooled vector for each, taken at any hook point of any model that can be tapped,
-and the tokens that went into it.
+"""Activations of labelled texts: one pooled vector for each text, from any hook point, and the tokens that it was
+pooled over.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tl_capacity.text.tokenizing import bos_of, token_ids
 
 POOLINGS = ("mean", "last", "token")
 TOKENS_PER_TEXT = 8
-"""Of a text whose tokens are kept apart, evenly spaced: memory stays within so many vectors a text."""
+"""Most tokens kept per text if tokens are kept apart. They are evenly spaced; this bounds memory."""
 DEFAULT_CONTEXT = 512
 
 
@@ -73,7 +73,7 @@ def collect(
     prepend_bos: bool = True,
     progress: bool = True,
 ) -> Activations:
-    """Run a model over texts and keep one pooled vector of each.
+    """One pooled vector for each text, from a model that is run over all of them.
 
     Args:
         model: a `HookedTransformer`, a `TransformerBridge`, or a Hugging Face causal language model of a registered
@@ -94,7 +94,7 @@ def collect(
     """
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if pooling not in POOLINGS:
-        raise CapacityError(f"{pooling!r} is no pooling: choose one of {', '.join(POOLINGS)}")
+        raise CapacityError(f"{pooling!r} is not a pooling: choose one of {', '.join(POOLINGS)}")
     if tokenizer is None:
         raise CapacityError(f"this {type(model).__name__} has no tokenizer: pass one as tokenizer=…")
     if not texts or batch_rows < 1:
@@ -103,8 +103,8 @@ def collect(
         )
     if context is not None and context < 2:
         raise CapacityError(
-            f"context = {context} has no room for BOS and a token: pass at least 2, or leave it out for what the model"
-            " takes"
+            f"context = {context} has no room for BOS and a token: pass at least 2, or leave it out to use what the"
+            " model takes"
         )
     point = find_tap_point(model, hook) if sae is None else reading_of(model, sae, hook).point
     pool = _latents(sae, hook) if sae is not None else _activations
@@ -147,8 +147,7 @@ def collect(
 
 
 def bag_of_embeddings(model: Any, activations: Activations) -> Activations:
-    """The mean of the model's input embeddings over the tokens that were pooled: what can be told from the words alone,
-    without their order.
+    """The mean of the model's input embeddings over the pooled tokens: what the words alone tell, without their order.
 
     Args:
         model: the model whose tokenizer made the tokens.
@@ -164,8 +163,9 @@ def bag_of_embeddings(model: Any, activations: Activations) -> Activations:
 
 
 def randomly_initialised(model: Any, seed: int = 0) -> Any:
-    """A Hugging Face model of the same configuration with fresh weights, in eval mode: what width and architecture tell
-    without any training.
+    """A Hugging Face model with the same configuration and fresh weights, in eval mode.
+
+    It shows what width and architecture tell without any training.
     """
     with seeded(seed):
         fresh = type(model)(model.config)
@@ -182,11 +182,11 @@ def _rows(tokenizer: Any, texts: Sequence[str], context: int, prepend_bos: bool)
 
 
 def _chosen(ids: NDArray[np.int64], rule: CountingRule, pooling: str, number: int) -> NDArray[np.int64]:
-    """Positions of the tokens that are pooled, or kept."""
+    """Positions of the tokens that are pooled or kept."""
     counted = np.flatnonzero(rule.counted(ids[None])[0])
     if not len(counted):
         raise CapacityError(
-            f"text {number} has no token that counts: leave out what is empty or consists of special tokens"
+            f"text {number} has no token that counts: leave out texts that are empty or have only special tokens"
         )
     if pooling == "last":
         counted = counted[-1:]
@@ -196,13 +196,14 @@ def _chosen(ids: NDArray[np.int64], rule: CountingRule, pooling: str, number: in
 
 
 def _sizes(positions: NDArray[np.int64], pooling: str) -> list[int]:
-    """Tokens in each row that a text gives."""
+    """How many tokens go into each row of a text."""
     return [1] * len(positions) if pooling == "token" else [len(positions)]
 
 
 def _batches(rows: Sequence[NDArray[np.int64]], size: int) -> Iterator[list[int]]:
-    """Numbers of texts of about one length, so that little is padded; the longest come first, so that what does not fit
-    into memory shows at once.
+    """Numbers of texts of about the same length, so that little is padded.
+
+    The longest come first, so that a lack of memory shows at once.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), size):
@@ -210,7 +211,7 @@ def _batches(rows: Sequence[NDArray[np.int64]], size: int) -> Iterator[list[int]
 
 
 def _padded(rows: Sequence[NDArray[np.int64]], filler: int) -> Tensor:
-    """Rows of one length, filled on the right, where a causal model does not look."""
+    """Rows padded on the right to one length. A causal model does not look there."""
     filled = np.full((len(rows), max(map(len, rows))), filler, dtype=np.int64)
     for row, ids in enumerate(rows):
         filled[row, : len(ids)] = ids
@@ -218,7 +219,7 @@ def _padded(rows: Sequence[NDArray[np.int64]], filler: int) -> Tensor:
 
 
 def _activation(model: Any, point: TapPoint, tokens: Tensor) -> Tensor:
-    """What a hook point carries on a batch of tokens, [row, position, ...]."""
+    """The activation at a hook point for a batch of tokens [row, position, ...]."""
     activation = activation_at(model, point, tokens)
     if activation is None:
         raise HookPointError(f"{point.name} did not fire: the model does not run it, tap another hook point")
@@ -239,15 +240,15 @@ def _activations(taken: Float32[Tensor, "token width"], group: Tensor) -> Tensor
 
 
 def _latents(sae: SparseAutoencoder, hook: str) -> Any:
-    """What pools an SAE's latents in the same way, of which only the active ones are made."""
+    """A function that pools an SAE's latents in the same way. It computes only the active ones."""
     check_dictionary(sae, hook)
     encoder = Encoder(sae)
 
     def pool(taken: Tensor, group: Tensor) -> Tensor:
         if taken.shape[1] != int(sae.cfg.d_in):
             raise HookPointError(
-                f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook"
-                " point or model, so pass one that was trained on this"
+                f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: pass an SAE that was"
+                " trained on this hook point of this model"
             )
         taken, group = (part.to(sae.W_dec.device) for part in (taken, group))
         sums = torch.zeros(int(group[-1]) + 1, encoder.d_sae, dtype=torch.float32, device=taken.device)

@@ -1,5 +1,6 @@
-"""Concepts as probes need them: texts of two classes, each with its document and split, from plugins, a `.jsonl` file
-or the `datasets` library.
+"""Concepts for probes: texts of two classes, each text with its document and split.
+
+They come from plugins, a `.jsonl` file or the `datasets` library.
 
 Texts of one document never stand in two splits, and an interval resamples documents, not texts.
 """
@@ -22,17 +23,17 @@ from tl_capacity.runtime.checks import checked
 from tl_capacity.storage.digests import place_of
 
 FEWEST_DOCUMENTS = 50
-"""Of a concept: an interval resamples documents, so texts of few say little however many they are."""
+"""A concept needs this many documents. Intervals resample documents, so many texts of few documents say little."""
 SPLITS = {"train": 0.5, "validation": 0.15, "test": 0.35}
-"""Splits, and the share of the documents that goes to each where the texts name none. Nothing is fitted on, or chosen
-by, the last.
+"""The splits, and each one's share of the documents if the texts name none. Nothing is fitted or chosen on the last
+one.
 """
 TEXT_FIELDS = ("text", "content")
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """The texts of one concept, checked.
+    """The checked texts of one concept.
 
     Attributes:
         name: of the concept.
@@ -52,7 +53,7 @@ class LabelledTexts:
 
     @classmethod
     def of(cls, name: str, texts: Iterable[LabelledText], classes: tuple[str, str] | None = None) -> LabelledTexts:
-        """Number the documents, split those that are not split, and check.
+        """Checked texts, with numbered documents and a split for each.
 
         Args:
             classes: the class of label 1 and the other; by default the two labels that occur, in the order in which
@@ -79,7 +80,7 @@ class LabelledTexts:
         classes = classes or (labels[0], labels[1])
         if set(labels) != set(classes):
             raise CapacityError(
-                f"the concept {name!r} has the labels {_listed(labels)} instead of {_listed(classes)}: mend its plugin"
+                f"the concept {name!r} has the labels {_listed(labels)} instead of {_listed(classes)}: fix its plugin"
             )
         splits = [text.split or split_of(key) for text, key in zip(texts, keys, strict=True)]
         if unknown := set(splits) - SPLITS.keys():
@@ -90,8 +91,8 @@ class LabelledTexts:
         if len(pairs) > len(numbers):
             torn = next(key for key in numbers if sum(key == other for other, _ in pairs) > 1)
             raise CapacityError(
-                f"the document {torn!r} of the concept {name!r} stands in two splits, so a probe would be tested on"
-                " what it has seen: use one"
+                f"the document {torn!r} of the concept {name!r} is in two splits, so a probe would be tested on what"
+                " it was trained on: use one split"
             )
         made = cls(
             name=name,
@@ -112,13 +113,13 @@ class LabelledTexts:
 
     @property
     def majority(self) -> float:
-        """Accuracy on the test split of always saying the commoner class of the training split."""
+        """Accuracy on the test split when the answer is always the training split's commoner class."""
         commoner = bool(self.labels[self.splits == "train"].mean() > 0.5)
         return float((self.labels[self.splits == "test"] == commoner).mean())
 
 
 def split_of(document: str) -> str:
-    """The split of a document, a function of its name alone."""
+    """The split of a document. It depends only on the document's name."""
     position, reached = place_of(document), 0.0
     for split, share in SPLITS.items():
         reached += share
@@ -129,7 +130,7 @@ def split_of(document: str) -> str:
 
 @checked
 def load_concepts(spec: str | Sequence[str]) -> list[LabelledTexts]:
-    """The concepts that `spec` names, in its order.
+    """The concepts that `spec` names, in the same order.
 
     Args:
         spec: names of registered concepts or of collections of them (`embedded`, `brown`), paths of `.jsonl` files or
@@ -174,8 +175,8 @@ def _texts_of(concept: Concept) -> list[LabelledText]:
         else:
             continue
         raise PluginError(
-            f"the concept {concept.name!r} gives {what}{line_of(concept.load)}, as its text {number:,}: let load give"
-            " LabelledText(text, label) objects whose fields are strings"
+            f"the concept {concept.name!r} gives {what}{line_of(concept.load)}, as its text {number:,}: its load must"
+            " give LabelledText(text, label) objects whose fields are strings"
         )
     return texts
 
@@ -202,8 +203,8 @@ def _json_lines(path: str) -> list[Any]:
         raise CapacityError(f"the concept file {path} cannot be read ({problem.strerror}): check the path") from problem
     except (ValueError, RecursionError) as problem:
         raise CapacityError(
-            f"the concept file {path} is not JSON in each line ({problem}): write one object with `text` and `label` a"
-            " line"
+            f"the concept file {path} is not JSON on each line ({problem}): write one object with `text` and `label`"
+            " per line"
         ) from problem
 
 
@@ -215,9 +216,7 @@ def _labelled(row: Any, where: str) -> LabelledText:
     )
     label = row.get("label") if isinstance(row, Mapping) else None
     if text is None or not isinstance(label, (str, int)):
-        raise CapacityError(
-            f"{where} lacks a `text` or a `label`: a concept needs both, the label a word or a whole number"
-        )
+        raise CapacityError(f"{where} lacks a `text` or a `label`: give both; the label is a word or a whole number")
     document, split = (
         None if row.get(field) is None or row[field] is text else str(row[field]) for field in ("document", "split")
     )

@@ -1,4 +1,4 @@
-"""Probing several models for several concepts, beside baselines; what is fitted is kept in a checkpoint.
+"""Probes of several models for several concepts, beside baselines. Fitted probes are kept in a checkpoint.
 
 Each process takes some of the models. Of the activations only the teacher's outlive their model's turn.
 """
@@ -32,14 +32,14 @@ from tl_capacity.runtime.progress import token_progress
 from tl_capacity.storage.checkpoints import Checkpoint
 
 Reader = Callable[[str], Activations]
-"""Gives the activations of a concept's texts, by its name."""
+"""A function from a concept's name to the activations of its texts."""
 Fitted = tuple[list[Probe], dict[str, Any]]
-"""Probes, and what else is known of them, as JSON."""
+"""Probes, and further facts about them as JSON."""
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What is read and fitted.
+    """What is read, and how probes are fitted.
 
     Attributes:
         hook: the hook point.
@@ -62,7 +62,7 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class TappedModel:
-    """A model, what its hook points are tapped on, and at which of them it is read.
+    """A model, and the hook points at which it may be read.
 
     Attributes:
         hooks: one, or several of which the best is to be chosen.
@@ -97,7 +97,7 @@ def probe_models(
     checkpoint: Checkpoint | None = None,
     processes: Processes = ALONE,
 ) -> ProbeResult:
-    """Probes of each concept on each model, beside their baselines.
+    """The probes of each concept on each model, beside their baselines.
 
     Args:
         models: the teacher first.
@@ -125,13 +125,13 @@ def probe_models(
 
 
 class CheckpointedFits:
-    """Keeps what was fitted in a checkpoint, so that a run that was killed does not fit it again."""
+    """Keeps fitted probes in a checkpoint, so that a killed run does not fit them again."""
 
     def __init__(self, checkpoint: Checkpoint, advance: Callable[[int], None]) -> None:
         self.checkpoint, self.advance, self.done = checkpoint, advance, 0
 
     def fitted(self, name: str, fit: Callable[[], Fitted]) -> Fitted:
-        """What was fitted under this name, now or before the run was killed, and what else is known of it."""
+        """What was fitted under this name, now or before the run was killed, and further facts about it."""
         tensors, about = self.checkpoint.tensors, self.checkpoint.about
         if name not in about:
             probes, others = fit()
@@ -155,7 +155,7 @@ class CheckpointedFits:
 
 
 class Experiment:
-    """Probes models one after the other; the teacher's activations are collected once and kept."""
+    """Probes models one after the other. The teacher's activations are collected once and kept."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class Experiment:
         self.teacher_reader = self.reader(models[0], settings.hook)
 
     def probe_model(self, number: int) -> list[Probed]:
-        """The probes on one model, and on the baselines that stand beside it."""
+        """The probes on one model and on its baselines."""
         model = self.models[number]
         read_at = self.layer_of(number)
         read = self.reader(model, read_at.hook) if number else self.teacher_reader
@@ -178,8 +178,10 @@ class Experiment:
         return [self.probe_kind(number, kind, reader, read, read_at) for kind, reader in readers.items()]
 
     def layer_of(self, number: int) -> ReadAt:
-        """Where a model is read: of several hook points, where concepts are told best on the validation split, by the
-        mean of 1 − AUROC over concepts. The test split has no say in it.
+        """The hook point at which a model is read.
+
+        Of several, it is the one with the lowest mean of 1 − AUROC over concepts on the validation split. The test
+        split has no say.
         """
         model = self.models[number]
         if len(model.hooks) == 1:
@@ -200,7 +202,7 @@ class Experiment:
         return ReadAt.best_of(errors)
 
     def baseline_readers(self, number: int, model: TappedModel, read: Reader, hook: str) -> dict[str, Reader]:
-        """Readers of the baselines beside a model, whose own activations `read` gives, at a hook point."""
+        """Readers of a model's baselines at a hook point. `read` gives the model's own activations."""
         loaded = model.loaded
         untrained = cache(lambda: randomly_initialised(loaded.model, self.settings.seed))
         twin = cache(lambda: LoadedModel(untrained(), loaded.tokenizer, loaded.name, None))
@@ -214,9 +216,7 @@ class Experiment:
         return readers
 
     def probe_kind(self, number: int, kind: str, read: Reader, read_model: Reader, read_at: ReadAt) -> Probed:
-        """The probes of one kind on what `read` gives for each concept, beside a model whose own activations
-        `read_model` gives.
-        """
+        """The probes of one kind, on the activations that `read` gives. `read_model` gives the model's own."""
         fitted, about = [], {}
         for name, concept in self.concepts.items():
 
@@ -235,7 +235,7 @@ class Experiment:
         return Probed(name, kind, width, tuple(fitted), truncated, elsewhere)
 
     def probe_latents(self, sae: SparseAutoencoder, measured: HookMeasurement | None) -> list[SparseProbe]:
-        """Probes on few latents of the teacher's SAE."""
+        """Probes on a few latents of the teacher's SAE."""
         read, settings, fitted = self.reader(self.models[0], self.settings.hook, sae), self.settings, []
         for name, concept in self.concepts.items():
 
@@ -257,8 +257,8 @@ class Experiment:
         return fitted
 
     def reader(self, model: TappedModel, hook: str, sae: SparseAutoencoder | None = None) -> Reader:
-        """A function that collects a model's activations at a hook point, or an SAE's latents, of the texts of one
-        concept by name, each once.
+        """A function that collects a concept's activations at a hook point, or an SAE's latents, once for each
+        concept.
         """
         settings = self.settings
 
@@ -280,5 +280,5 @@ class Experiment:
 
 
 def _short(name: str) -> str:
-    """A folder's own name; any other as it is."""
+    """The last part of a folder's path; any other name as it is."""
     return Path(name).name if Path(name).is_dir() else name

@@ -1,4 +1,4 @@
-"""Figures of probes and of recoverability against the student's width; several seeds of one width are not joined."""
+"""Figures of probes and of recoverability against the student's width. Seeds of one width are not joined by a line."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ SHOWN = (
 )
 KINDS = {TRAINED: (BLUE, "circle"), RANDOM: (VERMILION, "square"), COMPONENTS: (GREEN, "diamond")}
 LEVELS = {"majority": ("dot", "cross"), "control task (teacher)": ("dashdot", "x"), EMBEDDINGS: ("dash", "star")}
-"""Dash and symbol of what needs no width; of a single width only the symbol is seen."""
+"""Dash and symbol of what does not depend on width. With a single width, only the symbol shows."""
 PANELS_IN_A_ROW = 4
 DASHES = ("dash", "dot", "dashdot", "longdash")
-"""Of the lines of budgets, the default law's first."""
+"""Dashes of the budgets' lines; the default law's comes first."""
 
 
 def thresholds_figure(
     kept: Mapping[str, Mapping[float, float]], limits: Mapping[str, Mapping[float, float]], taus: Sequence[float]
 ) -> go.Figure:
-    """How many features are kept at each τ, a line for each student, and grey those that they are compared with; τ that
-    were asked for are marked.
+    """How many features are kept at each τ, one line for each student.
+
+    Grey lines show what students are compared with. The requested τ are marked.
     """
     figure = new_figure()
     for place, (label, counts) in enumerate(kept.items()):
@@ -57,7 +58,7 @@ def thresholds_figure(
 
 
 def recoverability_figure(panels: Sequence[Sequence[RecoveryRow]]) -> Any:
-    """The same from the rows of each hook point."""
+    """The figure of features kept against width, from the rows of each hook point."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(
@@ -97,8 +98,10 @@ def recoverability_figure(panels: Sequence[Sequence[RecoveryRow]]) -> Any:
 
 
 def accuracy_figure(probe_rows: Sequence[ProbeRow], concepts: Sequence[ProbedConcept]) -> Any:
-    """Accuracy against width: a panel for each concept, models and baselines of the same widths with 95% intervals, and
-    what needs no width as lines, the bag of embeddings with its own interval at both ends.
+    """Accuracy against width, one panel for each concept, with 95% intervals.
+
+    Models and baselines of the same widths are points. What does not depend on width is a line; the bag of embeddings
+    has its own interval at both ends.
     """
     from plotly.subplots import make_subplots
 
@@ -146,7 +149,7 @@ def accuracy_figure(probe_rows: Sequence[ProbeRow], concepts: Sequence[ProbedCon
 
 
 def _levels(rows: Sequence[ProbeRow]) -> dict[str, Estimate]:
-    """What needs no width, of the rows of one concept, by the names in `LEVELS`."""
+    """The rows of one concept that do not depend on width, by the names in `LEVELS`."""
     teacher = next(row for row in rows if row.kind == TRAINED)
     levels = {"majority": teacher.majority, "control task (teacher)": teacher.control}
     known = {name: Estimate(level) for name, level in levels.items() if level is not None}

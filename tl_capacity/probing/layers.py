@@ -1,4 +1,4 @@
-"""Layers: at which hook point a student is read that has more layers than its teacher, or fewer.
+"""Layers: the hook point at which a student is read that has more or fewer layers than its teacher.
 
 Where none is named, each of its layers is tried on the documents that fit readouts, and the best is taken. No document
 that judges has a say in it.
@@ -20,8 +20,10 @@ from tl_capacity.storage.checkpoints import Checkpoint
 
 
 def possible_hooks(teacher: Any, student: Any, hook: str) -> tuple[str, ...]:
-    """Where a student may be read that is compared with its teacher at a hook point: there, or at the same place of
-    each of its layers where it has more or fewer of them than the teacher.
+    """The hook points at which a student may be read, for one hook point of its teacher.
+
+    With as many layers as the teacher, it is the same hook point. Otherwise it is the same place in any of the
+    student's layers.
 
     Args:
         teacher, student: models, or what has their configuration as `config` or `cfg`.
@@ -34,7 +36,7 @@ def possible_hooks(teacher: Any, student: Any, hook: str) -> tuple[str, ...]:
 
 
 def named_hooks(given: Sequence[str], students: Sequence[str]) -> dict[str, str]:
-    """The hook points that were named for students, by the student's name.
+    """The hook points that were named for students, by student.
 
     Args:
         given: each `STUDENT=HOOK`, or `HOOK` for all.
@@ -52,8 +54,10 @@ def named_hooks(given: Sequence[str], students: Sequence[str]) -> dict[str, str]
 
 
 def choose_layers(passes: Passes, hooks: Mapping[str, Sequence[str]], checkpoint: Checkpoint) -> dict[str, ReadAt]:
-    """The best of each student's hook points: with the lowest mean over features of Σ(z − ẑ)² / Σ(z − z̄)² on the
-    documents that choose the ridge, of a readout that was fitted to those that fit.
+    """The best hook point of each student.
+
+    It has the lowest mean over features of Σ(z − ẑ)² / Σ(z − z̄)² for a readout fitted on the fitting documents. The
+    documents that choose the ridge judge it.
 
     Args:
         passes: that read each under the name `STUDENT at HOOK`.

@@ -1,4 +1,4 @@
-"""The two passes over the text: one fits the readouts, the other judges them on held-out documents."""
+"""The two passes over the text: the first fits the readouts, the second judges them on held-out documents."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEACHER, RANDOM = "teacher", "with random weights"
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that is run up to one hook point, or to the last of several.
+    """A model that is run up to one or several hook points.
 
     Attributes:
         who: the model, in a sentence.
@@ -48,7 +48,7 @@ class Reader:
 
     @classmethod
     def at_hook(cls, model: Any, hook: str, who: str, name: str, sae: Any = None) -> Reader:
-        """A reader of a model at a hook point; with an SAE, of the activations that this was trained on.
+        """A reader at one hook point. With an SAE, it reads the activations that the SAE was trained on.
 
         Raises:
             HookPointError: where the model has no such hook point.
@@ -62,7 +62,7 @@ class Reader:
 
     @classmethod
     def at_hooks(cls, model: Any, hooks: Mapping[str, str], who: str) -> Reader:
-        """A reader of a model at several hook points.
+        """A reader at several hook points of a model.
 
         Args:
             hooks: by the names under which their activations are handed on.
@@ -95,7 +95,7 @@ class Reader:
         }
 
     def _counted(self, point: str, seen: Tensor | None, batch: CountedTokens, number: int) -> Tensor:
-        """The vectors of the counted tokens, checked."""
+        """The checked vectors of the counted tokens."""
         if seen is None or seen.shape[:2] != batch.counted.shape:
             what = (
                 "did not fire"
@@ -112,7 +112,7 @@ class Reader:
 
 
 class Passes:
-    """The two passes over the stream: one fits readouts, the other judges them.
+    """The two passes over the stream: the first fits the readouts, the second judges them.
 
     Attributes:
         tokens: counted tokens of each part.
@@ -154,7 +154,9 @@ class Passes:
         self.widths: dict[str, int] = {}
 
     def fit(self, students: Sequence[str], checkpoint: Checkpoint) -> tuple[dict[str, Readout], dict[str, str]]:
-        """The readout of every model and of the teacher's principal components, and whose activations each reads."""
+        """The readouts of every model and of the teacher's principal components, and whose activations each one
+        reads.
+        """
         moments = self.moments(checkpoint, "fitting readouts")
         readouts, sources = {}, {name: name for name in self.names}
         for width in {self.widths[name] for name in students}:
@@ -166,7 +168,7 @@ class Passes:
         return readouts, sources
 
     def moments(self, checkpoint: Checkpoint, label: str) -> dict[tuple[str, str], Moments]:
-        """The sums of the documents that fit and of those that choose, by part and hook point's name."""
+        """The sums over the fitting documents and over those that choose the ridge, by part and hook point name."""
         moments: dict[tuple[str, str], Moments] = {}
         for part, name in product((FIT, VALIDATION), self.names):
             if kept := checkpoint.part(f"{part}/{name}"):
@@ -191,7 +193,7 @@ class Passes:
     def judge(
         self, readouts: Mapping[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint
     ) -> dict[str, Ranking]:
-        """Every readout's scores on the held-out documents."""
+        """The scores of every readout on the held-out documents."""
         rankings = {name: Ranking(readout, signed=self.signed) for name, readout in readouts.items()}
         for name, ranking in rankings.items():
             if kept := checkpoint.part(name):
@@ -213,8 +215,7 @@ class Passes:
         checkpoint: Checkpoint,
         sums: Callable[[], Mapping[str, Mapping[str, Tensor]]],
     ) -> Iterator[tuple[str, dict[str, Tensor], Latents, Tensor]]:
-        """The part, every model's activations, the latents and the document groups of each batch of the documents of
-        some parts.
+        """The batches of some parts: part, activations of every model, latents, and document groups.
 
         Args:
             checkpoint: batches that went into it are left out.
@@ -255,7 +256,7 @@ class Passes:
         self.signed = bool(self.processes.sum(torch.tensor(int(self.signed))))
         if missing := [p for p in parts if not self.tokens[p]]:
             raise TokenSourceError(
-                f"no document is left for {missing[0]}: of every ten, 6 fit, 1 chooses the ridge and 3 judge, so give"
+                f"no document is left for {missing[0]} (of every ten, 6 fit, 1 chooses the ridge and 3 judge): pass"
                 " more documents"
             )
 
@@ -270,5 +271,5 @@ class Passes:
 
 
 def components_of(width: int) -> str:
-    """The name of the readout of as many principal components of the teacher."""
+    """The name of the readout of this many principal components of the teacher."""
     return f"teacher's {width} principal components"

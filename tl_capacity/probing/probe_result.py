@@ -1,4 +1,4 @@
-"""The result of probing models for concepts: fitted probes of each model beside those of its baselines."""
+"""The result of probing models for concepts: each model's probes beside those of its baselines."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tl_capacity.show.tables import table
 
 MODELS_IN_A_TABLE = 3
 TABLES = {"accuracy": "Accuracy", "auroc": "AUROC"}
-"""What is printed of a probe, each in tables of its own, and its name in a title."""
+"""The figures that are printed, each in tables of its own, with the name that the title has for it."""
 MOST_FEATURES_SHOWN = 4
-"""Features that a sparse probe may read to be printed."""
+"""A sparse probe is printed if it reads at most this many features."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class ProbeResult(ShownInNotebooks):
-    """Every probe that was fitted, with its weights and scores.
+    """All fitted probes, with their weights and scores.
 
     Attributes:
         concepts: what was probed for.
@@ -71,7 +71,7 @@ class ProbeResult(ShownInNotebooks):
 
     @property
     def beside(self) -> list[dict[str, Probed]]:
-        """Each model, the teacher first, with the baselines beside it, by what was probed."""
+        """Each model with its baselines, by what was probed; the teacher comes first."""
         models: list[dict[str, Probed]] = []
         for probed in self.probed:
             models += [{}] if probed.kind == TRAINED else []
@@ -79,7 +79,7 @@ class ProbeResult(ShownInNotebooks):
         return models
 
     def falls(self) -> dict[str, int | None]:
-        """For each concept, the widest student that is less accurate than the teacher by more than its interval."""
+        """For each concept, the widest student that is less accurate than the teacher beyond its interval."""
         teacher, students = self.trained[0], self.trained[1:]
         return {
             c.name: falls_at(teacher.probes[i], [s.probes[i] for s in students]) for i, c in enumerate(self.concepts)
@@ -90,7 +90,7 @@ class ProbeResult(ShownInNotebooks):
         teacher = self.trained[0]
         few = [probe.concept for probe in teacher.probes if probe.accuracy.low is None]
         cut = sum(teacher.truncated.values())
-        notes = [f"{cut:,} texts were longer than the context, and only their beginning was read"] if cut else []
+        notes = [f"{cut:,} texts were longer than the context; only their beginning was read"] if cut else []
         notes += [
             f"{probed.model} was read at {probed.read_at.says('the validation texts')}"
             for probed in self.trained
@@ -104,7 +104,7 @@ class ProbeResult(ShownInNotebooks):
         return notes
 
     def numbers(self, **about: Any) -> Probes:
-        """All of it but weights and scores, to be saved.
+        """Everything that is saved: all but weights and scores.
 
         Args:
             about: `settings`, `versions` and `seconds` of `Probes`.
@@ -120,19 +120,19 @@ class ProbeResult(ShownInNotebooks):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All of it but weights and scores."""
+        """Everything except weights and scores, as a JSON object."""
         return self.numbers().tables()
 
     def to_frame(self) -> Any:
-        """The probes as a pandas DataFrame, one row for each concept and model or baseline."""
+        """The probes as a pandas DataFrame, with one row for each concept and each model or baseline."""
         return self.numbers().to_frame()
 
     def plot(self) -> Any:
-        """A plotly figure of accuracy against width, a panel for each concept."""
+        """A plotly figure of accuracy against width, with one panel for each concept."""
         return self.numbers().plot()
 
     def tables(self) -> Iterator[Any]:
-        """Accuracy and AUROC of a few models at a time, then the sparse probes, as rich tables."""
+        """Rich tables: accuracy and AUROC of a few models at a time, then the sparse probes."""
         has_baselines = len(self.probed) > len(self.trained)
         baselines = f" (of {RANDOM}; of the {COMPONENTS}, as many as d)" if has_baselines else ""
         for (score, name), first in product(TABLES.items(), range(0, len(self.trained), MODELS_IN_A_TABLE)):
@@ -143,7 +143,7 @@ class ProbeResult(ShownInNotebooks):
             yield table(title, *self.sparse_cells(), right=False)
 
     def cells(self, score: str, first: int = 0) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a table, a row for each concept and a column for each of a few models.
+        """Header and rows of a table: one row for each concept, and one column for each of a few models.
 
         Args:
             score: "accuracy" or "auroc".
@@ -165,7 +165,7 @@ class ProbeResult(ShownInNotebooks):
         return header, rows
 
     def sparse_cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table of sparse probes, of those that read few features."""
+        """Header and rows of the table of sparse probes that read few features."""
         falls, ranked, has_students = self.falls(), bool(self.sparse[0].ranks), len(self.trained) > 1
         header = ["concept", "k", "accuracy", "features (importance rank)" if ranked else "features"]
         header += ["the law keeps all from width"] * ranked + ["the full probe falls at width"] * has_students

@@ -1,5 +1,4 @@
-"""Linear probes: how well a logistic regression tells a concept from activations of unseen documents, beside what it
-reaches where there is less to know.
+"""Linear probes: how well a logistic regression tells a concept from a model's activations of unseen documents.
 
 A control task (Hewitt & Liang 2019, arXiv:1909.03368) measures what the probe itself can learn by heart; intervals come
 from a bootstrap over documents.
@@ -23,17 +22,17 @@ from tl_capacity.results.estimate import Estimate, cluster_bootstrap
 from tl_capacity.runtime.checks import checked
 
 PENALTIES = tuple(10.0**power for power in range(-4, 2))
-"""C of scikit-learn's logistic regression, the inverse of the penalty; of the best, the strongest penalty is taken."""
+"""Values of C, the inverse penalty of scikit-learn's logistic regression. Of equally good ones, the strongest penalty
+is taken.
+"""
 FOLDS = 5
 WIDEST_NEWTON = 1_024
-"""Columns up to which Newton's method is the faster solver: two to four times as fast as L-BFGS at 128, to the same
-coefficients.
-"""
+"""Up to this many columns, Newton's method is faster than L-BFGS with the same coefficients: 2 to 4 times at 128."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted probe and how it does on documents that it has not seen.
+    """A fitted probe, and its figures on unseen documents.
 
     Attributes:
         concept: its name.
@@ -73,7 +72,7 @@ class Probe:
         return np.asarray((self.scores > 0) == self.labels)
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Everything, as JSON and arrays, of which `of_state` makes the same probe."""
+        """The probe as JSON and arrays, from which `of_state` makes it again."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         return {
@@ -84,7 +83,7 @@ class Probe:
 
     @classmethod
     def of_state(cls, values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Probe:
-        """What `to_state` took apart."""
+        """The probe that `to_state` took apart."""
         state: dict[str, Any] = {
             name: Estimate(**value) if isinstance(value, dict) else value for name, value in values.items()
         } | dict(arrays)
@@ -110,7 +109,7 @@ class Probe:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays, flat."""
+        """Everything but the arrays, as a flat JSON object."""
         return self.numbers.to_json()
 
 
@@ -123,7 +122,7 @@ def fit_probes(
     control: bool = True,
     seed: int = 0,
 ) -> list[Probe]:
-    """Fit a logistic regression for each concept on its training split and judge it on another.
+    """A logistic regression for each concept, fitted on the training split and judged on another one.
 
     Args:
         activations: of each concept's texts, by the concept's name.
@@ -142,15 +141,16 @@ def fit_probes(
 
 
 def probes_frame(probes: Sequence[Probe]) -> Any:
-    """Probes as a pandas DataFrame, one row for each: what `Probe.to_json` has."""
+    """Probes as a pandas DataFrame, with one row for each and the columns of `Probe.to_json`."""
     import pandas
 
     return pandas.DataFrame([probe.to_json() for probe in probes])
 
 
 def on_principal_components(activations: Activations, concept: LabelledTexts, width: int) -> Activations:
-    """Activations projected to their first `width` principal components, fitted on the training split: the most
-    variance that so many dimensions can keep.
+    """Activations projected on their first `width` principal components, fitted on the training split.
+
+    No other `width` dimensions keep more of the variance.
 
     They are fewer where there are fewer training rows or dimensions.
     """
@@ -162,7 +162,7 @@ def on_principal_components(activations: Activations, concept: LabelledTexts, wi
 
 
 def difference(probe: Probe, other: Probe, seed: int = 0) -> Estimate:
-    """Accuracy of one probe minus that of another on the same test texts, resampled together.
+    """Accuracy of one probe minus another's on the same test texts, which are resampled together.
 
     Raises:
         CapacityError: where they were tested on other rows.
@@ -179,8 +179,9 @@ def difference(probe: Probe, other: Probe, seed: int = 0) -> Estimate:
 def weighted_auroc(
     scores: Float[np.ndarray, " row"], labels: Bool[np.ndarray, " row"], weights: Float[np.ndarray, "replicate row"]
 ) -> Float[np.ndarray, " replicate"]:
-    """Area under the ROC curve in each replicate: the weighted share of pairs of a positive and a negative row that are
-    in order, ties counting half.
+    """Area under the ROC curve in each replicate.
+
+    It is the weighted share of pairs of a positive and a negative row that are in order; ties count half.
 
     NaN where a replicate has no positive or no negative row.
     """
@@ -198,9 +199,10 @@ def weighted_auroc(
 def control_labels(
     activations: Activations, train: Bool[np.ndarray, " row"], seed: int = 0
 ) -> Bool[np.ndarray, " row"]:
-    """Labels of the control task of Hewitt & Liang 2019: each token type is given a random number once, and a row's
-    label says whether the mean over its pooled tokens exceeds that of the median training row. For rows of one token
-    this is their word-type task.
+    """Labels of the control task of Hewitt & Liang 2019, which say nothing about the concept.
+
+    Each token type gets a random number once. A row's label says whether the mean over its pooled tokens is above the
+    median training row's. For rows of one token, this is their word-type task.
 
     They say nothing of the concept, and stay the same wherever a type occurs: a probe can get them right only by
     knowing the types.
@@ -216,8 +218,9 @@ def logistic_regression(
     documents: Int[np.ndarray, " row"],
     seed: int = 0,
 ) -> tuple[Any, float]:
-    """The fitted probe, a scikit-learn pipeline, and its C: that with the highest mean log-likelihood over held-out
-    folds, each standardised anew.
+    """The fitted probe, a scikit-learn pipeline, and its C.
+
+    C has the highest mean log-likelihood over held-out folds. Each fold is standardised anew.
 
     What scikit-learn's `GridSearchCV` over the pipeline chooses, at half of its cost: a fold is standardised once for
     all C.
@@ -249,7 +252,7 @@ def logistic_regression(
 def folds_of(
     labels: Bool[np.ndarray, " row"], documents: Int[np.ndarray, " row"], seed: int = 0
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Up to five folds by whole documents, each with about the same share of either class.
+    """Up to five folds of whole documents, each with about the same share of both classes.
 
     Raises:
         CapacityError: where a class has a single document.
@@ -259,8 +262,8 @@ def folds_of(
     n_folds = min(FOLDS, *(len(np.unique(documents[labels == label])) for label in (True, False)))
     if n_folds < 2:
         raise CapacityError(
-            "a class has a single training document, so C cannot be cross-validated over documents: add documents, or"
-            " name none"
+            "a class has only one training document, so C cannot be cross-validated over documents: add documents, or"
+            " leave documents unnamed"
         )
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels, documents)
     return [
@@ -318,7 +321,7 @@ def _activations_of(activations: Mapping[str, Activations], concept: LabelledTex
         raise CapacityError(f"there are no activations of the concept {concept.name!r}: collect those of its texts")
     if len(np.unique(collected.texts)) != len(concept.texts):
         raise CapacityError(
-            f"the activations of {concept.name!r} are of {len(np.unique(collected.texts))} texts, and it has"
+            f"the activations of {concept.name!r} are of {len(np.unique(collected.texts))} texts, but it has"
             f" {len(concept.texts)}: collect all of them"
         )
     if not np.isfinite(collected.values).all():

@@ -1,5 +1,6 @@
-"""How well a readout tells when features fire: scores go into fixed bins as they come, and AUROC, average precision and
-R² are computed from the counts.
+"""Ranking: how well a readout tells when features fire, computed from counts.
+
+Scores go into fixed bins as they come. AUROC, average precision and R² follow from the counts.
 
 Binning makes ties of scores that differ; how much AUROC and average precision can be off for it is computed beside
 them, for every feature.
@@ -21,20 +22,22 @@ from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 BINS = 256
 FINE = 2.0
-"""Standard deviations within which half of the bins lie. A score t falls into bin ½(1 + t/(2 + |t|)) · 256: bins widen
-outwards and no score is too large.
+"""Half of the bins lie within this many standard deviations.
+
+A score t falls into bin ½(1 + t/(2 + |t|)) · 256. Bins widen outwards, so no score is too large.
 """
 SUMS = ("all", "firing", "z", "zz", "cross", "squares", "ranks", "firings")
-"""What a ranking adds up, by the names of its attributes."""
+"""The attributes that a ranking sums up."""
 BLOCK_SCORES = 2**18
-"""Scores that exist at once: 1 MB, which stays in a core's cache through all that is done to them."""
+"""How many scores exist at once: 1 MB, which stays in a core's cache while they are used."""
 FEATURES_AT_ONCE = 512
-"""Features whose counts are float64 at once: 1 MB, for the same reason."""
+"""How many features have float64 counts at once: 1 MB, for the same reason."""
 
 
 class Ranking:
-    """What a readout's scores on held-out tokens say of every feature, as sums over tokens; nothing of the size tokens
-    · features is ever kept.
+    """Sums over tokens that say how well a readout's scores tell each feature on held-out tokens.
+
+    Nothing of the size tokens · features is ever kept.
 
     A latent that fires below zero is told by a low score, so firings of either sign are counted apart and each side is
     scored in its own direction.
@@ -98,7 +101,7 @@ class Ranking:
             self._rank(block, place, below, features, groups[tokens])
 
     def _sides(self, place: Tensor, below: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The counts of firings above and below zero, each with the places of those among some firings."""
+        """The counts of firings above and below zero, each with the bins of some of those firings."""
         if self.negative is None or below is None:
             yield self.firing, place
         else:
@@ -113,8 +116,9 @@ class Ranking:
         features: Int64[Tensor, " entry"],
         groups: Int64[Tensor, " entry"],
     ) -> None:
-        """Each firing's share of silent tokens that score lower, or higher for a firing below zero, among those scored
-        so far: they are many, so it hardly matters which.
+        """Add each firing's share of the silent tokens that score lower; higher, if it fires below zero.
+
+        It counts the silent tokens scored so far. They are many, so the order hardly matters.
 
         AUROC is the mean of these over firings. Kept per document group, they say how much it varies with the documents
         that the firings are in.
@@ -129,27 +133,28 @@ class Ranking:
         self.firings.view(-1).index_add_(0, group_and_feature, torch.ones_like(place, dtype=torch.float64))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The sums by name, to be kept."""
+        """The sums by name, for a checkpoint."""
         return {"tokens": torch.tensor(self.tokens), **{name: getattr(self, name) for name in self._sums}}
 
     def go_on_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the sums that a ranking by the same readout had.
+        """Continue from the sums of an earlier ranking by the same readout.
 
         Raises:
             MeasurementError: where it did not tell firings of either sign apart.
         """
         if missing := set(self._sums) - tensors.keys():
             raise MeasurementError(
-                f"the checkpoint lacks {', '.join(sorted(missing))}, as an earlier version wrote it: delete it, and"
-                " start again"
+                f"the checkpoint lacks {', '.join(sorted(missing))}, because an earlier version wrote it: delete it,"
+                " and start again"
             )
         self.tokens = int(tensors["tokens"])
         for name in self._sums:
             setattr(self, name, tensors[name].to(self.z.device))
 
     def over_all(self, processes: Processes) -> Ranking:
-        """This ranking, with the sums over the tokens of all processes; a firing's rank stays that among the silent
-        tokens of its own process.
+        """This ranking with the sums over the tokens of all processes.
+
+        A firing's rank stays its rank among the silent tokens of its own process.
         """
         tokens, *sums = processes.sums([torch.tensor(self.tokens), *(getattr(self, name) for name in self._sums)])
         self.tokens = int(tokens)
@@ -162,7 +167,7 @@ class Ranking:
         return SUMS if self.negative is None else (*SUMS, "negative")
 
     def scores(self) -> Scores:
-        """How well each feature is told, by the tokens so far."""
+        """How well each feature is told on the tokens so far."""
         areas: list[tuple[Tensor, ...]] = []
         for first in range(0, len(self.firing), FEATURES_AT_ONCE):
             block = slice(first, first + FEATURES_AT_ONCE)
@@ -193,8 +198,9 @@ def _areas(firing: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
 
 
 def _areas_of_both_sides(positive: Tensor, negative: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
-    """As `_areas`, of a random firing of either sign: firings above zero against silent tokens by the score, and those
-    below zero by the score turned round.
+    """`_areas` for a random firing of either sign.
+
+    Firings above zero are ranked against silent tokens by the score, those below zero by the negated score.
     """
     share = positive.sum(1) / (positive.sum(1) + negative.sum(1))
     above, below = _areas(positive, silent), _areas(negative.flip(1), silent.flip(1))
@@ -214,8 +220,7 @@ def bins_of_(scores: Float[Tensor, "*any"]) -> Tensor:
 def auroc_of(
     firing: Float64[Tensor, "feature bin"], silent: Float64[Tensor, "feature bin"]
 ) -> tuple[Float64[Tensor, " feature"], Float64[Tensor, " feature"]]:
-    """Area under the ROC curve of binned scores, ties counting half, and how far it can be from that of the scores
-    themselves.
+    """Area under the ROC curve of binned scores, and the largest error that binning can cause. Ties count half.
 
     Whatever the order within a bin, only its own pairs of a firing and a silent token change sides: the error is at
     most ½ Σ_b p_b n_b, the shares of firing and of silent tokens in each bin. NaN for features that never fire or are
@@ -228,8 +233,9 @@ def auroc_of(
 def average_precision_of(
     firing: Float64[Tensor, "feature bin"], silent: Float64[Tensor, "feature bin"]
 ) -> tuple[Float64[Tensor, " feature"], Float64[Tensor, " feature"]]:
-    """Average precision Σ (Rₙ − Rₙ₋₁) Pₙ of binned scores, as scikit-learn has it for tied scores, and how far it can
-    be from that of the scores themselves.
+    """Average precision Σ (Rₙ − Rₙ₋₁) Pₙ of binned scores, and the largest error that binning can cause.
+
+    Tied scores are treated as in scikit-learn.
 
     The error is taken from the two extreme orders within each bin: all its firing tokens first, or all last. NaN for
     features that never fire.

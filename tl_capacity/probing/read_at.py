@@ -1,4 +1,4 @@
-"""ReadAt: the hook point at which a student was read, and how it came to be that one."""
+"""ReadAt: the hook point at which a student was read, and how it was chosen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ReadAt:
         return cls(min(errors, key=errors.__getitem__), dict(errors))
 
     def says(self, judge: str) -> str:
-        """The hook point, and what it was chosen by.
+        """The hook point in words, with how it was chosen.
 
         Args:
             judge: the text by which it was chosen, in words.

@@ -1,5 +1,4 @@
-"""Feature recoverability: which features of the teacher's SAE a linear readout still finds in a student's residual
-stream.
+"""Recoverability: which features of the teacher's SAE a linear readout finds in a student's residual stream.
 
 Latents are rectified and rare, so R² says little even of the teacher's own stream. What counts is how well a readout's
 score tells when the feature fires, beside three baselines that are read out in the same way: the teacher itself, a
@@ -35,7 +34,7 @@ from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.text.counting import CountingRule
 
 FEWER = "name fewer students, or choose another --device"
-"""What helps where all of them do not fit on a device."""
+"""Advice for when the models do not all fit on a device."""
 
 
 @checked
@@ -90,27 +89,28 @@ def recover_features(
     """
     if max_tokens is not None and max_tokens < 1:
         raise CapacityError(
-            f"{max_tokens:,} tokens are nothing to read features from: ask for at least 1, in ten documents or more"
+            f"{max_tokens:,} tokens are too few to read features from: ask for at least 1, in ten documents or more"
         )
     if not 0.5 <= tau <= 1:
-        raise CapacityError(f"tau = {tau:g} is no AUROC to ask for: choose one from 0.5, which chance gives, to 1")
+        raise CapacityError(f"tau = {tau:g} is not an AUROC to ask for: choose one from 0.5 (chance) to 1")
     if not students:
         raise CapacityError("there is no student to read features from: pass a mapping from names to models")
     if unknown := set(student_hooks or {}) - set(students):
         raise CapacityError(
-            f"a hook point is named for {', '.join(sorted(unknown))}, which is no student: use the students' names"
+            f"a hook point is named for {', '.join(sorted(unknown))}, which is not a student: use the students' names"
         )
     if unknown := set(random or {}) - set(students):
         raise CapacityError(
-            f"random weights are given for {', '.join(sorted(unknown))}, which is no student: use the students' names"
+            f"random weights are given for {', '.join(sorted(unknown))}, which is not a student: use the students'"
+            " names"
         )
     if dictionary_digest(sae) != measured.sae_digest:
         raise DictionaryError(
-            f"the SAE is not the one that was measured at {measured.hook}: its weights differ, pass the same"
+            f"the SAE is not the one that was measured at {measured.hook}: its weights differ, so pass the measured one"
         )
     if isinstance(stream, Iterator):
         raise TokenSourceError(
-            "the stream can be gone over only once, but it is read twice: pass a TokenStream, or a list of batches"
+            "the stream can be read only once, but is needed twice: pass a TokenStream, or a list of batches"
         )
     started = time.monotonic()
     estimator = measured.estimator(importance).name
@@ -186,7 +186,7 @@ def recover_features(
 
 
 def _laws(measured: HookMeasurement, importance: str) -> tuple[CapacityLaw, ...]:
-    """Each registered capacity law that says what the hook point's width holds, the default one first.
+    """The registered capacity laws that apply to the hook point's width; the default one comes first.
 
     Raises:
         PluginError: where a law fails, before anything is read.

@@ -1,4 +1,4 @@
-"""Recoverability: how many of the teacher's features each student kept, as `recoverability.json` holds it."""
+"""Recoverability: how many of the teacher's features each student kept, as stored in `recoverability.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELDS |= {"n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens", "
 
 @dataclass(frozen=True)
 class Recoverability(ShownInNotebooks):
-    """What students kept of the features at some hook points; what `recover` saves, and other stages load.
+    """How many features each student kept at some hook points. `recover` saves it, and other stages load it.
 
     Attributes:
         rows: one for each student and hook point.
@@ -31,16 +31,14 @@ class Recoverability(ShownInNotebooks):
 
     @classmethod
     def from_json(cls, content: Any) -> Recoverability:
-        """What a `recoverability.json` holds, checked.
+        """The checked content of a `recoverability.json`.
 
         Raises:
             MeasurementError: where it has no rows, is of a newer version, or a width or number is none that a row can
                 have.
         """
         if not isinstance(content, list) or not content:
-            raise MeasurementError(
-                f"{JSON_NAME} has no rows, as it is no list of students: measure recoverability again"
-            )
+            raise MeasurementError(f"{JSON_NAME} is not a list of students: measure recoverability again")
         return cls(tuple(RecoveryRow.from_json(row) for row in content))
 
     def save(self, folder: str | Path) -> Path:
@@ -61,13 +59,13 @@ class Recoverability(ShownInNotebooks):
         return cls.from_json(read_json(file_in(path, JSON_NAME)))
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a row for each student: counts with their intervals, budgets, overlap and medians."""
+        """A pandas DataFrame with a row for each student: counts with intervals, budgets, overlap and medians."""
         import pandas
 
         return pandas.DataFrame([_flat_with_parts(row) for row in self.rows])
 
     def plot(self) -> Any:
-        """A plotly figure of the features kept against the student's width, a panel per hook point."""
+        """A plotly figure of the features kept against the student's width, one panel for each hook point."""
         from tl_capacity.probing.figures import recoverability_figure
 
         hooks = dict.fromkeys(row.hook for row in self.rows)
@@ -75,7 +73,7 @@ class Recoverability(ShownInNotebooks):
 
 
 def _flat_with_parts(row: RecoveryRow) -> dict[str, Any]:
-    """The numbers of a row, with intervals, overlap and what is typical of readouts as columns of their own."""
+    """The numbers of a row in one level: intervals, overlap and figures of readouts have columns of their own."""
     cells, intervals = row.flat(), row.intervals()
     for readout, key in COUNTS.items():
         cells |= dict(zip((f"{key} low", f"{key} high"), intervals.get(readout) or (None, None), strict=True))

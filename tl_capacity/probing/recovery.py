@@ -1,4 +1,4 @@
-"""Recovery: which features of the teacher's SAE readouts find in its students, beside what the theory predicts."""
+"""Recovery: which features of the teacher's SAE are found in its students, beside what the theory predicts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tl_capacity.storage.files import write_bytes
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 MIN_FIRINGS = 10
-"""Held-out tokens on which a feature must fire, and be silent, to be judged: with fewer, AUROC ≥ 0.95 comes about by
-chance.
+"""A feature is judged if it fires, and is silent, on at least this many held-out tokens. With fewer, AUROC ≥ 0.95 can
+be chance.
 """
 TAU = 0.95
 TAUS = tuple(round(0.80 + 0.01 * i, 2) for i in range(20))
@@ -38,7 +38,7 @@ TAUS = tuple(round(0.80 + 0.01 * i, 2) for i in range(20))
 
 @dataclass(frozen=True)
 class StudentRecovery:
-    """What was read out of one student, and of what it is compared with.
+    """The readouts of one student, and of what it is compared with.
 
     Attributes:
         name: as it was passed.
@@ -59,8 +59,9 @@ class StudentRecovery:
 
 @dataclass(frozen=True)
 class Recovery(ShownInNotebooks):
-    """Which features of one SAE linear readouts find, in the teacher and in its students; shows itself in a terminal
-    and a notebook.
+    """Which features of one SAE linear readouts find in the teacher and in its students.
+
+    It shows itself in a terminal and a notebook.
 
     Attributes:
         measured: the measurement that says which features are alive and how important they are.
@@ -84,12 +85,12 @@ class Recovery(ShownInNotebooks):
 
     @property
     def hook(self) -> str:
-        """Where activations were read."""
+        """The hook point of the teacher."""
         return self.measured.hook
 
     @cached_property
     def features(self) -> NDArray[np.int64]:
-        """Number of each alive latent in the SAE [feature]; the order of every other array here."""
+        """Number of each alive latent in the SAE [feature]. All other arrays here have the same order."""
         return np.flatnonzero(self.measured.summary.alive)
 
     @cached_property
@@ -104,7 +105,7 @@ class Recovery(ShownInNotebooks):
         return np.asarray((firings >= MIN_FIRINGS) & (self.teacher.tokens - firings >= MIN_FIRINGS))
 
     def kept(self, scores: Scores, tau: float | None = None) -> NDArray[np.bool_]:
-        """Whether each feature is judged, and found by a readout [feature]."""
+        """Whether each feature is judged and found by a readout [feature]."""
         return scores.kept(self.tau if tau is None else tau) & self.judged
 
     def count(self, scores: Scores, tau: float | None = None) -> Estimate:
@@ -112,18 +113,19 @@ class Recovery(ShownInNotebooks):
         return scores.count(self.tau if tau is None else tau, self.judged)
 
     def budgets(self, width: int) -> dict[str, float]:
-        """How many features each capacity law lets a student of that width keep, by the law's name."""
+        """How many features each capacity law allows a student of that width, by the law's name."""
         return {law.name: float(budgets(law, [width], self._at)[0]) for law in self.laws}
 
     def predicted(self, width: int, law: str | None = None) -> NDArray[np.bool_]:
-        """Whether each feature is among the F_S most important ones, which the theory lets a student of that width keep
-        [feature]; by the default capacity law where none is named.
+        """Whether the theory lets a student of that width keep each feature [feature].
+
+        It keeps the F_S most important ones. If no law is named, F_S is the default law's.
         """
         kept = kept_features(plugins().capacity_laws.named(law), width, self._at)
         return most_important(self.importances, kept)
 
     def overlap(self, student: StudentRecovery) -> dict[str, Any]:
-        """How the kept set compares with the predicted one, among judged features, and with what chance would give.
+        """How far the kept features are the predicted ones, beside what chance gives; judged features only.
 
         Returns:
             `predicted`: judged features among the F_S most important; `kept_of_predicted`: the share of them that is
@@ -148,7 +150,7 @@ class Recovery(ShownInNotebooks):
 
     @cached_property
     def rows(self) -> tuple[RecoveryRow, ...]:
-        """The numbers of each student, without those of every feature."""
+        """The numbers of each student, without those of single features."""
         return tuple(self._row(student) for student in self.students)
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -156,7 +158,7 @@ class Recovery(ShownInNotebooks):
         return Recoverability(self.rows).to_json()
 
     def save_arrays(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write every figure of every feature into a folder, as `features-HOOK.safetensors`, with what it was made of.
+        """Write all figures of every feature to `features-HOOK.safetensors` in a folder, with what they were made from.
 
         Raises:
             CapacityError: where it cannot be written.
@@ -167,7 +169,7 @@ class Recovery(ShownInNotebooks):
         write_bytes(folder / f"features-{self.hook}.safetensors", save(arrays, {"about": json.dumps(about)}))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Every figure of every feature, as it lies on disk: `teacher/auroc`, `STUDENT/pca/r2` and so on [feature]."""
+        """All figures of every feature, as stored on disk: `teacher/auroc`, `STUDENT/pca/r2` and so on [feature]."""
         readouts = {"teacher": self.teacher}
         for student in self.students:
             readouts |= {
@@ -189,14 +191,14 @@ class Recovery(ShownInNotebooks):
         }
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a table: a row for each student."""
+        """Header and rows of a table, with one row for each student."""
         header = ["student", "kept", "random weights", "PCA", "teacher"]
         header += ["d·g(α)" if law.name == plugins().capacity_laws.default.name else law.name for law in self.laws]
         header += ["of predicted (of all)", "median AP", "median R²"]
         return header, [_cells(row) for row in self.rows]
 
     def title(self) -> str:
-        """What the table shows."""
+        """The title of the table."""
         return (
             f"Features with AUROC ≥ {self.tau:g} at {self.hook}, of {int(self.judged.sum()):,} judged and"
             f" {len(self.features):,} alive, on {self.tokens[HELD_OUT]:,} held-out tokens [95% interval over"
@@ -220,7 +222,7 @@ class Recovery(ShownInNotebooks):
         ]
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a row for each student: counts with their intervals, budgets, overlap and medians."""
+        """A pandas DataFrame with a row for each student: counts with intervals, budgets, overlap and medians."""
         return Recoverability(self.rows).to_frame()
 
     def plot(self) -> Any:
@@ -265,7 +267,7 @@ class Recovery(ShownInNotebooks):
         )
 
     def _typical(self, scores: Scores) -> dict[str, float]:
-        """Medians over judged features, and the largest error of an AUROC that binning may have caused."""
+        """Medians over judged features, and the largest AUROC error that binning can have caused."""
         if not self.judged.any():
             return {"ridge": scores.ridge}
         return {
@@ -286,7 +288,7 @@ def most_important(importances: NDArray[np.float64], count: int) -> NDArray[np.b
 
 
 def _readouts(recovery: Recovery, student: StudentRecovery) -> dict[str, Scores]:
-    """What is compared at one width."""
+    """The readouts that are compared at one width."""
     readouts = {"student": student.student, "random": student.random, "pca": student.pca, "teacher": recovery.teacher}
     return {name: scores for name, scores in readouts.items() if scores is not None}
 
@@ -315,8 +317,9 @@ def _shown(value: float | None) -> str:
 
 
 def recovery_figure(recoveries: Sequence[Recovery]) -> Any:
-    """A plotly figure, a panel per hook point: features kept against the student's width, beside the budget and the
-    baselines.
+    """A plotly figure of the features kept against the student's width, one panel for each hook point.
+
+    The budget and the baselines stand beside it.
     """
     from tl_capacity.probing.figures import recoverability_figure
 

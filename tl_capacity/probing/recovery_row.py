@@ -1,4 +1,4 @@
-"""RecoveryRow: what was read out of one student at one hook point, as recoverability.json holds it."""
+"""RecoveryRow: what was read from one student at one hook point, as stored in recoverability.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = 1
 
 
 COUNTS = {"student": "kept", "random": "kept_random", "pca": "kept_pca", "teacher": "kept_teacher"}
-"""What is read out at each width, and the name of its number of kept features in JSON."""
+"""What is read at each width, and the JSON name of its number of kept features."""
 
 
 READOUTS = {"random": "random weights", "student": "student", "teacher": "teacher"}
@@ -28,15 +28,15 @@ READOUTS = {"random": "random weights", "student": "student", "teacher": "teache
 
 
 OVERLAP = ("predicted", "kept_of_predicted", "kept_of_all", "ordered", "ordered_by_chance")
-"""What `Recovery.overlap` gives."""
+"""The names of the figures of `Recovery.overlap`."""
 
 
 TYPICAL = ("auroc", "average_precision", "r2", "largest_auroc_error", "ridge")
-"""What is said of a readout: medians over judged features, the largest error of an AUROC, and the penalty."""
+"""The figures of a readout: medians over judged features, the largest AUROC error, and the penalty."""
 
 
 DEFAULT_BUDGET = "budget"
-"""The field of the default law's budget; any other law's has the law's name."""
+"""The field of the default law's budget. The fields of other laws have the law's name."""
 
 
 FIELDS = {"schema", "student", "width", "hook", "tau", *COUNTS.values(), DEFAULT_BUDGET, "predicted", "n_features"}
@@ -80,7 +80,7 @@ class RecoveryRow:
 
     @property
     def medians(self) -> dict[str, dict[str, float]]:
-        """Medians over judged features, of `average_precision` and `r2`, by readout."""
+        """Medians of `average_precision` and `r2` over judged features, by readout."""
         return {
             name: {
                 readout: self.readouts[readout][name] for readout in READOUTS if name in self.readouts.get(readout, {})
@@ -90,12 +90,12 @@ class RecoveryRow:
 
     @property
     def labelled(self) -> dict[str, Estimate]:
-        """Numbers of kept features, then budgets, by what a page calls them."""
+        """Numbers of kept features, then budgets, by their names on a page."""
         kept = {label: self.counts[key] for key, label in COUNT_LABELS.items() if key in self.counts}
         return kept | {budget_label(law): budget for law, budget in self.budgets.items()}
 
     def flat(self) -> dict[str, Any]:
-        """The numbers that are no lists, under the file's names; null where one is not known."""
+        """The scalar numbers by their names in the file; null if not known."""
         return {
             "student": self.student,
             "width": self.width,
@@ -117,17 +117,17 @@ class RecoveryRow:
         }
 
     def shares(self) -> dict[str, float | int | None]:
-        """The overlap, null where it is not known."""
+        """The figures of the overlap; null if not known."""
         shares: dict[str, float | int | None] = {name: self.overlap.get(name) for name in OVERLAP}
         predicted = shares["predicted"]
         return shares if predicted is None else {**shares, "predicted": as_count(predicted)}
 
     def typical(self) -> dict[str, dict[str, float | None]]:
-        """What is typical of each readout, null where it is not known."""
+        """The figures of each readout; null if not known."""
         return {readout: {name: values.get(name) for name in TYPICAL} for readout, values in self.readouts.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as the file has it."""
+        """The whole row, as the file has it."""
         return {
             "schema": SCHEMA,
             **self.flat(),
@@ -144,7 +144,7 @@ class RecoveryRow:
 
     @classmethod
     def from_json(cls, content: Any) -> RecoveryRow:
-        """A row of the file, checked.
+        """A checked row of the file.
 
         Raises:
             MeasurementError: where it is of a newer version, or a width or number is none that a row can have.
@@ -214,9 +214,9 @@ COUNT_LABELS = {
     "kept_random": "with random weights",
     "kept_pca": "in the teacher's leading components",
 }
-"""Numbers of kept features, and what a page calls them."""
+"""Numbers of kept features, and their names on a page."""
 
 
 def budget_label(law: str) -> str:
-    """What a page calls the budget of a law."""
+    """A law's budget, as a page names it."""
     return "budget d·g(α)" if law == plugins().capacity_laws.default.name else f"budget by the {law} law"

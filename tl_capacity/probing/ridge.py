@@ -1,5 +1,6 @@
-"""Streaming ridge regression of an SAE's latents on activations: sums over tokens that merge by addition, and from them
-the closed form.
+"""Streaming ridge regression of an SAE's latents on activations.
+
+Sums over tokens merge by addition. The closed form follows from them.
 
 Memory is O(width · features) whatever the number of tokens; latents stay sparse throughout.
 """
@@ -21,14 +22,15 @@ from tl_capacity.runtime.processes import Processes
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties to choose from, in units of the activations' mean variance per dimension."""
 CHOOSING_FEATURES = 1024
-"""Features by which the penalty is chosen, evenly spaced: solving for all of a wide SAE with every penalty would cost
-more than the pass over the tokens.
+"""How many features choose the penalty; they are evenly spaced.
+
+Solving for all features of a wide SAE with every penalty would cost more than the pass over the tokens.
 """
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The active latents of some tokens, sorted by feature: one entry per (token, feature) with z ≠ 0.
+    """The active latents of some tokens, sorted by feature: one entry for each (token, feature) with z ≠ 0.
 
     Attributes:
         features: the feature's place among those that are looked at.
@@ -46,7 +48,7 @@ class Latents:
 
     @classmethod
     def from_entries(cls, entries: Entries, place: Int64[Tensor, " latent"], n_features: int, n_tokens: int) -> Latents:
-        """The entries of an encoder whose latent has a place.
+        """The entries of an encoder, for latents that are read out.
 
         Args:
             place: of each latent of the SAE, or −1 for those that are not looked at.
@@ -61,7 +63,7 @@ class Latents:
         return cls(features, tokens[order], values[order].double(), starts, n_tokens)
 
     def matrix(self) -> Tensor:
-        """Z transposed, [feature, token], as a sparse matrix of compressed rows."""
+        """Z transposed [feature, token], as a sparse CSR matrix."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             return torch.sparse_csr_tensor(
@@ -71,7 +73,7 @@ class Latents:
 
 @dataclass
 class Moments:
-    """Sums over tokens that a regression of latents z on activations x needs, in float64."""
+    """Sums over tokens for a regression of latents z on activations x, in float64."""
 
     tokens: int
     x: Float64[Tensor, " width"]
@@ -82,7 +84,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, width: int, features: int, device: torch.device | str = "cpu") -> Moments:
-        """Of no tokens."""
+        """The sums over no tokens."""
         sizes = [(width,), (features,), (width, width), (features, width), (features,)]
         return cls(0, *(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
 
@@ -101,12 +103,12 @@ class Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The sums by name, to be kept."""
+        """The sums by name, for a checkpoint."""
         return {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Moments:
-        """What `to_tensors` gave."""
+        """The sums that `to_tensors` gave."""
         return cls(int(tensors["tokens"]), *(tensors[f.name].to(device) for f in fields(cls)[1:]))
 
     def over_all(self, processes: Processes) -> Moments:
@@ -115,7 +117,7 @@ class Moments:
         return Moments(int(tokens), *sums)
 
     def about(self, x: Float64[Tensor, " width"], z: Float64[Tensor, " feature"]) -> Moments:
-        """The sums of (x − x₀) and (z − z₀) and of their products."""
+        """The sums of (x − x₀), of (z − z₀), and of their products."""
         n = self.tokens
         return Moments(
             n,
@@ -127,15 +129,15 @@ class Moments:
         )
 
     def centred(self) -> Moments:
-        """About the means."""
+        """The sums about the means."""
         return self.about(self.x / self.tokens, self.z / self.tokens)
 
     def take(self, features: Int64[Tensor, " chosen"]) -> Moments:
-        """Of some of the features."""
+        """The sums for some of the features."""
         return Moments(self.tokens, self.x, self.z[features], self.xx, self.zx[features], self.zz[features])
 
     def project(self, basis: Float64[Tensor, "width dimension"]) -> Moments:
-        """Of the projected activations x·basis."""
+        """The sums for the projected activations x·basis."""
         return Moments(self.tokens, self.x @ basis, self.z, basis.T @ self.xx @ basis, self.zx @ basis, self.zz)
 
 
@@ -165,7 +167,9 @@ def fit(
     basis: Float64[Tensor, "width dimension"] | None = None,
     ridges: Sequence[float] = RIDGES,
 ) -> Readout:
-    """The readout of both streams together, with the penalty that predicts `validation` best from `training` alone.
+    """The readout of both streams together.
+
+    Its penalty is the one whose readout of `training` predicts `validation` best.
 
     Best is the lowest mean over features of Σ(z − ẑ)² / Σ(z − z̄)²; both come from the sums, so no token is looked at
     again.
@@ -189,13 +193,13 @@ def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimensio
         CapacityError: where there are no tokens, or the activations are all the same.
     """
     if moments.tokens == 0:
-        raise CapacityError("there are no tokens to fit a readout to: give more documents")
+        raise CapacityError("there are no tokens to fit a readout to: pass more documents")
     about = moments.centred()
     alpha = ridge * float(about.xx.diagonal().mean())
     if not alpha > 0:
         raise CapacityError(
-            f"{moments.tokens:,} tokens have the same activation, from which nothing can be read: check the hook point,"
-            " or give more text"
+            f"{moments.tokens:,} tokens all have the same activation, so nothing can be read from it: check the hook"
+            " point, or pass more text"
         )
     penalised = about.xx + alpha * torch.eye(len(about.xx), dtype=about.xx.dtype, device=about.xx.device)
     weight = torch.cholesky_solve(about.zx.T, torch.linalg.cholesky(penalised)).T
@@ -206,7 +210,7 @@ def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimensio
 
 
 def choose_ridge(training: Moments, validation: Moments, ridges: Sequence[float] = RIDGES) -> float:
-    """The penalty with which a readout of `training` predicts `validation` best.
+    """The penalty whose readout, fitted to `training`, predicts `validation` best.
 
     Raises:
         CapacityError: where none of the features fires there.
@@ -216,7 +220,7 @@ def choose_ridge(training: Moments, validation: Moments, ridges: Sequence[float]
 
 
 def ridge_errors(training: Moments, validation: Moments, ridges: Sequence[float] = RIDGES) -> dict[float, float]:
-    """The mean over features of Σ(z − ẑ)² / Σ(z − z̄)² on `validation`, of a readout of `training` with each penalty.
+    """The mean over features of Σ(z − ẑ)² / Σ(z − z̄)² on `validation`, for a readout of `training` with each penalty.
 
     Raises:
         CapacityError: where none of the features fires there.
@@ -225,7 +229,7 @@ def ridge_errors(training: Moments, validation: Moments, ridges: Sequence[float]
     firing = torch.nonzero((variance > 0) & (training.zz > 0)).view(-1)
     if not len(firing):
         raise CapacityError(
-            "no feature fires on both the documents to fit and those to choose the ridge by: give more documents"
+            "no feature fires both on the documents that fit and on those that choose the ridge: pass more documents"
         )
     chosen = firing[:: -(-len(firing) // CHOOSING_FEATURES)]
     training, validation, variance = training.take(chosen), validation.take(chosen), variance[chosen]
@@ -240,6 +244,6 @@ def ridge_errors(training: Moments, validation: Moments, ridges: Sequence[float]
 
 
 def principal_axes(moments: Moments, dimensions: int) -> Float64[Tensor, "width dimension"]:
-    """The directions of largest variance of the activations, at most as many as they have dimensions."""
+    """The activations' directions of largest variance; at most as many as they have dimensions."""
     axes: Tensor = torch.linalg.eigh(moments.centred().xx).eigenvectors
     return axes[:, -dimensions:]

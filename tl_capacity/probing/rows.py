@@ -1,4 +1,4 @@
-"""Probes: how well each model and baseline told each concept, as `probes.json` holds it."""
+"""Rows of `probes.json`: how well each model and baseline told each concept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINED, RANDOM, COMPONENTS, EMBEDDINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeNumbers:
-    """The numbers of one probe, without its weights and scores; None where a file lacks one.
+    """The numbers of one probe, without its weights and scores; None if a file lacks one.
 
     Attributes:
         concept: what it tells apart.
@@ -51,7 +51,7 @@ class ProbeNumbers:
     test_documents: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All of them, flat."""
+        """All numbers as a flat JSON object."""
         estimates = {"accuracy": self.accuracy, "auroc": self.auroc, "selectivity": self.selectivity}
         known = {name: estimate for name, estimate in estimates.items() if estimate is not None}
         values: dict[str, Any] = {name: estimate.value for name, estimate in known.items()}
@@ -79,7 +79,7 @@ class ProbeNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRow(ProbeNumbers):
-    """One probe of a model or a baseline.
+    """One probe of a model or of a baseline.
 
     Attributes:
         kind: what it reads: the trained model or student, or a baseline.
@@ -92,12 +92,12 @@ class ProbeRow(ProbeNumbers):
     baseline: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, flat."""
+        """The row as a flat JSON object."""
         return {"kind": self.kind, "model": self.model, "baseline": self.baseline} | super().to_json()
 
     @classmethod
     def from_json(cls, content: Any) -> ProbeRow | None:
-        """A row of the file, checked; None where it has no number, as of a probe that could not be fitted.
+        """A checked row of the file; None if it has no number, as for a probe that could not be fitted.
 
         Raises:
             MeasurementError: where a width or number is none that a probe can have.
@@ -130,7 +130,7 @@ class SparseRow(ProbeNumbers):
     falls_at: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The row as a JSON object."""
         return {
             **super().to_json(),
             "features": list(self.features),
@@ -142,7 +142,7 @@ class SparseRow(ProbeNumbers):
 
     @classmethod
     def from_json(cls, content: Any) -> SparseRow | None:
-        """A row of the file, checked; None where it has no number.
+        """A checked row of the file; None if it has no number.
 
         Raises:
             MeasurementError: where a width or number is none that a probe can have.
@@ -162,7 +162,7 @@ class SparseRow(ProbeNumbers):
 
 @dataclass(frozen=True)
 class ProbedConcept:
-    """What was probed for.
+    """A concept that was probed for.
 
     Attributes:
         classes: the class of label 1 and the other; empty where the file does not name them.
@@ -178,7 +178,7 @@ class ProbedConcept:
     falls_at: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The concept as a JSON object."""
         return vars(self) | {"classes": list(self.classes)}
 
     @classmethod
@@ -193,7 +193,7 @@ class ProbedConcept:
 
 
 def _numbers(content: Any) -> dict[str, Any] | None:
-    """The fields of `ProbeNumbers` in a row, checked; None where it has no width or accuracy."""
+    """The checked numbers of a row; None if it has no width or accuracy."""
     if not isinstance(content, dict) or "width" not in content:
         return None
     accuracy = estimate_of(JSON_NAME, content, "accuracy", "low", "high")
@@ -215,6 +215,6 @@ def _numbers(content: Any) -> dict[str, Any] | None:
 
 
 def _whole_numbers(content: Mapping[str, Any], name: str) -> tuple[int | None, ...]:
-    """A list of whole numbers, with None for what is none; empty where there is no list."""
+    """A list of whole numbers, with None for anything else; empty if there is no list."""
     listed = content.get(name)
     return tuple(whole(JSON_NAME, each) for each in listed) if isinstance(listed, list) else ()

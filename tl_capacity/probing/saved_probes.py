@@ -1,4 +1,4 @@
-"""Probes: what a run of probes gave, as probes.json holds it."""
+"""Probes: the result of a run of probes, as stored in probes.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tl_capacity.storage.files import file_in, read_json, save_into
 
 @dataclass(frozen=True)
 class Probes(ShownInNotebooks):
-    """How well each concept was told; what `probe` saves, and other stages load.
+    """How well each concept was told. `probe` saves it, and other stages load it.
 
     Attributes:
         concepts: what was probed for.
@@ -34,11 +34,11 @@ class Probes(ShownInNotebooks):
 
     @property
     def titles(self) -> dict[str, str]:
-        """What each concept tells apart, as `question or statement`; of those whose classes are known."""
+        """What each concept tells apart, as `question or statement`, for concepts whose classes are known."""
         return {concept.name: " or ".join(concept.classes) for concept in self.concepts if concept.classes}
 
     def tables(self) -> dict[str, Any]:
-        """Concepts and probes, without what made them."""
+        """Concepts and probes, without how they were made."""
         return {
             "concepts": [concept.to_json() for concept in self.concepts],
             "probes": [row.to_json() for row in self.rows],
@@ -46,13 +46,13 @@ class Probes(ShownInNotebooks):
         }
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as the file has it."""
+        """The whole result, as the file has it."""
         made = {"settings": dict(self.settings), "versions": dict(self.versions), "seconds": self.seconds}
         return {"schema": SCHEMA, **made, **self.tables()}
 
     @classmethod
     def from_json(cls, content: Any) -> Probes:
-        """What a `probes.json` holds; rows without a number, as of a probe that could not be fitted, are left out.
+        """The checked content of a `probes.json`. Rows without a number are left out: their probes could not be fitted.
 
         Raises:
             MeasurementError: where none is left, the file is of a newer version, or a width or number is none that a
@@ -92,13 +92,13 @@ class Probes(ShownInNotebooks):
         return cls.from_json(read_json(file_in(path, JSON_NAME)))
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame, one row for each concept and model or baseline."""
+        """A pandas DataFrame with one row for each concept and each model or baseline."""
         import pandas
 
         return pandas.DataFrame([row.to_json() for row in self.rows])
 
     def plot(self) -> Any:
-        """A plotly figure of accuracy against width, a panel for each concept; see `figures.accuracy_figure`."""
+        """A plotly figure of accuracy against width, one panel for each concept; see `figures.accuracy_figure`."""
         from tl_capacity.probing.figures import accuracy_figure
 
         return accuracy_figure(self.rows, self.concepts)

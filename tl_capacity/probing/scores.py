@@ -44,7 +44,7 @@ class Scores:
         return np.asarray(self.auroc >= tau)
 
     def count(self, tau: float, among: NDArray[np.bool_]) -> Estimate:
-        """How many of some features are kept, with its 95% interval over the documents that the firings are in.
+        """How many of some features are kept, with a 95% interval over documents.
 
         The readout is taken as it is, and so are the silent tokens: there are so many more of them that they hardly add
         to the variance of AUROC. Of a feature that fires on a third of the tokens, the spread comes out a quarter too

@@ -1,5 +1,6 @@
-"""k-sparse probes (Gurnee et al. 2023, arXiv:2305.01610): which few features of an SAE carry a concept, and at which
-student width the theorem lets them go.
+"""k-sparse probes (Gurnee et al. 2023, arXiv:2305.01610): which few features of an SAE carry a concept.
+
+They also say below which student width the theorem drops these features.
 """
 
 from __future__ import annotations
@@ -45,14 +46,12 @@ class SparseProbe:
 
     @property
     def lost_below(self) -> int | None:
-        """The narrowest student in which the law keeps all of them: below this width one goes. None where a rank is
-        missing.
-        """
+        """The narrowest student whose law keeps all of the features; None if a rank is missing."""
         known = [width for width in self.widths if width is not None]
         return max(known) if known and len(known) == len(self.widths) else None
 
     def row(self, falls_at: int | None = None) -> SparseRow:
-        """Its numbers, as `probes.json` has them.
+        """The numbers as `probes.json` has them.
 
         Args:
             falls_at: the widest student in which the probe on all activations falls.
@@ -67,7 +66,7 @@ class SparseProbe:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The probe, and what it reads."""
+        """The probe and the features that it reads, as a JSON object."""
         return {name: value for name, value in self.row().to_json().items() if name != "falls_at"}
 
 
@@ -98,7 +97,7 @@ def sparse_probes(
         CapacityError: where latents are missing or the measurement is of another SAE.
     """
     if not ks or min(ks) < 1:
-        raise CapacityError(f"k = {list(ks)} are no numbers of features: pass whole numbers of at least 1")
+        raise CapacityError(f"k = {list(ks)} are not numbers of features: pass whole numbers of at least 1")
     capacity_law = plugins().capacity_laws.named(law)
     ranks: dict[int, int] = {}
     if measurement is not None:
@@ -113,7 +112,7 @@ def sparse_probes(
         pooled = latents[concept.name]
         if measurement is not None and pooled.width != measurement.summary.d_sae:
             raise CapacityError(
-                f"the SAE has {pooled.width:,} latents, and the measurement is of one with"
+                f"the SAE has {pooled.width:,} latents, but the measurement is of one with"
                 f" {measurement.summary.d_sae:,}: measure this SAE"
             )
         train = concept.splits[pooled.texts] == "train"
@@ -132,8 +131,9 @@ def sparse_probes(
 def most_telling(
     values: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"], k: int
 ) -> NDArray[np.int64]:
-    """Numbers of the k features whose means differ most between the classes, in units of their standard error (Welch's
-    |t|), the most telling first.
+    """Numbers of the k features that tell the classes apart best, the most telling first.
+
+    They have the largest difference of means, in units of its standard error (Welch's |t|).
 
     Features that never vary are not chosen, so there may be fewer than k.
 
@@ -146,7 +146,7 @@ def most_telling(
     varies = values.min(axis=0) < values.max(axis=0)
     if not varies.any():
         raise CapacityError(
-            "no feature of the SAE tells these texts from one another: it is another model's, or all of its latents are"
+            "no feature of the SAE tells these texts apart: it belongs to another model, or all of its latents are"
             " silent"
         )
     # A feature that is constant within each class, but not over both, tells them apart without error.
@@ -157,8 +157,9 @@ def most_telling(
 def carrying_features(
     latents: Activations, concept: LabelledTexts, k: int, among: Bool[np.ndarray, " feature"] | None = None
 ) -> tuple[int, ...]:
-    """Numbers of the k features that carry a concept, as its k-sparse probe chooses them on the training split: the
-    most telling first.
+    """Numbers of the k features that carry a concept, the most telling first.
+
+    Its k-sparse probe chooses them on the training split.
 
     Args:
         latents: of the concept's texts: what `collect(…, sae=…)` gives.
@@ -172,15 +173,16 @@ def carrying_features(
     chosen = tuple(int(feature) for feature in telling if among is None or among[feature])[:k]
     if k < 1 or len(chosen) < k:
         raise CapacityError(
-            f"{k:,} features cannot carry the concept {concept.name!r}, of which {len(chosen):,} tell anything: ask for"
-            f" a number from 1 to {len(chosen):,}"
+            f"{k:,} features cannot carry the concept {concept.name!r}, as only {len(chosen):,} tell its classes"
+            f" apart: ask for a number from 1 to {len(chosen):,}"
         )
     return chosen
 
 
 def falls_at(teacher: Probe, students: Sequence[Probe], seed: int = 0) -> int | None:
-    """The widest student whose probe is less accurate than the teacher's by more than resampled documents explain, the
-    whole 95% interval below zero; None where there is none.
+    """The widest student whose probe is less accurate than the teacher's; None if there is none.
+
+    The whole 95% interval of the difference over resampled documents must be below zero.
     """
     fallen = [
         student.width

@@ -1,4 +1,4 @@
-"""Which documents fit readouts, which choose their ridge penalty, and which judge them."""
+"""The split of the documents: some fit the readouts, some choose their ridge penalty, and some judge them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from tl_capacity.text.streams import PADDING, TokenBatch, as_batches
 
 FIT, VALIDATION, HELD_OUT = "fit", "validation", "held-out"
 TENTHS = (HELD_OUT,) * 3 + (VALIDATION,) + (FIT,) * 6
-"""What each tenth of the documents is for."""
+"""The part of each tenth of the documents."""
 SPLIT_SALT = 2**41
-"""Added to a document's number, so that the split is independent of the groups that the bootstrap resamples."""
+"""Added to a document's number, so that the split is independent of the bootstrap's document groups."""
 
 
 def split(stream: Any, parts: Sequence[str], max_tokens: int | None = None) -> Iterator[tuple[str, TokenBatch]]:
-    """Batches of the documents that belong to some parts, each of one part and with as many rows
-    as the stream's own.
-    """
+    """Batches of the documents of some parts. Each batch is of one part, with as many rows as the stream's own."""
     waiting: dict[str, list[tuple[NDArray[np.int64], int]]] = {part: [] for part in parts}
     seen, rows = 0, 1
     for batch in as_batches(stream):
@@ -47,7 +45,9 @@ def split(stream: Any, parts: Sequence[str], max_tokens: int | None = None) -> I
 
 
 def check_parts(stream: Any, rule: CountingRule, max_tokens: int | None = None, option: str = "--tokens") -> None:
-    """See that every part gets a token that counts, without running a model: text is read only until all have one.
+    """Refuse text that leaves a part without a token that counts.
+
+    No model is run. Text is read only until every part has such a token.
 
     Args:
         option: that `max_tokens` was given by, for the sentence.
@@ -72,22 +72,22 @@ def check_parts(stream: Any, rule: CountingRule, max_tokens: int | None = None, 
     halves = "6 fit, 1 chooses the ridge and 3 judge"
     if missing:
         raise TokenSourceError(
-            f"no document is left for {part}, as the text has {len(documents):,} documents, and of every ten {halves}:"
-            " give more documents"
+            f"no document is left for {part} (the text has {len(documents):,} documents; of every ten, {halves}): pass"
+            " more documents"
         )
     raise TokenSourceError(
-        f"no document is left for {part}, as {option} {max_tokens} reads {few:,} documents, and of every ten {halves}:"
-        f" ask for {option} {seen} or more"
+        f"no document is left for {part} ({option} {max_tokens} reads {few:,} documents; of every ten, {halves}): ask"
+        f" for {option} {seen} or more"
     )
 
 
 def parts_of(documents: NDArray[np.int64]) -> list[str]:
-    """What each document is for, by a hash of its number."""
+    """The part of each document, by a hash of its number."""
     return [TENTHS[tenth] for tenth in document_groups(documents + SPLIT_SALT, len(TENTHS)).tolist()]
 
 
 def _stacked(rows: Sequence[tuple[NDArray[np.int64], int]]) -> TokenBatch:
-    """Rows of any lengths as one batch."""
+    """Rows of any length as one batch."""
     tokens = np.full((len(rows), max(len(row) for row, _ in rows)), PADDING, dtype=np.int64)
     for place, (row, _) in zip(tokens, rows, strict=True):
         place[: len(row)] = row
