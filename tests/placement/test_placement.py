@@ -366,8 +366,8 @@ def test_what_a_reader_must_know_is_said(placed: Path) -> None:
             placement, prices=(replace(placement.prices[0], seeds=(0,)), replace(price, seeds=(0,))), n_chosen=3
         ).notes()
     )
-    assert "width 8, weight 2: no more of the chosen features are kept than without" in said
-    assert "1 of the 4 chosen features fire too seldom" in said
+    assert "width 8, weight 2: students keep no more of the chosen features than without" in said
+    assert "1 of the 4 chosen features fire too rarely" in said
     assert "students have one seed" in said
 
 

@@ -400,7 +400,7 @@ class TestPredictors:
         [
             ([0.9], [[1.0], [1.0]], "needs at least two"),
             ([0.8, 0.9], [[1.0, np.nan]], "no seed converged"),
-            ([0.8, 0.9], [[1.0, 0.0]], "keep nothing at all"),
+            ([0.8, 0.9], [[1.0, 0.0]], "keep no feature"),
         ],
     )
     def test_packing_that_says_nothing(self, alpha: list[float], packing: list[list[float]], says: str) -> None:
@@ -458,7 +458,7 @@ class TestSweep:
     def test_a_damaged_sweep_is_one_sentence(self, tmp_path: Path, name: str, damage: Callable[[Path], object]) -> None:
         run(TINY).save(tmp_path / "sweep")
         damage(tmp_path / "sweep" / name)
-        with pytest.raises(CapacityError, match="holds no whole toy sweep"):
+        with pytest.raises(CapacityError, match="does not hold a whole toy sweep"):
             SweepResult.load(tmp_path / "sweep")
 
     @pytest.mark.parametrize("lr", [1e4, 1e30])
@@ -552,8 +552,8 @@ class TestSweep:
             (["--seeds", "0"], "seeds = 0 is too few"),
             (["--alphas", "0.9,1.0"], "alpha = 1 is outside its domain"),
             (["--preset", "huge"], "'huge' is no preset: choose one of quick, paper"),
-            (["--lr", "-1"], "is no learning rate"),
-            (["--features", "10,10"], "none twice"),
+            (["--lr", "-1"], "is not a learning rate"),
+            (["--features", "10,10"], "each once"),
         ],
     )
     def test_bad_input(self, tmp_path: Path, options: list[str], says: str) -> None:

@@ -1,5 +1,5 @@
-"""Placement: which features students keep where some of them are asked for, what is lost for them, and what they cost
-in nats.
+"""Placement: what it costs in nats to make students keep chosen features, and which other features they lose
+for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far students are from their teacher on some documents, in nats, by document group."""
+"""Divergence: how far students are from their teacher on some documents, in nats, by document group."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def divergence_by_group(
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
-    """Sums over tokens of KL(teacher ‖ student) at T = 1 for each student, and the number of these tokens [group].
+    """Sums of KL(teacher ‖ student) at T = 1 over tokens for each student, and the number of tokens [group].
 
     Args:
         teacher, students: models of one vocabulary, in evaluation mode.

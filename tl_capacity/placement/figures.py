@@ -1,4 +1,4 @@
-"""The figure of a price list: what students pay in nats against the chosen features that they keep."""
+"""The figure of a price list: nats that students pay against the chosen features that they keep."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from tl_capacity.show.figures import GREY, error_bars, legend_entry, line_of, ma
 
 
 def price_figure(prices: Sequence[Price], n_chosen: int, teacher: Estimate) -> Any:
-    """A plotly figure: nats paid against chosen features kept, a line for each width through its weights, which begins
-    at the students that were trained without; a vertical line where the teacher itself ends.
+    """A plotly figure of nats paid against chosen features kept, one line for each width.
+
+    A line runs through the weights, from the students trained without chosen features. A vertical line shows how many
+    the teacher itself keeps.
 
     Args:
         n_chosen: chosen features that could be judged.

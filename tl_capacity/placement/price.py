@@ -15,8 +15,9 @@ BY_SEED = ("chosen", "others", "kl", "probe")
 
 @dataclass(frozen=True)
 class Price:
-    """What students of one width keep and pay at one weight; each figure is the mean over their seeds, with a 95%
-    interval over documents.
+    """What students of one width keep and pay at one weight.
+
+    Each figure is the mean over their seeds, with a 95% interval over documents.
 
     Attributes:
         width: d_S.
@@ -47,7 +48,7 @@ class Price:
     by_seed: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The price as a JSON object."""
         estimates = {name: getattr(self, name) for name in ESTIMATES}
         return {
             "width": self.width,
@@ -60,7 +61,7 @@ class Price:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Price:
-        """What `to_json` wrote."""
+        """The price that `to_json` wrote."""
         estimates = {
             name: None if content[name] is None else Estimate(**numbers_of(content[name])) for name in ESTIMATES
         }

@@ -1,4 +1,4 @@
-"""Pricing: from which features students keep and how far they are from their teacher to what each chosen feature costs.
+"""Pricing: what each chosen feature costs, from what students keep and how far they are from their teacher.
 
 All figures of one student are of the same held-out documents, and are resampled together.
 """
@@ -22,7 +22,7 @@ from tl_capacity.results.estimate import Estimate, cluster_bootstrap, document_r
 
 @dataclass(frozen=True)
 class PricedStudent:
-    """One student, and what it is priced by.
+    """One student, with the figures that its price is computed from.
 
     Attributes:
         name: in the recovery.
@@ -41,7 +41,7 @@ class PricedStudent:
 
 @dataclass(frozen=True)
 class Tally:
-    """A figure, and the same on each replicate of the bootstrap over documents; None where there are too few of them.
+    """A figure, and its value on each bootstrap replicate over documents; None if there are too few documents.
 
     Attributes:
         value: the figure.
@@ -53,18 +53,18 @@ class Tally:
 
     @classmethod
     def of(cls, value: float, replicates: NDArray[np.float64] | None) -> Tally:
-        """A figure and its replicates as they were drawn."""
+        """The tally of a figure and its replicates as drawn."""
         return cls(value, None if replicates is None else replicates - replicates.mean() + value)
 
     @classmethod
     def mean(cls, tallies: Sequence[Tally]) -> Tally:
-        """The mean of several figures of the same documents."""
+        """The mean of several figures over the same documents."""
         drawn = [tally.replicates for tally in tallies if tally.replicates is not None]
         whole = np.mean(drawn, axis=0) if len(drawn) == len(tallies) else None
         return cls(float(np.mean([tally.value for tally in tallies])), whole)
 
     def less(self, other: Tally) -> Tally:
-        """The difference of two figures of the same documents."""
+        """The difference of two figures over the same documents."""
         both = self.replicates is not None and other.replicates is not None
         return Tally(self.value - other.value, self.replicates - other.replicates if both else None)  # type: ignore[operator]
 
@@ -74,8 +74,9 @@ class Tally:
         return Estimate(self.value) if self.replicates is None else estimate_around(self.value, self.replicates)
 
     def per(self, other: Tally) -> Estimate | None:
-        """This figure per unit of another: None where the other is not above zero, and without an interval where it may
-        as well not be.
+        """This figure per unit of another; None if the other is not above zero.
+
+        It has no interval if the other might as well be zero.
         """
         if not other.value > 0:
             return None
@@ -93,7 +94,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Figures:
-    """What one student keeps and how far it is from the teacher."""
+    """What one student keeps, and how far it is from the teacher."""
 
     chosen: Tally
     others: Tally
@@ -129,7 +130,7 @@ def prices_of(
 
 
 def teacher_figures(recovery: Recovery, chosen: NDArray[np.bool_], probe: Probe | None) -> dict[str, Estimate]:
-    """What readouts of the teacher itself find, and its probe's accuracy."""
+    """What readouts of the teacher itself find, and the accuracy of its probe."""
     among = {"chosen": chosen & recovery.judged, "others": ~chosen & recovery.judged}
     found = {
         name: _count(recovery.teacher, recovery.tau, some).estimate.within(0.0, float(some.sum()))
@@ -205,6 +206,6 @@ def _count(scores: Scores, tau: float, among: NDArray[np.bool_]) -> Tally:
 
 
 def _accuracy(probes: Sequence[Probe]) -> Estimate:
-    """The mean accuracy of the probes of several seeds, which are tested on the same texts."""
+    """The mean accuracy of the probes of several seeds. All are tested on the same texts."""
     correct = np.mean([probe.correct for probe in probes], axis=0)
     return cluster_bootstrap(lambda weights: (weights @ correct) / weights.sum(1), probes[0].documents)

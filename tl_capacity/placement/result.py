@@ -1,4 +1,4 @@
-"""Placement: the price list of chosen features, as `placement.json` holds it; read without importing torch."""
+"""Placement: the price list of chosen features, as stored in `placement.json`; torch is not imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Placement(ShownInNotebooks):
-    """The price list of some chosen features; shows itself in a terminal and a notebook.
+    """The price list of some chosen features. It shows itself in a terminal and a notebook.
 
     Attributes:
         prices: one for each width and weight.
@@ -52,7 +52,7 @@ class Placement(ShownInNotebooks):
         return iter(self.prices)
 
     def of_width(self, width: int) -> tuple[Price, ...]:
-        """The prices of one width, the students without first."""
+        """The prices of one width; the students without chosen features come first."""
         return tuple(sorted((p for p in self.prices if p.width == width), key=lambda price: price.weight))
 
     @property
@@ -61,7 +61,7 @@ class Placement(ShownInNotebooks):
         return tuple(sorted({price.width for price in self.prices}))
 
     def share(self, count: Estimate, of: int) -> Estimate:
-        """A count as a share."""
+        """A count as a share of `of`."""
         ends = (None if end is None else end / of for end in (count.low, count.high))
         return Estimate(count.value / of, *ends) if of else Estimate(float("nan"))
 
@@ -70,30 +70,30 @@ class Placement(ShownInNotebooks):
         notes = list(self.remarks)
         if missing := len(self.features) - self.n_chosen:
             notes.append(
-                f"{missing:,} of the {len(self.features):,} chosen features fire too seldom in the held-out text to be"
+                f"{missing:,} of the {len(self.features):,} chosen features fire too rarely in the held-out text to be"
                 " judged: read more of it"
             )
         for price in self.prices:
             if price.gained is not None and not price.gained.value > 0:
                 notes.append(
-                    f"width {price.width:,}, weight {price.weight:g}: no more of the chosen features are kept than"
-                    " without, so that there is no price"
+                    f"width {price.width:,}, weight {price.weight:g}: students keep no more of the chosen features"
+                    " than without training for them, so there is no price"
                 )
             elif price.per_feature is not None and price.per_feature.low is None:
                 notes.append(
-                    f"width {price.width:,}, weight {price.weight:g}: what was gained cannot be told from nothing on"
-                    " these documents, so that the price has no interval"
+                    f"width {price.width:,}, weight {price.weight:g}: on these documents the gain may be zero, so the"
+                    " price has no interval"
                 )
         if any(price.kl.low is None for price in self.prices):
             notes.append("there are too few held-out documents for intervals: read more")
         if any(len(price.seeds) > 1 for price in self.prices):
-            notes.append("intervals are over documents; how much students of other seeds differ is in by_seed")
+            notes.append("intervals are over documents; by_seed shows how much seeds differ")
         elif self.prices:
-            notes.append("students have one seed, so how much others would differ is not known: pass --seeds 0,1")
+            notes.append("students have one seed, so it is not known how much seeds differ: pass --seeds 0,1")
         return notes
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole result as a JSON object."""
         return {
             "schema": SCHEMA,
             "hook": self.hook,
@@ -112,7 +112,7 @@ class Placement(ShownInNotebooks):
 
     @classmethod
     def from_json(cls, content: Any) -> Placement:
-        """What `to_json` wrote, checked.
+        """The checked result that `to_json` wrote.
 
         Raises:
             MeasurementError: where it is of a newer version, or no price list.
@@ -120,7 +120,7 @@ class Placement(ShownInNotebooks):
         try:
             if content["schema"] != SCHEMA:
                 raise MeasurementError(
-                    f"{JSON_NAME} is of schema {content['schema']!r} and this version reads {SCHEMA}: upgrade"
+                    f"{JSON_NAME} has schema {content['schema']!r}, but this version reads {SCHEMA}: upgrade"
                     " tl-capacity"
                 )
             made = cls(
@@ -171,13 +171,13 @@ class Placement(ShownInNotebooks):
         return pandas.DataFrame(rows)
 
     def plot(self) -> Any:
-        """A plotly figure: nats paid against chosen features kept, a line for each width."""
+        """A plotly figure of nats paid against chosen features kept, one line for each width."""
         from tl_capacity.placement.figures import price_figure
 
         return price_figure(self.prices, self.n_chosen, self.teacher["chosen"])
 
     def title(self) -> str:
-        """What the table shows."""
+        """The title of the table."""
         whose = f"the concept {self.concept!r}" if self.concept else "features chosen one by one"
         return (
             f"The price of {len(self.features):,} features at {self.hook} ({whose}); kept: AUROC ≥ {self.tau:g}, of"
@@ -185,7 +185,7 @@ class Placement(ShownInNotebooks):
         )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a table: a row for each width and weight, and the teacher's last."""
+        """Header and rows of a table: one row for each width and weight, then the teacher's."""
         header = ["width", "weight", "chosen kept", "others kept", f"KL ({NATS})", "paid", "per feature"]
         probed = any(price.probe is not None for price in self.prices)
         rows = [_cells(self, price) + ([_shown(price.probe, ".1%")] if probed else []) for price in self.prices]

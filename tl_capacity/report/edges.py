@@ -1,4 +1,4 @@
-"""Which features a student of some width keeps and loses first, and what is known of them."""
+"""Which features a student of some width keeps and loses first, and what is known about them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class Edge:
 
 @dataclass(frozen=True)
 class ShownFeature:
-    """One latent, with intervals over documents: its rank, which is 1 and the number of alive features that are more
-    important, importance, firing rate.
+    """One latent: its rank, importance and firing rate, with intervals over documents.
+
+    The rank is 1 plus the number of alive features that are more important.
     """
 
     latent: int
@@ -51,7 +52,7 @@ class ShownFeature:
 def edges(
     hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: CapacityLaw, shown: int = SHOWN
 ) -> list[Edge]:
-    """The features on both sides of each width's budget.
+    """The features on both sides of the budget of each width.
 
     Raises:
         CapacityError: where the hook point has no sparsity.
@@ -71,7 +72,7 @@ def edges(
 
 
 def shown_features(hook: HookMeasurement, latents: Sequence[int], importance: str | None) -> dict[int, ShownFeature]:
-    """What is known of some alive latents, by latent."""
+    """What is known about some alive latents, by latent."""
     if not latents:
         return {}
     estimator, s, chosen = hook.estimator(importance), hook.summary, np.array(sorted(set(latents)), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The figures that a report shows, each drawn in the room of the result that it is of."""
+"""The figures of the report, each drawn in the room of the result that it shows."""
 
 from __future__ import annotations
 

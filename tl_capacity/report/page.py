@@ -1,4 +1,4 @@
-"""The report: one HTML page with everything inside it, which opens without a network.
+"""The report: one HTML page that contains everything and opens without a network.
 
 Text from models, files and tokenizers reaches it escaped and never as HTML.
 """
@@ -24,7 +24,7 @@ from tl_capacity.runtime.devices import AUTO
 from tl_capacity.storage import files as storage
 
 CONTROLS = dict.fromkeys(c for c in range(32) if c not in (9, 10))
-"""Characters that HTML has no place for."""
+"""Control characters, which HTML does not allow."""
 
 
 def write_report(
@@ -34,7 +34,7 @@ def write_report(
     snippets: Snippets | None = None,
     snippets_note: str = "",
 ) -> Path:
-    """Write the page to `path`, whole or not at all.
+    """Write the page to `path`. The file is whole or not there.
 
     Raises:
         CapacityError: where the settings do not fit the measurement, or the file cannot be written.
@@ -46,7 +46,7 @@ def write_report(
 
 
 def measurement_page(measurement: Measurement, path: Path, widths: tuple[int, ...] = ()) -> Path:
-    """Write the page of one measurement, without text on which features are active; `Measurement.report` calls it.
+    """Write the page of one measurement, without examples of text; `Measurement.report` calls it.
 
     Raises:
         CapacityError: as `write_report`.
@@ -93,8 +93,9 @@ def report_page(
 
 
 def _clean(value: Any) -> Any:
-    """Text that UTF-8 and HTML can hold: without lone surrogates and control characters. What is marked as safe is left
-    as it is.
+    """Text that UTF-8 and HTML can hold: without lone surrogates and control characters.
+
+    Text that is marked as safe is left as it is.
     """
     return value.encode("utf-8", "replace").decode().translate(CONTROLS) if type(value) is str else value
 
@@ -107,7 +108,7 @@ def find_snippets(
     tokens: int = 20_000,
     device: str = AUTO,
 ) -> tuple[Snippets, str]:
-    """The text on which the shown features are most active, and where there is none, why.
+    """The text on which the shown features are most active; if there is none, the reason.
 
     Args:
         model: None for the one that was measured.

@@ -1,4 +1,4 @@
-"""What the page is made of: cells, tables and sections, and how a number or a message reads in them.
+"""Parts of the page: cells, tables and sections, and the format of numbers and messages.
 
 All of it is plain text; the template escapes it.
 """
@@ -19,7 +19,7 @@ from tl_capacity.results.hook import HookMeasurement
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: what it says, its interval or other small print, and what it sorts by."""
+    """A table cell: its text, its interval or other small print, and its sorting key."""
 
     text: str
     small: str = ""
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table whose columns can be sorted; a `folded` one is opened with a click on its title."""
+    """A table whose columns can be sorted. A `folded` one opens with a click on its title."""
 
     title: str
     header: Sequence[str]
@@ -56,7 +56,7 @@ class Section:
 
 
 def estimate_cell(estimate: Estimate, digits: str = "") -> Cell:
-    """A number with its interval beneath it."""
+    """A number with its interval below it."""
     if not isfinite(estimate.value):
         return Cell("undefined", order=float("-inf"))
     number, _, interval = estimate.brief(digits or significant(estimate.value)).partition(" ")
@@ -64,7 +64,7 @@ def estimate_cell(estimate: Estimate, digits: str = "") -> Cell:
 
 
 def column_cell(column: Column, hook: HookMeasurement) -> Cell:
-    """A headline figure of a hook point."""
+    """A headline figure of a hook point, as a cell."""
     value = column.value(hook)
     if value is None:
         return Cell("not checked", order=-1)
@@ -79,13 +79,13 @@ def number_cell(value: int) -> Cell:
 
 
 def share_cell(share: Estimate) -> Cell:
-    """A share as a percentage, with its interval beneath it."""
+    """A share as a percentage, with its interval below it."""
     number, _, interval = percent(share).partition(" ")
     return Cell(number, interval, share.value)
 
 
 def text_cell(text: str, small: str = "") -> Cell:
-    """Text that sorts as such."""
+    """Text that sorts alphabetically."""
     return Cell(text, small, text)
 
 
@@ -95,7 +95,7 @@ def percent(share: Estimate) -> str:
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """Settings as a list of names and values, nested ones in their place, those that are empty left out."""
+    """Settings as a list of names and values. Nested ones stand in place; empty ones are left out."""
     listed = []
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a report is made of: results read from folders and JSON files."""
+"""The results that a report is made of, read from folders and JSON files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = (MEASUREMENT_JSON, DISTILLATION_JSON, PROBES_JSON, RECOVERABILITY_JSON, 
 
 @dataclass(frozen=True)
 class Results:
-    """What a report is made of; all but the measurement may be missing.
+    """The results that a report is made of. All but the measurement may be missing.
 
     Attributes:
         folder: of the measurement, for the commands that the page suggests.
@@ -50,9 +50,10 @@ class Results:
 
     @classmethod
     def load(cls, paths: Sequence[Path], splice: Path | None = None) -> Results:
-        """Read results from folders or JSON files, in any order; a folder may hold them itself or one folder deeper, as
-        `pythia-floor` writes them. The first measurement is the one that the page is about, and further ones stand
-        beside it.
+        """Read results from folders or JSON files, in any order.
+
+        A folder may hold them itself or one level deeper, as `pythia-floor` writes them. The page is about the first
+        measurement; further ones stand beside it.
 
         Args:
             splice: of the measurement; None for one among the paths, or else the one that lies beside the measurement.
@@ -99,7 +100,7 @@ class Results:
 
 
 def _results_in(path: Path) -> dict[str, Path]:
-    """The known files that a path is, holds, or holds one folder deeper; nearer ones go first."""
+    """The known files at a path, in it, or one folder deeper; nearer ones go first."""
     if path.is_file():
         return {path.name: path} if path.name in FILES else {}
     files: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""The text on which features are most active.
+"""Snippets: the text on which features are most active.
 
 It comes from a second pass over few documents, in which a bounded heap is kept for each feature that the report shows
 and for no other.
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from tl_capacity.text.counting import CountedTokens, CountingRule
 
 SNIPPETS = 4
-"""Of each feature."""
+"""Number of snippets for each feature."""
 BEFORE, AFTER = 14, 7
-"""Tokens around the most active one."""
+"""Number of tokens before and after the most active one."""
 BROKEN = "\ufffd"
-"""What stands for a piece of a character."""
+"""The character that stands for a piece of a character."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Snippet:
 
 
 Snippets = Mapping[tuple[int, int], Sequence[Snippet]]
-"""By the place of a hook point in the measurement, and latent."""
+"""Snippets by the hook point's place in the measurement, and by latent."""
 
 
 def stream_of(measurement: Measurement, tokenizer: Any, source: str | None = None, batch_rows: int = 4) -> TokenStream:
-    """The token stream that was measured, or one of another source cut in the same way."""
+    """The token stream that was measured, or one of another source that is cut in the same way."""
     provenance = measurement.provenance
     return as_measured(source or provenance.source, tokenizer, provenance, USUAL_CONTEXT, batch_rows)
 
@@ -142,7 +142,7 @@ def counting_rule(measurement: Measurement) -> CountingRule:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of text around the token on which a latent is most active in it.
+    """The part of a row around the token on which a latent is most active in that row.
 
     Attributes:
         ids: [token]
@@ -155,7 +155,7 @@ class Candidate:
 
 
 class StrongestRows:
-    """The rows on which each shown latent of one SAE is most active, a bounded heap for each."""
+    """The rows on which each shown latent of one SAE is most active: one bounded heap per latent."""
 
     def __init__(self, sae: Any, latents: Sequence[int]) -> None:
         import torch
@@ -170,7 +170,7 @@ class StrongestRows:
         self.pushed = 0
 
     def look(self, activation: Tensor, batch: TokenBatch, counted: CountedTokens) -> None:
-        """Take one forward pass's activations [row, position, ...] into account."""
+        """Look at the activations of one forward pass [row, position, ...]."""
         from tl_capacity.dictionaries.adapter import inputs_for
 
         rows, positions = counted.row_of_token.numpy(), counted.position_of_token.numpy()
@@ -223,7 +223,7 @@ def _snippet(peak: float, candidate: Candidate, tokenizer: Any) -> Snippet:
 
 
 def whole_characters(texts: Sequence[str], shares: Sequence[float]) -> tuple[tuple[str, float], ...]:
-    """Text and share of each token, tokens that are pieces of one character together with the largest of their shares.
+    """Text and share of each token. Tokens that are pieces of one character are joined, with their largest share.
 
     Halves of characters at the ends, where the snippet was cut, are left out unless they are the most active.
     """
@@ -245,8 +245,9 @@ def whole_characters(texts: Sequence[str], shares: Sequence[float]) -> tuple[tup
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds. Joined, it is the text of all; a character that is spread over several tokens
-    comes with the last of them.
+    """The text that each token adds; joined, it is the whole text.
+
+    A character that is spread over several tokens comes with the last of them.
     """
     texts: list[str] = []
     done = ""

@@ -1,4 +1,4 @@
-"""What a report says, computed once from its results: the main hook point, widths, floors, and observed floors."""
+"""The story of a report, computed once from its results: main hook point, widths, predicted and observed floors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tl_capacity.results.naming import hook_label, middle
 from tl_capacity.runtime.units import NATS
 
 NEARLY_ALL = 0.95
-"""Share of the features to keep where nothing predicts a loss in nats."""
+"""Share of the features to keep if nothing predicts a loss in nats."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Story:
 
     @property
     def unit(self) -> str:
-        """The unit of the importance at the hook point of the verdict."""
+        """The unit of the importance at the main hook point."""
         return self.main.unit(self.importance.name)
 
     @property
@@ -102,12 +102,12 @@ class Story:
 
     @property
     def folder(self) -> str:
-        """The measurement's, as a shell takes it."""
+        """The measurement's folder, quoted for a shell."""
         return shlex.quote(self.results.folder)
 
     @property
     def students(self) -> str:
-        """The distillation's folder, as a shell takes it."""
+        """The distillation's folder, quoted for a shell."""
         return shlex.quote(self.results.run_folder)
 
     @property
@@ -116,7 +116,7 @@ class Story:
         return next(place for place, hook in enumerate(self.measurement) if hook is self.main)
 
     def name(self, hook: HookMeasurement) -> str:
-        """A hook point as the page calls it."""
+        """The name of a hook point on the page."""
         return hook_label(self.measurement, hook)
 
 
@@ -184,7 +184,7 @@ def _spliced_floors(results: Results, widths: Sequence[int], law: CapacityLaw) -
 
 
 def _with_effective(story: Story) -> Story:
-    """The story with what its students are worth, where there is a splice."""
+    """The story with the features that its students are worth, if there is a splice."""
     spliced, students = story.results.spliced, [floor for floor in story.observed if floor.start != "teacher"]
     if spliced is None or not students:
         return story
@@ -211,7 +211,7 @@ def _with_observed(story: Story, run: DistillationRun) -> Story:
 
 
 def main_hook(measurement: Measurement, settings: ReportSettings) -> HookMeasurement:
-    """The hook point that the verdict is about: the first SAE of the one asked for, else the middle one.
+    """The hook point of the verdict: the first SAE of the requested one, or else the middle one.
 
     Raises:
         CapacityError: where the settings do not fit the measurement.
@@ -230,12 +230,12 @@ def main_hook(measurement: Measurement, settings: ReportSettings) -> HookMeasure
 
 
 def lone_hook(measurement: Measurement, main: HookMeasurement) -> str | None:
-    """The main hook point's name where it was measured with one SAE; with several the name is ambiguous."""
+    """The main hook point's name; None if it was measured with several SAEs, as the name is then ambiguous."""
     return main.hook if sum(hook.hook == main.hook for hook in measurement) == 1 else None
 
 
 def hooks_with_sparsity(measurement: Measurement) -> dict[int, HookMeasurement]:
-    """The hook points that a floor can be predicted for, by their places in the measurement."""
+    """The hook points whose floors can be predicted, by their places in the measurement."""
     return {place: hook for place, hook in enumerate(measurement) if 0 < hook.summary.alpha.value < 1}
 
 
@@ -246,8 +246,9 @@ def report_widths(results: Results, settings: ReportSettings) -> tuple[int, ...]
 
 
 def shown_latents(measurement: Measurement, settings: ReportSettings, widths: Sequence[int]) -> dict[int, list[int]]:
-    """The latents that the page shows, by the place of their hook point in the measurement; none where a hook point has
-    no sparsity.
+    """The latents that the page shows, by their hook point's place in the measurement.
+
+    A hook point without a sparsity has none.
     """
     law = plugins().capacity_laws.named(settings.law)
     return {
@@ -257,5 +258,5 @@ def shown_latents(measurement: Measurement, settings: ReportSettings, widths: Se
 
 
 def latents_around(around: Sequence[Edge]) -> list[int]:
-    """All latents on either side of some budgets, ascending."""
+    """All latents on either side of some budgets, in ascending order."""
     return sorted({latent for edge in around for latent in (*edge.kept, *edge.lost)})

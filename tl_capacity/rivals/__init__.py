@@ -1,6 +1,4 @@
-"""Rivals: floors that know nothing of features and are computed with the model itself, and a bound that no student can
-beat.
-"""
+"""Rivals: floors computed with the model itself without any features, and a bound that no student can beat."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""rank_bound: the least KL, in nats, that a student of some width can have on a text, because its logits are of no
-higher rank.
+"""rank_bound: the least KL, in nats, that a student of some width can have on a text, as its logits have no higher
+rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tl_capacity.text.streams import source_of
 
 RANK_BOUND = "rank_bound"
 FEW = 20
-"""Tokens for each dimension of a width below which logits of that rank can fit the text for being so short."""
+"""With fewer tokens per dimension of a width, logits of that rank can fit the text because it is short."""
 
 
 @checked
@@ -100,8 +100,9 @@ def rank_bound(
 
 
 def lowest_so_far(sums: Mapping[int, NDArray[np.float64]]) -> dict[int, NDArray[np.float64]]:
-    """For each width the sums [group] of the lowest of its own and all narrower ones: logits of a lower rank are logits
-    of a higher one too.
+    """For each width, the sums [group] of the lowest bound of it and all narrower ones.
+
+    Logits of a lower rank also count as logits of a higher rank.
     """
     best: dict[int, NDArray[np.float64]] = {}
     lowest: NDArray[np.float64] | None = None
@@ -112,7 +113,7 @@ def lowest_so_far(sums: Mapping[int, NDArray[np.float64]]) -> dict[int, NDArray[
 
 
 def _identity(text: TeacherText) -> dict[str, str]:
-    """What a checkpoint must be of."""
+    """What must be the same for a checkpoint to be used."""
     tensors = {"hidden": text.hidden, "weight": text.head.weight}
     if text.head.bias is not None:
         tensors["bias"] = text.head.bias

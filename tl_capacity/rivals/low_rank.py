@@ -1,5 +1,6 @@
-"""Low-rank logits W h_t + b, with a free h_t for each token, that are fitted to what a teacher says: exponential-family
-PCA (Collins, Dasgupta & Schapire 2001).
+"""Low-rank logits W h_t + b, with a free h_t for each token, fitted to a teacher.
+
+This is exponential-family PCA (Collins, Dasgupta & Schapire 2001).
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 STRIDE = 20
-"""Iterations between two looks at how far the fit has come."""
+"""Iterations between two checks of the fit's progress."""
 HISTORY = 10
-"""Steps that L-BFGS remembers, each as large as the parameters twice over."""
+"""Steps that L-BFGS remembers. Each takes twice the memory of the parameters."""
 NEGLIGIBLE = 1e-9
-"""Share of the largest eigenvalue of a Fisher information below which a direction moves no probability."""
+"""A direction is left out if its eigenvalue of a Fisher information is below this share of the largest: it moves no
+probability.
+"""
 CAPPED = 1e-3
-"""Share of the plain metric in that of a teacher whose logits are capped, where the Fisher information is of what is
-behind the cap.
+"""Share of the plain metric that is mixed in for a teacher with capped logits.
+
+The Fisher information there is of the logits behind the cap.
 """
 RARE = 0.01
-"""Expected occurrences of a vocabulary entry in the text, below which all count as equally rare."""
+"""Vocabulary entries with fewer expected occurrences in the text than this all count as equally rare."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class BoundSettings:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Logits W h_t + b of some tokens, before the teacher's cap where it has one."""
+    """Logits W h_t + b of some tokens, before the teacher's cap if it has one."""
 
     weight: Float[Tensor, "vocabulary d"]
     bias: Float[Tensor, " vocabulary"]
@@ -76,7 +80,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Fit:
-    """Low-rank logits that were fitted to a teacher.
+    """Low-rank logits after a fit to a teacher.
 
     Attributes:
         low_rank: the logits.
@@ -91,7 +95,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Directions:
-    """The teacher's logits in coordinates that fall by what it costs, to second order, to leave them out.
+    """The teacher's logits in coordinates, ordered by how much it costs to leave them out, to second order.
 
     For logits that differ by δ, KL ≈ ½ δᵀ F δ with the Fisher information F = diag(p) − p pᵀ. If F is averaged over the
     tokens, the best logits of rank d are the d leading principal components of G^½ x, with last hidden states x and
@@ -108,14 +112,14 @@ class Directions:
     spread: Float[Tensor, " d"]
 
     def leading(self, rank: int) -> LowRank:
-        """The logits that keep so many coordinates."""
+        """The logits that keep this many coordinates."""
         whole = self.whole
         return LowRank(whole.weight[:, :rank].contiguous(), whole.bias, whole.states[:, :rank].contiguous())
 
 
 @torch.no_grad()
 def leading_directions(text: TeacherText) -> Directions:
-    """What a teacher's logits are made of, in the order of what they cost."""
+    """A teacher's logits in coordinates, the most costly ones to lose first."""
     head, hidden, device = text.head, exact(text.hidden), text.hidden.device
     weight = exact(head.weight)
     frequency, moment = _mean_fisher_parts(text)
@@ -158,7 +162,7 @@ def fitted(
     settings: BoundSettings,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Fit:
-    """Logits of some rank with as little KL from the teacher's as L-BFGS finds from the leading directions.
+    """Logits of some rank with the least KL from the teacher's that L-BFGS finds, starting at the leading directions.
 
     Rows of W are scaled by how often their vocabulary entry is expected and columns by the spread of their coordinate,
     so that the curvature is near 1 in all of them. Logits exist for a chunk of tokens at a time.
@@ -215,7 +219,7 @@ def divergence_sums(text: TeacherText, low_rank: LowRank) -> NDArray[np.float64]
 
 
 def _total(text: TeacherText, low_rank: LowRank, scratch: Scratch) -> Float64[Tensor, ""]:
-    """KL summed over the tokens; gradients reach the low-rank logits."""
+    """KL summed over the tokens. Gradients reach the low-rank logits."""
     labels = torch.zeros(len(text), dtype=torch.int64, device=text.hidden.device)  # the text's own loss has no share
     student = Output(low_rank.states, Head(low_rank.weight, low_rank.bias, text.head.cap))
     losses = chunked_losses(Output(text.hidden, text.head), [student], labels, HELDOUT_LOSS, 1, scratch=scratch)

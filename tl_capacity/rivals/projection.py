@@ -1,5 +1,7 @@
 """pca_splice: what a teacher loses, in nats, when only the leading principal components of its activations pass a hook
-point; and pca_tail, the variance that is lost there.
+point.
+
+`pca_tail` is the variance that is lost there.
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ def every_layer(model: Any) -> list[str]:
 
 
 def site_name(model: Any, site: Sequence[Spectrum]) -> str:
-    """The hook point of a record, or all of them."""
+    """The name of a record's hook point, or of all of them together."""
     names = [spectrum.point.name for spectrum in site]
     return "blocks.*.hook_resid_post" if len(names) > 1 and names == every_layer(model) else " + ".join(names)
 
@@ -197,7 +199,7 @@ def _divergences(
     max_tokens: int | None,
     progress: bool,
 ) -> tuple[list[DivergenceSums], int]:
-    """KL of every width at each site, and how many tokens were predicted."""
+    """KL of every width at each site, and the number of predicted tokens."""
     head, sums, tokens = head_of(model), [DivergenceSums(len(widths)) for _ in sites], 0
     with token_progress(max_tokens, progress, "projecting") as advance:
         for batch in heldout_text(stream, max_tokens):
@@ -222,7 +224,7 @@ def _divergences(
 def _hidden(
     model: Any, site: Sequence[Spectrum], rows: RowsOfText, widths: Sequence[int]
 ) -> Float[Tensor, "one_more row position d_model"]:
-    """Last hidden states of the teacher, and behind them of the teacher projected to each width."""
+    """Last hidden states of the teacher, then those of the teacher projected to each width."""
     device = device_of(model)
     counted = rows.counted.to(device)
     edits = [(spectrum.point, _projecting(spectrum, counted, widths)) for spectrum in site]
@@ -230,8 +232,9 @@ def _hidden(
 
 
 def _projecting(spectrum: Spectrum, counted: Bool[Tensor, "row position"], widths: Sequence[int]) -> Change:
-    """A change that puts the projection to each width behind the rows; where such rows are there already, from a hook
-    point below, each is projected to its own width.
+    """A change that appends the projection to each width to the rows.
+
+    If a lower hook point has already appended such rows, each is projected to its own width.
     """
 
     def change(x: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""truncated_start: how far students that start from the truncated teacher are from it before their first step."""
+"""truncated_start: how far students that start from the truncated teacher are from it before their first
+training step.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from tl_capacity.text.streams import source_of
 
 TRUNCATED_START = "truncated_start"
 SHOWN_TOKENS = 50_000
-"""Predicted tokens among whose rows the first whole ones are taken."""
+"""Predicted tokens of the text in which the first full rows are looked for."""
 
 
 @checked

@@ -1,5 +1,5 @@
-"""The text that rivals are judged on, the same tokens as the students of a distillation, and what the teacher says
-there.
+"""The text that rivals are judged on, with the teacher's predictions. It is the text that a distillation judges its
+students on.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from tl_capacity.text.streams import TokenBatch, as_batches
 
 
 def heldout_text(stream: Any, tokens: int | None) -> tuple[TokenBatch, ...]:
-    """The first batches of a stream that have so many predicted tokens, or all of them; a distillation reads its
-    held-out text in the same way.
+    """The first batches of a stream with enough predicted tokens, or all of them.
+
+    A distillation reads its held-out text in the same way.
 
     Raises:
         CapacityError: where nothing is asked for, or nothing is predicted.
@@ -49,19 +50,19 @@ def heldout_text(stream: Any, tokens: int | None) -> tuple[TokenBatch, ...]:
 
 
 def predicted_tokens(batch: TokenBatch) -> int:
-    """Tokens of a batch that are predicted: all but the first of each row."""
+    """The number of predicted tokens in a batch: all but the first of each row."""
     return int(np.maximum(batch.present.sum(1) - 1, 0).sum())
 
 
 def interval_notes(floors: Iterable[Estimate]) -> tuple[str, ...]:
-    """What to say where floors have no interval."""
+    """A note if floors have no interval."""
     missing = any(floor.low is None for floor in floors)
     return ("there are too few documents for an interval: judge on more text",) if missing else ()
 
 
 @dataclass(frozen=True)
 class TeacherText:
-    """Some text, and what a teacher says about it.
+    """Some text, and a teacher's predictions on it.
 
     Attributes:
         batches: the text.

@@ -1,4 +1,4 @@
-"""Splicing: what a teacher loses, in nats, when only the features that a width may keep pass one of its hook points."""
+"""Splicing: what a teacher loses, in nats, when only some features of a dictionary pass one of its hook points."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Running a model together with variants of its own activations: the variants are more rows behind hook points that are
-edited, and all of them are compared with the model's own predictions.
+"""Run a model together with variants of its own activations, and compare their predictions.
+
+The variants are more rows behind edited hook points. All are compared with the model's own predictions.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from tl_capacity.text.counting import CountedTokens
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 TOKENS_AT_ONCE = 4096
-"""Tokens of all variants that run through the model's upper layers together."""
+"""Tokens of all variants that pass through the model's upper layers together."""
 
 
 @dataclass(frozen=True)
 class RowsOfText:
-    """Rows that go through a model together.
+    """Rows that pass through a model together.
 
     Attributes:
         ids: token ids; where a row has ended, any.
@@ -45,8 +46,9 @@ class RowsOfText:
 
 
 def rows_of(ids: Int[Tensor, "row position"], text: CountedTokens, at_once: int) -> Iterator[RowsOfText]:
-    """The rows of a batch, `at_once` at a time and as long as the longest of these; rows of a single token, which
-    predict nothing, are left out where they come alone.
+    """The rows of a batch, `at_once` at a time, cut to the longest of them.
+
+    Rows of a single token predict nothing. They are left out if they would come alone.
     """
     lengths = text.valid.sum(1)
     for start in range(0, len(ids), at_once):
@@ -59,8 +61,10 @@ def rows_of(ids: Int[Tensor, "row position"], text: CountedTokens, at_once: int)
 
 
 def rows_at_once(points: Sequence[TapPoint], longest: int, variants: int) -> int:
-    """Rows in one forward pass. Only where the whole residual stream passes can several go together: elsewhere what
-    comes back is added to a stream that has one row, which goes with any number.
+    """How many rows go into one forward pass.
+
+    Several fit only if the whole residual stream passes the hook point. Elsewhere the variants are added to a stream of
+    one row, which broadcasts.
     """
     if any(point.centred or not point.carries_the_stream for point in points):
         return 1
@@ -74,7 +78,7 @@ def hidden_states(
     edits: Sequence[tuple[TapPoint, Change]],
     watched: Sequence[tuple[TapPoint, Callable[[Tensor], None]]] = (),
 ) -> Float[Tensor, "one_more row position d_model"]:
-    """Last hidden states of the model, and behind them those of each variant.
+    """Last hidden states of the model, then those of each variant.
 
     Args:
         edits: hook points, and what gives the model's own rows with those of each variant behind them.
@@ -109,7 +113,7 @@ def hidden_states(
 
 
 def check_finite_activations(name: str, activations: Tensor) -> None:
-    """Refuse what a model with damaged weights gives.
+    """Refuse activations that are NaN or infinite, as from damaged weights.
 
     Raises:
         CapacityError: where an activation is not finite.
@@ -147,7 +151,7 @@ class DivergenceSums:
 
 
 def sum_over_all(several: Sequence[DivergenceSums], processes: Processes) -> None:
-    """Add up what the processes have."""
+    """Add the sums of all processes."""
     parts: list[NDArray[Any]] = [part for sums in several for part in (sums.kl, sums.tokens)]
     for part, total in zip(parts, processes.sums([torch.from_numpy(part) for part in parts]), strict=True):
         part[...] = total.numpy()

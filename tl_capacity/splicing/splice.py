@@ -1,5 +1,5 @@
-"""Splice: run a teacher in which only its most important features pass a hook point, and see how far its predictions
-move.
+"""Splice: run a teacher in which only its most important features pass a hook point, and measure how its predictions
+change.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ from tl_capacity.text.streams import as_batches, source_of
 LOST = ("mean", "zero")
 FEWER = "ask for fewer --kept and --widths, or choose another --device"
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
-"""Of the alive features, kept where nothing else is asked for; none and all come besides."""
+"""Shares of the alive features that are kept by default, besides none and all."""
 SAEs = Mapping[str, SparseAutoencoder | Sequence[SparseAutoencoder]] | Sequence[SparseAutoencoder] | SparseAutoencoder
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A curve that is asked for: the latents in their order, and how many of them are to stay."""
+    """A requested curve: the latents in their order, and how many of them to keep."""
 
     name: str
     order: NDArray[np.int64]
@@ -120,11 +120,9 @@ def splice(
         CapacityError: where a width or a number of features cannot be, or an activation is not finite.
     """
     if lost not in LOST:
-        raise CapacityError(
-            f"lost = {lost!r} is nothing that stands for a lost latent: choose one of {', '.join(LOST)}"
-        )
+        raise CapacityError(f"lost = {lost!r} cannot stand for a lost latent: choose one of {', '.join(LOST)}")
     if max_tokens is not None and max_tokens < 1:
-        raise CapacityError(f"{max_tokens:,} tokens are nothing to splice on: ask for at least 1")
+        raise CapacityError(f"{max_tokens:,} tokens are too few to splice on: ask for at least 1")
     widths = checked_widths(widths)
     started = time.monotonic()
     pairs = list(_measured(measurement, saes))
@@ -168,7 +166,9 @@ def splice(
 
 
 class _Job:
-    """The curves of one hook point and dictionary, which share prefix, encoding and the teacher's own logits."""
+    """The curves of one hook point and dictionary. They share the lower layers, the encoding and the teacher's own
+    logits.
+    """
 
     def __init__(
         self, model: Any, hook: HookMeasurement, sae: Any, wanted: Sequence[_Wanted], lost: str, keep_error: bool
@@ -195,7 +195,7 @@ class _Job:
                 sums.add(self._kl(curve, rows), rows.groups)
 
     def curves(self) -> Iterator[SplicedCurve]:
-        """What was summed.
+        """The curves of all tokens so far.
 
         Raises:
             CapacityError: where nothing was.
@@ -203,7 +203,7 @@ class _Job:
         hook = self.hook
         for curve, sums in zip(self.wanted, self.sums, strict=True):
             if not sums.tokens.sum():
-                raise CapacityError("the text has no token that is followed by another: splice on longer text")
+                raise CapacityError("the text has no token to predict: splice on longer text")
             yield SplicedCurve(
                 hook.hook,
                 hook.sae,
@@ -228,7 +228,7 @@ class _Job:
         return torch.cat(parts)
 
     def _hidden(self, rows: RowsOfText, variants: Variants) -> Float[Tensor, "one_more row position d_model"]:
-        """Last hidden states of the teacher and behind them of each variant."""
+        """Last hidden states of the teacher, then those of each variant."""
         read: list[Tensor] = []
         device = _device(self.model)
         spliced = rows.counted.to(device)
@@ -236,8 +236,8 @@ class _Job:
         def replace(x: Tensor) -> Tensor:
             if not read:
                 raise HookPointError(
-                    f"{self.target.name} fired before {self.source.name}, which the transcoder reads: it cannot be"
-                    " spliced there"
+                    f"{self.target.name} fired before {self.source.name}, which the transcoder reads: splice another"
+                    " hook point"
                 )
             inputs = inputs_for(self.sae, read[0][spliced])
             self._check(inputs)
@@ -251,7 +251,7 @@ class _Job:
         return hidden_states(self.model, rows.ids.to(device), variants.n, [(self.target, replace)], watched)
 
     def _variants(self, curve: _Wanted, kept: tuple[int, ...]) -> Variants:
-        """The variants of a pass, made at the first batch that has it: what stands for the lost does not change."""
+        """The variants of a pass. They are made once, as what stands for lost latents does not change."""
         if (curve.name, kept) not in self._made:
             alive, order = self.hook.summary.n_alive.value, torch.from_numpy(curve.order)
             everything = [len(order) if number == alive else number for number in kept]
@@ -259,19 +259,19 @@ class _Job:
         return self._made[curve.name, kept]
 
     def _check(self, inputs: Tensor) -> None:
-        """See on the first tokens whether the dictionary writes the sum of its decoder vectors."""
+        """Refuse a dictionary that does not write the sum of its decoder vectors. The first tokens show it."""
         if self._checked or not len(inputs):
             return
         if decoder_vectors_add_up(self.sae, inputs) is False:
             raise DictionaryError(
-                f"the SAE at {self.hook.hook} does not write the sum of its decoder vectors, so that features cannot be"
-                " left out of it: choose another SAE"
+                f"the SAE at {self.hook.hook} does not write the sum of its decoder vectors, so no features can be"
+                " left out: choose another SAE"
             )
         self._checked = True
 
 
 def _measured(measurement: Measurement, saes: Any) -> Iterator[tuple[HookMeasurement, Any]]:
-    """What was measured of each SAE.
+    """The measurement of each SAE.
 
     Raises:
         DictionaryError: where one was not measured.
@@ -297,12 +297,12 @@ def _wanted(
     kept: Sequence[int],
     orders: Mapping[str, Sequence[int]],
 ) -> list[_Wanted]:
-    """The curves of a hook point, an order each."""
+    """The curves of a hook point, one for each order."""
     alive = int(hook.summary.n_alive.value)
     if wrong := [number for number in kept if not 0 <= number <= alive]:
         raise CapacityError(
             f"{wrong[0]:,} features cannot stay at {hook.hook}, which has {alive:,} alive ones: choose a number from 0"
-            " to that"
+            f" to {alive:,}"
         )
     chosen = [plugins().capacity_laws.named(law) for law in (laws or (None,))]
     budgets = {

@@ -1,5 +1,5 @@
-"""Variants of an activation: what a dictionary writes when only its most important latents stay, for several numbers
-of them at once.
+"""Variants of an activation: what a dictionary writes if only its most important latents stay, for several numbers of
+them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Variants:
     def edited(
         self, x: Float[Tensor, "row position width"], spliced: Bool[Tensor, "row position"], variants: Tensor
     ) -> Float[Tensor, "rows position width"]:
-        """The rows as they are, and behind them those of each variant, in which the spliced tokens are replaced."""
+        """The rows as they are, then those of each variant with the spliced tokens replaced."""
         rows = x.repeat(self.n + 1, 1, 1).view(self.n + 1, *x.shape)
         rows[1:, spliced] = variants.to(rows)
         return rows.flatten(0, 1)

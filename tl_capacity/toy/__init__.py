@@ -1,5 +1,5 @@
-"""Toy models of superposition (Elhage et al. 2022), trained by the thousand in one batch, and every predictor of their
-loss floors judged.
+"""Toy models of superposition (Elhage et al. 2022), trained by the thousand in one batch, to judge every predictor of
+loss floors.
 """
 
 from tl_capacity.toy.features import FeatureDistribution, zipf_importance

@@ -1,4 +1,4 @@
-"""Figures of what toy models achieved: floors against the student's width, a panel for each n and α."""
+"""Figures of the floors that toy models reached, against the student's width; one panel for each n and α."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GREY_LINE = {"color": GREY, "width": 1}
 
 
 def achieved_figure(students: Any) -> go.Figure:
-    """A panel per n and α: achieved floors against the width, from the best to the worst seed.
+    """Achieved floors against the width, from the best to the worst seed; one panel for each n and α.
 
     Args:
         students: one row for each student.
@@ -27,7 +27,7 @@ def achieved_figure(students: Any) -> go.Figure:
 
 
 def floor_panels(students: Any) -> go.Figure:
-    """An empty figure with a panel for each n and α."""
+    """An empty figure with one panel for each n and α."""
     features, alphas = _axes(students)
     titles = [f"n = {n}, α = {alpha:g}" for n in features for alpha in alphas]
     figure = new_panels(titles, len(alphas), horizontal_spacing=0.055, vertical_spacing=0.09)
@@ -38,7 +38,7 @@ def floor_panels(students: Any) -> go.Figure:
 
 
 def panels_of(students: Any) -> Iterator[tuple[Any, dict[str, int]]]:
-    """The students of each n and α that were trained on the data, and the row and column of their panel."""
+    """The students of each n and α that were trained on the data, with the row and column of their panel."""
     features, alphas = _axes(students)
     for (n, alpha), panel in students[students.kind == "direct"].groupby(["n", "alpha"]):
         yield panel, {"row": features.index(n) + 1, "col": alphas.index(alpha) + 1}

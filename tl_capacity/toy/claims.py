@@ -1,4 +1,4 @@
-"""What a sweep says about the published claims, in sentences that are computed from it."""
+"""What a sweep says about the published claims, in sentences computed from it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from tl_capacity.toy.tables import escaped, number
 TRAINED = {"direct": "trained on the data", "distilled": "distilled from teachers"}
 """The kinds of students, in words."""
 HOLDS = {"relative": 0.93, "r2": 0.9}
-"""What is asked of a predictor that is said to hold: the published accuracy under its strictest reading, and that it
-explains nine tenths of the variance.
-"""
+"""Thresholds for saying that a predictor holds: the published accuracy in its strictest reading, and R² of 0.9."""
 
 
 def claims(result: SweepResult, students: Any) -> list[str]:
-    """What the sweep says about the published claims, one sentence each.
+    """What the sweep says about the published claims, one sentence for each.
 
     Args:
         students: what `predictions` returned.
@@ -59,7 +57,9 @@ def _diverged_claim(diverged: Any) -> str:
 
 
 def verdict(students: Any, table: Any, kind: str) -> str:
-    """In words: the theorem as a bound, as a prediction, and which predictors hold where; all of it computed."""
+    """The answer in words: the theorem as a bound and as a prediction, and where each predictor holds. All of it is
+    computed.
+    """
     rows = cells(students, kind)
     bounding = rows[rows.refined > 0]
     bounded = int((bounding.achieved_floor + 3 * bounding.floor_error >= bounding.refined).sum())

@@ -1,6 +1,4 @@
-"""The toy data of Elhage et al. 2022: sparse features, each uniform on [0, 1] where it is active, and how much each of
-them matters.
-"""
+"""The toy data of Elhage et al. 2022: sparse features, uniform on [0, 1] if active, and their importances."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ CORRELATIONS = ("independent", "correlated", "anticorrelated")
 
 @dataclass(frozen=True)
 class FeatureDistribution:
-    """n features, of which each is zero with probability α and else drawn from U[0, 1].
+    """n features. Each is zero with probability α and is otherwise drawn from U[0, 1].
 
     Attributes:
         n: number of features.
@@ -34,12 +32,12 @@ class FeatureDistribution:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ValueError(f"n = {self.n} is no number of features: pass at least 1")
+            raise ValueError(f"n = {self.n} is not a number of features: pass at least 1")
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha = {self.alpha:.8g} is outside its domain 0 < α < 1")
         if self.correlation not in CORRELATIONS:
             raise ValueError(
-                f"{self.correlation!r} is no correlation of features: choose one of {', '.join(CORRELATIONS)}"
+                f"{self.correlation!r} is not a correlation of features: choose one of {', '.join(CORRELATIONS)}"
             )
         if self.n % self._group_size:
             raise ValueError(f"n = {self.n} features cannot be paired: pass an even n, or independent features")
@@ -53,20 +51,20 @@ class FeatureDistribution:
 
     @property
     def variance(self) -> float:
-        """Var[xᵢ] = E[xᵢ²] − E[xᵢ]², with E[xᵢ] = (1−α)/2: what a feature costs that is predicted by its mean alone."""
+        """Var[xᵢ] = E[xᵢ²] − E[xᵢ]², with E[xᵢ] = (1−α)/2: the loss of a feature that is predicted by its mean."""
         return self.second_moment - ((1 - self.alpha) / 2) ** 2
 
     @cached_property
     def zero_probability(self) -> float:
-        """P₀, the probability that no feature at all is active."""
+        """P₀, the probability that no feature is active."""
         return float((1 - self._group_rate) ** self._groups)
 
     def sample(self, rows: int, random: np.random.Generator) -> Float[np.ndarray, "feature row"]:
-        """Plain samples, most of them zero where α is high."""
+        """Samples from the distribution. Most are zero if α is high."""
         return self._values(random.random((self._groups, rows), dtype=np.float32) < self._group_rate, random)
 
     def sample_nonzero(self, rows: int, random: np.random.Generator) -> Float[np.ndarray, "feature row"]:
-        """Samples from the distribution given that some feature is active; P₀ says how much weight the others have.
+        """Samples with at least one active feature. P₀ is the weight of the others.
 
         The first active group j has P(first ≤ j) = (1 − q^(j+1)) / (1 − P₀), where q is the probability that a group is
         silent, and is drawn by inversion. The groups before it are silent and those after it independent of it.
@@ -95,7 +93,7 @@ class FeatureDistribution:
         return (1 - self.alpha) * (2 if self.correlation == "anticorrelated" else 1)
 
     def _values(self, active: NDArray[np.bool_], random: np.random.Generator) -> Float[np.ndarray, "feature row"]:
-        """Feature values, given which groups are active."""
+        """Feature values, given the active groups."""
         active = np.repeat(active, self._group_size, axis=0)
         if self.correlation == "anticorrelated":
             second = np.repeat(random.random((self._groups, active.shape[1]), dtype=np.float32) < 0.5, 2, axis=0)
@@ -104,7 +102,7 @@ class FeatureDistribution:
 
 
 def zipf_importance(n: int, slope: float = 1.0) -> Float[np.ndarray, " feature"]:
-    """Importances Iᵢ = i^−s of n features, not normalised: s = 1 is Zipf's law, s = 0 takes all alike.
+    """Importances Iᵢ = i^−s of n features, not normalised. s = 1 is Zipf's law; at s = 0 all are equal.
 
     Raises:
         ValueError: unless n ≥ 1 and s ≥ 0, so that features are in the order of their importance.

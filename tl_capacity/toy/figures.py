@@ -1,4 +1,4 @@
-"""Figures of a sweep: achieved and predicted floors against the student's width, and against one another."""
+"""Figures of a sweep: achieved and predicted floors, against the student's width and against each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tl_capacity.toy.predictors import Predictor, predictors
 
 
 def floors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> go.Figure:
-    """A panel per n and α: achieved floors against the width, from the best to the worst seed, and the predicted ones.
+    """Achieved floors against the width, from the best to the worst seed, and predicted ones; one panel for each n and
+    α.
 
     Args:
         students: what `predictions` returned.
@@ -40,8 +41,9 @@ def floors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> g
 
 
 def predictors_figure(students: Any, chosen: Sequence[Predictor] | None = None) -> go.Figure:
-    """A panel per predictor: achieved against predicted floor, as shares of the loss of keeping nothing; on the
-    diagonal the prediction is true.
+    """Achieved against predicted floors, as shares of the loss of keeping nothing; one panel for each predictor.
+
+    On the diagonal, the prediction is true.
 
     Args:
         students, chosen: as in `floors_figure`.
@@ -69,12 +71,12 @@ def predictors_figure(students: Any, chosen: Sequence[Predictor] | None = None) 
 
 
 def drawn_names(rows: Any, chosen: Sequence[Predictor] | None) -> list[str]:
-    """The names of the predictors that figures show of some rows, of all there are where none are given."""
+    """Names of the predictors that figures show, of the given ones or of all."""
     return said(rows, [each for each in (predictors() if chosen is None else chosen) if each.drawn])
 
 
 def png(figure: go.Figure, width: int, height: int) -> bytes:
-    """A figure as a picture of that many points, its legend below it.
+    """A figure as a PNG picture of the given size, with its legend below.
 
     Raises:
         CapacityError: where the picture cannot be made.
@@ -89,5 +91,5 @@ def png(figure: go.Figure, width: int, height: int) -> bytes:
     except (ImportError, ValueError, RuntimeError) as problem:
         raise CapacityError(
             f"figures cannot be drawn ({str(problem).strip().splitlines()[0]}): install kaleido and Chromium, or leave"
-            " --report out"
+            " out --report"
         ) from problem

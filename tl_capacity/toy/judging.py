@@ -1,4 +1,4 @@
-"""Judges predictors against the floors that toy models reached, under several definitions of accuracy, and fits the
+"""Judges predictors against the floors that toy models reached, by several definitions of accuracy, and fits the
 packing law.
 """
 
@@ -20,19 +20,17 @@ from tl_capacity.toy.predictors import Case, Predictor, predictors
 from tl_capacity.toy.result import SweepResult
 
 BANDS = {"d/d* < 0.8": (0.0, 0.8), "0.8 ≤ d/d* ≤ 1.2": (0.8, 1.2), "d/d* > 1.2": (1.2, np.inf)}
-"""Below, around and above the critical width; the middle band includes both of its ends."""
+"""Below, around and above the critical width. The middle band includes both ends."""
 ACCURACIES = ("relative", "relative_to_nothing", "r2", "mae", "pearson_r")
 CELL = ["n", "alpha", "teacher_width", "width"]
-"""Columns that a student shares with those of other seeds."""
+"""Columns that are the same for all seeds of a student."""
 SATURATED = 0.9
-"""Models that keep more than this share of all features say how many there are, not how many fit."""
+"""Models that keep a larger share of all features than this do not show how many fit."""
 RESAMPLES = 1000
 
 
 def predictions(result: SweepResult, chosen: Sequence[Predictor] | None = None) -> Any:
-    """The students of a sweep that converged, as a pandas DataFrame with one further column for each predictor, by its
-    name.
-    """
+    """The converged students of a sweep as a pandas DataFrame, with one more column for each predictor."""
     chosen = predictors() if chosen is None else chosen
     students = result.students[~result.students.diverged].reset_index(drop=True)
     settings = result.settings
@@ -49,7 +47,7 @@ def predictions(result: SweepResult, chosen: Sequence[Predictor] | None = None) 
 
 
 def cells(students: Any, kind: str = "direct", seeds: str = "mean") -> Any:
-    """One row per configuration and width: the mean over seeds of every number, or the row of the best seed.
+    """One row for each configuration and width: the mean of every number over seeds, or the row of the best seed.
 
     Args:
         students: what `predictions` returned.
@@ -60,7 +58,7 @@ def cells(students: Any, kind: str = "direct", seeds: str = "mean") -> Any:
         ValueError: on another value of `seeds`.
     """
     if seeds not in ("mean", "best"):
-        raise ValueError(f"seeds = {seeds!r} is no way to combine seeds: choose mean or best")
+        raise ValueError(f"seeds = {seeds!r} is not a way to combine seeds: choose mean or best")
     chosen = students[students.kind == kind].drop(columns="kept_set")
     if seeds == "best":
         return chosen.loc[chosen.groupby(CELL).achieved_floor.idxmin()].reset_index(drop=True)
@@ -68,7 +66,7 @@ def cells(students: Any, kind: str = "direct", seeds: str = "mean") -> Any:
 
 
 def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
-    """How well each predictor did, over all rows, by α, and by band of d/d*.
+    """The accuracy of each predictor over all rows, by α, and by band of d/d*.
 
     With prediction p, observation o and L(0) = Σ Iᵢ·E[xᵢ²], the loss of keeping nothing:
     `relative` is the median of 1 − |p−o|/o, `relative_to_nothing` the median of 1 − |p−o|/L(0), `r2` is 1 −
@@ -99,14 +97,15 @@ def accuracy(rows: Any, names: Sequence[str] | None = None) -> Any:
 
 
 def said(rows: Any, chosen: Sequence[Predictor]) -> list[str]:
-    """The names of those predictors that say something of some row, of all where there is no row: a law that looks at
-    the teacher's width says nothing of students of the data itself.
+    """Names of the predictors that predict at least one row; all names if there are no rows.
+
+    A law that needs the teacher's width says nothing of students trained on the data itself.
     """
     return [predictor.name for predictor in chosen if not len(rows) or rows[predictor.name].notna().any()]
 
 
 def strata(rows: Any) -> dict[str, Any]:
-    """The rows as a whole, by α, and by band of d/d*; empty ones are left out."""
+    """All rows, the rows of each α, and those of each band of d/d*. Empty strata are left out."""
     ratio = rows.width / [
         theory.critical_width(n, alpha) for n, alpha in zip(rows.n.astype(float), rows.alpha, strict=True)
     ]
@@ -121,8 +120,9 @@ def strata(rows: Any) -> dict[str, Any]:
 
 
 def at_every_sparsity(table: Any, threshold: float = 0.93) -> list[tuple[str, str, float]]:
-    """Under which definitions the published claim holds: `(predictor, definition, lowest value)` where a median
-    accuracy exceeds the threshold at every α.
+    """`(predictor, definition, lowest value)` for which the published claim holds.
+
+    It holds if the median accuracy exceeds the threshold at every α.
     """
     by_alpha = table[table.stratum.str.startswith("α")]
     lowest = by_alpha.groupby("predictor", sort=False)[["relative", "relative_to_nothing"]].min()
@@ -152,7 +152,7 @@ def _accuracies(predicted: Any, observed: Any, nothing: Any) -> dict[str, float]
 
 @dataclass(frozen=True)
 class PackingLaw:
-    """ĝ = a·g(α)^b, features that trained models keep per dimension, with the standard errors of a bootstrap over
+    """ĝ = a·g(α)^b, the number of features that trained models keep per dimension, with bootstrap standard errors over
     seeds.
 
     Attributes:
@@ -202,7 +202,7 @@ def fit_packing_law(
     everyone = np.arange(len(packing))
     if not len(packing):
         raise CapacityError(
-            "no seed converged at every sparsity, so that no packing law can be fitted: sweep more seeds, or take a"
+            "no seed converged at every sparsity, so no packing law can be fitted: sweep more seeds, or choose a"
             " smaller learning rate"
         )
     if len(values) < 2:
@@ -212,8 +212,8 @@ def fit_packing_law(
         )
     if not (averages(everyone) > 0).all():
         raise CapacityError(
-            "models of one sparsity keep nothing at all, and nothing has no logarithm to fit: train for longer, or at"
-            " other values of α"
+            "models of one sparsity keep no feature, and a packing law fits logarithms: train for longer, or at other"
+            " values of α"
         )
     a, b = fit(everyone)
     errors = standard_errors(fit, len(packing), resamples, random_seed)
@@ -230,8 +230,9 @@ def fit_packing_law(
 def packing_law(
     result: SweepResult, kind: str = "direct", threshold: float | None = None
 ) -> tuple[PackingLaw, tuple[int, int]]:
-    """The packing law of a sweep's students of one size, and that size (n, d): the widest of the largest n that at no
-    sparsity keep nearly all features.
+    """The packing law of a sweep's students of one size, and that size (n, d).
+
+    It is the widest size of the largest n that keeps nearly all features at no sparsity.
 
     Narrower students are limited by their few dimensions and not by the sparsity: of width 1 all keep an antipodal
     pair.
@@ -248,7 +249,7 @@ def packing_law(
     free = [size for size, kept in fullest.items() if kept <= SATURATED * size[0]]
     if not free:
         raise CapacityError(
-            "models of every size keep nearly all features, so that none says how many fit: sweep more features or"
+            "models of every size keep nearly all features, so none shows how many fit: sweep more features or"
             " narrower students"
         )
     n, teacher_width, width = max(free)

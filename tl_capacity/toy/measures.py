@@ -1,6 +1,4 @@
-"""What is measured on trained toy models: the floor they reached, the features they keep, and how they share their
-dimensions out.
-"""
+"""Measures of trained toy models: the floor reached, the features kept, and how features share dimensions."""
 
 from __future__ import annotations
 
@@ -15,25 +13,25 @@ from torch import Tensor
 from tl_capacity.toy.training import Objective, Stack
 
 KEPT_THRESHOLD = 0.5
-"""τ: a feature counts as kept where ‖Wᵢ‖² > τ. Kept features have ‖Wᵢ‖² near 1 and dropped ones near 0, so that little
-depends on it.
+"""τ: a feature counts as kept if ‖Wᵢ‖² > τ.
+
+Kept features have ‖Wᵢ‖² near 1 and dropped ones near 0, so little depends on τ.
 """
 ROWS_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Mean loss of each model on held-out samples, and the standard error of that mean that the
-    finite sample leaves.
-    """
+    """Mean loss of each model on held-out samples, with its standard error from the finite sample."""
 
     mean: Float[Tensor, "stream student"]
     error: Float[Tensor, "stream student"]
 
 
 def floors(stack: Stack, objective: Objective, x: Float[Tensor, "feature row"], teacher: Stack | None = None) -> Floors:
-    """E Σ Iᵢ (x̂ᵢ − yᵢ)² with y = x, or the output of each stream's teacher; all-zero samples are counted analytically,
-    as in training.
+    """E Σ Iᵢ (x̂ᵢ − yᵢ)² with y = x, or with y the output of each stream's teacher.
+
+    All-zero samples are counted analytically, as in training.
 
     Args:
         x: samples that are not all zero, the same for all streams, which must have one feature distribution.
@@ -65,7 +63,7 @@ def squared_norms(weights: Float[Tensor, "*model width feature"]) -> Float[Tenso
 def kept_features(
     weights: Float[Tensor, "*model width feature"], threshold: float = KEPT_THRESHOLD
 ) -> Bool[Tensor, "*model feature"]:
-    """Which features a model represents: ‖Wᵢ‖² > τ."""
+    """Whether a model represents each feature: ‖Wᵢ‖² > τ."""
     return squared_norms(weights) > threshold
 
 
@@ -82,8 +80,9 @@ def fractional_capacity(weights: Float[Tensor, "*model width feature"]) -> Float
 
 
 def overlap(kept: NDArray[np.bool_], predicted: int) -> float:
-    """Jaccard index of the kept set and the `predicted` most important features; 1 where both are empty. Features stand
-    in order of importance.
+    """Jaccard index of the kept set and the `predicted` most important features; 1 if both are empty.
+
+    Features are in order of importance.
     """
     theory = np.arange(len(kept)) < predicted
     union = int((kept | theory).sum())
@@ -91,12 +90,13 @@ def overlap(kept: NDArray[np.bool_], predicted: int) -> float:
 
 
 def ordered_share(kept: NDArray[np.bool_]) -> float:
-    """Share of the k kept features that are among the k most important: 1 where importance alone decides; NaN where
-    nothing is kept.
+    """Share of the k kept features that are among the k most important; NaN if nothing is kept.
+
+    It is 1 if importance alone decides.
     """
     return containment(kept, np.arange(len(kept)) < kept.sum())
 
 
 def containment(kept: NDArray[np.bool_], of_teacher: NDArray[np.bool_]) -> float:
-    """Share of a student's kept features that its teacher keeps as well; NaN where it keeps none."""
+    """Share of a student's kept features that its teacher also keeps; NaN if the student keeps none."""
     return float((kept & of_teacher).sum() / kept.sum()) if kept.any() else float("nan")

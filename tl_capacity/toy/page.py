@@ -1,4 +1,4 @@
-"""The page on a sweep, `toy.md`, as Markdown: what it is of, what it says of the claims, and all tables."""
+"""The page on a sweep, `toy.md`, as Markdown: the sweep, what it says of the claims, and all tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFINITIONS = {
     "mae": "MAE, mean of \\|p − o\\|",
     "pearson_r": "Pearson's r",
 }
-"""How each accuracy is computed, p being the prediction and o the observed floor."""
+"""How each accuracy is computed, with p the prediction and o the observed floor."""
 PUBLISHED = {
     (40, 0.90, 1): (0.0915, 0.0034),
     (40, 0.90, 5): (0.0462, 0.0001),
@@ -101,7 +101,7 @@ def _accuracies(table: Any, definitions: Iterable[str], whose: str) -> list[str]
 
 
 def _packing_laws(result: SweepResult) -> list[str]:
-    """The packing laws at every threshold."""
+    """The packing laws at each threshold."""
     rows = []
     for kind in result.settings.kinds:
         for threshold in THRESHOLDS:
@@ -121,7 +121,7 @@ def _packing_laws(result: SweepResult) -> list[str]:
 
 
 def _kept_sets(students: Any, kinds: Sequence[str]) -> list[str]:
-    """Which features are kept beside those of the theory, and how much of the capacity is used."""
+    """Which features are kept, beside those of the theory, and how much of the capacity is used."""
     lines = []
     for kind in kinds:
         for name, rows in strata(students[students.kind == kind]).items():
@@ -143,7 +143,9 @@ def _kept_sets(students: Any, kinds: Sequence[str]) -> list[str]:
 
 
 def _distilled(students: Any) -> list[str]:
-    """Whether distilled students keep what their teachers keep, and their floors beside those trained on the data."""
+    """Whether distilled students keep what their teachers keep, and how their floors differ from those trained on the
+    data.
+    """
     distilled, direct = students[students.kind == "distilled"], students[students.kind == "direct"]
     contained = distilled.contained.dropna()
     whole = int((contained == 1).sum())
@@ -202,7 +204,7 @@ def _distilled(students: Any) -> list[str]:
 
 
 def _floors(students: Any) -> list[str]:
-    """Floors and kept features of the students trained on the data, and beside them what others found."""
+    """Floors and kept features of the students trained on the data, beside an independent replication."""
     direct = students[students.kind == "direct"]
     widths = sorted(direct.width.unique())
     by_cell = direct.groupby(["n", "alpha", "width"])

@@ -1,5 +1,5 @@
-"""Predictors of a toy model's floor: the closed forms of the theory, every capacity law that a plugin registers, and
-the measured kept set.
+"""Predictors of a toy model's floor: the theory's closed forms, every registered capacity law, and the measured kept
+set.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from tl_capacity.plugins import plugins
 from tl_capacity.predict.laws import kept_features, knows_enough
 
 TRANSITION = 0.15
-"""Half-width of the smooth band, as a share of the budget: the middle of the 10 to 20% over which the paper sees the
-transition at d* smeared out.
+"""Half-width of the smooth band, as a share of the budget.
+
+It is the middle of the 10 to 20% over which the paper sees the transition at d* smeared out.
 """
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a predictor may look at; features in order of importance.
+    """What a predictor may look at. Features are in order of importance.
 
     Attributes:
         importance: Iᵢ·E[xᵢ²], the loss of a feature that is put out as 0.
@@ -45,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Predictor:
-    """One way to say which floor a model will reach.
+    """One way to predict the floor that a model will reach.
 
     Attributes:
         drawn: whether figures show it.
@@ -60,8 +61,9 @@ class Predictor:
 def smooth_band_floor(
     importance: NDArray[np.float64], width: int, alpha: float, transition: float = TRANSITION
 ) -> float:
-    """The refined floor with a soft cut: the share of feature i that is lost rises from 0 to 1 as i passes from
-    (1−δ)·d·g(α) to (1+δ)·d·g(α).
+    """The refined floor with a soft cut.
+
+    The lost share of feature i rises from 0 to 1 as i passes from (1−δ)·d·g(α) to (1+δ)·d·g(α).
 
     That is the refined floor averaged over budgets that lie evenly within ±δ of d·g(α).
 
@@ -82,8 +84,9 @@ def smooth_band_floor(
 
 
 def law_floor(law: CapacityLaw, case: Case, charged: NDArray[np.float64]) -> float:
-    """Σ of what the features beyond ⌊d·ĝ⌋ are charged, ĝ from a capacity law that sees the importances; NaN where the
-    law looks at a teacher's width, and there is no teacher.
+    """The sum charged for the features beyond ⌊d·ĝ⌋, with ĝ from a capacity law that sees the importances.
+
+    NaN if the law needs a teacher's width and there is no teacher.
     """
     at = CapacityContext(case.alpha, case.importance, case.teacher_width, case.teacher_width)
     if not knows_enough(law, at):
@@ -100,7 +103,7 @@ def _variance_floor_by_law(law: CapacityLaw, case: Case) -> float:
 
 
 def predictors() -> tuple[Predictor, ...]:
-    """All predictors, those of plugins last."""
+    """All predictors; those of plugins come last."""
     laws = plugins().capacity_laws
     others = [law for law in laws if law is not laws.default]
     return (

@@ -1,5 +1,5 @@
-"""Writes a sweep's results down: `toy.md` with tables and sentences that are computed from it, `toy.json` with one
-object per student, and figures.
+"""Writes a sweep's results: `toy.md` with tables and computed sentences, `toy.json` with one object per student, and
+figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tl_capacity.toy.result import SweepResult
 
 
 def write_report(result: SweepResult, folder: Path, command: str) -> None:
-    """Write `toy.md`, `toy.json` and the figures; whatever of that name is in the folder is replaced.
+    """Write `toy.md`, `toy.json` and the figures. Files of these names in the folder are replaced.
 
     Args:
         command: what the sweep was run with.
@@ -37,8 +37,8 @@ def write_report(result: SweepResult, folder: Path, command: str) -> None:
 
 
 def student_list(result: SweepResult) -> list[dict[str, Any]]:
-    """`{"n", "alpha", "width", "seed", "achieved_floor", "kept"}` of each student that was trained on the data and
-    converged.
+    """`{"n", "alpha", "width", "seed", "achieved_floor", "kept"}` of each converged student that was trained on the
+    data.
     """
     students = result.students
     direct = students[(students.kind == "direct") & ~students.diverged]

@@ -1,4 +1,4 @@
-"""The result of a sweep: every trained model, the floor it reached, and a table of what was measured on it."""
+"""The result of a sweep: every trained model, the floor it reached, and a table of its measures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tl_capacity.toy.training import EVALUATION, Objective, Stack, generator, te
 
 SCHEMA = 1
 THRESHOLDS = (0.25, 0.5, 0.75)
-"""τ at which kept features are counted."""
+"""The values of τ at which kept features are counted."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class SweepResult(ShownInNotebooks):
 
     @property
     def diverged(self) -> Any:
-        """The students whose floor is not finite, or above the loss of keeping nothing by more than three standard
-        errors; they enter no average.
+        """The students whose training diverged. They enter no average.
+
+        Their floor is not finite, or is more than three standard errors above the loss of keeping nothing.
         """
         return self.students[self.students.diverged]
 
@@ -80,17 +81,17 @@ class SweepResult(ShownInNotebooks):
         return Stack(self.tensors[f"{family.name}.weights"], self.tensors[f"{family.name}.bias"])
 
     def to_frame(self) -> Any:
-        """One row for each student, as a pandas DataFrame; see `students`."""
+        """A pandas DataFrame with one row per student; see `students`."""
         return self.students
 
     def plot(self) -> Any:
-        """A plotly figure of the achieved floors against the student's width, a panel for each n and α."""
+        """A plotly figure of the achieved floors against the student's width, one panel for each n and α."""
         from tl_capacity.toy.achieved import achieved_figure
 
         return achieved_figure(self.students)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the result as a new folder, and return it: tensors in safetensors, everything else in JSON.
+        """Write the result as a new folder, and return its path. Tensors are safetensors; the rest is JSON.
 
         Raises:
             CapacityError: where the folder exists or cannot be written.
@@ -118,7 +119,7 @@ class SweepResult(ShownInNotebooks):
 
     @classmethod
     def load(cls, folder: str | Path) -> SweepResult:
-        """Read what `save` wrote.
+        """Read the result that `save` wrote.
 
         Raises:
             CapacityError: where the folder holds no sweep, a damaged one, or one of another schema.
@@ -131,7 +132,7 @@ class SweepResult(ShownInNotebooks):
             content = read_record(folder / "sweep.json", SCHEMA)
             if content["schema"] != SCHEMA:
                 raise CapacityError(
-                    f"{folder} has schema {content['schema']}, but {SCHEMA} is read here: run the sweep anew"
+                    f"{folder} has schema {content['schema']}, but this version reads {SCHEMA}: run the sweep again"
                 )
             settings = SweepSettings.from_json(content["settings"])
             data = (folder / "students.safetensors").read_bytes()
@@ -154,11 +155,12 @@ class SweepResult(ShownInNotebooks):
             ValueError,
         ) as problem:
             raise CapacityError(
-                f"{folder} holds no whole toy sweep ({problem}): pass the folder that `tl-capacity run toy-sweep` wrote"
+                f"{folder} does not hold a whole toy sweep ({problem}): pass the folder that `tl-capacity run"
+                " toy-sweep` wrote"
             ) from problem
         if missing:
             raise CapacityError(
-                f"{folder} lacks the floors of {', '.join(sorted(missing))}: it is damaged, run the sweep anew"
+                f"{folder} lacks the floors of {', '.join(sorted(missing))}: it is damaged, run the sweep again"
             )
         return result
 
@@ -258,7 +260,7 @@ def _floors(family: Family, stacks: dict[str, Stack], settings: SweepSettings) -
 
 
 def _machine() -> str:
-    """Processor and threads, which the seconds depend on."""
+    """Processor and threads, on which the seconds depend."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return f"{model[1] if model else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""What a sweep of toy models trains: its settings, and which model stands where in the stacked tensors."""
+"""What a sweep of toy models trains: its settings, and the place of each model in the stacked tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tl_capacity.toy.features import FeatureDistribution, zipf_importance
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Everything that decides the weights of a sweep; the defaults are the paper's 48 configurations
+    """Everything that decides the weights of a sweep. The defaults are the paper's 48 configurations
     (arXiv:2604.04037).
 
     A configuration is a number of features n, a sparsity α and a teacher width d_T, and has students of the widths 1 …
@@ -53,7 +53,7 @@ class SweepSettings:
         for name in ("features", "alphas", "teacher_widths"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise CapacityError(f"{name} = {list(values)} must list at least one value, and none twice")
+                raise CapacityError(f"{name} = {list(values)} must list at least one value, each once")
         for name in ("teacher_widths", "widths", "seeds", "steps", "batch", "evaluation_rows"):
             for value in getattr(self, name) if isinstance(getattr(self, name), tuple) else (getattr(self, name),):
                 if value < 1:
@@ -61,7 +61,7 @@ class SweepSettings:
         if self.evaluation_rows < 2:
             raise CapacityError(f"evaluation_rows = {self.evaluation_rows} gives no error of the mean: pass at least 2")
         if not (isfinite(self.lr) and self.lr > 0):
-            raise CapacityError(f"lr = {self.lr:g} is no learning rate: pass a positive number")
+            raise CapacityError(f"lr = {self.lr:g} is not a learning rate: pass a positive number")
         if self.first_seed < 0:
             raise CapacityError(f"first_seed = {self.first_seed} is negative: pass 0 or more")
         try:
@@ -74,7 +74,7 @@ class SweepSettings:
 
     @property
     def student_widths(self) -> tuple[int, ...]:
-        """d_S of all students that are trained on the data, ascending; the teachers are among them."""
+        """d_S of all students that are trained on the data, ascending, with the teachers among them."""
         return tuple(sorted({*(self.widths or range(1, max(self.teacher_widths) + 1)), *self.teacher_widths}))
 
     @property
@@ -88,7 +88,7 @@ class SweepSettings:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What students are trained on, in the order in which they are trained."""
+        """The kinds of students, in the order in which they are trained."""
         return ("direct", "distilled") if self.distilled else ("direct",)
 
     @property
@@ -96,7 +96,7 @@ class SweepSettings:
         return self.steps * len(self.kinds)
 
     def streams(self, n: int) -> list[Stream]:
-        """Where the samples of each sparsity and seed come from; all students of one stream see the same ones."""
+        """The source of samples for each sparsity and seed. All students of one stream see the same samples."""
         return [
             Stream(FeatureDistribution(n, alpha, self.correlation), seed)
             for alpha in self.alphas
@@ -135,8 +135,9 @@ class Stream:
 
 @dataclass(frozen=True)
 class Family:
-    """Students of one n that are trained together: for every stream one of each width, on the data or on the teacher of
-    one width.
+    """Students of one n that are trained together.
+
+    Each stream has one student of each width. All learn from the data, or all from the teacher of one width.
 
     Attributes:
         n: number of features.

@@ -1,4 +1,4 @@
-"""Tables of a sweep's page in Markdown, and how a number and a set of values read there."""
+"""Tables of a sweep's page in Markdown, and the format of their numbers and sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def pivot(table: Any, definition: str) -> tuple[list[str], list[list[str]]]:
-    """One accuracy as header and rows of text: predictors down, strata across.
+    """Header and rows for one accuracy, as text: one row for each predictor, one column for each stratum.
 
     Args:
         table: what `accuracy` returned.
@@ -24,7 +24,7 @@ def pivot(table: Any, definition: str) -> tuple[list[str], list[list[str]]]:
 
 
 def accuracy_table(table: Any, definition: str) -> str:
-    """One accuracy as a table, with the number of observations of each stratum; arguments as in `pivot`."""
+    """A table of one accuracy, with the number of observations in each stratum; arguments as in `pivot`."""
     counts = table.groupby("stratum")["count"].first()
     header, rows = pivot(table, definition)
     return markdown_table([header[0], *(f"{escaped(name)} ({counts[name]})" for name in header[1:])], rows)
@@ -36,7 +36,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float, digits: str) -> str:
-    """A number with so many digits, or n/a where it is not defined."""
+    """A number with that many digits, or n/a if it is not defined."""
     return "n/a" if np.isnan(value) else f"{value:{digits}}".replace("-", "−")
 
 
@@ -46,5 +46,5 @@ def value_set(values: Sequence[int] | Sequence[float]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text in which Markdown sees no emphasis."""
+    """Text that Markdown reads without emphasis."""
     return text.replace("*", "\\*")

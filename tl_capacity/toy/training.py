@@ -1,5 +1,6 @@
-"""Trains every model of a sweep at once: a family of students is one stack of tensors, a step five batched products on
-it, and the gradient is written out.
+"""Trains every model of a sweep at once.
+
+A family of students is one stack of tensors. A step is five batched products on it; the gradient is written out.
 
 x̂ = ReLU(WᵀW x + b) with W [width, feature]; the loss is E Σ Iᵢ (x̂ᵢ − yᵢ)², with y = x or, for distilled students, the
 teacher's output. No model depends on what is trained beside it, so the stacks are worked off in chunks that fit a
@@ -27,20 +28,21 @@ from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import Family, Stream, SweepSettings
 
 BLOCK_STEPS = 16
-"""Steps whose samples are drawn at once; a checkpoint falls between two blocks."""
+"""Steps whose samples are drawn together. A checkpoint falls between two blocks."""
 CACHE_FLOATS = 2**18
 """Pre-activations of a chunk: 1 MB of them stays in a core's cache."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state, under PyTorch's names."""
+"""Adam's state, by PyTorch's names."""
 
 INITIAL, TRAINING, EVALUATION = range(3)
-"""What random numbers are drawn for; each use of a seed has a generator of its own."""
+"""Uses of random numbers. Each use of a seed has its own generator."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Models of one shape as one tensor; a narrower model's missing rows are zero, get gradients that are exactly zero,
-    and so stay zero.
+    """Models of one shape in one tensor.
+
+    A narrower model's missing rows are zero. Their gradients are exactly zero, so they stay zero.
     """
 
     weights: Float[Tensor, "stream student width feature"]
@@ -56,7 +58,7 @@ class Stack:
     def hidden_and_preactivation(
         self, x: Float[Tensor, "stream feature row"]
     ) -> tuple[Float[Tensor, "model width row"], Float[Tensor, "model feature row"]]:
-        """h = Wx and Wᵀh + b, models counted through over streams and students."""
+        """h = Wx and Wᵀh + b of all models: the students of the first stream, then those of the next."""
         streams, students, width, n = self.weights.shape
         hidden = torch.bmm(self.weights.reshape(streams, students * width, n), x).view(streams * students, width, -1)
         return hidden, torch.baddbmm(
@@ -65,14 +67,15 @@ class Stack:
 
     @property
     def at_zero(self) -> Float[Tensor, "stream student feature"]:
-        """The output where no feature is active."""
+        """The output when no feature is active."""
         return self.bias.relu()
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of one stream's students: (1−P₀)·E[Σ Iᵢ (x̂ᵢ − yᵢ)² | x ≠ 0] + P₀·Σ Iᵢ (ReLU(bᵢ) − y⁰ᵢ)², whose second
-    half needs no samples.
+    """The loss of one stream's students: (1−P₀)·E[Σ Iᵢ (x̂ᵢ − yᵢ)² | x ≠ 0] + P₀·Σ Iᵢ (ReLU(bᵢ) − y⁰ᵢ)².
+
+    The second term needs no samples.
 
     Attributes:
         importance: Iᵢ.
@@ -84,7 +87,7 @@ class Objective:
 
     @classmethod
     def for_streams(cls, n: int, streams: Sequence[Stream], slope: float, dtype: torch.dtype) -> Objective:
-        """The loss on the samples of some streams of n features, whose importances are i^−slope."""
+        """The loss on samples of some streams of n features, with importances i^−slope."""
         return cls(
             torch.from_numpy(zipf_importance(n, slope)).to(dtype),
             torch.tensor([stream.distribution.zero_probability for stream in streams], dtype=dtype),
@@ -97,7 +100,7 @@ class Objective:
         target: Float[Tensor, "stream feature row"],
         target_at_zero: Float[Tensor, "stream feature"],
     ) -> tuple[Float[Tensor, "stream student width feature"], Float[Tensor, "stream student feature"]]:
-        """Gradients of the mean loss over the rows with respect to weights and bias."""
+        """Gradients of the mean loss over the rows, with respect to weights and bias."""
         streams, students, width, n = stack.weights.shape
         rows = x.shape[-1]
         hidden, preactivation = stack.hidden_and_preactivation(x)
@@ -123,14 +126,15 @@ class Objective:
 
 
 def generator(stream: Stream, use: int, *more: int) -> np.random.Generator:
-    """The random numbers of one stream for one use: the same whatever else is trained beside it."""
+    """The random numbers of one stream for one use. They do not depend on what else is trained."""
     distribution = stream.distribution
     return np.random.default_rng([stream.seed, use, distribution.n, round(distribution.alpha * 2**53), *more])
 
 
 def initial_stack(family: Family, streams: Sequence[Stream], dtype: torch.dtype) -> Stack:
-    """Weights from Xavier's normal distribution, as in Elhage et al. 2022, and no bias; each model from a generator of
-    its own.
+    """Initial weights from Xavier's normal distribution, as in Elhage et al. 2022, without bias.
+
+    Each model has its own generator.
     """
     weights = torch.zeros(len(streams), len(family.widths), max(family.widths), family.n, dtype=dtype)
     for i, stream in enumerate(streams):
@@ -141,13 +145,13 @@ def initial_stack(family: Family, streams: Sequence[Stream], dtype: torch.dtype)
 
 
 def _samples(stream: Stream, rows: int, block: int, dtype: torch.dtype) -> Float[Tensor, "feature row"]:
-    """The `block`th lot of a stream's training samples."""
+    """Block number `block` of a stream's training samples."""
     return torch.from_numpy(stream.distribution.sample_nonzero(rows, generator(stream, TRAINING, block))).to(dtype)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some streams of a family as they are trained: views of its stack, and Adam on them.
+    """Some streams of a family during training: views of its stack, with their own Adam.
 
     Attributes:
         streams: which streams.
@@ -161,7 +165,7 @@ class Chunk:
     optimizer: torch.optim.Adam
 
     def train(self, x: Float[Tensor, "stream feature row"], learning_rates: Sequence[float]) -> None:
-        """One step on as many rows as each step gets, for each learning rate."""
+        """Take one step for each learning rate. The rows are shared out equally."""
         weights, bias = self.stack.weights, self.stack.bias
         target, at_zero = self._target(x)
         for rate, rows, wanted in zip(
@@ -174,7 +178,7 @@ class Chunk:
     def _target(
         self, x: Float[Tensor, "stream feature row"]
     ) -> tuple[Float[Tensor, "stream feature row"], Float[Tensor, "stream feature"]]:
-        """y, and y where no feature is active."""
+        """y, and its value when no feature is active."""
         if self.teacher is None:
             return x, x.new_zeros(x.shape[:2])
         return self.teacher.output(x)[:, 0], self.teacher.at_zero[:, 0]
@@ -186,8 +190,9 @@ def train(
     advance: Callable[[int], None] = lambda steps: None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Stack], dict[str, float]]:
-    """Train all models of a sweep: first on the data, then the students of the teachers among them. Uses as many
-    threads as PyTorch would.
+    """Train all models of a sweep: first on the data, then the students of the teachers among them.
+
+    It uses as many threads as PyTorch would.
 
     Args:
         checkpoint: a file to keep the state in; where it exists, training goes on from it.
@@ -220,7 +225,7 @@ def _train_kind(
     advance: Callable[[int], None],
     dtype: torch.dtype,
 ) -> dict[str, Stack]:
-    """Train the families of one kind, from where the checkpoint left them."""
+    """Train the families of one kind, starting from the checkpoint."""
     steps_done = int(state.tensors.get(f"{kind}.steps", torch.tensor(0)))
     streams = {n: settings.streams(n) for n in settings.features}
     stacks: dict[str, Stack] = {}
@@ -256,7 +261,7 @@ def _train_kind(
 
 
 def teacher_of(family: Family, settings: SweepSettings, finished: dict[str, Stack]) -> Stack | None:
-    """The trained models of the teacher's width, one per stream."""
+    """The trained models of the teacher's width, one for each stream."""
     if family.teacher_width is None:
         return None
     slot = settings.student_widths.index(family.teacher_width)
@@ -268,7 +273,7 @@ def teacher_of(family: Family, settings: SweepSettings, finished: dict[str, Stac
 
 
 def _fresh(family: Family, streams: Sequence[Stream], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A family's tensors before the first step, Adam's moments included, by name."""
+    """A family's tensors before the first step, by name, with Adam's moments."""
     stack = initial_stack(family, streams, dtype)
     tensors = {f"{family.name}.weights": stack.weights, f"{family.name}.bias": stack.bias}
     return tensors | {
@@ -279,7 +284,7 @@ def _fresh(family: Family, streams: Sequence[Stream], dtype: torch.dtype) -> dic
 def _chunks(
     family: Family, tensors: dict[str, Tensor], objective: Objective, teacher: Stack | None, batch: int, steps_done: int
 ) -> Iterator[Chunk]:
-    """A family's streams in chunks, each with an optimizer whose state is a view of the family's."""
+    """A family's streams in chunks. Each has an optimizer whose state is a view of the family's."""
     streams, students, n = tensors[f"{family.name}.bias"].shape
     size = max(1, CACHE_FLOATS // (students * n * batch))
     for chosen in (slice(first, first + size) for first in range(0, streams, size)):
@@ -293,7 +298,7 @@ def _chunks(
 
 
 def _named(finished: dict[str, Stack], settings: SweepSettings) -> dict[str, Tensor]:
-    """Stacks that are trained, by name."""
+    """The tensors of stacks in training, by name."""
     tensors = {
         f"{name}.{part}": getattr(stack, part) for name, stack in finished.items() for part in ("weights", "bias")
     }
@@ -306,8 +311,9 @@ def _advance_from(advance: Callable[[int], None], before: int, steps: int) -> No
 
 @contextmanager
 def worker_threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as PyTorch uses, each of which computes alone: chunks are independent, while threads that share a
-    small product wait for one another.
+    """As many threads as PyTorch uses, each computing alone.
+
+    Chunks are independent, and threads that share a small product would wait for each other.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

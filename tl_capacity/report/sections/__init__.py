@@ -1,4 +1,4 @@
-"""The sections of the report: each function takes the story and returns what one section says and shows, as plain text.
+"""The sections of the report: each function takes the story and returns one section, as plain text.
 
 A section without data says in a sentence, with a command, how to get it.
 """
@@ -34,11 +34,11 @@ SECTIONS: tuple[tuple[Section, Callable[[Story, Section], Section]], ...] = (
     (Section("placement", "What choosing the kept features costs"), placement),
     (Section("beside", "Beside other measurements"), beside),
 )
-"""The sections with figures and tables in their order, empty, and what fills each."""
+"""The sections in their order, still empty, each with the function that fills it."""
 
 
 def all_sections(story: Story) -> list[Section]:
-    """Every section with figures and tables; in place of one that cannot be, the reason."""
+    """Every section with its figures and tables, or with the reason why it has none."""
     return [_filled(story, empty, fill) for empty, fill in SECTIONS]
 
 

@@ -1,6 +1,4 @@
-"""The answers at the top of the page: which width to choose, and what the students showed, each in a sentence and a
-tile.
-"""
+"""The answers at the top of the page: which width to choose, and what the students showed."""
 
 from __future__ import annotations
 
@@ -21,11 +19,11 @@ from tl_capacity.results.naming import short_hook
 from tl_capacity.runtime.units import NATS, per_token
 
 Tile = tuple[str, Cell]
-"""What a large figure is, and the figure."""
+"""The label of a large figure, and the figure."""
 
 
 def choice(story: Story) -> list[str]:
-    """Which width answers the reader's question, and how far such answers were off elsewhere."""
+    """Sentences on which width to choose, and how far such answers were off elsewhere."""
     if story.plan is None:
         return [sentence(f"No width can be named: {story.unplanned}")] if story.unplanned else []
     made, decides = story.plan, story.plan.decides
@@ -41,7 +39,7 @@ def choice(story: Story) -> list[str]:
 
 
 def _grounds(story: Story, decides: MethodPlan) -> str:
-    """Who says the width."""
+    """The method that decides the width, in words."""
     if not decides.hook and decides.corrected is not None:
         return "as the students here say, between whose widths it lies"
     where = f" at {short_hook(story.measurement, decides.hook)}" if decides.hook else ""
@@ -51,7 +49,7 @@ def _grounds(story: Story, decides: MethodPlan) -> str:
 
 
 def _doubts(decides: MethodPlan) -> list[str]:
-    """How far such forecasts were off elsewhere."""
+    """How far such forecasts were off elsewhere, in words."""
     if decides.corrected is not None:
         return []
     if decides.checked == UNCHECKED:
@@ -61,7 +59,7 @@ def _doubts(decides: MethodPlan) -> list[str]:
 
 
 def _still_falling(story: Story) -> list[str]:
-    """That students who were not trained to their end make a width too wide."""
+    """A sentence on students that were not trained to their end: a narrower width may do."""
     students = [floor for floor in story.observed if floor.start != "teacher"]
     falling = sum(student.far_from_floor for student in students)
     if not falling:
@@ -71,7 +69,7 @@ def _still_falling(story: Story) -> list[str]:
 
 
 def needed(made: Plan) -> Estimate:
-    """The width that is planned, with its interval."""
+    """The planned width, with its interval."""
     decides = made.decides
     width = (decides.corrected or decides.width) if decides is not None else None
     if width is None and made.hooks and not made.methods:
@@ -80,7 +78,7 @@ def needed(made: Plan) -> Estimate:
 
 
 def seen(story: Story) -> list[str]:
-    """What the student of about half the teacher's width was predicted to lose, lost, and kept."""
+    """What the student of about half the teacher's width was predicted to lose, did lose, and kept."""
     student = shown_student(story)
     if student is None:
         return []
@@ -102,17 +100,17 @@ def seen(story: Story) -> list[str]:
 
 
 KEPT = {"student": "kept", "random": "kept_random", "teacher": "kept_teacher"}
-"""The readouts of a student, of the floor and of the ceiling, and their counts."""
+"""The readouts of a student, of the floor and of the ceiling, with the names of their counts."""
 
 
 def shown_student(story: Story) -> ObservedFloor | None:
-    """The student whose width is nearest to half of the hook point's."""
+    """The student whose width is nearest to half the hook point's."""
     students = [floor for floor in story.observed if floor.start != "teacher"]
     return min(students, key=lambda s: (abs(s.width - story.main.width / 2), s.seed), default=None)
 
 
 def predicted_loss(story: Story, width: int) -> tuple[Estimate, str] | None:
-    """The loss that was predicted for a width at the main hook point, in nats where something here is, and its unit."""
+    """The predicted loss of a width at the main hook point, and its unit; in nats if any result here is."""
     spliced = spliced_at(story, width)
     if spliced is not None:
         return spliced.floor, NATS
@@ -121,13 +119,13 @@ def predicted_loss(story: Story, width: int) -> tuple[Estimate, str] | None:
 
 
 def spliced_at(story: Story, width: int) -> SplicedFloor | None:
-    """The spliced floor of a width at the main hook point, by the importance that is asked for."""
+    """The spliced floor of a width at the main hook point, by the requested importance."""
     asked = (story.main.hook, story.importance.name, width)
     return next((f for f in story.spliced_floors if (f.hook, f.order, f.width) == asked), None)
 
 
 def kept_by(story: Story, student: ObservedFloor) -> RecoveryRow | None:
-    """What readouts found in a student at the main hook point; None where nobody looked."""
+    """What readouts found in a student at the main hook point; None if it was not measured."""
     try:
         rows: Sequence[RecoveryRow] = Recoverability.from_json(story.results.recoverability).rows
     except MeasurementError:  # its section says why
@@ -137,7 +135,7 @@ def kept_by(story: Story, student: ObservedFloor) -> RecoveryRow | None:
 
 
 def tiles(story: Story) -> list[Tile]:
-    """The same as large figures."""
+    """The same answers as large figures."""
     shown: list[Tile] = []
     if story.plan is not None:
         what = f"at most {story.settings.target_loss:g} {NATS}" if story.plan.methods else f"{NEARLY_ALL:.0%} of F"

@@ -1,4 +1,4 @@
-"""The section that puts two measurements side by side: of other layers, dictionaries or models."""
+"""The section that compares two measurements: of other layers, dictionaries or models."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tl_capacity.results.naming import LAYER, middle, short_hook
 from tl_capacity.show.figures import add_series, line_of, marker_of, new_figure, shown
 
 MORE_TOKENS = 1.1
-"""From this factor between the tokens of two measurements on, F is said to grow with them."""
+"""If the tokens of two measurements differ by at least this factor, the page says that F grows with them."""
 
 
 def beside(story: Story, empty: Section) -> Section:
-    """Every hook point of each measurement, and how much of its width each needs."""
+    """Every hook point of each measurement, and the share of its width that is needed."""
     if not story.results.beside:
         return replace(
             empty,
@@ -56,7 +56,7 @@ def beside(story: Story, empty: Section) -> Section:
 
 
 def measurements(story: Story) -> Mapping[str, Measurement]:
-    """The measurements by what tells them apart: their models, or else their folders; the page's own first."""
+    """The measurements by what tells them apart: models, or else folders. The page's own comes first."""
     every = {story.results.folder: story.measurement, **story.results.beside}
     models = [measurement.provenance.model for measurement in every.values()]
     if len(set(models)) == len(models):
@@ -77,12 +77,12 @@ def told(story: Story) -> list[str]:
 
 
 def _counterpart(main: HookMeasurement, measurement: Measurement) -> HookMeasurement:
-    """The same hook point of another measurement, or its middle one."""
+    """The same hook point of another measurement, or else its middle one."""
     return next((hook for hook in measurement if hook.hook == main.hook), middle(measurement))
 
 
 def _differences(called: Mapping[str, Measurement]) -> Iterator[str]:
-    """What the measurements read, where that differs."""
+    """Sentences on how the texts of the measurements differ."""
     tokens = {name: measurement.hooks[0].summary.n_tokens for name, measurement in called.items()}
     sources = {name: measurement.provenance.source for name, measurement in called.items()}
     read = "; ".join(f"{name}: {tokens[name]:,} tokens of {sources[name]}" for name in called)
@@ -94,7 +94,7 @@ def _differences(called: Mapping[str, Measurement]) -> Iterator[str]:
 
 
 def _figure(called: Mapping[str, Measurement]) -> go.Figure | None:
-    """d* as a share of the width against the layer; None where hook points are of no layer."""
+    """d* as a share of the width against the layer; None if hook points belong to no layer."""
     figure = new_figure()
     layers: set[int] = set()
     for place, (name, measurement) in enumerate(called.items()):

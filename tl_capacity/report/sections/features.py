@@ -1,4 +1,4 @@
-"""Which features go first: what the page's script needs for its lists of features, every number as text."""
+"""Which features go first: the data that the page's script needs for its lists, with every number as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tl_capacity.results.estimate import significant
 
 
 def features(story: Story) -> dict[str, Any]:
-    """For each hook point the features on both sides of each width's budget, and what is known of them."""
+    """For each hook point, the features on both sides of each width's budget, and what is known about them."""
     hooks = []
     for place, around in story.edges.items():
         hook = story.measurement.hooks[place]
@@ -61,12 +61,15 @@ def _shown_feature(story: Story, place: int, feature: ShownFeature) -> dict[str,
 
 
 def _packed(latents: NDArray[np.int64]) -> str:
-    """Numbers of latents as base64 of little-endian 32-bit integers, from which the script reads ranks."""
+    """Numbers of latents as base64 of little-endian 32-bit integers. The script reads ranks from them."""
     return b64encode(latents.astype("<u4").tobytes()).decode()
 
 
 def _joined(snippet: Snippet) -> list[tuple[str, float]]:
-    """The pieces with neighbours of equal share joined: most of the text is not active, so the page gets smaller."""
+    """The pieces, with neighbours of equal share joined.
+
+    Most of the text is not active, so the page gets smaller.
+    """
     rounded = [(text, round(share, 2)) for text, share in snippet.pieces]
     return [
         ("".join(text for text, _ in run).replace("\n", "⏎"), share)
@@ -75,5 +78,5 @@ def _joined(snippet: Snippet) -> list[tuple[str, float]]:
 
 
 def features_missing(story: Story) -> str:
-    """Why there are no lists of features; nothing where there are some."""
+    """Why there are no lists of features; empty if there are some."""
     return "" if story.edges else "No hook point has enough alive features to rank: count more tokens."

@@ -1,4 +1,4 @@
-"""The section on floors: the predicted ones, and beside them those that were observed on distilled students."""
+"""The section on floors: the predicted ones, beside those observed on distilled students."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tl_capacity.runtime.units import per_token
 
 
 def floors(story: Story, empty: Section) -> Section:
-    """Predicted floors, then observed ones and what explains them.
+    """Predicted floors, then observed floors and what explains them.
 
     Raises:
         CapacityError: where no floor can be predicted.
@@ -56,7 +56,7 @@ def _predicted_figure(story: Story) -> go.Figure:
 
 
 def _not_distilled(story: Story, predicted: Section) -> Section:
-    """The section where nothing was observed, with the command that distils students."""
+    """The section without observed floors, with the command that distils students."""
     widths = ",".join(map(str, story.widths))
     teacher = shlex.quote(story.measurement.provenance.model)
     return replace(
@@ -70,7 +70,7 @@ def _not_distilled(story: Story, predicted: Section) -> Section:
 
 
 def _with_observed(story: Story, section: Section) -> Section:
-    """The section with observed floors, and with what explains them where that could be asked."""
+    """The section with observed floors, and what explains them if that is known."""
     if story.observed:
         figure = figures.observed_figure(story.observed, story.decomposition, story.settings.observed)
         observed = story.results.run is not None and story.results.run.observed
@@ -97,7 +97,7 @@ def _with_observed(story: Story, section: Section) -> Section:
 
 
 def _tables(story: Story) -> list[PageTable]:
-    """The floors at the hook point of the verdict, and folded those at all."""
+    """The floors at the verdict's hook point, and, folded, the floors at all of them."""
     header = [
         "width d_S",
         "kept F_S",

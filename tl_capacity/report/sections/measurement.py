@@ -1,4 +1,6 @@
-"""The sections on what was measured: each layer's features, importance, firing rates, and SAEs of one hook point."""
+"""The sections on the measurement: each layer's features, importance, firing rates, and several SAEs of one
+hook point.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,7 @@ def firing_rates(story: Story, empty: Section) -> Section:
 
 
 def _never_fired(hook: HookMeasurement) -> Estimate:
-    """The latents that did not fire on any counted token: all of them but those that did."""
+    """The number of latents that fired on no counted token."""
     fired, latents = hook.summary.alive_at[0.0], hook.summary.d_sae
     if fired.low is None or fired.high is None:
         return Estimate(latents - fired.value)
@@ -115,7 +117,7 @@ def _never_fired(hook: HookMeasurement) -> Estimate:
 
 
 def suite(story: Story, empty: Section) -> Section:
-    """The critical width against L0, over the SAEs of one hook point."""
+    """The critical width against L0, for several SAEs of one hook point."""
     compared = suites(story.measurement)
     text = [
         "d* = F/g(α) is the same number as L0 · ln(F/L0): it rests on the dictionary's L0, which whoever trained the"

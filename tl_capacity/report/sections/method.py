@@ -1,4 +1,4 @@
-"""What decided the figures: measurement, dictionaries, predictions and distillation as titled lists."""
+"""How the figures were made: measurement, dictionaries, predictions and distillation, as titled lists."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tl_capacity.results.estimate import REPLICATES
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 Entries = list[tuple[str, str]]
-"""Names and values, in the order in which they are listed."""
+"""Names and values, in the order of the list."""
 
 
 def method(story: Story) -> list[tuple[str, Entries]]:
-    """Titled lists of what decided the figures."""
+    """Titled lists of everything that decided the figures."""
     groups = [
         ("Measurement", _measured(story)),
         ("Dictionaries", _dictionaries(story)),
@@ -79,7 +79,7 @@ def _distilled(run: DistillationRun) -> Entries:
 
 
 def _judged(run: DistillationRun) -> Entries:
-    """Of students that were judged as they came."""
+    """The entries for students that were judged as they came."""
     return [
         ("teacher", f"{run.teacher}, d = {run.teacher_width:,}"),
         ("students", "; ".join(f"{s.name}: {s.place or 'given in a session'}, {s.revision or ''}" for s in run)),

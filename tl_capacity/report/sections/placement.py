@@ -1,4 +1,4 @@
-"""The section on placement: what students pay for keeping features that somebody chose."""
+"""The section on placement: what students pay for keeping chosen features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tl_capacity.results.estimate import Estimate, significant
 
 
 def placement(story: Story, empty: Section) -> Section:
-    """The price list, and nats against features kept.
+    """The price list, and a figure of nats against features kept.
 
     Raises:
         CapacityError: where the price list cannot be read.
@@ -47,12 +47,12 @@ def placement(story: Story, empty: Section) -> Section:
 
 
 def _least(prices: Placement) -> float:
-    """The least weight."""
+    """The smallest weight."""
     return min(price.weight for price in prices)
 
 
 def _table(prices: Placement) -> PageTable:
-    """A row for each width and weight, and the teacher's."""
+    """One row for each width and weight, and one for the teacher."""
     probed = any(price.probe is not None for price in prices)
     header = [
         "width d_S",
@@ -92,7 +92,7 @@ def _cells(prices: Placement, price: Price) -> list[Cell]:
 
 
 def _share(prices: Placement, count: Estimate, of: int) -> Cell:
-    """A count of kept features as a share, where there are any."""
+    """A count of kept features as a share; empty without features."""
     return share_cell(prices.share(count, of)) if of else Cell("none judged")
 
 

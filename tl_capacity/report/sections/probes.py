@@ -16,7 +16,7 @@ from tl_capacity.report.story import Story
 from tl_capacity.show.figures import legend
 
 PROBE_FIGURES = 16
-"""Concepts that get a figure; the table has all."""
+"""Number of concepts that get a figure; the table has all of them."""
 COMMONER, CONTROL = "commoner class", "control task"
 
 
@@ -70,7 +70,7 @@ def _not_probed(story: Story, empty: Section) -> Section:
 
 
 def _accuracy_figure(rows: Sequence[ProbeRow], kinds: Sequence[str]) -> go.Figure:
-    """One concept's probes and baselines, each kind looking as in the legend of all concepts."""
+    """One concept's probes and baselines, drawn as in the legend of all concepts."""
     series = [
         {
             "series": row.kind,

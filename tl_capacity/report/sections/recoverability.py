@@ -1,4 +1,4 @@
-"""The section on recoverability: which features the students kept, beside the budgets of the theorem."""
+"""The section on recoverability: which features the students kept, beside what the theorem allows."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def _kept_figure(rows: Sequence[RecoveryRow]) -> go.Figure:
 
 
 def _threshold_figures(story: Story, rows: Sequence[RecoveryRow]) -> list[tuple[str, go.Figure, str]]:
-    """For each hook point the kept features against τ: of each width's first seed, of the teacher, and of random
-    weights of the largest width.
+    """For each hook point, the number of kept features against τ.
+
+    There is a line for each width's first seed, for the teacher, and for random weights of the largest width.
     """
     drawn = []
     for place, hook in enumerate(dict.fromkeys(row.hook for row in rows if row.by_tau)):
@@ -105,12 +106,12 @@ def _threshold_figures(story: Story, rows: Sequence[RecoveryRow]) -> list[tuple[
 
 
 def _readout(row: RecoveryRow, readout: str) -> dict[float, float]:
-    """How many features a readout finds at each τ that it was counted at."""
+    """How many features a readout finds at each τ that was counted."""
     return {tau: counts[readout] for tau, counts in sorted(row.by_tau.items()) if readout in counts}
 
 
 def _counts_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
-    """How many features each readout finds, and the budgets."""
+    """How many features each readout finds, beside the budgets."""
     taus = sorted({row.tau for row in rows})
     labels = dict.fromkeys([*COUNT_LABELS.values(), *(label for row in rows for label in row.labelled)])
     title = "Features that linear readouts find" + (f" at an AUROC of at least {taus[0]:g}" if len(taus) == 1 else "")
@@ -133,7 +134,7 @@ def _counts_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
 
 
 def _shares_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
-    """Kept features beside the predicted ones, and medians of what readouts reach, between floor and ceiling."""
+    """Kept features beside the predicted ones, and median scores of readouts between floor and ceiling."""
     header = [
         "student",
         "width d_S",
@@ -157,7 +158,7 @@ def _shares_table(story: Story, rows: Sequence[RecoveryRow]) -> PageTable:
 
 
 def _overlap_cell(row: RecoveryRow, name: str, chance: str) -> Cell:
-    """A share with what chance would give beneath it."""
+    """A share, with the share by chance below it."""
     if name not in row.overlap:
         return Cell("")
     by_chance = f"{row.overlap[chance]:.0%} by chance" if chance in row.overlap else ""
@@ -165,7 +166,7 @@ def _overlap_cell(row: RecoveryRow, name: str, chance: str) -> Cell:
 
 
 def _median_cell(row: RecoveryRow, score: str) -> Cell:
-    """The student's median of a score, with the floor and the ceiling beneath it."""
+    """The student's median of a score, with the floor and the ceiling below it."""
     medians = row.medians.get(score, {})
     if "student" not in medians:
         return Cell("")
@@ -174,8 +175,9 @@ def _median_cell(row: RecoveryRow, score: str) -> Cell:
 
 
 def _with_budget_intervals(measurement: Measurement, rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
-    """The rows with budgets as uncertain as the measured ones of their hook points, where those were measured with one
-    SAE.
+    """The rows with an interval for each budget, taken from the measurement.
+
+    Hook points that were measured with several SAEs get none.
     """
     alone = [h.hook for h in measurement if sum(other.hook == h.hook for other in measurement) == 1]
     laws = dict.fromkeys(law for row in rows for law in row.budgets if law in plugins().capacity_laws)
@@ -195,7 +197,7 @@ def _with_budget_intervals(measurement: Measurement, rows: Sequence[RecoveryRow]
 
 
 def _scaled_like(budget: Estimate, measured: Estimate) -> Estimate:
-    """A budget as uncertain, in proportion, as the measured one; as it is where that has no interval."""
+    """A budget with the measured one's interval, in proportion; unchanged if that has none."""
     if measured.low is None or measured.high is None:
         return budget
     ends = (budget.value * end / measured.value for end in (measured.low, measured.high))
@@ -203,6 +205,6 @@ def _scaled_like(budget: Estimate, measured: Estimate) -> Estimate:
 
 
 def _differences(rows: Sequence[RecoveryRow]) -> list[str]:
-    """What tells the series of recoverability rows apart: hook point and τ, where there are several."""
+    """What tells series of recoverability rows apart: hook point and τ, if there are several."""
     hooks, taus = len({row.hook for row in rows}) > 1, len({row.tau for row in rows}) > 1
     return [(f" at {row.hook}" if hooks else "") + (f", τ = {row.tau:g}" if taus else "") for row in rows]

@@ -1,4 +1,4 @@
-"""The sections on splicing: floors in nats with nothing fitted, and the features that distilled students are worth."""
+"""The sections on splicing: floors in nats without any fit, and the features that distilled students are worth."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tl_capacity.results.naming import short_hook
 from tl_capacity.runtime.units import NATS
 
 SENTENCES = 3
-"""Curves that get a sentence each; of more the table says it."""
+"""This many curves get a sentence; the table has all of them."""
 
 
 def spliced(story: Story, empty: Section) -> Section:
-    """KL of the spliced teacher against the features that stay, with the floor of each width."""
+    """KL of the spliced teacher against the number of features that stay, with the floor of each width."""
     curves = story.results.spliced
     if curves is None:
         missing = "The teacher was not spliced, so nothing here predicts a loss in nats before students are trained."
@@ -79,7 +79,7 @@ def _floor_table(story: Story) -> PageTable:
 
 
 def _place(story: Story, place: SplicedFloor | EffectiveWidth) -> Cell:
-    """A hook point, with its SAE beneath it where several were measured there."""
+    """A hook point, with its SAE below it if several were measured there."""
     several = sum(hook.hook == place.hook for hook in story.measurement) > 1
     return text_cell(short_hook(story.measurement, place.hook), place.sae if several else "")
 

@@ -1,4 +1,4 @@
-"""What the distilled students showed: their training curves, observed floors, and what explains these."""
+"""What the distilled students showed: training curves, observed floors, and what explains the floors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tl_capacity.results.naming import short_hook
 from tl_capacity.runtime.units import per_token
 
 CANDIDATES = 2
-"""Of each number of fitted constants that are shown before a click whatever they are."""
+"""For each number of fitted constants, this many candidates are always shown without a click."""
 
 
 def observed_table(story: Story) -> PageTable:
-    """The observed floor of each student, beside the predicted one of its width."""
+    """The observed floor of each student, beside the predicted floor of its width."""
     header = [
         "student",
         "width d_S",
@@ -59,8 +59,9 @@ def _observed_row(floor: ObservedFloor, predicted: Mapping[int, Estimate]) -> li
 
 
 def candidate_tables(story: Story, decomposition: Decomposition) -> list[PageTable]:
-    """The league, the best candidates with those that they are to be compared with, and folded all of them; below five
-    widths nothing is ranked.
+    """The league, the best candidates and those to compare them with, and, folded, all candidates.
+
+    Nothing is ranked below five widths.
     """
     header = ["constants", "place", "candidate", "error, nats per token", "R²", "C", "B, nats per token", "exponent"]
 
@@ -108,9 +109,7 @@ def _candidate_row(story: Story, fit: Fit, chosen: bool) -> list[Cell]:
 
 
 def short(story: Story, text: str) -> str:
-    """A sentence of a decomposition with short names of hook points, and without the law where it is the theorem's
-    own.
-    """
+    """A sentence of a decomposition with short names of hook points, and without the default law's name."""
     for hook in sorted(story.measurement, key=lambda h: -len(h.hook)):
         text = text.replace(f" at {hook.hook}", f" at {short_hook(story.measurement, hook.hook)}")
     return without_default_law(text)

@@ -1,4 +1,4 @@
-"""The top of the page: the verdict in sentences, the figures in tiles, and what a reader must know."""
+"""The top of the page: the verdict in sentences, large figures, and what a reader must know."""
 
 from __future__ import annotations
 
@@ -58,30 +58,30 @@ def verdict(story: Story) -> list[str]:
 
 
 def intervals_apart(text: str) -> list[tuple[str, bool]]:
-    """A sentence in pieces, each with whether it is an interval, which the page sets smaller."""
+    """A sentence in pieces, each with whether it is an interval. The page prints intervals smaller."""
     return [(piece, piece.startswith("[")) for piece in re.split(r"(\[[^\]]*\])", text) if piece]
 
 
 def _hook_as_subject(story: Story, hook: HookMeasurement) -> str:
-    """A hook point at the beginning of a sentence."""
+    """A hook point as the beginning of a sentence."""
     name = story.name(hook)
     return f"{name[:1].upper()}{name[1:]} ({hook.hook})" if name.startswith("layer ") else name
 
 
 def _verdict_floor(story: Story) -> FloorPrediction | None:
-    """The floor of the width that is nearest to half of the hook point's."""
+    """The predicted floor of the width nearest to half the hook point's."""
     predicted = story.floors.get(story.main_place, ())
     return min(predicted, key=lambda f: abs(f.width - story.main.width / 2), default=None)
 
 
 def _verdict_spliced(story: Story) -> SplicedFloor | None:
-    """The spliced floor at the main hook point, by the importance asked for, of the width nearest to half of it."""
+    """The spliced floor of the width nearest to half the main hook point's, by the requested importance."""
     of_main = [f for f in story.spliced_floors if (f.hook, f.order) == (story.main.hook, story.importance.name)]
     return min(of_main, key=lambda f: abs(f.width - story.main.width / 2), default=None)
 
 
 def tiles(story: Story) -> list[tuple[str, Cell]]:
-    """The figures that stand large at the top, each with what it is."""
+    """The large figures at the top, each with its label."""
     hook = story.main
     labelled = [
         ("alive features F", column_cell(ALIVE, hook)),
@@ -98,7 +98,7 @@ def tiles(story: Story) -> list[tuple[str, Cell]]:
 
 
 def notes(story: Story) -> list[str]:
-    """What a reader must know, what holds at several hook points said once."""
+    """What a reader must know. A note on several hook points is said once."""
     measurement = story.measurement
     warnings = list(measurement.warnings)
     if all(0 < h.summary.alpha.value < 1 for h in measurement):
