@@ -288,7 +288,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ({"spliced": other}, "the splice is of other dictionaries"),
         ({"students": replace(students, teacher="other")}, "the measurement is of 'unnamed model'"),
         ({"students": replace(students, complete=False)}, "has not ended"),
-        ({"students": students, "observed": "best"}, "'best' is no observed floor"),
+        ({"students": students, "observed": "best"}, "'best' is not a way to read the observed floor"),
         ({"students": students_with({4: [0.0]})}, "are 0 at every width"),
         ({"forecasts": [forecasts("a", {2: 1.0}, model="other")]}, "the forecasts are of 'other'"),
         ({"spliced": SPLICED, "importance": "decoder_weighted"}, "of the importance 'decoder_weighted'"),
@@ -334,7 +334,7 @@ def test_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
         (["--with", tmp_path / "s"], "a plan reads one splice"),
         (["--with", tmp_path / "d"], "holds neither splice.json nor forecasts.json"),
         (["--calibrate", tmp_path / "m"], "is not a distillation"),
-        (["--calibrate", tmp_path / "d", "--observed", "best"], "'best' is no observed floor"),
+        (["--calibrate", tmp_path / "d", "--observed", "best"], "'best' is not a way to read the observed floor"),
     ):
         code, out, err = cli(*command, *more)
         assert (code, out, err.count("\n")) == (2, "", 1)

@@ -822,9 +822,9 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
         ([folder / "measurement", "--snippet-tokens", "0"], "tokens show no feature"),
         (
             [folder / "measurement", "--observed", "bogus"],
-            "'bogus' is no observed floor: choose one of fit, last_tenth",
+            "'bogus' is not a way to read the observed floor: choose one of fit, last_tenth",
         ),
-        ([folder / "measurement", "--observed", "bogus", "--no-snippets"], "'bogus' is no observed floor"),
+        ([folder / "measurement", "--observed", "bogus", "--no-snippets"], "'bogus' is not a way to read the observed floor"),
     ):
         code, out, err = cli("report", *arguments, "-o", tmp_path / "report.html")
         assert (code, out, err.count("\n")) == (2, "", 1), arguments

@@ -108,7 +108,7 @@ class TestShortcuts:
         path = measurement.report(str(tmp_path / "deep" / "page.html"), widths=[4, 8])
         assert path == tmp_path / "deep" / "page.html"
         written = path.read_text("utf-8")
-        assert "Text on which features are active is shown by" in written
+        assert "runs the model and shows text on which features are active" in written
         assert all(found.sae in written for found in measurement)
         assert measurement.floors([4], max_fvu=None)[0].predicted_floor.show(",.1f").split(" ")[0] in written
         (tmp_path / "file").write_text("")

@@ -160,13 +160,13 @@ def test_rows_of_several_lengths(neox: Any, tokens: torch.Tensor) -> None:
 
 
 def test_refusals(hooked: Any, neox: Any, tokens: torch.Tensor) -> None:
-    with pytest.raises(CapacityError, match="width 0 is no student width"):
+    with pytest.raises(CapacityError, match="width 0 is not a student width"):
         pca_splice(neox, tokens, [0], [HOOK])
     with pytest.raises(CapacityError, match="nothing to project"):
         pca_splice(neox, tokens, [2], [])
     with pytest.raises(CapacityError, match="ask for at least 1"):
         pca_splice(neox, tokens, [2], [HOOK], max_tokens=0)
-    with pytest.raises(CapacityError, match="no token that is followed by another"):
+    with pytest.raises(CapacityError, match="the text has no token to predict"):
         pca_splice(neox, tokens[:, :1], [2], [HOOK], fitted_on=tokens)
     with pytest.raises(CapacityError, match="too few for principal components"):
         pca_splice(neox, tokens, [2], [HOOK], fitted_on=tokens[:1, :2], rule=RULE)
@@ -174,7 +174,7 @@ def test_refusals(hooked: Any, neox: Any, tokens: torch.Tensor) -> None:
         pca_splice(neox, tokens, [2], ["blocks.9.hook_resid_post"])
     with pytest.raises(HookPointError, match="did not fire before the model's head"):
         pca_splice(hooked, tokens, [2], ["unembed.hook_out"], rule=RULE)
-    with pytest.raises(HookPointError, match="is no vector for each token"):
+    with pytest.raises(HookPointError, match="is not one vector per token"):
         pca_splice(hooked, tokens, [2], ["blocks.0.attn.hook_pattern"], rule=RULE)
     with pytest.raises(CapacityError, match=r"has token id 100, but the model's vocabulary"):
         pca_splice(neox, torch.full((2, 5), 100), [D_MODEL], [HOOK])

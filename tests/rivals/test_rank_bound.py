@@ -190,15 +190,15 @@ def test_it_goes_on_from_its_checkpoint(neox: Any, tokens: torch.Tensor, tmp_pat
 
 
 def test_refusals(neox: Any, tokens: torch.Tensor) -> None:
-    with pytest.raises(CapacityError, match="width 0 is no student width"):
+    with pytest.raises(CapacityError, match="width 0 is not a student width"):
         rank_bound(neox, tokens, [0])
     with pytest.raises(CapacityError, match="no width to bound"):
         rank_bound(neox, tokens, [])
-    with pytest.raises(CapacityError, match="no token that is followed by another"):
+    with pytest.raises(CapacityError, match="the text has no token to predict"):
         rank_bound(neox, tokens[:, :1], [3])
     with pytest.raises(CapacityError, match="iterations = 0 search for nothing"):
         BoundSettings(0)
-    with pytest.raises(CapacityError, match="tolerance = 1 is no share"):
+    with pytest.raises(CapacityError, match="tolerance = 1 is not a share"):
         BoundSettings(10, 1.0)
     with pytest.raises(CapacityError, match="more than the teacher's 32"):
         rank_bound(neox, torch.ones(1, 40, dtype=torch.int64), [3])

@@ -228,7 +228,7 @@ def test_refusals(hooked: Any, neox: Any, make_sae: MakeSAE, tokens: torch.Tenso
         splice(neox, measurement, tokens, saes=sae, lost="nothing")
     with pytest.raises(CapacityError, match="pass a permutation"):
         splice(neox, measurement, tokens, saes=sae, orders={"mine": [1, 1]})
-    with pytest.raises(CapacityError, match="no token that is followed by another"):
+    with pytest.raises(CapacityError, match="the text has no token to predict"):
         splice(neox, measurement, tokens[:, :1], saes=sae)
     last = "unembed.hook_out"
     wide = make_sae("standard", last, d_in=100)

@@ -51,7 +51,7 @@ def measurement_page(measurement: Measurement, path: Path, widths: tuple[int, ..
     Raises:
         CapacityError: as `write_report`.
     """
-    note = "Text on which features are active is shown by `tl-capacity report`, which runs the model."
+    note = "`tl-capacity report` runs the model and shows text on which features are active."
     return write_report(path, Results(measurement), ReportSettings(widths=widths), snippets_note=note)
 
 
@@ -138,7 +138,7 @@ def find_snippets(
         if model or source:
             raise
         reason = (
-            f"no text is shown, as it could not be read again ({problem}); name the model with --model, the text with"
-            " --source"
+            f"no text is shown, because it could not be read again ({problem}): name the model with --model and the"
+            " text with --source"
         )
         return {}, sentence(reason)

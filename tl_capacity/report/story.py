@@ -219,9 +219,11 @@ def main_hook(measurement: Measurement, settings: ReportSettings) -> HookMeasure
     for hook in measurement:
         hook.estimator(settings.importance)
     if any(width < 1 for width in settings.widths):
-        raise CapacityError(f"widths {settings.widths} are no student widths: pass whole numbers of at least 1")
+        raise CapacityError(f"widths {settings.widths} are not student widths: pass whole numbers of at least 1")
     if settings.observed not in OBSERVED:
-        raise CapacityError(f"{settings.observed!r} is no observed floor: choose one of {', '.join(OBSERVED)}")
+        raise CapacityError(
+            f"{settings.observed!r} is not a way to read the observed floor: choose one of {', '.join(OBSERVED)}"
+        )
     check_goal(None, settings.target_loss)
     if settings.hook is None:
         return middle(measurement)

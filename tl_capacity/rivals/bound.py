@@ -138,6 +138,6 @@ def _notes(text: TeacherText, widths: Sequence[int], settings: BoundSettings, fi
     if few := [width for width in widths if len(text) < FEW * width]:
         notes.append(
             f"{len(text):,} tokens are few for {'width' if len(few) == 1 else 'widths'} {', '.join(map(str, few))}:"
-            f" logits of that rank fit so short a text nearly by themselves, and {RANK_BOUND} is lower than on more"
+            f" logits of that rank can nearly fit so short a text, so {RANK_BOUND} is lower than on more text"
         )
     return notes

@@ -52,16 +52,18 @@ class BoundSettings:
         CapacityError: on a value outside its domain.
     """
 
-    iterations: int = option(200, "Of the search for the rank bound at most, for each width.")
+    iterations: int = option(200, "Most iterations of the search for the rank bound, for each width.")
     tolerance: float = option(
-        0.02, "It stops before that once twenty iterations lower the bound by less than this share."
+        0.02, "The search stops earlier if twenty iterations lower the bound by less than this share."
     )
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise CapacityError(f"iterations = {self.iterations} search for nothing: ask for at least 1")
         if not 0 <= self.tolerance < 1:
-            raise CapacityError(f"tolerance = {self.tolerance:g} is no share of the KL: choose one from 0 to below 1")
+            raise CapacityError(
+                f"tolerance = {self.tolerance:g} is not a share of the KL: choose one from 0 to below 1"
+            )
 
 
 @dataclass(frozen=True)

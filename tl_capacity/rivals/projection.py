@@ -171,7 +171,7 @@ def _spectra(
                     )
                 if seen.ndim < 3 or seen.shape[:2] != ids.shape:
                     raise HookPointError(
-                        f"{point.name} carries {list(seen.shape)}, which is no vector for each token: choose another"
+                        f"{point.name} carries {list(seen.shape)}, which is not one vector per token: choose another"
                         " hook point"
                     )
                 counted = seen.flatten(2)[text.counted.to(seen.device)]

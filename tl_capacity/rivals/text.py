@@ -35,7 +35,7 @@ def heldout_text(stream: Any, tokens: int | None) -> tuple[TokenBatch, ...]:
         CapacityError: where nothing is asked for, or nothing is predicted.
     """
     if tokens is not None and tokens < 1:
-        raise CapacityError(f"{tokens:,} tokens are no text: ask for at least 1")
+        raise CapacityError(f"{tokens:,} tokens are too few: ask for at least 1")
     batches, predicted = list[TokenBatch](), 0
     for batch in as_batches(stream):
         batches.append(batch)
@@ -43,7 +43,7 @@ def heldout_text(stream: Any, tokens: int | None) -> tuple[TokenBatch, ...]:
         if tokens is not None and predicted >= tokens:
             break
     if not predicted:
-        raise CapacityError("the text has no token that is followed by another: use longer text")
+        raise CapacityError("the text has no token to predict: use longer text")
     if tokens is not None and predicted < tokens:
         log.warning(ended_early(predicted, tokens))
     return tuple(batches)

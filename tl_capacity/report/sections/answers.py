@@ -34,14 +34,14 @@ def choice(story: Story) -> list[str]:
         ]
     goal = f"For at most {story.settings.target_loss:g} {NATS}, choose width {needed(made).brief(',.0f')}"
     if decides is None:
-        return [f"{goal}, the widest that a method here says; no student has checked one."]
+        return [f"{goal}. It is the widest that any method here gives; no student has checked one."]
     return [" ".join([f"{goal}, {_grounds(story, decides)}.", *(_doubts(decides) or _still_falling(story))])]
 
 
 def _grounds(story: Story, decides: MethodPlan) -> str:
     """The method that decides the width, in words."""
     if not decides.hook and decides.corrected is not None:
-        return "as the students here say, between whose widths it lies"
+        return "as the students here show: it lies between their widths"
     where = f" at {short_hook(story.measurement, decides.hook)}" if decides.hook else ""
     if decides.corrected is not None:
         return f"as {decides.method}{where} says, corrected by the students here; none of them reached that loss"

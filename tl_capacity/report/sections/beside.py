@@ -88,7 +88,7 @@ def _differences(called: Mapping[str, Measurement]) -> Iterator[str]:
     read = "; ".join(f"{name}: {tokens[name]:,} tokens of {sources[name]}" for name in called)
     yield f"What was read: {read}."
     if max(tokens.values()) > MORE_TOKENS * min(tokens.values()):
-        yield "F grows with the tokens that were read, so compare it at equal numbers of them."
+        yield "F grows with the number of tokens, so compare it at equal numbers."
     if len(set(sources.values())) > 1:
         yield "The texts differ, and so may the features that they show."
 

@@ -87,9 +87,9 @@ def firing_rates(story: Story, empty: Section) -> Section:
         for hook in story.measurement
     ]
     text = [
-        "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million to"
-        " place a feature to within 10%. Chao2 estimates from features that only one or two documents showed how many"
-        " can fire at all."
+        "F depends on the threshold, and on how many tokens were read: at a rate of 10⁻⁵ it takes about ten million"
+        " to place a feature to within 10%. Chao2 estimates how many features can fire at all, from those that only"
+        " one or two documents showed."
     ]
     caption = (
         "The thick line is the alive threshold of this report, thin dotted ones are others; above 1/e a latent is too"
@@ -120,17 +120,17 @@ def suite(story: Story, empty: Section) -> Section:
     """The critical width against L0, for several SAEs of one hook point."""
     compared = suites(story.measurement)
     text = [
-        "d* = F/g(α) is the same number as L0 · ln(F/L0): it rests on the dictionary's L0, which whoever trained the"
-        " SAE chose. One d* is a statement about the model and that SAE together; over several SAEs of one hook point"
-        " it shows how much is the model's."
+        "d* = F/g(α) equals L0 · ln(F/L0), so it depends on the dictionary's L0, which was chosen when the SAE was"
+        " trained. One d* describes the model and that SAE together. Several SAEs of one hook point show how much of"
+        " it is the model's."
     ]
     if not compared:
         return replace(
             empty,
             text=text,
             missing=(
-                "Each hook point was measured with one SAE, so it is not known how far d* rests on that choice: measure"
-                " several at one hook point."
+                "Each hook point was measured with one SAE, so it is not known how far d* depends on that choice:"
+                " measure several at one hook point."
             ),
             command=(
                 f"tl-capacity measure --model {shlex.quote(story.measurement.provenance.model)} --sae SAE --sae"

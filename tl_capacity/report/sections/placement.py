@@ -21,7 +21,7 @@ def placement(story: Story, empty: Section) -> Section:
         return replace(
             empty,
             missing=(
-                "No features were chosen to be kept, so it is not known what it costs to keep others than the most"
+                "No features were chosen, so it is not known what it costs to keep other features than the most"
                 " important ones."
             ),
             command=(
@@ -32,15 +32,15 @@ def placement(story: Story, empty: Section) -> Section:
     prices = Placement.from_json(story.results.placement)
     whose = f"that carry the concept {prices.concept!r}" if prices.concept else "that were named"
     text = [
-        f"{len(prices.features):,} features {whose} at {prices.hook}, of which {prices.n_chosen:,} fire often enough in"
-        f" the held-out text to be judged, beside {prices.n_others:,} others. At each weight students were trained, on"
-        " the same text and with the same seeds, so that a linear readout tells the chosen features; at weight 0 they"
-        " were not. A feature counts as kept as under recoverability.",
+        f"{len(prices.features):,} features {whose} at {prices.hook}, of which {prices.n_chosen:,} fire often enough"
+        f" in the held-out text to be judged, beside {prices.n_others:,} others. At each weight above 0, students were"
+        " trained so that a linear readout tells the chosen features. Text and seeds are the same at all weights."
+        " Kept means the same as in the section on recoverability.",
         *prices.notes(),
     ]
     caption = (
         f"Nats paid against chosen features kept, a line for each width from weight {_least(prices):g} on; error bars"
-        " are 95% intervals over documents. Dotted: what the teacher itself tells."
+        " are 95% intervals over documents. Dotted: the teacher itself."
     )
     figure = ("placement", prices.plot(), caption)
     return replace(empty, text=text, figures=[figure], tables=[_table(prices)])

@@ -43,9 +43,9 @@ def probes(story: Story, empty: Section) -> Section:
     ]
     text = [
         "Accuracy of a logistic regression on activations of unseen documents, with 95% intervals. Dotted lines are"
-        " baselines: what a model with random weights, principal components or a bag of embeddings tell as well says"
-        " nothing about the student. The control task can be told only by knowing tokens by heart; selectivity is the"
-        " accuracy above it. Seeds of one width are open markers around their mean."
+        " baselines: what random weights, principal components or a bag of embeddings also tell says nothing about"
+        " the student. The control task can be solved only by memorising tokens; selectivity is the accuracy above"
+        " it. Seeds of one width are open markers around their mean."
     ]
     teachers = {row.width for row in rows if row.model == story.measurement.provenance.model and not row.baseline}
     text += [f"The teacher stands among its students, at its own width of {width:,}." for width in teachers]

@@ -29,10 +29,10 @@ def recoverability(story: Story, empty: Section) -> Section:
         return _not_recovered(story, empty)
     rows = _with_budget_intervals(story.measurement, Recoverability.from_json(story.results.recoverability).rows)
     text = [
-        "A feature counts as kept where a linear readout of the student's activations tells, on held-out documents, at"
-        " an AUROC of at least τ where it fires. The teacher's own activations are the ceiling, a student with random"
-        " weights the floor. The theorem speaks of the budget. Features that fire too seldom in the held-out text are"
-        " not judged."
+        "A feature counts as kept if a linear readout of the student's activations tells where it fires, on held-out"
+        " documents, with an AUROC of at least τ. The teacher's own activations are the ceiling, and a student with"
+        " random weights is the floor. The budget is what the theorem allows. Features that fire too rarely in the"
+        " held-out text are not judged."
     ]
     caption = (
         "Dotted: what the student is compared with. Error bars are 95% intervals over documents; seeds of one width are"
@@ -42,10 +42,10 @@ def recoverability(story: Story, empty: Section) -> Section:
     tables = [_counts_table(story, rows)]
     if any(row.overlap or any(row.medians.values()) for row in rows):
         text.append(
-            "If the theorem's order held, more of the predicted features would be kept than of all, which is what"
-            " chance would give. Average precision and R² lie between the floor and the ceiling; AUROC is lenient with"
-            " rare features, and they are not. Shares, medians and counts at other τ are of these documents alone and"
-            " have no intervals."
+            "If the theorem's order held, a larger share of the predicted features would be kept than of all"
+            " features, which is the share by chance. Average precision and R² stand between their floor and ceiling."
+            " AUROC is lenient with rare features, and they are not. Shares, medians and counts at other τ are of"
+            " these documents alone and have no intervals."
         )
         tables.append(_shares_table(story, rows))
     return replace(empty, text=text, figures=drawn, tables=tables)

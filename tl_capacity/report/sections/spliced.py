@@ -24,9 +24,9 @@ def spliced(story: Story, empty: Section) -> Section:
         missing = "The teacher was not spliced, so nothing here predicts a loss in nats before students are trained."
         return replace(empty, missing=story.results.splice_note or missing, command=_splice_command(story))
     text = [
-        "The teacher itself runs, and only its most important features pass the hook point: as many as each width may"
-        " keep. What its predictions lose is the floor, KL(teacher ‖ spliced teacher), and nothing is fitted to a"
-        " student. With every feature kept, what remains is the dictionary's own error: no floor read here is lower."
+        "The teacher itself runs, but only its most important features pass the hook point: as many as each width may"
+        " keep. The floor is what its predictions lose, KL(teacher ‖ spliced teacher). Nothing is fitted to a"
+        " student. With every feature kept, the dictionary's own error remains, so no floor here is lower."
     ]
     caption = (
         f"Lines: KL in {NATS} against the number of features that stay, with 95% intervals over documents; dotted, with"

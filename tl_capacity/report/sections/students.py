@@ -122,7 +122,7 @@ def curves(story: Story, empty: Section) -> Section:
         command = f"tl-capacity report {story.folder} {story.students}"
         return replace(
             empty,
-            missing="There are no training curves, as no distillation was given: once there is one, name its folder.",
+            missing="There are no training curves, because no distillation was given: pass its folder.",
             command=command,
         )
     if run.observed:
