@@ -233,14 +233,14 @@ def test_the_ladder_is_two_widths_an_octave() -> None:
     [
         ({}, "needs one goal"),
         ({"keep": 0.5, "target_loss": 1.0}, "needs one goal"),
-        ({"keep": 0.0}, "no share of the features"),
-        ({"keep": 1.5}, "no share of the features"),
-        ({"keep": float("nan")}, "no share of the features"),
-        ({"target_loss": -1.0}, "no loss"),
-        ({"target_loss": float("nan")}, "no loss"),
-        ({"target_loss": float("inf")}, "no loss"),
+        ({"keep": 0.0}, "not a share of the features"),
+        ({"keep": 1.5}, "not a share of the features"),
+        ({"keep": float("nan")}, "not a share of the features"),
+        ({"target_loss": -1.0}, "not a loss"),
+        ({"target_loss": float("nan")}, "not a loss"),
+        ({"target_loss": float("inf")}, "not a loss"),
         ({"keep": 0.5, "hook": "blocks.7.hook_resid_post"}, "was not measured"),
-        ({"keep": 0.5, "widths": [0]}, "no student width"),
+        ({"keep": 0.5, "widths": [0]}, "not a student width"),
     ],
 )
 def test_goals_out_of_their_domain_are_refused(goal: dict[str, Any], says: str) -> None:
@@ -286,7 +286,7 @@ def test_on_the_command_line(measured: Path, setup: Path, cli: Cli) -> None:
     assert "For a predicted floor of at most 0 latent² per token" in out
     for arguments, says in (
         ([], "needs one goal"),
-        (["--keep", "2"], "no share"),
+        (["--keep", "2"], "not a share"),
         (["--keep", "0.5", "--model", "no/such"], "cannot be loaded"),
     ):
         code, out, err = cli("plan", measured, *arguments)

@@ -178,7 +178,7 @@ def test_an_importance_of_another_unit_is_corrected_and_says_no_width_of_its_own
     answer = plan(MEASURED, target_loss=0.4, students=students)
     said = said_by(answer, "second_moment, compressed_sensing")
     assert said.width is None
-    assert said.checked == "predicts latent², which is no loss"
+    assert said.checked == "predicts latent², which is not a loss"
     assert said.corrected is not None
     assert said.corrected.value == first(
         lambda width: factor * float(theory.refined_floor(HOOK.importance(), width, alpha)), 0.4
@@ -295,9 +295,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
     ):
         with pytest.raises(CapacityError, match=says):
             plan(MEASURED, target_loss=0.5, **options)
-    with pytest.raises(CapacityError, match="nothing of a share of the features"):
+    with pytest.raises(CapacityError, match="not what share of the features they keep"):
         plan(MEASURED, keep=0.5, students=students)
-    with pytest.raises(CapacityError, match="no method here says a width"):
+    with pytest.raises(CapacityError, match="no method here gives a width"):
         plan(MEASURED, target_loss=0.1, forecasts=[forecasts("a", {2: 1.0})])
 
 
@@ -329,7 +329,7 @@ def test_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
     code, out, _ = cli(*command)
     assert code == 0
     assert "What each method says" in out
-    assert "only students tell which is right" in " ".join(out.split())
+    assert "only trained students can tell which is right" in " ".join(out.split())
     for more, says in (
         (["--with", tmp_path / "s"], "a plan reads one splice"),
         (["--with", tmp_path / "d"], "holds neither splice.json nor forecasts.json"),

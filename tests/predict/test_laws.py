@@ -177,7 +177,7 @@ def test_a_bare_curve_says_the_teachers_width_or_refuses(tmp_path: Path, cli: Cl
     assert (predicted.features_kept.value, predicted.predicted_floor.value) == (2, 1.5)
     for wrong in ("wide", -4, 4.5, None):
         path.write_text(json.dumps({**curve, "d_model": wrong}))
-        with pytest.raises(CapacityError, match="is no importance curve"):
+        with pytest.raises(CapacityError, match="is not an importance curve"):
             Curve.load(path)
 
 

@@ -192,7 +192,7 @@ def test_a_basis_of_the_largest_coordinates_has_no_spectrum(neox: Any, tokens: t
         measured = capacity.run(tokens, progress=False).measurement()
     found = forecasts_of(measured, [4])
     assert not found.floors("pca_tail", HOOKS[1])
-    assert any(re.search("nothing is known here of .*pca_tail.*: run tl-capacity run rivals", n) for n in found.notes)
+    assert any(re.search("no forecast by .*pca_tail.*: run tl-capacity run rivals", n) for n in found.notes)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_numbers_of_any_kind_are_taken(measurement: Measurement, register: Calla
         mine.answer = answer
         found = forecasts_of(measurement, [2, 4])
         assert found.floors("mine") == floors
-        assert any(re.search(r"nothing is known here of .*\bmine\b", note) for note in found.notes) == (not floors)
+        assert any(re.search(r"no forecast by .*\bmine\b", note) for note in found.notes) == (not floors)
 
 
 def raising(widths: Sequence[int]) -> Any:
@@ -319,7 +319,7 @@ def test_built_in_claims() -> None:
 
 
 def test_refusals_and_no_width(measurement: Measurement) -> None:
-    with pytest.raises(CapacityError, match="width 0 is no student width"):
+    with pytest.raises(CapacityError, match="width 0 is not a student width"):
         forecasts_of(measurement, [0])
     assert forecasts_of(measurement, ()) == Forecasts(())
     assert "run tl-capacity run splice, and pass what it wrote" in " ".join(forecasts_of(measurement, [2]).notes)

@@ -88,7 +88,7 @@ def test_equal_l0(models_by_kind: dict[str, Any], make_sae: MakeSAE, tokens: tor
         (suite,) = suites(capacity.run(tokens.split(8)).measurement())
     assert suite.exponent is None
     assert suite.statement().endswith(
-        "over 2 dictionaries of nearly the same L0: this much depends on what else they differ in"
+        "over 2 dictionaries of nearly the same L0: this much comes from other differences between them"
     )
 
 

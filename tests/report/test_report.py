@@ -813,8 +813,8 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
         ([folder / "measurement", *twice], "are both given"),
         ([folder / "measurement", tmp_path / "bad"], "cannot be read"),
         ([folder / "measurement", "--widths", "0"], "below 1"),
-        ([folder / "measurement", "--target-loss", "-1"], "is no loss"),
-        ([folder / "measurement", "--target-loss", "nan"], "is no loss"),
+        ([folder / "measurement", "--target-loss", "-1"], "is not a loss"),
+        ([folder / "measurement", "--target-loss", "nan"], "is not a loss"),
         ([folder / "measurement", tmp_path / "damaged"], "is truncated, altered"),
         ([folder / "measurement", "--hook", "blocks.9.hook_resid_post"], "was not measured"),
         ([folder / "measurement", "--importance", "gradient"], "measure again with --importance gradient"),
@@ -824,7 +824,10 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path, cli: Cli)
             [folder / "measurement", "--observed", "bogus"],
             "'bogus' is not a way to read the observed floor: choose one of fit, last_tenth",
         ),
-        ([folder / "measurement", "--observed", "bogus", "--no-snippets"], "'bogus' is not a way to read the observed floor"),
+        (
+            [folder / "measurement", "--observed", "bogus", "--no-snippets"],
+            "'bogus' is not a way to read the observed floor",
+        ),
     ):
         code, out, err = cli("report", *arguments, "-o", tmp_path / "report.html")
         assert (code, out, err.count("\n")) == (2, "", 1), arguments

@@ -220,7 +220,7 @@ def test_refusals(hooked: Any, neox: Any, make_sae: MakeSAE, tokens: torch.Tenso
     measurement = measured(neox, {HOOK: sae}, tokens)
     with pytest.raises(DictionaryError, match="is not one that was measured there"):
         splice(neox, measurement, tokens, saes={HOOK: make_sae("standard", HOOK, seed=1)})
-    with pytest.raises(CapacityError, match="width 0 is no student width"):
+    with pytest.raises(CapacityError, match="width 0 is not a student width"):
         splice(neox, measurement, tokens, [0], saes=sae)
     with pytest.raises(CapacityError, match="features cannot stay"):
         splice(neox, measurement, tokens, kept=[65], saes=sae)

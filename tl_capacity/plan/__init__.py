@@ -1,5 +1,5 @@
-"""Plan: the smallest student width that keeps a share of the features, or stays below a predicted floor, and what each
-width costs in parameters.
+"""Plan: the smallest student width that keeps a share of the features or stays below a loss, and what each width costs
+in parameters.
 """
 
 from tl_capacity.plan.answers import MethodPlan

@@ -1,4 +1,4 @@
-"""Answers in nats: what every method says of a loss, how far each was off, and the sentence that follows."""
+"""Answers in nats: what every method says of a loss, how far each was off, and the answer in words."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tl_capacity.results.estimate import Estimate
 UNCHECKED = "it was never checked against students"
 BOUND = "a bound: no narrower student is within the loss"
 OBSERVED_ALONE = "observed floors, interpolated"
-"""What the students' own floors are called beside the methods."""
-ONLY_STUDENTS = "only students tell which is right: pass them with --calibrate"
+"""Name of the students' own floors in the list of methods."""
+ONLY_STUDENTS = "only trained students can tell which is right: pass them with --calibrate"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MethodPlan:
     asked: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A flat object, but for the estimates, which are three numbers each."""
+        """A flat JSON object, except that each estimate is three numbers."""
         return {
             **vars(self),
             "width": None if self.width is None else self.width.to_json(),
@@ -57,7 +57,7 @@ class MethodPlan:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> MethodPlan:
-        """What `to_json` gave, checked.
+        """The checked object that `to_json` gave.
 
         Raises:
             KeyError, TypeError, ValueError: where it lacks or garbles something.
@@ -79,7 +79,7 @@ class MethodPlan:
 
 
 def method_plan(method: Method, target: float, observed: Observed | None, asked: bool) -> MethodPlan:
-    """What a method says of a loss."""
+    """What one method says of a loss."""
     widths = method.widths
     record = method.record if method.in_nats else None
     ends: tuple[int | None, int | None] = (None, None)
@@ -95,7 +95,7 @@ def method_plan(method: Method, target: float, observed: Observed | None, asked:
         method.hook,
         method.needed(target) if method.in_nats else None,
         *ends,
-        BOUND if method.is_bound else checked if method.in_nats else f"predicts {method.unit}, which is no loss",
+        BOUND if method.is_bound else checked if method.in_nats else f"predicts {method.unit}, which is not a loss",
         None if corrected is None else corrected.needed(target, widths),
         None if corrected is None else corrected.missed_by,
         asked,
@@ -103,7 +103,7 @@ def method_plan(method: Method, target: float, observed: Observed | None, asked:
 
 
 def observed_plan(observed: Observed, target: float) -> MethodPlan:
-    """What the students' floors say by themselves; nothing beyond the widths that were distilled."""
+    """What the students' floors say by themselves. Beyond the distilled widths they say nothing."""
     alone, widths = observed_alone(observed), np.arange(observed.widths[0], observed.widths[-1] + 1)
     inside = observed.reaches(target)
     return MethodPlan(
@@ -117,8 +117,10 @@ def observed_plan(observed: Observed, target: float) -> MethodPlan:
 
 
 def decisive(plans: Sequence[MethodPlan], own: MethodPlan | None) -> MethodPlan | None:
-    """What decides the width: the students' own floors where they reach the loss, else the corrected method that missed
-    left-out widths least, else the method that was asked for; None where none of these says a width.
+    """The method that decides the width; None if no method says one.
+
+    The students' own floors come first, if they reach the loss. Then comes the corrected method that missed left-out
+    widths least, then the requested method.
 
     Args:
         own: what the students' floors say by themselves, where there are students.
@@ -132,13 +134,13 @@ def decisive(plans: Sequence[MethodPlan], own: MethodPlan | None) -> MethodPlan 
 
 
 def widest_prediction(plans: Sequence[MethodPlan]) -> int | None:
-    """The widest of the widths that methods say, bounds left out; None where none says one."""
+    """The widest width that any method says, without bounds; None if no method says one."""
     widths = _predictions(plans)
     return int(max(widths)) if widths else None
 
 
 def headline(target: float, plans: Sequence[MethodPlan], own: MethodPlan | None, width: int, students: str) -> str:
-    """The answer to a loss in nats per token, and what speaks against it.
+    """The answer to a loss in nats per token, and the doubts about it.
 
     Args:
         plans: of every method.
@@ -172,7 +174,7 @@ def headline(target: float, plans: Sequence[MethodPlan], own: MethodPlan | None,
         parts += [ONLY_STUDENTS]
     needed = decides.corrected or decides.width
     if needed is not None and width != needed.value:
-        parts.insert(1, f"the narrowest from there on that its family can build is {width:,}")
+        parts.insert(1, f"the next width that its family can build is {width:,}")
     return "; ".join(parts)
 
 
@@ -202,7 +204,7 @@ def method_cells(plans: Sequence[MethodPlan]) -> tuple[list[str], list[list[str]
 
 
 def _predictions(plans: Sequence[MethodPlan]) -> list[float]:
-    """The widths that methods say without students, bounds left out."""
+    """The widths that methods say without students, without bounds."""
     return [each.width.value for each in plans if each.width is not None and each.checked != BOUND]
 
 
@@ -216,7 +218,7 @@ def _between(widths: Sequence[float]) -> str:
 
 
 def _makes(each: MethodPlan) -> str:
-    """What being off as far as before makes of a width."""
+    """The widths that follow if the method is off by as much as before."""
     return f", which makes that {_range(each)}" if each.low is not None or each.high is not None else ""
 
 

@@ -1,5 +1,5 @@
-"""The prediction that a plan is asked for: by one importance and one capacity law, at some hook points, and read from a
-splice where there is one.
+"""The prediction that a plan is asked for: one importance and one capacity law at some hook points, from a splice if
+there is one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tl_capacity.runtime.rounding import whole_above
 from tl_capacity.runtime.units import NATS
 
 SPLICE_REMARK = (
-    "nothing in the spliced nats was fitted to a student; docs/results/splice.md has how much such floors follow the"
+    "the spliced nats are not fitted to any student; docs/results/splice.md shows how much such floors depend on the"
     " dictionary's L0"
 )
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The prediction that is asked for.
+    """The prediction that a plan is asked for.
 
     Attributes:
         hooks: at which the goal must be met.
@@ -54,15 +54,15 @@ class Asked:
 
     @property
     def unit(self) -> str:
-        """Of its floors."""
+        """The unit of its floors."""
         return self.hooks[0].unit(self.importance) if self.spliced is None else NATS
 
     def keeping(self, share: float) -> tuple[HookPlan, ...]:
-        """What each hook point asks of a student that keeps a share of its features."""
+        """The width that each hook point needs to keep a share of its features."""
         return tuple(_need(hook, self, lambda values: int(whole_above(share * len(values)))) for hook in self.hooks)
 
     def within(self, target: float) -> tuple[HookPlan, ...]:
-        """What each hook point asks of a student whose floor is at most so much.
+        """The width that each hook point needs for a floor of at most `target`.
 
         Raises:
             CapacityError: where a spliced dictionary costs more with every latent kept.
@@ -78,7 +78,7 @@ class Asked:
         return tuple(needs)
 
     def floors(self, hook: HookMeasurement, widths: Sequence[int]) -> list[tuple[FloorPrediction, Estimate]]:
-        """At a hook point for each width what it keeps, and its floor in `unit`."""
+        """What each width keeps at a hook point, and its floor in `unit`."""
         predicted = hook_floors(hook, widths, self.importance, self.law)
         if self.spliced is None:
             return [(each, each.predicted_floor) for each in predicted]
@@ -90,7 +90,7 @@ class Asked:
         return [(each, in_nats[each.width]) for each in predicted]
 
     def notes(self, hook: HookMeasurement, widths: Sequence[int]) -> list[str]:
-        """What a reader must know of the splice, and of these widths at a hook point."""
+        """What a reader must know about the splice, and about these widths at a hook point."""
         if self.spliced is None:
             return []
         curves = (self.spliced.curve_of(each, self.importance) for each in self.hooks)
@@ -101,8 +101,9 @@ class Asked:
 def asked_for(
     hooks: Sequence[HookMeasurement], importance: str | None, law: CapacityLaw, spliced: Spliced | None
 ) -> Asked:
-    """The prediction by an importance, the default one where none is named: read from the splice where that has it at
-    some of the hook points, which are then those that count.
+    """The prediction by one importance, by default the default one.
+
+    If a splice has it at some hook points, it is read from there, and only those hook points count.
 
     Raises:
         CapacityError: where the splice does not have it, and the importance itself is not in nats either.
@@ -120,7 +121,7 @@ def asked_for(
 
 
 def _need(hook: HookMeasurement, asked: Asked, features: Callable[[NDArray[np.float64]], int]) -> HookPlan:
-    """What a hook point asks, where so many features must stay of some with these importances."""
+    """The width that a hook point needs, if so many features of these importances must stay."""
 
     def smallest(values: NDArray[np.float64], alpha: float) -> list[float]:
         return [exact_width(asked.law, features(values), context_at(hook, values, alpha))]
@@ -135,8 +136,8 @@ def _spliced_need(hook: HookMeasurement, curve: SplicedCurve, asked: Asked, targ
     width, needed = spliced_width(curve, asked.law, at, target), curve.features_for(target)
     if width is None or needed is None:
         raise CapacityError(
-            f"no width is known to reach {target:.4g} nats per token at {hook.hook}: the SAE's own reconstruction costs"
-            f" {curve.error.show('.3g')} there, so the dictionary is the limit and not the width; splice one that"
-            " reconstructs better, or let students answer (--calibrate)"
+            f"no width is known to reach {target:.4g} nats per token at {hook.hook}: the SAE's own reconstruction"
+            f" costs {curve.error.show('.3g')} there, so the dictionary is the limit and not the width; splice a"
+            " dictionary that reconstructs better, or pass students (--calibrate)"
         )
     return HookPlan(hook.hook, hook.width, int(needed.value), int(hook.summary.n_alive.value), width)

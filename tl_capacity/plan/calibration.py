@@ -1,4 +1,4 @@
-"""Calibration: predicted floors corrected by what students of some widths reached, and those observed floors read by
+"""Calibration: predicted floors corrected by what students of some widths reached, and the observed floors by
 themselves.
 
 At each width that was distilled, r = observed / predicted; between them log r is a straight line in log d, and beyond
@@ -20,12 +20,12 @@ from tl_capacity.plan.methods import first_within, in_log
 from tl_capacity.results.estimate import Estimate
 
 MIN_WIDTHS = 3
-"""Fewer widths than this leave none between two others, and so no interval."""
+"""With fewer widths, none lies between two others, so there is no interval."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What students reached.
+    """The floors that students reached.
 
     Attributes:
         widths: [width] ascending.
@@ -39,7 +39,7 @@ class Observed:
 
     @classmethod
     def by_width(cls, by_width: ByWidth) -> Observed:
-        """The mean of the floors of each width."""
+        """The mean floor of each width."""
         means = {width: float(np.mean([each.value for each in students])) for width, students in by_width.items()}
         above = {width: mean for width, mean in means.items() if mean > 0}
         return cls(
@@ -47,7 +47,7 @@ class Observed:
         )
 
     def between(self) -> str:
-        """The widths, in words."""
+        """The range of widths, in words."""
         first, last = int(self.widths[0]), int(self.widths[-1])
         return f"width {first:,}" if first == last else f"widths {first:,} to {last:,}"
 
@@ -58,7 +58,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Corrected:
-    """Floors of a method, corrected by students.
+    """A method's floors, corrected by students.
 
     Attributes:
         observed: of the students.
@@ -70,7 +70,7 @@ class Corrected:
 
     @cached_property
     def known(self) -> NDArray[np.bool_]:
-        """Of the students' widths those at which the method predicts something above 0 [width]."""
+        """The students' widths at which the method predicts more than 0 [width]."""
         with np.errstate(invalid="ignore"):
             return np.asarray(self.predicted(self.observed.widths) > 0)
 
@@ -81,7 +81,7 @@ class Corrected:
 
     @cached_property
     def ratios(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Observed over predicted at the students' widths: widths [known], ratios [known]."""
+        """Students' widths [known], and observed over predicted floors there [known]."""
         widths = self.observed.widths[self.known]
         return widths, self.observed.floors[self.known] / self.predicted(widths)
 
@@ -91,8 +91,9 @@ class Corrected:
 
     @cached_property
     def missed_by(self) -> float | None:
-        """The largest factor, at least 1, by which a width between two others is missed when it is left out; None with
-        fewer than three widths.
+        """The largest factor, at least 1, by which a left-out width between two others is missed.
+
+        None with fewer than three widths.
         """
         widths, ratios = self.ratios
         if len(widths) < MIN_WIDTHS:
@@ -105,8 +106,8 @@ class Corrected:
         return float(np.exp(max(misses)))
 
     def needed(self, target: float, widths: NDArray[np.int64]) -> Estimate | None:
-        """The smallest of ascending widths whose corrected floor is within a loss, with its interval; None where there
-        is none.
+        """The smallest of ascending widths whose corrected floor is within a loss, with its interval; None if there is
+        none.
         """
         floors = self.floors(widths)
         value = first_within(widths, floors, target)
@@ -121,5 +122,7 @@ class Corrected:
 
 
 def observed_alone(observed: Observed) -> Corrected:
-    """The students' floors by themselves: a straight line in the logarithms of width and floor between two widths."""
+    """The students' floors by themselves. Between two widths, they follow a straight line in log width and log
+    floor.
+    """
     return Corrected(observed, lambda widths: np.ones(len(widths)))

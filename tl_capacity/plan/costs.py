@@ -11,8 +11,7 @@ from tl_capacity.measurement.measurement import Measurement
 
 
 def teacher_config(measurement: Measurement, model: str | None = None) -> Any:
-    """The configuration of the teacher, or None where it is not known by the name that the measurement has and no other
-    was given.
+    """The teacher's configuration; None if neither the measurement's name nor a given one leads to it.
 
     Raises:
         CapacityError: where `model` was given and cannot be found, or its family has no students.
@@ -32,21 +31,23 @@ def teacher_config(measurement: Measurement, model: str | None = None) -> Any:
 
 
 def ladder(width: int, octaves: int = 4) -> tuple[int, ...]:
-    """Student widths to look at for a teacher of some width: all of it, and two to each octave below."""
+    """Student widths to look at for a teacher's width: the width itself, and two in each octave below."""
     halves = [width / 2**octave for octave in range(octaves + 1)]
     return tuple(sorted({max(1, round(step)) for half in halves for step in (half, 1.5 * half) if step <= width}))
 
 
 def next_that_can_be_built(config: Any, width: int) -> int:
-    """The narrowest student of at least `width` that the family can build: a multiple of the teacher's width at the
-    latest.
+    """The narrowest student of at least `width` that the family can build.
+
+    A multiple of the teacher's width always can be built.
     """
     return next(w for w in count(width) if _student_config(config, w) is not None)
 
 
 def parameters_of_widths(config: Any, widths: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Parameters of the student of each width, all and without embeddings and head; counted on a
-    model without storage.
+    """Parameters of the student of each width: all, and without embeddings and head.
+
+    They are counted on a model without storage.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -64,7 +65,7 @@ def parameters_of_widths(config: Any, widths: Sequence[int]) -> dict[int, tuple[
 
 
 def _student_config(config: Any, width: int) -> Any:
-    """The configuration of a student, or None where the family has none of that width."""
+    """The configuration of a student; None if the family cannot build that width."""
     from tl_capacity.distillation.students import student_config
 
     try:

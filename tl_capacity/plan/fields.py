@@ -10,7 +10,7 @@ from tl_capacity.results.estimate import Estimate
 
 
 def field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    """A field of a saved object, if it is there and of its type.
+    """A field of a saved object, of the expected type.
 
     Raises:
         KeyError, TypeError: where it is not.
@@ -21,7 +21,7 @@ def field(saved: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) ->
 
 
 def width_field(saved: Mapping[str, Any], name: str) -> int:
-    """A width, which is at least 1.
+    """A width of at least 1.
 
     Raises:
         KeyError, TypeError, ValueError: where it is none.
@@ -33,7 +33,7 @@ def width_field(saved: Mapping[str, Any], name: str) -> int:
 
 
 def estimate_field(saved: Mapping[str, Any], name: str) -> Estimate:
-    """A number with its interval, all finite.
+    """A number with its interval. All are finite.
 
     Raises:
         KeyError, TypeError, ValueError: where it is none.

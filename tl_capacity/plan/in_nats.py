@@ -1,4 +1,4 @@
-"""A plan in nats: every method that there is, asked for the same loss, and the width that follows."""
+"""A plan in nats: every available method answers the same loss, and one of them decides the width."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.units import NATS
 
 CALIBRATION = (
-    "corrected floors are the predicted ones times observed / predicted of the students, a straight line in the"
-    " logarithms of factor and width between theirs and constant beyond; the interval takes the largest factor by which"
-    " this missed a width between two others that was left out"
+    "corrected floors are the predicted ones times a factor, the students' observed / predicted; between their widths"
+    " it follows a straight line in the logarithms of factor and width, and beyond them it is constant; the interval"
+    " takes the largest factor by which this missed a left-out width between two others"
 )
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What there is to answer a loss in nats per token with, besides the measurement.
+    """What answers a loss in nats per token, besides the measurement.
 
     Attributes:
         spliced: of the measurement.
@@ -43,7 +43,7 @@ class Evidence:
 
     @property
     def any(self) -> bool:
-        """Whether there is any."""
+        """Whether there is any evidence."""
         return self.spliced is not None or bool(self.forecasts) or self.observed is not None
 
 
@@ -77,8 +77,10 @@ class InNats:
 
     @cached_property
     def needs(self) -> tuple[HookPlan, ...]:
-        """What each hook point asks by the prediction that was asked for; nothing where that is not in nats, or where
-        its dictionary is the limit and there are students to answer.
+        """The width that each hook point needs by the requested prediction.
+
+        Empty if that prediction is not in nats. Empty too if its dictionary is the limit and there are students to
+        answer.
 
         Raises:
             CapacityError: where its dictionary is the limit, and there are no students.
@@ -106,7 +108,7 @@ class InNats:
 
     @cached_property
     def width(self) -> int:
-        """The smallest width within the loss, by what decides.
+        """The smallest width within the loss, by the deciding method.
 
         Raises:
             CapacityError: where no method says a width.
@@ -117,33 +119,33 @@ class InNats:
         widest = widest_prediction(self.plans)
         if widest is None:
             raise CapacityError(
-                f"no method here says a width for {self.target:.4g} nats per token: splice the measurement, or choose"
+                f"no method here gives a width for {self.target:.4g} nats per token: splice the measurement, or choose"
                 " another loss"
             )
         return widest
 
     def answer(self, width: int) -> str:
-        """The answer in words, where that width is planned."""
+        """The answer in words, for that planned width."""
         between = "" if self.observed is None else self.observed.between()
         return headline(self.target, self.plans, self.own, width, between)
 
     def notes(self) -> list[str]:
-        """What a reader must know of the forecasts and the students."""
+        """What a reader must know about the forecasts and the students."""
         notes = [note for each in self.forecasts for note in each.notes]
         if self.observed is None:
             return notes
         notes.append(CALIBRATION)
         if self.observed.left_out:
             widths = ", ".join(f"{width:,}" for width in sorted(self.observed.left_out))
-            notes.append(f"the floors of width {widths} are 0, and nothing is corrected by them")
+            notes.append(f"the floors of width {widths} are 0, so nothing is corrected by them")
         return notes
 
     def everything(self) -> tuple[MethodPlan, ...]:
-        """What the students say by themselves, and each method."""
+        """What the students say by themselves, then each method."""
         return self.plans if self.own is None else (self.own, *self.plans)
 
     def corrected(self, widths: Iterable[int]) -> dict[int, float]:
-        """The floor of each width by what decides, as students correct it; nothing without students."""
+        """The floor of each width by the deciding method, corrected by students; empty without students."""
         decides = decisive(self.plans, self.own)
         if self.observed is None or decides is None or decides.corrected is None:
             return {}

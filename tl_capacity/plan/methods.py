@@ -1,5 +1,6 @@
-"""Methods: every way to predict floors in nats per token that a measurement, its splice and forecasts allow, each asked
-alike for the floors of some widths and for the smallest width within a loss.
+"""Methods: every way to predict floors in nats per token that a measurement, its splice and forecasts allow.
+
+Each gives the floors of some widths, and the smallest width within a loss.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tl_capacity.runtime.units import NATS
 
 IMPORTANCE = "importance"
 WIDEST = 2
-"""Times the teacher's width up to which a width is looked for."""
+"""Widths are looked for up to this many times the teacher's width."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        """As a table calls it."""
+        """The method's name in a table."""
         by = self.importance if self.predictor == IMPORTANCE else self.predictor
         of = f" of {self.importance}" if self.importance and by != self.importance else ""
         return f"{by}{of}{f', {self.law}' if self.law else ''}"
@@ -73,12 +74,12 @@ class Method:
 
     @property
     def in_nats(self) -> bool:
-        """Whether its floors are a loss as they are."""
+        """Whether its floors are a loss in nats as they are."""
         return self.unit == NATS
 
     @property
     def record(self) -> Record | None:
-        """How far off it was, where it was checked."""
+        """How far off it was where it was checked."""
         return record_of(self.predictor, self.importance, self.law)
 
     @property
@@ -88,7 +89,7 @@ class Method:
 
 
 def first_within(widths: NDArray[np.int64], floors: NDArray[np.float64], target: float) -> int | None:
-    """The first of ascending widths whose floor is at most the target; None where there is none."""
+    """The first of ascending widths whose floor is at most the target; None if there is none."""
     within = floors <= target
     return int(widths[within.argmax()]) if within.any() else None
 
@@ -99,7 +100,7 @@ def methods_of(
     spliced: Spliced | None = None,
     forecasts: Iterable[Forecasts] = (),
 ) -> list[Method]:
-    """Every method that there is: splices by each order and law, importances by each law, and forecasts in nats.
+    """Every available method: splices by each order and law, importances by each law, and forecasts in nats.
 
     Args:
         hooks: of the measurement.
@@ -125,8 +126,10 @@ def methods_of(
 def further_forecasts(
     hooks: Sequence[HookMeasurement], spliced: Spliced | None, forecasts: Sequence[Forecasts], widths: Sequence[int]
 ) -> Forecasts:
-    """What further registered floor predictors say in nats with nothing fitted: those that neither read a splice or an
-    importance, as a plan does itself, nor are among the forecasts.
+    """Forecasts in nats by further registered floor predictors, with nothing fitted.
+
+    They are those that read neither a splice nor an importance, as a plan does that itself, and that are not among the
+    forecasts yet.
     """
     known = {PREDICTOR, IMPORTANCE, *(each.predictor for every in forecasts for each in every)}
     asked = [
@@ -141,8 +144,9 @@ def further_forecasts(
 
 
 def widest_of_each(methods: Iterable[Method], target: float) -> list[Method]:
-    """Of the same method at several hook points the one that needs the widest student, as a student must do at all of
-    them.
+    """One of each method at several hook points: the one that needs the widest student.
+
+    A student must meet the goal at all hook points.
     """
     best: dict[str, tuple[float, Method]] = {}
     for method in methods:
@@ -154,7 +158,7 @@ def widest_of_each(methods: Iterable[Method], target: float) -> list[Method]:
 
 
 def spliced_method(hook: HookMeasurement, curve: SplicedCurve, law: CapacityLaw) -> Method:
-    """Floors read from a curve of the spliced teacher, by some law."""
+    """Floors read from a curve of the spliced teacher, by one law."""
     at = context_at(hook, hook.importance(curve.importance), hook.summary.alpha.value)
 
     def floors(widths: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -187,7 +191,7 @@ def spliced_width(curve: SplicedCurve, law: CapacityLaw, at: CapacityContext, ta
 
 
 def importance_method(hook: HookMeasurement, importance: str, law: CapacityLaw) -> Method:
-    """Floors that are the summed importance of what a width loses, by some law."""
+    """Floors that are the summed importance of what a width loses, by one law."""
     at = context_at(hook, hook.importance(importance), hook.summary.alpha.value)
 
     def floors(widths: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -208,7 +212,7 @@ def importance_method(hook: HookMeasurement, importance: str, law: CapacityLaw) 
 
 
 def importance_width(hook: HookMeasurement, importance: str, law: CapacityLaw, target: float) -> Estimate:
-    """The smallest width that loses no more than so much importance, with its interval over documents."""
+    """The smallest width that loses at most so much importance, with its interval over documents."""
 
     def smallest(values: NDArray[np.float64], alpha: float) -> list[float]:
         return [exact_width(law, features_for_loss(values, target), context_at(hook, values, alpha))]
@@ -217,14 +221,17 @@ def importance_width(hook: HookMeasurement, importance: str, law: CapacityLaw, t
 
 
 def features_for_loss(importance: NDArray[np.float64], target: float) -> int:
-    """How many of the most important features must stay for a summed importance of the others of at most the target."""
+    """How many of the most important features must stay, so that the others' summed importance is at most the
+    target.
+    """
     tails = np.asarray(theory.lost_importance(importance, np.arange(len(importance) + 1)))
     return int(np.argmax(tails <= target))
 
 
 def forecast_methods(forecasts: Forecasts, hooks: set[str], teacher_width: int) -> Iterator[Method]:
-    """A method for each series of forecasts in nats, of these hook points or of the whole model, interpolated between
-    its widths.
+    """A method for each series of forecasts in nats, interpolated between its widths.
+
+    The forecasts are of these hook points or of the whole model.
     """
     predictors = plugins().floor_predictors
     for (predictor, hook, sae, law, order), by_width in forecasts.series.items():
@@ -250,30 +257,33 @@ def forecast_methods(forecasts: Forecasts, hooks: set[str], teacher_width: int) 
 
 
 def whole_width(width: float) -> float:
-    """The smallest whole width that is not below, short of rounding."""
+    """The smallest whole width that is not below a width, except for rounding errors."""
     return max(1.0, float(whole_above(width)))
 
 
 def whole_estimate(exact: Estimate) -> Estimate:
-    """An estimate of a width as whole widths."""
+    """An estimate of a width, as whole widths."""
     low, high = (None if end is None else whole_width(end) for end in (exact.low, exact.high))
     return Estimate(whole_width(exact.value), low, high)
 
 
 def in_log(known: NDArray[np.int64], values: NDArray[np.float64], widths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Positive values between known widths, a straight line in the logarithms of both; beyond them as at the end."""
+    """Positive values between known widths, on a straight line in both logarithms. Beyond the ends they are
+    constant.
+    """
     return np.exp(np.interp(np.log(widths), np.log(known), np.log(values)))
 
 
 def _between(known: NDArray[np.int64], values: NDArray[np.float64], widths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Floors between the widths of a forecast, and NaN beyond them. A floor of zero is interpolated as a tiny one."""
+    """Floors between the widths of a forecast; NaN beyond them. A floor of zero is interpolated as a tiny one."""
     floors = in_log(known, np.maximum(values, 1e-12), widths)
     return np.where((widths >= known[0]) & (widths <= known[-1]), floors, np.nan)
 
 
 def _forecast_width(known: NDArray[np.int64], ends: Sequence[NDArray[np.float64]], target: float) -> Estimate | None:
-    """The smallest width between those of a forecast that is within a loss; the ends of its interval are those of the
-    ends of the forecasts' intervals.
+    """The smallest width within a loss, between the widths of a forecast.
+
+    The ends of its interval come from the ends of the forecasts' intervals.
     """
     widths = np.arange(known[0], known[-1] + 1)
     value, low, high = (
@@ -286,11 +296,11 @@ def _forecast_width(known: NDArray[np.int64], ends: Sequence[NDArray[np.float64]
 
 
 def _importances(hook: HookMeasurement, further: set[str]) -> Iterator[str]:
-    """The importances that were measured at a hook point, those in nats and further ones."""
+    """The importances measured at a hook point, those in nats and the requested ones."""
     yield from (name for name in importances_of(hook) if hook.unit(name) == NATS or name in further)
 
 
 def _laws(hook: HookMeasurement, importance: str | None) -> Iterator[CapacityLaw]:
-    """The capacity laws that know enough of a hook point."""
+    """The capacity laws that can be asked at a hook point."""
     at = context_at(hook, hook.importance(importance), hook.summary.alpha.value)
     yield from (law for law in plugins().capacity_laws if knows_enough(law, at))

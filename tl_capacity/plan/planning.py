@@ -1,5 +1,6 @@
-"""The smallest student width that keeps a share of the features, or stays below a predicted floor, found from a
-measurement and a teacher's configuration.
+"""The smallest student width that keeps a share of the features or stays below a predicted floor.
+
+It is found from a measurement and a teacher's configuration.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def plan(
     students: DistillationRun | None = None,
     observed: str = "last_tenth",
 ) -> Plan:
-    """The smallest student width for a goal, by the theorem; what else a student loses, training it will show.
+    """The smallest student width for a goal, by the theorem. What else a student loses, only training can show.
 
     A loss in nats per token is answered by every method that there is, each with how far it was off where it was
     checked. A loss is in nats where a splice, forecasts or students are given, or the importance is in nats.
@@ -76,7 +77,7 @@ def plan(
     evidence = _evidence(measurement, spliced, tuple(forecasts), students, observed)
     if target_loss is None and evidence.any:
         raise CapacityError(
-            "a splice, forecasts and students say what widths cost in nats, and nothing of a share of the features:"
+            "a splice, forecasts and students say what widths cost in nats, not what share of the features they keep:"
             " pass a target_loss (--target-loss)"
         )
     asked = asked_for(hooks, importance, plugins().capacity_laws.named(law), spliced)
@@ -89,16 +90,16 @@ def plan(
 
 
 def check_goal(keep: float | None, target_loss: float | None) -> None:
-    """Raises `CapacityError` where not exactly one goal is given, or it is out of its domain."""
+    """Raise `CapacityError` unless exactly one goal is given and it is in its domain."""
     if (keep is None) == (target_loss is None):
         raise CapacityError(
             "a plan needs one goal: pass keep (--keep 0.95, a share of the features) or target_loss (--target-loss"
             " 0.05, a predicted floor)"
         )
     if keep is not None and not 0 < keep <= 1:
-        raise CapacityError(f"keep = {keep:g} is no share of the features: choose a number above 0 and at most 1")
+        raise CapacityError(f"keep = {keep:g} is not a share of the features: choose a number above 0 and at most 1")
     if target_loss is not None and not 0 <= target_loss < float("inf"):
-        raise CapacityError(f"target_loss = {target_loss:g} is no loss: choose a finite number of at least 0")
+        raise CapacityError(f"target_loss = {target_loss:g} is not a loss: choose a finite number of at least 0")
 
 
 def _evidence(
@@ -108,15 +109,15 @@ def _evidence(
     students: DistillationRun | None,
     observed: str,
 ) -> Evidence:
-    """What there is to answer with, checked to be of the teacher that was measured."""
+    """The evidence for an answer, checked to be of the measured teacher."""
     if spliced is not None:
         check_splice(spliced, measurement)
     for each in forecasts:
         model = each.about.get("model")
         if model and model != measurement.provenance.model:
             raise CapacityError(
-                f"the forecasts are of {model!r} and the measurement of {measurement.provenance.model!r}: pass"
-                " forecasts of the teacher that was measured"
+                f"the forecasts are of {model!r}, but the measurement is of {measurement.provenance.model!r}: pass"
+                " forecasts of the measured teacher"
             )
     if students is None:
         return Evidence(spliced, forecasts)
@@ -124,14 +125,14 @@ def _evidence(
     reached = Observed.by_width(floors_by_width(observed_floors(students), observed))
     if not len(reached.widths):
         raise CapacityError(
-            "the students' floors are 0 at every width, and no factor leads there: pass --observed last_tenth, or"
-            " narrower students"
+            "the students' floors are 0 at every width, so no factor can correct a prediction: pass --observed"
+            " last_tenth, or narrower students"
         )
     return Evidence(spliced, forecasts, reached)
 
 
 def _goal(keep: float | None, target_loss: float | None, asked: Asked) -> str:
-    """A goal of the importance's unit in words."""
+    """A goal in the importance's unit, in words."""
     if keep is not None:
         return f"To keep {100 * keep:.4g}% of the features"
     return f"For a predicted floor of at most {target_loss:.4g} {per_token(asked.unit)}"
@@ -146,7 +147,7 @@ def _planned(
     widths: Sequence[int],
     in_nats: InNats | None = None,
 ) -> Plan:
-    """The plan of the width that is needed, with what it and others cost."""
+    """The plan for the needed width, with what it and other widths cost."""
     from tl_capacity.models.defaults import width_of
 
     place = max(range(len(needs)), key=lambda i: needs[i].width.value) if needs else 0
@@ -181,7 +182,7 @@ def _costs(
     teacher_width: int,
     corrected: dict[int, float],
 ) -> list[WidthCost]:
-    """What a student of each width keeps at a hook point, and what it costs."""
+    """What a student of each width keeps at a hook point, and its parameters."""
     teacher, costs = sizes.get(teacher_width), []
     for predicted, floor in asked.floors(hook, widths):
         width = predicted.width
@@ -192,14 +193,15 @@ def _costs(
 
 
 def _remarks(measurement: Measurement, sizes: dict[int, tuple[int, int]]) -> list[str]:
-    """What to know of any plan from this measurement."""
+    """What to know about any plan from this measurement."""
     remarks = []
     if not sizes:
         remarks.append(
-            "what the widths cost is not known, as the model or the students of its family are not: pass --model"
+            "the widths' parameters are not known, because the model or its family's students are not known: pass"
+            " --model"
         )
     if all(isfinite(h.summary.critical_width.value) for h in measurement):
         remarks.append(
-            "d* rests on the SAE's L0: plan with several SAEs of one hook point before building on one number"
+            "d* depends on the SAE's L0: plan with several SAEs of one hook point before building on one number"
         )
     return [*remarks, *measurement.warnings]

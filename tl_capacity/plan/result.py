@@ -1,5 +1,6 @@
-"""Plan: the smallest student width for a goal, what each hook point asks, and what widths cost in parameters; saved as
-plan.json.
+"""Plan: the smallest student width for a goal, what each hook point needs, and what widths cost in parameters.
+
+It is saved as plan.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class HookPlan:
-    """What one hook point asks of a student.
+    """What one hook point needs of a student.
 
     Attributes:
         hook, teacher_width: the hook point and its width d_T.
@@ -63,14 +64,14 @@ class WidthCost:
     corrected: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields, and the corrected floor where there is one."""
+        """The fields as a JSON object, with the corrected floor if there is one."""
         fields = {name: value for name, value in vars(self).items() if name != "corrected" or value is not None}
         return {**fields, "kept": self.kept.to_json(), "floor": self.floor.to_json()}
 
 
 @dataclass(frozen=True)
 class Plan(ShownInNotebooks):
-    """The answer; shows itself in a terminal and in a notebook.
+    """The answer of a plan. It shows itself in a terminal and in a notebook.
 
     Attributes:
         goal: in words.
@@ -112,19 +113,17 @@ class Plan(ShownInNotebooks):
 
     @property
     def decides(self) -> MethodPlan | None:
-        """Of a goal in nats, the method that decided the width; None where none did, or the goal is another."""
+        """The method that decided the width for a goal in nats; None if none did, or for another goal."""
         own = next((each for each in self.methods if each.method == OBSERVED_ALONE), None)
         return decisive([each for each in self.methods if each is not own], own)
 
     def answer(self) -> str:
-        """The answer in one sentence; of a goal in nats in as many as its doubts take."""
+        """The answer in one sentence. A goal in nats adds sentences for its doubts."""
         if self.headline:
             return self.headline
         needed = self.deciding
         built = (
-            f"; the narrowest from there on that its family can build is {self.width:,}"
-            if self.width != needed.width.value
-            else ""
+            f"; the next width that its family can build is {self.width:,}" if self.width != needed.width.value else ""
         )
         narrower = (
             ""
@@ -137,11 +136,11 @@ class Plan(ShownInNotebooks):
         )
 
     def notes(self) -> list[str]:
-        """What a reader must know before building it."""
+        """What a reader must know before building on it."""
         return [*self.remarks, *([f"{self.law}: {self.caveat}"] if self.caveat else [])]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole plan as a JSON object."""
         return {
             "schema": SCHEMA,
             "goal": self.goal,
@@ -158,7 +157,7 @@ class Plan(ShownInNotebooks):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Plan:
-        """What `to_json` gave, checked.
+        """The checked plan that `to_json` gave.
 
         Raises:
             KeyError, TypeError, ValueError: where it lacks or garbles something.
@@ -234,14 +233,14 @@ class Plan(ShownInNotebooks):
             raise MeasurementError(f"{file} lacks or garbles {problem}: it was altered, plan again") from problem
 
     def plot(self) -> Any:
-        """A plotly figure of the predicted floors against the student's width, the planned width marked."""
+        """A plotly figure of the predicted floors against the student's width, with the planned width marked."""
         from tl_capacity.predict.figures import costs_figure
 
         widths, floors = [cost.width for cost in self.costs], [cost.floor for cost in self.costs]
         return costs_figure(widths, floors, self.unit, self.width)
 
     def to_frame(self) -> Any:
-        """The widths and what they cost as a pandas DataFrame."""
+        """The widths and their costs as a pandas DataFrame."""
         import pandas
 
         flat = [

@@ -35,13 +35,14 @@ from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
 
 HOOKS_IN_A_TABLE = 3
-"""Hook points that fit a terminal; more follow in further tables."""
+"""Hook points that fit in a table on a terminal; more of them get further tables."""
 
 
 @dataclass(frozen=True)
 class Budget(ShownInNotebooks):
-    """The per-layer table of a measurement and the floors of some student widths; shows itself in a terminal and in a
-    notebook.
+    """The per-layer table of a measurement, with the floors of some student widths.
+
+    It shows itself in a terminal and in a notebook.
 
     Attributes:
         hooks: what was measured, a row of the table each.
@@ -65,14 +66,14 @@ class Budget(ShownInNotebooks):
         max_fvu: float | None,
         warnings: Sequence[str] = (),
     ) -> Budget:
-        """The budget of some hook points; see `Measurement.budget`."""
+        """The budget at some hook points; see `Measurement.budget`."""
         for hook in hooks:
             fvu = hook.summary.fvu
             if max_fvu is not None and fvu is not None and fvu.value > max_fvu:
                 raise CapacityError(
                     f"the {hook.kind} at {hook.hook} leaves FVU = {fvu.value:.3g} of the variance unexplained, more"
                     f" than {max_fvu:g}: {advice_on_fit(hook.is_basis)} (max_fvu=None, or --max-fvu inf, reports the"
-                    " budget all the same)"
+                    " budget anyway)"
                 )
         chosen = plugins().capacity_laws.named(law)
         name = told_apart(hooks)
@@ -82,7 +83,7 @@ class Budget(ShownInNotebooks):
         return cls(hooks, floors, chosen.name, warnings)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One object per hook point: every figure an `Estimate` or a number."""
+        """One object per hook point. Every figure is an `Estimate` or a number."""
         columns = frame_columns(self.chosen_law)
         return [
             {"hook": hook.hook, "sae": hook.sae, "width": hook.width, **{c.name: c.value(hook) for c in columns}}
@@ -95,11 +96,11 @@ class Budget(ShownInNotebooks):
 
     @property
     def chosen_law(self) -> CapacityLaw:
-        """The registered law of that name."""
+        """The registered law that `law` names."""
         return plugins().capacity_laws[self.law]
 
     def to_frame(self) -> Any:
-        """The per-layer table as a pandas DataFrame, each estimate with columns for its interval."""
+        """The per-layer table as a pandas DataFrame. Each estimate has columns for its interval."""
         import pandas
 
         flat = []
@@ -126,7 +127,7 @@ class Budget(ShownInNotebooks):
         return floors_figure(self.floors)
 
     def cells(self, part: slice = slice(None)) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the per-layer table as text: a column for each hook point, a row for each figure."""
+        """Header and rows of the per-layer table as text: one column for each hook point, one row for each figure."""
         hooks, name = self.hooks[part], told_apart(self.hooks)
         counted = [f"{TOKENS.show(hook)} ({DOCUMENTS.show(hook)})" for hook in hooks]
         return ["", *(f"{name(hook)} (d={hook.width:,})" for hook in hooks)], [
@@ -168,7 +169,7 @@ class Budget(ShownInNotebooks):
 
 
 def budget_column(law: CapacityLaw) -> Column:
-    """The column of the features that a hook point's width holds, d·ĝ(α), by some law."""
+    """The column of the number of features that a hook point's width holds, d·ĝ(α), by one law."""
     return Column(
         "budget",
         lambda hook: budget_estimate(hook, law),
@@ -181,7 +182,7 @@ def budget_column(law: CapacityLaw) -> Column:
 
 
 def table_columns(law: CapacityLaw) -> tuple[Column, ...]:
-    """The figures in the per-layer table, below the tokens."""
+    """The figures of the per-layer table, below the tokens."""
     return (
         ALIVE,
         L0,
@@ -196,12 +197,12 @@ def table_columns(law: CapacityLaw) -> tuple[Column, ...]:
 
 
 def frame_columns(law: CapacityLaw) -> tuple[Column, ...]:
-    """The figures in the DataFrame, behind the hook point, its SAE and its width."""
+    """The figures of the DataFrame, after the hook point, its SAE and its width."""
     return (TOKENS, DOCUMENTS, *table_columns(law), DENSE_LATENTS)
 
 
 def budget_estimate(hook: HookMeasurement, law: CapacityLaw) -> Estimate:
-    """d·ĝ(α) of a hook point; importances are taken from the default estimator, for laws that depend on them."""
+    """d·ĝ(α) of a hook point. Laws that need importances get those of the default estimator."""
     s, values = hook.summary, hook.importance()
 
     def budget_of(sums: Resample) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a reader must know before trusting the figures of a measurement, a sentence each."""
+"""Caveats: what a reader must know before trusting the figures of a measurement, one sentence each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True) -> list[str]:
-    """What a reader must know before trusting the figures of a measurement."""
+    """Sentences that a reader must know before trusting the figures of a measurement."""
     sentences, name = [], told_apart(hooks)
     if not complete:
         sentences.append("this measurement is a checkpoint of a run that has not ended; resume it with --resume")
@@ -46,7 +46,7 @@ def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True
         if hook.is_basis:
             sentences.append(
                 f"{where}: a basis has {s.d_sae:,} features because the hook point has {hook.width:,} dimensions, so F"
-                " says nothing of the model"
+                " says nothing about the model"
             )
         elif s.n_alive.value > 0.95 * s.d_sae:
             sentences.append(
@@ -64,8 +64,9 @@ def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True
 
 
 def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law: str | None = None) -> list[str]:
-    """Widths whose predicted floor lies below the SAE's own reconstruction error, so that the prediction is of what the
-    SAE does not even see.
+    """A sentence for widths whose predicted floor is below the SAE's own reconstruction error.
+
+    Such a prediction is about less than the SAE misses.
 
     Compared in the same unit: E‖x − x̂‖² and the floor by the estimator that says its importances compare with it, both
     squared activations per token. An SAE that normalises each token has its latents in another unit, and then nothing
@@ -83,8 +84,8 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
             continue
         if hook.linear is False:
             sentences.append(
-                f"{name(hook)}: the SAE's own error is in {estimator.unit} and its floors are not, as its decode does"
-                " not add up its decoder vectors (it normalises each token, say), so the two are not compared"
+                f"{name(hook)}: the SAE's own error is in {estimator.unit} but its floors are not, because its decode"
+                " does not add up its decoder vectors (it may normalise each token); so the two are not compared"
             )
             continue
         below = [f for f in hook_floors(hook, widths, estimator.name, chosen) if f.predicted_floor.value < error.value]
@@ -99,5 +100,5 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
 
 
 def advice_on_fit(basis: bool) -> str:
-    """What to ask oneself where a dictionary leaves too much of the variance unexplained."""
+    """What to ask oneself if a dictionary leaves too much of the variance unexplained."""
     return "keep more coordinates of each token?" if basis else "wrong hook or wrong model?"

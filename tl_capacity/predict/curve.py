@@ -21,7 +21,7 @@ from tl_capacity.runtime.checks import checked
 
 @dataclass(frozen=True)
 class Curve:
-    """A bare importance curve, as published: no sums from which intervals could be computed.
+    """A bare importance curve as published, without the sums that intervals need.
 
     Attributes:
         name: of the layer, or the file.
@@ -39,8 +39,9 @@ class Curve:
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Curve:
-        """Read `{"sorted_importance": […], "alpha": …}`, and the teacher's width `d_model` where it is there; where it
-        also gives `F_alive`, the two must agree.
+        """Read `{"sorted_importance": […], "alpha": …}` from a JSON file.
+
+        The teacher's width `d_model` is read if it is there. If `F_alive` is there, it must agree with the list.
 
         Raises:
             MeasurementError: where the file is no such curve.
@@ -50,7 +51,7 @@ class Curve:
             importance, alpha = np.asarray(content["sorted_importance"], dtype=np.float64), float(content["alpha"])
             d_model = content.get("d_model", 0)
             if not isinstance(d_model, int) or d_model < ("d_model" in content):
-                raise ValueError(f"d_model = {d_model!r} is no width")
+                raise ValueError(f"d_model = {d_model!r} is not a width")
             theory.refined_floor(importance, 0, alpha)  # raises where these are no importances or no sparsity
         except OSError as problem:
             raise MeasurementError(
@@ -58,7 +59,7 @@ class Curve:
             ) from problem
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
             raise MeasurementError(
-                f"{path} is no importance curve ({problem}): it needs `sorted_importance`, a list of numbers, and"
+                f"{path} is not an importance curve ({problem}): it needs `sorted_importance`, a list of numbers, and"
                 " `alpha`"
             ) from problem
         if content.get("F_alive", len(importance)) != len(importance):
@@ -70,8 +71,8 @@ class Curve:
         return cls(f"layer {layer}" if layer is not None else Path(path).stem, importance, alpha, d_model, d_model)
 
     def floors(self, widths: Sequence[int], law: str | None = None) -> list[FloorPrediction]:
-        """Predicted floors, without intervals: a bare curve does not say how uncertain it is; `law` None is the
-        default one.
+        """Predicted floors without intervals, as a bare curve does not say how uncertain it is. `law` None is the
+        default law.
         """
         chosen = plugins().capacity_laws.named(law)
         at = CapacityContext(self.alpha, self.importance, self.hook_width, self.teacher_width)

@@ -1,4 +1,4 @@
-"""Figures of predictions: floors against the student's width, and d* over the SAEs of a hook point."""
+"""Figures of predictions: floors against the student's width, and d* over the SAEs of one hook point."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tl_capacity.show.figures import (
 
 
 def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float] | None = None) -> go.Figure:
-    """Predicted floor against the student's width, with 95% intervals over documents; widths that lose nothing are left
+    """Predicted floor against the student's width, with 95% intervals over documents. Widths that lose nothing are left
     out.
 
     Args:
@@ -79,8 +79,9 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
 
 
 def costs_figure(widths: Sequence[int], floors: Sequence[Estimate], unit: str, chosen: int) -> go.Figure:
-    """Predicted floor of each student width that a plan looked at, with 95% intervals over documents; the planned width
-    is marked.
+    """Predicted floor of each student width that a plan looked at, with 95% intervals over documents.
+
+    The planned width is marked.
     """
     figure = new_figure()
     drawn = [(width, floor) for width, floor in zip(widths, floors, strict=True) if floor.value > 0]
@@ -102,8 +103,9 @@ def costs_figure(widths: Sequence[int], floors: Sequence[Estimate], unit: str, c
 
 
 def suite_figure(hooks: Iterable[HookMeasurement]) -> go.Figure:
-    """Critical width against L0, one point for each SAE, and the line d* = L0 · ln(F/L0) at the median F on which they
-    would lie if only L0 differed.
+    """Critical width against L0, one point for each SAE.
+
+    The line d* = L0 · ln(F/L0) at the median F is where they would lie if only L0 differed.
 
     Raises:
         CapacityError: where no SAE has a sparsity.
@@ -147,8 +149,9 @@ def suite_figure(hooks: Iterable[HookMeasurement]) -> go.Figure:
 
 
 def spliced_figure(curves: Sequence[SplicedCurve], floors: Sequence[SplicedFloor] = ()) -> go.Figure:
-    """KL of the spliced teacher against the number of features that stay, a line for each curve, with 95% intervals
-    over documents; dotted, what every latent gives.
+    """KL of the spliced teacher against the number of features that stay, one line for each curve.
+
+    Intervals are 95% over documents. A dotted line shows the KL with every latent.
 
     Args:
         floors: of student widths, each marked on its curve.

@@ -1,4 +1,4 @@
-"""Predicted loss floors of student widths, from what was measured at a hook point."""
+"""Predicted loss floors of student widths, from the measurement of a hook point."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FloorPrediction:
-    """The loss that a student of one width cannot avoid, according to one capacity law and importance estimator.
+    """The loss that a student of one width cannot avoid, by one capacity law and one importance estimator.
 
     Attributes:
         hook: the hook point that was measured, or the curve's name; where several SAEs were measured there, the SAE's
@@ -50,7 +50,7 @@ class FloorPrediction:
     caveat: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A flat object, as `tl-capacity floor --json` prints it."""
+        """A flat JSON object, as `tl-capacity floor --json` prints it."""
         return {
             "hook": self.hook,
             "width": self.width,
@@ -77,7 +77,7 @@ class FloorPrediction:
 
 
 def floor_cells(floors: Sequence[FloorPrediction]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of predicted floors, as text; the unit is beside each floor where there are several."""
+    """Header and rows of predicted floors, as text. The unit is beside each floor if there are several units."""
     units = {f.unit for f in floors}
     unit = f" ({per_token(floors[0].unit)})" if len(units) == 1 and floors[0].unit else ""
     return ["hook", "width", "kept", "lost", f"predicted floor{unit}", "share of total"], [
@@ -96,7 +96,7 @@ def floor_cells(floors: Sequence[FloorPrediction]) -> tuple[list[str], list[list
 def hook_floors(
     hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: CapacityLaw
 ) -> list[FloorPrediction]:
-    """Predicted floors of one hook point, every figure with its document-bootstrap interval."""
+    """Predicted floors of one hook point. Every figure has its interval from the document bootstrap."""
     widths = checked_widths(widths)
     if not widths:
         return []
@@ -110,7 +110,7 @@ def hook_floors(
 
 
 def sparsity(hook: HookMeasurement) -> float:
-    """α of a hook point.
+    """α of a hook point, the probability that an alive feature is not active on a token.
 
     Raises:
         CapacityError: where none is defined, with no feature alive or all of them always active.
@@ -127,7 +127,7 @@ def sparsity(hook: HookMeasurement) -> float:
 def resampled(
     hook: HookMeasurement, importance: str | None, statistic: Callable[[NDArray[np.float64], float], Sequence[float]]
 ) -> list[Estimate]:
-    """Figures that follow from the alive features' importances [feature] and their sparsity, with intervals over
+    """Figures computed from the alive features' importances [feature] and their sparsity, with intervals over
     documents.
 
     Raises:
@@ -146,8 +146,9 @@ def resampled(
 
 
 def floor_numbers(at: CapacityContext, widths: Sequence[int], law: CapacityLaw) -> list[float]:
-    """For each width in turn what a `FloorPrediction` says, in its order: features kept and lost, the share kept,
-    refined and naive floor, the share lost.
+    """The numbers of a `FloorPrediction` for each width, in its order.
+
+    They are features kept and lost, the share kept, refined and naive floor, and the share lost.
     """
     features, total = at.n_features, float(at.importance.sum())
     held = budgets(law, widths, at)
@@ -161,7 +162,7 @@ def floor_numbers(at: CapacityContext, widths: Sequence[int], law: CapacityLaw) 
 def floor_predictions(
     hook: str, widths: Sequence[int], estimates: Sequence[Estimate], importance: str, unit: str, law: CapacityLaw
 ) -> list[FloorPrediction]:
-    """The floors of some widths from the estimates of their `floor_numbers`, with or without intervals."""
+    """The floors of some widths, from the estimates of their `floor_numbers`."""
     predictions, numbers = [], iter(estimates)
     for width in widths:
         kept, lost, kept_share, refined, naive, share = (next(numbers) for _ in range(6))
@@ -185,12 +186,12 @@ def floor_predictions(
 
 
 def checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """The widths, each of which is a student's, each once.
+    """The student widths, checked, each once.
 
     Raises:
         CapacityError: where one is below 1.
     """
     for width in widths:
         if width < 1:
-            raise CapacityError(f"width {width} is no student width: pass whole numbers of at least 1")
+            raise CapacityError(f"width {width} is not a student width: pass whole numbers of at least 1")
     return tuple(dict.fromkeys(widths))

@@ -1,6 +1,4 @@
-"""Forecasts: floors of student widths that were predicted before a student was trained, one record each, saved as
-forecasts.json.
-"""
+"""Forecasts: floors of student widths that were predicted before training, one record each, saved as forecasts.json."""
 
 from __future__ import annotations
 
@@ -58,7 +56,7 @@ class Forecast:
         if not self.predictor or not self.unit:
             raise CapacityError(f"{about} lacks the predictor's name or the unit: give both")
         if not isinstance(self.width, int) or isinstance(self.width, bool) or self.width < 1:
-            raise CapacityError(f"{about} is of no student width: give a whole number of at least 1")
+            raise CapacityError(f"{about} is not for a student width: give a whole number of at least 1")
         low, high = self.floor.low, self.floor.high
         if not (isfinite(self.floor.value) and self.floor.value >= 0):
             raise CapacityError(f"{about} is {self.floor.value:g}: a floor is a finite number of at least 0")
@@ -69,11 +67,11 @@ class Forecast:
 
     @property
     def series(self) -> tuple[str, str, str, str, str]:
-        """What it shares with the forecasts of other widths: predictor, hook, SAE, law and order."""
+        """What it has in common with the forecasts of other widths: predictor, hook, SAE, law and order."""
         return self.predictor, self.hook, self.sae, self.law, self.order
 
     def to_json(self) -> dict[str, Any]:
-        """A flat object."""
+        """The forecast as a flat JSON object."""
         return {
             "predictor": self.predictor,
             "hook": self.hook,
@@ -89,7 +87,7 @@ class Forecast:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Forecast:
-        """What `to_json` gave, checked.
+        """The checked forecast that `to_json` gave.
 
         Raises:
             KeyError, TypeError, ValueError: where it lacks or garbles something.
@@ -110,7 +108,7 @@ _TEXT = ("predictor", "hook", "sae", "law", "order", "unit")
 
 @dataclass(frozen=True)
 class Forecasts(ShownInNotebooks):
-    """Floors that predictors forecast for one teacher; shows itself in a terminal and a notebook.
+    """Floors that predictors forecast for one teacher. They show themselves in a terminal and a notebook.
 
     Attributes:
         records: one for each predictor, hook point, SAE, law, order and width.
@@ -141,18 +139,18 @@ class Forecasts(ShownInNotebooks):
 
     @property
     def series(self) -> dict[tuple[str, str, str, str, str], dict[int, Forecast]]:
-        """Forecasts by what those of other widths share (predictor, hook, SAE, law, order), and then by width."""
+        """Forecasts by series (predictor, hook, SAE, law, order), and then by width."""
         by_series: dict[tuple[str, str, str, str, str], dict[int, Forecast]] = {}
         for each in self.records:
             by_series.setdefault(each.series, {})[each.width] = each
         return by_series
 
     def floors(self, predictor: str, hook: str = "") -> dict[int, Estimate]:
-        """The floor of each width by one predictor, at a hook point or of the whole model."""
+        """The floor of each width by one predictor, at a hook point or for the whole model."""
         return {each.width: each.floor for each in self.records if (each.predictor, each.hook) == (predictor, hook)}
 
     def check_teacher(self, model: str) -> None:
-        """Refuse forecasts of another teacher; those that do not say of which they are pass.
+        """Refuse forecasts of another teacher. Forecasts that name no teacher pass.
 
         Raises:
             MeasurementError: names both.
@@ -164,7 +162,7 @@ class Forecasts(ShownInNotebooks):
             )
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """All forecasts as a JSON object."""
         return {
             "schema": SCHEMA,
             "about": dict(self.about),
@@ -174,7 +172,7 @@ class Forecasts(ShownInNotebooks):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Forecasts:
-        """What `to_json` gave, checked.
+        """The checked forecasts that `to_json` gave.
 
         Raises:
             KeyError, TypeError, ValueError: where it lacks or garbles something.
@@ -222,8 +220,10 @@ class Forecasts(ShownInNotebooks):
         return pandas.DataFrame([each.to_json() for each in self.records], columns=list(columns))
 
     def plot(self) -> Any:
-        """A plotly figure: forecast floor against width with its 95% intervals, a line for each predictor, hook
-        point, SAE, law and order. Of several units, only the floors in nats per token are drawn.
+        """A plotly figure of forecast floors against width, with 95% intervals.
+
+        There is a line for each predictor, hook point, SAE, law and order. If there are several units, only floors in
+        nats per token are drawn.
 
         Raises:
             CapacityError: where there is none to draw.
@@ -240,8 +240,9 @@ class Forecasts(ShownInNotebooks):
         return series_figure(rows, f"forecast floor ({unit})")
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a table: a row for each predictor, hook point, SAE, law and order, a column for each
-        width.
+        """Header and rows of a table, with one column for each width.
+
+        There is a row for each predictor, hook point, SAE, law and order.
         """
         widths = sorted({each.width for each in self.records})
         header = ["predictor", "hook", "SAE", "law", "order", "unit", *(f"{width:,}" for width in widths)]
@@ -268,7 +269,7 @@ _TITLE = "Forecast floors by student width [95% interval over documents]"
 
 @checked
 def spliced_and_forecasts(path: str | Path) -> tuple[Spliced | None, Forecasts | None]:
-    """What a folder holds of both, or what a file of either kind holds; None for what is not there.
+    """The splice and the forecasts in a folder or file; None for what is not there.
 
     Raises:
         MeasurementError: where it holds neither, or what it holds is damaged.

@@ -1,4 +1,4 @@
-"""Capacity laws, asked safely: features that a width keeps, and the width that keeps so many features."""
+"""Capacity laws, asked safely: how many features a width keeps, and which width keeps so many features."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ if TYPE_CHECKING:
     from tl_capacity.results.hook import HookMeasurement
 
 WIDEST = 2**31
-"""Where the search for a width ends."""
+"""The largest width that is searched."""
 
 
 def context_at(hook: HookMeasurement, importance: NDArray[np.float64], alpha: float) -> CapacityContext:
-    """What a law is told of a hook point, for these importances of its alive features and their sparsity."""
+    """What a law is told about a hook point, for these importances of its alive features and their sparsity."""
     return CapacityContext(alpha, importance, hook.width, hook.teacher_width)
 
 
 def knows_enough(law: CapacityLaw, at: CapacityContext) -> bool:
-    """Whether a law can be asked: one that overrides `kept` may look at widths that a bare curve does not say."""
+    """Whether a law can be asked.
+
+    A law that overrides `kept` may need widths that a bare curve does not have.
+    """
     return _is_per_dimension(law) or bool(at.hook_width and at.teacher_width)
 
 
 def budgets(law: CapacityLaw, widths: Sequence[int], at: CapacityContext) -> NDArray[np.float64]:
-    """d_S · ĝ for each width d_S, by some law: the features that it keeps, before they are rounded down.
+    """d_S · ĝ for each width d_S, by one law: the number of features that it keeps, before rounding down.
 
     Raises:
         CapacityError: where the law needs widths that are not known.
@@ -44,7 +47,7 @@ def budgets(law: CapacityLaw, widths: Sequence[int], at: CapacityContext) -> NDA
 
 
 def kept_features(law: CapacityLaw, width: int, at: CapacityContext) -> int:
-    """F_S = min(⌊d_S · ĝ⌋, F), by some law."""
+    """F_S = min(⌊d_S · ĝ⌋, F), by one law."""
     return int(features_within(budgets(law, [width], at), at.n_features)[0])
 
 
@@ -54,8 +57,9 @@ def features_within(budgets: Any, n_features: int) -> NDArray[np.int64]:
 
 
 def exact_width(law: CapacityLaw, features: int, at: CapacityContext) -> float:
-    """The narrowest width d_S that keeps so many features, by some law; no whole number where the law is linear in the
-    width.
+    """The narrowest width d_S that keeps so many features, by one law.
+
+    It is not a whole number if the law is linear in the width.
 
     Raises:
         CapacityError: where no width keeps as many.

@@ -1,4 +1,4 @@
-"""Floor predictors, asked safely: what each says of some widths, at every hook point, importance and law that it
+"""Floor predictors, asked safely: the floors of some widths at each hook point, importance and law that a predictor
 distinguishes.
 """
 
@@ -27,7 +27,7 @@ from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS
 
 ALL_COMPONENTS = BASES[1]
-"""The architecture of a basis of principal components that keeps every coordinate, from which a spectrum is read."""
+"""The architecture of a basis of principal components that keeps every coordinate. A spectrum is read from it."""
 
 
 @checked
@@ -40,7 +40,7 @@ def forecasts_of(
     parameters: Mapping[int, int] | None = None,
     predictors: Iterable[FloorPredictor] | None = None,
 ) -> Forecasts:
-    """What every registered floor predictor says of some student widths.
+    """The forecasts of every registered floor predictor for some student widths.
 
     A predictor is asked once for each hook point, importance and law that it says its floors vary with. The
     notes are those of what is given, and name the predictors that say nothing, with what they lack.
@@ -93,8 +93,9 @@ def contexts_of(
     forecasts: Forecasts | None = None,
     parameters: Mapping[int, int] | None = None,
 ) -> Iterator[FloorContext]:
-    """What predictors are told: one context for each hook point, SAE, measured importance and law, one for a basis that
-    has no sparsity, and one for each further hook point of the forecasts.
+    """The contexts that predictors are asked in: one for each hook point, SAE, measured importance and law.
+
+    A basis without a sparsity has one context, and so has each further hook point of the forecasts.
     """
     known, widths = forecasts or Forecasts(()), parameters or {}
     for hook in hooks:
@@ -128,12 +129,12 @@ def contexts_of(
 
 
 def importances_of(hook: HookMeasurement) -> list[str]:
-    """The importance estimators that were measured at a hook point, or need nothing but what every measurement has."""
+    """The importance estimators that were measured at a hook point, or that every measurement allows."""
     return [estimator.name for estimator in plugins().importance_estimators if _is_measured(hook, estimator.name)]
 
 
 def spectrum_at(hooks: Iterable[HookMeasurement], name: str) -> NDArray[np.float64] | None:
-    """λ [component], variances of the activation along its principal components, the leading component first.
+    """λ [component]: variances of the activation along its principal components, largest first.
 
     They are those of the text that was measured, along the components that the basis was fitted to. None where no basis
     of principal components with every coordinate (`pca:HOOK`, without k) was measured at the hook point.
@@ -147,7 +148,7 @@ def spectrum_at(hooks: Iterable[HookMeasurement], name: str) -> NDArray[np.float
 
 
 def _budget(law: CapacityLaw, features: CapacityContext) -> Callable[[int], float]:
-    """d_S · ĝ(α) by one law, asked once for each width."""
+    """d_S · ĝ(α) by one law. Each width is asked once."""
     return cache(lambda width: float(budgets(law, [width], features)[0]))
 
 
@@ -162,8 +163,9 @@ def _is_measured(hook: HookMeasurement, importance: str) -> bool:
 def _floors_at(
     forecasts: Forecasts, hook: str, sae: str = "", law: str = "", order: str = ""
 ) -> dict[str, dict[int, Estimate]]:
-    """Floors by predictor and width that hold at a hook point; a record that leaves a name empty holds for all, unless
-    another says more.
+    """Floors by predictor and width that hold at a hook point.
+
+    A record that leaves a name empty holds for all names, unless another record is more specific.
     """
     found: dict[str, dict[int, Estimate]] = {}
     for (predictor, *names), by_width in sorted(forecasts.series.items(), key=lambda each: sum(map(bool, each[0]))):
@@ -179,7 +181,7 @@ def _varies_with(predictor: FloorPredictor) -> Sequence[str]:
 
 
 def _records(predictor: FloorPredictor, widths: Sequence[int], contexts: Sequence[FloorContext]) -> Iterator[Forecast]:
-    """What a predictor says in the contexts that it tells apart, the first of each."""
+    """What a predictor says in the contexts that it tells apart. Of equal contexts, the first is asked."""
     varies, seen = _varies_with(predictor), set[tuple[str, ...]]()
     for at in contexts:
         if predictor.knows_features and not at.features.n_features:
@@ -200,7 +202,7 @@ def _records(predictor: FloorPredictor, widths: Sequence[int], contexts: Sequenc
 
 
 def _asked(predictor: FloorPredictor, widths: Sequence[int], at: FloorContext) -> list[Estimate | None]:
-    """The floor of each width, None where the predictor says nothing of it.
+    """The floor of each width; None if the predictor has none.
 
     Raises:
         PluginError: where it fails, or what it gives is no floor for each width.
@@ -235,4 +237,4 @@ def _missing(silent: Sequence[FloorPredictor]) -> Iterator[str]:
     """A sentence for each command that would give predictors what they lack, and one for the others."""
     for command in dict.fromkeys(predictor.made_by for predictor in silent):
         names = ", ".join(predictor.name for predictor in silent if predictor.made_by == command)
-        yield f"nothing is known here of {names}" + (f": run {command}, and pass what it wrote" if command else "")
+        yield f"no forecast by {names}" + (f": run {command}, and pass what it wrote" if command else "")

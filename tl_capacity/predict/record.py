@@ -1,4 +1,4 @@
-"""The record of predictions in nats: how far each way to predict was from what students reached, where it was checked.
+"""The record of predictions in nats: how far each method was from what students reached, where it was checked.
 
 The numbers are data of the package, record.json, which docs/write_record.py writes from docs/results/splice.json and
 the runs that its page names.
@@ -22,7 +22,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Check:
-    """One prediction in nats per token that could be compared with students.
+    """One prediction in nats per token, with what students reached.
 
     Attributes:
         predictor: the floor predictor.
@@ -52,7 +52,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Record:
-    """All checks of one way to predict.
+    """All checks of one method.
 
     Attributes:
         low, high: the smallest and the largest number of times that students reached what was predicted.
@@ -63,7 +63,7 @@ class Record:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Observed over predicted, of each check."""
+        """Observed over predicted loss, for each check."""
         return tuple(check.observed / check.predicted for check in self.checks)
 
     @property
@@ -79,7 +79,7 @@ class Record:
         return max(self.ratios)
 
     def sentence(self) -> str:
-        """How far off it was, and where it was checked."""
+        """How far off the method was, and where it was checked."""
         return (
             f"students reached {self.low:.2g} to {self.high:.2g} times its floor, {self.median:.2g} times in the middle"
             f" ({self.where()})"
@@ -96,13 +96,13 @@ class Record:
 
 
 def record_of(predictor: str, importance: str = "", law: str = "") -> Record | None:
-    """How far one way to predict was off, where it was checked; None where it never was."""
+    """How far one method was off; None if it was never checked."""
     mine = tuple(check for check in all_checks() if check.method == (predictor, importance, law))
     return Record(mine) if mine else None
 
 
 def records(methods: Iterable[tuple[str, str, str]]) -> list[str]:
-    """How far some methods were off, a sentence for each that was ever checked.
+    """A sentence on how far off each method was, for methods that were ever checked.
 
     Args:
         methods: predictor, importance and law of each.
@@ -127,8 +127,9 @@ def all_checks() -> tuple[Check, ...]:
 
 
 def checks_from(rows: Iterable[Mapping[str, Any]]) -> tuple[Check, ...]:
-    """Checks from the rows of a file; such as predicted or observed nothing are left out, because no number of times
-    leads from or to zero.
+    """Checks from the rows of a file, without those that predicted or observed nothing.
+
+    No factor leads from or to zero.
     """
     checks = (Check(**row) for row in rows)
     return tuple(check for check in checks if check.predicted > 0 and check.observed > 0)

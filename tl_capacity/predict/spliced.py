@@ -1,5 +1,7 @@
-"""Spliced: the KL of a teacher in which only the most important features pass a hook point, in nats per token, against
-how many pass; the floor of any width by any capacity law is read from it.
+"""Spliced: KL in nats per token of a teacher in which only the most important features pass a hook point, against how
+many pass.
+
+The floor of any width, by any capacity law, is read from it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Spliced(ShownInNotebooks):
-    """Curves of some hook points, dictionaries and orders of one teacher; shows itself in a terminal and a notebook.
+    """Curves of some hook points, dictionaries and orders of one teacher. They show themselves in a terminal and a
+    notebook.
 
     Attributes:
         curves: one for each hook point, dictionary and order.
@@ -47,9 +50,7 @@ class Spliced(ShownInNotebooks):
         return iter(self.curves)
 
     def curve_of(self, hook: HookMeasurement, importance: str | None = None) -> SplicedCurve | None:
-        """The curve of a hook point and SAE by an importance, the default one where none is named; None where there is
-        none.
-        """
+        """The curve of a hook point and SAE by one importance, by default the default one; None if there is none."""
         wanted = (hook.hook, hook.sae_digest, hook.estimator(importance).name)
         return next((c for c in self.curves if (c.hook, c.sae_digest, c.order) == wanted), None)
 
@@ -57,7 +58,7 @@ class Spliced(ShownInNotebooks):
     def floors(
         self, hooks: Iterable[HookMeasurement], widths: Sequence[int], law: str | None = None
     ) -> list[SplicedFloor]:
-        """The floor of each width from each curve, by the default capacity law or the one that is named.
+        """The floor of each width from each curve, by one capacity law, by default the default one.
 
         Args:
             hooks: the measurement that the curves were made from, or some of its hook points: of these come sparsity
@@ -77,7 +78,8 @@ class Spliced(ShownInNotebooks):
         ]
         if widths and not floors:
             raise CapacityError(
-                "no curve is of a hook point and SAE of this measurement: pass the measurement that was spliced"
+                "the splice has no curve for a hook point and SAE of this measurement: pass the measurement that was"
+                " spliced"
             )
         return floors
 
@@ -86,8 +88,8 @@ class Spliced(ShownInNotebooks):
         name = places_told_apart((curve.hook, curve.sae) for curve in self.curves)
         notes = [
             f"{name(curve.hook, curve.sae)}: with every latent kept the KL is"
-            f" {curve.error.show(significant(curve.error.value))} {NATS}: no width's floor read here is lower, so"
-            " below that the dictionary is the limit and not the width"
+            f" {curve.error.show(significant(curve.error.value))} {NATS}: no floor read here is lower, so below that"
+            " the dictionary is the limit and not the width"
             for curve in self.curves
             if not curve.keep_error
         ]
@@ -96,7 +98,7 @@ class Spliced(ShownInNotebooks):
         return list(dict.fromkeys(notes))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole result as a JSON object."""
         return {"schema": SCHEMA, "about": dict(self.about), "curves": [curve.to_json() for curve in self.curves]}
 
     @checked
@@ -121,14 +123,14 @@ class Spliced(ShownInNotebooks):
         try:
             if content["schema"] != SCHEMA:
                 raise MeasurementError(
-                    f"{file} is of schema {content['schema']!r} and this version reads {SCHEMA}: update tl-capacity"
+                    f"{file} has schema {content['schema']!r}, but this version reads {SCHEMA}: upgrade tl-capacity"
                 )
             return cls(tuple(map(SplicedCurve.from_json, content["curves"])), dict(content["about"]))
         except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise MeasurementError(f"{file} lacks or garbles {problem}: splice again") from problem
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a row for each curve and number of kept features."""
+        """A pandas DataFrame with one row for each curve and number of kept features."""
         import pandas
 
         return pandas.DataFrame(
@@ -150,13 +152,13 @@ class Spliced(ShownInNotebooks):
         )
 
     def plot(self) -> Any:
-        """A plotly figure: KL against the number of kept features, a line for each curve."""
+        """A plotly figure of KL against the number of kept features, one line for each curve."""
         from tl_capacity.predict.figures import spliced_figure
 
         return spliced_figure(self.curves)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a table: a row for each curve and number of kept features."""
+        """Header and rows of a table, with one row for each curve and number of kept features."""
         return ["hook", "SAE", "order", "kept", f"KL ({NATS})"], [
             [curve.hook, curve.sae, curve.order, f"{kept:,}", estimate.show(significant(estimate.value))]
             for curve in self.curves

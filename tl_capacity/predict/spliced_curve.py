@@ -16,7 +16,7 @@ from tl_capacity.plugins import plugins
 from tl_capacity.results.estimate import Estimate, document_resamples, estimate_around
 
 GRID = 2_000
-"""Places at which a curve is looked up when it is read backwards."""
+"""Number of places at which a curve is evaluated when it is read backwards."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class SplicedCurve:
 
     @property
     def importance(self) -> str | None:
-        """The estimator by which features were ranked; None of an order of the user's own, which has no importances
-        that a law could look at.
+        """The estimator that ranked the features.
+
+        None for an order of the user's own, which has no importances for a law to look at.
         """
         return self.order if self.order in plugins().importance_estimators else None
 
@@ -64,12 +65,12 @@ class SplicedCurve:
 
     @cached_property
     def replicates(self) -> NDArray[np.float64] | None:
-        """The same in each replicate of the document bootstrap [replicate, kept]; None with too few documents."""
+        """KL in each replicate of the document bootstrap [replicate, kept]; None with too few documents."""
         weights = document_resamples(self.tokens)
         return None if weights is None else (weights @ self.kl) / (weights @ self.tokens)[:, None]
 
     def at(self, kept: int | float) -> Estimate:
-        """KL in nats per token where so many features stay, with its interval over documents.
+        """KL in nats per token if so many features stay, with its interval over documents.
 
         Between the numbers that were run it is interpolated (PCHIP, over the logarithm of the number plus one).
 
@@ -78,18 +79,19 @@ class SplicedCurve:
         """
         if not 0 <= kept <= self.alive:
             raise CapacityError(
-                f"{kept:,.0f} features cannot stay at {self.hook}, which has {self.alive:,} alive ones: choose a number"
-                " from 0 to that"
+                f"{kept:,.0f} features cannot stay at {self.hook}, which has {self.alive:,} alive ones: choose a"
+                f" number from 0 to {self.alive:,}"
             )
         return self._estimate(lambda curves: _interpolated(self.kept, curves, np.array([float(kept)]))[:, 0])
 
     def values(self, kept: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
-        """KL in nats per token [number] where so many features stay, for several numbers at once, without intervals."""
+        """KL in nats per token [number] for several numbers of features that stay, without intervals."""
         return np.asarray(_interpolated(self.kept, self.mean[None], np.asarray(kept, dtype=np.float64))[0])
 
     def features_for(self, kl: int | float, draws: NDArray[np.float64] | None = None) -> Estimate | None:
-        """How many features must stay for a KL of at most so many nats per token, with its interval over documents;
-        None where not even all of them reach it.
+        """How many features must stay for at most this KL in nats per token, with its interval over documents.
+
+        None if not even all of them are enough.
 
         Args:
             kl: in nats per token.
@@ -111,18 +113,20 @@ class SplicedCurve:
 
     @property
     def error(self) -> Estimate:
-        """KL with every latent kept: what the dictionary's own reconstruction costs."""
+        """KL with every latent kept: the loss that the dictionary's own reconstruction costs."""
         return self.at(self.alive)
 
     def _estimate(self, statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Estimate:
-        """A statistic of curves [curve, kept] → [curve], of the mean curve, with its interval over documents."""
+        """A statistic of the mean curve, with its interval over documents; it maps curves [curve, kept] to numbers
+        [curve].
+        """
         value = float(statistic(self.mean[None])[0])
         if self.replicates is None:
             return Estimate(value)
         return estimate_around(value, statistic(self.replicates)).within(0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; sums with all their digits, so that a floor read later is the same."""
+        """The curve as a JSON object. Sums have all their digits, so that a floor read later is the same."""
         return {
             **{name: getattr(self, name) for name in _NAMES},
             "kept": list(self.kept),
@@ -132,7 +136,7 @@ class SplicedCurve:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> SplicedCurve:
-        """What `to_json` gave, checked."""
+        """The checked curve that `to_json` gave."""
         curve = cls(
             **{name: saved[name] for name in _NAMES},
             kept=tuple(int(number) for number in saved["kept"]),
@@ -151,7 +155,7 @@ _NAMES = ("hook", "sae", "sae_digest", "architecture", "width", "order", "lost",
 
 
 def _interpolated(kept: Sequence[int], curves: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Curves [curve, kept] at other numbers [wanted] → [curve, wanted]; exact where one was run."""
+    """Curves [curve, kept] at other numbers of features → [curve, wanted]. They are exact where one was run."""
     from scipy.interpolate import PchipInterpolator
 
     if len(kept) == 1:

@@ -11,12 +11,12 @@ from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.units import NATS
 
 PREDICTOR = "splice"
-"""What such floors are called beside those of other predictors."""
+"""Name of these floors beside those of other predictors."""
 
 
 @dataclass(frozen=True)
 class SplicedFloor:
-    """The floor of one width by one capacity law, in nats per token: nothing of it is fitted to students.
+    """The floor of one width by one capacity law, in nats per token. Nothing of it is fitted to students.
 
     Attributes:
         hook, sae, order: of the curve that it was read from.
@@ -37,11 +37,11 @@ class SplicedFloor:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """The method that it is by: predictor, importance and law."""
+        """The method behind it: predictor, importance and law."""
         return PREDICTOR, self.order, self.law
 
     def to_json(self) -> dict[str, Any]:
-        """A flat object."""
+        """The floor as a flat JSON object."""
         return {
             "predictor": PREDICTOR,
             "hook": self.hook,
@@ -75,8 +75,9 @@ def floor_cells(floors: Sequence[SplicedFloor]) -> tuple[list[str], list[list[st
 
 
 def kept_whole(floors: Iterable[SplicedFloor]) -> list[str]:
-    """Which widths keep every feature by some law, a sentence for each hook point and order: their floor is what the
-    dictionary's own reconstruction costs, whatever the width.
+    """A sentence for each hook point and order, on widths that keep every feature by one law.
+
+    The floor of these widths is what the dictionary's own reconstruction costs.
     """
     groups: dict[tuple[str, str, str], list[int]] = {}
     said = list(floors)

@@ -1,6 +1,4 @@
-"""Suites: several SAEs of one hook point, and how far d* is a property of the model rather than of the dictionary that
-was chosen.
-"""
+"""Suites: several SAEs of one hook point, and how far d* depends on the dictionary rather than on the model."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ COLUMNS = (
 """The figures of each SAE of a suite."""
 
 EQUAL_L0 = 1.05
-"""SAEs whose L0s lie within this factor of each other say nothing of how d* depends on L0."""
+"""SAEs whose L0s lie within this factor of each other do not show how d* depends on L0."""
 
 
 @dataclass(frozen=True)
@@ -43,36 +41,34 @@ class Suite:
 
     @property
     def curve(self) -> list[tuple[float, float]]:
-        """`(L0, d*)` of each SAE in the sparse regime, L0 < F/e; beyond it, d* falls again as more
-        features are active.
-        """
+        """`(L0, d*)` of each SAE in the sparse regime, L0 < F/e. Beyond it, d* falls as more features are active."""
         figures = [(h.summary.l0.value, h.summary.n_alive.value, h.summary.critical_width.value) for h in self.saes]
         return [(l0, width) for l0, alive, width in figures if 0 < l0 < alive / e]
 
     @property
     def exponent(self) -> float | None:
-        """The b of d* ∝ L0^b, by least squares on logarithms; None where the SAEs do not differ in L0."""
+        """The b of d* ∝ L0^b, by least squares on logarithms; None if the SAEs do not differ in L0."""
         l0, width = np.array(self.curve).reshape(-1, 2).T
         if len(l0) < 2 or l0.max() <= EQUAL_L0 * l0.min():
             return None
         return float(np.polyfit(np.log(l0), np.log(width), 1)[0])
 
     def statement(self) -> str:
-        """How far the answer depends on the dictionary, in a sentence."""
+        """How far d* depends on the dictionary, in one sentence."""
         widths = sorted(width for _, width in self.curve)
         if len(widths) < 2:
             sparse = (
                 f"{len(widths)} of {len(self.saes)} dictionaries {'is' if len(widths) == 1 else 'are'} sparse (L0 <"
                 " F/e)"
             )
-            return f"{self.hook}: {sparse}, so nothing can be said of how d* depends on the dictionary"
+            return f"{self.hook}: {sparse}, so they do not show how d* depends on the dictionary"
         low, high = widths[0], widths[-1]
         spread = (
             f"{self.hook}: d* lies between {low:,.1f} and {high:,.1f} ({high / low:.2f}-fold) over {len(widths)}"
             " dictionaries"
         )
         if self.exponent is None:
-            return f"{spread} of nearly the same L0: this much depends on what else they differ in"
+            return f"{spread} of nearly the same L0: this much comes from other differences between them"
         l0 = [x for x, _ in self.curve]
         return (
             f"{spread} with L0 from {l0[0]:,.1f} to {l0[-1]:,.1f}, about as L0^{self.exponent:.2f}: twice the L0 gives"
