@@ -8,7 +8,7 @@ from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import Recipe
 
 RECIPES = (
-    Recipe("demo", "The whole way in a minute, from counting features to a report", "tl_capacity.recipes.demo:main"),
+    Recipe("demo", "Go the whole way in a minute, from counting features to a report", "tl_capacity.recipes.demo:main"),
     Recipe("distill", "Distil a teacher into students of several widths at once", "tl_capacity.recipes.distill:main"),
     Recipe(
         "check-importance",
@@ -27,28 +27,28 @@ RECIPES = (
     ),
     Recipe(
         "placement",
-        "What does it cost, in nats, to choose which features students keep?",
+        "Train students to keep chosen features, and say what that costs in nats",
         "tl_capacity.recipes.placement:main",
     ),
     Recipe(
         "pythia-floor",
-        "Measure, predict, distil and compare: are the predicted floors those observed?",
+        "Run the paper's experiment: measure, predict, distil, and compare the floors",
         "tl_capacity.recipes.pythia_floor:main",
     ),
     Recipe(
         "probe",
-        "Which concepts do linear probes still tell from a model's and its students' activations?",
+        "Say which concepts linear probes still tell from a model's and its students' activations",
         "tl_capacity.recipes.probe:main",
     ),
-    Recipe("recover", "Which features of the teacher did its students keep?", "tl_capacity.recipes.recover:main"),
+    Recipe("recover", "Count which of the teacher's features its students kept", "tl_capacity.recipes.recover:main"),
     Recipe(
         "rivals",
-        "What do floors say that know nothing of features, and what can no student beat?",
+        "Compute floors without any features, and a bound that no student can beat",
         "tl_capacity.recipes.rivals:main",
     ),
     Recipe(
         "splice",
-        "What does the teacher lose, in nats, with only the features that a width may keep?",
+        "Say what the teacher loses, in nats, with only the features that a width may keep",
         "tl_capacity.recipes.splice:main",
     ),
     Recipe(

@@ -1,5 +1,6 @@
-"""Checks importances in nats by exact ablations: a sample of latents is set to zero one at a time, and the KL that it
-costs stands beside each estimate.
+"""Checks importances in nats against exact ablations.
+
+It sets a sample of latents to zero, one at a time. The KL that each costs stands beside its importance estimates.
 
 `tl-capacity run check-importance --model embedded --hook blocks.3.hook_resid_post`
 """
@@ -39,20 +40,18 @@ class CheckImportanceConfig:
     model: str = option("embedded", "A model name, folder or hub id.")
     hook: str = option(
         "",
-        "The hook point, in TransformerLens' names; by default the SAE's own, or the middle one of those that come with"
-        " the model.",
+        "Hook point, by TransformerLens' name. Default: the SAE's own, or the middle one of those that come with the"
+        " model.",
     )
-    sae: str = option("", "An SAE folder or RELEASE/SAE_ID; by default the one that comes with the model.")
-    source: str = option("", "The token source; by default the corpus that belongs to the model.")
+    sae: str = option("", "SAE folder or RELEASE/SAE_ID. Default: the one that comes with the model.")
+    source: str = option("", "Text to read. Default: the text that comes with the model.")
     importance: tuple[str, ...] = option(("gradient", "fisher", "second_moment", "firing_rate"), "Estimators to check.")
-    rows: int = option(32, "Rows of text to ablate on; only rows that fill the context are taken.")
-    context: int | None = option(
-        None, "Positions in a row, BOS included; by default what the model takes, at most 256."
-    )
+    rows: int = option(32, "Rows of text to ablate on. Only rows that fill the context count.")
+    context: int | None = option(None, "Positions in a row, BOS included. Default: what the model takes, at most 256.")
     latents: int = option(
-        100, "Latents to ablate, evenly spaced in the order of the first estimator's importance among those that fire."
+        100, "Latents to ablate: evenly spaced among those that fire, ordered by the first estimator."
     )
-    out: Path | None = option(None, "A folder for check_importance.json.")
+    out: Path | None = option(None, "Folder for check_importance.json.")
 
 
 def main(config: CheckImportanceConfig) -> None:
@@ -120,7 +119,7 @@ def main(config: CheckImportanceConfig) -> None:
 
 
 def _with_dictionary(config: CheckImportanceConfig, loaded: LoadedModel) -> tuple[CheckImportanceConfig, Any]:
-    """The SAE to check with, and the settings with its hook point where none was given.
+    """The SAE to check with, and the settings with its hook point filled in.
 
     Raises:
         CapacityError: where none comes with the model, or it does not name its hook point.
@@ -141,7 +140,7 @@ def _with_dictionary(config: CheckImportanceConfig, loaded: LoadedModel) -> tupl
 
 
 def full_rows(stream: TokenStream, wanted: int) -> torch.Tensor:
-    """int64 [row, position]: the first rows of a stream that need no padding.
+    """The first rows of a stream that need no padding: int64 [row, position].
 
     Raises:
         TokenSourceError: where the source has fewer.
@@ -152,8 +151,8 @@ def full_rows(stream: TokenStream, wanted: int) -> torch.Tensor:
         if len(full) >= wanted:
             return torch.from_numpy(np.stack(full[:wanted]))
     raise TokenSourceError(
-        f"{stream.name()} has {len(full)} rows that fill a context of {stream.context}, not {wanted}: choose fewer"
-        " --rows or a shorter --context"
+        f"{stream.name()} has {len(full)} rows that fill a context of {stream.context}, fewer than {wanted}: choose"
+        " fewer --rows or a shorter --context"
     )
 
 

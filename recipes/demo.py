@@ -1,4 +1,4 @@
-"""The first minute: the whole way on the embedded teacher, from counting its features to a report, as a smoke test:
+"""The first minute: everything on the embedded teacher, from counting its features to a report, as a smoke test:
 `tl-capacity run demo`.
 
 Every stage is the one that its own command runs, in one process, on little text. Its students are far from converged,
@@ -26,27 +26,27 @@ from tl_capacity.show.terminal import console
 
 TEACHER = "embedded"
 WIDTHS = (16, 32, 64, 96)
-"""Below five widths the league stays shut, so that no smoke test ever ranks theories."""
+"""Below five widths the league is not computed, so a smoke test never ranks theories."""
 COUNTED, SPLICED, READ, SHOWN = 30_000, 10_000, 20_000, 10_000
-"""Tokens that are counted, spliced, read for features in students, and looked through for examples."""
+"""Tokens that are counted, spliced, read for features in students, and searched for examples."""
 BETWEEN = (100, 1_000)
-"""Numbers of features to splice besides those that the widths keep."""
+"""Numbers of features to splice, besides those that the widths keep."""
 CONTEXT, BATCH_ROWS, HELD_OUT, EVALUATIONS = 128, 4, 2_000, 8
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What may be asked of the demo."""
+    """The demo's options."""
 
-    out: Path = option(Path("runs/demo"), "The folder to write; a rerun continues in it.")
+    out: Path = option(Path("runs/demo"), "Folder to write. A rerun continues in it.")
     tokens: int = option(20_000, "Predicted tokens to train each student on.")
     verbose: bool = option(False, "Also print what the command of each stage prints.", "--verbose")
     device: str = option(AUTO, f"Where everything runs: {DEVICE_HELP}")
-    threads: int = option(1, "CPU threads; such small models gain little by more. 0 leaves it to torch.")
+    threads: int = option(1, "CPU threads. Such small models gain little from more. 0 leaves it to torch.")
 
 
 def main(config: DemoConfig) -> Path:
-    """Measure the embedded teacher, predict, distil small students for some seconds, and write a report of it all.
+    """Measure the embedded teacher, predict, distil small students for some seconds, and write a report on all of it.
 
     Returns:
         The report.
@@ -73,7 +73,7 @@ def main(config: DemoConfig) -> Path:
 
 
 def count(config: DemoConfig) -> None:
-    """Count the teacher's features, at every layer that has a dictionary."""
+    """Count the teacher's features at every layer that has a dictionary."""
     from tl_capacity.measure.job import measure
     from tl_capacity.measure.settings import MeasureSettings
 
@@ -82,7 +82,7 @@ def count(config: DemoConfig) -> None:
 
 
 def predict(config: DemoConfig) -> None:
-    """Predict losses in nats: run the teacher with only the features that a width may keep."""
+    """Predict losses in nats by running the teacher with only the features that a width may keep."""
     from tl_capacity.recipes.splice import SpliceConfig
     from tl_capacity.recipes.splice import main as splice
 
@@ -102,7 +102,7 @@ def predict(config: DemoConfig) -> None:
 
 
 def distil(config: DemoConfig) -> None:
-    """Train a student of each width, from the truncated teacher."""
+    """Train a student of each width, starting from the truncated teacher."""
     from tl_capacity.recipes.distill import DistillConfig
     from tl_capacity.recipes.distill import main as distill
 
@@ -156,16 +156,16 @@ def report(config: DemoConfig) -> None:
 STAGES: tuple[tuple[str, Callable[[DemoConfig], None]], ...] = (
     ("counting the features of a small language model", count),
     ("predicting what narrower students lose", predict),
-    ("training such students, for some seconds", distil),
-    ("looking for the features in them", read_out),
+    ("training narrower students for some seconds", distil),
+    ("looking for the features in the students", read_out),
     ("writing the report", report),
 )
-"""What is done, and by which stage."""
+"""The stages in their order, each with what it says while it runs."""
 
 
 @contextmanager
 def _heard(verbose: bool) -> Iterator[None]:
-    """Let a stage print what its command prints, or nothing."""
+    """Print what a stage's command prints, or nothing."""
     with nullcontext() if verbose else redirect_stdout(StringIO()):
         yield
 

@@ -1,4 +1,4 @@
-"""What the demo says at its end: the layers, the widths, a verdict, and where to go from there, in forty lines."""
+"""What the demo prints at its end, in forty lines: the layers, the widths, a verdict, and where to go next."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from tl_capacity.show.terminal import console, print_text
 
 PAGE = "report.html"
 TARGET_LOSS = 0.5
-"""In nats per token: one that some of the students reach."""
+"""A loss in nats per token that some of the students reach."""
 MANY = 20_000_000
 CONVERGED = "docs/results/embedded_floor.md"
-"""Tokens that the students of the package's record were trained on, and the page of their results."""
+"""Training tokens of the students in the package's record, and the page of their results."""
 LEAGUE = (
     ("best forecast with nothing fitted (gradient, layer 5)", "0.0843 [0.0410, 0.1122]"),
-    ("best of the paper's kind, with its two constants (fisher, layer 1)", "0.0287 [0.0109, 0.0472]"),
-    ("best rival with two constants, knows no features (1/√d)", "0.0346 [0.0087, 0.0621]"),
+    ("best of the paper's kind, with two fitted constants (fisher, layer 1)", "0.0287 [0.0109, 0.0472]"),
+    ("best rival without features, with two fitted constants (1/√d)", "0.0346 [0.0087, 0.0621]"),
 )
-"""Errors at a left-out width in nats per token, with 95% intervals, as that page has them."""
+"""Errors at a left-out width in nats per token, with 95% intervals, as on that page."""
 OPENERS = {"darwin": "open", "win32": "start"}
-"""What opens a page from a terminal; elsewhere xdg-open."""
+"""The command that opens a page from a terminal; on other systems xdg-open."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the stages have written.
+    """The results that the stages have written.
 
     Attributes:
         folder: that they wrote to.
@@ -59,7 +59,7 @@ class Found:
 
     @classmethod
     def load(cls, folder: Path) -> Found:
-        """Read it again."""
+        """Read the results."""
         measurement, run = Measurement.load(folder), DistillationRun.load(folder / "students")
         floors = Spliced.load(folder / "splice").floors([middle(measurement)], run.widths)
         recovered = Recoverability.load(folder / "recover")
@@ -67,17 +67,17 @@ class Found:
 
     @property
     def hook(self) -> HookMeasurement:
-        """The hook point in the middle, which the students are about."""
+        """The middle hook point, which the students are judged at."""
         return middle(self.measurement)
 
     @property
     def page(self) -> Path:
-        """The report."""
+        """The path of the report."""
         return self.folder / PAGE
 
 
 def say(found: Found, seconds: float) -> None:
-    """Print all of it."""
+    """Print the whole summary."""
     screen = console()
     screen.print(layers(found))
     screen.print(widths(found))
@@ -87,7 +87,7 @@ def say(found: Found, seconds: float) -> None:
 
 
 def layers(found: Found) -> Table:
-    """A row for each layer."""
+    """A table with one row for each layer."""
     columns = (ALIVE, L0, CRITICAL_WIDTH, FVU)
     rows = [
         [short_hook(found.measurement, hook.hook), *(column.brief(hook) for column in columns)]
@@ -99,7 +99,7 @@ def layers(found: Found) -> Table:
 
 
 def widths(found: Found) -> Table:
-    """A row for each student."""
+    """A table with one row for each student."""
     converged = trained_on_much(found)
     rows = [
         [
@@ -121,7 +121,7 @@ def widths(found: Found) -> Table:
 
 
 def trained_on_much(found: Found) -> dict[int, float]:
-    """What students of each width lost after many tokens, from the package's record."""
+    """The losses of students of each width after many tokens, from the package's record."""
     teacher = found.measurement.provenance.model
     return {check.width: check.observed for check in all_checks() if check.teacher == teacher}
 
@@ -132,7 +132,7 @@ def _share(row: RecoveryRow) -> float:
 
 
 def verdict(found: Found, seconds: float) -> list[str]:
-    """Three sentences for somebody who has read nothing else."""
+    """Three sentences for a reader who has read nothing else."""
     hook, where = found.hook, short_hook(found.measurement, found.hook.hook)
     trained = list(zip(found.floors, found.observed, found.recovered.rows, strict=True))
     floor, student, row = min(trained, key=lambda of_width: abs(of_width[0].width - hook.width / 2))
@@ -158,7 +158,7 @@ def verdict(found: Found, seconds: float) -> list[str]:
 
 
 def after_training() -> list[str]:
-    """What many tokens gave, three rows of the whole league."""
+    """The errors of students trained on many tokens: three rows of the whole league."""
     wide = max(len(name) for name, _ in LEAGUE)
     return [
         f"What {MANY / 1e6:.0f} million tokens gave: errors at a width left out, nats per token [95%] ({CONVERGED})",
@@ -167,10 +167,10 @@ def after_training() -> list[str]:
 
 
 def next_steps(found: Found) -> list[str]:
-    """The report, and the next commands."""
+    """The report, and the next commands to run."""
     opener = OPENERS.get(sys.platform, "xdg-open")
     return [
         f"The report, with training curves, kept features and examples: {opener} {shlex.quote(str(found.page))}",
         f"Which width you need:  tl-capacity plan {shlex.quote(str(found.folder))} --target-loss {TARGET_LOSS:g}",
-        "The same on yours:     tl-capacity measure --model MODEL --sae SAE --source TEXT.jsonl --out runs/mine",
+        "Measure your model:    tl-capacity measure --model MODEL --sae SAE --source TEXT.jsonl --out runs/mine",
     ]

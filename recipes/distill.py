@@ -1,5 +1,5 @@
-"""Distils a teacher into students of several widths at once:
-`tl-capacity run distill --teacher … --widths … --tokens … --out …`.
+"""Distils a teacher into students of several widths at once: `tl-capacity run distill --teacher … --widths … --tokens …
+--out …`.
 
 Also under `accelerate launch -m tl_capacity run distill …`, where each process takes a part of every batch.
 """
@@ -24,16 +24,15 @@ class DistillConfig:
 
     teacher: str = option("embedded", "A model name, folder or hub id.")
     widths: tuple[int, ...] = option(
-        (), "Student widths; by default seven, from an eighth of the teacher's to all of it."
+        (), "Student widths. Default: seven, from an eighth of the teacher's width to all of it."
     )
     tokens: int = option_of(DistillSettings, "tokens")
-    out: Path = option(Path("runs/distillation"), "The folder to write.")
-    resume: bool = option(False, "Go on from the checkpoint in --out.")
-    source: str = option("", "The token source to train on; by default the corpus that belongs to the teacher.")
+    out: Path = option(Path("runs/distillation"), "Folder to write.")
+    resume: bool = option(False, "Resume from the checkpoint in --out.")
+    source: str = option("", "Text to train on. Default: the text that comes with the teacher.")
     heldout: str = option(
         "",
-        "The token source to judge the students by; by default some whole documents of --source, which are then not"
-        " trained on.",
+        "Text to judge the students on. Default: some whole documents of --source, which are then not trained on.",
     )
     heldout_tokens: int = option_of(DistillSettings, "heldout_tokens")
     evaluations: int = option_of(DistillSettings, "evaluations")
@@ -43,11 +42,11 @@ class DistillConfig:
     keep: tuple[str, ...] = option_of(DistillSettings, "keep")
     keep_weight: float = option_of(KeepFeatures, "weight")
     keep_hook: str = option(
-        "", "Where a concept's features are, or those of a file that names no hook; by default the middle SAE's."
+        "", "Hook point of a concept's features, or of a file that names none. Default: the middle SAE's."
     )
-    concept_features: int = option(16, "How many features carry a concept, as the k-sparse probe finds them.")
+    concept_features: int = option(16, "How many features carry a concept. The k-sparse probe chooses them.")
     sae: tuple[str, ...] = option(
-        (), "Dictionaries of the features to keep, as for measure; by default those that come with the teacher."
+        (), "Dictionaries of the features to keep, as for measure. Default: those that come with the teacher."
     )
     start: str = option_of(DistillSettings, "start")
     control: bool = option_of(DistillSettings, "control")
@@ -62,21 +61,23 @@ class DistillConfig:
     weight_decay: float = option_of(DistillSettings, "weight_decay")
     batch_rows: int = option_of(DistillSettings, "batch_rows")
     context: int | None = option(
-        None, "Positions in a row, BOS included; by default what the teacher takes, at most 256."
+        None, "Positions in a row, BOS included. Default: what the teacher takes, at most 256."
     )
     special_tokens: bool = option_of(MeasureSettings, "special_tokens")
     seed: int = option_of(DistillSettings, "seed")
     device: str = option(AUTO, f"Where teacher and students run: {DEVICE_HELP}")
-    dtype: str = option("float32", "Precision of the teacher's weights; the students' are float32.")
+    dtype: str = option("float32", "Precision of the teacher's weights. The students' are float32.")
     revision: str | None = option_of(MeasureSettings, "revision")
-    shard_teacher: bool = option(False, "Spread a teacher that was loaded on the CPU over the processes (FSDP).")
+    shard_teacher: bool = option(
+        False, "Spread the blocks of a teacher that was loaded on the CPU over the processes (FSDP)."
+    )
     mixed_precision: str = option_of(DistillSettings, "mixed_precision")
     checkpoint_seconds: float = option(60.0, "Save a checkpoint this often.")
-    trackers: tuple[str, ...] = option((), "Also report to these trackers of Accelerate's, such as wandb,tensorboard.")
+    trackers: tuple[str, ...] = option((), "Also report to these trackers of Accelerate, such as wandb,tensorboard.")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
     def settings(self) -> DistillSettings:
-        """What decides the students, but for teacher, widths, text, and the features to keep.
+        """The settings of the students, without teacher, widths, text, and the features to keep.
 
         Raises:
             CapacityError: on a value outside its domain.
@@ -134,8 +135,9 @@ def main(config: DistillConfig) -> DistillationRun:
 
 
 def usual_widths(config: Any) -> tuple[int, ...]:
-    """Widths of students where none are named: two to each octave from an eighth of the teacher's width on, or the
-    nearest that its family has.
+    """Student widths if none are named: two in each octave, from an eighth of the teacher's width.
+
+    Each is the nearest width that the family can build.
     """
     from tl_capacity.distillation.students import nearest_widths
     from tl_capacity.models.defaults import width_of

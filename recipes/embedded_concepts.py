@@ -1,5 +1,5 @@
-"""Rebuilds the embedded concepts, labelled texts that probes are fitted on, from Debian and npm packages and the
-standard library of this Python.
+"""Rebuilds the embedded concepts: labelled texts for probes, from Debian and npm packages and this Python's standard
+library.
 
 For each concept: candidates with the document that each is from, duplicates dropped, documents split, and in each split
 pairs of one text of either class whose lengths differ by at most a tenth. The same packages give the same files, to the
@@ -33,24 +33,25 @@ PYTHON = (3, 11)
 SHARES = {"train": 0.5, "validation": 0.15, "test": 0.35}
 TEXTS_PER_CLASS = 400
 TEXTS_PER_DOCUMENT = 20
-"""Of either class, so that no document outweighs the others."""
+"""Most texts of either class from one document, so that no document outweighs the others."""
 LENGTH_RATIO = 1.1
 REPEATED_SHARE = 0.5
-"""A text is a near duplicate where more than this share of its word triples occurs in texts already chosen."""
+"""A text is a near duplicate if more than this share of its word triples occurs in texts already chosen."""
 
 
 @dataclass(frozen=True)
 class EmbeddedConceptsConfig:
-    """What `tl-capacity run embedded-concepts` asks for."""
+    """The options of `tl-capacity run embedded-concepts`."""
 
     work: Path = option(
         Path("runs/embedded-concepts"),
-        "Folder for downloads; the teacher's sources are looked for, or fetched, in --prose.",
+        "Folder for downloads.",
     )
     prose: Path = option(
-        Path("runs/embedded-teacher/sources"), "Folder of the public-domain prose, as `embedded-teacher` fetches it."
+        Path("runs/embedded-teacher/sources"),
+        "Folder of the public-domain prose, as `embedded-teacher` fetches it. It is fetched if it is missing.",
     )
-    out: Path = option(Path("hooks/concepts/texts"), "Package folder that the texts go to.")
+    out: Path = option(Path("hooks/concepts/texts"), "Package folder to write the texts to.")
 
 
 def main(config: EmbeddedConceptsConfig) -> None:
@@ -62,8 +63,8 @@ def main(config: EmbeddedConceptsConfig) -> None:
     version = sys.version.split()[0]
     if sys.version_info[:2] != PYTHON:
         raise CapacityError(
-            f"the code is taken from the standard library of Python {'.'.join(map(str, PYTHON))}, and this is"
-            f" {version}: use that"
+            f"the code is taken from the standard library of Python {'.'.join(map(str, PYTHON))}, but this is"
+            f" {version}: use that one"
         )
     sources = fetch(config.work, config.prose)
     make_folder(config.out)
@@ -79,7 +80,7 @@ def main(config: EmbeddedConceptsConfig) -> None:
 
 
 def choose(candidates: Iterable[Candidate], positive: str, negative: str) -> list[dict[str, str]]:
-    """Balanced, deduplicated, length-matched texts of each split, in an order that a hash of the text decides.
+    """Balanced, deduplicated, length-matched texts of each split. A hash of the text decides their order.
 
     Raises:
         CapacityError: where a class runs short.
@@ -113,7 +114,7 @@ def choose(candidates: Iterable[Candidate], positive: str, negative: str) -> lis
 def _pairs(
     positives: list[Candidate], negatives: list[Candidate], seen: set[str], uses: Counter[tuple[str, str]]
 ) -> Iterator[tuple[Candidate, Candidate]]:
-    """One text of either class after the other, their lengths alike; what was chosen is added to `seen` and `uses`."""
+    """Pairs of texts of both classes with similar lengths. What is chosen is added to `seen` and `uses`."""
     left = list(negatives)
     for candidate in positives:
         if not _fresh(candidate, seen, uses):
@@ -140,13 +141,13 @@ def _fresh(candidate: Candidate, seen: set[str], uses: Counter[tuple[str, str]])
 
 
 def _triples(text: str) -> set[str]:
-    """Neighbouring triples of words, numbers and signs left out; of a shorter text, the whole."""
+    """Neighbouring triples of words, without numbers and signs; the whole text if it is shorter."""
     words = re.findall(r"[^\W\d_]+", text.lower())
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
 def split_of(document: str) -> str:
-    """A function of the document's name alone, so that it never moves when a source is added."""
+    """The split of a document. It depends only on the document's name, so it never moves when a source is added."""
     # The prose was split by a hash of these names already, so another is needed.
     position, reached = place_of(f"concepts/{document}"), 0.0
     for split, share in SHARES.items():

@@ -1,5 +1,4 @@
-"""Rebuilds the embedded teacher: a six-layer GPT-NeoX trained on public-domain prose, its SAEs, and the texts that it
-is measured on.
+"""Rebuilds the embedded teacher: a six-layer GPT-NeoX trained on public-domain prose, with its SAEs and its texts.
 
 Each stage continues where an earlier run of it stopped, so that a machine may be lost in between: texts, tokenizer,
 train, export, saes.
@@ -66,8 +65,10 @@ class TeacherConfig:
         return self.cycles[-1] // (self.batch_rows * self.context)
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rate at a step: in each cycle linear warm-up, constant, linear decay to zero
-        (WSD-S, Wen et al. 2024, arXiv:2410.05192).
+        """The learning rate at a step, as a share of the peak.
+
+        Each cycle has linear warm-up, a constant rate, and linear decay to zero (WSD-S, Wen et al. 2024,
+        arXiv:2410.05192).
 
         A teacher whose loss still falls at the end of a cycle goes on from there with one more, and the steps before
         stay what they were.
@@ -80,10 +81,10 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class EmbeddedTeacherConfig:
-    """What `tl-capacity run embedded-teacher` asks for."""
+    """The options of `tl-capacity run embedded-teacher`."""
 
     work: Path = option(Path("runs/embedded-teacher"), "Folder for downloads and checkpoints.")
-    out: Path = option(Path("hooks/embedded"), "Package folder that the artefacts go to.")
+    out: Path = option(Path("hooks/embedded"), "Package folder to write the artefacts to.")
     stages: tuple[str, ...] = option(STAGES, f"Stages to run, of {','.join(STAGES)}.")
     threads: int = option(2, "CPU threads.")
     sae_tokens: int = option(2_000_000, "Tokens that each SAE is trained on.")
@@ -93,7 +94,7 @@ def main(config: EmbeddedTeacherConfig) -> None:
     """Rebuild the embedded teacher, its SAEs and its texts from public-domain sources."""
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown:
-        raise CapacityError(f"--stages {','.join(unknown)} is none of {', '.join(STAGES)}")
+        raise CapacityError(f"--stages {','.join(unknown)} is not a stage: choose from {', '.join(STAGES)}")
     torch.set_num_threads(config.threads)
     storage.make_folder(config.work)
     texts = documents(config.work / "sources")
@@ -118,8 +119,9 @@ def main(config: EmbeddedTeacherConfig) -> None:
 
 
 def sae_config(layer: int, folder: Path, config: EmbeddedTeacherConfig) -> TrainSAEConfig:
-    """How the SAE after a layer is trained: on the teacher's own training text, Brown included, none of which it is
-    measured on.
+    """The settings of the SAE after a layer.
+
+    It is trained on the teacher's own training text, Brown included. None of that text is measured on.
     """
     return TrainSAEConfig(
         model=str(config.out / "model"),
@@ -135,7 +137,9 @@ def sae_config(layer: int, folder: Path, config: EmbeddedTeacherConfig) -> Train
 
 
 def write_texts(texts: list[Document], work: Path, out: Path) -> None:
-    """The training text to `work`, never committed; the public-domain splits, compressed, to the package."""
+    """Write the training text to `work`, where it is never committed, and the compressed public-domain splits to the
+    package.
+    """
     shuffled = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     for split in SPLITS:
         chosen = [d for d in shuffled if d.split == split]
@@ -150,7 +154,7 @@ def write_texts(texts: list[Document], work: Path, out: Path) -> None:
 
 
 def build_tokenizer(texts: list[Document], folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learnt on the training split alone; `<|endoftext|>` (id 0) begins every row."""
+    """A byte-level BPE trained on the training split alone. `<|endoftext|>` (id 0) begins every row."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -175,7 +179,7 @@ def build_tokenizer(texts: list[Document], folder: Path, vocabulary: int) -> Pre
 def packed_rows(
     texts: list[Document], split: str, tokenizer: PreTrainedTokenizerFast, context: int, seed: int
 ) -> np.ndarray:
-    """Rows `[BOS, 255 tokens]` cut from the shuffled documents of a split laid end to end, separated by BOS."""
+    """Rows `[BOS, 255 tokens]`, cut from a split's shuffled documents laid end to end with BOS between them."""
     chosen = [d.text for d in texts if d.split == split]
     np.random.default_rng(seed).shuffle(chosen)
     encoded = tokenizer(chosen, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -217,8 +221,9 @@ def heldout_loss(model: torch.nn.Module, rows: torch.Tensor, batch_rows: int = 1
 
 
 def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarray, folder: Path) -> None:
-    """Train to the end of the last cycle, keeping the last two checkpoints and a record of the held-out loss; resumes
-    from the newest checkpoint.
+    """Train to the end of the last cycle, resuming from the newest checkpoint.
+
+    The last two checkpoints and a record of the held-out loss are kept.
     """
     model = new_teacher(config)
     hidden = [
@@ -293,7 +298,7 @@ def train(config: TeacherConfig, train_rows: np.ndarray, heldout_rows: np.ndarra
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `train` saved.
+    """The checkpoint that `train` saved.
 
     Raises:
         CapacityError: where it is damaged.
@@ -308,14 +313,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def export(work: Path, out: Path) -> None:
-    """The trained weights in float16, the tokenizer and the training record, into the package."""
+    """Write the trained weights in float16, the tokenizer and the training record into the package."""
     saved = storage.last_whole(work / "checkpoint.pt", read_checkpoint)
     if saved is None:
         raise CapacityError(f"{work} holds no checkpoint of the teacher: run the stage `train` first")
     config = TeacherConfig(**saved["config"])
     if saved["step"] < config.steps:
         raise CapacityError(
-            f"the teacher is trained to step {saved['step']} of {config.steps}: run the stage `train` to its end first"
+            f"the teacher is trained to step {saved['step']} of {config.steps}: finish the stage `train` first"
         )
     model, tokenizer = new_teacher(config), PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     model.load_state_dict(saved["model"])
@@ -352,7 +357,7 @@ def export(work: Path, out: Path) -> None:
 
 @torch.no_grad()
 def sample(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int = 60) -> Iterator[dict[str, str]]:
-    """A continuation of each prompt, drawn at temperature 0.8 from the 40 likeliest tokens."""
+    """A continuation of each prompt, sampled at temperature 0.8 from the 40 likeliest tokens."""
     torch.manual_seed(0)
     for prompt in SAMPLE_PROMPTS:
         ids = torch.tensor([[BOS, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])

@@ -1,4 +1,4 @@
-"""Activations that the recipe train-sae keeps in a folder, so that the model runs once for several SAEs."""
+"""Activations that the recipe train-sae keeps in a folder, so that the model runs only once for several SAEs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORD = "activations.json"
 
 
 class KeptActivations:
-    """A model that SAELens reads one hook point of; what it has read before it takes from a folder.
+    """A model of which SAELens reads one hook point. Activations that were read before come from a folder.
 
     A file is named by the hash of its tokens. A file that cannot be read is made again.
     """
@@ -39,7 +39,7 @@ class KeptActivations:
         record = folder / RECORD
         if record.exists():
             if changed := earlier_values(read_kept(record), about, all_of_them=True):
-                raise CapacityError(f"{folder} keeps activations of something else ({changed}): choose another folder")
+                raise CapacityError(f"{folder} holds other activations ({changed}): choose another folder")
         else:
             write_json(record, about)
 
@@ -49,7 +49,7 @@ class KeptActivations:
     def run_with_cache(
         self, tokens: Tensor, *, names_filter: Sequence[str], **how: Any
     ) -> tuple[None, dict[str, Tensor]]:
-        """As the model's own, for one hook point and without logits.
+        """The model's own method, for one hook point and without logits.
 
         Args:
             tokens: int [row, position].

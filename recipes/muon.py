@@ -6,8 +6,9 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by five Newton–Schulz steps (Jordan et al. 2024, github.com/KellerJordan/Muon), all
-    matrices of one shape in one batch.
+    """Momentum orthogonalised by five Newton–Schulz steps (Jordan et al. 2024, github.com/KellerJordan/Muon).
+
+    All matrices of one shape are updated in one batch.
 
     `torch.optim.Muon` does the same in bfloat16, matrix by matrix, which takes 3 s a step on a CPU without bfloat16
     units; this takes 0.1 s.
@@ -37,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values between 0.7 and 1.2."""
+    """Approximately the nearest semi-orthogonal matrices, with singular values between 0.7 and 1.2."""
     wide: torch.Tensor = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):

@@ -1,5 +1,5 @@
-"""What it costs to choose what students keep:
-`tl-capacity run placement MEASUREMENT --widths 24,48 --keep FEATURES.json --weights 0,0.1,1,10 --out DIR`.
+"""What it costs to choose what students keep: `tl-capacity run placement MEASUREMENT --widths 24,48 --keep
+FEATURES.json --weights 0,0.1,1,10 --out DIR`.
 
 Distils students of each width once for each weight of the chosen features, counts what they keep as `recover` does, and
 writes the price list: chosen and other features kept, nats paid, nats per feature. A run that was interrupted goes on
@@ -56,7 +56,7 @@ from tl_capacity.text.streams import TokenStream
 
 ABOUT_NAME, FIGURE_NAME = "settings.json", "placement.html"
 FEWEST_FIRINGS = 10
-"""On the measured text, of a feature that may carry a concept: a student that hardly sees it fire cannot learn it."""
+"""Fewest firings on the measured text of a feature that may carry a concept: students learn only what they see."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +65,27 @@ class PlacementConfig:
 
     measurement: Path = argument("A measurement of the teacher.")
     keep: str = option(
-        "", "The features to choose: a JSON file with a list of them, or concept:NAME for those that carry a concept."
+        "", "The chosen features: a JSON file with a list, or concept:NAME for the features that carry a concept."
     )
-    widths: tuple[int, ...] = option((), "Student widths; by default a quarter of the teacher's.")
+    widths: tuple[int, ...] = option((), "Student widths. Default: a quarter of the teacher's.")
     weights: tuple[float, ...] = option(
         (0.0, 0.1, 1.0, 10.0),
-        "Weights of the chosen features in the loss, in nats per token; 0, students without, is always among them.",
+        "Weights of the chosen features in the loss, in nats per token. 0 is always among them.",
     )
-    out: Path = option(Path("runs/placement"), "The folder to write; a rerun goes on in it.")
-    hook: str = option("", "The hook point; by default the file's, else the middle one of those measured.")
-    concept_features: int = option(16, "How many features carry a concept, as the k-sparse probe finds them.")
+    out: Path = option(Path("runs/placement"), "Folder to write. A rerun continues in it.")
+    hook: str = option("", "Hook point. Default: the file's, else the middle one of those measured.")
+    concept_features: int = option(16, "How many features carry a concept. The k-sparse probe chooses them.")
     tokens: int = option_of(DistillSettings, "tokens", "Predicted tokens to train the students of each weight on.")
     seeds: tuple[int, ...] = option_of(DistillSettings, "seeds")
     start: str = option_of(DistillSettings, "start", default="truncated")
-    source: str = option("", "The token source to train on; by default the corpus that belongs to the teacher.")
+    source: str = option("", "Text to train on. Default: the text that comes with the teacher.")
     heldout: str = option(
         "",
-        "The token source to judge the students on, which they must not be trained on; by default the held-out part of"
-        " the embedded teacher's text, else the text that was measured.",
+        "Text to judge the students on; they must not be trained on it. Default: the held-out part of the embedded"
+        " teacher's text, else the measured text.",
     )
     heldout_tokens: int = option_of(DistillSettings, "heldout_tokens", "Predicted tokens of the held-out curves.")
-    judge_tokens: int = option(200_000, "Tokens to read for the price list: as for recover, 3 of 10 documents judge.")
+    judge_tokens: int = option(200_000, "Tokens to read for the price list. As for recover, 3 of 10 documents judge.")
     evaluations: int = option_of(DistillSettings, "evaluations")
     repeat: bool = option_of(DistillSettings, "repeat")
     loss: str = option_of(LogitLoss, "divergence")
@@ -97,30 +97,30 @@ class PlacementConfig:
     schedule: str = option_of(DistillSettings, "schedule")
     weight_decay: float = option_of(DistillSettings, "weight_decay")
     batch_rows: int = option_of(DistillSettings, "batch_rows")
-    context: int | None = option(None, "Positions in a row of the training text; by default at most 256.")
+    context: int | None = option(None, "Positions in a row of the training text. Default: at most 256.")
     special_tokens: bool = option_of(MeasureSettings, "special_tokens")
     seed: int = option_of(DistillSettings, "seed")
     mixed_precision: str = option_of(DistillSettings, "mixed_precision")
-    tau: float = option(0.95, "AUROC from which a feature counts as kept.")
+    tau: float = option(0.95, "A feature counts as kept from this AUROC on.")
     checkpoint_seconds: float = option(60.0, "Save a checkpoint of a distillation this often.")
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
     def settings(self, keep: KeepFeatures | None, weight: float) -> DistillSettings:
-        """Of the distillation of one weight."""
+        """The settings of the distillation with one weight."""
         loss = LogitLoss(**values_of(self, LogitLoss))
         kept = () if keep is None or weight == 0 else (keep.weighing(weight),)
         return DistillSettings(**{**values_of(self, DistillSettings), "loss": loss, "keep": kept})
 
     def all_weights(self) -> tuple[float, ...]:
-        """The weights in their order, 0 among them.
+        """The weights in ascending order, with 0 among them.
 
         Raises:
             CapacityError: where one is below 0 or no number.
         """
         if wrong := [weight for weight in self.weights if not (weight >= 0 and isfinite(weight))]:
             raise CapacityError(
-                f"--weights {wrong[0]:g} is no weight of a loss: choose numbers of at least 0, such as 0,0.1,1,10"
+                f"--weights {wrong[0]:g} is not a weight of a loss: choose numbers of at least 0, such as 0,0.1,1,10"
             )
         return tuple(sorted({0.0, *self.weights}))
 
@@ -203,7 +203,7 @@ def main(config: PlacementConfig) -> Placement | None:
 def chosen(
     config: PlacementConfig, measurement: Measurement, teacher: LoadedModel
 ) -> tuple[HookMeasurement, KeepFeatures, LabelledTexts | None, Any]:
-    """What was measured where the features are, the features, the concept that they carry, and their dictionary.
+    """The measurement of the hook point, the chosen features, the concept that they carry, and their dictionary.
 
     Raises:
         CapacityError: where none is named, or one never fired while it was measured.
@@ -214,14 +214,14 @@ def chosen(
         wanted = KeepFeatures.load(config.keep, config.hook or middle(measurement).hook)
         if len(wanted) > 1:
             raise CapacityError(
-                f"{config.keep} names features of {len(wanted)} hook points: place those of one at a time"
+                f"{config.keep} names features of {len(wanted)} hook points: name features of one hook point at a time"
             )
         [keep] = wanted
         measured = measurement[keep.hook]
         alive = measured.summary.alive
         if lost := [f for f in keep.features if f >= len(alive) or not alive[f]]:
             raise CapacityError(
-                f"feature {lost[0]:,} of {config.keep} is not alive at {keep.hook}, by the measurement: leave it out,"
+                f"feature {lost[0]:,} of {config.keep} is not alive at {keep.hook} in the measurement: leave it out,"
                 " or measure on text where it fires"
             )
         return measured, keep, None, measured_dictionary(measured, teacher, measurement.provenance)
@@ -248,7 +248,7 @@ def train(
     sae: Any,
     heldout: str,
 ) -> DistillationRun:
-    """The students of one weight, finished or continued."""
+    """The students of one weight, trained now, continued, or finished earlier."""
     context = row_length(teacher.model.config, config.context)
     source = teacher.source(config.source)
     texts = [
@@ -278,7 +278,7 @@ def recover(
     masked: Sequence[int],
     processes: Processes,
 ) -> Recovery:
-    """What readouts find in all the students."""
+    """What readouts find in all students."""
     decides = {
         "tau": config.tau,
         "tokens": config.judge_tokens,
@@ -315,14 +315,14 @@ def probe_of(model: LoadedModel, hook: str, concept: LabelledTexts | None) -> Pr
 def remarks(
     measured: HookMeasurement, keep: KeepFeatures, widths: tuple[int, ...], runs: Mapping[float, DistillationRun]
 ) -> list[str]:
-    """What was seen on the way that a reader must know."""
+    """Remarks that a reader must know."""
     law = plugins().capacity_laws.default
     at = context_at(measured, measured.importance(None), measured.summary.alpha.value)
     said = []
     if any(run.heldout_source == run.source for run in runs.values()):
         said.append(
-            "the students were trained on the text that they are judged on, which flatters them: name another with"
-            " --heldout"
+            "the students are judged on the text that they were trained on, which flatters them: name another one"
+            " with --heldout"
         )
     for width in widths:
         budget = kept_features(law, width, at)
@@ -334,8 +334,8 @@ def remarks(
     for weight, run in runs.items():
         said += [
             f"width {student.width:,}, weight {weight:g}, seed {student.seed}: the held-out KL rose from"
-            f" {student.heldout_kl[0]:.4g} to {student.heldout_kl[-1]:.4g} nats per token, so the chosen features drown"
-            " it: choose a lower weight"
+            f" {student.heldout_kl[0]:.4g} to {student.heldout_kl[-1]:.4g} nats per token, so the chosen features"
+            " outweigh the distillation: choose a lower weight"
             for student in run
             if weight > 0 and risen(student.heldout_kl)
         ]
@@ -345,7 +345,7 @@ def remarks(
 def about(
     config: PlacementConfig, measurement: Measurement, heldout: str, recovery: Recovery, judged_tokens: int
 ) -> dict[str, Any]:
-    """Where the price list comes from."""
+    """How the price list was made."""
     provenance = measurement.provenance
     return {
         "model": provenance.model,
@@ -361,7 +361,10 @@ def about(
 
 
 def write(placement: Placement, recovery: Recovery, config: PlacementConfig, free: tuple[str, ...]) -> None:
-    """The figures of every feature, the figure, the settings, and last the price list, as it says that all is there."""
+    """Write the figures and settings, and last the price list, as it says that everything is there.
+
+    The price list comes last, as it says that everything is there.
+    """
     settings = {"schema": 1, "settings": settings_of(config, *free)}
     make_folder(config.out)
     recovery.save_arrays(config.out, settings)
@@ -373,22 +376,22 @@ def write(placement: Placement, recovery: Recovery, config: PlacementConfig, fre
 
 
 def _folder(out: Path, weight: float) -> Path:
-    """Where the students of a weight are."""
+    """The folder of the students of one weight."""
     return out / f"weight-{weight:g}"
 
 
 def _name(weight: float, student: str) -> str:
-    """A student among those of all weights."""
+    """The name of a student among those of all weights."""
     return f"weight {weight:g}, {student}"
 
 
 def _state(out: Path, processes: Processes, which: str) -> Path:
-    """Where a process keeps what a pass has summed so far."""
+    """The file in which a process keeps the sums of a pass so far."""
     return processes.own(out / f"{which}.checkpoint.safetensors")
 
 
 def _forget(out: Path, processes: Processes) -> None:
-    """Delete what the passes have summed, now that the price list is there."""
+    """Delete the sums of the passes once the price list is written."""
     for which in ("fit", "judge"):
         remove_checkpoint(_state(out, processes, which))
 

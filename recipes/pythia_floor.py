@@ -1,5 +1,5 @@
-"""The paper's experiment as one command: measure a teacher, predict the floor of each student width, distil, observe
-the floors, and compare.
+"""The paper's experiment as one command: measure a teacher, predict floors, distil students, observe their floors, and
+compare.
 
 `tl-capacity run pythia-floor --preset quick`; each stage is saved, and the same command goes on where it stopped. The
 paper's own setting (arXiv:2604.04037) is
@@ -28,7 +28,7 @@ from tl_capacity.storage.files import make_folder, read_kept, write_json
 from tl_capacity.storage.same_run import changed_fields
 
 IMPORTANCES = ("second_moment", "gradient", "fisher")
-"""Measured in any case: the paper's, and two in nats per token, whose C must be 1."""
+"""Importances that are always measured: the paper's, and two in nats per token, whose C must be 1."""
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "measure_tokens": 16_000,
@@ -59,67 +59,68 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class PythiaFloorConfig:
-    """Everything that decides the result; what is not given is the preset's."""
+    """Everything that decides the result. The preset supplies what is not given."""
 
     preset: str = option(
         "quick", "quick (at most 2 minutes on 2 cores), demo (at most 10) or full (20 million tokens)."
     )
-    out: Path = option(Path("runs/pythia-floor"), "The folder to write; a rerun continues in it.")
+    out: Path = option(Path("runs/pythia-floor"), "Folder to write. A rerun continues in it.")
     teacher: str = option("embedded", "A model name, folder or hub id.")
     sae: tuple[str, ...] = option(
-        (), "SAELens folders or release/sae_id, each optionally HOOK=…; by default all that come with the teacher."
+        (), "SAELens folders or release/sae_id, each optionally HOOK=…. Default: all that come with the teacher."
     )
     widths: tuple[int, ...] = option(
-        (), "Student widths; by default seven, from an eighth of the teacher's to all of it."
+        (), "Student widths. Default: seven, from an eighth of the teacher's width to all of it."
     )
     seeds: tuple[int, ...] = option_of(DistillSettings, "seeds", "Seeds of the students' initial weights.")
     seeded_widths: tuple[int, ...] = option_of(DistillSettings, "seeded_widths")
     start: str = option_of(
         DistillSettings,
         "start",
-        "The students' first weights: truncated, the teacher's in the leading directions of its residual stream, or"
+        "The students' first weights: truncated (the teacher's, in the leading directions of its residual stream) or"
         " random.",
         default="truncated",
     )
     control: bool = option_of(
         DistillSettings,
         "control",
-        "Also train a student of the teacher's width that starts with its weights: what the training itself costs.",
+        "Also train a control: a student of the teacher's width that starts with the teacher's weights. It shows what"
+        " the training itself costs.",
         default=True,
     )
     measurement: Path | None = option(None, "A finished measurement of the teacher to use instead of measuring.")
-    source: str = option("", "The text to measure and to train on; by default the corpus that belongs to the teacher.")
+    source: str = option("", "Text to measure and train on. Default: the text that comes with the teacher.")
     heldout: str = option(
         "",
-        "The text to judge the students by; by default embedded:heldout for the embedded teacher, else documents of"
+        "Text to judge the students on. Default: embedded:heldout for the embedded teacher, else documents of"
         " --source.",
     )
-    hook: str = option("", "The hook point to predict from; by default the middle one of those measured.")
+    hook: str = option("", "Hook point to predict from. Default: the middle one of those measured.")
     importance: str = option("second_moment", "Importance estimator of the prediction.")
     law: str = option("compressed_sensing", "Capacity law of the prediction.")
     observed: str = option(
         "last_tenth",
-        "Observed floor: last_tenth, the mean of the held-out curve at its end, or fit, where it is heading.",
+        "Observed floor: last_tenth (the mean at the end of the held-out curve) or fit (where the curve is heading).",
     )
     measure_tokens: int | None = option(None, "Tokens to measure on.")
     tokens: int | None = option_of(
-        DistillSettings, "tokens", "Predicted tokens to train on; a source that is shorter is repeated.", default=None
+        DistillSettings, "tokens", "Predicted tokens to train on. A shorter source is repeated.", default=None
     )
     evaluations: int | None = option_of(
-        DistillSettings, "evaluations", "How often the students are judged.", default=None
+        DistillSettings, "evaluations", "How often the students are judged during training.", default=None
     )
     heldout_tokens: int | None = option_of(
-        DistillSettings, "heldout_tokens", "Predicted tokens that they are judged by.", default=None
+        DistillSettings, "heldout_tokens", "Predicted tokens that the students are judged on.", default=None
     )
     batch_rows: int | None = option_of(DistillSettings, "batch_rows", "Rows in a step.", default=None)
     context: int | None = option(
-        None, "Positions in a row, BOS included; by default the preset's, or what the teacher takes."
+        None, "Positions in a row, BOS included. Default: the preset's, or what the teacher takes."
     )
     temperature: float = option_of(LogitLoss, "temperature", "Temperature of the training loss.")
     lr: float = option_of(DistillSettings, "lr", "Peak learning rate.")
     schedule: str = option_of(DistillSettings, "schedule")
     concepts: tuple[str, ...] = option(
-        (), "Also probe teacher and students for these concepts, such as embedded (docs/probe.md); takes minutes more."
+        (), "Also probe teacher and students for these concepts, such as embedded (docs/probe.md). This takes minutes."
     )
     seed: int = option_of(DistillSettings, "seed")
     device: str = option(AUTO, f"Where everything runs: {DEVICE_HELP}")
@@ -127,19 +128,19 @@ class PythiaFloorConfig:
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
     def whole(self) -> PythiaFloorConfig:
-        """With the preset's values where none were given.
+        """The settings with the preset's values filled in.
 
         Raises:
             CapacityError: on an unknown preset.
         """
         if self.preset not in PRESETS:
-            raise CapacityError(f"{self.preset!r} is no preset: choose one of {', '.join(PRESETS)}")
+            raise CapacityError(f"{self.preset!r} is not a preset: choose one of {', '.join(PRESETS)}")
         return replace(
             self, **{name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None}
         )
 
     def fitted(self, teacher: Any) -> PythiaFloorConfig:
-        """With what fits the teacher, by its configuration, where nothing was given.
+        """The settings with missing values filled in to fit the teacher's configuration.
 
         Raises:
             CapacityError: on an unknown preset, or a longer context than the teacher takes.
@@ -154,7 +155,7 @@ class PythiaFloorConfig:
         )
 
     def distill_settings(self) -> DistillSettings:
-        """What decides the students, but for teacher, widths and text.
+        """The settings of the students, without teacher, widths and text.
 
         Raises:
             CapacityError: on a value outside its domain.
@@ -171,7 +172,8 @@ def main(config: PythiaFloorConfig) -> Decomposition:
     """
     if config.concepts and config.revision is not None:
         raise CapacityError(
-            f"--concepts probes the teacher's main revision, and not {config.revision!r}: leave one of the two out"
+            f"--concepts probes the teacher's main revision, not {config.revision!r}: leave out --concepts or"
+            " --revision"
         )
     teacher_config = load_config(config.teacher, config.revision)
     config = config.fitted(teacher_config)
@@ -188,7 +190,7 @@ def main(config: PythiaFloorConfig) -> Decomposition:
     teacher = load_model(config.teacher, device=config.device, revision=config.revision)
     if None not in (was := measurement.provenance.revision, teacher.revision) and was != teacher.revision:
         raise CapacityError(
-            f"{config.teacher!r} is now {teacher.revision}, and was {was} when it was measured: get that one, or"
+            f"{config.teacher!r} is now {teacher.revision}, but was {was} when it was measured: get that revision, or"
             " measure again"
         )
     run = train(config, teacher)
@@ -213,7 +215,7 @@ def main(config: PythiaFloorConfig) -> Decomposition:
 
 
 def measure(config: PythiaFloorConfig) -> Measurement:
-    """The measurement, finished or continued."""
+    """The measurement, made now, continued, or finished earlier."""
     from tl_capacity.measure.job import measure as run_measure
 
     if config.measurement is not None:
@@ -257,7 +259,7 @@ def check_students(config: PythiaFloorConfig, teacher_config: Any) -> None:
 
 
 def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
-    """The distillation, finished or continued.
+    """The distillation, run now, continued, or finished earlier.
 
     Raises:
         CapacityError: where that which is finished is of a teacher with other weights, and on whatever the distillation
@@ -290,7 +292,7 @@ def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
 
 
 def probe(config: PythiaFloorConfig, measurement: Measurement) -> None:
-    """The probes, unless they are there.
+    """Probe the concepts, unless the probes are already there.
 
     Raises:
         CapacityError: where those that are there are for other concepts.
@@ -306,13 +308,12 @@ def probe(config: PythiaFloorConfig, measurement: Measurement) -> None:
         before = settings.get("concepts") if isinstance(settings, dict) else None
         if not isinstance(before, list):
             raise CapacityError(
-                f"{out / PROBES_JSON} does not say what was probed for: delete the folder that it is in, or choose"
-                " another --out"
+                f"{out / PROBES_JSON} does not say what was probed for: delete its folder, or choose another --out"
             )
         if before != list(config.concepts):
             raise CapacityError(
-                f"{out} holds probes for {','.join(map(str, before))}: go on with the same --concepts, or choose"
-                " another --out"
+                f"{out} holds probes for {','.join(map(str, before))}: pass the same --concepts, or choose another"
+                " --out"
             )
         return
     run_probes(
@@ -350,7 +351,7 @@ def _threads(config: PythiaFloorConfig) -> None:
 
 
 def _same_settings(config: PythiaFloorConfig) -> None:
-    """Keep the settings beside the results, and refuse to go on with others."""
+    """Keep the settings beside the results, and refuse to continue with other ones."""
     make_folder(config.out)
     path = config.out / "settings.json"
     # Of these no stage that is kept depends, or it checks them itself.
@@ -362,8 +363,8 @@ def _same_settings(config: PythiaFloorConfig) -> None:
         before = read_kept(path)
         for name in changed_fields(before, settings):
             raise CapacityError(
-                f"{config.out} holds a run with {name} {before.get(name)!r}, and this one has {settings[name]!r}: go on"
-                " with the same settings, or choose another --out"
+                f"{config.out} holds a run with {name} {before.get(name)!r}, but this one has {settings[name]!r}: pass"
+                " the same settings, or choose another --out"
             )
     write_json(path, settings)
 

@@ -1,4 +1,4 @@
-"""Which features of the teacher did its students keep: `tl-capacity run recover MEASUREMENT STUDENTS --out DIR`.
+"""Which of the teacher's features its students kept: `tl-capacity run recover MEASUREMENT STUDENTS --out DIR`.
 
 Reads every feature out of every student linearly, on documents that the readouts were not fitted to, beside the
 teacher, its principal components and students with random weights. A run that was interrupted goes on where it was;
@@ -55,40 +55,42 @@ class RecoverConfig:
 
     measurement: Path = argument("A measurement of the teacher.")
     distillation: Path = argument(
-        "Students of it, as `tl-capacity run distill --out` or `tl-capacity observe --out` wrote them; or one student,"
-        " a folder or a hub id."
+        "Its students: the folder that `tl-capacity run distill --out` or `tl-capacity observe --out` wrote; or one"
+        " student, a folder or a hub id."
     )
     student: tuple[str, ...] = option(
         (), "A further student: a folder, a hub id, or the folder of a distillation; may be repeated.", repeated=True
     )
     student_hook: tuple[str, ...] = option(
         (),
-        "Where students are read, as HOOK or STUDENT=HOOK; may be repeated. By default where the teacher is, and with"
-        " other layers than it has at the best of all, by the documents that fit.",
+        "Where students are read, as HOOK or STUDENT=HOOK; may be repeated. Default: the teacher's hook point. For a"
+        " student with more or fewer layers: the best layer on the documents that fit.",
         repeated=True,
     )
-    out: Path = option(Path("runs/recover"), "The folder to write.")
-    hook: tuple[str, ...] = option((), "Hook points; by default the middle one of those measured.")
+    out: Path = option(Path("runs/recover"), "Folder to write.")
+    hook: tuple[str, ...] = option((), "Hook points. Default: the middle one of those measured.")
     source: str = option(
         "",
-        "The text to read; by default the distillation's held-out source, else the one that the teacher was"
-        " measured on.",
+        "Text to read. Default: the distillation's held-out source, else the text that the teacher was measured on.",
     )
     tokens: int = option(200_000, "Tokens to read: 6 of 10 documents fit the readouts, 1 chooses the ridge, 3 judge.")
-    tau: float = option(0.95, "AUROC from which a feature counts as kept.")
+    tau: float = option(0.95, "A feature counts as kept from this AUROC on.")
     importance: str = option("second_moment", "Importance estimator of the predicted set.")
-    random: bool = option(True, "Also read out students with random weights, the floor.")
+    random: bool = option(True, "Also read students with random weights, as the floor.")
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
 
     def decisive(self, *without: str) -> dict[str, Any]:
-        """The settings that decide the result, without some; those that earlier versions had not only where given."""
+        """The settings that decide the result, except the given ones.
+
+        Settings that earlier versions did not have are there only if they were given.
+        """
         unset = [name for name in ("student", "student_hook") if not getattr(self, name)]
         return settings_of(self, "out", *unset, *without)
 
 
 def main(config: RecoverConfig) -> list[Recovery] | None:
-    """Count the features that students kept, and write them down beside their budget.
+    """Count the features that students kept, beside the numbers that the theorem allows.
 
     Returns:
         What was found at each hook point; None where `out` already holds it.
@@ -182,17 +184,17 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
 
 
 def _state(out: Path, processes: Processes, name: str) -> Path:
-    """Where this process keeps a checkpoint."""
+    """The file of this process's checkpoint."""
     return checkpoint_in(out, processes.own(Path(name)).name, beside=_beside(processes.own(out), name))
 
 
 def _beside(folder: Path, name: str) -> Path:
-    """Where 0.1 kept it."""
+    """The file in which version 0.1 kept it."""
     return folder.with_name(f"{folder.name}.{name}.checkpoint.safetensors")
 
 
 def tapped_at(teacher: LoadedModel, student: LoadedModel, name: str, hook: str, named: str | None) -> Any:
-    """A student in a form that can be read wherever it may be read.
+    """A student in a form that can be read at all of its possible hook points.
 
     Raises:
         HookPointError: where it lacks a hook point; says how to name another.
@@ -210,7 +212,7 @@ def tapped_at(teacher: LoadedModel, student: LoadedModel, name: str, hook: str, 
 
 
 def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:
-    """What was measured at some hook points, or at the middle one."""
+    """The measurement at some hook points; by default the middle one."""
     return (
         [measurement[hook] for hook in dict.fromkeys(hooks)]
         if hooks
@@ -219,7 +221,7 @@ def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasure
 
 
 def might_be_model(spec: str) -> bool:
-    """Whether a name can be a model's: a folder that holds none and no distillation is neither."""
+    """Whether a name can be a model's. A folder without a model and a distillation are not."""
     folder = Path(spec).expanduser()
     return (folder / "config.json").is_file() or not folder.is_dir()
 
@@ -238,13 +240,16 @@ def check_teacher(spec: str, run: DistillationRun, teacher: LoadedModel) -> None
 
 
 def shared_context(asked: int, teacher: LoadedModel, models: Mapping[str, LoadedModel]) -> int:
-    """Positions in a row that all models take, at most those asked for; says so where a student takes fewer."""
+    """Positions in a row that all models take, at most the requested number.
+
+    A message says so if a student takes fewer.
+    """
     limits = {name: longest(loaded.model) for name, loaded in models.items()}
     shortest = min(limits, key=limits.__getitem__)
     if limits[shortest] < asked:
         log.warning(
-            f"rows have {limits[shortest]} positions in place of the measurement's {asked}, as the student {shortest!r}"
-            " takes no more"
+            f"rows have {limits[shortest]} positions instead of the measurement's {asked}, because the student"
+            f" {shortest!r} takes no more"
         )
     return min(asked, limits[shortest], longest(teacher.model))
 
@@ -252,7 +257,7 @@ def shared_context(asked: int, teacher: LoadedModel, models: Mapping[str, Loaded
 def random_students(
     teacher: LoadedModel, students: Mapping[str, NamedStudent], models: Mapping[str, LoadedModel]
 ) -> dict[str, LoadedModel]:
-    """Each student with random weights: of a distilled one those that its seed gives."""
+    """Each student with random weights. A distilled one gets those of its seed."""
     fresh = {}
     for name, loaded in models.items():
         curve = students[name].distilled
@@ -266,8 +271,9 @@ def random_students(
 
 
 def write(recoveries: list[Recovery], out: Path, about: dict[str, Any]) -> None:
-    """The list of students, the figures of every feature, the figure, and what it was made with; the list last, as it
-    says that all is there.
+    """Write the figures of every feature, the figure and how it was made, then the list of students.
+
+    The list comes last, as it says that everything is there.
     """
     make_folder(out)
     for recovery in recoveries:

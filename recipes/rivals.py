@@ -1,5 +1,5 @@
-"""Floors that know nothing of features, and a bound for every student:
-`tl-capacity run rivals MEASUREMENT --widths 16,24,32 --out DIR`.
+"""Floors that know nothing of features, and a bound for every student: `tl-capacity run rivals MEASUREMENT --widths
+16,24,32 --out DIR`.
 
 Computes with the teacher what a prediction has to beat: the teacher projected on principal components, the truncated
 student before its first step, and the least KL that logits of a width's rank can have.
@@ -50,17 +50,17 @@ class RivalsConfig:
     measurement: Path = argument("A measurement of the teacher.")
     widths: tuple[int, ...] = option((), "Student widths, such as 16,24,32.")
     predictors: tuple[str, ...] = option(PREDICTORS, f"What to compute, of {', '.join(PREDICTORS)}.")
-    out: Path = option(Path("runs/rivals"), "The folder to write.")
-    hook: tuple[str, ...] = option((), "Hook points to project at, measured or not; by default all that were measured.")
-    every_layer: bool = option(False, "Also project the residual stream after every block at once.")
+    out: Path = option(Path("runs/rivals"), "Folder to write.")
+    hook: tuple[str, ...] = option((), "Hook points to project at, measured or not. Default: all that were measured.")
+    every_layer: bool = option(False, "Also project the residual stream after all blocks at once.")
     source: str = option(
         "",
-        "The text to judge on; best text that was not measured. By default the one measured on, of the embedded"
-        " teacher its held-out part.",
+        "Text to judge on, best text that was not measured. Default: the measured text; for the embedded teacher's,"
+        " its held-out part.",
     )
     tokens: int = option(16_384, "Predicted tokens to read, in whole batches, as run distill reads --heldout-tokens.")
     fit_tokens: int = option(50_000, "Tokens of the measured text to fit principal components to.")
-    seed: int = option(0, "Seed of the truncated student's weights that have no counterpart in the teacher.")
+    seed: int = option(0, "Seed of the truncated student's weights that the teacher does not give.")
     iterations: int = option_of(BoundSettings, "iterations")
     tolerance: float = option_of(BoundSettings, "tolerance")
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
@@ -81,7 +81,7 @@ def main(config: RivalsConfig) -> Forecasts | None:
     """
     config = replace(config, device=device_named(config.device))  # is recorded
     if unknown := [name for name in config.predictors if name not in PREDICTORS]:
-        raise CapacityError(f"{unknown[0]!r} is nothing that is computed here: choose from {', '.join(PREDICTORS)}")
+        raise CapacityError(f"{unknown[0]!r} is not computed here: choose from {', '.join(PREDICTORS)}")
     if not config.widths:
         raise CapacityError("there is no width to compute floors for: pass --widths, such as 16,24,32")
     settings = settings_of(config, "out", "threads")
@@ -106,7 +106,7 @@ def main(config: RivalsConfig) -> Forecasts | None:
 def _computed(
     config: RivalsConfig, measurement: Measurement, teacher: LoadedModel, settings: dict[str, Any]
 ) -> Forecasts:
-    """The floors of every predictor, those of an earlier start from the checkpoint."""
+    """The floors of every predictor. Those of an interrupted run come from the checkpoint."""
     provenance = measurement.provenance
     source = text_to_judge_on(config.source, provenance)
     text = partial(
@@ -160,8 +160,9 @@ def _computed(
 
 
 def _tapped(config: RivalsConfig, provenance: Provenance, teacher: LoadedModel, hooks: Sequence[str]) -> Any:
-    """The teacher in a form that has some hook points. A bridge rewrites the model that it is around, so it gets one of
-    its own.
+    """The teacher in a form that has some hook points.
+
+    A bridge changes the model that it wraps, so it gets a model of its own.
     """
     if not all(hugging_face_place(teacher.model, hook) for hook in hooks):
         teacher = measured_teacher(config.measurement, provenance, config.device)
@@ -172,7 +173,7 @@ def _tapped(config: RivalsConfig, provenance: Provenance, teacher: LoadedModel, 
 
 
 def _restored(saved: Mapping[str, Any]) -> Forecasts:
-    """What a checkpoint kept of a predictor."""
+    """The floors of one predictor from a checkpoint."""
     return Forecasts(tuple(map(Forecast.from_json, saved["forecasts"])), saved["about"], tuple(saved["notes"]))
 
 

@@ -1,4 +1,4 @@
-"""SAELens' training runner for the recipe train-sae: what it is given, its checkpoints, and how the result is saved."""
+"""SAELens' training runner for the recipe train-sae: its inputs, its checkpoints, and how the result is saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NORM_BATCHES = 8
 def train(
     config: TrainSAEConfig, hooked: Any, hook_in_model: str, source: str, rows: NDArray[np.int32], special: list[int]
 ) -> Any:
-    """The SAE, trained to the end, or from the newest checkpoint on.
+    """The SAE, trained to the end. Training resumes from the newest checkpoint.
 
     Args:
         hooked: a model that SAELens can read activations from.
@@ -61,7 +61,7 @@ def train(
                 raise
 
         def go_on(self, trainer: Any) -> None:
-            """Take the state of the newest checkpoint that can be read, if there is any at all."""
+            """Load the newest checkpoint that can be read, if there is one."""
             refusals = []
             for folder in _newest_first(checkpoints):
                 try:
@@ -70,11 +70,14 @@ def train(
                     self.activations_store.load_from_checkpoint(folder)
                 except loading_errors() as problem:
                     refusals.append(
-                        f"the checkpoint {folder} is damaged ({reason_of(problem)}): delete {checkpoints} to begin anew"
+                        f"the checkpoint {folder} is damaged ({reason_of(problem)}): delete {checkpoints} to start"
+                        " again"
                     )
                     continue
                 for refusal in refusals:
-                    log.warning(f"the last checkpoint is left out, and the one before it gone on from: {refusal}")
+                    log.warning(
+                        f"the last checkpoint is left out, and training resumes from the one before it: {refusal}"
+                    )
                 return
             if refusals:
                 raise CapacityError(refusals[0])
@@ -140,7 +143,8 @@ def train(
             sae = runner.run()
         except KeyboardInterrupt as problem:
             raise CapacityError(
-                f"training was interrupted and its state kept in {checkpoints}: run the same command again to go on"
+                f"training was interrupted, and its state is kept in {checkpoints}: run the same command again to"
+                " resume"
             ) from problem
     if hook_in_model != config.hook:
         sae.cfg.metadata.hook_name, sae.cfg.metadata.hf_hook_name = config.hook, hook_in_model
@@ -150,7 +154,7 @@ def train(
 def _activation_mean(
     hooked: Any, hook: str, rows: NDArray[np.int32], special: list[int], device: str
 ) -> tuple[Any, float, int]:
-    """Mean activation [d_in], the factor that brings activations to the norm √d_in, and d_in, from a few rows."""
+    """Mean activation [d_in], the factor to norm √d_in, and d_in, from a few rows."""
     import torch
     from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
@@ -176,8 +180,9 @@ def _activation_mean(
 
 
 def save_unit_norm(sae: Any, folder: Path, save_dtype: str) -> None:
-    """Write the inference form with decoder vectors of norm 1, so that a latent's size is the size
-    of what it writes.
+    """Write the inference form with decoder vectors of norm 1.
+
+    So a latent's size is the size of what it writes.
     """
     import torch
     from sae_lens import SAE
@@ -199,7 +204,7 @@ def save_unit_norm(sae: Any, folder: Path, save_dtype: str) -> None:
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
-    """The checkpoints, which SAELens names by their tokens."""
+    """The checkpoints, newest first. SAELens names them by their tokens."""
     return sorted(
         (path for path in checkpoints.glob("*") if path.is_dir() and path.name.isdecimal()),
         key=lambda path: int(path.name),

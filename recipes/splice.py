@@ -36,19 +36,19 @@ class SpliceConfig:
     """Everything that decides the curves."""
 
     measurement: Path = argument("A measurement of the teacher.")
-    widths: tuple[int, ...] = option((), "Student widths, whose numbers of features are run exactly.")
-    out: Path = option(Path("runs/splice"), "The folder to write.")
-    hook: tuple[str, ...] = option((), "Hook points; by default all that were measured.")
+    widths: tuple[int, ...] = option((), "Student widths. Their numbers of features are run exactly.")
+    out: Path = option(Path("runs/splice"), "Folder to write.")
+    hook: tuple[str, ...] = option((), "Hook points. Default: all that were measured.")
     importance: tuple[str, ...] = option((), "Importance estimators that rank the features. Default: the paper's.")
     law: tuple[str, ...] = option((), "Capacity laws that say how many features a width keeps. Default: the paper's.")
-    kept: tuple[int, ...] = option((), "Numbers of features to run besides; by default ten between none and all.")
+    kept: tuple[int, ...] = option((), "Further numbers of features to run. Default: ten between none and all.")
     source: str = option(
         "",
-        "The text; best text that was not measured. By default the one measured on, of the embedded teacher its"
+        "Text to read, best text that was not measured. Default: the measured text; for the embedded teacher's, its"
         " held-out part.",
     )
     tokens: int = option(20_000, "Tokens to read.")
-    lost: str = option("mean", f"What stands for a lost latent, one of {', '.join(LOST)}.")
+    lost: str = option("mean", f"What stands in for a lost latent: {', '.join(LOST)}.")
     keep_error: bool = option(False, "Leave the SAE's own error in the stream.")
     device: str = option(AUTO, f"Where the model runs: {DEVICE_HELP}")
     threads: int = option(0, "CPU threads; 0 leaves it to torch.")
@@ -111,12 +111,12 @@ def main(config: SpliceConfig) -> Spliced | None:
 
 
 def text_to_judge_on(given: str, provenance: Provenance) -> str:
-    """The text that was asked for, or else the one measured on; of the embedded teacher its held-out part."""
+    """The requested text, or else the measured one. For the embedded teacher's text, it is the held-out part."""
     return given or ("embedded:heldout" if provenance.source == "embedded" else provenance.source)
 
 
 def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:
-    """What was measured at some hook points, with every SAE there; at all where none is named."""
+    """The measurement at some hook points with all SAEs there; by default at all hook points."""
     for hook in hooks:
         if hook not in {measured.hook for measured in measurement}:
             measurement[hook]  # says which there are
@@ -124,7 +124,7 @@ def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasure
 
 
 def _say(part: Spliced, hook: HookMeasurement, config: SpliceConfig) -> None:
-    """Print the floors of the widths, or the curve where no width was asked for."""
+    """Print the floors of the widths, or the curve if no width was given."""
     console = Console(width=180)
     if not config.widths:
         console.print(part)

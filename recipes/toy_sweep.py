@@ -1,5 +1,6 @@
-"""Trains the toy models of 48 configurations, on the data and distilled from teachers, in one batch, and judges every
-predictor of the floors that they reach.
+"""Trains the toy models of 48 configurations in one batch, and judges every predictor of the floors that they reach.
+
+Students are trained on the data and distilled from teachers.
 
 `tl-capacity run toy-sweep --preset paper --out runs/toy`; after an interruption, the same command goes on from its
 checkpoint. With `--report FOLDER` it also writes `toy.md`, `toy.json` and the figures, from a finished sweep without
@@ -30,33 +31,33 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ToySweepConfig:
-    """Everything that decides the sweep; what is not given is the preset's."""
+    """Everything that decides the sweep. The preset supplies what is not given."""
 
     preset: str = option(
         "quick", "quick (2 seeds, 600 steps) or paper (20 seeds, 10,000 steps), both over all 48 configurations."
     )
     out: Path = option(
         Path("runs/toy"),
-        "The folder to write; a checkpoint stands beside it until it is complete, and a complete one is only judged.",
+        "Folder to write. A checkpoint is beside it until it is complete. A complete sweep is only judged.",
     )
     report: Path | None = option(
-        None, "A folder to write toy.md, toy.json and the figures to; needs kaleido and Chromium."
+        None, "Folder to write toy.md, toy.json and the figures to. It needs kaleido and Chromium."
     )
-    features: tuple[int, ...] = option((), "Numbers of features n; by default 10,20,40.")
-    alphas: tuple[float, ...] = option((), "Sparsities α; by default 0.8,0.9,0.95,0.99.")
-    teacher_widths: tuple[int, ...] = option((), "Widths d_T of teachers; by default 3,5,8,10.")
-    widths: tuple[int, ...] = option((), "Widths d_S of students; by default all from 1 to d_T.")
+    features: tuple[int, ...] = option((), "Numbers of features n. Default: 10,20,40.")
+    alphas: tuple[float, ...] = option((), "Sparsities α. Default: 0.8,0.9,0.95,0.99.")
+    teacher_widths: tuple[int, ...] = option((), "Widths d_T of teachers. Default: 3,5,8,10.")
+    widths: tuple[int, ...] = option((), "Widths d_S of students. Default: all from 1 to d_T.")
     slope: float = option(1.0, "Slope s of the importances i^−s: 1 for Zipf's law, 0 for uniform ones.")
     correlation: str = option("independent", "independent, correlated or anticorrelated pairs of features.")
-    distilled: bool = option(True, "Whether students of the teachers are trained as well.")
+    distilled: bool = option(True, "Also train students of the teachers.")
     seeds: int | None = option(None, "Number of seeds.")
     first_seed: int = option(0, "The first seed.")
     steps: int | None = option(None, "Steps of Adam.")
     batch: int = option(128, "Samples in a step, of those that are not all zero.")
-    lr: float = option(1e-2, "Learning rate at the start; it falls to zero along half a cosine.")
+    lr: float = option(1e-2, "Learning rate at the start. It falls to zero along half a cosine.")
 
     def settings(self) -> toy.SweepSettings:
-        """The sweep's settings.
+        """The settings of the sweep.
 
         Raises:
             CapacityError: on an unknown preset or a value outside its domain.
@@ -64,7 +65,7 @@ class ToySweepConfig:
         from tl_capacity import toy
 
         if self.preset not in PRESETS:
-            raise CapacityError(f"{self.preset!r} is no preset: choose one of {', '.join(PRESETS)}")
+            raise CapacityError(f"{self.preset!r} is not a preset: choose one of {', '.join(PRESETS)}")
         names = (
             "features",
             "alphas",
@@ -83,7 +84,7 @@ class ToySweepConfig:
         return toy.SweepSettings(**{**PRESETS[self.preset], **given})
 
     def arguments(self) -> str:
-        """What was given on the command line and decides the sweep."""
+        """The given command line arguments that decide the sweep."""
         given = {
             field.name.replace("_", "-"): getattr(self, field.name)
             for field in fields(self)
@@ -140,13 +141,15 @@ def main(config: ToySweepConfig) -> None:
 
 
 def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
-    """The sweep in `out`, trained if it is not there."""
+    """The sweep in `out`, trained first if it is not there."""
     from tl_capacity import toy
 
     if out.exists():
         result = toy.SweepResult.load(out)
         if changed := earlier_values(result.settings.to_json(), settings.to_json()):
-            raise CapacityError(f"{out} holds a sweep with other settings ({changed}): give those, or another --out")
+            raise CapacityError(
+                f"{out} holds a sweep with other settings ({changed}): pass those, or choose another --out"
+            )
         return result
     make_folder(out.parent)
     checkpoint = out.with_name(f"{out.name}.checkpoint.safetensors")
@@ -155,7 +158,7 @@ def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
             result = toy.run(settings, checkpoint, advance)
     except KeyboardInterrupt as problem:
         raise CapacityError(
-            f"the sweep was interrupted and its state kept in {checkpoint}: run the same command again to go on"
+            f"the sweep was interrupted, and its state is kept in {checkpoint}: run the same command again to resume"
         ) from problem
     result.save(out)
     remove_checkpoint(checkpoint)

@@ -1,5 +1,4 @@
-"""Trains a sparse autoencoder on one hook point of any model that loads, through SAELens' own runner, and records how
-it was made and how good it is.
+"""Trains a sparse autoencoder at one hook point of any model through SAELens' own runner, and records its quality.
 
 `tl-capacity run train-sae --model … --hook … --source … --out …`; after an interruption, the same command goes on from
 the newest checkpoint.
@@ -94,8 +93,9 @@ def main(config: TrainSAEConfig) -> None:
 def split_rows(
     stream: TokenStream, config: TrainSAEConfig, special: list[int]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Rows [row, position] to train on, shuffled, and rows of other documents to measure on; short rows are filled with
-    a special token, which is masked.
+    """Shuffled rows [row, position] to train on, and rows of other documents to measure on.
+
+    Short rows are filled with a special token, which is masked.
 
     Raises:
         TokenSourceError: where the source has no two documents, or no full row.
@@ -131,7 +131,7 @@ def split_rows(
     order = shuffled.permutation(np.unique(documents))
     if len(order) < 2:
         raise TokenSourceError(
-            f"{stream.name()} has {len(order)} document of use: at least two are needed, to hold one out"
+            f"{stream.name()} has {len(order)} usable document: at least two are needed, to hold one out"
         )
     tokens_of = dict.fromkeys(order.tolist(), 0)
     for document, count in zip(documents, counted, strict=True):
@@ -145,7 +145,7 @@ def split_rows(
 
 
 def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
-    """A model that SAELens can read activations from, the hook's name in it, and the model to measure on.
+    """A model that SAELens can read, the hook point's name in it, and the model to measure on.
 
     The residual stream of a known family is read off the Hugging Face model itself, which keeps its fast attention; any
     other hook needs a bridge.
@@ -176,7 +176,7 @@ def hooked_model(loaded: LoadedModel, hook: str) -> tuple[Any, str, Any]:
 def measure(
     folder: Path, config: TrainSAEConfig, model: Any, rows: NDArray[np.int32], special: list[int]
 ) -> dict[str, Any]:
-    """What the SAE in `folder`, loaded as anybody would, does on held-out rows."""
+    """How well the SAE in `folder`, loaded as a user would, does on held-out rows."""
     from sae_lens import SAE
 
     from tl_capacity.measure.attach import add_capacity_hooks
@@ -200,10 +200,10 @@ def measure(
 def _check(config: TrainSAEConfig) -> None:
     if config.architecture not in ARCHITECTURES:
         raise CapacityError(
-            f"{config.architecture!r} is no architecture to train: choose one of {', '.join(ARCHITECTURES)}"
+            f"{config.architecture!r} is not an architecture to train: choose one of {', '.join(ARCHITECTURES)}"
         )
     if config.save_dtype not in SAVE_DTYPES:
-        raise CapacityError(f"{config.save_dtype!r} is no dtype to save in: choose one of {', '.join(SAVE_DTYPES)}")
+        raise CapacityError(f"{config.save_dtype!r} is not a dtype to save in: choose one of {', '.join(SAVE_DTYPES)}")
     if not 1 <= config.k <= config.d_sae:
         raise CapacityError(f"k = {config.k} must lie between 1 and d_sae = {config.d_sae}")
     if not 1 <= config.batch_tokens <= config.tokens:
@@ -216,12 +216,12 @@ def _check(config: TrainSAEConfig) -> None:
 
 
 def _check_same(config: TrainSAEConfig) -> None:
-    """Refuse to go on with a run of other settings."""
+    """Refuse to continue a run with other settings."""
     kept = config.checkpoints_folder / "settings.json"
     if kept.is_file() and (changed := earlier_values(read_kept(kept), config.decisive(), all_of_them=True)):
         raise CapacityError(
-            f"{kept.parent} holds a run with other settings ({changed}): use those to go on with it, or delete the"
-            " folder to begin anew"
+            f"{kept.parent} holds a run with other settings ({changed}): pass those to resume it, or delete the folder"
+            " to start again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which features a command is asked to keep: those that a file names, or those that carry a concept."""
+"""Which features a command should keep: those that a file names, or those that carry a concept."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ CONCEPT = "concept:"
 
 
 def named_saes(specs: Sequence[str], teacher: LoadedModel, keep: Sequence[str]) -> dict[str, Any]:
-    """The dictionaries whose features shall be kept, by hook point: those that were named, else, where there are
-    features to keep, those that come with the teacher.
+    """The dictionaries of the features to keep, by hook point.
+
+    They are the named ones. If there are features to keep and none is named, they are those that come with the teacher.
 
     Raises:
         CapacityError: where one cannot be loaded, or two are of one hook point.
@@ -33,7 +34,7 @@ def named_saes(specs: Sequence[str], teacher: LoadedModel, keep: Sequence[str]) 
     for spec in specs:
         hook, name, sae = dictionary_named(spec, teacher, device)
         if hook in loaded:
-            raise CapacityError(f"{name} is the second dictionary at {hook}: features are kept of one, name one")
+            raise CapacityError(f"{name} is the second dictionary at {hook}: name only one for each hook point")
         loaded[hook] = sae
     bundled = teacher.named.saes if teacher.named is not None and not specs else {}
     return loaded or {hook: load_sae(str(folder), device)[1] for hook, folder in bundled.items()}
@@ -42,7 +43,7 @@ def named_saes(specs: Sequence[str], teacher: LoadedModel, keep: Sequence[str]) 
 def wanted_features(
     keep: Sequence[str], teacher: LoadedModel, saes: Mapping[str, Any], hook: str, weight: float, concept_features: int
 ) -> tuple[KeepFeatures, ...]:
-    """What `--keep` asks for.
+    """The features that `--keep` asks for.
 
     Args:
         keep: paths of JSON files, and `concept:NAME`.

@@ -205,9 +205,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
         (["floor", "TMP/bad.json", "--widths", "8"], "not an importance curve"),
         (
             ["floor", "TMP/negative.json", "--widths", "8"],
-            "not an importance curve (importance = -2 is outside its domain",
+            "curve (importance = -2 is outside its domain",
         ),
-        (["floor", "TMP/dense.json", "--widths", "8"], "not an importance curve (alpha = 1.5 is outside its domain"),
+        (["floor", "TMP/dense.json", "--widths", "8"], "curve (alpha = 1.5 is outside its domain"),
         (["floor", "TMP/short.json", "--widths", "8"], "truncated or altered"),
         (["budget", "TMP"], "no measurement"),
         (["run", "no-such-recipe"], "no recipe named"),

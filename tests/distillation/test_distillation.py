@@ -321,7 +321,7 @@ def test_a_run_survives_saving(finished: tuple[DistillationRun, Path], teacher: 
     with pytest.raises(CapacityError, match="already holds a distillation"):
         distill(teacher, [8, 16], train_tokens(), settings=SMALL, out=folder)
     with pytest.raises(
-        CapacityError, match=r"with students \[.*\], and this one has .*: resume with the same settings"
+        CapacityError, match=r"with students \[.*\], but this one has .*: resume with the same settings"
     ):
         distill(teacher, [8], train_tokens(), settings=SMALL, out=folder, resume=True)
 
@@ -597,7 +597,7 @@ def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: Dis
     assert not (out / "distillation.json").exists()
     with pytest.raises(CapacityError, match="already holds a distillation: resume it with --resume"):
         recipe.run(main, command(on_disk, out)[2:])
-    with pytest.raises(CapacityError, match=r"lr 0\.003, and this one has 0\.01: resume with the same settings"):
+    with pytest.raises(CapacityError, match=r"lr 0\.003, but this one has 0\.01: resume with the same settings"):
         recipe.run(main, command(on_disk, out, "--resume", "--lr", "0.01")[2:])
     alone(command(on_disk, out, "--resume"))
     assert losses_of(DistillationRun.load(out)) == losses_of(undisturbed)

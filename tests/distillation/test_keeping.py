@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         patched.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(StoppedError):
             trained(teacher, sae, keep, out=tmp_path / "torn", checkpoint_seconds=0.0)
-    with pytest.raises(CapacityError, match=r"keep .*features.*, and this one has"):
+    with pytest.raises(CapacityError, match=r"keep .*features.*, but this one has"):
         trained(
             teacher,
             sae,

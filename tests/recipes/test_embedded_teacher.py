@@ -148,6 +148,6 @@ def test_what_is_not_trained_to_its_end_is_not_exported(trained: Path, tmp_path:
     saved = torch.load(trained / "checkpoint.pt", weights_only=True)
     longer = replace(TINY, cycles=(*TINY.cycles, 1280))
     torch.save({**saved, "config": {**saved["config"], "cycles": longer.cycles}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(CapacityError, match="is trained to step 6 of 10: run the stage `train` to its end first"):
+    with pytest.raises(CapacityError, match="is trained to step 6 of 10: finish the stage `train` first"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -149,7 +149,7 @@ def test_students_are_probed_where_concepts_are_named(setup: Path, finished: Pat
     assert all(width is None or width >= 1 for sparse in probes["sparse"] for width in sparse["widths"])
     again = PythiaFloorConfig(out=finished, concepts=(str(concept),))
     probe(again, Measurement.load(finished / "measurement"))  # which leaves what is there
-    with pytest.raises(CapacityError, match="go on with the same --concepts"):
+    with pytest.raises(CapacityError, match="pass the same --concepts"):
         probe(replace(again, concepts=("question",)), Measurement.load(finished / "measurement"))
 
 
@@ -157,12 +157,12 @@ def test_what_does_not_fit_is_refused(setup: Path, finished: Path, tmp_path: Pat
     with pytest.raises(
         CapacityError,
         match=(
-            r"holds a run with tokens 1500, and this one has 1600: go on with the same settings, or choose another"
+            r"holds a run with tokens 1500, but this one has 1600: pass the same settings, or choose another"
             r" --out"
         ),
     ):
         recipe.run(main, options(setup, finished, "--tokens", "1600"))
-    with pytest.raises(CapacityError, match="'fast' is no preset: choose one of quick, demo, full"):
+    with pytest.raises(CapacityError, match="'fast' is not a preset: choose one of quick, demo, full"):
         recipe.run(main, options(setup, tmp_path, "--preset", "fast"))
     with pytest.raises(CapacityError, match="no text to measure"):
         recipe.run(
@@ -231,7 +231,8 @@ def test_another_teacher_at_the_same_place_is_noticed(
     with pytest.raises(CapacityError, match=r"the measurement was made with revision '\w+', and this run has '\w+'"):
         recipe.run(main, options(mine, run))
     with pytest.raises(
-        CapacityError, match=r"teacher' is now \w+, and was \w+ when it was measured: get that one, or measure again"
+        CapacityError,
+        match=r"teacher' is now \w+, but was \w+ when it was measured: get that revision, or measure again",
     ):
         recipe.run(main, options(mine, tmp_path / "given", "--measurement", str(run / "measurement")))
     with pytest.raises(
@@ -274,5 +275,5 @@ def test_presets_decide_the_same_things() -> None:
 
 
 def test_probing_a_revision_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CapacityError, match="--concepts probes the teacher's main revision, and not 'step3000'"):
+    with pytest.raises(CapacityError, match="--concepts probes the teacher's main revision, not 'step3000'"):
         main(PythiaFloorConfig(out=tmp_path, concepts=("embedded",), revision="step3000"))

@@ -199,7 +199,7 @@ def test_kept_activations_give_the_same_sae_and_run_the_model_once(
         for name, weights in plain.state_dict().items():
             torch.testing.assert_close(sae.state_dict()[name], weights, rtol=0, atol=0)
     assert "activations" not in record["settings"]
-    with pytest.raises(CapacityError, match=f"keeps activations of something else .hook = {HOOK}.: choose"):
+    with pytest.raises(CapacityError, match=f"holds other activations .hook = {HOOK}.: choose"):
         main(replace(keeping, hook="blocks.0.hook_resid_post", out=tmp_path / "elsewhere"))
 
 
@@ -274,7 +274,7 @@ def interrupted(
     register_plugin(Plugin(), "stopping-plugin")
     try:
         with pytest.raises(
-            CapacityError, match=r"training was interrupted and its state kept in .*run the same command again"
+            CapacityError, match=r"training was interrupted, and its state is kept in .*run the same command again"
         ):
             main(stopped)
         stop = None
@@ -415,8 +415,8 @@ def test_rows_of_a_document_stay_together(config: TrainSAEConfig, tokenizer: Any
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "magic"}, "'magic' is no architecture"),
-        ({"save_dtype": "int4"}, "'int4' is no dtype to save in"),
+        ({"architecture": "magic"}, "'magic' is not an architecture"),
+        ({"save_dtype": "int4"}, "'int4' is not a dtype to save in"),
         ({"k": 65}, "k = 65 must lie between 1 and d_sae = 64"),
         ({"tokens": 100}, "batch_tokens = 128 must lie between 1 and tokens = 100"),
         ({"lr": 0.0}, "must be positive"),
@@ -436,7 +436,7 @@ def test_a_hook_that_does_not_exist(config: TrainSAEConfig) -> None:
 
 def test_sources_that_do_not_do(config: TrainSAEConfig, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("w1 w2 w3\n")
-    with pytest.raises(TokenSourceError, match="has 1 document of use: at least two are needed"):
+    with pytest.raises(TokenSourceError, match="has 1 usable document: at least two are needed"):
         main(replace(config, source=str(tmp_path / "one.txt")))
     with pytest.raises(TokenSourceError, match="there is no file"):
         main(replace(config, source=str(tmp_path / "none.txt")))

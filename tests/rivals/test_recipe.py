@@ -97,7 +97,7 @@ def test_it_goes_on_where_it_was_stopped(cli: Cli, setup: Path, measured: Path, 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--widths", "4", "--predictors", "rank_bound,guess"], "'guess' is nothing that is computed here"),
+        (["--widths", "4", "--predictors", "rank_bound,guess"], "'guess' is not computed here"),
         ([], "there is no width to compute floors for"),
         (["--widths", "0"], "width 0 is not a student width"),
         (["--widths", "7"], "cannot build a student of width 7"),

@@ -551,7 +551,7 @@ class TestSweep:
         [
             (["--seeds", "0"], "seeds = 0 is too few"),
             (["--alphas", "0.9,1.0"], "alpha = 1 is outside its domain"),
-            (["--preset", "huge"], "'huge' is no preset: choose one of quick, paper"),
+            (["--preset", "huge"], "'huge' is not a preset: choose one of quick, paper"),
             (["--lr", "-1"], "is not a learning rate"),
             (["--features", "10,10"], "each once"),
         ],
