@@ -85,7 +85,7 @@ class EmbeddedTeacherConfig:
 
     work: Path = option(Path("runs/embedded-teacher"), "Folder for downloads and checkpoints.")
     out: Path = option(Path("hooks/embedded"), "Package folder to write the artefacts to.")
-    stages: tuple[str, ...] = option(STAGES, f"Stages to run, of {','.join(STAGES)}.")
+    stages: tuple[str, ...] = option(STAGES, f"Stages to run, out of {','.join(STAGES)}.")
     threads: int = option(2, "CPU threads.")
     sae_tokens: int = option(2_000_000, "Tokens that each SAE is trained on.")
 

@@ -104,7 +104,7 @@ class ProbeConfig:
 
 
 def main(config: ProbeConfig) -> ProbeResult | None:
-    """Probe models for concepts, and write accuracy and AUROC beside their baselines.
+    """Probe models for concepts, and write their accuracy and AUROC beside those of baselines.
 
     Returns:
         What was found; None where `out` already holds it.

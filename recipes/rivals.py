@@ -49,7 +49,7 @@ class RivalsConfig:
 
     measurement: Path = argument("A measurement of the teacher.")
     widths: tuple[int, ...] = option((), "Student widths, such as 16,24,32.")
-    predictors: tuple[str, ...] = option(PREDICTORS, f"What to compute, of {', '.join(PREDICTORS)}.")
+    predictors: tuple[str, ...] = option(PREDICTORS, f"What to compute, out of {', '.join(PREDICTORS)}.")
     out: Path = option(Path("runs/rivals"), "Folder to write.")
     hook: tuple[str, ...] = option((), "Hook points to project at, measured or not. Default: all that were measured.")
     every_layer: bool = option(False, "Also project the residual stream after all blocks at once.")
@@ -68,7 +68,7 @@ class RivalsConfig:
 
 
 def main(config: RivalsConfig) -> Forecasts | None:
-    """Compute the floors, print them, and write them.
+    """Compute floors without any features and a bound for every student, print them, and write them.
 
     The same command started again goes on where it was stopped.
 

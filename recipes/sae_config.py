@@ -37,7 +37,7 @@ class TrainSAEConfig:
     context: int | None = option(None, "Positions in a row, BOS included. Default: what the model takes, at most 256.")
     batch_rows: int = option(8, "Rows in one forward pass of the model.")
     dead_after_tokens: int = option(
-        200_000, "A latent that was silent for this long counts as dead, and topk revives it."
+        200_000, "A latent that was silent for this many tokens counts as dead, and topk revives it."
     )
     checkpoints: int = option(4, "How many to write during training. The same command resumes from the newest.")
     save_dtype: str = option(

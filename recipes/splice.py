@@ -55,7 +55,7 @@ class SpliceConfig:
 
 
 def main(config: SpliceConfig) -> Spliced | None:
-    """Splice the teacher, print the floors of the widths, and write the curves.
+    """Run the teacher with only its most important features, print the floors of the widths, and write the curves.
 
     Returns:
         The curves; None where `out` already holds them.

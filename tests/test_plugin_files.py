@@ -380,7 +380,9 @@ def test_a_concept_of_a_plugin_file_that_is_wrong_is_one_sentence(command: Cli, 
         "x",
     )
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: the concept 'pairs' gives a tuple in line 3 of {mine.resolve()}, as its text 1: let")
+    assert err.startswith(
+        f"error: the concept 'pairs' gives a tuple in line 3 of {mine.resolve()}, as its text 1: its load"
+    )
     assert err.count("\n") == 1
 
 

@@ -137,8 +137,8 @@ def test_another_candidate_is_named_where_it_holds(name: str, of: Callable[[int]
     ("c", "b", "says"),
     [
         (1.0, 0.0, "it may be right as it is"),
-        (0.8, 0.0, "it is not right as it is, where C must be within 0.1 of 1"),
-        (1.0, 2.0, "it is not right as it is, where B must be within 0.53 of 0, with 0 in its interval"),
+        (0.8, 0.0, "it is not right as it is (C must be within 0.1 of 1"),
+        (1.0, 2.0, "it is not right as it is (B must be within 0.53 of 0, with 0 in its interval"),
     ],
 )
 def test_a_prediction_in_nats_can_be_wrong_as_it_is(c: float, b: float, says: str) -> None:

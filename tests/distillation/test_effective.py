@@ -124,7 +124,7 @@ def test_below_the_dictionary_s_own_error_nothing_is_worth_as_much() -> None:
     assert any(note.startswith("students of width 16 reached 0.025") for note in found.notes())
     assert "not reached" in found._repr_html_()
     none = effective_capacity(MEASURED, SPLICED, students_with({16: [ERROR / 2]}))
-    assert "students of no width are worth" in none.verdict()[0]
+    assert "students of every width are worth more than all" in none.verdict()[0]
     with pytest.raises(CapacityError, match="splice one that reconstructs better"):
         none.plot()
 

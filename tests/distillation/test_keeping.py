@@ -211,10 +211,10 @@ def test_what_cannot_be_kept_is_refused(
         attempt(KeepFeatures("blocks.0.hook_resid_post", features))
     with pytest.raises(HookPointError, match="is not a hook point of this model"):
         attempt(KeepFeatures("blocks.9.hook_resid_post", features), saes={"blocks.9.hook_resid_post": sae})
-    with pytest.raises(CapacityError, match=r"kept at blocks\.1\.hook_resid_post twice over"):
+    with pytest.raises(CapacityError, match=r"blocks\.1\.hook_resid_post is named twice"):
         attempt(KeepFeatures(HOOK, (1,)), KeepFeatures(HOOK, (2,)))
     for wrong, message in (
-        (((), 1.0), "no feature is named"),
+        (((), 1.0), "no feature to keep at"),
         (((3, 3), 1.0), "feature 3 is named twice"),
         (((-1,), 1.0), "-1 is not a feature number"),
         (((1,), 0.0), "weight = 0 keeps no features"),

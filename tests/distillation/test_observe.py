@@ -363,5 +363,5 @@ def test_what_was_judged_is_whole_or_refused() -> None:
     content = json.loads(json.dumps(run.to_json()))
     assert DistillationRun.from_json(content) == replace(run)
     content["students"][0]["judged"]["kl"].pop()
-    with pytest.raises(ValueError, match="not of the same documents"):
+    with pytest.raises(ValueError, match="of different documents"):
         DistillationRun.from_json(content)

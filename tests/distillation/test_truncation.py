@@ -98,7 +98,7 @@ def test_what_reads_and_writes_the_stream_is_found() -> None:
 
 @pytest.mark.parametrize(
     ("family", "width", "says"),
-    [("mamba", 16, "'mamba' students cannot start from a truncated teacher"), ("llama", 40, "fewer directions")],
+    [("mamba", 16, "'mamba' students cannot start from a truncated teacher"), ("llama", 40, "from a narrower teacher")],
 )
 @pytest.mark.filterwarnings("ignore:the student of width 40 is wider")
 def test_what_cannot_be_truncated_is_refused(family: str, width: int, says: str) -> None:

@@ -343,7 +343,7 @@ def test_an_altered_price_list_is_refused(placed: Path, tmp_path: Path, spoil: C
         (["--keep", "{features}", "--weights", "nan"], "--weights nan is not a weight of a loss"),
         (["--keep", "{features}", "--judge-tokens", "200"], "ask for --judge-tokens"),
         (["--keep", "{features}", "--lr", "-1"], "lr = -1.0 trains nothing"),
-        (["--keep", "{features}", "--widths", "17"], "no student of width 17"),
+        (["--keep", "{features}", "--widths", "17"], "cannot build a student of width 17"),
     ],
 )
 def test_what_cannot_be_priced_is_refused_in_a_sentence(

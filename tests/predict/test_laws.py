@@ -221,7 +221,7 @@ def test_what_no_law_may_give_is_one_sentence() -> None:
 
     at = CapacityContext(0.9, np.ones(3), 8, 8)
     for width, says in (
-        (4, r"keeps nan features at width 4, but a finite number of at least 0 is needed: mend it$"),
+        (4, r"keeps nan features at width 4, but a finite number of at least 0 is needed: fix it$"),
         (5, r"keeps -1 features at width 5"),
         (6, rf"failed in line \d+ of {__file__} \(ValueError: could not convert string to float: 'many'\): fix it"),
         (7, rf"failed in line \d+ of {__file__} \(KeyError: 7\): fix it"),

@@ -241,10 +241,10 @@ def raising(widths: Sequence[int]) -> Any:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ([1.0, float("nan")], "gives nan at width 4, but a finite number of at least 0 is needed: mend it$"),
+        ([1.0, float("nan")], "gives nan at width 4, but a finite number of at least 0 is needed: fix it$"),
         ([float("inf"), 1.0], "gives inf at width 2"),
         ([1.0, -1.0], "gives -1 at width 4"),
-        ([1.0], "gives 1 floors for 2 widths, but one for each is needed: mend it$"),
+        ([1.0], "gives 1 floors for 2 widths, but one for each is needed: fix it$"),
         ([1.0, 1.0, 1.0], "gives 3 floors for 2 widths"),
         (["many", 1.0], r"failed in line \d+ of .*could not convert string to float: 'many'\): fix it, or choose"),
         (3.0, r"failed in line \d+ of .*'float' object is not iterable"),

@@ -97,7 +97,7 @@ def test_without_a_splice_or_students_one_line_says_how() -> None:
     assert filled(unobserved, "spliced").figures
     assert filled(unobserved, "effective").command.startswith("tl-capacity run distill")
     beyond = Results(MEASURED, run=students_with({8: [0.01]}), spliced=SPLICED)
-    assert filled(beyond, "effective").missing.startswith("Students of no width are worth a number of features")
+    assert filled(beyond, "effective").missing.startswith("Students of every width are worth more than all features")
 
 
 def test_of_a_splice_of_another_measurement_there_is_no_page() -> None:

@@ -47,7 +47,7 @@ class ObserveSettings:
     prepend_bos: bool = option(True, "Begin each row with the teacher's BOS.", "--bos/--no-bos")
     special_tokens: bool = option(
         False,
-        "Read special tokens that are spelled in a text, such as <|endoftext|>, as these tokens. Default: as text.",
+        "If a text spells a special token, such as <|endoftext|>, read it as that token. Default: read it as text.",
         "--special-tokens",
     )
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")

@@ -97,7 +97,7 @@ def _features_per_dimension(law: CapacityLaw, at: CapacityContext) -> float:
     if not (isfinite(ratio) and ratio > 0):
         raise PluginError(
             f"the capacity law {law.name!r} gives {ratio:g} features per dimension, but a finite number above 0 is"
-            " needed: mend it"
+            " needed: fix it"
         )
     return ratio
 
@@ -113,6 +113,6 @@ def _kept(law: CapacityLaw, width: int, at: CapacityContext) -> float:
     if not (isfinite(kept) and kept >= 0):
         raise PluginError(
             f"the capacity law {law.name!r} keeps {kept:g} features at width {width:,}, but a finite number of at"
-            " least 0 is needed: mend it"
+            " least 0 is needed: fix it"
         )
     return kept

@@ -213,13 +213,13 @@ def _asked(predictor: FloorPredictor, widths: Sequence[int], at: FloorContext) -
     if len(floors) != len(widths):
         raise PluginError(
             f"the floor predictor {predictor.name!r} gives {len(floors)} floors for {len(widths)} widths, but one for"
-            " each is needed: mend it"
+            " each is needed: fix it"
         )
     for width, floor in zip(widths, floors, strict=True):
         if floor is not None and not (isfinite(floor.value) and floor.value >= 0):
             raise PluginError(
                 f"the floor predictor {predictor.name!r} gives {floor.value:g} at width {width:,}, but a finite number"
-                " of at least 0 is needed: mend it"
+                " of at least 0 is needed: fix it"
             )
     return floors
 

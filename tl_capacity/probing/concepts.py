@@ -80,7 +80,7 @@ class LabelledTexts:
         classes = classes or (labels[0], labels[1])
         if set(labels) != set(classes):
             raise CapacityError(
-                f"the concept {name!r} has the labels {_listed(labels)} instead of {_listed(classes)}: mend its plugin"
+                f"the concept {name!r} has the labels {_listed(labels)} instead of {_listed(classes)}: fix its plugin"
             )
         splits = [text.split or split_of(key) for text, key in zip(texts, keys, strict=True)]
         if unknown := set(splits) - SPLITS.keys():
