@@ -44,7 +44,7 @@ class State:
         return self.run.students[0].tokens[-1:] == (self.tokens,)
 
     def advance(self, tokens: int) -> None:
-        """Count a step."""
+        """Count a step and its tokens."""
         self.step, self.tokens = self.step + 1, self.tokens + tokens
 
     def learn(self, losses: list[float]) -> None:
@@ -99,8 +99,9 @@ def save(folder: Path, state: State, students: nn.Module, optimiser: torch.optim
 
 
 def read(folder: Path) -> tuple[State, Mapping[str, Tensor]] | None:
-    """The state in a folder with its tensors; None if there is no checkpoint. If the last one is damaged, the one
-    before is read.
+    """The state in a folder with its tensors; None if there is no checkpoint.
+
+    If the last one is damaged, the one before is read.
 
     Raises:
         MeasurementError: where both are damaged.

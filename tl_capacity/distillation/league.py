@@ -209,8 +209,9 @@ def _interval(nested: NDArray[np.float64], less: NDArray[np.float64] | None = No
 
 
 def _places(sides: Sequence[Errors]) -> dict[Candidate, Estimate]:
-    """The place of each candidate by its leave-one-width-out error, with its 95% interval. Equal candidates share a
-    place.
+    """The place of each candidate by its leave-one-width-out error, with its 95% interval.
+
+    Equal candidates share a place.
     """
     everybody = [candidate for side in sides for candidate in side.candidates]
     outer = np.concatenate([side.outer for side in sides], 1)

@@ -165,8 +165,9 @@ class _Task:
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """The losses, and their gradients from the same pass over the chunks. The backward pass only scales them if it
-    must.
+    """The losses, and their gradients from the same pass over the chunks.
+
+    The backward pass only scales them if it must.
     """
 
     @staticmethod

@@ -16,8 +16,9 @@ from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.storage import files as storage
 
 SCHEMA = 2
-"""The newest schema that is read. Runs that trained their students are written as schema 1, which earlier versions read
-too.
+"""The newest schema that is read.
+
+Runs that trained their students are written as schema 1, which earlier versions read too.
 """
 JSON_NAME = "distillation.json"
 

@@ -166,8 +166,9 @@ def _changes(config: Any, width: int) -> Mapping[str, Any] | None:
 
 
 def _nearest(config: Any, width: int) -> list[int]:
-    """The nearest widths below and above that the family can build. Above, the teacher's own width or a multiple always
-    works.
+    """The nearest widths below and above that the family can build.
+
+    Above, the teacher's own width or a multiple always works.
     """
     below, above = range(width - 1, 0, -1), range(max(1, width + 1), max(0, width) + width_of(config) + 1)
     near = (next((w for w in side if _changes(config, w) is not None), None) for side in (below, above))

@@ -122,7 +122,8 @@ class Corrected:
 
 
 def observed_alone(observed: Observed) -> Corrected:
-    """The students' floors by themselves. Between two widths, they follow a straight line in log width and log
-    floor.
+    """The students' floors by themselves.
+
+    Between two widths, they follow a straight line in log width and log floor.
     """
     return Corrected(observed, lambda widths: np.ones(len(widths)))

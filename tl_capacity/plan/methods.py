@@ -268,8 +268,9 @@ def whole_estimate(exact: Estimate) -> Estimate:
 
 
 def in_log(known: NDArray[np.int64], values: NDArray[np.float64], widths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Positive values between known widths, on a straight line in both logarithms. Beyond the ends they are
-    constant.
+    """Positive values between known widths, on a straight line in both logarithms.
+
+    Beyond the ends they are constant.
     """
     return np.exp(np.interp(np.log(widths), np.log(known), np.log(values)))
 

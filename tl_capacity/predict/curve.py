@@ -71,8 +71,9 @@ class Curve:
         return cls(f"layer {layer}" if layer is not None else Path(path).stem, importance, alpha, d_model, d_model)
 
     def floors(self, widths: Sequence[int], law: str | None = None) -> list[FloorPrediction]:
-        """Predicted floors without intervals, as a bare curve does not say how uncertain it is. `law` None is the
-        default law.
+        """Predicted floors without intervals, as a bare curve does not say how uncertain it is.
+
+        `law` None is the default law.
         """
         chosen = plugins().capacity_laws.named(law)
         at = CapacityContext(self.alpha, self.importance, self.hook_width, self.teacher_width)

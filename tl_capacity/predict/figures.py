@@ -30,8 +30,9 @@ from tl_capacity.show.figures import (
 
 
 def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float] | None = None) -> go.Figure:
-    """Predicted floor against the student's width, with 95% intervals over documents. Widths that lose nothing are left
-    out.
+    """Predicted floor against the student's width, with 95% intervals over documents.
+
+    Widths that lose nothing are left out.
 
     Args:
         errors: E‖x − x̂‖² of the SAE at each hook point, drawn as lines; only for floors in the same unit, activation²

@@ -35,8 +35,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Spliced(ShownInNotebooks):
-    """Curves of some hook points, dictionaries and orders of one teacher. They show themselves in a terminal and a
-    notebook.
+    """Curves of some hook points, dictionaries and orders of one teacher.
+
+    They show themselves in a terminal and a notebook.
 
     Attributes:
         curves: one for each hook point, dictionary and order.

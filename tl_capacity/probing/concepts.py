@@ -25,8 +25,9 @@ from tl_capacity.storage.digests import place_of
 FEWEST_DOCUMENTS = 50
 """A concept needs this many documents. Intervals resample documents, so many texts of few documents say little."""
 SPLITS = {"train": 0.5, "validation": 0.15, "test": 0.35}
-"""The splits, and each one's share of the documents if the texts name none. Nothing is fitted or chosen on the last
-one.
+"""The splits, and each one's share of the documents if the texts name none.
+
+Nothing is fitted or chosen on the last one.
 """
 TEXT_FIELDS = ("text", "content")
 

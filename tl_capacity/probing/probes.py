@@ -22,8 +22,9 @@ from tl_capacity.results.estimate import Estimate, cluster_bootstrap
 from tl_capacity.runtime.checks import checked
 
 PENALTIES = tuple(10.0**power for power in range(-4, 2))
-"""Values of C, the inverse penalty of scikit-learn's logistic regression. Of equally good ones, the strongest penalty
-is taken.
+"""Values of C, the inverse penalty of scikit-learn's logistic regression.
+
+Of equally good ones, the strongest penalty is taken.
 """
 FOLDS = 5
 WIDEST_NEWTON = 1_024

@@ -29,8 +29,9 @@ from tl_capacity.storage.files import write_bytes
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 MIN_FIRINGS = 10
-"""A feature is judged if it fires, and is silent, on at least this many held-out tokens. With fewer, AUROC ≥ 0.95 can
-be chance.
+"""A feature is judged if it fires, and is silent, on at least this many held-out tokens.
+
+With fewer, AUROC ≥ 0.95 can be chance.
 """
 TAU = 0.95
 TAUS = tuple(round(0.80 + 0.01 * i, 2) for i in range(20))

@@ -1,5 +1,6 @@
-"""The text that rivals are judged on, with the teacher's predictions. It is the text that a distillation judges its
-students on.
+"""The text that rivals are judged on, with the teacher's predictions.
+
+It is the text that a distillation judges its students on.
 """
 
 from __future__ import annotations

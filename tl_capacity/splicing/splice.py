@@ -166,8 +166,9 @@ def splice(
 
 
 class _Job:
-    """The curves of one hook point and dictionary. They share the lower layers, the encoding and the teacher's own
-    logits.
+    """The curves of one hook point and dictionary.
+
+    They share the lower layers, the encoding and the teacher's own logits.
     """
 
     def __init__(

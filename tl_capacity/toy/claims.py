@@ -57,8 +57,9 @@ def _diverged_claim(diverged: Any) -> str:
 
 
 def verdict(students: Any, table: Any, kind: str) -> str:
-    """The answer in words: the theorem as a bound and as a prediction, and where each predictor holds. All of it is
-    computed.
+    """The answer in words: the theorem as a bound and as a prediction, and where each predictor holds.
+
+    All of it is computed.
     """
     rows = cells(students, kind)
     bounding = rows[rows.refined > 0]

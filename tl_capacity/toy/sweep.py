@@ -13,8 +13,9 @@ from tl_capacity.toy.features import FeatureDistribution, zipf_importance
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Everything that decides the weights of a sweep. The defaults are the paper's 48 configurations
-    (arXiv:2604.04037).
+    """Everything that decides the weights of a sweep.
+
+    The defaults are the paper's 48 configurations (arXiv:2604.04037).
 
     A configuration is a number of features n, a sparsity α and a teacher width d_T, and has students of the widths 1 …
     d_T. Those trained on the data itself do not depend on d_T, and are trained once for all configurations of one n and
