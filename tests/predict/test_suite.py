@@ -108,7 +108,7 @@ def test_a_dense_dictionary_is_no_point_of_the_curve(
     assert all(l0 < one.summary.n_alive.value / e for one, (l0, _) in zip(suite.saes, suite.curve, strict=False))
     assert (
         suite.statement()
-        == "blocks.1.hook_resid_post: 1 of 3 dictionaries is sparse (L0 < F/e), so nothing can be said of how d*"
+        == "blocks.1.hook_resid_post: 1 of 3 dictionaries is sparse (L0 < F/e), so they do not show how d*"
         " depends on the dictionary"
     )
     assert "undefined" in suite.cells()[1][2]

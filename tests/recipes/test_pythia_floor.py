@@ -204,7 +204,7 @@ def test_damaged_files_are_refused(setup: Path, finished: Path, tmp_path: Path) 
         (run / "probes" / "probes.json").write_text(content)
         with pytest.raises(
             CapacityError,
-            match=rf"probes\.json (is )?{said}.*: delete the folder that it is in, or choose another --out",
+            match=rf"probes\.json (is )?{said}.*: delete its folder, or choose another --out",
         ):
             probe(config, Measurement.load(run / "measurement"))
     for content in ("{", "[1]"):
@@ -212,7 +212,7 @@ def test_damaged_files_are_refused(setup: Path, finished: Path, tmp_path: Path) 
         with pytest.raises(
             CapacityError,
             match=(
-                r"settings\.json is truncated or was altered .*: delete the folder that it is in, or choose another"
+                r"settings\.json is truncated or was altered .*: delete its folder, or choose another"
                 r" --out"
             ),
         ):
