@@ -444,7 +444,7 @@ def test_the_verdict_holds_students_against_the_prediction(full: Results) -> Non
     said = head_of(text)
     assert f"A student of width 16 lost {floor.taken_as('last_tenth').brief('.3g')} nats per token" in said
     assert f"choose width {plan_of(full, target)}" in said
-    assert "as the students here say" in said
+    assert "as the students here show" in said
     tiles = re.sub(r"<[^>]+>", " ", text.split('<ul class="tiles">')[1].split("</ul>")[0])
     assert f"{floor.last_tenth:.3g}" in tiles
     if full.measurement.hooks[1].hook == HOOK:
