@@ -76,7 +76,7 @@ def train(
                     continue
                 for refusal in refusals:
                     log.warning(
-                        f"the last checkpoint is left out, and training resumes from the one before it: {refusal}"
+                        f"the last checkpoint cannot be used, so the run continues from the one before it: {refusal}"
                     )
                 return
             if refusals:

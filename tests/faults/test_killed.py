@@ -318,7 +318,7 @@ def test_a_damaged_last_checkpoint(
     shutil.copytree(folder, both)
     code, _, _ = cli(*JOBS[name].command(setup, folder / "killed"))
     assert code == 0
-    assert "the last checkpoint is left out, and the one before it gone on from" in caplog.text
+    assert "the last checkpoint cannot be used, so the run continues from the one before it" in caplog.text
     JOBS[name].same(undisturbed(name)[0], folder / "killed")
 
     for path in both.rglob("*previous*"):

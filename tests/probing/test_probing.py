@@ -206,7 +206,7 @@ class TestActivations:
         ("changes", "message"),
         [
             ({"hook": "blocks.9.hook_resid_post"}, "not a hook point of this model"),
-            ({"pooling": "max"}, "'max' is no pooling: choose one of mean, last, token"),
+            ({"pooling": "max"}, "'max' is not a pooling: choose one of mean, last, token"),
             ({"texts": []}, "pass at least one text"),
             ({"texts": ["w1", ""]}, "text 1 has no token that counts"),
             ({"tokenizer": None}, "has no tokenizer"),
