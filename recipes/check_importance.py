@@ -37,7 +37,9 @@ from tl_capacity.text.streams import PADDING, TokenStream
 class CheckImportanceConfig:
     """Everything that decides the result."""
 
-    model: str = option("embedded", "A model name, folder or hub id.")
+    model: str = option(
+        "embedded", "The model: a name that a plugin registered, a save_pretrained folder, or a hub id."
+    )
     hook: str = option(
         "",
         "Hook point, by TransformerLens' name. Default: the SAE's own, or the middle one of those that come with the"

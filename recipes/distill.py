@@ -22,13 +22,15 @@ from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 class DistillConfig:
     """Everything that decides the students."""
 
-    teacher: str = option("embedded", "A model name, folder or hub id.")
+    teacher: str = option(
+        "embedded", "The teacher: a name that a plugin registered, a save_pretrained folder, or a hub id."
+    )
     widths: tuple[int, ...] = option(
         (), "Student widths. Default: seven, from an eighth of the teacher's width to all of it."
     )
     tokens: int = option_of(DistillSettings, "tokens")
     out: Path = option(Path("runs/distillation"), "Folder to write.")
-    resume: bool = option(False, "Resume from the checkpoint in --out.")
+    resume: bool = option(False, "Continue from the checkpoint in --out.")
     source: str = option("", "Text to train on. Default: the text that comes with the teacher.")
     heldout: str = option(
         "",

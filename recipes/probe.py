@@ -51,12 +51,12 @@ class ProbeConfig:
 
     model: tuple[str, ...] = option(
         ("embedded",),
-        "A model name, folder or hub id, or the folder of a distillation or of observed students; may be repeated. The"
-        " first is the teacher.",
+        "A model: a name that a plugin registered, a save_pretrained folder, a hub id, or the folder of a"
+        " distillation or of observed students. May be repeated. The first is the teacher.",
     )
     student_hook: tuple[str, ...] = option(
         (),
-        "Where students are read, as HOOK or STUDENT=HOOK; may be repeated. Default: the teacher's hook point. For a"
+        "Where students are read, as HOOK or STUDENT=HOOK. May be repeated. Default: the teacher's hook point. For a"
         " student with more or fewer layers: the best layer on the validation texts.",
         repeated=True,
     )

@@ -65,9 +65,13 @@ class PythiaFloorConfig:
         "quick", "quick (at most 2 minutes on 2 cores), demo (at most 10) or full (20 million tokens)."
     )
     out: Path = option(Path("runs/pythia-floor"), "Folder to write. A rerun continues in it.")
-    teacher: str = option("embedded", "A model name, folder or hub id.")
+    teacher: str = option(
+        "embedded", "The teacher: a name that a plugin registered, a save_pretrained folder, or a hub id."
+    )
     sae: tuple[str, ...] = option(
-        (), "SAELens folders or release/sae_id, each optionally HOOK=…. Default: all that come with the teacher."
+        (),
+        "SAE folder or RELEASE/SAE_ID, optionally after HOOK=. May be repeated. Default: all that come with"
+        " the teacher.",
     )
     widths: tuple[int, ...] = option(
         (), "Student widths. Default: seven, from an eighth of the teacher's width to all of it."

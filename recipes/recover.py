@@ -59,11 +59,11 @@ class RecoverConfig:
         " student, a folder or a hub id."
     )
     student: tuple[str, ...] = option(
-        (), "A further student: a folder, a hub id, or the folder of a distillation; may be repeated.", repeated=True
+        (), "A further student: a folder, a hub id, or the folder of a distillation. May be repeated.", repeated=True
     )
     student_hook: tuple[str, ...] = option(
         (),
-        "Where students are read, as HOOK or STUDENT=HOOK; may be repeated. Default: the teacher's hook point. For a"
+        "Where students are read, as HOOK or STUDENT=HOOK. May be repeated. Default: the teacher's hook point. For a"
         " student with more or fewer layers: the best layer on the documents that fit.",
         repeated=True,
     )

@@ -19,7 +19,9 @@ SAVE_DTYPES = ("float32", "float16", "bfloat16")
 class TrainSAEConfig:
     """Everything that decides the SAE."""
 
-    model: str = option("embedded", "A model name, folder or hub id.")
+    model: str = option(
+        "embedded", "The model: a name that a plugin registered, a save_pretrained folder, or a hub id."
+    )
     hook: str = option("", "Hook point, by TransformerLens' name. Default: the residual stream after the middle layer.")
     source: str = option("", "Text to train on. Default: the text that comes with the model.")
     out: Path = option(Path("sae"), "Folder to write. Checkpoints are beside it until it is complete.")

@@ -24,7 +24,7 @@ class ObserveSettings:
         CapacityError: where there is no student, or a number that nothing can be judged with.
     """
 
-    teacher: str = required("A registered name, a save_pretrained folder, or a hub id.")
+    teacher: str = required("The teacher: a name that a plugin registered, a save_pretrained folder, or a hub id.")
     students: tuple[str, ...] = option(
         (),
         "A student: a save_pretrained folder, a hub id (optionally with @REVISION), or the folder of a distillation,"
