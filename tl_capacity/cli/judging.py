@@ -71,7 +71,8 @@ def effective(
     splice: Splice = None,
     hook: Annotated[str | None, typer.Option(help="Only this hook point. Default: all that were spliced.")] = None,
     importance: Annotated[
-        str | None, typer.Option(help="Only this order of the features. Default: all that were spliced.")
+        str | None,
+        typer.Option(help="Only features ranked by this importance. Default: every ranking that was spliced."),
     ] = None,
     law: Law = None,
     observed: Annotated[
@@ -113,9 +114,8 @@ def effective(
 
 @command_with(ObserveSettings)
 def observe(settings: ObserveSettings, as_json: AsJson = False) -> None:
-    """Judge students that somebody else trained.
-
-    Their loss is the KL from the teacher on held-out text. It is stored for every document.
+    """Judge students that somebody else trained. Their loss is the KL from the teacher on held-out text. It is stored
+    for every document.
     """
     from tl_capacity.distillation.observed import judged_cells
     from tl_capacity.distillation.observed_by_name import observe_named

@@ -74,10 +74,8 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a set-up before a long measurement.
-
-    This tries the first thousand tokens and says what to change. The exit code is 2 if a run would fail or mean
-    nothing.
+    """Check a set-up before a long measurement. This tries the first thousand tokens and says what to change. The exit
+    code is 2 if a run would fail or mean nothing.
     """
     if (folder is None) == (not settings.model):
         raise CapacityError("doctor checks either a folder or a model: pass a folder or --model")
