@@ -1,5 +1,5 @@
-"""`doctor`: finds what would spoil a long measurement on its first thousand tokens, such as a silent hook, an SAE of
-another model, or a full disk.
+"""`doctor`: reads the first thousand tokens of a long measurement and finds what would spoil it, such as a silent hook,
+an SAE of another model, or a full disk.
 
 Every check ends in one `Finding`; a check that cannot be made because an earlier one failed is left out.
 """
