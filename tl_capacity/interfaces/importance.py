@@ -42,7 +42,7 @@ class FeatureSums:
 
 
 GATHERED_NUMBERS = 2**18
-"""Numbers of decoder vectors that are gathered at once: 1 MB, still in a core's cache when it is multiplied."""
+"""Numbers of decoder vectors gathered at once: 1 MB, which is still in a core's cache when multiplied."""
 
 
 @dataclass(frozen=True)

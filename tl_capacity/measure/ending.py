@@ -1,5 +1,4 @@
-"""Where a pass with gradients ends: at the head's input, where the logits are the head's and nothing else's, else at
-the logits.
+"""Where a pass with gradients ends: at the head's input if only the head makes the logits, else at the logits.
 
 The logits of a whole batch and what autograd keeps of them are the most of such a pass. From the head's input, the
 slope of each loss comes a chunk of tokens at a time, and one product with the head's weight serves all losses.
@@ -20,11 +19,13 @@ from tl_capacity.measure.losses import LOSSES, draw, following, next_tokens
 from tl_capacity.models.head import CHECKED_TOKENS, CHUNK_TOKENS, Head, before_head, cached_pieces, head_input, head_of
 
 Slope = tuple[Tensor, Tensor | None]
-"""The tensor where a loss is taken, and the loss's slope there; none where the tensor is the loss itself."""
+"""The tensor at which a loss's gradient is taken, and the loss's slope there. The slope is None if the tensor is the
+loss itself.
+"""
 
 
 class Ending:
-    """Where the passes of a session end; it is found out on the first tokens.
+    """Where the passes of a session end, as the first tokens show.
 
     Args:
         whole: always go to the logits, as where other processes must gather the same blocks.
@@ -35,7 +36,7 @@ class Ending:
         self._head: Head | None = None
 
     def decide(self, model: Any, ids: Int64[Tensor, "row position"], options: dict[str, Any]) -> None:
-        """Find out on the first tokens, with a pass of its own, whether the logits are the head's."""
+        """Find out on the first tokens, in a separate pass, whether only the head makes the logits."""
         if not self._decided:
             self._decided, self._head = True, separate_head(model, ids[:1, :CHECKED_TOKENS], options)
 
@@ -48,7 +49,7 @@ class Ending:
         losses: Sequence[str],
         seed: int,
     ) -> list[Slope]:
-        """Run the model; where each loss, summed over positions, is taken, and its slope there.
+        """Run the model. Returns where each loss, summed over positions, is taken, and its slope there.
 
         Args:
             model: the model, with frozen parameters.
@@ -71,7 +72,7 @@ class Ending:
 
 @torch.no_grad()
 def separate_head(model: Any, few: Int64[Tensor, "row position"], options: dict[str, Any]) -> Head | None:
-    """The model's head, where it makes of the head's input what the model's logits are on a few tokens."""
+    """The model's head, if it alone gives the model's logits from its input on a few tokens; else None."""
     with suppress(AttributeError, CapacityError):
         head, seen = head_of(model), list[Tensor]()
         with before_head(model, seen.append):
@@ -130,7 +131,9 @@ def _slopes(
     wanted: Int64[Tensor, "loss token"],
     steep: Float32[Tensor, "loss token"],
 ) -> list[Float[Tensor, "token d_model"]]:
-    """(p − s eₜ) W for each loss's tokens t, with s the slope of the cap there, which is in p already; overwrites p."""
+    """(p − s eₜ) W for each loss's tokens t, where s is the slope of the cap there. p already contains s, and is
+    overwritten.
+    """
     share = p.gather(1, wanted.T).T
     p.scatter_(1, wanted.T, 0.0)
     common = torch.mm(p.to(head.weight.dtype), head.weight)

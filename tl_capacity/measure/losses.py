@@ -38,11 +38,12 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
     "cross_entropy": cross_entropy,
     "sampled": sampled,
 }
-"""By the names that `gradient_of` has for them."""
+"""The losses, under the names that `gradient_of` uses."""
 
 
 def draw(p: Float[Tensor, "token vocabulary"], chances: Float[Tensor, " token"]) -> Int64[Tensor, " token"]:
-    """A word for each token by inversion: the first whose cumulated probability exceeds the chance, uniform in [0, 1).
+    """A drawn word for each token, by inversion: the first word whose cumulative probability exceeds the chance, which
+    is uniform in [0, 1).
 
     A chance has 24 bits, so a word of probability far below 2⁻²⁴ may never be drawn.
     """
@@ -52,14 +53,14 @@ def draw(p: Float[Tensor, "token vocabulary"], chances: Float[Tensor, " token"])
 
 
 def following(ids: Int64[Tensor, "row position"], valid: Tensor) -> Int64[Tensor, "row predicting"]:
-    """The next token of each position but the last; `PREDICTED` where that is padding."""
+    """The next token of each position but the last; `PREDICTED` if that is padding."""
     return torch.where(valid[:, 1:].to(ids.device), ids[:, 1:], PREDICTED)
 
 
 def next_tokens(
     ids: Int64[Tensor, "row position"], valid: Tensor
 ) -> tuple[Int64[Tensor, " token"], Int64[Tensor, " token"]]:
-    """The flat places in [row, position] that have a next token, and these, where `ids` are.
+    """The flat places in [row, position] that have a next token, and these tokens, on the device of `ids`.
 
     Args:
         valid: bool [row, position] on the CPU, where a token is no padding.

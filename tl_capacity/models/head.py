@@ -82,7 +82,7 @@ def last_hidden(model: Any, tokens: Int[Tensor, "row position"]) -> Float[Tensor
 def head_input(
     model: Any, tokens: Int[Tensor, "row position"], **options: Any
 ) -> Float[Tensor, "rows position d_model"]:
-    """What a model's own forward pass gives its head, where that pass is ended.
+    """The input that a model's own forward pass gives its head. The pass ends there.
 
     Args:
         options: of the pass.
@@ -100,7 +100,7 @@ def head_input(
 
 @contextmanager
 def before_head(model: Any, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand on what the head of a Hugging Face or TransformerLens model is given."""
+    """Inside the block, pass the input of a model's head to `see`, for Hugging Face and TransformerLens models."""
 
     def hand_on(_: Any, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         see(positional[0] if positional else next(iter(named.values())))
