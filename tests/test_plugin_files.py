@@ -159,7 +159,7 @@ def test_a_predictor_of_the_documentation_is_a_candidate(command: Cli, plugin: P
     code, out, err = command("--plugin", broken, *decompose)
     assert (code, out) == (2, "")
     assert err == (
-        "error: the floor predictor '1/d²' gives nan at width 2, but a finite number of at least 0 is needed: mend it\n"
+        "error: the floor predictor '1/d²' gives nan at width 2, but a finite number of at least 0 is needed: fix it\n"
     )
 
 

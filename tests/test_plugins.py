@@ -525,7 +525,7 @@ def test_a_law_whose_code_fails_is_named(
         )
         plugins.unregister_plugin(str(raises))
     gives_nan = plugin_file("gives_nan.py", FAILING.replace("FAILS", "'nothing'"))
-    says = "gives nan features per dimension, but a finite number above 0 is needed: mend it"
+    says = "gives nan features per dimension, but a finite number above 0 is needed: fix it"
     assert cli("--plugin", gives_nan, "budget", tmp_path / "out", "--law", "broken") == (
         2,
         "",
