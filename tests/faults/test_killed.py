@@ -21,11 +21,11 @@ from safetensors.numpy import load_file
 from tl_capacity import Measurement
 from tl_capacity.distillation import checkpoint
 from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.placement import Placement
 from tl_capacity.storage.files import previous
 from tl_capacity.toy.result import SweepResult
 
 pytestmark = pytest.mark.slow
-MOMENTS = [pytest.param(seed, id=f"moment{seed}") for seed in range(20)]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Job:
         command: what to run to write a folder, and to go on after it was killed.
         whole: raises where what lies on disk after a kill is half of anything.
         same: raises where two finished folders differ.
+        moments: pairs of moments at which it is killed.
     """
 
     command: Callable[[Path, Path], list[object]]
     whole: Callable[[Path], object]
     same: Callable[[Path, Path], None]
+    moments: int = 20
 
 
 def measure(setup: Path, out: Path) -> list[object]:
@@ -100,10 +102,29 @@ def probe(setup: Path, out: Path) -> list[object]:
     ]
 
 
-def recover(setup: Path, out: Path) -> list[object]:
+def measured_once(setup: Path) -> Path:
+    """A measurement that jobs read."""
     measured = setup / "measurement-to-recover"
     if not measured.exists():
         run_for(arguments(setup, measured))
+    return measured
+
+
+def place(setup: Path, out: Path) -> list[object]:
+    """Students of two weights, their readouts and their prices."""
+    features, heldout = setup / "features-to-keep.json", setup / "heldout-to-judge.jsonl"
+    features.write_text(json.dumps({"hook": HOOK, "features": [3, 8, 21, 40]}))
+    lines = (setup / "text.jsonl").read_text().splitlines(keepends=True)
+    heldout.write_text("".join(lines[-60:]))
+    students = ["--widths", 8, "--weights", 2, "--start", "random", "--tokens", 2_000, "--evaluations", 4, "--repeat"]
+    text = ["--source", setup / "text.jsonl", "--heldout", heldout, "--heldout-tokens", 200, "--context", 32]
+    judged = ["--judge-tokens", 5_000, "--tau", 0.7, "--keep", features]
+    often = ["--checkpoint-seconds", 0, "--threads", 1]
+    return ["run", "placement", measured_once(setup), *students, *text, *judged, *often, "--out", out]
+
+
+def recover(setup: Path, out: Path) -> list[object]:
+    measured = measured_once(setup)
     return [
         "run",
         "recover",
@@ -131,6 +152,14 @@ def whole_distillation(out: Path) -> None:
         DistillationRun.load(out)
 
 
+def whole_placement(out: Path) -> None:
+    whole_checkpoint(out)
+    for distillation in out.glob("weight-*"):
+        whole_distillation(distillation)
+    if (out / "placement.json").exists():
+        Placement.load(out)
+
+
 def whole_sweep(out: Path) -> None:
     state = out.with_name(f"{out.name}.checkpoint.safetensors")
     if state.exists():
@@ -151,6 +180,13 @@ def same_distillation(one: Path, other: Path) -> None:
     assert a == b
     for weights in sorted(one.glob("students/*/model.safetensors")):
         assert weights.read_bytes() == (other / weights.relative_to(one)).read_bytes()
+
+
+def same_placement(one: Path, other: Path) -> None:
+    for distillation in ("weight-0", "weight-2"):
+        same_distillation(one / distillation, other / distillation)
+    for name in ("placement.json", f"features-{HOOK}.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def same_sweep(one: Path, other: Path) -> None:
@@ -177,6 +213,8 @@ JOBS = {
     "probe": Job(probe, whole_checkpoint, same_probes),
     "recover": Job(recover, whole_checkpoint, same_recovery),
     "toy": Job(toy, whole_sweep, same_sweep),
+    # It is distil and recover, whose moments are many, and what joins them.
+    "placement": Job(place, whole_placement, same_placement, moments=3),
 }
 
 
@@ -212,8 +250,10 @@ def undisturbed(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return run
 
 
-@pytest.mark.parametrize("seed", MOMENTS)
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [pytest.param(name, seed, id=f"{name}-moment{seed}") for name, job in JOBS.items() for seed in range(job.moments)],
+)
 def test_killed_at_a_random_moment(
     name: str,
     seed: int,
