@@ -32,8 +32,8 @@ def on_config(config: Any) -> Any:
         elif line.startswith("### "):
             group = []
             section.append({line[4:].strip(): group})
-        elif line.startswith("|") and (found := LINK.search(line)):
-            group.append(_page_of(found[2]))
+        elif line.startswith(("|", "- ")):
+            group.extend(_page_of(link) for _, link, _ in LINK.findall(line))
     config.nav = navigation
     return config
 

@@ -116,6 +116,18 @@ def test_pages_are_ordered_by_their_kind() -> None:
     )
 
 
+def test_a_page_is_a_concept_if_its_name_says_so() -> None:
+    concepts = {page.name for page in PAGES if page.name.startswith("about-")}
+    assert concepts == set(contents()["Concepts"])
+
+
+def test_code_has_one_heading() -> None:
+    """`In Python`, wherever a page says how to do in code what it says of commands."""
+    headings = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+    assert "## In Python" in headings
+    assert not [line for line in headings if re.fullmatch(r"#+ In (a session|code|a notebook)", line)]
+
+
 def test_no_page_of_results_has_much_text() -> None:
     """Code, and what scripts and commands write, is not counted. Other kinds are held to `check_reading`."""
     written = {"results/toy.md"}

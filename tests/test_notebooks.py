@@ -103,8 +103,8 @@ def site(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
 
 
 CONTENTS = (
-    "# Contents\n\n| page | |\n|---|---|\n| [b.md](b.md) | |\n\n## More\n\n### With a group\n\n| page | |\n|---|---|\n|"
-    " [a.ipynb](notebooks/a.ipynb) | |\n"
+    "# Contents\n\n| page | |\n|---|---|\n| [b.md](b.md) | |\n\n## More\n\n### With a group\n\n- In a notebook: [a](notebooks/a.ipynb)"
+    " · [C](c.md)\n"
 )
 NOTEBOOK = """{"cells": [
  {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# A notebook\\n", "See [b](../b.md#in-fétes)."]},
@@ -123,7 +123,7 @@ def test_the_site_has_notebooks_and_linked_sources(site: Callable[[dict[str, str
         "# B\n\n## In fétes\n\n[x](../code/x.py), [away](https://example.org/x.py), [the"
         " notebook](notebooks/a.ipynb).\n\n```text\n[x](../code/x.py)\n```\n"
     )
-    folder = site({"index.md": CONTENTS, "b.md": page, "notebooks/a.ipynb": NOTEBOOK})
+    folder = site({"index.md": CONTENTS, "b.md": page, "c.md": "# See\n", "notebooks/a.ipynb": NOTEBOOK})
 
     written = (folder / "b.html").read_text(encoding="utf-8")
     assert 'href="source/code/x.py.html"' in written
@@ -144,13 +144,14 @@ def test_the_site_has_notebooks_and_linked_sources(site: Callable[[dict[str, str
 
     assert [
         name
-        for name in ("Contents", "More", "A notebook")
+        for name in ("Contents", "More", "A notebook", "See")
         if name not in (folder / "index.html").read_text(encoding="utf-8")
     ] == []
 
 
 def test_the_site_asks_nothing_of_a_network(site: Callable[[dict[str, str]], Path]) -> None:
-    folder = site({"index.md": CONTENTS, "b.md": "# B\n\n## In fétes\n", "notebooks/a.ipynb": NOTEBOOK})
+    pages = {"b.md": "# B\n\n## In fétes\n", "c.md": "# See\n", "notebooks/a.ipynb": NOTEBOOK}
+    folder = site({"index.md": CONTENTS, **pages})
     for page in folder.rglob("*.html"):
         loaded = re.findall(
             r"<(?:script|link|img|iframe)[^>]*?\b(?:src|href)=\"?([^\"\s>]+)", page.read_text(encoding="utf-8")

@@ -43,8 +43,8 @@ def test_the_docs_explain_the_figures_of_the_table_in_the_same_words() -> None:
     explained = [c for c in budget.table_columns(plugins().capacity_laws.default) if c.formula]
     names = {"alpha": "α", "g": "g(α)"}
     rows = [f"| {names.get(c.name, c.name)} | {c.formula} | {c.meaning} |".replace("*", r"\*") for c in explained]
-    page = (ROOT / "docs" / "counting.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "about-counting.md").read_text(encoding="utf-8")
     table = page[page.index("## What each figure means") :]
     missing = [row for row in rows if row.replace("d\\*_het", "d\\*\\_het") not in table]
     assert len(rows) == 8
-    assert not missing, "the table of docs/counting.md and tl_capacity/results/columns.py differ"
+    assert not missing, "the table of docs/about-counting.md and tl_capacity/results/columns.py differ"
