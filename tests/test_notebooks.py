@@ -103,8 +103,8 @@ def site(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
 
 
 CONTENTS = (
-    "# Contents\n\n| page | |\n|---|---|\n| [b.md](b.md) | |\n\n## More\n\n### With a group\n\n- In a notebook: [a](notebooks/a.ipynb)"
-    " · [C](c.md)\n"
+    "# Contents\n\n| page | |\n|---|---|\n| [b.md](b.md) | |\n\n## More\n\n### With a group\n\n- In a notebook:"
+    " [a](notebooks/a.ipynb) · [C](c.md)\n"
 )
 NOTEBOOK = """{"cells": [
  {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# A notebook\\n", "See [b](../b.md#in-fétes)."]},

@@ -28,7 +28,8 @@ def budget(
 ) -> None:
     """Print how many features each layer has and can hold.
 
-    The columns are F, L0, α, g(α), budget, d*, d*_het and FVU, with 95% intervals. docs/about-counting.md explains them.
+    The columns are F, L0, α, g(α), budget, d*, d*_het and FVU, with 95% intervals. docs/about-counting.md explains
+    them.
     """
     from tl_capacity.measurement.measurement import Measurement
 
