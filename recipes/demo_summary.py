@@ -152,7 +152,7 @@ def verdict(found: Found, seconds: float) -> list[str]:
         f"A student of width {floor.width} should keep {floor.features_kept / floor.alive:.0%} of them and lose"
         f" {floor.floor.value:.2f} nats per token; the one that was trained here keeps {_share(row):.0%} and loses"
         f" {student.last_tenth:.2f}.",
-        f"This was a smoke test of {seconds:,.0f} s, so its students are far from done and it says nothing of the"
+        f"This was a smoke test of {seconds:,.0f} s, so its students are far from done and it says nothing about the"
         f" theory{checked}.",
     ]
 

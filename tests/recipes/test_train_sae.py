@@ -337,7 +337,7 @@ def test_damaged_checkpoints_are_left_out(
         for folder in (newest, middle, oldest):
             cut(folder / "activations_store_state.safetensors")
         with pytest.raises(
-            CapacityError, match=rf"the checkpoint {newest} is damaged \(.*\): delete .*sae.checkpoints to begin anew"
+            CapacityError, match=rf"the checkpoint {newest} is damaged \(.*\): delete .*sae.checkpoints to start again"
         ):
             main(stopped)
         (checkpoints / "settings.json").write_text("{")

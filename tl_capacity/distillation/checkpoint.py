@@ -132,7 +132,7 @@ def _read(path: Path) -> tuple[State, Mapping[str, Tensor]]:
         SafetensorError,
     ) as problem:
         raise MeasurementError(
-            f"the checkpoint {path} is damaged ({problem}): delete the folder to begin anew"
+            f"the checkpoint {path} is damaged ({problem}): delete the folder to start again"
         ) from problem
 
 

@@ -52,7 +52,7 @@ def new_student(
     if start == "teacher" and width != teacher.config.hidden_size:
         raise CapacityError(
             f"a student of width {width} cannot start from all of the teacher's weights, whose width is"
-            f" {teacher.config.hidden_size}"
+            f" {teacher.config.hidden_size}: choose random or truncated"
         )
     if width > teacher.config.hidden_size:
         warnings.warn(

@@ -114,8 +114,8 @@ def asked_for(
     there = tuple(hook for hook in hooks if spliced.curve_of(hook, name) is not None)
     if not there and hooks[0].unit(name) != NATS:
         raise CapacityError(
-            "a splice says what widths cost in nats at the hook points that it has: pass a target_loss (--target-loss),"
-            f" and a splice of this measurement and of the importance {name!r}"
+            f"the splice has no curve of the importance {name!r} here: pass a target_loss (--target-loss), and a"
+            " splice of this measurement and that importance"
         )
     return Asked(there, name, law, spliced) if there else Asked(tuple(hooks), name, law)
 

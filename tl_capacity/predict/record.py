@@ -122,7 +122,7 @@ def all_checks() -> tuple[Check, ...]:
 
     content = json.loads((files("tl_capacity.predict") / JSON_NAME).read_text(encoding="utf-8"))
     if content["schema"] != SCHEMA:
-        raise MeasurementError(f"{JSON_NAME} of the package is of schema {content['schema']!r}: install it anew")
+        raise MeasurementError(f"{JSON_NAME} of the package has schema {content['schema']!r}: reinstall tl-capacity")
     return checks_from(content["checks"])
 
 

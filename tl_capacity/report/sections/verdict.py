@@ -50,7 +50,7 @@ def verdict(story: Story) -> list[str]:
         worth = spliced.floor.brief(significant(spliced.floor.value))
         sentences.append(
             f"The teacher itself, with no more features than width {spliced.width:,} may keep, loses {worth} {NATS};"
-            " nothing of this is fitted to a student."
+            " nothing is fitted to a student."
         )
     if story.decomposition is not None:
         sentences.append(f"Of the students that were distilled: {short(story, story.decomposition.verdict())}.")
