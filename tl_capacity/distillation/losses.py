@@ -253,8 +253,10 @@ class _Student:
     def _replace_by_gradient(
         self, task: _Task, labels: Tensor, log_p: Tensor, logits: Tensor, p: Tensor, log_q: Tensor
     ) -> Tensor:
-        """The divergence of some tokens [token]; the gradient of their loss takes the place of their logits, which were
-        divided by the temperature. Overwrites `p` and `log_q`.
+        """The divergence at some tokens [token].
+
+        The gradient of their loss takes the place of their logits, which were divided by the temperature. `p` and
+        `log_q` are overwritten.
         """
         loss, temperature = task.loss, task.loss.temperature
         # The slope of the cap's tanh.
