@@ -225,7 +225,7 @@ def test_a_report_shows_it(setup: Path, tmp_path: Path, cli: Cli) -> None:
     assert code == 0
     page = (tmp_path / "page.html").read_text()
     assert "Students as they came" in page
-    assert "judged as they came: their loss is no floor" in page
+    assert "judged as they came: their loss is not a floor" in page
 
 
 def test_json_has_the_figures(setup: Path, tmp_path: Path, cli: Cli) -> None:

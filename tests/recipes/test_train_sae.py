@@ -341,9 +341,7 @@ def test_damaged_checkpoints_are_left_out(
         ):
             main(stopped)
         (checkpoints / "settings.json").write_text("{")
-        with pytest.raises(
-            CapacityError, match=r"settings\.json is truncated or was altered .*delete the folder that it is in"
-        ):
+        with pytest.raises(CapacityError, match=r"settings\.json is truncated or was altered .*delete its folder"):
             main(stopped)
 
 
