@@ -36,11 +36,22 @@ from tl_capacity.measure.attach import add_capacity_hooks
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import register_plugin, unregister_plugin
+from tl_capacity.probing import ridge as ridge_module
 from tl_capacity.probing.ranking import BINS, Ranking, auroc_of, average_precision_of, bins_of_
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery import Recovery, most_important, recovery_figure
-from tl_capacity.probing.ridge import RIDGES, Latents, Moments, Readout, choose_ridge, fit, principal_axes, solve
+from tl_capacity.probing.ridge import (
+    RIDGES,
+    FitSums,
+    Latents,
+    Moments,
+    Readout,
+    choose_ridge,
+    fit,
+    principal_axes,
+    solve,
+)
 from tl_capacity.probing.scores import Scores
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, parts_of, split
 from tl_capacity.results.estimate import document_resamples
@@ -75,6 +86,14 @@ def moments_of(x: torch.Tensor, z: torch.Tensor, chunk: int = 1000) -> Moments:
     for start in range(0, len(x), chunk):
         moments.update(x[start : start + chunk], latents_of(z[start : start + chunk]))
     return moments
+
+
+def sums_of(x: torch.Tensor, z: torch.Tensor, others: torch.Tensor, z_others: torch.Tensor) -> FitSums:
+    """Of tokens that fit, and others that choose the penalty."""
+    sums = FitSums.zeros(x.shape[1], z.shape[1])
+    sums.update(x, latents_of(z), chooses=False)
+    sums.update(others, latents_of(z_others), chooses=True)
+    return sums
 
 
 def predicted(readout: Readout, x: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -119,10 +138,28 @@ def test_the_ridge_is_that_which_predicts_other_tokens_best(data: Any) -> None:
     errors = {ridge: error(ridge) for ridge in RIDGES}
     assert best == min(errors, key=errors.__getitem__)
     assert RIDGES.index(best) > 0
-    both = fit(moments_of(x[few], z[few]), moments_of(x[others], z[others]))
+    both = fit(sums_of(x[few], z[few], x[others], z[others]))
     torch.testing.assert_close(
         both.weight, solve(moments_of(torch.cat([x[few], x[others]]), torch.cat([z[few], z[others]])), best).weight
     )
+
+
+def test_every_third_feature_may_choose_the_ridge(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, z, _ = data
+    monkeypatch.setattr(ridge_module, "CANDIDATES", FEATURES // 3)
+    monkeypatch.setattr(ridge_module, "SOLVED_AT_ONCE", 5)
+    sums = sums_of(x[:2000], z[:2000], x[2000:], z[2000:])
+    assert sums.step == 3
+    for found, tokens in ((sums.training(), slice(2000)), (sums.validation, slice(2000, None))):
+        expected = moments_of(x[tokens], z[tokens, ::3])
+        assert found.tokens == expected.tokens
+        for name in ("x", "z", "xx", "zx", "zz"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
+    readout = fit(sums)
+    assert readout.ridge == choose_ridge(sums.training(), sums.validation)
+    whole = solve(moments_of(x, z), readout.ridge)
+    torch.testing.assert_close(readout.weight, whole.weight)
+    torch.testing.assert_close(readout.spread, whole.spread)
 
 
 def test_principal_components_are_read_as_if_activations_had_been_projected(data: Any) -> None:
@@ -132,7 +169,7 @@ def test_principal_components_are_read_as_if_activations_had_been_projected(data
     centred = x.double() - x.double().mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     torch.testing.assert_close(basis @ basis.T, axes[:4].T @ axes[:4], rtol=1e-6, atol=1e-9)
-    readout = fit(moments_of(x[:2000], z[:2000]), moments_of(x[2000:], z[2000:]), basis)
+    readout = fit(sums_of(x[:2000], z[:2000], x[2000:], z[2000:]), basis)
     np.testing.assert_allclose(
         predicted(readout, x),
         predicted(solve(moments_of((x.double() @ basis), z), readout.ridge), x.double() @ basis),

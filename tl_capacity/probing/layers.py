@@ -14,7 +14,6 @@ from tl_capacity.models.defaults import layers_of
 from tl_capacity.probing.passes import Passes
 from tl_capacity.probing.read_at import ReadAt
 from tl_capacity.probing.ridge import ridge_errors
-from tl_capacity.probing.splitting import FIT, VALIDATION
 from tl_capacity.results.naming import LAYER
 from tl_capacity.storage.checkpoints import Checkpoint
 
@@ -64,10 +63,10 @@ def choose_layers(passes: Passes, hooks: Mapping[str, Sequence[str]], checkpoint
         hooks: of each student by its name.
         checkpoint: goes on from where it left off.
     """
-    moments = passes.moments(checkpoint, "trying layers")
+    sums = passes.sums(checkpoint, "trying layers")
 
     def error(name: str) -> float:
-        return min(ridge_errors(moments[FIT, name], moments[VALIDATION, name]).values())
+        return min(ridge_errors(sums[name].training(), sums[name].validation).values())
 
     return {
         student: ReadAt.best_of({hook: error(f"{student} at {hook}") for hook in several})

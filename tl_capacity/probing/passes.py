@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from torch import Tensor
 from tl_capacity.dictionaries.adapter import inputs_for
 from tl_capacity.dictionaries.encoding import Encoder, joined
 from tl_capacity.dictionaries.reading import reading_of
-from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
+from tl_capacity.errors import CapacityError, HookPointError, MeasurementError, TokenSourceError
 from tl_capacity.models.forward import activations_at
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.probing.ranking import Ranking
-from tl_capacity.probing.ridge import Latents, Moments, Readout, fit, principal_axes
+from tl_capacity.probing.ridge import FitSums, Latents, Moments, Readout, fit, principal_axes, step_among
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, split
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import exact_device
@@ -31,6 +30,8 @@ from tl_capacity.text.counting import CountedTokens, CountingRule
 from tl_capacity.text.streams import PADDING, TokenBatch
 
 TEACHER, RANDOM = "teacher", "with random weights"
+WHOLE = "whole"
+"""What sums over the documents that fit and those that choose are called in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -157,41 +158,57 @@ class Passes:
         """The readouts of every model and of the teacher's principal components, and whose activations each one
         reads.
         """
-        moments = self.moments(checkpoint, "fitting readouts")
+        sums = self.sums(checkpoint, "fitting readouts")
         readouts, sources = {}, {name: name for name in self.names}
         for width in {self.widths[name] for name in students}:
-            training, validation = moments[FIT, TEACHER], moments[VALIDATION, TEACHER]
-            readouts[components_of(width)] = fit(training, validation, principal_axes(training, width))
+            axes = principal_axes(sums[TEACHER].training(), width)
+            readouts[components_of(width)] = fit(sums[TEACHER], axes)
             sources[components_of(width)] = TEACHER
         for name in self.names:
-            readouts[name] = fit(moments.pop((FIT, name)), moments.pop((VALIDATION, name)))
+            readouts[name] = fit(sums.pop(name))
         return readouts, sources
 
-    def moments(self, checkpoint: Checkpoint, label: str) -> dict[tuple[str, str], Moments]:
-        """The sums over the fitting documents and over those that choose the ridge, by part and hook point name."""
-        moments: dict[tuple[str, str], Moments] = {}
-        for part, name in product((FIT, VALIDATION), self.names):
-            if kept := checkpoint.part(f"{part}/{name}"):
-                moments[part, name] = Moments.of_tensors(kept, self.device)
+    def sums(self, checkpoint: Checkpoint, label: str) -> dict[str, FitSums]:
+        """The sums that readouts are fitted from, by hook point's name.
+
+        Raises:
+            MeasurementError: where the checkpoint is of an earlier version.
+        """
+        sums = {name: kept for name in self.names if (kept := self._kept(checkpoint, name)) is not None}
+        if checkpoint.about.get("batches") and not sums:
+            raise MeasurementError("the checkpoint has sums that an earlier version wrote: delete it, and start again")
         for part, activations, latents, _ in self._batches(
             (FIT, VALIDATION),
             label,
             checkpoint,
-            lambda: {"/".join(key): sums.to_tensors() for key, sums in moments.items()},
+            lambda: {
+                f"{name}/{which}": moments.to_tensors()
+                for name, each in sums.items()
+                for which, moments in ((WHOLE, each.whole), (VALIDATION, each.validation))
+            },
         ):
             for name, x in activations.items():
-                if (part, name) not in moments:
-                    moments[part, name] = Moments.zeros(x.shape[1], self.n_features, self.device)
-                moments[part, name].update(x, latents)
+                if name not in sums:
+                    sums[name] = FitSums.zeros(x.shape[1], self.n_features, self.device)
+                sums[name].update(x, latents, part == VALIDATION)
         # A process that had no batch does not know how wide the models are.
-        self.widths = dict(ChainMap(*self.processes.gather({name: len(sums.x) for (_, name), sums in moments.items()})))
-        for part, name in product((FIT, VALIDATION), self.names):
-            mine = moments.get((part, name)) or Moments.zeros(self.widths[name], self.n_features, self.device)
-            moments[part, name] = mine.over_all(self.processes)
-        return moments
+        widths = {name: len(each.whole.x) for name, each in sums.items()}
+        self.widths = dict(ChainMap(*self.processes.gather(widths)))
+        for name in self.names:
+            mine = sums.get(name) or FitSums.zeros(self.widths[name], self.n_features, self.device)
+            sums[name] = mine.over_all(self.processes)
+        return sums
+
+    def _kept(self, checkpoint: Checkpoint, name: str) -> FitSums | None:
+        """The sums that a checkpoint has of a hook point."""
+        parts = [checkpoint.part(f"{name}/{part}") for part in (WHOLE, VALIDATION)]
+        if not all(parts):
+            return None
+        whole, validation = (Moments.of_tensors(part, self.device) for part in parts)
+        return FitSums(whole, validation, step_among(self.n_features))
 
     def judge(
-        self, readouts: Mapping[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint
+        self, readouts: dict[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint
     ) -> dict[str, Ranking]:
         """The scores of every readout on the held-out documents."""
         rankings = {name: Ranking(readout, signed=self.signed) for name, readout in readouts.items()}

@@ -50,9 +50,11 @@ class Ranking:
     def __init__(self, readout: Readout, groups: int = DOCUMENT_GROUPS, signed: bool = False) -> None:
         features, device = len(readout.weight), readout.weight.device
         still = readout.spread == 0
-        self.readout, self.scale = readout, torch.where(still, 1.0, readout.spread)
+        self.ridge, self.scale = readout.ridge, torch.where(still, 1.0, readout.spread)
         # Standardised and centred before they are rounded to float32, which keeps what a large mean would drown.
-        self._weight = torch.where(still[:, None], 0.0, readout.weight / self.scale[:, None]).float()
+        self._weight = torch.empty(readout.weight.shape, dtype=torch.float32, device=device)
+        torch.div(readout.weight, self.scale[:, None], out=self._weight).masked_fill_(still[:, None], 0.0)
+        self._mean = readout.x_mean.float()
         self._offset = (readout.z_mean / self.scale).float()
         self._basis = None if readout.basis is None else readout.basis.float()
 
@@ -73,7 +75,7 @@ class Ranking:
             groups: the document group of each token.
         """
         x = x.float() if self._basis is None else x.float() @ self._basis
-        inputs = (x - self.readout.x_mean.float()).T.contiguous()
+        inputs = (x - self._mean).T.contiguous()
         starts = latents.starts.tolist()
         single = torch.ones((), dtype=torch.int32, device=inputs.device)
         self.tokens += len(x)
@@ -189,7 +191,7 @@ class Ranking:
         }
         scores |= {"ranks": self.ranks, "firings": self.firings}
         arrays = {name: array.cpu().numpy() for name, array in scores.items()}
-        return Scores(**arrays, tokens=self.tokens, ridge=self.readout.ridge)
+        return Scores(**arrays, tokens=self.tokens, ridge=self.ridge)
 
 
 def _areas(firing: Tensor, silent: Tensor) -> tuple[Tensor, ...]:

@@ -26,6 +26,10 @@ CHOOSING_FEATURES = 1024
 
 Solving for all features of a wide SAE with every penalty would cost more than the pass over the tokens.
 """
+CANDIDATES = 4 * CHOOSING_FEATURES
+"""Evenly spaced features of which these are taken, once it is known which fire; fewer than twice as many."""
+SOLVED_AT_ONCE = 1024
+"""Features whose weights are solved for at once, so that no copy of all sums is made on the way."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class Latents:
         starts = torch.zeros(n_features + 1, dtype=torch.int64, device=features.device)
         torch.cumsum(torch.bincount(features, minlength=n_features), 0, out=starts[1:])
         return cls(features, tokens[order], values[order].double(), starts, n_tokens)
+
+    def every(self, step: int) -> Latents:
+        """Those of every so many-th feature."""
+        wanted = torch.nonzero(self.features % step == 0).view(-1)
+        features, starts = self.features[wanted] // step, self.starts.new_zeros((len(self.starts) - 2) // step + 2)
+        torch.cumsum(torch.bincount(features, minlength=len(starts) - 1), 0, out=starts[1:])
+        return Latents(features, self.tokens[wanted], self.values[wanted], starts, self.n_tokens)
 
     def matrix(self) -> Tensor:
         """Z transposed [feature, token], as a sparse CSR matrix."""
@@ -116,6 +127,10 @@ class Moments:
         tokens, *sums = processes.sums([torch.as_tensor(getattr(self, f.name)) for f in fields(self)])
         return Moments(int(tokens), *sums)
 
+    def less(self, other: Moments) -> Moments:
+        """The sums over the tokens that are not among others', which are a part of these."""
+        return Moments(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
     def about(self, x: Float64[Tensor, " width"], z: Float64[Tensor, " feature"]) -> Moments:
         """The sums of (x − x₀), of (z − z₀), and of their products."""
         n = self.tokens
@@ -133,8 +148,12 @@ class Moments:
         return self.about(self.x / self.tokens, self.z / self.tokens)
 
     def take(self, features: Int64[Tensor, " chosen"]) -> Moments:
-        """The sums for some of the features."""
+        """Of some of the features."""
         return Moments(self.tokens, self.x, self.z[features], self.xx, self.zx[features], self.zz[features])
+
+    def every(self, step: int) -> Moments:
+        """Of every so many-th feature, without a copy."""
+        return Moments(self.tokens, self.x, self.z[::step], self.xx, self.zx[::step], self.zz[::step])
 
     def project(self, basis: Float64[Tensor, "width dimension"]) -> Moments:
         """The sums for the projected activations x·basis."""
@@ -161,26 +180,68 @@ class Readout:
     basis: Float64[Tensor, "width dimension"] | None = None
 
 
-def fit(
-    training: Moments,
-    validation: Moments,
-    basis: Float64[Tensor, "width dimension"] | None = None,
-    ridges: Sequence[float] = RIDGES,
-) -> Readout:
-    """The readout of both streams together.
+def step_among(features: int) -> int:
+    """Of so many features, every how many-th is a candidate for those that choose the penalty."""
+    return max(1, features // CANDIDATES)
 
-    Its penalty is the one whose readout of `training` predicts `validation` best.
+
+@dataclass
+class FitSums:
+    """The sums that a readout is fitted from.
+
+    Attributes:
+        whole: over the documents that fit and those that choose the penalty.
+        validation: over those that choose, for every `step`-th feature; the sums of all would be as large again.
+        step: which features' they are.
+    """
+
+    whole: Moments
+    validation: Moments
+    step: int
+
+    @classmethod
+    def zeros(cls, width: int, features: int, device: torch.device | str = "cpu") -> FitSums:
+        """Of no tokens."""
+        step = step_among(features)
+        validation = Moments.zeros(width, len(range(0, features, step)), device)
+        return cls(Moments.zeros(width, features, device), validation, step)
+
+    def update(self, x: Float[Tensor, "token width"], latents: Latents, chooses: bool) -> None:
+        """Add some tokens; `chooses` says whether their document chooses the penalty."""
+        self.whole.update(x, latents)
+        if chooses:
+            self.validation.update(x, latents if self.step == 1 else latents.every(self.step))
+
+    def training(self) -> Moments:
+        """The sums over the documents that fit, for every `step`-th feature."""
+        return self.whole.every(self.step).less(self.validation)
+
+    def project(self, basis: Float64[Tensor, "width dimension"]) -> FitSums:
+        """Of the projected activations x·basis."""
+        return FitSums(self.whole.project(basis), self.validation.project(basis), self.step)
+
+    def over_all(self, processes: Processes) -> FitSums:
+        """The sums over the tokens of all processes."""
+        return FitSums(self.whole.over_all(processes), self.validation.over_all(processes), self.step)
+
+
+def fit(
+    sums: FitSums, basis: Float64[Tensor, "width dimension"] | None = None, ridges: Sequence[float] = RIDGES
+) -> Readout:
+    """The readout of all documents that fit or choose.
+
+    Its penalty is the one whose readout of those that fit predicts those that choose best.
 
     Best is the lowest mean over features of Σ(z − ẑ)² / Σ(z − z̄)²; both come from the sums, so no token is looked at
     again.
 
     Raises:
-        CapacityError: where a stream is empty or the activations are all the same.
+        CapacityError: where there are no tokens or the activations are all the same.
     """
     if basis is not None:
-        training, validation = training.project(basis), validation.project(basis)
-    ridge = choose_ridge(training, validation, ridges) if len(ridges) > 1 else ridges[0]
-    return solve(training.merge(validation), ridge, basis)
+        sums = sums.project(basis)
+    ridge = choose_ridge(sums.training(), sums.validation, ridges) if len(ridges) > 1 else ridges[0]
+    return solve(sums.whole, ridge, basis)
 
 
 def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimension"] | None = None) -> Readout:
@@ -194,19 +255,24 @@ def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimensio
     """
     if moments.tokens == 0:
         raise CapacityError("there are no tokens to fit a readout to: pass more documents")
-    about = moments.centred()
-    alpha = ridge * float(about.xx.diagonal().mean())
+    x_mean, z_mean = moments.x / moments.tokens, moments.z / moments.tokens
+    xx = moments.xx.addr(moments.x, x_mean, alpha=-1)
+    alpha = ridge * float(xx.diagonal().mean())
     if not alpha > 0:
         raise CapacityError(
             f"{moments.tokens:,} tokens all have the same activation, so nothing can be read from it: check the hook"
             " point, or pass more text"
         )
-    penalised = about.xx + alpha * torch.eye(len(about.xx), dtype=about.xx.dtype, device=about.xx.device)
-    weight = torch.cholesky_solve(about.zx.T, torch.linalg.cholesky(penalised)).T
-    # The normal equations give wᵀ Σ(x − x̄)(x − x̄)ᵀ w without another product of width² · features.
-    explained = (weight * about.zx).sum(1) - alpha * weight.square().sum(1)
-    spread = (explained.clamp(min=0) / moments.tokens).sqrt()
-    return Readout(weight, moments.x / moments.tokens, moments.z / moments.tokens, spread, ridge, basis)
+    lower = torch.linalg.cholesky(xx + alpha * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
+    weight, spread = torch.empty_like(moments.zx), torch.empty_like(moments.z)
+    for start in range(0, len(weight), SOLVED_AT_ONCE):
+        some = slice(start, start + SOLVED_AT_ONCE)
+        zx = moments.zx[some].addr(z_mean[some], moments.x, alpha=-1)
+        solved = torch.cholesky_solve(zx.T, lower).T
+        # The normal equations give wᵀ Σ(x − x̄)(x − x̄)ᵀ w without another product of width² · features.
+        explained = (solved * zx).sum(1) - alpha * solved.square().sum(1)
+        weight[some], spread[some] = solved, (explained.clamp(min=0) / moments.tokens).sqrt()
+    return Readout(weight, x_mean, z_mean, spread, ridge, basis)
 
 
 def choose_ridge(training: Moments, validation: Moments, ridges: Sequence[float] = RIDGES) -> float:
