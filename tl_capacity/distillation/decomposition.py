@@ -312,8 +312,8 @@ def decompose(
     teacher = measurement.provenance.model
     for told in forecasts:
         if (other := told.about.get("model", teacher)) != teacher:
-            what = "splice" if isinstance(told, Spliced) else "forecasts"
-            raise MeasurementError(f"the measurement is of {teacher!r}, but the {what} is of {other!r}: {advice}")
+            what = "splice is" if isinstance(told, Spliced) else "forecasts are"
+            raise MeasurementError(f"the measurement is of {teacher!r}, but the {what} of {other!r}: {advice}")
     asked_hook = measurement[hook] if hook is not None else measurement.hooks[len(measurement.hooks) // 2]
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
     chosen_law = plugins().capacity_laws.named(law)
