@@ -460,7 +460,7 @@ def test_forecasts_for_which_the_teacher_was_run_are_candidates(
     assert any(
         "truncated_start has no floor at width 8, 12, 16, 24, so it is not a candidate" in n for n in found.notes()
     )
-    with pytest.raises(MeasurementError, match="but the forecasts are of 'another': decompose the floors of one teacher"):
+    with pytest.raises(MeasurementError, match="forecasts are of 'another': decompose the floors of one teacher"):
         decompose(measured, run, max_fvu=None, forecasts=[replace(told, about={"model": "another"})])
     for folder, result in (("m", measured), ("d", run), ("s", spliced), ("f", told)):
         result.save(tmp_path / folder)
