@@ -71,7 +71,7 @@ class TestWhatIsMissing:
             assert one_sentence(refusal)
             assert says in str(refusal.value)
         assert "has width 64, but the SAE's d_in is 2304" in str(refusal.value)
-        assert str(refusal.value).endswith("so pass one that was trained on this")
+        assert str(refusal.value).endswith("so pass an SAE that was trained on this one")
 
     @pytest.mark.parametrize("name", ["blocks.9.hook_resid_pre", "blocks.8.hook_resid_post"])
     def test_an_sae_that_is_not_there(self, gpt2: Any, name: str) -> None:

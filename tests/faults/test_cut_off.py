@@ -142,7 +142,10 @@ def test_whole(hub: Hub) -> None:
 def test_its_rows_so_far_and_one_sentence(hub: Hub, fault: str) -> None:
     hub.fault, read, before = fault, [], datasets.config.STREAMING_READ_MAX_RETRIES
     reason = "peer closed connection.*" if fault == "closed" else "timed out"
-    with pytest.raises(SourceCutOffError, match=rf"'some/rows' was cut off after 40 rows \({reason}\): run .* again"):
+    with pytest.raises(
+        SourceCutOffError,
+        match=rf"'some/rows' was cut off after 40 rows \({reason}\): when the network is back, run .* again",
+    ):
         read.extend(documents("some/rows"))
     assert not read or len(read) == ROWS
     assert before == datasets.config.STREAMING_READ_MAX_RETRIES
