@@ -3,7 +3,7 @@
 python benchmarks/distill.py: GPT-NeoX teacher d=768, 12 layers, vocabulary 50,304, random weights; a student d=128, or
 five; batches of 8×256 tokens, float32, two threads. Both sides run the same forward passes (SDPA), clip, and step
 AdamW; *four GEMMs* are the head's own products (logits of both, gradients of the student's hidden states and head),
-into buffers that are there already. Features are kept of a dictionary of 24,576 latents.
+into buffers that are there already.
 
 With --device cuda: teacher d=2,304 in bfloat16, a student d=384 or five up to d=1,152 in float32 with bfloat16
 autocast, batches of 8×1,024; the heads are compared in bfloat16.
@@ -22,17 +22,11 @@ from memory import device_growth_mb, growth_apart, peak_growth_mb
 from neox import CPU, CUDA, Shapes, hugging_face, tiny
 from torch.nn import functional as F
 
-from tl_capacity.dictionaries.chosen import chosen_latents
-from tl_capacity.dictionaries.dictionary import Dictionary
 from tl_capacity.distillation.ensemble import Students
 from tl_capacity.distillation.keeping import Kept
-from tl_capacity.distillation.settings import DistillSettings, KeepFeatures, LogitLoss
+from tl_capacity.distillation.settings import DistillSettings, LogitLoss
 from tl_capacity.distillation.students import new_student, output_of
-from tl_capacity.models.forward import activation_at
-from tl_capacity.models.hook_points import find_tap_point
 
-CHOSEN = 200
-"""Features to keep."""
 SETTINGS = DistillSettings(loss=LogitLoss(temperature=2.0))  # the paper's
 NUMBERS = {2: "two", 5: "five"}
 LARGE_CHUNK = 1024
@@ -68,22 +62,6 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         model.parameters(), lr=SETTINGS.lr, betas=SETTINGS.betas, weight_decay=SETTINGS.weight_decay, fused=True
     )
-
-
-def kept(of: Any, tokens: torch.Tensor, shapes: Shapes = CPU) -> Kept:
-    """200 features of a dictionary with random weights, each of which fires on about 1% of the tokens."""
-    point = find_tap_point(of, shapes.hook)
-    seen = activation_at(of, point, tokens)
-    assert seen is not None
-    activations = seen.flatten(0, 1)
-    random = torch.Generator().manual_seed(3)
-    encoder = torch.randn(shapes.d_model, shapes.d_sae, generator=random) / shapes.d_model**0.5
-    threshold = (activations @ encoder).topk(1 + len(activations) // 100, dim=0).values[-1].clamp(min=1e-3)
-    biases = {"b_enc": torch.zeros(shapes.d_sae), "b_dec": torch.zeros(shapes.d_model)}
-    weights = {"W_enc": encoder, "W_dec": encoder.T, **biases}
-    sae = Dictionary("jumprelu", {**weights, "threshold": threshold}, subtract_bias=False)
-    features = tuple(range(CHOSEN))
-    return Kept(KeepFeatures(shapes.hook, features), point, chosen_latents(sae, features, activations))
 
 
 def student_of(of: Any, width: int, shapes: Shapes) -> Any:
@@ -221,10 +199,6 @@ def time_steps(sitting: Sitting, shapes: Shapes, students: Widths, share: float)
         claims.append(Claim(f"step, chunks of {LARGE_CHUNK:,} / plain loop", (large,), (loops[one],), at_most(0.45)))
         for name in (steps[one], large, loops[one], together):
             sitting.sizes[f"peak device memory of {name}"] = device_growth_mb(ways[name])
-    else:
-        keeping = f"{steps[one]}, {CHOSEN} features kept"
-        ways[keeping] = step_of(of, (one,), tokens, shapes, [kept(of, tokens, shapes)])
-        claims.append(Claim(f"step with {CHOSEN} features kept / step", (keeping,), (steps[one],), at_most(1.10)))
     sitting.time(ways, claims, share)
 
 
