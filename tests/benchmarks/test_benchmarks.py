@@ -26,7 +26,7 @@ import machine  # noqa: E402
 import memory  # noqa: E402
 import page  # noqa: E402
 
-NAMES = ("measure", "distill", "keep", "importance", "probe", "report", "toy", "observe", "splice", "start")
+NAMES = ("measure", "distill", "keep", "importance", "probe", "report", "toy", "observe", "splice", "start", "demo")
 
 
 @pytest.fixture(autouse=True)
