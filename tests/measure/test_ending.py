@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,3 +90,13 @@ def test_logits_that_are_scaled_behind_the_head_are_taken_whole() -> None:
         config = GraniteConfig(vocab_size=40, hidden_size=16, intermediate_size=16, **layers, logits_scaling=scaling)
         model = placed(GraniteForCausalLM(config).eval())
         assert (separate_head(model, tokens, {}) is not None) is separate
+
+
+def test_a_head_whose_weights_are_elsewhere_is_left_to_the_model(make_model: Callable[..., Any]) -> None:
+    from accelerate import cpu_offload
+
+    model, tokens = make_model("gpt_neox").cpu(), torch.arange(1, 9)[None]
+    assert separate_head(model, tokens, {}) is not None
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert offloaded.get_output_embeddings().weight.device.type == "meta"
+    assert separate_head(offloaded, tokens, {}) is None

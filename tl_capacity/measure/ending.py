@@ -18,6 +18,9 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.losses import LOSSES, draw, following, next_tokens
 from tl_capacity.models.head import CHECKED_TOKENS, CHUNK_TOKENS, Head, before_head, cached_pieces, head_input, head_of
 
+DEVICE_LOGITS = 2**27
+"""Logits that exist at a time on an accelerator: 512 MB."""
+
 Slope = tuple[Tensor, Tensor | None]
 """The tensor at which a loss's gradient is taken, and the loss's slope there. The slope is None if the tensor is the
 loss itself.
@@ -78,7 +81,9 @@ def separate_head(model: Any, few: Int64[Tensor, "row position"], options: dict[
         with before_head(model, seen.append):
             output = model(few, **options)
         logits = getattr(output, "logits", output).flatten(0, 1).float()
-        if len(seen) == 1 and seen[0].shape[:2] == few.shape and logits.shape == (few.numel(), len(head.weight)):
+        if len(seen) != 1 or seen[0].device != head.weight.device:
+            return None  # a device map puts the weights elsewhere, or nowhere until they are needed
+        if seen[0].shape[:2] == few.shape and logits.shape == (few.numel(), len(head.weight)):
             made = head.logits(seen[0].flatten(0, 1), torch.empty_like(logits))
             if torch.allclose(made, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
                 return head
@@ -103,15 +108,16 @@ def slopes_at_head(
     flat, slopes = hidden.flatten(0, 1), [torch.zeros_like(hidden) for _ in losses]
     places, tokens = next_tokens(ids, valid)
     draws = {name: torch.rand(len(places), generator=generator) for name in losses if name == "sampled"}
-    size = min(CHUNK_TOKENS, max(1, len(places)))
-    buffer = flat.new_empty(size, len(head.weight), dtype=torch.float32)
+    on_cpu, vocabulary = flat.device.type == "cpu", len(head.weight)
+    size = min(CHUNK_TOKENS if on_cpu else max(1, DEVICE_LOGITS // vocabulary), max(1, len(places)))
+    buffer = flat.new_empty(size, vocabulary, dtype=torch.float32)
     for start in range(0, len(places), size):
         some = slice(start, min(start + size, len(places)))
         place, target = places[some], tokens[some]
         p = head.logits(flat.index_select(0, place), buffer[: len(place)])
         steep = p.new_ones(len(losses), len(place))
         wanted = target.expand(len(losses), -1).clone()
-        for piece in cached_pieces(len(place), len(head.weight)):
+        for piece in cached_pieces(len(place), vocabulary) if on_cpu else [slice(len(place))]:
             capped = None if head.cap is None else 1 - (p[piece] / head.cap).square_()
             torch.softmax(p[piece], -1, out=p[piece])
             for loss, name in enumerate(losses):
