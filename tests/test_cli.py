@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import HOOK, Cli, arguments
+from measurements import measurement_of_counts
 
 from tl_capacity import Measurement
+from tl_capacity.cli.measuring import some_narrower
 
 pytestmark = pytest.mark.usefixtures("few_replicates")
 
@@ -40,9 +42,20 @@ def test_measure_then_budget_then_floor(cli: Cli, setup: Path, tmp_path: Path) -
         assert f["predicted_floor"] == pytest.approx(importance[f["features_kept"] :].sum(), rel=1e-9)
         assert f["predicted_low"] <= f["predicted_floor"] <= f["predicted_high"]
     assert floors[2]["predicted_floor"] == 0
+    code, out, _ = cli("plan", tmp_path / "m", "--keep", "0.9", "--json", "--hook", HOOK)
+    assert code == 0
+    for notes in (floors[0]["notes"], json.loads(out)["notes"]):
+        assert any(note.startswith(f"{HOOK}: ") for note in notes)
+        assert not [note for note in notes if "blocks.0" in note], "notes are on the hook point that was asked for"
     code, out, _ = cli("budget", tmp_path / "m", "--json")
     row = json.loads(out)[0]
     assert row["d*"]["value"] == pytest.approx(summary.l0.value * np.log(alive / summary.l0.value), rel=1e-9)
+
+
+def test_the_next_command_names_widths_narrower_than_the_model() -> None:
+    measurement = measurement_of_counts(np.full(64, 640))
+    assert measurement.hooks[0].width == 16
+    assert some_narrower(measurement) == "4,8,12"
 
 
 @pytest.mark.parametrize(

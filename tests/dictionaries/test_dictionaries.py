@@ -498,6 +498,8 @@ def test_bad_specifications(neox: Any, tokenizer: Any) -> None:
     stream = TokenStream(["w1 w2 w3"], tokenizer)
     with pytest.raises(HookPointError, match="is not a hook point that the family of"):
         BasisSpec("pca", "blocks.1.ln2.hook_normalized").fit(neox, stream)
+    with pytest.raises(HookPointError, match=r"such as .*blocks\.1\.hook_resid_post.*, or wrap"):
+        BasisSpec("pca", "blocks.1.hook_resid").fit(neox, stream)
     with pytest.raises(CapacityError, match="has no token to count"):
         BasisSpec("neurons", HOOK).fit(neox, TokenStream(np.full((2, 5), BOS), tokenizer))
 

@@ -23,6 +23,7 @@ from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.decomposition import Decomposition, decompose, decompose_floors
 from tl_capacity.distillation.fitting import Fit, fit_candidates
 from tl_capacity.distillation.observed import ObservedFloor
+from tl_capacity.distillation.standings import candidate_cells
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import FloorContext, FloorPredictor
@@ -242,6 +243,8 @@ def test_few_widths_make_no_winner() -> None:
     assert (found.groups, found.best) == ((), (None, None))
     assert [fit for _, fit in found.shown()] == [found.chosen]
     assert {place for place, _ in found.shown()} == {""}
+    header, (row,) = candidate_cells(found.shown(), found.chosen, lambda candidate: candidate.name)
+    assert row[header.index("place")] == "asked for"
     assert [f.candidate.name for f in found.fits] == [
         f.candidate.name for f in decomposed(floors(lambda w: 1 / w, (16, 32, 64))).fits
     ]

@@ -167,7 +167,7 @@ def test_beyond_the_students_the_best_corrected_method_extrapolates() -> None:
     answer = plan(MEASURED, target_loss=target, spliced=SPLICED, students=students)
     assert answer.methods[0].corrected is None
     assert answer.width == first(lambda width: 1.5 * spliced_floor(width), target)
-    assert "none of them reached that loss, so this is an extrapolation" in answer.answer()
+    assert "None of them reached that loss, so this is an extrapolation." in answer.answer()
 
 
 def test_an_importance_of_another_unit_is_corrected_and_says_no_width_of_its_own() -> None:
@@ -329,7 +329,7 @@ def test_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
     code, out, _ = cli(*command)
     assert code == 0
     assert "What each method says" in out
-    assert "only trained students can tell which is right" in " ".join(out.split())
+    assert ". Only trained students can tell which is right: pass them with --calibrate." in " ".join(out.split())
     for more, says in (
         (["--with", tmp_path / "s"], "a plan reads one splice"),
         (["--with", tmp_path / "d"], "holds neither splice.json nor forecasts.json"),

@@ -225,6 +225,22 @@ def desktop(browser: Any, page: Path) -> Any:
     return opened(browser, page)
 
 
+OVERLAPPING = """
+const cover = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 5;
+return [...document.querySelectorAll(".plot")].flatMap(plot => ["xtick", "ytick"].flatMap(axis => {
+  const labels = [...plot.querySelectorAll(`.${axis} text`)], box = label => label.getBoundingClientRect();
+  return labels.flatMap((a, i) => labels.slice(i + 1).filter(b => cover(box(a), box(b)))
+    .map(b => `${plot.id}: ${a.textContent} and ${b.textContent}`));
+}));"""
+"""The labels of an axis that lie on each other."""
+CRAMPED = """
+const height = (plot, part) => plot.querySelector(part)?.getBoundingClientRect().height ?? 0;
+return [...document.querySelectorAll(".plot")]
+  .filter(plot => height(plot, ".gridlayer") < 90 || height(plot, ".legend .scrollbar") > 0).map(plot => plot.id);"""
+"""The figures whose legend is cut, or leaves them little room."""
+
+
 def assert_drawn(browser: Any, width: int, scheme: str) -> None:
     """No complaint, every figure drawn, nothing wider than the window, nothing fetched, and the colours asked for."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
@@ -238,6 +254,8 @@ def assert_drawn(browser: Any, width: int, scheme: str) -> None:
         )
         == 0
     )
+    assert browser.execute_script(OVERLAPPING) == []
+    assert browser.execute_script(CRAMPED) == []
     ink, paper = (
         browser.execute_script(f"return getComputedStyle(document.body).{name}")
         for name in ("color", "backgroundColor")
@@ -405,7 +423,7 @@ def test_the_verdict_says_what_was_computed(page: Path, full: Results) -> None:
     assert f"F = {hook.summary.n_alive.brief(',.0f')}" in head
     assert f"d* = {hook.summary.critical_width.brief(',.1f')}" in head
     floor = next(f for f in full.measurement.floors([16]) if f.hook.startswith(hook.hook) or hook.sae in f.hook)
-    assert "A student of width 16 keeps about" in head
+    assert "By the theorem, a student of width 16 keeps" in head
     assert f"{floor.features_kept.value / hook.summary.n_alive.value:.1%}" in head
 
 
@@ -425,6 +443,7 @@ def test_the_verdict_names_a_width(lone: Measurement, full: Results) -> None:
         asked = plan(lone, target_loss=target, max_fvu=None, spliced=full.spliced)
         said = head_of(report_page(spliced, ReportSettings(target_loss=target)))
         assert f"For at most {target:g} nats per token, choose width {asked.deciding.width.brief(',.0f')}" in said
+        assert "The teacher itself, with no more features than width" in said
         record = record_of("splice", "second_moment", "compressed_sensing")
         assert record is not None
         assert f"Where such forecasts were checked, {record.sentence()}" in said

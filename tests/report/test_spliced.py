@@ -73,7 +73,8 @@ def test_the_curve_and_the_floors_are_those_of_the_splice(page: str) -> None:
     shown = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", section(page, "spliced")))
     for floor in floors:
         assert f" {floor.features_kept:,} {floor.floor.value:.4g}"[:9] in shown
-    assert "with no more features than width 8 may keep" in page
+    said = " ".join(re.sub(r"<[^>]+>", "", page).split())
+    assert f"predicted was {floors[-1].floor.brief('.3g')}, with nothing fitted" in said
     assert "with every latent kept the KL is" in page
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from tl_capacity.options import command_with
 from tl_capacity.runtime.progress import peak_memory
 from tl_capacity.show.tables import table
 from tl_capacity.show.terminal import console, print_json, print_text
+
+if TYPE_CHECKING:
+    from tl_capacity.measurement.measurement import Measurement
 
 EXAMINED = {
     "model": None,
@@ -63,7 +66,15 @@ def measure(
     console().print(measurement.budget(wanted, importance, max_fvu=settings.max_fvu))
     print_notes(error_warnings(measurement, wanted))
     written = printable(str(settings.out))
-    print_text(f"\nwritten to {written}; next: tl-capacity floor {written} --widths {widths or '128,256,512'}")
+    print_text(
+        f"\nwritten to {written}; next: tl-capacity floor {written} --widths {widths or some_narrower(measurement)}"
+    )
+
+
+def some_narrower(measurement: Measurement) -> str:
+    """A quarter, a half and three quarters of the narrowest hook point's width, as widths on a command line."""
+    width = min(hook.width for hook in measurement)
+    return ",".join(str(each) for each in sorted({max(1, part * width // 4) for part in (1, 2, 3)}))
 
 
 @command_with(MeasureSettings, only=EXAMINED, defaults={"model": "", "out": Path("runs")})

@@ -52,7 +52,7 @@ def floor(
     """Predict the loss floor of students of given widths."""
     from tl_capacity.measurement.measurement import Measurement
     from tl_capacity.measurement.splices import splice_of
-    from tl_capacity.predict.caveats import error_warnings
+    from tl_capacity.predict.caveats import error_warnings, measurement_warnings
     from tl_capacity.predict.curve import Curve
     from tl_capacity.predict.floors import FloorPrediction, floor_cells
     from tl_capacity.predict.record import records
@@ -66,7 +66,8 @@ def floor(
         predictions = [f for f in measurement.floors(wanted, importance, law, max_fvu) if hook in (None, f.hook)]
         if hook is not None:
             measurement[hook]  # names the hooks that were measured where this is none of them
-        notes = measurement.warnings + error_warnings(measurement, wanted, law)
+        asked = [each for each in measurement if hook in (None, each.hook)]
+        notes = measurement_warnings(asked, measurement.complete) + error_warnings(asked, wanted, law)
         spliced, said = splice_of(measurement, path, splice)
         notes += said
         if spliced is not None and wanted:

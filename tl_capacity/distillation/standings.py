@@ -51,7 +51,7 @@ def candidate_cells(
     return header, [
         [
             str(fit.candidate.constants),
-            f"{place}{', asked for' if fit is chosen else ''}",
+            ", ".join(filter(None, (place, "asked for" if fit is chosen else ""))),
             short(fit.candidate),
             fit.show_error(),
             "too few widths" if fit.r2 is None else f"{fit.r2:.4f}",

@@ -200,9 +200,11 @@ def _of_hugging_face_model(model: Any, name: str) -> TapPoint:
                 f"no model family covers {kind!r}: register one (docs/families.md), or wrap the model in a"
                 " TransformerBridge"
             )
+        near = get_close_matches(name, hook_names(model), n=3, cutoff=0.5)
+        instead = f"choose another, such as {' or '.join(near)}" if near else "choose a residual-stream hook"
         raise HookPointError(
-            f"{name!r} is not a hook point that the family of {kind!r} has a place for: choose a residual-stream "
-            "hook, or wrap the model in a TransformerBridge"
+            f"{name!r} is not a hook point that the family of {kind!r} has a place for: {instead}, or wrap the model in"
+            " a TransformerBridge"
         )
     module = walk(model, place.path)
     if not isinstance(module, nn.Module):

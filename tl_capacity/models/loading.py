@@ -23,7 +23,7 @@ from tl_capacity.interfaces import NamedModel
 from tl_capacity.plugins import plugins
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.devices import AUTO, device_named, exact_device
-from tl_capacity.runtime.hub import hub_or_cache, loading_errors, reason_of
+from tl_capacity.runtime.hub import UNREACHABLE, hub_or_cache, loading_errors, reason_of
 from tl_capacity.runtime.out_of_memory import within_device_memory
 from tl_capacity.storage.digests import files_digest
 
@@ -286,7 +286,9 @@ def _load_from_hub(spec: str, dtype: str, placed: _Placement, revision: str | No
             return _pretrained(spec, dtype, placed, revision)
     except loading_errors() as problem:
         at = f" at the revision {revision!r}" if revision else ""
-        raise CapacityError(f"the model {spec!r}{at} cannot be loaded ({reason_of(problem)}): {local}") from problem
+        reason = reason_of(problem)
+        fill = "load it once where there is a network and copy the cache, or " if reason == UNREACHABLE else ""
+        raise CapacityError(f"the model {spec!r}{at} cannot be loaded ({reason}): {fill}{local}") from problem
 
 
 def _cached_commit(spec: str, revision: str | None) -> str | None:

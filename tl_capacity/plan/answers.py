@@ -151,7 +151,9 @@ def headline(target: float, plans: Sequence[MethodPlan], own: MethodPlan | None,
     goal, decides = f"For a floor of at most {target:.4g} nats per token", decisive(plans, own)
     predictions = _predictions(plans)
     if decides is None:
-        return f"{goal}, the methods here say {_between(predictions)}, and the widest is planned; {ONLY_STUDENTS}"
+        return _sentences(
+            [f"{goal}, the methods here say {_between(predictions)}, and the widest is planned", ONLY_STUDENTS]
+        )
     where = f" at {decides.hook}" if decides.hook else ""
     if own is not None and decides is own:
         parts = [f"{goal}, students of {students} say width {_shown(own.corrected)} by interpolation"]
@@ -174,8 +176,13 @@ def headline(target: float, plans: Sequence[MethodPlan], own: MethodPlan | None,
         parts += [ONLY_STUDENTS]
     needed = decides.corrected or decides.width
     if needed is not None and width != needed.value:
-        parts.insert(1, f"the next width that its family can build is {width:,}")
-    return "; ".join(parts)
+        parts[0] += f"; the next width that its family can build is {width:,}"
+    return _sentences(parts)
+
+
+def _sentences(parts: Sequence[str]) -> str:
+    """Each part as a sentence of its own."""
+    return " ".join(f"{part[:1].upper()}{part[1:]}." for part in parts)
 
 
 def method_cells(plans: Sequence[MethodPlan]) -> tuple[list[str], list[list[str]]]:

@@ -21,6 +21,7 @@ from tl_capacity.plan.costs import ladder, next_that_can_be_built, parameters_of
 from tl_capacity.plan.in_nats import Evidence, InNats
 from tl_capacity.plan.result import HookPlan, Plan, WidthCost
 from tl_capacity.plugins import plugins
+from tl_capacity.predict.caveats import measurement_warnings
 from tl_capacity.predict.forecasts import Forecasts
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.results.hook import HookMeasurement
@@ -158,7 +159,11 @@ def _planned(
     teacher_width = 0 if config is None else width_of(config)
     sizes = {} if config is None else parameters_of_widths(config, [*shown, teacher_width])
     corrected = {} if in_nats is None else in_nats.corrected(shown)
-    remarks = _remarks(measurement, sizes) + asked.notes(decides, shown) + ([] if in_nats is None else in_nats.notes())
+    remarks = (
+        _remarks(asked.hooks, measurement.complete, sizes)
+        + asked.notes(decides, shown)
+        + ([] if in_nats is None else in_nats.notes())
+    )
     return Plan(
         goal,
         asked.unit,
@@ -192,16 +197,16 @@ def _costs(
     return costs
 
 
-def _remarks(measurement: Measurement, sizes: dict[int, tuple[int, int]]) -> list[str]:
-    """What to know about any plan from this measurement."""
+def _remarks(hooks: Sequence[HookMeasurement], complete: bool, sizes: dict[int, tuple[int, int]]) -> list[str]:
+    """What to know about any plan at these hook points of a measurement."""
     remarks = []
     if not sizes:
         remarks.append(
             "the widths' parameters are not known, because the model or its family's students are not known: pass"
             " --model"
         )
-    if all(isfinite(h.summary.critical_width.value) for h in measurement):
+    if all(isfinite(h.summary.critical_width.value) for h in hooks):
         remarks.append(
             "d* depends on the SAE's L0: plan with several SAEs of one hook point before building on one number"
         )
-    return [*remarks, *measurement.warnings]
+    return [*remarks, *measurement_warnings(hooks, complete)]

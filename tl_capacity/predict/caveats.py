@@ -90,9 +90,10 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
             continue
         below = [f for f in hook_floors(hook, widths, estimator.name, chosen) if f.predicted_floor.value < error.value]
         if below:
-            listed = ", ".join(f"{f.width:,}" for f in below)
+            widths_below = ", ".join(f"{f.width:,}" for f in below)
+            listed = f"width{'s' if len(below) > 1 else ''} {widths_below}"
             sentences.append(
-                f"{name(hook)}: at width {listed} the {importance} floor is below the {hook.kind}'s own error of "
+                f"{name(hook)}: at {listed} the {importance} floor is below the {hook.kind}'s own error of "
                 f"{error.show(significant(error.value, 3))} {per_token(estimator.unit)}: "
                 f"what the {hook.kind} misses is larger than what the student is predicted to lose"
             )

@@ -64,6 +64,9 @@ def loading_errors() -> tuple[type[Exception], ...]:
     )
 
 
+UNREACHABLE = "no hub can be reached and the local cache does not have it"
+
+
 def reason_of(problem: BaseException) -> str:
     """Why something failed, in a few words that fit into a sentence."""
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -71,7 +74,7 @@ def reason_of(problem: BaseException) -> str:
     cause: BaseException | None = problem
     while cause is not None:
         if isinstance(cause, (LocalEntryNotFoundError, ConnectionError)):
-            return "no hub can be reached and the local cache does not have it"
+            return UNREACHABLE
         cause = cause.__cause__ or cause.__context__
     if isinstance(problem, KeyError):
         return f"{problem} is missing"

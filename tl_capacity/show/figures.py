@@ -126,8 +126,8 @@ def round_numbers(low: int, high: int) -> list[float]:
 
 
 def value_axis(figure: go.Figure, title: str) -> None:
-    """A logarithmic y axis with one tick for each decade, or for every other one if there are many. Within half a
-    decade it is linear, because labels would overlap.
+    """A logarithmic y axis with one tick for each decade, or for every other one if there are many. Below two decades
+    2 and 5 are labelled too. Within half a decade it is linear, because labels would overlap.
     """
     values = np.concatenate(
         [np.asarray(trace.y, dtype=np.float64) for trace in figure.data if trace.y is not None and len(trace.y)]
@@ -139,7 +139,7 @@ def value_axis(figure: go.Figure, title: str) -> None:
         figure.update_yaxes(title=title, rangemode="tozero")
     else:
         figure.update_yaxes(
-            type="log", title=title, exponentformat="power", dtick=None if spanned < 2 else 1 + int(spanned // 7)
+            type="log", title=title, exponentformat="power", dtick="D2" if spanned < 2 else 1 + int(spanned // 7)
         )
 
 

@@ -88,7 +88,8 @@ def seen(story: Story) -> list[str]:
     said = f"A student of width {student.width:,}{began} lost {observed} {NATS}"
     if floor is not None:
         value, unit = floor
-        said += f"; predicted was {value.brief(significant(value.value, 3))}{'' if unit == NATS else f' {unit}'}"
+        how = ", with nothing fitted" if unit == NATS else f" {unit}"
+        said += f"; predicted was {value.brief(significant(value.value, 3))}{how}"
     row = kept_by(story, student)
     if row is None:
         return [f"{said}."]
@@ -145,7 +146,8 @@ def tiles(story: Story) -> list[Tile]:
         return shown
     floor, observed = predicted_loss(story, student.width), _observed(story, student)
     if floor is not None:
-        shown.append((f"predicted loss at width {student.width:,}, {floor[1]}", estimate_cell(floor[0])))
+        predicted = estimate_cell(floor[0], significant(floor[0].value, 3))
+        shown.append((f"predicted loss at width {student.width:,}, {floor[1]}", predicted))
     shown.append((f"observed loss at width {student.width:,}, {NATS}", estimate_cell(observed, ".3g")))
     row = kept_by(story, student)
     if row is not None:

@@ -79,6 +79,8 @@ def _with_observed(story: Story, section: Section) -> Section:
             if observed
             else "Observed floors of the distilled students, in nats per token, with 95% intervals of the fit."
         )
+        if story.decomposition is not None:
+            caption += " Lines are fitted to these losses, as in the table below: they are no forecasts."
         section = replace(
             section,
             figures=[*section.figures, ("observed-floors", figure, caption)],

@@ -9,7 +9,7 @@ from tl_capacity.predict.floors import FloorPrediction
 from tl_capacity.predict.record import records
 from tl_capacity.predict.spliced_floor import SplicedFloor, kept_whole
 from tl_capacity.report.parts import Cell, column_cell, estimate_cell, percent, sentence
-from tl_capacity.report.sections.answers import choice, seen
+from tl_capacity.report.sections.answers import choice, seen, shown_student
 from tl_capacity.report.sections.answers import tiles as answer_tiles
 from tl_capacity.report.sections.beside import told
 from tl_capacity.report.sections.students import short
@@ -42,11 +42,12 @@ def verdict(story: Story) -> list[str]:
     if floor is not None:
         worth = floor.predicted_floor.brief(significant(floor.predicted_floor.value))
         sentences.append(
-            f"A student of width {floor.width:,} keeps about {percent(floor.kept_share)} of them; its predicted floor"
-            f" is {worth} {per_token(floor.unit)}, {percent(floor.share)} of what all of them are worth."
+            f"By the theorem, a student of width {floor.width:,} keeps {percent(floor.kept_share)} of these features;"
+            f" its predicted floor is {worth} {per_token(floor.unit)}, {percent(floor.share)} of what all of them are"
+            " worth."
         )
-    spliced = _verdict_spliced(story)
-    if spliced is not None:
+    spliced, student = _verdict_spliced(story), shown_student(story)
+    if spliced is not None and (student is None or student.width != spliced.width):
         worth = spliced.floor.brief(significant(spliced.floor.value))
         sentences.append(
             f"The teacher itself, with no more features than width {spliced.width:,} may keep, loses {worth} {NATS};"
@@ -85,7 +86,10 @@ def tiles(story: Story) -> list[tuple[str, Cell]]:
     hook = story.main
     labelled = [
         ("alive features F", column_cell(ALIVE, hook)),
-        (f"critical width d*; the hook point has {hook.width:,}", column_cell(CRITICAL_WIDTH, hook)),
+        (
+            f"critical width d* by this {hook.kind}; the hook point has {hook.width:,} dimensions",
+            column_cell(CRITICAL_WIDTH, hook),
+        ),
     ]
     labelled += answer_tiles(story)
     floor = None if story.observed else _verdict_floor(story)
