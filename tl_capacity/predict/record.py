@@ -81,7 +81,7 @@ class Record:
     def sentence(self) -> str:
         """How far off the method was, and where it was checked."""
         return (
-            f"students reached {self.low:.2g} to {self.high:.2g} times its floor, {self.median:.2g} times in the middle"
+            f"students reached {self.low:.2g} to {self.high:.2g} times its floor (median {self.median:.2g})"
             f" ({self.where()})"
         )
 
