@@ -98,6 +98,8 @@ class TestWithoutAnArgument:
         with tlc.add_capacity_hooks(model, make_sae("standard", HOOK)) as capacity:
             same_counts(mine, capacity.run(tokens).measurement())
         assert [hook.sae for hook in mine] == [f"tiny/{HOOK}"], "as the command line names it"
+        with tlc.add_capacity_hooks(model, mine[HOOK].sae) as capacity:
+            same_counts(mine, capacity.run(tokens).measurement())
 
     def test_the_embedded_teacher(self) -> None:
         model = load_model("embedded").model

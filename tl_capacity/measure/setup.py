@@ -146,8 +146,8 @@ def dictionary_named(spec: str, loaded: LoadedModel, device: str) -> NamedDictio
     hook, equals, rest = spec.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", hook) or Path(spec).exists():
         hook, rest = "", spec
-    if named and not Path(rest).exists():
-        rest = rest.removeprefix(f"{named.name}/")  # as results call it
+    in_results = {f"{named.name}/{place}": place for place in named.saes} if named and not Path(rest).exists() else {}
+    rest = in_results.get(rest, rest)
     if named and rest in named.saes:
         name, sae = load_sae(str(named.saes[rest]), device)
         name = f"{named.name}/{rest}"
