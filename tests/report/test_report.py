@@ -444,6 +444,7 @@ def test_the_verdict_names_a_width(lone: Measurement, full: Results) -> None:
         said = head_of(report_page(spliced, ReportSettings(target_loss=target)))
         assert f"For at most {target:g} nats per token, choose width {asked.deciding.width.brief(',.0f')}" in said
         assert "The teacher itself, with no more features than width" in said
+        assert "by the method “splice of second_moment, compressed_sensing” at" in said
         record = record_of("splice", "second_moment", "compressed_sensing")
         assert record is not None
         assert f"Where such forecasts were checked, {record.sentence()}" in said

@@ -44,8 +44,9 @@ def _grounds(story: Story, decides: MethodPlan) -> str:
         return "as the students here show: it lies between their widths"
     where = f" at {short_hook(story.measurement, decides.hook)}" if decides.hook else ""
     if decides.corrected is not None:
-        return f"as {decides.method}{where} says, corrected by the students here; none of them reached that loss"
-    return f"as {decides.method}{where} says"
+        by = f"by the method “{decides.method}”{where}, corrected by the students here"
+        return f"{by}; none of them reached that loss"
+    return f"by the method “{decides.method}”{where}"
 
 
 def _doubts(decides: MethodPlan) -> list[str]:
