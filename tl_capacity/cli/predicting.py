@@ -28,8 +28,7 @@ def budget(
 ) -> None:
     """Print how many features each layer has and can hold.
 
-    The columns are F, L0, α, g(α), budget, d*, d*_het and FVU, with 95% intervals. docs/about-counting.md explains
-    them.
+    docs/about-counting.md explains the columns: F, L0, α, g(α), budget, d*, d*_het and FVU, with 95% intervals.
     """
     from tl_capacity.measurement.measurement import Measurement
 
