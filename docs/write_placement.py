@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tl_capacity.recipes import placement as recipe
 from tl_capacity.recipes.placement import PlacementConfig
-from write_results import RESULTS, table
+from write_results import RESULTS, filled, table
 
 from tl_capacity import Measurement, Spliced, splice
 from tl_capacity.distillation.settings import KeepFeatures
@@ -46,14 +46,22 @@ HOOK = "blocks.3.hook_resid_post"
 CHOSEN_ON, JUDGED_ON = "embedded", "embedded:heldout"
 SETS = {"lost": "lost and given up", "random": "random"}
 CHOICE = (
-    "*Lost and given up* are features that fire often enough to be judged, that a readout of the teacher tells, that"
-    " no readout of a plain student tells, whatever its seed, and that are not among the F_S most important ones; of"
-    f" these the most important. *Random* are as many of all that are judged. Both were chosen on `{CHOSEN_ON}`, which"
-    f" judges nothing here; everything below is of `{JUDGED_ON}`. [Kept](../keep.md#the-price-list): AUROC of firing of"
-    " at least 0.95. Nats per token at T = 1, means over seeds, 95% intervals over documents. *Splice predicts* is the"
-    " KL of the teacher with the chosen features and the most important others, as many as the law gives the width,"
-    " less that with the most important ones."
+    "*Lost and given up* are 100 features that the plain students lost and that the law gives up. Each fires often"
+    " enough to be judged. A readout of the teacher finds it, and no readout of a plain student does, with either seed."
+    " It is not among the F_S most important ones. Of all such features these are the most important. *Random* are 100"
+    f" of all that are judged. Both sets were chosen on `{CHOSEN_ON}`, which judges nothing here. All figures are of"
+    f" `{JUDGED_ON}`.",
+    "[Kept](../keep.md#the-price-list) means that a readout finds a feature with an AUROC of at least 0.95. KL is in"
+    " nats per token at T = 1. Figures are means over seeds, with 95% intervals over documents. *Splice predicts* is a"
+    " difference of two [spliced floors](../splice.md) with equally many features. The first keeps the chosen features"
+    " and the most important others. The second keeps the most important ones.",
 )
+EMPTY = """# The price of choosing what students keep
+
+<!-- prices, by docs/write_placement.py -->
+<!-- end of prices -->
+"""
+"""The page before anybody wrote what the figures mean."""
 COMMIT = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
 
 
@@ -226,17 +234,18 @@ def sentences(width: int, placements: dict[str, Placement], predicted: dict[str,
         plain, *asked = placement.of_width(width)
         best = max(asked, key=lambda price: price.chosen.value)
         gained, paid, lost = (each or Estimate(0.0) for each in (best.gained, best.paid, best.lost))
+        more = Estimate(-lost.value, *(None if end is None else -end for end in (lost.high, lost.low)))
         said.append(
             f"- Width {width}, {SETS[name]}: plain students keep {plain.chosen.show(',.0f')} of {placement.n_chosen}"
-            f" judged, and at weight {best.weight:g} {best.chosen.show(',.0f')}. That is {gained.show('+,.0f')} chosen"
-            f" features for {lost.show('+,.0f')} others lost, and {paid.show('+.3f')} nats per token paid. Splicing"
-            f" predicts {predicted[name].show('+.3f')}."
+            f" judged. At weight {best.weight:g} students keep {best.chosen.show(',.0f')}, a change of"
+            f" {gained.show('+,.0f')}. The number of other kept features changes by {more.show('+,.0f')}, and the KL by"
+            f" {paid.show('+.3f')} nats per token. Splicing predicts {predicted[name].show('+.3f')}."
         )
     return said
 
 
-def page(found: list[dict[str, Any]], said: list[str], command: str, about: str) -> str:
-    """The text of placement.md."""
+def measured(found: list[dict[str, Any]], said: list[str], command: str, about: str) -> str:
+    """The part of placement.md that comes from the experiment."""
     header = ["width", "set", "weight", "chosen kept", "others kept", "KL", "paid", "per feature", "splice predicts"]
     lines = [
         [
@@ -254,19 +263,16 @@ def page(found: list[dict[str, Any]], said: list[str], command: str, about: str)
     ]
     return "\n".join(
         [
-            "# The price of choosing what students keep",
-            "",
             "```console",
             f"$ {command}",
             "```",
             "",
             about,
             "",
-            CHOICE,
-            "",
             *said,
             "",
             table(header, lines),
+            *(part for sentences in CHOICE for part in (sentences, "")),
         ]
     )
 
@@ -288,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="of chosen features")
     parser.add_argument("--device", default="cpu", help="where the models run")
     parser.add_argument("--machine", default=f"the CPU of {platform.machine()}", help="as the page names it")
+    parser.add_argument("--commit", help="at which students were trained; by default that of the folder")
     for name, default in {
         "features": 100,
         "tokens": 4_000_000,
@@ -319,16 +326,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         " ".join(map(str, values)) for values in (asked.widths, asked.seeds, [f"{w:g}" for w in asked.weights])
     )
     command = f"python docs/write_placement.py runs/placement --widths {widths} --seeds {seeds} --weights {weights}"
-    commit = subprocess.run(COMMIT, capture_output=True, text=True).stdout.strip()
+    commit = asked.commit or subprocess.run(COMMIT, capture_output=True, text=True).stdout.strip() or "unknown"
     about = (
-        f"Students start from the truncated teacher and are trained on {asked.tokens:,} tokens of"
-        f" {Path(asked.source).name} with each weight; seeds {seeds}; {asked.features} features of the dictionary at"
-        f" {HOOK}; {asked.machine}, commit {commit or 'unknown'}."
+        f"At each weight, students of seeds {seeds} start from the truncated teacher. They read {asked.tokens:,} tokens"
+        f" of {Path(asked.source).name}. {asked.features} features of the teacher's dictionary at {HOOK} are chosen."
+        f" The students were trained at commit {commit} on {asked.machine}."
     )
     make_folder(asked.results)
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     write_bytes(asked.results / "placement.json", text.encode())
-    write_bytes(asked.results / "placement.md", page(found, said, command, about).encode())
+    page = asked.results / "placement.md"
+    whole = page.read_text(encoding="utf-8") if page.exists() else EMPTY
+    part = measured(found, said, command, about)
+    write_bytes(page, filled(whole, "prices", part, by="docs/write_placement.py").encode())
 
 
 if __name__ == "__main__":
