@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tl_capacity.errors import CapacityError
@@ -65,12 +65,17 @@ class Ending:
         generator = torch.Generator().manual_seed(seed)
         if self._head is None:
             output = model(ids, **options)
-            logits = getattr(output, "logits", output)[:, :-1].float()
+            logits = exactly(getattr(output, "logits", output)[:, :-1])
             targets = following(ids, valid).to(logits.device)
             return [(LOSSES[name](logits, targets, generator), None) for name in losses]
         hidden = head_input(model, ids, **options)
         slopes = slopes_at_head(self._head, hidden.detach(), ids, valid, losses, generator)
         return [(hidden, slope) for slope in slopes]
+
+
+def exactly(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 if the model computes in it."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -110,7 +115,7 @@ def slopes_at_head(
     draws = {name: torch.rand(len(places), generator=generator) for name in losses if name == "sampled"}
     on_cpu, vocabulary = flat.device.type == "cpu", len(head.weight)
     size = min(CHUNK_TOKENS if on_cpu else max(1, DEVICE_LOGITS // vocabulary), max(1, len(places)))
-    buffer = flat.new_empty(size, vocabulary, dtype=torch.float32)
+    buffer = flat.new_empty(size, vocabulary, dtype=torch.promote_types(head.weight.dtype, torch.float32))
     for start in range(0, len(places), size):
         some = slice(start, min(start + size, len(places)))
         place, target = places[some], tokens[some]
@@ -133,9 +138,9 @@ def slopes_at_head(
 
 def _slopes(
     head: Head,
-    p: Float32[Tensor, "token vocabulary"],
+    p: Float[Tensor, "token vocabulary"],
     wanted: Int64[Tensor, "loss token"],
-    steep: Float32[Tensor, "loss token"],
+    steep: Float[Tensor, "loss token"],
 ) -> list[Float[Tensor, "token d_model"]]:
     """(p − s eₜ) W for each loss's tokens t, where s is the slope of the cap there. p already contains s, and is
     overwritten.

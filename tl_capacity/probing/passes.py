@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_capacity.dictionaries.adapter import inputs_for
 from tl_capacity.dictionaries.encoding import Encoder, joined
 from tl_capacity.dictionaries.reading import reading_of
-from tl_capacity.errors import CapacityError, HookPointError, MeasurementError, TokenSourceError
+from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
 from tl_capacity.models.forward import activations_at
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.probing.ranking import Ranking
@@ -32,6 +32,8 @@ from tl_capacity.text.streams import PADDING, TokenBatch
 TEACHER, RANDOM = "teacher", "with random weights"
 WHOLE = "whole"
 """What sums over the documents that fit and those that choose are called in a checkpoint."""
+EARLIER_FIT, EARLIER_VALIDATION = "earlier fit", "earlier validation"
+"""The two parts apart and of all features, as checkpoints of version 0.1 have them."""
 
 
 @dataclass(frozen=True)
@@ -169,14 +171,8 @@ class Passes:
         return readouts, sources
 
     def sums(self, checkpoint: Checkpoint, label: str) -> dict[str, FitSums]:
-        """The sums that readouts are fitted from, by hook point's name.
-
-        Raises:
-            MeasurementError: where the checkpoint is of an earlier version.
-        """
+        """The sums that readouts are fitted from, by hook point's name."""
         sums = {name: kept for name in self.names if (kept := self._kept(checkpoint, name)) is not None}
-        if checkpoint.about.get("batches") and not sums:
-            raise MeasurementError("the checkpoint has sums that an earlier version wrote: delete it, and start again")
         for part, activations, latents, _ in self._batches(
             (FIT, VALIDATION),
             label,
@@ -200,12 +196,23 @@ class Passes:
         return sums
 
     def _kept(self, checkpoint: Checkpoint, name: str) -> FitSums | None:
-        """The sums that a checkpoint has of a hook point."""
-        parts = [checkpoint.part(f"{name}/{part}") for part in (WHOLE, VALIDATION)]
-        if not all(parts):
+        """The sums that a checkpoint has of a hook point; None if it has none."""
+        kept = {
+            part: Moments.of_tensors(tensors, self.device)
+            for part, tensors in (
+                (WHOLE, checkpoint.part(f"{name}/{WHOLE}")),
+                (VALIDATION, checkpoint.part(f"{name}/{VALIDATION}")),
+                (EARLIER_FIT, checkpoint.part(f"{FIT}/{name}")),
+                (EARLIER_VALIDATION, checkpoint.part(f"{VALIDATION}/{name}")),
+            )
+            if tensors
+        }
+        if not kept:
             return None
-        whole, validation = (Moments.of_tensors(part, self.device) for part in parts)
-        return FitSums(whole, validation, step_among(self.n_features))
+        if WHOLE in kept:
+            return FitSums(kept[WHOLE], kept[VALIDATION], step_among(self.n_features))
+        nothing = Moments.zeros(len(next(iter(kept.values())).x), self.n_features, self.device)
+        return FitSums.of_parts(kept.get(EARLIER_FIT, nothing), kept.get(EARLIER_VALIDATION, nothing))
 
     def judge(
         self, readouts: dict[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint

@@ -206,6 +206,12 @@ class FitSums:
         validation = Moments.zeros(width, len(range(0, features, step)), device)
         return cls(Moments.zeros(width, features, device), validation, step)
 
+    @classmethod
+    def of_parts(cls, training: Moments, validation: Moments) -> FitSums:
+        """Of both kinds of documents apart, each over all features."""
+        step = step_among(len(training.z))
+        return cls(training.merge(validation), validation.every(step), step)
+
     def update(self, x: Float[Tensor, "token width"], latents: Latents, chooses: bool) -> None:
         """Add some tokens; `chooses` says whether their document chooses the penalty."""
         self.whole.update(x, latents)
