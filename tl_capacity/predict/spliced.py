@@ -127,6 +127,8 @@ class Spliced(ShownInNotebooks):
                     f"{file} has schema {content['schema']!r}, but this version reads {SCHEMA}: upgrade tl-capacity"
                 )
             return cls(tuple(map(SplicedCurve.from_json, content["curves"])), dict(content["about"]))
+        except MeasurementError:
+            raise
         except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise MeasurementError(f"{file} lacks or garbles {problem}: splice again") from problem
 
