@@ -25,13 +25,14 @@ from torch.nn import functional as F
 
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, DistillSettings, HiddenMatch, distill, observed_floors
-from tl_capacity.distillation import losses as losses_module
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.data import Rows, read
-from tl_capacity.distillation.losses import CACHED, MATCHES, Head, Output, chunked_losses
+from tl_capacity.distillation.losses import MATCHES, Head, Output, chunked_losses
 from tl_capacity.distillation.observed import fit_power_law, observed_floor, power_law
 from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.errors import CapacityError, HookPointError, MeasurementError, TokenSourceError
+from tl_capacity.models import head as head_module
+from tl_capacity.models.head import CACHED_LOGITS
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.storage.digests import fingerprint
 from tl_capacity.text.streams import PADDING
@@ -100,12 +101,12 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
-@pytest.mark.parametrize(("chunk", "cached"), [(10, CACHED), (10, 1), (1000, CACHED), (1000, 60)])
+@pytest.mark.parametrize(("chunk", "cached"), [(10, CACHED_LOGITS), (10, 1), (1000, CACHED_LOGITS), (1000, 60)])
 @pytest.mark.parametrize(("bias", "cap"), [(False, None), (True, 5.0)])
 def test_chunks_are_exact_against_the_definition(
     loss: LogitLoss, chunk: int, cached: int, bias: bool, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses_module, "CACHED", cached)
+    monkeypatch.setattr(head_module, "CACHED_LOGITS", cached)
     teacher, students = output(8, 0, bias, cap), [output(width, width, bias, cap) for width in (3, 5)]
     losses = chunked_losses(teacher, students, labels(), loss, chunk=chunk)
     (losses * placed(torch.tensor([1.0, 2.0], dtype=torch.float64))).sum().backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.forward import forward_options
-from tl_capacity.models.head import CHUNK_TOKENS, Head, cached_pieces, check_head, head_of, last_hidden
+from tl_capacity.models.head import CHUNK_TOKENS, Head, cached_pieces, cached_tokens, check_head, head_of, last_hidden
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 
@@ -179,7 +179,7 @@ def compare(
     own = torch.zeros(len(labels), dtype=torch.float64, device=exact_device(device))
     agreement = torch.zeros(shape, dtype=torch.bool, device=device)
     size = min(chunk, max(1, len(labels)))
-    at_once = next(cached_pieces(size, vocabulary)).stop
+    at_once = cached_tokens(size, vocabulary, device)
     buffers = scratch.take((3 * size + at_once) * vocabulary, torch.empty(0, device=device)).view(-1, vocabulary)
     *whole, piece = torch.split(buffers, [size, size, size, at_once])
     for start in range(0, len(labels), size):
@@ -188,13 +188,13 @@ def compare(
         label = labels[rows, None]
         teacher.head.logits(teacher.hidden[rows], logits)
         best_token = likeliest(logits)[:, None]
-        for some in cached_pieces(len(label), vocabulary):
+        for some in cached_pieces(len(label), vocabulary, device):
             torch.log_softmax(logits[some], -1, out=log_p[some])
             torch.exp(log_p[some], out=p[some])
         own[rows] = exact(-log_p.gather(1, label)[:, 0])
         for number, student in enumerate(students):
             student.head.logits(student.hidden[rows], logits)
-            for some in cached_pieces(len(label), vocabulary):
+            for some in cached_pieces(len(label), vocabulary, device):
                 at = slice(start + some.start, start + some.stop)
                 log_q = torch.log_softmax(logits[some], -1, out=piece[: some.stop - some.start])
                 best = log_q.amax(-1, keepdim=True)

@@ -25,11 +25,9 @@ from tl_capacity.distillation.settings import CHUNK_TOKENS, DIVERGENCES, MATCH_K
 from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.head import Head as Head
+from tl_capacity.models.head import cached_tokens
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
-
-CACHED = 2**17
-"""How many logits a processor core handles at once between two matrix products, so that they stay in its cache."""
 
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`(log_p, p, log_q, q)` → value [token] and gradient [token, vocabulary] with respect to the student's logits.
@@ -176,11 +174,7 @@ class _ChunkedLosses(torch.autograd.Function):
         students = [_Student(any(ctx.needs_input_grad), *student_parts) for student_parts in students_parts]
         teacher, temperature = task.teacher, task.loss.temperature
         size = (min(task.chunk, len(task.labels)), teacher.head.weight.shape[0])
-        cached = (
-            min(size[0], torch.get_num_threads() * max(1, CACHED // size[1]))
-            if task.labels.device.type == "cpu"
-            else size[0]
-        )
+        cached = cached_tokens(*size, task.labels.device)
         sizes = [tokens * size[1] for tokens in (size[0], size[0], cached, cached)]
         buffers = [
             part.view(-1, size[1])

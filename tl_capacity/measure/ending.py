@@ -113,8 +113,9 @@ def slopes_at_head(
     flat, slopes = hidden.flatten(0, 1), [torch.zeros_like(hidden) for _ in losses]
     places, tokens = next_tokens(ids, valid)
     draws = {name: torch.rand(len(places), generator=generator) for name in losses if name == "sampled"}
-    on_cpu, vocabulary = flat.device.type == "cpu", len(head.weight)
-    size = min(CHUNK_TOKENS if on_cpu else max(1, DEVICE_LOGITS // vocabulary), max(1, len(places)))
+    vocabulary = len(head.weight)
+    most = CHUNK_TOKENS if flat.device.type == "cpu" else max(1, DEVICE_LOGITS // vocabulary)
+    size = min(most, max(1, len(places)))
     buffer = flat.new_empty(size, vocabulary, dtype=torch.promote_types(head.weight.dtype, torch.float32))
     for start in range(0, len(places), size):
         some = slice(start, min(start + size, len(places)))
@@ -122,7 +123,7 @@ def slopes_at_head(
         p = head.logits(flat.index_select(0, place), buffer[: len(place)])
         steep = p.new_ones(len(losses), len(place))
         wanted = target.expand(len(losses), -1).clone()
-        for piece in cached_pieces(len(place), vocabulary) if on_cpu else [slice(len(place))]:
+        for piece in cached_pieces(len(place), vocabulary, p.device):
             capped = None if head.cap is None else 1 - (p[piece] / head.cap).square_()
             torch.softmax(p[piece], -1, out=p[piece])
             for loss, name in enumerate(losses):

@@ -155,7 +155,7 @@ def divergences(
         torch.exp(log_p[:count], out=p[:count])
         for variant, hidden in enumerate(others):
             head.logits(hidden[rows], logits[:count])
-            for some in cached_pieces(count, vocabulary):
+            for some in cached_pieces(count, vocabulary, logits.device):
                 log_q = torch.log_softmax(logits[some], -1)
                 found[variant, start + some.start : start + some.stop] = exact(
                     torch.linalg.vecdot(p[some], torch.sub(log_p[some], log_q, out=log_q))
@@ -163,8 +163,15 @@ def divergences(
     return found
 
 
-def cached_pieces(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Pieces of some tokens, each small enough for its logits to stay in the cache."""
-    at_once = torch.get_num_threads() * max(1, CACHED_LOGITS // vocabulary)
+def cached_pieces(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Pieces of some tokens, each small enough for its logits to stay in the cache; on an accelerator one piece."""
+    at_once = max(1, cached_tokens(tokens, vocabulary, device))
     for start in range(0, tokens, at_once):
         yield slice(start, min(start + at_once, tokens))
+
+
+def cached_tokens(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """How many of some tokens are in such a piece."""
+    if device.type != "cpu":
+        return tokens
+    return min(tokens, torch.get_num_threads() * max(1, CACHED_LOGITS // vocabulary))
