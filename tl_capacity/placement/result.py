@@ -134,6 +134,8 @@ class Placement(ShownInNotebooks):
                 tau=float(content["tau"]),
                 **{name: str(content[name]) for name in ("hook", "sae", "sae_digest", "concept")},
             )
+        except MeasurementError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
             raise MeasurementError(f"{JSON_NAME} lacks or garbles {problem}: run placement again") from problem
         if not made.prices:
