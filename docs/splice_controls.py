@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from splice_greedy import greedy_order
 from torch import Tensor
 from torch.nn import functional as F
 from write_results import RESULTS, filled, table
 
-from tl_capacity import Measurement, TokenStream, splice
+from tl_capacity import Measurement, Spliced, TokenStream, splice
 from tl_capacity.dictionaries.encoding import Encoder, joined
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.measure.ablation import ablation_kl
@@ -43,6 +44,7 @@ TUNED_WIDTHS = (16, 32, 64)
 TUNED_TOKENS = (0, 250_000, 500_000, 1_000_000)
 TUNED_ROWS, TUNED_RATE = 16, 5e-4
 CONTEXT = 256
+GREEDY = "greedy by KL"
 PATH = RESULTS / "splice_controls.json"
 
 
@@ -147,6 +149,45 @@ def _changed(change: Callable[[Tensor, Tensor], Tensor], counted: Tensor, activa
     return change(activation, counted)
 
 
+def ablated_rows(teacher: Teacher) -> tuple[Tensor, Tensor]:
+    """The rows of the measured text on which latents are ablated, and where they count [row, position]."""
+    rows = np.concatenate(
+        [batch.tokens[:, :CONTEXT] for batch in teacher.text("embedded") if batch.tokens.shape[1] == CONTEXT]
+    )
+    full = torch.from_numpy(rows[(rows >= 0).all(1)][:ABLATED_ROWS]).long()
+    counted = torch.from_numpy(teacher.rule.counted(full.numpy()))
+    return full.to(teacher.device), counted.to(teacher.device)
+
+
+def run(teacher: Teacher, **how: Any) -> Spliced:
+    """A splice of the one dictionary on held-out text."""
+    [hook] = teacher.measurement
+    return splice(
+        teacher.model, teacher.measurement, teacher.text(), WIDTHS, saes={hook.hook: teacher.saes[hook.hook]},
+        max_tokens=HELDOUT_TOKENS, progress=False, **how,
+    )  # fmt: skip
+
+
+def kept_by_width(teacher: Teacher) -> dict[int, int]:
+    """How many latents each width keeps, by the theorem's budget."""
+    return {f.width: f.features_kept for f in run(teacher).floors(teacher.measurement, WIDTHS)}
+
+
+def controls_of(result: Spliced, budgets: Mapping[int, int], kind: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """A control for each order of a splice."""
+    for curve in result:
+        at = {str(width): curve.at(kept) for width, kept in budgets.items()}
+        yield (
+            f"{curve.order}{kind}",
+            {
+                "kept": dict(budgets),
+                "kl": {width: estimate.value for width, estimate in at.items()},
+                "low": {width: estimate.low for width, estimate in at.items()},
+                "high": {width: estimate.high for width, estimate in at.items()},
+            },
+        )
+
+
 def orders(teacher: Teacher) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run other rankings, other replacements for lost latents, and the SAE's error kept."""
     [hook] = teacher.measurement
@@ -154,44 +195,29 @@ def orders(teacher: Teacher) -> Iterator[tuple[str, dict[str, Any]]]:
     latents = np.flatnonzero(hook.summary.alive)
     draws = np.random.default_rng(0)
     given: dict[str, Sequence[int]] = {f"random {i}": draws.permutation(latents).tolist() for i in range(RANDOM_ORDERS)}
-    rows = np.concatenate(
-        [batch.tokens[:, :CONTEXT] for batch in teacher.text("embedded") if batch.tokens.shape[1] == CONTEXT]
-    )
-    full = torch.from_numpy(rows[(rows >= 0).all(1)][:ABLATED_ROWS]).long()
-    counted = torch.from_numpy(teacher.rule.counted(full.numpy()))
-    device = teacher.device
-    alone = (
-        ablation_kl(teacher.model, hook.hook, sae, full.to(device), latents.tolist(), counted=counted.to(device))
-        .cpu()
-        .numpy()
-    )
+    rows, counted = ablated_rows(teacher)
+    alone = ablation_kl(teacher.model, hook.hook, sae, rows, latents.tolist(), counted=counted).cpu().numpy()
     given["ablated alone"] = latents[np.argsort(-alone, kind="stable")].tolist()
-
-    def run(**how: Any) -> Any:
-        return splice(
-            teacher.model, teacher.measurement, teacher.text(), WIDTHS, saes={hook.hook: sae},
-            max_tokens=HELDOUT_TOKENS, progress=False, **how,
-        )  # fmt: skip
-
-    budgets = {f.width: f.features_kept for f in run().floors(teacher.measurement, WIDTHS)}
+    budgets = kept_by_width(teacher)
     every = sorted(set(budgets.values()))
-    for name, result in (
-        ("", run(importance=hook.estimators, kept=every)),
-        ("", run(orders=given, kept=every)),
-        (", nothing for the lost", run(lost="zero", kept=every)),
-        (", the SAE's error kept", run(keep_error=True, kept=every)),
-    ):
-        for curve in result:
-            at = {str(width): curve.at(kept) for width, kept in budgets.items()}
-            yield (
-                f"{curve.order}{name}",
-                {
-                    "kept": budgets,
-                    "kl": {width: estimate.value for width, estimate in at.items()},
-                    "low": {width: estimate.low for width, estimate in at.items()},
-                    "high": {width: estimate.high for width, estimate in at.items()},
-                },
-            )
+    kinds: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("", {"importance": hook.estimators}),
+        ("", {"orders": given}),
+        (", nothing for the lost", {"lost": "zero"}),
+        (", the SAE's error kept", {"keep_error": True}),
+    )
+    for kind, how in kinds:
+        yield from controls_of(run(teacher, **how, kept=every), budgets, kind)
+
+
+def greedy(teacher: Teacher) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run the ranking by greedy elimination."""
+    [hook] = teacher.measurement
+    sae, budgets = teacher.saes[hook.hook], kept_by_width(teacher)
+    point, latents = reading_of(teacher.model, sae, hook.hook).point, np.flatnonzero(hook.summary.alive)
+    order = greedy_order(teacher.model, point, sae, *ablated_rows(teacher), latents, budgets.values())
+    every = sorted(set(budgets.values()))
+    yield from controls_of(run(teacher, orders={GREEDY: order}, kept=every), budgets)
 
 
 def layers(teacher: Teacher) -> dict[str, Any]:
@@ -275,6 +301,10 @@ def main(runs: Path, device: str = "cpu") -> None:
     if "second_moment" not in done:
         started = time.monotonic()
         for name, result in orders(Teacher(runs / "controls", device)):
+            add(name, result, started)
+    if GREEDY not in done:
+        started = time.monotonic()
+        for name, result in greedy(Teacher(runs / "controls", device)):
             add(name, result, started)
     if "every layer" not in done:
         started = time.monotonic()
