@@ -62,7 +62,7 @@ site: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # One after the other; a result that is newer than the code stays, so that what was broken off goes on.
-BENCHMARKS := measure distill keep importance probe report toy observe splice start demo
+BENCHMARKS := measure distill keep importance probe report toy observe splice rest start demo
 CODE := $(shell find tl_capacity hooks recipes benchmarks -name '*.py')
 
 benchmarks: $(BENCHMARKS:%=build/benchmarks/%.json)

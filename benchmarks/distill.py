@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from tl_capacity.distillation.ensemble import Students
 from tl_capacity.distillation.keeping import Kept
-from tl_capacity.distillation.settings import DistillSettings, LogitLoss
+from tl_capacity.distillation.settings import CHUNK_TOKENS, DistillSettings, LogitLoss
 from tl_capacity.distillation.students import new_student, output_of
+from tl_capacity.models.head import last_hidden
 
 SETTINGS = DistillSettings(loss=LogitLoss(temperature=2.0))  # the paper's
 NUMBERS = {2: "two", 5: "five"}
@@ -130,6 +131,44 @@ def plain(of: Any, width: int, tokens: torch.Tensor, shapes: Shapes = CPU) -> Ca
     return step
 
 
+def bare_step(of: Any, widths: Sequence[int], tokens: torch.Tensor, shapes: Shapes) -> Callable[[], object]:
+    """What no step can do without: the teacher's forward pass, the students' both ways, AdamW, and the heads' products,
+    into buffers that are there already. The gradient is of numbers that mean nothing.
+    """
+    students = [student_of(of, width, shapes) for width in widths]
+    optimisers = [adamw(student) for student in students]
+    place: dict[str, Any] = {"device": shapes.device, "dtype": of.get_output_embeddings().weight.dtype}
+    buffer = torch.empty(CHUNK_TOKENS, shapes.vocabulary, **place)
+    of_weights = [torch.zeros(width, shapes.vocabulary, **place) for width in widths]
+
+    def step() -> object:
+        with torch.no_grad():
+            target = last_hidden(of, tokens)[:, :-1].flatten(0, 1)
+        chunks = range(0, len(target), CHUNK_TOKENS)
+        with torch.no_grad():
+            for start in chunks:
+                rows = target[start : start + CHUNK_TOKENS]
+                torch.mm(rows, of.get_output_embeddings().weight.T, out=buffer[: len(rows)])
+        for student, optimiser, of_weight in zip(students, optimisers, of_weights, strict=True):
+            with autocast(shapes):
+                hidden = last_hidden(student, tokens)[:, :-1].flatten(0, 1).to(buffer)
+            head, of_hidden = student.get_output_embeddings().weight, torch.empty_like(hidden)
+            with torch.no_grad():
+                for start in chunks:
+                    rows = hidden[start : start + CHUNK_TOKENS]
+                    logits = torch.mm(rows, head.to(buffer).T, out=buffer[: len(rows)])
+                    torch.mm(logits, head.to(buffer), out=of_hidden[start : start + CHUNK_TOKENS])
+                    of_weight.addmm_(rows.T, logits)
+            hidden.backward(of_hidden)
+            head.grad = of_weight.T.to(head)
+            torch.nn.utils.clip_grad_norm_(student.parameters(), SETTINGS.clip)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return of_weights
+
+    return step
+
+
 def memory(which: str) -> float:
     """Peak growth of one kind of step, in MB. It runs in its own process."""
     of, one = teacher(), WIDTHS["cpu"].one
@@ -181,16 +220,21 @@ def time_steps(sitting: Sitting, shapes: Shapes, students: Widths, share: float)
     gpu, one, number = sitting.asked.device == "cuda", students.one, NUMBERS[len(students.widths)]
     steps, loops = ({w: f"{kind}, student of {w}" for w in students.widths} for kind in ("step", "plain loop"))
     together, claims = f"step, {number} students at once", list[Claim]()
+    bare, bare_together = f"bare parts, student of {one}", f"bare parts, {number} students at once"
     ways = {together: step_of(of, students.widths, tokens, shapes)}
+    ways |= {bare: bare_step(of, (one,), tokens, shapes), bare_together: bare_step(of, students.widths, tokens, shapes)}
     for width in students.widths:
         ways[steps[width]] = step_of(of, (width,), tokens, shapes)
         ways[loops[width]] = plain(of, width, tokens, shapes)
     claims += [
         Claim("step / plain loop", (steps[one],), (loops[one],), at_most(0.45)),
+        Claim("bare parts of the step / plain loop", (bare,), (loops[one],)),
         Claim(f"{number} students in one run / {number} runs", (together,), tuple(steps.values()), at_most(0.55)),
+        Claim(f"bare parts of {number} in one run / {number} runs", (bare_together,), tuple(steps.values())),
         Claim(
             f"{number} students in one run / {number} plain loops", (together,), tuple(loops.values()), at_most(0.33)
         ),
+        Claim(f"bare parts of {number} in one run / {number} plain loops", (bare_together,), tuple(loops.values())),
     ]
     if gpu:
         large = f"{steps[one]}, chunks of {LARGE_CHUNK:,}"

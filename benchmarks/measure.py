@@ -16,8 +16,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -37,11 +39,14 @@ from neox import (
     shapes_of,
     sharing,
     sparse_autoencoder,
+    tiny,
     tokens,
 )
 
 from tl_capacity.dictionaries.reducing import COMPILE
 
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+"""With these glibc gives a large block back to the system when it is freed, and asks for each anew."""
 BATCHES = 3
 """Batches of one turn on a GPU. The device is waited for once for all of them."""
 
@@ -55,6 +60,20 @@ def limit(model: Any, sae: Any, shapes: Shapes = CPU, batches: int = 1) -> Calla
         for _ in range(batches):
             torch.mm(forward().reshape(-1, shapes.d_model).to(weight.dtype), weight, out=buffer)
         return buffer
+
+    return once
+
+
+def limit_of_several(model: Any, sae: Any, shapes: Shapes) -> Callable[[], object]:
+    """The lower limit of one pass for several layers: the forward pass cut after the last, and a product for each."""
+    last = limit(model, sae, replace(shapes, tapped=shapes.several[-1]))
+    weight, buffer = sae.W_enc.detach(), torch.empty(shapes.rows * shapes.context, shapes.d_sae)
+    activations = cut_forward(model, shapes)().reshape(-1, shapes.d_model)
+
+    def once() -> object:
+        for _ in shapes.several[1:]:
+            torch.mm(activations, weight, out=buffer)
+        return last()
 
     return once
 
@@ -130,7 +149,12 @@ def proxy_evals(model: Any, shapes: Shapes = CPU, weights: Weights | None = None
 
 
 def memory(which: str) -> float:
-    """Peak growth of one way of counting, in MB. It runs in its own process."""
+    """Peak growth of one way of counting, in MB. It runs in its own process, where counting has run on a tiny model
+    before, so that the libraries are loaded.
+    """
+    small = tiny(CPU)
+    of_small = hugging_face(small)
+    counting_once(of_small, sparse_autoencoder("standard", of_small, small), small)
     model = hugging_face()
     sae = sparse_autoencoder("standard", model)
 
@@ -140,6 +164,7 @@ def memory(which: str) -> float:
 
     candidates: dict[str, Callable[[], Callable[[], object]]] = {
         "counting": lambda: count,
+        "the cut forward pass": lambda: cut_forward(model),
         "dense loop": lambda: dense_loop(model, sae),
         "run_evals": lambda: proxy_evals(model),
     }
@@ -215,16 +240,27 @@ def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
         )
     hooks = [hook_behind(layer) for layer in shapes.several]
     layers = tuple(f"one layer, {hook}" for hook in hooks)
+    least, together = tuple(f"limit, {hook}" for hook in hooks), "limit, three layers"
+    saes = {hook: sparse_autoencoder("standard", hf, shapes, hook, fitted) for hook in hooks}
     with sitting.group() as attach:
         sitting.time(
             {
-                "three layers, one pass": attach(counting(sharing(hf), dict.fromkeys(hooks, relu), shapes)),
+                "three layers, one pass": attach(counting(sharing(hf), saes, shapes)),
                 **{
-                    name: attach(counting(sharing(hf), {hook: relu}, shapes))
+                    name: attach(counting(sharing(hf), {hook: saes[hook]}, shapes))
                     for name, hook in zip(layers, hooks, strict=True)
                 },
+                together: limit_of_several(hf, relu, shapes),
+                **{
+                    name: limit(hf, relu, replace(shapes, tapped=layer))
+                    for name, layer in zip(least, shapes.several, strict=True)
+                },
             },
-            [Claim("three layers in one pass / three passes", ("three layers, one pass",), layers, at_most(0.60))],
+            [
+                Claim("three layers in one pass / three passes", ("three layers, one pass",), layers, at_most(0.60)),
+                Claim("the same of their limits alone", (together,), least),
+                Claim("three layers in one pass / limit", ("three layers, one pass",), (together,)),
+            ],
             share=0.2,
         )
     hooked = hooked_transformer(shapes)
@@ -260,6 +296,9 @@ def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
     if not sitting.asked.tiny:
         growth = growth_apart(__file__, "counting", 5)
         sitting.rows.append(spread("growth of peak RSS over the loaded state, MB", growth, at_most(120)))
+        for way, environment in (("the cut forward pass", {}), ("the cut forward pass", MAPPED), ("counting", MAPPED)):
+            name = f"{way}, large blocks given back" if environment else way
+            sitting.sizes[f"peak RSS growth of {name}"] = median(growth_apart(__file__, way, 3, environment))
         for peer in ("dense loop", "run_evals"):
             sitting.sizes[f"peak RSS growth of {peer}"] = growth_apart(__file__, peer, 1)[0]
 

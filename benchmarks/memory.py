@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 PROCESSES = 3
@@ -28,13 +29,19 @@ def peak_growth_mb(candidate: Callable[[], object], loaded: Callable[[], object]
     return (_status("VmHWM") - before) / 1024
 
 
-def growth_apart(script: str, which: str, processes: int = PROCESSES) -> list[float]:
+def growth_apart(
+    script: str, which: str, processes: int = PROCESSES, environment: Mapping[str, str] | None = None
+) -> list[float]:
     """Peak growth of one candidate in MB, measured in so many separate processes of its script, which prints it with
     `--memory-of`.
+
+    Args:
+        environment: further variables of these processes.
     """
+    environment = os.environ | (environment or {})
     command = [sys.executable, script, "--memory-of", which]
     return [
-        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()[-1])
         for _ in range(processes)
     ]
 

@@ -40,6 +40,7 @@ NEW = (20, 40, 56, 80)
 """Widths for which no student had been trained when their floors were predicted."""
 BUDGET, SHARE = LAWS
 CONSISTENT = "d·g(α), interpolated to d* = d_T"
+ARCHITECTURES = {"topk": "TopK", "standard": "ReLU", "jumprelu": "JumpReLU"}
 PAPERS = {8: (31_006, 234.9), 12: (28_665, 218.29), 16: (29_169, 248.96)}
 """F and L0 of the paper's dictionaries (arXiv:2604.04037), by layer."""
 PAPERS_WIDTH = 1_024
@@ -99,14 +100,14 @@ def predicted(estimate: Estimate, width: int) -> dict[str, Any]:
 
 
 def interpolated(found: list[dict[str, Any]], teacher: str, teacher_width: int) -> Iterator[dict[str, Any]]:
-    """For each hook point and size of dictionary, the prediction at d* = d_T, log-linear in d* between the two nearest
-    k. The interval is interpolated between the two intervals in the same way.
+    """For each hook point, architecture and size of dictionary, the prediction at d* = d_T, log-linear in d* between
+    the two nearest dictionaries. The interval is interpolated between the two intervals in the same way.
     """
-    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
     for row in found:
-        if row["law"] == BUDGET and row["architecture"] == "topk":
-            groups.setdefault((row["hook"], row["d_sae"], row["width"]), []).append(row)
-    for (hook, d_sae, width), members in groups.items():
+        if row["law"] == BUDGET:
+            groups.setdefault((row["hook"], row["architecture"], row["d_sae"], row["width"]), []).append(row)
+    for (hook, architecture, d_sae, width), members in groups.items():
         members.sort(key=lambda row: row["d_star"])
         stars = np.array([row["d_star"] for row in members])
         if not stars[0] <= teacher_width <= stars[-1]:
@@ -118,8 +119,8 @@ def interpolated(found: list[dict[str, Any]], teacher: str, teacher_width: int) 
         yield {
             "teacher": teacher,
             "hook": hook,
-            "sae": f"{len(members)} dictionaries of {d_sae:,} latents",
-            "architecture": "topk",
+            "sae": f"{len(members)} {ARCHITECTURES[architecture]} dictionaries of {d_sae:,} latents",
+            "architecture": architecture,
             "k": None,
             "d_sae": d_sae,
             "d_star": float(teacher_width),
@@ -236,24 +237,26 @@ def worth_table(runs: Path, seen: dict[int, list[float]], before: dict[str, dict
 
 
 def spread_table(found: list[dict[str, Any]]) -> str:
-    """For each rule, how far its predictions lie apart over the dictionaries of one layer, and how far from what
-    students reached.
+    """For each rule, how far its predictions lie apart over the TopK dictionaries of one layer, how far from what
+    students reached, and how far apart where ReLU and JumpReLU are counted too.
     """
     found = [row for row in found if row["hook"] == HOOK]
     lines = []
     for law in (*LAWS, CONSISTENT):
         for width in WIDTHS:
-            of = [row for row in found if (row["law"], row["width"]) == (law, width)]
-            values = np.array([row["predicted"] for row in of])
+            every = [row for row in found if (row["law"], row["width"]) == (law, width)]
+            of = [row for row in every if row["architecture"] == "topk"]
+            values, others = (np.array([row["predicted"] for row in some]) for some in (of, every))
             if not len(values):
                 continue
             low, middle, high = values.min(), np.median(values), values.max()
             reached = observed_at(of, width)
             off = "not yet" if reached is None else f"{middle / reached - 1:+.0%}"
             spread = [f"{low:.3f}", f"{middle:.3f}", f"{high:.3f}", f"{high / low:.2f}"]
-            lines.append([law, str(width), str(len(values)), *spread, number(reached), off])
-    header = ["rule", "width", "dictionaries", "lowest", "median", "highest", "highest / lowest", "observed"]
-    return table([*header, "median / observed − 1"], lines)
+            also = f"{others.max() / others.min():.1f} ({len(others)})" if len(others) > len(values) else ""
+            lines.append([law, str(width), str(len(values)), *spread, also, number(reached), off])
+    header = ["rule", "width", "dictionaries", "lowest", "median", "highest", "highest / lowest", "of all kinds"]
+    return table([*header, "observed", "median / observed − 1"], lines)
 
 
 def curves_table(distillations: list[Path]) -> str:
@@ -299,9 +302,11 @@ def number(value: float | None) -> str:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What identifies a prediction. One between dictionaries is identified by their size, because more may come."""
-    dictionary = "d_sae" if row["law"] == CONSISTENT else "sae"
-    return tuple(row[name] for name in ("teacher", "hook", dictionary, "law", "width"))
+    """What identifies a prediction. One between dictionaries is identified by their kind and size, because more may
+    come.
+    """
+    dictionary = ("architecture", "d_sae") if row["law"] == CONSISTENT else ("sae",)
+    return tuple(row[name] for name in ("teacher", "hook", *dictionary, "law", "width"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,20 @@ import machine  # noqa: E402
 import memory  # noqa: E402
 import page  # noqa: E402
 
-NAMES = ("measure", "distill", "keep", "importance", "probe", "report", "toy", "observe", "splice", "start", "demo")
+NAMES = (
+    "measure",
+    "distill",
+    "keep",
+    "importance",
+    "probe",
+    "report",
+    "toy",
+    "observe",
+    "splice",
+    "rest",
+    "start",
+    "demo",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -301,14 +315,41 @@ def test_what_is_timed_is_what_it_is_said_to_be() -> None:
         sae = sparse_autoencoder(kind, model, shapes)
         latents = sae.encode(activation.flatten(0, 1))
         assert float((latents != 0).double().mean()) == pytest.approx(shapes.active, rel=0.1)
-    product = limit(model, sae, shapes)()
-    assert isinstance(product, torch.Tensor)
-    torch.testing.assert_close(product, activation.flatten(0, 1) @ sae.W_enc)
+    bare = limit(model, sae, shapes)()
+    assert isinstance(bare, torch.Tensor)
+    torch.testing.assert_close(bare, activation.flatten(0, 1) @ sae.W_enc)
+
+
+def test_the_bare_parts_of_a_step_are_those_of_a_step() -> None:
+    """Every weight of the student moves, and the head's by the products that are timed."""
+    from distill import bare_step, student_of, teacher, token_ids
+    from neox import CPU, tiny
+
+    shapes = tiny(CPU)
+    of, ids = teacher(shapes), token_ids(shapes)
+    [of_weight] = bare_step(of, (16,), ids, shapes)()
+    student = student_of(of, 16, shapes)
+    hidden = student.gpt_neox(ids)[0][:, :-1].flatten(0, 1)
+    logits = hidden @ student.get_output_embeddings().weight.T
+    torch.testing.assert_close(of_weight, hidden.T @ logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_beyond_a_limit_is_the_difference_of_each_operation(capsys: pytest.CaptureFixture[str]) -> None:
+    from rest import compare, own_seconds
+
+    one, rows = torch.ones(300, 300), torch.ones(300, 300)
+    whole = own_seconds(lambda: [one @ rows, torch.exp(one)], 3)
+    assert {"mm", "exp", "Python"} <= set(whole)
+    sitting = common.Sitting("rest", common.arguments("", 1.0, tiny=True, arguments=[]))
+    compare(sitting, "both", whole, own_seconds(lambda: one @ rows, 3))
+    assert "both, beyond the limit: exp" in sitting.seconds
+    assert sitting.rows[0].value == pytest.approx(
+        sum(sitting.seconds.values()) / (sum(whole.values()) - sum(sitting.seconds.values()))
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["measure", "distill"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("name", "device"), [*product(("measure", "distill"), ("cpu", "cuda")), ("rest", "cpu")])
 def test_what_will_run_on_a_device_runs(name: str, device: str, tmp_path: Path) -> None:
     """The same code path with tiny shapes, on the CPU where there is no GPU."""
     out = tmp_path / "out.json"
