@@ -214,6 +214,30 @@ def runs_of(model: Any, saes: Any, shapes: Shapes) -> Iterator[Callable[[int], o
         yield lambda batches: capacity.run([batch] * batches, progress=False)
 
 
+def time_several(sitting: Sitting, hf: Any, fitted: Weights, shapes: Shapes) -> None:
+    """Time three layers in one pass beside three passes, and the limits of both."""
+    hooks = [hook_behind(layer) for layer in shapes.several]
+    saes = {hook: sparse_autoencoder("standard", hf, shapes, hook, fitted) for hook in hooks}
+    one, together = "three layers, one pass", "limit, three layers"
+    passes, limits = (tuple(f"{kind}, {hook}" for hook in hooks) for kind in ("one layer", "limit"))
+    with sitting.group() as attach:
+        ways: dict[str, Callable[[], object]] = {one: attach(counting(sharing(hf), saes, shapes))}
+        for name, (hook, sae) in zip(passes, saes.items(), strict=True):
+            ways[name] = attach(counting(sharing(hf), {hook: sae}, shapes))
+        ways[together] = limit_of_several(hf, saes[hooks[-1]], shapes)
+        for name, sae, layer in zip(limits, saes.values(), shapes.several, strict=True):
+            ways[name] = limit(hf, sae, replace(shapes, tapped=layer))
+        sitting.time(
+            ways,
+            [
+                Claim("three layers in one pass / three passes", (one,), passes, at_most(0.60)),
+                Claim("the same of their limits alone", (together,), limits),
+                Claim("three layers in one pass / limit", (one,), (together,)),
+            ],
+            share=0.2,
+        )
+
+
 def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
     """Time counting on Hugging Face, TransformerLens and its bridge, with several layers, other SAEs, the peers and
     memory.
@@ -238,31 +262,7 @@ def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
             ],
             share=0.25,
         )
-    hooks = [hook_behind(layer) for layer in shapes.several]
-    layers = tuple(f"one layer, {hook}" for hook in hooks)
-    least, together = tuple(f"limit, {hook}" for hook in hooks), "limit, three layers"
-    saes = {hook: sparse_autoencoder("standard", hf, shapes, hook, fitted) for hook in hooks}
-    with sitting.group() as attach:
-        sitting.time(
-            {
-                "three layers, one pass": attach(counting(sharing(hf), saes, shapes)),
-                **{
-                    name: attach(counting(sharing(hf), {hook: saes[hook]}, shapes))
-                    for name, hook in zip(layers, hooks, strict=True)
-                },
-                together: limit_of_several(hf, relu, shapes),
-                **{
-                    name: limit(hf, relu, replace(shapes, tapped=layer))
-                    for name, layer in zip(least, shapes.several, strict=True)
-                },
-            },
-            [
-                Claim("three layers in one pass / three passes", ("three layers, one pass",), layers, at_most(0.60)),
-                Claim("the same of their limits alone", (together,), least),
-                Claim("three layers in one pass / limit", ("three layers, one pass",), (together,)),
-            ],
-            share=0.2,
-        )
+    time_several(sitting, hf, fitted, shapes)
     hooked = hooked_transformer(shapes)
     peers = {
         "dense loop": dense_loop(sharing(hf), relu, shapes),

@@ -9,7 +9,6 @@ shares count and not seconds. How fast this machine multiplies matrices and move
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -25,13 +24,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from tl_capacity.distillation.students import new_student
 
+Seconds = dict[str, float]
+"""Seconds by operation."""
 SHOWN = 7
 """Operations that have a row of their own."""
 BYTES = 4
 """Of a float32."""
 
 
-def own_seconds(step: Callable[[], object], batches: int) -> Counter[str]:
+def own_seconds(step: Callable[[], object], batches: int) -> Seconds:
     """Own seconds of each operation in one step, and under "Python" what passes between operations."""
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -39,20 +40,23 @@ def own_seconds(step: Callable[[], object], batches: int) -> Counter[str]:
         for _ in range(batches):
             step()
         whole = time.perf_counter() - started
-    found = Counter(
-        {each.key.removeprefix("aten::"): each.self_cpu_time_total / 1e6 / batches for each in profiled.key_averages()}
-    )
-    found["Python"] = max(0.0, whole / batches - found.total())
-    return found
+    found = {
+        each.key.removeprefix("aten::"): each.self_cpu_time_total / 1e6 / batches for each in profiled.key_averages()
+    }
+    return found | {"Python": max(0.0, whole / batches - sum(found.values()))}
 
 
-def compare(sitting: Sitting, name: str, whole: Counter[str], bare: Counter[str]) -> None:
+def together(first: Seconds, second: Seconds, sign: int = 1) -> Seconds:
+    """The sum, or the difference, for each operation."""
+    return {name: first.get(name, 0.0) + sign * second.get(name, 0.0) for name in first | second}
+
+
+def compare(sitting: Sitting, name: str, whole: Seconds, bare: Seconds) -> None:
     """Add a row on the whole, and a time for each operation that takes longest beyond the bare parts."""
-    more = Counter(whole)
-    more.subtract(bare)
-    over = more.total()
-    sitting.rows.append(fact(f"{name}: time beyond the limit / limit, in the profiler", over / bare.total()))
-    largest = more.most_common(SHOWN)
+    more = together(whole, bare, -1)
+    over, least = sum(more.values()), sum(bare.values())
+    sitting.rows.append(fact(f"{name}: time beyond the limit / limit, in the profiler", over / least))
+    largest = sorted(more.items(), key=lambda item: -item[1])[:SHOWN]
     for operation, seconds in largest:
         sitting.seconds[f"{name}, beyond the limit: {operation}"] = seconds
     sitting.seconds[f"{name}, beyond the limit: all else"] = over - sum(seconds for _, seconds in largest)
@@ -107,7 +111,7 @@ def of_recovering(sitting: Sitting, model: Any, sae: Any, shapes: Shapes, studen
     stream = probe.batches(tokens, shapes)
     measure = probe.measuring(model, sae, stream, shapes.hook)
     measured, passed = measure(), probe.forward(student, stream, shapes.hook)
-    bare = own_seconds(measure, 1) + own_seconds(passed, 1)
+    bare = together(own_seconds(measure, 1), own_seconds(passed, 1))
     whole = own_seconds(probe.recovering(model, sae, {"a": student}, stream, measured, {}), 1)
     compare(sitting, "recovering", whole, bare)
 

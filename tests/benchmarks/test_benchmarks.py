@@ -321,7 +321,7 @@ def test_what_is_timed_is_what_it_is_said_to_be() -> None:
 
 
 def test_the_bare_parts_of_a_step_are_those_of_a_step() -> None:
-    """Every weight of the student moves, and the head's by the products that are timed."""
+    """The gradient of the student's head is of the products that are timed, up to the clipping of its length."""
     from distill import bare_step, student_of, teacher, token_ids
     from neox import CPU, tiny
 
@@ -331,7 +331,8 @@ def test_the_bare_parts_of_a_step_are_those_of_a_step() -> None:
     student = student_of(of, 16, shapes)
     hidden = student.gpt_neox(ids)[0][:, :-1].flatten(0, 1)
     logits = hidden @ student.get_output_embeddings().weight.T
-    torch.testing.assert_close(of_weight, hidden.T @ logits, rtol=1e-4, atol=1e-4)
+    expected = hidden.T @ logits
+    torch.testing.assert_close(of_weight / of_weight.norm(), expected / expected.norm())
 
 
 def test_what_is_beyond_a_limit_is_the_difference_of_each_operation(capsys: pytest.CaptureFixture[str]) -> None:
