@@ -7,7 +7,6 @@ special tokens can be masked however the model is called.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,16 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_capacity.dictionaries.adapter import (
-    architecture_of,
-    dictionary_digest,
-    neuronpedia_id_of,
-)
+from tl_capacity.dictionaries.adapter import dictionary_digest
 from tl_capacity.dictionaries.reading import reading_of
-from tl_capacity.dictionaries.rows import rows_differ
 from tl_capacity.errors import CapacityError, DictionaryError, NothingToReadError
 from tl_capacity.measure.attachment import Attachment, weakly
-from tl_capacity.measure.behind import behind_note, reconstructed_before
 from tl_capacity.measure.by_name import stream_of
 from tl_capacity.measure.calls import Call, Calls
 from tl_capacity.measure.current import CurrentPasses
@@ -37,24 +30,19 @@ from tl_capacity.measure.cursor import Cursor, batches_after
 from tl_capacity.measure.ending import Ending
 from tl_capacity.measure.gradient_pass import GradientPass, kind_of_pass
 from tl_capacity.measure.passes import ForwardPass, RefusedCall, StreamingPass
-from tl_capacity.measure.stream_record import StreamRecord
+from tl_capacity.measure.session_record import SessionRecord
 from tl_capacity.measure.tap import Tap
 from tl_capacity.measure.wanted_gradients import WantedGradients
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
-from tl_capacity.models.carried import carried_saes
 from tl_capacity.models.forward import check_row_length, check_token_ids, device_of, drops_out, evaluating
-from tl_capacity.models.hook_points import residual_width
 from tl_capacity.models.identity import Identity
 from tl_capacity.models.sharding import Pace
-from tl_capacity.results.hook import HookMeasurement
-from tl_capacity.results.summary import FeatureSummary
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.devices import uploaded
 from tl_capacity.runtime.logs import ended_early, log
 from tl_capacity.runtime.out_of_memory import within_device_memory
 from tl_capacity.runtime.progress import token_progress
-from tl_capacity.runtime.versions import library_versions
 from tl_capacity.text.counting import CountedTokens, CountingRule, special_token_ids
 from tl_capacity.text.shares import Place
 from tl_capacity.text.streams import Fillers, TokenBatch, TokenStream
@@ -87,16 +75,13 @@ class CapacityHooks:
         self.model_name, self.revision = identity.name, identity.revision
         self._gradients = WantedGradients.by(taps)
         self._cursor, self._goes_over_again = Cursor(), False
-        self._record = StreamRecord()
+        self._record = SessionRecord(model, taps, alive_threshold, rule)
         self._passes = CurrentPasses(taps)
         self._seen_training = self._said_assumption = False
         special = special_token_ids(model, getattr(model, "tokenizer", None))
         self._fillers = Fillers(special, [token for token in special if token not in rule.special_ids])
         self._pace = Pace(model)
-        self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._attachment = Attachment(self)
-        self._behind: dict[Tap, set[str]] = {tap: set() for tap in taps}
-        self._earlier_notes: dict[Tap, tuple[str, ...]] = {}
         try:
             self._calls = Calls(model, weakly(self._on_call))
             self._attachment.add(self._calls.remove)
@@ -169,7 +154,7 @@ class CapacityHooks:
         self._gradients.check_possible(self.model)
         if isinstance(stream, (str, Path)):
             stream = stream_of(self.model, str(stream), [tap.sae for tap in self.taps])
-        self._record = StreamRecord.describing(stream, self._record)
+        self._record.begin_stream(stream)
         # A resumed run goes over its own stream again, up to where it was; any other run adds to what was counted.
         again, self._goes_over_again = self._goes_over_again, False
         earlier_tokens = 0 if again else self.n_tokens
@@ -236,8 +221,7 @@ class CapacityHooks:
         Raises:
             NothingCountedError: where they are of no token.
         """
-        hooks = tuple(self._hook_measurement(tap, arrays) for tap, arrays in zip(self.taps, sums, strict=True))
-        return Measurement(hooks, self._provenance(), complete)
+        return self._record.measurement(sums, self._identity, self._cursor, complete)
 
     def leave_out(self, documents: Sequence[int], seen: Sequence[NDArray[np.bool_]]) -> None:
         """From documents that another process began, count only what it has not counted.
@@ -251,14 +235,12 @@ class CapacityHooks:
 
     def checkpoint(self) -> tuple[Measurement, dict[str, NDArray[Any]]]:
         """An incomplete measurement, and the arrays from which `resume` continues exactly here."""
-        hooks: list[HookMeasurement] = []
-        still_open: dict[str, NDArray[Any]] = {}
-        for i, tap in enumerate(self.taps):
-            sums, open_documents = tap.snapshot(close=False)
-            hooks.append(self._hook_measurement(tap, sums))
-            still_open |= {f"resume/{i}/{name}": value for name, value in open_documents.items()}
+        sums, open_documents = zip(*(tap.snapshot(close=False) for tap in self.taps), strict=True)
+        still_open = {
+            f"resume/{i}/{name}": value for i, arrays in enumerate(open_documents) for name, value in arrays.items()
+        }
         still_open["resume/place"] = np.array(self._cursor.place, dtype=np.int64)
-        return Measurement(tuple(hooks), self._provenance(), complete=False), still_open
+        return self.measurement_of(sums, complete=False), still_open
 
     def check_same(self, measurement: Measurement) -> None:
         """Check that a measurement is of the SAEs and estimators of this handle.
@@ -297,10 +279,18 @@ class CapacityHooks:
                 )
             earlier = measurement.hooks[i]
             tap.restore(earlier.summary.arrays, still_open, earlier.linear)
-            self._earlier_notes[tap] = earlier.notes
+        self._record.continue_from(measurement)
         provenance = measurement.provenance
         self._cursor, self._goes_over_again = Cursor(provenance.cursor, provenance.tokens_digest), True
-        self._earlier_seconds, self._started = provenance.seconds, time.monotonic()
+
+    def planned_provenance(self, stream: TokenStream) -> Provenance:
+        """The provenance that a run over `stream` will record, before it begins."""
+        self._record.begin_stream(stream)
+        return self._record.provenance(self._identity, self._cursor)
+
+    @property
+    def _identity(self) -> Identity:
+        return Identity(self.model_name, self.revision)
 
     def _on_call(self, call: Call) -> NDArray[np.int64]:
         """Begin a forward pass that the user runs, in any thread. Returns the documents of its rows."""
@@ -309,7 +299,7 @@ class CapacityHooks:
             warnings.warn(assumption, stacklevel=2)
         with self._passes.lock:
             self._attachment.check()
-            self._note_saes()
+            self._record.note_saes()
             goes_on = call.documents is not None
             first = self._cursor.rows
             documents = np.arange(first, first + len(call.tokens)) if call.documents is None else call.documents
@@ -340,12 +330,6 @@ class CapacityHooks:
         with self._passes.lock:
             self._passes.current(tap.hook).see_target(tap, activation)
 
-    def _note_saes(self) -> None:
-        """Remember which SAEs the model carries in this pass."""
-        if carried_saes(self.model):
-            for tap in self.taps:
-                self._behind[tap].update(reconstructed_before(self.model, tap.point))
-
     def _in_step(self, batches: Iterator[Counted]) -> Iterator[Counted]:
         """The same batches. When they run out, this process keeps running passes with the others."""
         try:
@@ -363,7 +347,7 @@ class CapacityHooks:
         self, batch: TokenBatch, kind: Callable[[int, CountedTokens, Sequence[Tap]], StreamingPass | GradientPass]
     ) -> None:
         """One forward pass of `run`."""
-        self._note_saes()
+        self._record.note_saes()
         begun = self._passes.begin(kind, self.rule.apply(batch))
         ids = uploaded(torch.from_numpy(batch.filled(self.rule.filler)), device_of(self.model))
         with (
@@ -375,53 +359,3 @@ class CapacityHooks:
         self._pace.release()
         begun.check_targets()
         self._passes.check_fired()
-
-    def planned_provenance(self, stream: TokenStream) -> Provenance:
-        """The provenance that a run over `stream` will record, before it begins."""
-        self._record = StreamRecord.describing(stream, self._record)
-        return self._provenance()
-
-    def _hook_measurement(self, tap: Tap, sums: Mapping[str, NDArray[Any]]) -> HookMeasurement:
-        return HookMeasurement(
-            hook=tap.hook,
-            sae=tap.name,
-            sae_digest=dictionary_digest(tap.sae),
-            architecture=architecture_of(tap.sae),
-            width=tap.d_in,
-            summary=FeatureSummary(sums, self.alive_threshold),
-            estimators=tuple(estimator.name for estimator in tap.estimators),
-            d_model=residual_width(self.model),
-            notes=tuple(dict.fromkeys((*self._notes_on(tap), *self._earlier_notes.get(tap, ())))),
-            linear=tap.linear,
-            neuronpedia_id=neuronpedia_id_of(tap.sae),
-        )
-
-    def _notes_on(self, tap: Tap) -> Iterator[str]:
-        yield from tap.notes
-        if self._behind[tap]:
-            yield behind_note(tap.hook, self._behind[tap])
-        yield from rows_differ(
-            tap.sae, tap.hook, self._record.begins_with_bos, self._record.context, self.rule.positions
-        )
-
-    def _provenance(self) -> Provenance:
-        index, count = self._record.shard
-        processing = {tap.hook: list(tap.processing) for tap in self.taps if tap.processing}
-        return Provenance(
-            model=self.model_name,
-            revision=self.revision,
-            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            source=self._record.source,
-            shards=(index,),
-            shard_count=count,
-            cursor=self._cursor.rows,
-            tokens_digest=self._cursor.digest,
-            settings={
-                **self._record.settings,
-                **self.rule.settings,
-                "fvu_every": self.taps[0].fvu_every,
-                **({"processing": processing} if processing else {}),
-            },
-            versions=library_versions(),
-            seconds=round(self._earlier_seconds + time.monotonic() - self._started, 1),
-        )
