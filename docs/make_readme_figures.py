@@ -22,7 +22,7 @@ from tl_capacity.show.figures import add_series, line_of, marker_of, new_figure,
 
 FIGURES = Path(__file__).parent / "figures"
 SIZE = (900, 460)
-HOOK = "blocks.3.hook_resid_post"
+TEACHER, HOOK = "embedded", "blocks.3.hook_resid_post"
 TEACHER_WIDTH = 128
 
 
@@ -69,7 +69,8 @@ def floors() -> go.Figure:
 
 def critical_widths() -> go.Figure:
     """d* against L0 over the dictionaries of one hook point, a line for each size. Interpolated ones have no k."""
-    points = {(row["d_sae"], row["l0"]): row["d_star"] for row in published("splice.json") if row["k"]}
+    rows = [row for row in published("splice.json") if (row["teacher"], row["hook"]) == (TEACHER, HOOK) and row["k"]]
+    points = {(row["d_sae"], row["l0"]): row["d_star"] for row in rows}
     figure = new_figure()
     for place, size in enumerate(sorted({size for size, _ in points})):
         own = sorted((l0, star) for (d_sae, l0), star in points.items() if d_sae == size)

@@ -1,4 +1,4 @@
-"""Writes docs/results/splice_controls.json and the table of controls in docs/results/splice.md:
+"""Writes docs/results/splice_controls.json and the tables of docs/results/splice_controls.md:
 `python docs/splice_controls.py runs [DEVICE]`.
 
 The folder holds `controls`, a measurement of one dictionary with several importances, and `controls-layers`, one of a
@@ -217,7 +217,9 @@ def greedy(teacher: Teacher) -> Iterator[tuple[str, dict[str, Any]]]:
     point, latents = reading_of(teacher.model, sae, hook.hook).point, np.flatnonzero(hook.summary.alive)
     order = greedy_order(teacher.model, point, sae, *ablated_rows(teacher), latents, budgets.values())
     every = sorted(set(budgets.values()))
-    yield from controls_of(run(teacher, orders={GREEDY: order}, kept=every), budgets)
+    for name, control in controls_of(run(teacher, orders={GREEDY: order}, kept=every), budgets):
+        if name == GREEDY:  # the paper's importance comes too
+            yield name, control
 
 
 def layers(teacher: Teacher) -> dict[str, Any]:
@@ -313,7 +315,7 @@ def main(runs: Path, device: str = "cpu") -> None:
         if f"tuned {width}" not in done:
             started = time.monotonic()
             add(f"tuned {width}", tuned(Teacher(runs / "controls", device), width), started)
-    page = RESULTS / "splice.md"
+    page = RESULTS / "splice_controls.md"
     text = page.read_text(encoding="utf-8")
     for name, lines in (("controls", ranked(done)), ("tuned", after_tuning(done))):
         text = filled(text, name, lines, "docs/splice_controls.py")

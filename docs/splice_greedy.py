@@ -1,4 +1,4 @@
-"""An order of latents by greedy elimination, for the controls of docs/results/splice.md.
+"""An order of latents by greedy elimination, for docs/results/splice_controls.md.
 
 The KL of each latent that is still kept is measured without it and without all that went before it. Those that cost
 least go, at most a third at a time, and then the rest are measured again.
