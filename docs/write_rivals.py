@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from write_record import TEACHER
 from write_results import RESULTS, filled, table
 from write_splice import observed
 
@@ -19,9 +20,20 @@ from tl_capacity.predict.forecasts import Forecasts
 PAGE = RESULTS / "rivals.md"
 
 
-def reached() -> dict[int, list[float]]:
-    """The mean of the last tenth of every committed student of a width, with 20 million tokens and with 4."""
+def longest() -> dict[int, list[float]]:
+    """The mean of the last tenth of each student of a width: those of embedded_floor.md, with 20 million tokens, and
+    those of other widths in splice.json, with 10.
+    """
     losses = observed([])
+    for row in json.loads((RESULTS / "splice.json").read_text(encoding="utf-8")):
+        if row["teacher"] == TEACHER and row["observed_seeds"]:
+            losses.setdefault(row["width"], row["observed_seeds"])
+    return losses
+
+
+def reached() -> dict[int, list[float]]:
+    """The mean of the last tenth of every committed student of a width, with 20, 10 and 4 million tokens."""
+    losses = longest()
     for row in json.loads((RESULTS / "embedded_floor_4m.json").read_text(encoding="utf-8")):
         losses.setdefault(row["width"], []).append(row["last_tenth"])
     return losses
@@ -68,13 +80,15 @@ def bound_table(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> str:
         if width not in losses:
             continue
         searched = forecasts.about["parts"]["rank_bound"]["searches"][str(width)]
-        fit = min(fits[width], key=lambda row: float(row["observed_floor"]))
+        fit = min(fits.get(width, ()), key=lambda row: float(row["observed_floor"]), default=None)
         lines.append(
             [
                 width,
                 floor.show(".4f"),
                 f"{min(losses[width]):.3f}",
-                f"{fit['observed_floor']:.3f} [{fit['observed_low']:.3f}, {fit['observed_high']:.3f}]",
+                "not fitted"
+                if fit is None
+                else f"{fit['observed_floor']:.3f} [{fit['observed_low']:.3f}, {fit['observed_high']:.3f}]",
                 searched["iterations"],
                 f"{searched['gain']:.1%}",
             ]
@@ -84,7 +98,7 @@ def bound_table(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> str:
 
 
 def main(folder: str) -> None:
-    forecasts, losses = Forecasts.load(folder), observed([])
+    forecasts, losses = Forecasts.load(folder), longest()
     check(forecasts, reached())
     text = json.dumps(rows(forecasts, losses), indent=1, ensure_ascii=False) + "\n"
     (RESULTS / "rivals.json").write_text(text, encoding="utf-8")
