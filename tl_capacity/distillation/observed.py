@@ -21,6 +21,10 @@ SKIPPED_SHARE = 0.1
 """Share of the curve's beginning that is left out of the fit: it is warm-up and not a power law."""
 BLOCK = 4
 """Residuals are resampled in blocks of this size, as neighbouring evaluations share text and nearly their weights."""
+EXPONENTS = np.geomspace(0.05, 5, 40)
+"""Exponents b tried first, 13% apart. The ends are the bounds."""
+HALVINGS = 50
+"""Steps of the bisection between neighbouring exponents. They leave nothing but the rounding of b."""
 
 
 JUDGED = {
@@ -128,9 +132,9 @@ def _extrapolated(share: tuple[float, ...], losses: tuple[float, ...], last_tent
     curve = power_law(t, *best)
     residuals = (y - curve) * np.sqrt(len(t) / (len(t) - 3))  # the fit has taken three degrees of freedom
     random = np.random.default_rng(0)
-    noise = [block_resample(residuals, BLOCK, random) for _ in range(REPLICATES)]
-    floors = np.array([fit_power_law(t, curve + drawn, start=best)[0] for drawn in noise])
-    last = last_tenth + np.array([drawn[t > 0.9].mean() for drawn in noise])
+    noise = np.stack([block_resample(residuals, BLOCK, random) for _ in range(REPLICATES)])
+    floors = fit_power_laws(t, curve + noise)[:, 0]
+    last = last_tenth + noise[:, t > 0.9].mean(1)
     low, high = _around(best[0], floors)
     last_low, last_high = _around(last_tenth, last)
     falling_low, falling_high = _around(last_tenth - best[0], last - floors)
@@ -184,31 +188,61 @@ def power_law(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArr
     return np.asarray(floor + a * t**-b)
 
 
-def fit_power_law(
-    t: NDArray[np.float64], losses: NDArray[np.float64], start: tuple[float, float, float] | None = None
-) -> tuple[float, float, float]:
-    """`(L∞, a, b)` by least squares, with L∞ ≥ 0, a ≥ 0 and 0.05 ≤ b ≤ 5.
+def fit_power_law(t: NDArray[np.float64], losses: NDArray[np.float64]) -> tuple[float, float, float]:
+    """`(L∞, a, b)` of one curve by least squares, as `fit_power_laws` finds them.
+
+    Args:
+        t: training so far [evaluation], in (0, 1].
+        losses: held-out loss at each t [evaluation].
+    """
+    floor, a, b = fit_power_laws(t, losses[None])[0].tolist()
+    return floor, a, b
+
+
+def fit_power_laws(t: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`(L∞, a, b)` of each curve [curve, 3] by least squares, with L∞ ≥ 0, a ≥ 0 and 0.05 ≤ b ≤ 5.
 
     A slower fall cannot be told from a straight line in so short a curve.
 
+    For a given b the best L∞ and a are known in closed form, so only b is searched for (variable projection, Golub and
+    Pereyra 1973): on a grid, and then by bisection of the error's slope between the best exponent's neighbours.
+
     Args:
-        t: training so far, in (0, 1].
-        losses: held-out loss at each t.
-        start: where to begin the search.
+        t: training so far [evaluation], in (0, 1].
+        losses: held-out loss of each curve at each t [curve, evaluation].
     """
-    from scipy.optimize import curve_fit
+    errors = np.stack([_given_exponent(t, losses, b)[1] for b in EXPONENTS[:, None]])
+    best = errors.argmin(0)
+    low, high = EXPONENTS[np.maximum(best - 1, 0)], EXPONENTS[np.minimum(best + 1, len(EXPONENTS) - 1)]
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        rises = _given_exponent(t, losses, middle)[2] > 0
+        low, high = np.where(rises, low, middle), np.where(rises, middle, high)
+    b = (low + high) / 2
+    return np.column_stack([_given_exponent(t, losses, b)[0], b])
 
-    low, high = np.array([0.0, 0.0, 0.05]), np.array([np.inf, np.inf, 5.0])
-    guess = np.array(start or (0.8 * losses.min(), max(1e-9, 0.2 * losses.min()), 0.5))
-    span = np.maximum(high - low, 1e-9)
-    inside = np.clip(guess, low + 1e-9, np.where(np.isfinite(span), high - 1e-9, np.inf))
-    fitted, _ = curve_fit(power_law, t, losses, p0=inside, jac=_slopes, bounds=(low, high), max_nfev=2000)
-    return float(fitted[0]), float(fitted[1]), float(fitted[2])
 
-
-def _slopes(t: NDArray[np.float64], floor: float, a: float, b: float) -> NDArray[np.float64]:
-    """Derivatives of the power law [evaluation, parameter]."""
-    return np.stack([np.ones_like(t), t**-b, -a * t**-b * np.log(t)], 1)
+def _given_exponent(
+    t: NDArray[np.float64], losses: NDArray[np.float64], b: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """The best `(L∞, a)` of each curve [curve, 2] at exponents b [curve or 1]; its squared error and the slope of that
+    in b [curve].
+    """
+    powers = t ** -b[:, None]
+    mean, mean_power = losses.mean(1), powers.mean(1)
+    centred = powers - mean_power[:, None]
+    a = (centred * losses).sum(1) / (centred**2).sum(1)
+    floor = mean - a * mean_power
+    # Where a bound is exceeded, the best point lies on one of the two: without a floor, or without a fall.
+    products, squares = (powers * losses).sum(1), (powers**2).sum(1)
+    floorless, flat = np.maximum(products, 0) / squares, np.maximum(mean, 0)
+    falls = floorless**2 * squares > flat**2 * len(t)
+    outside = (a < 0) | (floor < 0)
+    a = np.where(outside, np.where(falls, floorless, 0), a)
+    floor = np.where(outside, np.where(falls, 0, flat), floor)
+    residuals = losses - floor[:, None] - a[:, None] * powers
+    slope = 2 * a * (residuals * powers * np.log(t)).sum(1)
+    return np.column_stack([floor, a]), (residuals**2).sum(1), slope
 
 
 def _around(value: float, replicates: NDArray[np.float64]) -> tuple[float, float]:
