@@ -2,8 +2,8 @@
 `python docs/write_second_teacher.py runs/smollm`.
 
 The folder holds what the commands that the page names have written: dictionaries, `measurement`, its splice in
-`spliced`, `rivals`, and `students/WIDTH` where there are any yet. A prediction that stands in splice.json keeps its
-number; only what was observed is added later.
+`spliced`, `rivals`, and distillations in `students` where there are any yet. A prediction that stands in splice.json
+keeps its number; only what was observed is added later.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 from write_results import RESULTS, filled, table
 from write_rivals import floors_table
-from write_splice import BUDGET, CONSISTENT, SHARE, add_reached, interpolated, key, number, rows_of, with_observed
+from write_splice import (
+    BUDGET,
+    CONSISTENT,
+    SHARE,
+    add_reached,
+    curves_table,
+    interpolated,
+    key,
+    number,
+    rows_of,
+    with_observed,
+)
 
 from tl_capacity import Measurement, Spliced
 from tl_capacity.predict.forecasts import Forecasts
@@ -42,7 +53,8 @@ def write(runs: Path) -> None:
     teacher_width = Measurement.load(runs / "measurement").hooks[0].teacher_width
     new = list(rows(runs))
     seen: dict[int, list[float]] = {}
-    add_reached(seen, sorted(runs.glob("students/*")))
+    students = sorted(runs.glob("students/*"))
+    add_reached(seen, students)
     found = [with_observed(row, before, seen, True) for row in [*new, *interpolated(new, TEACHER, teacher_width)]]
     others = [row for row in every if row["teacher"] != TEACHER]
     JSON.write_text(json.dumps(others + found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -51,6 +63,8 @@ def write(runs: Path) -> None:
         text = filled(text, name, law_table([row for row in found if row["law"] == law], seen), Path(__file__).name)
     if (runs / "rivals").exists():
         text = filled(text, "rivals", floors_table(Forecasts.load(runs / "rivals"), seen), Path(__file__).name)
+    if students:
+        text = filled(text, "curves", curves_table(students), Path(__file__).name)
     PAGE.write_text(text, encoding="utf-8")
 
 
