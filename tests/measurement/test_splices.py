@@ -72,5 +72,5 @@ def test_a_splice_of_another_teacher_or_dictionary_is_refused(tmp_path: Path) ->
     content = json.loads((tmp_path / "s" / "splice.json").read_text())
     content["schema"] = 2
     (tmp_path / "s" / "splice.json").write_text(json.dumps(content))
-    with pytest.raises(MeasurementError, match=r"json has schema 2, but this version reads 1: upgrade tl-capacity$"):
+    with pytest.raises(MeasurementError, match=r"json has schema 2, and this version reads up to 1: upgrade"):
         splice_of(named, tmp_path / "measured", tmp_path / "s")

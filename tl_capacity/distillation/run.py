@@ -182,11 +182,7 @@ class DistillationRun(ShownInNotebooks):
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> DistillationRun:
         """The run that `to_json` wrote."""
-        if not isinstance(content["schema"], int) or content["schema"] > SCHEMA:
-            raise MeasurementError(
-                f"the distillation has schema {content['schema']!r}, and this version reads up to {SCHEMA}: upgrade"
-                " tl-capacity"
-            )
+        storage.check_schema("the distillation", content, SCHEMA)
         students = [StudentCurve.from_json(saved) for saved in content["students"]]
         if not students:
             raise ValueError("it has no students")

@@ -13,7 +13,7 @@ from tl_capacity.placement.price import ESTIMATES, NATS, Price, numbers_of
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
-from tl_capacity.storage.files import file_in, read_json, save_into
+from tl_capacity.storage.files import check_schema, file_in, read_record, save_into
 
 JSON_NAME = "placement.json"
 SCHEMA = 1
@@ -117,12 +117,8 @@ class Placement(ShownInNotebooks):
         Raises:
             MeasurementError: where it is of a newer version, or no price list.
         """
+        check_schema(JSON_NAME, content, SCHEMA)
         try:
-            if content["schema"] != SCHEMA:
-                raise MeasurementError(
-                    f"{JSON_NAME} has schema {content['schema']!r}, but this version reads {SCHEMA}: upgrade"
-                    " tl-capacity"
-                )
             made = cls(
                 prices=tuple(map(Price.from_json, content["prices"])),
                 features=tuple(int(feature) for feature in content["features"]),
@@ -157,7 +153,14 @@ class Placement(ShownInNotebooks):
         Raises:
             MeasurementError: where it cannot be read, or is none, as in `from_json`.
         """
-        return cls.from_json(read_json(file_in(path, JSON_NAME)))
+        file = file_in(path, JSON_NAME)
+        try:
+            content = read_record(file, SCHEMA)
+        except MeasurementError:
+            raise
+        except (OSError, ValueError, RecursionError) as problem:
+            raise MeasurementError(f"{file} cannot be read ({problem}): run placement again") from problem
+        return cls.from_json(content)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a row for each width and weight."""
@@ -208,7 +211,8 @@ class Placement(ShownInNotebooks):
         return f"<p>{escape(self.title())}</p>{html_table(*self.cells())}{html_notes(self.notes())}"
 
     def __repr__(self) -> str:
-        return f"Placement({len(self.features):,} features at {self.hook}; widths {', '.join(map(str, self.widths))})"
+        widths = ", ".join(f"{width:,}" for width in self.widths)
+        return f"Placement({len(self.features):,} features at {self.hook}; widths {widths})"
 
 
 def _cells(placement: Placement, price: Price) -> list[str]:

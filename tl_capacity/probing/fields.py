@@ -13,19 +13,6 @@ LARGEST = 10**15
 """No count, width or score comes near this number."""
 
 
-def check_schema(file: str, content: Any, newest: int) -> None:
-    """Refuse a file, or a row of it, that a newer version wrote.
-
-    Raises:
-        MeasurementError: where it is of a newer one.
-    """
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if isinstance(schema, int) and schema > newest:
-        raise MeasurementError(
-            f"{file} has schema {_quoted(schema)}, and this version reads up to {newest}: upgrade tl-capacity"
-        )
-
-
 def width_of(file: str, row: Mapping[str, Any]) -> int:
     """The width of a row.
 

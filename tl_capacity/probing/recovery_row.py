@@ -10,8 +10,9 @@ from typing import Any
 
 from tl_capacity.errors import MeasurementError
 from tl_capacity.plugins import plugins
-from tl_capacity.probing.fields import as_count, check_schema, finite, numbers_of, object_of, whole, width_of
+from tl_capacity.probing.fields import as_count, finite, numbers_of, object_of, whole, width_of
 from tl_capacity.results.estimate import Estimate
+from tl_capacity.storage.files import check_schema
 
 JSON_NAME = "recoverability.json"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tl_capacity.errors import MeasurementError
-from tl_capacity.probing.fields import check_schema, finite, object_of, objects_of
+from tl_capacity.probing.fields import finite, object_of, objects_of
 from tl_capacity.probing.rows import JSON_NAME, SCHEMA, ProbedConcept, ProbeRow, SparseRow
 from tl_capacity.show.notebook import ShownInNotebooks
-from tl_capacity.storage.files import file_in, read_json, save_into
+from tl_capacity.storage.files import check_schema, file_in, read_json, save_into
 
 
 @dataclass(frozen=True)

@@ -79,21 +79,40 @@ def read_record(path: Path, schema: int) -> dict[str, Any]:
     """What `write_record` wrote, without the hash. A file without a hash, such as one written by hand, is not checked.
 
     Raises:
-        MeasurementError: where its `schema` is newer than the one given.
+        MeasurementError: where its `schema` is newer than the one given, or is no version.
         ValueError, OSError, RecursionError: where the file cannot be read, is no JSON object, or was altered.
     """
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     json.dumps(content, allow_nan=False)  # Python reads NaN and infinity, which are no JSON and were never written
-    if isinstance(content.get("schema"), int) and content["schema"] > schema:
-        raise MeasurementError(
-            f"{path} has schema {content['schema']}, and this version reads up to {schema}: upgrade tl-capacity"
-        )
+    check_schema(path, content, schema)
     seal = content.pop(SEAL, None)
     if seal is not None and seal != _seal(content):
         raise ValueError("the SHA-256 of its content is not the recorded one")
     return content
+
+
+def check_schema(file: str | Path, content: Any, newest: int) -> None:
+    """Refuse a JSON object that a newer version wrote. What has no `schema` passes.
+
+    Args:
+        file: how the error names it.
+
+    Raises:
+        MeasurementError: where its `schema` is newer than `newest`, or is not a whole number.
+    """
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema is None:
+        return
+    text = repr(schema)
+    shown = text if len(text) <= 24 else f"{text[:20]}…"
+    if type(schema) is not int:
+        raise MeasurementError(
+            f"{file} has schema {shown}, which is not a whole number: it was altered, write it again"
+        )
+    if schema > newest:
+        raise MeasurementError(f"{file} has schema {shown}, and this version reads up to {newest}: upgrade tl-capacity")
 
 
 def remove_stale(record: Path, names: str, pattern: str, keep_previous: bool) -> None:
