@@ -153,8 +153,8 @@ def full_rows(stream: TokenStream, wanted: int) -> torch.Tensor:
         if len(full) >= wanted:
             return torch.from_numpy(np.stack(full[:wanted]))
     raise TokenSourceError(
-        f"{stream.name()} has {len(full)} rows that fill a context of {stream.context}, fewer than {wanted}: choose"
-        " fewer --rows or a shorter --context"
+        f"{stream.name()} has {len(full):,} rows that fill a context of {stream.context:,}, fewer than {wanted:,}:"
+        " choose fewer --rows or a shorter --context"
     )
 
 
@@ -169,7 +169,7 @@ def rendered(compared: list[dict[str, Any]], latents: int, tokens: int) -> Any:
             else f"{row['median_ratio']:.2f} ({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f})"
         )
         body.append([row["importance"], row["unit"], f"{row['rank_correlation']:.2f} [{low:.2f}, {high:.2f}]", ratio])
-    title = f"Importance against the KL of {latents} exact ablations on {tokens:,} tokens"
+    title = f"Importance against the KL of {latents:,} exact ablations on {tokens:,} tokens"
     return table(title, ["importance", "unit", "rank correlation", "importance / KL, median (quartiles)"], body)
 
 

@@ -94,7 +94,7 @@ def layers(found: Found) -> Table:
         for hook in found.measurement
     ]
     title = f"What three layers hold, on {found.hook.summary.n_tokens:,} tokens [95% interval over documents]"
-    needed = f"width for all, d* (of {found.hook.width})"
+    needed = f"width for all, d* (of {found.hook.width:,})"
     return table(title, ["", "features", "active on a token", needed, "missed by the SAE"], rows)
 
 
@@ -147,9 +147,9 @@ def verdict(found: Found, seconds: float) -> list[str]:
     )
     return [
         f"By the theory, the {hook.summary.n_alive.value:,.0f} features that this SAE finds at {where} need"
-        f" {hook.summary.critical_width.value:,.0f} of the model's {hook.width} dimensions (another SAE gives another"
+        f" {hook.summary.critical_width.value:,.0f} of the model's {hook.width:,} dimensions (another SAE gives another"
         " number), so a narrower student must drop some of them and predict worse.",
-        f"A student of width {floor.width} should keep {floor.features_kept / floor.alive:.0%} of them and lose"
+        f"A student of width {floor.width:,} should keep {floor.features_kept / floor.alive:.0%} of them and lose"
         f" {floor.floor.value:.2f} nats per token; the one that was trained here keeps {_share(row):.0%} and loses"
         f" {student.last_tenth:.2f}.",
         f"This was a smoke test of {seconds:,.0f} s, so its students are far from done and it says nothing about the"

@@ -158,7 +158,7 @@ def show(run: DistillationRun) -> None:
     tokens = run.students[0].tokens[-1]
     repeated = f", {tokens / run.distinct_tokens:.1f} times over" if tokens > run.distinct_tokens else ""
     title = (
-        f"Observed floors of {run.teacher}, d={run.teacher_width}, after {tokens:,} tokens{repeated}; "
+        f"Observed floors of {run.teacher}, d={run.teacher_width:,}, after {tokens:,} tokens{repeated}; "
         f"KL in nats per token on {run.heldout_tokens:,} held-out tokens"
     )
     console = Console(width=140)

@@ -248,7 +248,7 @@ def shared_context(asked: int, teacher: LoadedModel, models: Mapping[str, Loaded
     shortest = min(limits, key=limits.__getitem__)
     if limits[shortest] < asked:
         log.warning(
-            f"rows have {limits[shortest]} positions instead of the measurement's {asked}, because the student"
+            f"rows have {limits[shortest]:,} positions instead of the measurement's {asked:,}, because the student"
             f" {shortest!r} takes no more"
         )
     return min(asked, limits[shortest], longest(teacher.model))

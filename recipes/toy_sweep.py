@@ -131,7 +131,7 @@ def main(config: ToySweepConfig) -> None:
         console.print(claim, highlight=False)
     seconds = ", ".join(f"{stage} {value:,.0f} s" for stage, value in result.seconds.items())
     console.print(
-        f"{config.out}: {len(result.students):,} students of {result.settings.configurations} configurations;"
+        f"{config.out}: {len(result.students):,} students of {result.settings.configurations:,} configurations;"
         f" {seconds}",
         highlight=False,
     )

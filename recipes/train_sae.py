@@ -131,7 +131,7 @@ def split_rows(
     order = shuffled.permutation(np.unique(documents))
     if len(order) < 2:
         raise TokenSourceError(
-            f"{stream.name()} has {len(order)} usable document: at least two are needed, to hold one out"
+            f"{stream.name()} has {len(order):,} usable document: at least two are needed, to hold one out"
         )
     tokens_of = dict.fromkeys(order.tolist(), 0)
     for document, count in zip(documents, counted, strict=True):

@@ -70,7 +70,7 @@ class TestWhatIsMissing:
                 gpt2.add_capacity_hooks(sae)
             assert one_sentence(refusal)
             assert says in str(refusal.value)
-        assert "has width 64, but the SAE's d_in is 2304" in str(refusal.value)
+        assert "has width 64, but the SAE's d_in is 2,304" in str(refusal.value)
         assert str(refusal.value).endswith("so pass an SAE that was trained on this one")
 
     @pytest.mark.parametrize("name", ["blocks.9.hook_resid_pre", "blocks.8.hook_resid_post"])

@@ -211,7 +211,7 @@ def _release_and_id(spec: str) -> tuple[str, str]:
             return release, sae_id
         near = get_close_matches(sae_id, ids, n=3, cutoff=0.0)
         raise DictionaryError(
-            f"the release {release!r} has no SAE {sae_id!r}: choose one of its {len(ids)}, of which the nearest are "
+            f"the release {release!r} has no SAE {sae_id!r}: choose one of its {len(ids):,}, of which the nearest are "
             f"{', '.join(near)}"
         )
     if spec.count("/") >= 2 and not spec.startswith((".", "/", "~")):

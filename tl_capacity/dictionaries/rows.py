@@ -114,8 +114,8 @@ def rows_differ(
         yield f"{hook}: the SAE's metadata says that it was trained on rows {theirs}, and these {ours}"
     if own.context is not None and context is not None and context > own.context:
         yield (
-            f"{hook}: the SAE's metadata says that it was trained on rows of {own.context} positions, and these have "
-            f"{context}"
+            f"{hook}: the SAE's metadata says that it was trained on rows of {own.context:,} positions, and these have "
+            f"{context:,}"
         )
     if not counted.are_among(own.positions):
         yield (

@@ -34,7 +34,7 @@ from tl_capacity.predict.floors import hook_floors
 from tl_capacity.predict.forecasts import Forecasts
 from tl_capacity.predict.predictors import forecasts_of
 from tl_capacity.predict.spliced import Spliced
-from tl_capacity.results.estimate import Estimate, group_resamples
+from tl_capacity.results.estimate import Estimate, group_resamples, significant
 from tl_capacity.runtime.units import NATS, per_token
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, plain, table, terminal_notes
@@ -266,7 +266,7 @@ class Decomposition(ShownInNotebooks):
                 f"{student.width:,}",
                 str(student.seed),
                 *(student.taken_as(which).show(".4f") for which in readings.values()),
-                self.predicted[student.width].show(".4g"),
+                self.predicted[student.width].show(significant(self.predicted[student.width].value)),
                 f"{self.chosen.fitted[student.width]:.4f}",
             ]
             for student in self.students
@@ -385,7 +385,7 @@ def _left_out(forecasts: Forecasts, shapes: Mapping[Any, Shape], widths: Sequenc
     """A sentence for each forecast that has no floor for one of the distilled widths."""
     return [
         f"{', '.join(filter(None, series))} has no floor at width"
-        f" {', '.join(str(width) for width in widths if width not in by_width)}, so it is not a candidate"
+        f" {', '.join(f'{width:,}' for width in widths if width not in by_width)}, so it is not a candidate"
         for series, by_width in forecasts.series.items()
         if series not in shapes
     ]

@@ -60,6 +60,6 @@ def _context(asked: int | None, models: Mapping[str, LoadedModel]) -> int:
     shortest = min(limits, key=limits.__getitem__)
     if asked is not None and asked > limits[shortest]:
         raise CapacityError(
-            f"--context {asked} is longer than the {limits[shortest]} positions of {shortest}: choose at most that"
+            f"--context {asked} is longer than the {limits[shortest]:,} positions of {shortest}: choose at most that"
         )
     return min(USUAL_CONTEXT, limits[shortest]) if asked is None else asked

@@ -14,7 +14,7 @@ def judged_title(run: DistillationRun) -> str:
         return f"No student of {run.teacher} was judged as it came"
     own = judged.figures["teacher_cross_entropy"].show(".4f")
     return (
-        f"Students beside {run.teacher}, d={run.teacher_width}, on {run.heldout_tokens:,} tokens of"
+        f"Students beside {run.teacher}, d={run.teacher_width:,}, on {run.heldout_tokens:,} tokens of"
         f" {len(judged.documents):,} documents of {run.heldout_source} [95% interval over documents]; the teacher's own"
         f" cross-entropy is {own}"
     )

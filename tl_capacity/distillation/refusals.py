@@ -90,7 +90,7 @@ def check_finite(
         if not (math.isfinite(loss) and math.isfinite(norm)):
             kept = f" (the last good checkpoint stays in {folder})" if folder else ""
             raise CapacityError(
-                f"{student.name} diverged at step {step}, with loss {loss:g} and gradient norm {norm:g}: choose a"
+                f"{student.name} diverged at step {step:,}, with loss {loss:g} and gradient norm {norm:g}: choose a"
                 f" lower --lr{kept}"
             )
 

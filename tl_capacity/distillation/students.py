@@ -51,12 +51,12 @@ def new_student(
         raise CapacityError(f"{start!r} is not a way to start a student: choose one of {', '.join(STARTS)}")
     if start == "teacher" and width != teacher.config.hidden_size:
         raise CapacityError(
-            f"a student of width {width} cannot start from all of the teacher's weights, whose width is"
-            f" {teacher.config.hidden_size}: choose random or truncated"
+            f"a student of width {width:,} cannot start from all of the teacher's weights, whose width is"
+            f" {teacher.config.hidden_size:,}: choose random or truncated"
         )
     if width > teacher.config.hidden_size:
         warnings.warn(
-            f"the student of width {width} is wider than its teacher, {teacher.config.hidden_size}", stacklevel=2
+            f"the student of width {width:,} is wider than its teacher, {teacher.config.hidden_size:,}", stacklevel=2
         )
     with seeded(seed):
         student = type(teacher)(student_config(teacher.config, width)).float()
@@ -103,7 +103,7 @@ def new_students(
         curves.append(StudentCurve(name, width, seed, start, *parameters_of(models[-1])))
         if seed != settings.seeds[0] and all(map(torch.equal, models[-1].parameters(), models[-2].parameters())):
             raise CapacityError(
-                f"students of width {width} start alike with every seed, as all of their weights are the teacher's:"
+                f"students of width {width:,} start alike with every seed, as all of their weights are the teacher's:"
                 " name other widths as seeded_widths"
             )
     return tuple(curves), models
@@ -118,9 +118,10 @@ def student_config(config: Any, width: int) -> Any:
     """
     changes = _changes(config, width)
     if changes is None:
-        shown = " and ".join(map(str, _nearest(config, width)))
+        shown = " and ".join(f"{nearest:,}" for nearest in _nearest(config, width))
         raise CapacityError(
-            f"the family {_family(config).name} cannot build a student of width {width}: the nearest widths are {shown}"
+            f"the family {_family(config).name} cannot build a student of width {width:,}: the nearest widths are"
+            f" {shown}"
         )
     values = {
         k: v

@@ -173,7 +173,7 @@ def distill(
     kept_on_disk = f"; the last checkpoint stays in {folder}" if folder else ""
     with (
         within_device_memory(
-            f"a step of {settings.batch_rows} rows for {len(models)} students",
+            f"a step of {settings.batch_rows:,} rows for {len(models):,} students",
             f"choose a smaller --batch-rows, fewer --widths, or another --device{kept_on_disk}",
         ),
         token_progress(settings.tokens, progress and accelerator.is_main_process, "distilling") as advance,

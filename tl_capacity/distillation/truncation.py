@@ -68,7 +68,7 @@ def truncate(teacher: Any, student: Any, tokens: Int[Tensor, "row position"]) ->
     width, teacher_width = int(student.config.hidden_size), int(teacher.config.hidden_size)
     if width > teacher_width:
         raise CapacityError(
-            f"a student of width {width} cannot start from a narrower teacher (width {teacher_width}): start it at"
+            f"a student of width {width:,} cannot start from a narrower teacher (width {teacher_width:,}): start it at"
             " random"
         )
     cut = _cut(teacher, student, read_stream(teacher, tokens))

@@ -75,8 +75,8 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
     point = reading.point
     if point.width is not None and point.width != sae.cfg.d_in:
         raise CapacityError(
-            f"{hook} has width {point.width}, but the SAE's d_in is {sae.cfg.d_in}: it belongs to another hook point "
-            "or model, so pass an SAE that was trained on this one"
+            f"{hook} has width {point.width:,}, but the SAE's d_in is {sae.cfg.d_in:,}: it belongs to another hook"
+            " point or model, so pass an SAE that was trained on this one"
         )
     activations: list[Tensor] = []
     unwatch = point.watch(lambda activation: activations.append(activation.detach().flatten(2)))
@@ -89,7 +89,7 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
     assert summary.fvu is not None
     counted = trial.counted()
     inputs = torch.cat([x[c.to(x.device)] for x, c in zip(activations, counted, strict=True)])
-    fires = f"{hook} fires, with {sae.cfg.d_in} dimensions like the SAE; {summary.n_tokens:,} tokens counted"
+    fires = f"{hook} fires, with {sae.cfg.d_in:,} dimensions like the SAE; {summary.n_tokens:,} tokens counted"
     return [
         Finding("hook", OK, fires),
         *processing_findings(hook, reading),

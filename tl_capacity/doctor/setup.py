@@ -57,9 +57,10 @@ def context_finding(context: int, dictionaries: Sequence[NamedDictionary]) -> Fi
         return Finding(
             "context",
             CHANGE,
-            f"rows have {context} positions, but the SAE was trained on {min(trained)}: pass --context {min(trained)}",
+            f"rows have {context:,} positions, but the SAE was trained on {min(trained):,}: pass --context"
+            f" {min(trained)}",
         )
-    return Finding("context", OK, f"rows of {context} positions")
+    return Finding("context", OK, f"rows of {context:,} positions")
 
 
 def bos_finding(stream: TokenStream, dictionaries: Sequence[NamedDictionary]) -> Finding:

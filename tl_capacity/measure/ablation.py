@@ -73,7 +73,7 @@ def ablation_kl(
     counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted.cpu()
     if wrong or not counted.any():
         raise CapacityError(
-            f"there are no latents {wrong} among {n_latents}: choose numbers from 0 to {n_latents - 1}"
+            f"there are no latents {wrong} among {n_latents:,}: choose numbers from 0 to {n_latents - 1}"
             if wrong
             else "no token counts, so no latent can be ablated: pass tokens that are not special or padding"
         )

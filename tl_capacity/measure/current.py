@@ -88,7 +88,7 @@ class CurrentPasses:
             fired = not self._latest or any(latest.fired(tap) for latest in self._latest.values())
             if not fired and not tap.has_seen:
                 raise HookPointError(
-                    f"{tap.hook} did not fire in {self.begun} forward passes: the model does not run it, tap another"
+                    f"{tap.hook} did not fire in {self.begun:,} forward passes: the model does not run it, tap another"
                     " hook point"
                 )
 

@@ -79,8 +79,8 @@ class ForwardPass:
         self._firings[tap] += 1
         if self._firings[tap] > 1:
             raise HookPointError(
-                f"{tap.hook} fired {self._firings[tap]} times in one forward pass, so it cannot be counted: tap a hook"
-                " point that fires once"
+                f"{tap.hook} fired {self._firings[tap]:,} times in one forward pass, so it cannot be counted: tap a"
+                " hook point that fires once"
             )
 
     def _keep(self, tap: Tap, written: list[Written]) -> None:

@@ -204,7 +204,7 @@ class CapacityHooks:
         self._passes.check_fired()
         if incomplete := self._passes.incomplete:
             warnings.warn(
-                f"{incomplete} of {self._passes.begun} forward passes did not reach every tapped hook point; there "
+                f"{incomplete:,} of {self._passes.begun:,} forward passes did not reach every tapped hook point; there "
                 "those passes were left out",
                 stacklevel=2,
             )

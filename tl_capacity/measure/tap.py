@@ -106,8 +106,8 @@ class Tap:
         width = self.point.width
         if width is not None and width != self.d_in:
             raise HookPointError(
-                f"{self.hook} has width {width}, but the SAE's d_in is {self.d_in}: it belongs to another hook point "
-                "or model, so pass an SAE that was trained on this one"
+                f"{self.hook} has width {width:,}, but the SAE's d_in is {self.d_in:,}: it belongs to another hook"
+                " point or model, so pass an SAE that was trained on this one"
             )
         device = self.sae.W_dec.device
         self.device = exact_device(device)
@@ -222,7 +222,7 @@ class Tap:
         rows, positions = tokens.counted.shape
         if activation.shape[0] == rows and activation.shape[1] > positions and activation[0, 0].numel() == self.d_in:
             raise HookPointError(
-                f"{self.hook} has {activation.shape[1]} positions, but only {positions} of them came as token ids "
+                f"{self.hook} has {activation.shape[1]:,} positions, but only {positions:,} of them came as token ids "
                 "(generate without a cache?): generate with use_past_kv_cache=True, so that each token counts once"
             )
         if activation.shape[:2] != tokens.counted.shape:
@@ -232,8 +232,8 @@ class Tap:
             )
         if activation[0, 0].numel() != self.d_in:
             raise HookPointError(
-                f"{self.hook} has width {activation[0, 0].numel()}, but the SAE's d_in is {self.d_in}: it belongs to "
-                "another hook point or model, so pass an SAE that was trained on this one"
+                f"{self.hook} has width {activation[0, 0].numel():,}, but the SAE's d_in is {self.d_in:,}: it belongs"
+                " to another hook point or model, so pass an SAE that was trained on this one"
             )
 
     def refuse_unless_linear(self) -> None:
@@ -265,8 +265,8 @@ class Tap:
         target, reconstruction = target.flatten(1).to(self.device), written.reconstruction.to(self.device)
         if target.shape != reconstruction.shape:
             raise HookPointError(
-                f"{self.target_hook} has {target.shape[-1]} dimensions, but the transcoder writes "
-                f"{reconstruction.shape[-1]}: it belongs to another model, so pass one that was trained on this one"
+                f"{self.target_hook} has {target.shape[-1]:,} dimensions, but the transcoder writes "
+                f"{reconstruction.shape[-1]:,}: it belongs to another model, so pass one that was trained on this one"
             )
         self.statistics.update_reconstruction(target, reconstruction, written.groups, written.known_groups)
 

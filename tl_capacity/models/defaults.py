@@ -24,7 +24,7 @@ def row_length(config: Any, asked: int | None = None, usual: int = USUAL_CONTEXT
     """
     limit = longest_row(config)
     if asked is not None and asked > limit:
-        raise CapacityError(f"--context {asked} is longer than the model's {limit} positions: choose at most {limit}")
+        raise CapacityError(f"--context {asked} is longer than the model's {limit:,} positions: choose at most {limit}")
     return min(usual, limit) if asked is None else asked
 
 

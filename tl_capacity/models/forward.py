@@ -121,7 +121,9 @@ def check_row_length(model: Any, rows: NDArray[np.integer[Any]], who: str = "the
     """
     limit = longest(model)
     if rows.shape[1] > limit:
-        raise CapacityError(f"rows have {rows.shape[1]} positions, more than {who}'s {limit}: choose a shorter context")
+        raise CapacityError(
+            f"rows have {rows.shape[1]:,} positions, more than {who}'s {limit:,}: choose a shorter context"
+        )
 
 
 @contextmanager

@@ -253,4 +253,4 @@ def residual_width(model: Any) -> int | None:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"it has {len(known)}, see `tl-capacity hooks --model …`"
+    return f"did you mean {' or '.join(near)}?" if near else f"it has {len(known):,}, see `tl-capacity hooks --model …`"

@@ -360,7 +360,7 @@ def _pretrained(
         **({} if placed is None else placed.options()),
     )
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights in their place
-        raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
+        raise ValueError(f"its weights lack {len(missing):,} tensors, such as {missing[0]}")
     tokenizer = _tokenizer(source, revision)
     _check_token_ids(model.config, tokenizer)
     return model, tokenizer

@@ -148,7 +148,7 @@ def headline(target: float, plans: Sequence[MethodPlan], own: MethodPlan | None,
         width: the one that is planned, which a family can build.
         students: the widths of the students, in words.
     """
-    goal, decides = f"For a floor of at most {target:.4g} nats per token", decisive(plans, own)
+    goal, decides = f"For a floor of at most {target:,.6g} nats per token", decisive(plans, own)
     predictions = _predictions(plans)
     if decides is None:
         return _sentences(
@@ -233,4 +233,4 @@ def _range(each: MethodPlan) -> str:
     if each.low is None and each.high is None:
         return ""
     low = "none" if each.low is None else f"{each.low:,}"
-    return f"{low} to {'no known width' if each.high is None else f'{each.high:,}'}"
+    return f"{low:,} to {'no known width' if each.high is None else f'{each.high:,}'}"

@@ -136,7 +136,7 @@ def _spliced_need(hook: HookMeasurement, curve: SplicedCurve, asked: Asked, targ
     width, needed = spliced_width(curve, asked.law, at, target), curve.features_for(target)
     if width is None or needed is None:
         raise CapacityError(
-            f"no width is known to reach {target:.4g} nats per token at {hook.hook}: the SAE's own reconstruction"
+            f"no width is known to reach {target:,.6g} nats per token at {hook.hook}: the SAE's own reconstruction"
             f" costs {curve.error.show('.3g')} there, so the dictionary is the limit and not the width; splice a"
             " dictionary that reconstructs better, or pass students (--calibrate)"
         )

@@ -119,7 +119,7 @@ class InNats:
         widest = widest_prediction(self.plans)
         if widest is None:
             raise CapacityError(
-                f"no method here gives a width for {self.target:.4g} nats per token: splice the measurement, or choose"
+                f"no method here gives a width for {self.target:,.6g} nats per token: splice the measurement, or choose"
                 " another loss"
             )
         return widest

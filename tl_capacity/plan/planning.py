@@ -86,7 +86,7 @@ def plan(
         needs = asked.keeping(float(keep or 0)) if target_loss is None else asked.within(target_loss)
         return _planned(measurement, asked, _goal(keep, target_loss, asked), needs, config, widths)
     in_nats = InNats.of(target_loss, asked, hooks, evidence)
-    goal = f"For a predicted floor of at most {target_loss:.4g} {NATS}"
+    goal = f"For a predicted floor of at most {target_loss:,.6g} {NATS}"
     return _planned(measurement, asked, goal, in_nats.needs, config, widths, in_nats)
 
 
@@ -136,7 +136,7 @@ def _goal(keep: float | None, target_loss: float | None, asked: Asked) -> str:
     """A goal in the importance's unit, in words."""
     if keep is not None:
         return f"To keep {100 * keep:.4g}% of the features"
-    return f"For a predicted floor of at most {target_loss:.4g} {per_token(asked.unit)}"
+    return f"For a predicted floor of at most {target_loss:,.6g} {per_token(asked.unit)}"
 
 
 def _planned(

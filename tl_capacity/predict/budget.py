@@ -165,7 +165,7 @@ class Budget(ShownInNotebooks):
         )
 
     def __repr__(self) -> str:
-        return f"Budget({', '.join(h.hook for h in self.hooks)}; law {self.law}, {len(self.floors)} floors)"
+        return f"Budget({', '.join(h.hook for h in self.hooks)}; law {self.law}, {len(self.floors):,} floors)"
 
 
 def budget_column(law: CapacityLaw) -> Column:

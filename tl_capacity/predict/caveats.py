@@ -54,7 +54,7 @@ def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True
                 " and a wider SAE may find more"
             )
         if s.n_alive.low is None:
-            sentences.append(f"{where}: too few documents for intervals over them: {s.n_documents}")
+            sentences.append(f"{where}: too few documents for intervals over them: {s.n_documents:,}")
         if s.dense_latents.value:
             sentences.append(
                 f"{where}: latents that fire on more than 1/e of the tokens, outside the sparse regime of g(α):"

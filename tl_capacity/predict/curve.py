@@ -64,7 +64,7 @@ class Curve:
             ) from problem
         if content.get("F_alive", len(importance)) != len(importance):
             raise MeasurementError(
-                f"{path} says F_alive = {content['F_alive']} but lists {len(importance)} importances: it is truncated"
+                f"{path} says F_alive = {content['F_alive']} but lists {len(importance):,} importances: it is truncated"
                 " or altered"
             )
         layer = content.get("layer")

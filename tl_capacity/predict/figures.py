@@ -11,7 +11,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.predict.floors import FloorPrediction
 from tl_capacity.predict.spliced_curve import SplicedCurve
 from tl_capacity.predict.spliced_floor import SplicedFloor
-from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.units import per_token
 from tl_capacity.show.figures import (
@@ -53,9 +53,10 @@ def floors_figure(floors: Sequence[FloorPrediction], errors: Mapping[str, float]
             y=[f.predicted_floor.value for f in mine],
             error_y=error_bars([f.predicted_floor for f in mine], colour_of(place)),
             customdata=[[f.features_kept.value, f.features_lost.value, 100 * f.share.value] for f in mine],
+            text=[format(f.predicted_floor.value, significant(f.predicted_floor.value)) for f in mine],
             hovertemplate=(
-                "width %{x}: floor %{y:.4g}, %{customdata[2]:.3g}% of all importance<br>keeps %{customdata[0]:,}, loses"
-                " %{customdata[1]:,}"
+                "width %{x:,}: floor %{text}, %{customdata[2]:.3g}% of all importance<br>keeps %{customdata[0]:,},"
+                " loses %{customdata[1]:,}"
             ),
             mode="lines+markers",
             line=line_of(place),
@@ -124,7 +125,7 @@ def suite_figure(hooks: Iterable[HookMeasurement]) -> go.Figure:
             error_x=error_bars(l0s, colour_of(place)),
             error_y=error_bars(stars, colour_of(place)),
             text=[shown(h.sae) for h in mine],
-            hovertemplate="%{text}<br>L0 %{x:.2f}, d* %{y:.1f}",
+            hovertemplate="%{text}<br>L0 %{x:.2f}, d* %{y:,.1f}",
             mode="markers",
             marker=marker_of(place, 9),
             **legend_entry(hook),

@@ -13,7 +13,7 @@ from tl_capacity import theory
 from tl_capacity.errors import CapacityError
 from tl_capacity.interfaces import CapacityContext, CapacityLaw
 from tl_capacity.predict.laws import budgets, context_at, features_within
-from tl_capacity.results.estimate import Estimate
+from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.results.summary import Resample
 from tl_capacity.runtime.units import per_token
 
@@ -86,7 +86,7 @@ def floor_cells(floors: Sequence[FloorPrediction]) -> tuple[list[str], list[list
             f"{f.width:,}",
             f"{f.features_kept.value:,.0f}",
             f"{f.features_lost.value:,.0f}",
-            f.predicted_floor.show(".4g") + (f" {f.unit}" if len(units) > 1 else ""),
+            f.predicted_floor.show(significant(f.predicted_floor.value)) + (f" {f.unit}" if len(units) > 1 else ""),
             f"{100 * f.share.value:.3g}%",
         ]
         for f in floors
@@ -118,8 +118,8 @@ def sparsity(hook: HookMeasurement) -> float:
     s = hook.summary
     if not 0 < s.alpha.value < 1:
         raise CapacityError(
-            f"{hook.hook} has {int(s.n_alive.value)} alive features at L0 = {s.l0.value:.3g}, for which no sparsity is"
-            f" defined: count more tokens, or keep the largest coordinates of a basis, as in pca:{hook.hook},k=24"
+            f"{hook.hook} has {int(s.n_alive.value):,} alive features at L0 = {s.l0.value:.3g}, for which no sparsity"
+            f" is defined: count more tokens, or keep the largest coordinates of a basis, as in pca:{hook.hook},k=24"
         )
     return s.alpha.value
 

@@ -212,8 +212,8 @@ def _asked(predictor: FloorPredictor, widths: Sequence[int], at: FloorContext) -
         floors = [_estimate(number) for number in ([None] * len(widths) if answer is None else answer)]
     if len(floors) != len(widths):
         raise PluginError(
-            f"the floor predictor {predictor.name!r} gives {len(floors)} floors for {len(widths)} widths, but one for"
-            " each is needed: fix it"
+            f"the floor predictor {predictor.name!r} gives {len(floors):,} floors for {len(widths):,} widths, but one"
+            " for each is needed: fix it"
         )
     for width, floor in zip(widths, floors, strict=True):
         if floor is not None and not (isfinite(floor.value) and floor.value >= 0):

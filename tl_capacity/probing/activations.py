@@ -99,7 +99,8 @@ def collect(
         raise CapacityError(f"this {type(model).__name__} has no tokenizer: pass one as tokenizer=…")
     if not texts or batch_rows < 1:
         raise CapacityError(
-            f"{len(texts)} texts in batches of {batch_rows} are nothing to collect: pass at least one text and one row"
+            f"{len(texts):,} texts in batches of {batch_rows} are nothing to collect: pass at least one text and one"
+            " row"
         )
     if context is not None and context < 2:
         raise CapacityError(
@@ -247,7 +248,7 @@ def _latents(sae: SparseAutoencoder, hook: str) -> Any:
     def pool(taken: Tensor, group: Tensor) -> Tensor:
         if taken.shape[1] != int(sae.cfg.d_in):
             raise HookPointError(
-                f"{hook} has width {taken.shape[1]}, but the SAE's d_in is {sae.cfg.d_in}: pass an SAE that was"
+                f"{hook} has width {taken.shape[1]:,}, but the SAE's d_in is {sae.cfg.d_in:,}: pass an SAE that was"
                 " trained on this hook point of this model"
             )
         taken, group = (part.to(sae.W_dec.device) for part in (taken, group))

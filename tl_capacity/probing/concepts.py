@@ -70,7 +70,7 @@ class LabelledTexts:
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         if len(numbers) < FEWEST_DOCUMENTS:
             raise CapacityError(
-                f"the concept {name!r} has {len(texts)} texts of {len(numbers)} documents: a probe needs at least"
+                f"the concept {name!r} has {len(texts):,} texts of {len(numbers):,} documents: a probe needs at least"
                 f" {FEWEST_DOCUMENTS} documents, and hundreds for a narrow interval"
             )
         if len(labels) != 2:

@@ -322,8 +322,8 @@ def _activations_of(activations: Mapping[str, Activations], concept: LabelledTex
         raise CapacityError(f"there are no activations of the concept {concept.name!r}: collect those of its texts")
     if len(np.unique(collected.texts)) != len(concept.texts):
         raise CapacityError(
-            f"the activations of {concept.name!r} are of {len(np.unique(collected.texts))} texts, but it has"
-            f" {len(concept.texts)}: collect all of them"
+            f"the activations of {concept.name!r} are of {len(np.unique(collected.texts)):,} texts, but it has"
+            f" {len(concept.texts):,}: collect all of them"
         )
     if not np.isfinite(collected.values).all():
         raise CapacityError(

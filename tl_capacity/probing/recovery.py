@@ -310,7 +310,7 @@ def _cells(row: RecoveryRow) -> list[str]:
         )
         typical.append(f"{student} ({' – '.join(others)})")
     where = "" if row.student_hook is None else f", {row.student_hook}{', chosen' if row.tried else ''}"
-    return [f"{row.student} (d={row.width}{where})", *counts, *budgets, f"{predicted} ({by_chance})", *typical]
+    return [f"{row.student} (d={row.width:,}{where})", *counts, *budgets, f"{predicted} ({by_chance})", *typical]
 
 
 def _shown(value: float | None) -> str:

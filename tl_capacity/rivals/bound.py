@@ -78,7 +78,7 @@ def rank_bound(
     for width in sorted(widths):
         if width in sums:
             continue
-        with token_progress(settings.iterations, progress, f"bounding width {width}", "iterations") as advance:
+        with token_progress(settings.iterations, progress, f"bounding width {width:,}", "iterations") as advance:
             fit = fitted(text, directions, width, settings, advance)
         sums[width] = divergence_sums(text, fit.low_rank)
         fits[str(width)] = {"iterations": fit.iterations, "gain": fit.gain}
@@ -130,14 +130,16 @@ def _notes(text: TeacherText, widths: Sequence[int], settings: BoundSettings, fi
     going = [width for width in widths if fits[str(width)]["gain"] >= max(settings.tolerance, 1e-12)]
     if going:
         gain = max(fits[str(width)]["gain"] for width in going)
+        shown = ", ".join(f"{width:,}" for width in going)
         notes.append(
             f"{RANK_BOUND} was still falling at {'width' if len(going) == 1 else 'widths'}"
-            f" {', '.join(map(str, going))} after {settings.iterations} iterations, by up to {gain:.1%} in the last"
+            f" {shown} after {settings.iterations:,} iterations, by up to {gain:.1%} in the last"
             " twenty: allow more --iterations"
         )
     if few := [width for width in widths if len(text) < FEW * width]:
+        shown = ", ".join(f"{width:,}" for width in few)
         notes.append(
-            f"{len(text):,} tokens are few for {'width' if len(few) == 1 else 'widths'} {', '.join(map(str, few))}:"
+            f"{len(text):,} tokens are few for {'width' if len(few) == 1 else 'widths'} {shown}:"
             f" logits of that rank can nearly fit so short a text, so {RANK_BOUND} is lower than on more text"
         )
     return notes

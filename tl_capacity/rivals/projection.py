@@ -182,7 +182,7 @@ def _spectra(
                 break
     if moments[0].count < 2:
         raise CapacityError(
-            f"the text has {moments[0].count} tokens that count, too few for principal components: use longer text"
+            f"the text has {moments[0].count:,} tokens that count, too few for principal components: use longer text"
         )
     return [
         Spectrum(point, sums.mean, *principal_components(sums.covariance))

@@ -129,7 +129,7 @@ class TokenStream:
         if isinstance(self.source, str):
             return self.source
         return (
-            f"{len(self.source)} {'rows of token ids' if isinstance(self.source, np.ndarray) else 'texts'} given in a"
+            f"{len(self.source):,} {'rows of token ids' if isinstance(self.source, np.ndarray) else 'texts'} given in a"
             " session"
         )
 

@@ -53,7 +53,9 @@ def _diverged_claim(diverged: Any) -> str:
         f"{s.kind} n={s.n} α={s.alpha:g} d={s.width} seed {s.seed} (loss {s.achieved_floor:.3g})"
         for s in diverged.head(10).itertuples()
     )
-    return f"{len(diverged)} students diverged and are left out of every figure: {first}{', …' * (len(diverged) > 10)}."
+    return (
+        f"{len(diverged):,} students diverged and are left out of every figure: {first}{', …' * (len(diverged) > 10)}."
+    )
 
 
 def verdict(students: Any, table: Any, kind: str) -> str:
@@ -65,16 +67,16 @@ def verdict(students: Any, table: Any, kind: str) -> str:
     bounding = rows[rows.refined > 0]
     bounded = int((bounding.achieved_floor + 3 * bounding.floor_error >= bounding.refined).sum())
     sentences = [
-        f"**Students {TRAINED[kind]}.** The refined floor is above 0, and so bounds anything, in {len(bounding)} of"
-        f" {len(rows)} cells; in {bounded} of these the mean of the seeds is not below it by more than three standard"
-        " errors."
+        f"**Students {TRAINED[kind]}.** The refined floor is above 0, and so bounds anything, in {len(bounding):,} of"
+        f" {len(rows):,} cells; in {bounded:,} of these the mean of the seeds is not below it by more than three"
+        " standard errors."
     ]
     for band, inside in strata(rows).items():
         if band in BANDS:
             row = table[(table.predictor == "refined") & (table.stratum == band)].iloc[0]
             ratio = (inside.refined / inside.achieved_floor.where(inside.achieved_floor > 0)).median()
             sentences.append(
-                f"At {escaped(band)} ({len(inside)} cells) it predicts {ratio:.0%} of what is observed in the median,"
+                f"At {escaped(band)} ({len(inside):,} cells) it predicts {ratio:.0%} of what is observed in the median,"
                 f" with R² {number(row.r2, '.2f')} and r {number(row.pearson_r, '.2f')}."
             )
     sentences.append(
