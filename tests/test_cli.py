@@ -133,6 +133,17 @@ def test_floor_of_the_published_curve(cli: Cli, published_curve: Path) -> None:
         assert f["features_kept"] == kept[f["width"]]
 
 
+def test_a_floor_above_a_thousand_has_separators(cli: Cli, tmp_path: Path) -> None:
+    """As counts have. In JSON it stays a number."""
+    (tmp_path / "curve.json").write_text(
+        json.dumps({"sorted_importance": [100.0] * 2048, "alpha": 0.9, "d_model": 800})
+    )
+    asked = ("floor", tmp_path / "curve.json", "--widths", "400", "--law", "proportional")
+    (floor,) = json.loads(cli(*asked, "--json")[1])
+    assert floor["predicted_floor"] == 100.0 * floor["features_lost"] > 100_000
+    assert f"{floor['predicted_floor']:,.0f}" in cli(*asked)[1]
+
+
 @pytest.mark.slow
 def test_shards_merge_to_the_whole(cli: Cli, setup: Path, tmp_path: Path) -> None:
     everything = 10**6

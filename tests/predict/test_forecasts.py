@@ -133,7 +133,7 @@ def changed(value: Any, *path: Any) -> Callable[[Any], None]:
         (without("schema"), "lacks 'schema'"),
         (without("forecasts", 0, "high"), "lacks 'high'"),
         (changed(2, "schema"), "schema 2, and this version reads up to 1: upgrade"),
-        (changed("0", "schema"), "holds no forecasts"),
+        (changed("0", "schema"), "has schema '0', which is not a whole number: it was altered"),
         (changed(None, "forecasts"), "holds no forecasts"),
         (changed("1.5", "forecasts", 0, "value"), "holds no forecasts .value = '1.5'."),
         (changed(None, "forecasts", 0, "low"), "one end of an interval"),

@@ -233,4 +233,4 @@ def _range(each: MethodPlan) -> str:
     if each.low is None and each.high is None:
         return ""
     low = "none" if each.low is None else f"{each.low:,}"
-    return f"{low:,} to {'no known width' if each.high is None else f'{each.high:,}'}"
+    return f"{low} to {'no known width' if each.high is None else f'{each.high:,}'}"
