@@ -3,7 +3,8 @@
 python benchmarks/splice.py: the shapes of benchmarks/measure.py: GPT-NeoX d=768, 12 layers, vocabulary 50,304, random
 weights; a ReLU SAE of 24,576 latents after layer 6 of which 0.8% are active; 8×256 tokens, float32, two threads. Five
 numbers of features are kept. The *limit* is the forward pass up to the hook point and the encoder's product, once; the
-upper layers of the teacher and of five variants; and their divergences, in chunks.
+upper layers of the teacher and of five variants; and their divergences, in chunks. Apart from that, a curve of ten
+numbers of features on the embedded teacher's held-out text.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from common import Claim, Sitting, arguments, at_most, spread
 from memory import growth_apart, peak_growth_mb
 from neox import CPU, Shapes, cut_forward, hugging_face, shapes_of, sparse_autoencoder, tokens
 
-from tl_capacity import Measurement, add_capacity_hooks, splice
+from tl_capacity import Measurement, TokenStream, add_capacity_hooks, load_model, load_sae, splice
 from tl_capacity.models.head import divergences, head_of
 
 VARIANTS = 5
+CURVE, HELDOUT = 10, 17_500
+"""Points of a curve, and tokens that it is drawn from."""
 
 
 def measured(model: Any, sae: Any, shapes: Shapes = CPU) -> Measurement:
@@ -68,6 +71,22 @@ def limit(model: Any, sae: Any, variants: int, shapes: Shapes = CPU) -> Callable
     return once
 
 
+def curve(tokens: int) -> Callable[[], object]:
+    """A curve of ten numbers of features on the embedded teacher's held-out text, at its middle hook point."""
+    embedded = load_model("embedded")
+    assert embedded.named is not None
+    hook, name = list(embedded.named.saes.items())[1]
+    _, sae = load_sae(str(name))
+    text = TokenStream("embedded:heldout", embedded.tokenizer, context=256)
+    with add_capacity_hooks(embedded.model, {hook: sae}) as capacity:
+        measurement = capacity.run(text, max_tokens=tokens, progress=False).measurement()
+    alive = int(measurement[hook].summary.n_alive.value)
+    numbers = [alive * place // CURVE for place in range(1, CURVE + 1)]
+    return lambda: splice(
+        embedded.model, measurement, text, saes={hook: sae}, kept=numbers, max_tokens=tokens, progress=False
+    )
+
+
 def memory() -> float:
     """Peak growth of splicing, in MB. It runs in its own process."""
     model = hugging_face()
@@ -90,6 +109,10 @@ def benchmark(sitting: Sitting) -> None:
             "splicing": splicing(model, sae, measurement, kept(measurement, shapes), shapes),
         },
         [Claim("five numbers of features / limit", ("splicing",), ("limit",), at_most(1.1))],
+    )
+    drawn = "a curve of ten numbers, embedded teacher"
+    sitting.time(
+        {drawn: curve(300 if asked.tiny else HELDOUT)}, [Claim(f"{drawn}, seconds", (drawn,), (), at_most(25))]
     )
     if not asked.tiny:
         sitting.rows.append(spread("growth of peak RSS, MB", growth_apart(__file__, "splicing"), at_most(250)))
