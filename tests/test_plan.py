@@ -24,7 +24,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_config, load_model
 from tl_capacity.plan import Plan, ladder, plan, teacher_config
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import hook_floors
+from tl_capacity.predict.floors import floor_values, hook_floors
 from tl_capacity.results.estimate import document_resamples
 
 pytestmark = pytest.mark.usefixtures("few_replicates")
@@ -124,6 +124,14 @@ def test_kept_shares_agree_with_the_closed_form() -> None:
     shares = [f.kept_share for f in hook_floors(ZIPF.hooks[0], widths, "second_moment", LAW)]
     np.testing.assert_allclose([e.value for e in shares], kept / s.n_alive.value)
     assert all(0 <= (e.low or 0) <= e.value <= (e.high or 1) <= 1 for e in shares)
+
+
+def test_floors_without_intervals_are_those_with_them(measured: Path) -> None:
+    hook, widths = Measurement.load(measured).hooks[0], [8, 2, 4]
+    floors = {f.width: f.predicted_floor.value for f in hook_floors(hook, widths, "second_moment", LAW)}
+    assert floor_values(hook, widths, "second_moment", LAW) == floors
+    assert list(floors) == widths
+    assert floor_values(hook, [], "second_moment", LAW) == {}
 
 
 def test_every_figure_of_a_floor_has_the_bootstraps_interval(measured: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tl_capacity.plugins import plugins
-from tl_capacity.predict.floors import hook_floors
+from tl_capacity.predict.floors import floor_values
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.naming import told_apart
 from tl_capacity.runtime.rounding import whole_below
@@ -88,9 +88,10 @@ def error_warnings(hooks: Iterable[HookMeasurement], widths: Sequence[int], law:
                 " does not add up its decoder vectors (it may normalise each token); so the two are not compared"
             )
             continue
-        below = [f for f in hook_floors(hook, widths, estimator.name, chosen) if f.predicted_floor.value < error.value]
+        floors = floor_values(hook, widths, estimator.name, chosen)
+        below = [width for width, floor in floors.items() if floor < error.value]
         if below:
-            widths_below = ", ".join(f"{f.width:,}" for f in below)
+            widths_below = ", ".join(f"{width:,}" for width in below)
             listed = f"width{'s' if len(below) > 1 else ''} {widths_below}"
             sentences.append(
                 f"{name(hook)}: at {listed} the {importance} floor is below the {hook.kind}'s own error of "

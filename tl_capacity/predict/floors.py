@@ -109,6 +109,18 @@ def hook_floors(
     return floor_predictions(hook.hook, widths, estimates, estimator.name, hook.unit(importance), law)
 
 
+def floor_values(
+    hook: HookMeasurement, widths: Sequence[int], importance: str | None, law: CapacityLaw
+) -> dict[int, float]:
+    """The predicted floor of each width, without the intervals, which take two hundred times as long."""
+    widths = checked_widths(widths)
+    if not widths:
+        return {}
+    at = context_at(hook, hook.importance(importance), sparsity(hook))
+    kept = features_within(budgets(law, widths, at), at.n_features)
+    return dict(zip(widths, theory.lost_importance(at.importance, kept).tolist(), strict=True))
+
+
 def sparsity(hook: HookMeasurement) -> float:
     """α of a hook point, the probability that an alive feature is not active on a token.
 
