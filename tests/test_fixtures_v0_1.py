@@ -36,8 +36,8 @@ FIXTURES = Path(__file__).parent / "fixtures" / "v0_1"
 FIRST_HOOK = "blocks.0.hook_resid_post"
 DIGITS = 1e-9
 """Relative; what is derived from saved sums must not change by more."""
-FITTED = 1e-6
-"""Relative; curves are fitted by an iteration that ends at 1e-8."""
+FITTED = 1e-4
+"""Relative; the search of that version could end 1e-5 before its minimum."""
 NUMBER = re.compile(r"\d[\d.,]*\d|\d")
 RERUN = 1e-4
 """Relative; models in float32 differ from one processor to the next."""
