@@ -8,16 +8,25 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import sae_lens
 import torch
 from commands import HOOK, arguments
+from conftest import D_MODEL
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tl_capacity import Measurement
+from tl_capacity import Measurement, add_capacity_hooks
+from tl_capacity.dictionaries.decoding import Decoder
 from tl_capacity.errors import CapacityError
+from tl_capacity.measure.memory import RESERVE, SUMS_AT_ONCE, fit_memory, sums_of
 from tl_capacity.runtime.units import bytes_in
 
 
@@ -76,6 +85,78 @@ def test_a_wide_sae_within_its_bound(
     # Products over fewer tokens are rounded otherwise, so that a latent on the edge may fall to the other side.
     assert np.abs(one.arrays["counts"] - other.arrays["counts"]).sum() <= 1e-4 * other.arrays["counts"].sum()
     assert 0 < one.l0.value < latents / 20
+
+
+class TensorBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside the block took at any one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in self._storages((args, kwargs))}
+        for storage in self._storages(made):
+            if storage._cdata not in given and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata)
+        self.most = max(self.most, self._now)
+        return made
+
+    def _gone(self, storage: int) -> None:
+        self._now -= self._alive.pop(storage)
+
+    @staticmethod
+    def _storages(tree: Any) -> list[Any]:
+        return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class StandardSAE(sae_lens.StandardSAE):
+    """Has the name of an architecture with a short cut, and another `encode`."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return super().encode(x) * 2
+
+
+def sae_encoding_itself(make_sae: Callable[..., Any], kind: str) -> Any:
+    sae = make_sae("standard" if kind in ("another encode", "hooks") else kind, HOOK, d_sae=2048)
+    with torch.no_grad():
+        (sae.b_gate if kind == "gated" else sae.b_enc).sub_(2.0)  # few latents are active, as in a trained SAE
+    if kind == "another encode":
+        sae.__class__ = StandardSAE
+    if kind == "hooks":
+        sae.hook_sae_acts_post.register_forward_hook(lambda _module, _inputs, latents: latents)
+    return sae
+
+
+@pytest.mark.parametrize("kind", ["gated", "layer_norm", "another encode", "hooks"])
+def test_an_sae_that_encodes_itself_within_its_bound(kind: str, neox: Any, make_sae: Callable[..., Any]) -> None:
+    """Its own `encode` makes all latents of its tokens at once, and so does a `decode` that does not add up. A bound
+    makes these tokens fewer, and changes no latent and nothing that is written.
+    """
+    sae, bound = sae_encoding_itself(make_sae, kind), 3_000_000
+    x = torch.randn(256, D_MODEL, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad(), add_capacity_hooks(neox, sae) as capacity:
+        held = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
+        fit_memory(capacity, held + bound)
+        encoder = capacity.taps[0].encoder
+        with TensorBytes() as made:
+            for _ in encoder.parts(x):
+                pass
+            Decoder(sae).directly(x, encoder.own_tokens)
+        with TensorBytes() as made_at_once:
+            own = sae.encode(x)
+            written = sae.decode(own)
+        assert 0 < own.count_nonzero() < own.numel() / 20
+        assert made.most < bound < made_at_once.most
+        latents = torch.zeros_like(own)
+        tokens, features, values = encoder(x)
+        latents[tokens, features] = values
+        torch.testing.assert_close(latents, own, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(Decoder(sae).directly(x, encoder.own_tokens), written, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["4", "4 TB", "lots", "-1GB", "1e9GB"])

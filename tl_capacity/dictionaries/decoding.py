@@ -31,19 +31,33 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(
-        self, entries: Entries, wanted: Bool[Tensor, " token"], inputs: Float[Tensor, "wanted ..."]
+        self,
+        entries: Entries,
+        wanted: Bool[Tensor, " token"],
+        inputs: Float[Tensor, "wanted ..."],
+        at_once: int | None = None,
     ) -> Float[Tensor, "wanted width"]:
         """The reconstruction of the wanted tokens, from their inputs and the active latents of these or
-        of all tokens.
+        of all tokens. `at_once` is as in `directly`.
         """
         if self.linear:
             return with_skip(self.sae, self._sum(entries, wanted, len(inputs)), inputs)
-        return self.directly(inputs)
+        return self.directly(inputs, at_once)
 
     @torch.no_grad()
-    def directly(self, inputs: Float[Tensor, "token ..."]) -> Float[Tensor, "token width"]:
-        """The reconstruction of some tokens by the SAE's own `encode` and `decode`."""
-        return with_skip(self.sae, self.sae.decode(self.sae.encode(inputs)).flatten(1), inputs)
+    def directly(self, inputs: Float[Tensor, "token ..."], at_once: int | None = None) -> Float[Tensor, "token width"]:
+        """The reconstruction of some tokens by the SAE's own `encode` and `decode`.
+
+        Args:
+            inputs: of the tokens.
+            at_once: how many tokens are encoded and decoded together, as all of their latents are dense; by default
+                all of them.
+        """
+        # What undoes the normalisation of a token remembers the last that were encoded, so each part is decoded first.
+        parts = [
+            self.sae.decode(self.sae.encode(part)).flatten(1) for part in inputs.split(at_once or len(inputs) or 1)
+        ]
+        return with_skip(self.sae, torch.cat(parts), inputs)
 
     def adding_up(self, tokens: int) -> AddingUp:
         """An empty reconstruction of so many tokens, to be added up by a `linear` decoder."""

@@ -71,6 +71,7 @@ class Encoder:
         dead: bool [feature], latents whose decoder vector is zero; None where there are none.
         scratch: the memory of its products.
         dense_latents: how many are dense at once.
+        own_latents: how many the SAE's own `encode` makes at once.
         chunk: tokens to encode at once.
     """
 
@@ -85,15 +86,29 @@ class Encoder:
         self.hold(most if self._activation is not None else max(DENSE_LATENTS, FEWEST_TOKENS * self.d_sae))
 
     def hold(self, latents: int) -> None:
-        """Allow so many latents to be dense at once, at least those of one token. This sets `chunk`, the tokens to
-        encode at once.
+        """Allow so many latents to be dense at once, at least those of one token, also in the SAE's own `encode`. This
+        sets `chunk`, the tokens to encode at once.
         """
-        self.dense_latents = latents
+        self.dense_latents = self.own_latents = latents
         self._block = self.d_sae
         if self._activation is not None:
             few = DENSE_FEATURES if is_accelerator(self.sae.W_dec.device) else 0
             self._block = min(self.d_sae, max(self._activation.features_at_once, few))
         self.chunk = min(CHUNK_TOKENS, max(1, latents // self._block))
+
+    def hold_own(self, latents: int) -> None:
+        """Allow the SAE's own `encode` to make so many latents at once, at least those of one token."""
+        self.own_latents = latents
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens to give the SAE's own `encode` at once."""
+        return max(1, self.own_latents // self.d_sae)
+
+    @property
+    def kept_latents(self) -> int:
+        """Latents in the block that is kept between uses; none where the SAE's own `encode` makes them."""
+        return 0 if self._activation is None else self.chunk * self._block
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Entries:
@@ -119,9 +134,8 @@ class Encoder:
         """As `parts`, including latents whose decoder vector is zero."""
         activation = self.short_cut(inputs)
         if activation is None:
-            at_once = max(1, self.dense_latents // self.d_sae)
-            for start in range(0, max(1, len(inputs)), at_once):
-                tokens, features, values = active_entries(self.sae.encode(inputs[start : start + at_once]))
+            for start in range(0, max(1, len(inputs)), self.own_tokens):
+                tokens, features, values = active_entries(self.sae.encode(inputs[start : start + self.own_tokens]))
                 yield tokens + start, features, values
         else:
             yield from activation.find(self.sae, self._products(inputs))

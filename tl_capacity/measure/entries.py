@@ -142,7 +142,7 @@ class EntryCounting:
                 accumulate(estimator, statistics.state, latents)
         if bool(checked.any()):
             targets = inputs[checked.to(inputs.device)]
-            written = Written(self._decoder(entries, checked, targets), groups[checked])
+            written = Written(self._decoder(entries, checked, targets, self._encoder.own_tokens), groups[checked])
             if not bool(written.reconstruction.sum(dtype=torch.float32).isfinite()):
                 raise not_finite("written", self.hook, batch)
             yield targets, written

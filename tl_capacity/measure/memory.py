@@ -12,8 +12,12 @@ bytes twice (gathered by safetensors, then joined).
 """
 LATENT_BYTES = 6
 """Bytes for each latent that is encoded: its value, and what finds the active ones."""
-OWN_ENCODE_BYTES = 16
-"""Bytes for each latent in an SAE's own `encode`, which makes a new block at each of its steps."""
+CHECKED_BYTES = 16
+"""Bytes for each latent of the first tokens, which the SAE itself encodes too, one after the other."""
+OWN_ENCODE_BYTES = 48
+"""Bytes for each latent in an SAE's own `encode`: at most 20 in its steps, each of which makes a new block, and then at
+most 48 in finding the active ones, where all are.
+"""
 VARIATION = 100_000_000
 """How much a process's memory at the start varies from run to run. It keeps a limit that a refusal asked for from being
 refused again.
@@ -29,7 +33,8 @@ def sums_of(capacity: CapacityHooks) -> int:
 
 def fit_memory(capacity: CapacityHooks, limit: int) -> None:
     """Choose how many latents are dense at once, so that this process stays below `limit` bytes. The count includes
-    what it holds already, the sums while they are saved, and a reserve for the model's activations.
+    what it holds already, the sums while they are saved, and a reserve for the model's activations. It holds for the
+    short cut and for an SAE's own `encode`, which any SAE may turn out to need.
 
     Raises:
         CapacityError: where not one token would fit.
@@ -38,8 +43,9 @@ def fit_memory(capacity: CapacityHooks, limit: int) -> None:
 
     fixed = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
     widest = max(tap.d_sae for tap in capacity.taps)  # taps encode one after the other, into the same memory
+    room = limit - fixed
     # The first tokens are also encoded by the SAE itself, to compare.
-    spare = limit - fixed - CHECKED_TOKENS * OWN_ENCODE_BYTES * widest
+    spare = room - CHECKED_TOKENS * CHECKED_BYTES * widest
     if spare < LATENT_BYTES * widest:
         needed = (limit - spare + LATENT_BYTES * widest + VARIATION) / 1e9
         raise CapacityError(
@@ -48,3 +54,6 @@ def fit_memory(capacity: CapacityHooks, limit: int) -> None:
         )
     for tap in capacity.taps:
         tap.encoder.hold(min(tap.encoder.dense_latents, spare // LATENT_BYTES))
+    kept = LATENT_BYTES * max(tap.encoder.kept_latents for tap in capacity.taps)
+    for tap in capacity.taps:
+        tap.encoder.hold_own(min(tap.encoder.own_latents, (room - kept) // OWN_ENCODE_BYTES))
