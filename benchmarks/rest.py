@@ -28,6 +28,7 @@ Seconds = dict[str, float]
 """Seconds by operation."""
 SHOWN = 7
 """Operations that have a row of their own."""
+PRODUCT, PRODUCTS = "matrix products", ("mm", "addmm", "bmm", "baddbmm")
 BYTES = 4
 """Of a float32."""
 
@@ -40,9 +41,11 @@ def own_seconds(step: Callable[[], object], batches: int) -> Seconds:
         for _ in range(batches):
             step()
         whole = time.perf_counter() - started
-    found = {
-        each.key.removeprefix("aten::"): each.self_cpu_time_total / 1e6 / batches for each in profiled.key_averages()
-    }
+    found: Seconds = {}
+    for each in profiled.key_averages():
+        name = each.key.removeprefix("aten::")
+        name = PRODUCT if name in PRODUCTS else name
+        found[name] = found.get(name, 0.0) + each.self_cpu_time_total / 1e6 / batches
     return found | {"Python": max(0.0, whole / batches - sum(found.values()))}
 
 

@@ -340,7 +340,7 @@ def test_what_is_beyond_a_limit_is_the_difference_of_each_operation(capsys: pyte
 
     one, rows = torch.ones(300, 300), torch.ones(300, 300)
     whole = own_seconds(lambda: [one @ rows, torch.exp(one)], 3)
-    assert {"mm", "exp", "Python"} <= set(whole)
+    assert {"matrix products", "exp", "Python"} <= set(whole)
     sitting = common.Sitting("rest", common.arguments("", 1.0, tiny=True, arguments=[]))
     compare(sitting, "both", whole, own_seconds(lambda: one @ rows, 3))
     assert "both, beyond the limit: exp" in sitting.seconds
