@@ -214,36 +214,51 @@ def time_heads(sitting: Sitting, shapes: HeadShapes, goal: float, share: float) 
     sitting.time(ways, claims, share)
 
 
-def time_steps(sitting: Sitting, shapes: Shapes, students: Widths, share: float) -> None:
-    """Time a step beside the plain loop, and several students at once beside one after the other."""
-    of, tokens = teacher(shapes), token_ids(shapes)
-    gpu, one, number = sitting.asked.device == "cuda", students.one, NUMBERS[len(students.widths)]
-    steps, loops = ({w: f"{kind}, student of {w}" for w in students.widths} for kind in ("step", "plain loop"))
-    together, claims = f"step, {number} students at once", list[Claim]()
-    bare, bare_together = f"bare parts, student of {one}", f"bare parts, {number} students at once"
-    ways = {together: step_of(of, students.widths, tokens, shapes)}
-    ways |= {bare: bare_step(of, (one,), tokens, shapes), bare_together: bare_step(of, students.widths, tokens, shapes)}
-    for width in students.widths:
-        ways[steps[width]] = step_of(of, (width,), tokens, shapes)
-        ways[loops[width]] = plain(of, width, tokens, shapes)
-    claims += [
-        Claim("step / plain loop", (steps[one],), (loops[one],), at_most(0.45)),
-        Claim("bare parts of the step / plain loop", (bare,), (loops[one],)),
-        Claim(f"{number} students in one run / {number} runs", (together,), tuple(steps.values()), at_most(0.55)),
-        Claim(f"bare parts of {number} in one run / {number} runs", (bare_together,), tuple(steps.values())),
-        Claim(
-            f"{number} students in one run / {number} plain loops", (together,), tuple(loops.values()), at_most(0.33)
-        ),
-        Claim(f"bare parts of {number} in one run / {number} plain loops", (bare_together,), tuple(loops.values())),
+def time_step(sitting: Sitting, of: Any, shapes: Shapes, one: int, share: float) -> None:
+    """Time a step of one student beside the plain loop, and its bare parts."""
+    tokens, gpu = token_ids(shapes), sitting.asked.device == "cuda"
+    step, loop, bare = (f"{kind}, student of {one}" for kind in ("step", "plain loop", "bare parts"))
+    ways = {
+        step: step_of(of, (one,), tokens, shapes),
+        loop: plain(of, one, tokens, shapes),
+        bare: bare_step(of, (one,), tokens, shapes),
+    }
+    claims = [
+        Claim("step / plain loop", (step,), (loop,), at_most(0.45)),
+        Claim("bare parts of the step / plain loop", (bare,), (loop,)),
     ]
     if gpu:
-        large = f"{steps[one]}, chunks of {LARGE_CHUNK:,}"
+        large = f"{step}, chunks of {LARGE_CHUNK:,}"
         chunks = DistillSettings(loss=SETTINGS.loss, chunk_tokens=LARGE_CHUNK)
         ways[large] = step_of(of, (one,), tokens, shapes, settings=chunks)
-        claims.append(Claim(f"step, chunks of {LARGE_CHUNK:,} / plain loop", (large,), (loops[one],), at_most(0.45)))
-        for name in (steps[one], large, loops[one], together):
+        claims.append(Claim(f"step, chunks of {LARGE_CHUNK:,} / plain loop", (large,), (loop,), at_most(0.45)))
+        for name in (step, large, loop):
             sitting.sizes[f"peak device memory of {name}"] = device_growth_mb(ways[name])
     sitting.time(ways, claims, share)
+
+
+def time_several(sitting: Sitting, of: Any, shapes: Shapes, widths: Sequence[int], share: float) -> None:
+    """Time several students at once beside one after the other, and the bare parts of all."""
+    tokens, number = token_ids(shapes), NUMBERS[len(widths)]
+    steps, loops = (
+        {f"{kind}, one of {number}, of {width}": width for width in widths} for kind in ("step", "plain loop")
+    )
+    together, bare = f"step, {number} students at once", f"bare parts, {number} students at once"
+    ways = {together: step_of(of, widths, tokens, shapes), bare: bare_step(of, widths, tokens, shapes)}
+    ways |= {name: step_of(of, (width,), tokens, shapes) for name, width in steps.items()}
+    ways |= {name: plain(of, width, tokens, shapes) for name, width in loops.items()}
+    if sitting.asked.device == "cuda":
+        sitting.sizes[f"peak device memory of {together}"] = device_growth_mb(ways[together])
+    sitting.time(
+        ways,
+        [
+            Claim(f"{number} students in one run / {number} runs", (together,), tuple(steps), at_most(0.55)),
+            Claim(f"bare parts of {number} in one run / {number} runs", (bare,), tuple(steps)),
+            Claim(f"{number} students in one run / {number} plain loops", (together,), tuple(loops), at_most(0.33)),
+            Claim(f"bare parts of {number} in one run / {number} plain loops", (bare,), tuple(loops)),
+        ],
+        share,
+    )
 
 
 def benchmark(sitting: Sitting) -> None:
@@ -257,7 +272,9 @@ def benchmark(sitting: Sitting) -> None:
         shapes.rows * shapes.context, shapes.d_model, students.one, shapes.vocabulary, shapes.device, shapes.dtype
     )
     time_heads(sitting, heads, 1.10, 0.15)
-    time_steps(sitting, shapes, students, 0.85)
+    of = teacher(shapes)
+    time_step(sitting, of, shapes, students.one, 0.25)
+    time_several(sitting, of, shapes, students.widths, 0.6)
     if asked.device == "cpu" and not asked.tiny:
         growth, loop = growth_apart(__file__, "chunks"), growth_apart(__file__, "plain loop", 1)[0]
         sitting.rows.append(spread("growth of peak RSS / plain loop", [each / loop for each in growth], at_most(0.25)))
