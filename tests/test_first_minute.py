@@ -108,7 +108,7 @@ class TestWhatIsMissing:
             (["--model", "gpt2"], "gpt2-small-res-jb/blocks.6.hook_resid_pre"),
             (
                 ["--model", "gpt2", "--sae", f"blocks.8.hook_resid_pre={GEMMA_SCOPE}"],
-                "d_in is 2304: it belongs to another",
+                "d_in is 2,304: it belongs to another",
             ),
         ):
             code, _, error = cli(*common, *more)

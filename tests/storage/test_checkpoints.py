@@ -112,3 +112,25 @@ def test_what_the_same_command_can_go_on_from_stays(path: Path, problem: type[Ba
     with pytest.raises(problem), gone_if_refused([path]):
         raise problem("no")
     assert path.exists() == stays
+
+
+def test_a_removal_that_a_kill_cut_short_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, unlink, left = tmp_path / "a.checkpoint.safetensors", Path.unlink, 1
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        unlink(self, missing_ok)
+
+    checkpoint = Checkpoint(path, {})
+    checkpoint.save({"a": torch.ones(2)}, {})
+    checkpoint.save({"a": torch.ones(2)}, {})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_checkpoint(path)
+    [found] = tmp_path.glob("*.checkpoint.safetensors")
+    remove_checkpoint(found)
+    assert not list(tmp_path.iterdir())

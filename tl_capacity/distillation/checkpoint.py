@@ -153,5 +153,5 @@ def restore(tensors: Mapping[str, Tensor], students: nn.Module, optimiser: torch
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint that is no longer needed."""
-    for path in (folder / JSON_NAME, storage.previous(folder / JSON_NAME), *folder.glob("checkpoint-*.safetensors")):
+    for path in (storage.previous(folder / JSON_NAME), folder / JSON_NAME, *folder.glob("checkpoint-*.safetensors")):
         path.unlink(missing_ok=True)

@@ -104,8 +104,11 @@ class Checkpoint:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint and the previous one, once the result is written."""
-    for old in (path, previous(path)):
+    """Delete a checkpoint and the previous one, once the result is written.
+
+    The newest goes last: who finds it after a kill knows that there may be another.
+    """
+    for old in (previous(path), path):
         old.unlink(missing_ok=True)
 
 
