@@ -48,7 +48,7 @@ def test_fisher_is_near_the_kl_of_ablations(tmp_path: Path, capsys: pytest.Captu
             CapacityError,
             "no SAE comes with embedded at blocks.2.hook_resid_post: pass --sae",
         ),
-        (["--rows", "100000"], TokenSourceError, "rows that fill a context of 256, fewer than 100000"),
+        (["--rows", "100000"], TokenSourceError, "rows that fill a context of 256, fewer than 100,000"),
     ],
 )
 def test_bad_input(options: list[str], kind: type[Exception], says: str) -> None:
