@@ -7,7 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import curve_fit
 
+from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.observed import fit_power_law, fit_power_laws, power_law
+from tl_capacity.distillation.run import DistillationRun
 
 BOUNDS = np.array([0.0, 0.0, 0.05]), np.array([np.inf, np.inf, 5.0])
 SHARE = np.linspace(0.1, 1, 37)
@@ -74,3 +76,9 @@ def test_one_curve_is_fitted_as_among_many() -> None:
     together = fit_power_laws(SHARE, losses)
     for each, fitted in zip(losses, together, strict=True):
         np.testing.assert_allclose(fit_power_law(SHARE, each), fitted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_run_says_what_it_is() -> None:
+    curve = StudentCurve("width8-seed0", 8, 0, "random", 900, 200, (0, 1_500), (2.0, 1.0), (1.0,))
+    run = DistillationRun((curve,), "embedded", 128, source="text", heldout_tokens=2_000)
+    assert repr(run) == "DistillationRun(embedded into width8-seed0; 1,500 tokens of text)"
