@@ -78,8 +78,9 @@ def removal_kl(
             seen: list[Tensor] = []
             hidden_states(model, ids, 0, [(point, seen.append)])
             x = seen[0][0]
-            strength = sae.encode(x)[:, torch.from_numpy(kept).to(x.device)] * replaced.T.to(x)  # [position, kept]
-            spliced = torch.where(replaced.T, sae.decode(torch.zeros_like(sae.encode(x))) + strength @ vectors, x)
+            latents = sae.encode(x)
+            strength = latents[:, torch.from_numpy(kept).to(x.device)] * replaced.T.to(x)  # [position, kept]
+            spliced = torch.where(replaced.T, sae.decode(torch.zeros_like(latents)) + strength @ vectors, x)
             [whole] = _kl_of(model, point, head, ids, predicting, spliced[None])
             costs = np.full(len(kept), whole)
             fires = (strength != 0).any(0).nonzero()[:, 0]

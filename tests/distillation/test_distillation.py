@@ -331,6 +331,7 @@ def test_a_run_survives_saving(finished: tuple[DistillationRun, Path], teacher: 
     "spoil",
     [
         lambda c: c.update(schema=99),
+        lambda c: c.pop("schema") and None,
         lambda c: c.pop("teacher") and c.update(teachers="x"),
         lambda c: c["students"][0]["heldout_kl"].pop(),
         lambda c: c["students"][0].update(width=None) or c["students"][0]["tokens"].reverse(),

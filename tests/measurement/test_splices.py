@@ -74,3 +74,7 @@ def test_a_splice_of_another_teacher_or_dictionary_is_refused(tmp_path: Path) ->
     (tmp_path / "s" / "splice.json").write_text(json.dumps(content))
     with pytest.raises(MeasurementError, match=r"json has schema 2, and this version reads up to 1: upgrade"):
         splice_of(named, tmp_path / "measured", tmp_path / "s")
+    del content["schema"]
+    (tmp_path / "s" / "splice.json").write_text(json.dumps(content))
+    with pytest.raises(MeasurementError, match=r"json lacks or garbles 'schema': splice again"):
+        splice_of(named, tmp_path / "measured", tmp_path / "s")

@@ -317,6 +317,7 @@ def test_a_price_list_survives_saving_and_shows_itself(placed: Path, tmp_path: P
     "spoil",
     [
         lambda content: content.update(schema=9),
+        lambda content: content.pop("schema"),
         lambda content: content.update(prices=[]),
         lambda content: content["prices"][0].update(kl=None),
         lambda content: content["prices"][0].update(width="wide"),

@@ -182,7 +182,7 @@ class DistillationRun(ShownInNotebooks):
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> DistillationRun:
         """The run that `to_json` wrote."""
-        storage.check_schema("the distillation", content, SCHEMA)
+        storage.check_schema("the distillation", content["schema"], SCHEMA)
         students = [StudentCurve.from_json(saved) for saved in content["students"]]
         if not students:
             raise ValueError("it has no students")

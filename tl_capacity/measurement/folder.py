@@ -68,12 +68,7 @@ def read_folder(folder: Path, name: str = JSON_NAME) -> tuple[dict[str, Any], di
             f"{folder} is not a measurement, as it has no {JSON_NAME}: pass a folder that `tl-capacity measure "
             "--out` wrote"
         )
-    try:
-        content = storage.read_record(path, SCHEMA)
-    except MeasurementError:
-        raise
-    except (ValueError, OSError, RecursionError) as problem:
-        raise MeasurementError(f"{path} is truncated, altered or no JSON ({problem}): measure again") from problem
+    content = storage.read_result(path, SCHEMA, "measure again", "is truncated, altered or no JSON")
     if not isinstance(content.get("schema"), int):
         raise MeasurementError(
             f"{path} has no schema version: it was altered or not written by this tool, so measure again"

@@ -13,7 +13,7 @@ from tl_capacity.placement.price import ESTIMATES, NATS, Price, numbers_of
 from tl_capacity.results.estimate import Estimate, significant
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
-from tl_capacity.storage.files import check_schema, file_in, read_record, save_into
+from tl_capacity.storage.files import check_schema, file_in, read_result, save_into
 
 JSON_NAME = "placement.json"
 SCHEMA = 1
@@ -117,8 +117,8 @@ class Placement(ShownInNotebooks):
         Raises:
             MeasurementError: where it is of a newer version, or no price list.
         """
-        check_schema(JSON_NAME, content, SCHEMA)
         try:
+            check_schema(JSON_NAME, content["schema"], SCHEMA)
             made = cls(
                 prices=tuple(map(Price.from_json, content["prices"])),
                 features=tuple(int(feature) for feature in content["features"]),
@@ -154,13 +154,7 @@ class Placement(ShownInNotebooks):
             MeasurementError: where it cannot be read, or is none, as in `from_json`.
         """
         file = file_in(path, JSON_NAME)
-        try:
-            content = read_record(file, SCHEMA)
-        except MeasurementError:
-            raise
-        except (OSError, ValueError, RecursionError) as problem:
-            raise MeasurementError(f"{file} cannot be read ({problem}): run placement again") from problem
-        return cls.from_json(content)
+        return cls.from_json(read_result(file, SCHEMA, "run placement again"))
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a row for each width and weight."""

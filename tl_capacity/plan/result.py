@@ -18,7 +18,7 @@ from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import per_token
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, said_once, table
-from tl_capacity.storage.files import file_in, read_record, save_into, write_record
+from tl_capacity.storage.files import file_in, read_result, save_into, write_record
 
 JSON_NAME = "plan.json"
 SCHEMA = 1
@@ -221,12 +221,7 @@ class Plan(ShownInNotebooks):
             MeasurementError: where it cannot be read, is of a newer version, or was altered.
         """
         file = file_in(path, JSON_NAME)
-        try:
-            content = read_record(file, SCHEMA)
-        except MeasurementError:
-            raise
-        except (OSError, ValueError, RecursionError) as problem:
-            raise MeasurementError(f"{file} cannot be read as a plan ({problem}): plan again") from problem
+        content = read_result(file, SCHEMA, "plan again", "cannot be read as a plan")
         try:
             return cls.from_json(content)
         except (KeyError, TypeError, ValueError, AttributeError) as problem:

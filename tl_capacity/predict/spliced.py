@@ -27,7 +27,7 @@ from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS as NATS
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
-from tl_capacity.storage.files import file_in, read_record, save_into
+from tl_capacity.storage.files import check_schema, file_in, read_result, save_into
 
 JSON_NAME = "splice.json"
 SCHEMA = 1
@@ -120,13 +120,9 @@ class Spliced(ShownInNotebooks):
             MeasurementError: where it cannot be read, is of a newer version, or was altered.
         """
         file = file_in(path, JSON_NAME)
+        content = read_result(file, SCHEMA, "splice again")
         try:
-            content = read_record(file, SCHEMA)
-        except MeasurementError:
-            raise
-        except (OSError, ValueError, RecursionError) as problem:
-            raise MeasurementError(f"{file} cannot be read ({problem}): splice again") from problem
-        try:
+            check_schema(file, content["schema"], SCHEMA)
             return cls(tuple(map(SplicedCurve.from_json, content["curves"])), dict(content["about"]))
         except MeasurementError:
             raise

@@ -296,4 +296,4 @@ class Passes:
 
 def components_of(width: int) -> str:
     """The name of the readout of this many principal components of the teacher."""
-    return f"teacher's {width:,} principal components"
+    return f"teacher's {width} principal components"

@@ -12,7 +12,7 @@ from tl_capacity.errors import MeasurementError
 from tl_capacity.plugins import plugins
 from tl_capacity.probing.fields import as_count, finite, numbers_of, object_of, whole, width_of
 from tl_capacity.results.estimate import Estimate
-from tl_capacity.storage.files import check_schema
+from tl_capacity.storage.files import check_any_schema
 
 JSON_NAME = "recoverability.json"
 
@@ -150,7 +150,7 @@ class RecoveryRow:
         Raises:
             MeasurementError: where it is of a newer version, or a width or number is none that a row can have.
         """
-        check_schema(JSON_NAME, content, SCHEMA)
+        check_any_schema(JSON_NAME, content, SCHEMA)
         row = content if isinstance(content, dict) else {}
         numbers = numbers_of(JSON_NAME, row)
         if "width" not in row or "kept" not in numbers:

@@ -11,7 +11,7 @@ from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.fields import finite, object_of, objects_of
 from tl_capacity.probing.rows import JSON_NAME, SCHEMA, ProbedConcept, ProbeRow, SparseRow
 from tl_capacity.show.notebook import ShownInNotebooks
-from tl_capacity.storage.files import check_schema, file_in, read_json, save_into
+from tl_capacity.storage.files import check_any_schema, file_in, read_json, save_into
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Probes(ShownInNotebooks):
                 probe can have.
         """
         rows = content.get("probes") if isinstance(content, dict) else content
-        check_schema(JSON_NAME, content, SCHEMA)
+        check_any_schema(JSON_NAME, content, SCHEMA)
         probes = [ProbeRow.from_json(row) for row in (rows if isinstance(rows, list) else [])]
         if not any(probes):
             raise MeasurementError(f"{JSON_NAME} has no accuracy at any width: probe again")

@@ -86,25 +86,50 @@ def read_record(path: Path, schema: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     json.dumps(content, allow_nan=False)  # Python reads NaN and infinity, which are no JSON and were never written
-    check_schema(path, content, schema)
+    check_any_schema(path, content, schema)
     seal = content.pop(SEAL, None)
     if seal is not None and seal != _seal(content):
         raise ValueError("the SHA-256 of its content is not the recorded one")
     return content
 
 
-def check_schema(file: str | Path, content: Any, newest: int) -> None:
+def read_result(file: Path, schema: int, again: str, failed: str = "cannot be read") -> dict[str, Any]:
+    """What `read_record` reads, with everything that can be wrong with the file in one sentence.
+
+    Args:
+        again: what makes the file anew, for the error.
+        failed: what the error says of the file.
+
+    Raises:
+        MeasurementError: where `read_record` raises anything.
+    """
+    try:
+        return read_record(file, schema)
+    except MeasurementError:
+        raise
+    except (OSError, ValueError, RecursionError) as problem:
+        raise MeasurementError(f"{file} {failed} ({problem}): {again}") from problem
+
+
+def check_any_schema(file: str | Path, content: Any, newest: int) -> None:
     """Refuse a JSON object that a newer version wrote. What has no `schema` passes.
+
+    Raises:
+        MeasurementError: as `check_schema` does.
+    """
+    if isinstance(content, dict) and content.get("schema") is not None:
+        check_schema(file, content["schema"], newest)
+
+
+def check_schema(file: str | Path, schema: Any, newest: int) -> None:
+    """Refuse the `schema` of a JSON object that a newer version wrote.
 
     Args:
         file: how the error names it.
 
     Raises:
-        MeasurementError: where its `schema` is newer than `newest`, or is not a whole number.
+        MeasurementError: where it is newer than `newest`, or is not a whole number.
     """
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema is None:
-        return
     text = repr(schema)
     shown = text if len(text) <= 24 else f"{text[:20]}…"
     if type(schema) is not int:
