@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import Claim, Sitting, absent, arguments, at_most, fact, spread
-from heads import HeadShapes, four_gemms, gradient_error, ours, peers, with_gradients
+from heads import HeadShapes, four_gemms, gradient_error, ours, ours_rounded, peers, with_gradients
 from memory import device_growth_mb, growth_apart, peak_growth_mb
 from neox import CPU, CUDA, Shapes, hugging_face, tiny
 from torch.nn import functional as F
@@ -71,9 +71,9 @@ def student_of(of: Any, width: int, shapes: Shapes) -> Any:
         return new_student(of, width)
 
 
-def autocast(shapes: Shapes) -> torch.autocast:
-    """Run the students' blocks in bfloat16, if their teacher is."""
-    return torch.autocast(shapes.device, torch.bfloat16, enabled=shapes.dtype == torch.bfloat16)
+def autocast(shapes: Shapes, rounded: bool = False) -> torch.autocast:
+    """Compute the students' products in bfloat16, if their teacher is in it, or if they shall be `rounded`."""
+    return torch.autocast(shapes.device, torch.bfloat16, enabled=rounded or shapes.dtype == torch.bfloat16)
 
 
 def step_of(
@@ -83,8 +83,9 @@ def step_of(
     shapes: Shapes = CPU,
     keep: Sequence[Kept] = (),
     settings: DistillSettings = SETTINGS,
+    rounded: bool = False,
 ) -> Callable[[], object]:
-    """A step as `distill` takes it."""
+    """A step as `distill` takes it; where it shall be `rounded`, with `--mixed-precision bf16`."""
     students = Students([student_of(of, width, shapes) for width in widths], shapes.d_model, settings, keep)
     students.to(shapes.device)
     optimiser = adamw(students)
@@ -95,7 +96,7 @@ def step_of(
     def step() -> object:
         with torch.no_grad():
             target = output_of(of, tokens, mask, students.hooks, students.points)
-        with autocast(shapes):
+        with autocast(shapes, rounded):
             losses = students(tokens, mask, labels, target, len(labels))
         losses.sum().backward()
         norms = [
@@ -191,10 +192,17 @@ def time_heads(sitting: Sitting, shapes: HeadShapes, goal: float, share: float) 
         }
         best.append(f"head, chunks of {LARGE_CHUNK:,}")
     claims += [Claim(f"{way} / its four bare GEMMs", (way,), ("its four GEMMs",), at_most(goal)) for way in best]
+    if not gpu:
+        ways["head, rounded"] = with_gradients(ours_rounded(), shapes)
+        claims.append(Claim("head, rounded / its four bare GEMMs", ("head, rounded",), ("its four GEMMs",)))
     small = shapes if gpu else replace(shapes, tokens=min(256, shapes.tokens))
     scale, unit = (1e6, "1e-6") if shapes.dtype == torch.float32 else (1e3, "1e-3")
     bound = at_most(10) if shapes.dtype == torch.float32 else None
     sitting.rows.append(fact(f"gradient against float64, in {unit}", scale * gradient_error(ours(), small), bound))
+    if not gpu:
+        sitting.rows.append(
+            fact("gradient, rounded, against float64, in 1e-3", 1e3 * gradient_error(ours_rounded(), small))
+        )
     for name, loss, why in peers():
         titles = [f"{way} / {name}'s loss" for way in best]
         try:
@@ -217,7 +225,9 @@ def time_heads(sitting: Sitting, shapes: HeadShapes, goal: float, share: float) 
 def time_step(sitting: Sitting, of: Any, shapes: Shapes, one: int, share: float) -> None:
     """Time a step of one student beside the plain loop, and its bare parts."""
     tokens, gpu = token_ids(shapes), sitting.asked.device == "cuda"
-    step, loop, bare = (f"{kind}, student of {one}" for kind in ("step", "plain loop", "bare parts"))
+    step, low, loop, bare = (
+        f"{kind}, student of {one}" for kind in ("step", "step, rounded", "plain loop", "bare parts")
+    )
     ways = {
         step: step_of(of, (one,), tokens, shapes),
         loop: plain(of, one, tokens, shapes),
@@ -227,6 +237,9 @@ def time_step(sitting: Sitting, of: Any, shapes: Shapes, one: int, share: float)
         Claim("step / plain loop", (step,), (loop,), at_most(0.45)),
         Claim("bare parts of the step / plain loop", (bare,), (loop,)),
     ]
+    if not gpu:
+        ways[low] = step_of(of, (one,), tokens, shapes, rounded=True)
+        claims.append(Claim("step, rounded / plain loop", (low,), (loop,)))
     if gpu:
         large = f"{step}, chunks of {LARGE_CHUNK:,}"
         chunks = DistillSettings(loss=SETTINGS.loss, chunk_tokens=LARGE_CHUNK)
@@ -243,22 +256,22 @@ def time_several(sitting: Sitting, of: Any, shapes: Shapes, widths: Sequence[int
     steps, loops = (
         {f"{kind}, one of {number}, of {width}": width for width in widths} for kind in ("step", "plain loop")
     )
-    together, bare = f"step, {number} students at once", f"bare parts, {number} students at once"
+    together, low, bare = (f"{kind}, {number} students at once" for kind in ("step", "step, rounded", "bare parts"))
     ways = {together: step_of(of, widths, tokens, shapes), bare: bare_step(of, widths, tokens, shapes)}
     ways |= {name: step_of(of, (width,), tokens, shapes) for name, width in steps.items()}
     ways |= {name: plain(of, width, tokens, shapes) for name, width in loops.items()}
+    claims = [
+        Claim(f"{number} students in one run / {number} runs", (together,), tuple(steps), at_most(0.55)),
+        Claim(f"bare parts of {number} in one run / {number} runs", (bare,), tuple(steps)),
+        Claim(f"{number} students in one run / {number} plain loops", (together,), tuple(loops), at_most(0.33)),
+        Claim(f"bare parts of {number} in one run / {number} plain loops", (bare,), tuple(loops)),
+    ]
     if sitting.asked.device == "cuda":
         sitting.sizes[f"peak device memory of {together}"] = device_growth_mb(ways[together])
-    sitting.time(
-        ways,
-        [
-            Claim(f"{number} students in one run / {number} runs", (together,), tuple(steps), at_most(0.55)),
-            Claim(f"bare parts of {number} in one run / {number} runs", (bare,), tuple(steps)),
-            Claim(f"{number} students in one run / {number} plain loops", (together,), tuple(loops), at_most(0.33)),
-            Claim(f"bare parts of {number} in one run / {number} plain loops", (bare,), tuple(loops)),
-        ],
-        share,
-    )
+    else:
+        ways[low] = step_of(of, widths, tokens, shapes, rounded=True)
+        claims.append(Claim(f"{number} students in one run, rounded / {number} plain loops", (low,), tuple(loops)))
+    sitting.time(ways, claims, share)
 
 
 def benchmark(sitting: Sitting) -> None:

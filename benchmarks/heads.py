@@ -62,6 +62,17 @@ def ours(chunk: int = CHUNK_TOKENS) -> Loss:
     return loss
 
 
+def ours_rounded() -> Loss:
+    """Ours beneath autocast, where the inputs of the products are rounded to bfloat16 or TF32."""
+    loss = ours()
+
+    def call(of: Output, student: Output) -> torch.Tensor:
+        with torch.autocast(of.hidden.device.type, torch.bfloat16):
+            return loss(of, student)
+
+    return call
+
+
 def ligers() -> Loss:
     """liger-kernel's chunked loss, whose generalised JSD is forward KL at β = 0. It is compiled, as by default.
 

@@ -12,6 +12,7 @@ install.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import log
 from typing import Any
@@ -27,6 +28,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.models.head import Head as Head
 from tl_capacity.models.head import cached_tokens
 from tl_capacity.runtime.devices import exact, exact_device
+from tl_capacity.runtime.precision import beneath_autocast, rounded_products
 from tl_capacity.runtime.scratch import Scratch
 
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -117,6 +119,7 @@ def chunked_losses(
     """The loss of each student in float64: the sum over the tokens, divided by `total` (default: their number).
 
     Gradients reach the students' hidden states, head weights and biases and are exact: chunks only order the sums.
+    Beneath autocast the inputs of the products are rounded (`rounded_products`), as those of the blocks are.
 
     Args:
         labels: the next token of each, for the cross-entropy.
@@ -180,12 +183,14 @@ class _ChunkedLosses(torch.autograd.Function):
             part.view(-1, size[1])
             for part in torch.split(task.scratch.take(sum(sizes), students[0].head.weight), sizes)
         ]
-        for start in range(0, len(task.labels), task.chunk):
-            rows = slice(start, min(start + task.chunk, len(task.labels)))
-            log_p, logits, *scratch = (buffer[: rows.stop - start] for buffer in buffers)
-            torch.log_softmax(teacher.head.logits(teacher.hidden[rows], logits, temperature), -1, out=log_p)
-            for student in students:
-                student.add(rows, task, log_p, logits, scratch)
+        device = task.labels.device
+        with rounded_products(device) if beneath_autocast(device) else nullcontext():
+            for start in range(0, len(task.labels), task.chunk):
+                rows = slice(start, min(start + task.chunk, len(task.labels)))
+                log_p, logits, *scratch = (buffer[: rows.stop - start] for buffer in buffers)
+                torch.log_softmax(teacher.head.logits(teacher.hidden[rows], logits, temperature), -1, out=log_p)
+                for student in students:
+                    student.add(rows, task, log_p, logits, scratch)
         ctx.save_for_backward(*(gradient for student in students for gradient in student.gradients))
         return torch.stack([student.loss for student in students]) / task.total
 

@@ -195,8 +195,8 @@ class DistillSettings:
         heldout_tokens: predicted tokens that it is taken on.
         repeat: whether text that is shorter than `tokens` may be read several times.
         seed: of the order of the rows.
-        mixed_precision: "no", or "bf16" for the students' blocks under autocast; weights, optimiser and losses stay
-            float32.
+        mixed_precision: "no", or "bf16" for the students' blocks under autocast and for the inputs of the heads'
+            products (`rounded_products`); weights, optimiser, sums and losses stay float32.
         chunk_tokens: tokens whose logits exist at a time.
 
     Raises:
@@ -235,7 +235,9 @@ class DistillSettings:
     heldout_tokens: int = option(16_384, "Predicted tokens to judge the students on.")
     repeat: bool = option(False, "Repeat the source if it is shorter than --tokens.")
     seed: int = option(0, "Seed of the order of the rows.")
-    mixed_precision: str = option("no", "Mixed precision: no, or bf16 for the students' blocks.")
+    mixed_precision: str = option(
+        "no", "Mixed precision: no, or bf16 for the products of the students' blocks and heads."
+    )
     chunk_tokens: int = internal(CHUNK_TOKENS)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,75 @@
+"""Products of float32 matrices in lower precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tl_capacity.distillation.losses import LogitLoss, Output, chunked_losses
+from tl_capacity.models.head import Head
+from tl_capacity.runtime.precision import rounded_products
+
+TOKENS, VOCABULARY, WIDTH = 64, 3000, 48
+
+
+def drawn(*size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+def rounds() -> bool:
+    """Whether this machine and this PyTorch can round on a CPU."""
+    can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return can and hasattr(torch.backends.mkldnn.matmul, "fp32_precision")
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def test_inputs_are_rounded_and_sums_are_not() -> None:
+    left, right = drawn(TOKENS, WIDTH), drawn(WIDTH, VOCABULARY)
+    exact, rounded = left.double() @ right.double(), left.bfloat16().double() @ right.bfloat16().double()
+    with rounded_products(left.device):
+        within = left @ right
+    after = left @ right
+    assert error(within, rounded if rounds() else exact) < 1e-6
+    assert error(after, exact) < 1e-6
+
+
+def test_the_precision_comes_back_after_an_error() -> None:
+    left, right = drawn(TOKENS, WIDTH), drawn(WIDTH, VOCABULARY)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), rounded_products(left.device):
+        left @ left
+    assert error(left @ right, left.double() @ right.double()) < 1e-6
+
+
+@pytest.mark.parametrize("device", ["mps", "meta"])
+def test_other_devices_are_left_alone(device: str) -> None:
+    left, right = drawn(TOKENS, WIDTH), drawn(WIDTH, VOCABULARY)
+    with rounded_products(torch.device(device)):
+        assert error(left @ right, left.double() @ right.double()) < 1e-6
+
+
+def gradients(autocast: bool) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """A student's loss, and its gradients."""
+    teacher = Output(drawn(TOKENS, 2 * WIDTH), Head(drawn(VOCABULARY, 2 * WIDTH) / 5))
+    hidden, weight = (part.requires_grad_() for part in (drawn(TOKENS, WIDTH), drawn(VOCABULARY, WIDTH) / 5))
+    labels = torch.zeros(TOKENS, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = chunked_losses(teacher, [Output(hidden, Head(weight))], labels, LogitLoss()).sum()
+    of_hidden, of_weight = torch.autograd.grad(loss, [hidden, weight])
+    assert of_hidden.dtype == of_weight.dtype == torch.float32
+    return float(loss.detach()), of_hidden.double(), of_weight.double()
+
+
+def test_a_heads_products_are_rounded_beneath_autocast_alone() -> None:
+    """As those of the blocks are. What is rounded moves a gradient by hundredths of its largest entry at most."""
+    loss, *exact = gradients(autocast=False)
+    below, *rounded = gradients(autocast=True)
+    assert below == pytest.approx(loss, rel=1e-2)
+    moved = [error(found, expected) for found, expected in zip(rounded, exact, strict=True)]
+    assert max(moved) < 0.03
+    assert (min(moved) > 1e-4) == rounds()
+    again, *after = gradients(autocast=False)
+    assert again == loss
+    assert all(torch.equal(found, expected) for found, expected in zip(after, exact, strict=True))
