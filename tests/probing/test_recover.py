@@ -37,7 +37,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import load_model
 from tl_capacity.plugins import register_plugin, unregister_plugin
 from tl_capacity.probing import ridge as ridge_module
-from tl_capacity.probing.ranking import BINS, Ranking, auroc_of, average_precision_of, bins_of_
+from tl_capacity.probing.ranking import BINS, Firings, Ranking, auroc_of, average_precision_of, bins_of_
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.recoverability import Recoverability
 from tl_capacity.probing.recovery import Recovery, most_important, recovery_figure
@@ -57,6 +57,7 @@ from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, parts_of, s
 from tl_capacity.results.estimate import document_resamples
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.storage import checkpoints
+from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.text.streams import PADDING, TokenStream
 
 HOOK = "blocks.0.hook_resid_post"
@@ -195,11 +196,12 @@ def judged(data: Any) -> tuple[Scores, np.ndarray[Any, Any], torch.Tensor]:
     z = z.clone()
     z[2000:, 0] = 0
     readout = solve(moments_of(x[:2000], z[:2000]), 1e-4)
-    ranking = Ranking(readout)
+    ranking, held = Ranking(readout), Firings(FEATURES, x.device)
     for start in range(2000, TOKENS, 90):
         some = slice(start, min(start + 90, TOKENS))
+        held.update(latents_of(z[some]), groups[some])
         ranking.update(x[some], latents_of(z[some]), groups[some])
-    return ranking.scores(), predicted(readout, x[2000:]), z[2000:]
+    return ranking.scores(held), predicted(readout, x[2000:]), z[2000:]
 
 
 def test_streamed_scores_are_scikit_learns_within_the_stated_error(judged: Any) -> None:
@@ -452,6 +454,31 @@ def test_several_students_come_out_as_each_alone(
             getattr(together.students[0].student, name), getattr(alone.students[0].student, name)
         )
         np.testing.assert_array_equal(getattr(together.teacher, name), getattr(alone.teacher, name))
+
+
+def test_checkpoints_of_every_version_go_on_to_the_same_scores(
+    planted: Any, coordinates: Any, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    """Version 0.1 kept the sums of the latents with every readout, in float64."""
+    teacher, student, measured = planted
+
+    def once(folder: str) -> tuple[Recovery, list[Checkpoint]]:
+        both = [Checkpoint(tmp_path / folder / f"{which}.safetensors", {}) for which in ("fit", "judge")]
+        found = recovered(teacher, coordinates, {"a": student}, rows, measured, checkpoints=tuple(both))
+        return found, [Checkpoint(checkpoint.path, {}) for checkpoint in both]
+
+    whole, (fitted, judged) = once("new")
+    sums = judged.part("held-out latents")
+    readouts = {name.rpartition("/")[0] for name in judged.tensors} - {"held-out latents"}
+    earlier = {name: tensor for name, tensor in judged.tensors.items() if not name.startswith("held-out latents/")}
+    for readout in readouts:
+        earlier |= {f"{readout}/{name}": tensor.double().clone() for name, tensor in sums.items()}
+    for part, tensors in ((fitted, fitted.tensors), (judged, earlier)):
+        Checkpoint(tmp_path / "old" / str(part.path and part.path.name), {}).save(tensors, part.about)
+    again, _ = once("old")
+    for name, array in whole.arrays().items():
+        np.testing.assert_array_equal(again.arrays()[name], array)
+    assert again.rows == whole.rows
 
 
 def test_it_shows_itself(planted: Any, coordinates: Any, rows: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, r2_score, roc_auc_score
 import tl_capacity as tlc
 from tl_capacity.dictionaries.bases import NeuronBasis, PCABasis
 from tl_capacity.errors import MeasurementError
-from tl_capacity.probing.ranking import Ranking
+from tl_capacity.probing.ranking import Firings, Ranking
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.ridge import Latents, Moments, Readout, solve
 from tl_capacity.probing.scores import Scores
@@ -52,14 +52,17 @@ def readout_of(x: torch.Tensor, z: torch.Tensor) -> Readout:
 
 def judged(readout: Readout, x: torch.Tensor, z: torch.Tensor, groups: torch.Tensor, signed: bool) -> Scores:
     """Scores of a readout, streamed and interrupted once."""
-    ranking = Ranking(readout, signed=signed)
+    ranking, held = Ranking(readout, signed=signed), Firings(z.shape[1], x.device)
     for start in range(0, len(x), 90):
         some = slice(start, start + 90)
+        held.update(latents_of(z[some]), groups[some])
         ranking.update(x[some], latents_of(z[some]), groups[some])
         if start == 450:
             tensors, ranking = ranking.to_tensors(), Ranking(readout, signed=signed)
             ranking.go_on_from(tensors)
-    return ranking.scores()
+            tensors, held = held.to_tensors(), Firings(z.shape[1], x.device)
+            held.go_on_from(tensors)
+    return ranking.scores(held)
 
 
 def test_both_sides_are_scikit_learns_within_the_stated_error(data: Any) -> None:

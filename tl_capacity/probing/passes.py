@@ -18,8 +18,9 @@ from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
 from tl_capacity.models.forward import activations_at
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
-from tl_capacity.probing.ranking import Ranking
+from tl_capacity.probing.ranking import Firings, Ranking
 from tl_capacity.probing.ridge import FitSums, Latents, Moments, Readout, fit, principal_axes, step_among
+from tl_capacity.probing.scores import Scores
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, split
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import exact_device
@@ -32,6 +33,8 @@ from tl_capacity.text.streams import PADDING, TokenBatch
 TEACHER, RANDOM = "teacher", "with random weights"
 WHOLE = "whole"
 """What sums over the documents that fit and those that choose are called in a checkpoint."""
+LATENTS = "held-out latents"
+"""What the sums of the latents alone are called in one. Earlier versions kept them with every readout."""
 EARLIER_FIT, EARLIER_VALIDATION = "earlier fit", "earlier validation"
 """The two parts apart and of all features, as checkpoints of version 0.1 have them."""
 
@@ -167,7 +170,7 @@ class Passes:
             readouts[components_of(width)] = fit(sums[TEACHER], axes)
             sources[components_of(width)] = TEACHER
         for name in self.names:
-            readouts[name] = fit(sums.pop(name))
+            readouts[name] = fit(sums.pop(name), used_up=True)
         return readouts, sources
 
     def sums(self, checkpoint: Checkpoint, label: str) -> dict[str, FitSums]:
@@ -187,6 +190,7 @@ class Passes:
                 if name not in sums:
                     sums[name] = FitSums.zeros(x.shape[1], self.n_features, self.device)
                 sums[name].update(x, latents, part == VALIDATION)
+            del activations, latents, x  # before the next forward pass
         # A process that had no batch does not know how wide the models are.
         widths = {name: len(each.whole.x) for name, each in sums.items()}
         self.widths = dict(ChainMap(*self.processes.gather(widths)))
@@ -216,21 +220,29 @@ class Passes:
 
     def judge(
         self, readouts: dict[str, Readout], sources: Mapping[str, str], checkpoint: Checkpoint
-    ) -> dict[str, Ranking]:
-        """The scores of every readout on the held-out documents."""
-        rankings = {name: Ranking(readout, signed=self.signed) for name, readout in readouts.items()}
+    ) -> dict[str, Scores]:
+        """The scores of every readout on the held-out documents. Each readout is taken out of `readouts`, the largest
+        first: its ranking has a copy in float32, which takes half the memory.
+        """
+        largest_first = sorted(readouts, key=lambda name: -readouts[name].weight.numel())
+        rankings = {name: Ranking(readouts.pop(name), signed=self.signed) for name in largest_first}
+        held = Firings(self.n_features, self.device)
         for name, ranking in rankings.items():
             if kept := checkpoint.part(name):
                 ranking.go_on_from(kept)
+                held.go_on_from(checkpoint.part(LATENTS) or kept)
         for _, activations, latents, groups in self._batches(
             (HELD_OUT,),
             "judging readouts",
             checkpoint,
-            lambda: {name: ranking.to_tensors() for name, ranking in rankings.items()},
+            lambda: {LATENTS: held.to_tensors()} | {name: each.to_tensors() for name, each in rankings.items()},
         ):
+            held.update(latents, groups)
             for name, ranking in rankings.items():
                 ranking.update(activations[sources[name]], latents, groups)
-        return {name: ranking.over_all(self.processes) for name, ranking in rankings.items()}
+            del activations, latents  # before the next forward pass
+        held = held.over_all(self.processes)
+        return {name: rankings.pop(name).over_all(self.processes).scores(held) for name in largest_first}
 
     def _batches(
         self,
@@ -271,6 +283,7 @@ class Passes:
                 self.tokens[part] += batch.n_counted
                 groups = batch.groups[batch.row_of_token].to(self.device)
                 yield part, {name: x.flatten(1).to(self.device) for name, x in activations.items()}, latents, groups
+                del activations, latents
                 advance(sum(self.tokens[p] for p in parts))
                 if checkpoint.due:
                     save(number)

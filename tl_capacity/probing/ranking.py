@@ -26,12 +26,59 @@ FINE = 2.0
 
 A score t falls into bin ½(1 + t/(2 + |t|)) · 256. Bins widen outwards, so no score is too large.
 """
-SUMS = ("all", "firing", "z", "zz", "cross", "squares", "ranks", "firings")
+OF_LATENTS = ("z", "zz", "firings")
+"""The attributes that `Firings` sums up."""
+OF_READOUT = ("all", "firing", "cross", "squares", "ranks")
 """The attributes that a ranking sums up."""
 BLOCK_SCORES = 2**18
 """How many scores exist at once: 1 MB, which stays in a core's cache while they are used."""
 FEATURES_AT_ONCE = 512
 """How many features have float64 counts at once: 1 MB, for the same reason."""
+
+
+class Firings:
+    """Sums over held-out tokens of the latents alone, which all readouts are held against.
+
+    Attributes:
+        tokens: so far.
+        z, zz: Σz and Σz² [feature].
+        firings: tokens with z ≠ 0 [group, feature].
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu", groups: int = DOCUMENT_GROUPS) -> None:
+        self.tokens = 0
+        self.z, self.zz = (torch.zeros(features, dtype=torch.float64, device=device) for _ in range(2))
+        self.firings = torch.zeros(groups, features, dtype=torch.int32, device=device)
+
+    def update(self, latents: Latents, groups: Int64[Tensor, " token"]) -> None:
+        """Add some tokens.
+
+        Args:
+            groups: the document group of each.
+        """
+        self.tokens += latents.n_tokens
+        self.z.index_add_(0, latents.features, latents.values)
+        self.zz.index_add_(0, latents.features, latents.values.square())
+        place = groups[latents.tokens] * self.firings.shape[1] + latents.features
+        self.firings.view(-1).index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The sums by name, for a checkpoint."""
+        return {"tokens": torch.tensor(self.tokens), **{name: getattr(self, name) for name in OF_LATENTS}}
+
+    def go_on_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from the sums that `to_tensors` gave."""
+        self.tokens = int(tensors["tokens"])
+        for name in OF_LATENTS:
+            setattr(self, name, tensors[name].to(getattr(self, name)))
+
+    def over_all(self, processes: Processes) -> Firings:
+        """These with the sums over the tokens of all processes."""
+        tokens, *sums = processes.sums([torch.tensor(self.tokens), *(getattr(self, name) for name in OF_LATENTS)])
+        self.tokens = int(tokens)
+        for name, total in zip(OF_LATENTS, sums, strict=True):
+            setattr(self, name, total)
+        return self
 
 
 class Ranking:
@@ -53,7 +100,12 @@ class Ranking:
         self.ridge, self.scale = readout.ridge, torch.where(still, 1.0, readout.spread)
         # Standardised and centred before they are rounded to float32, which keeps what a large mean would drown.
         self._weight = torch.empty(readout.weight.shape, dtype=torch.float32, device=device)
-        torch.div(readout.weight, self.scale[:, None], out=self._weight).masked_fill_(still[:, None], 0.0)
+        for first in range(
+            0, features, FEATURES_AT_ONCE
+        ):  # of all at once, the quotients in float64 are as large again
+            some = slice(first, first + FEATURES_AT_ONCE)
+            self._weight[some] = readout.weight[some] / self.scale[some, None]
+        self._weight.masked_fill_(still[:, None], 0.0)
         self._mean = readout.x_mean.float()
         self._offset = (readout.z_mean / self.scale).float()
         self._basis = None if readout.basis is None else readout.basis.float()
@@ -61,11 +113,10 @@ class Ranking:
         def zeros(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.tokens = 0
         self.all, self.firing = zeros(features, BINS, dtype=torch.int32), zeros(features, BINS, dtype=torch.int32)
         self.negative = zeros(features, BINS, dtype=torch.int32) if signed else None
-        self.z, self.zz, self.cross, self.squares = (zeros(features) for _ in range(4))
-        self.ranks, self.firings = zeros(groups, features), zeros(groups, features)
+        self.cross, self.squares = zeros(features), zeros(features)
+        self.ranks = zeros(groups, features)
 
     @torch.no_grad()
     def update(self, x: Float[Tensor, "token width"], latents: Latents, groups: Int64[Tensor, " token"]) -> None:
@@ -78,9 +129,6 @@ class Ranking:
         inputs = (x - self._mean).T.contiguous()
         starts = latents.starts.tolist()
         single = torch.ones((), dtype=torch.int32, device=inputs.device)
-        self.tokens += len(x)
-        self.z.index_add_(0, latents.features, latents.values)
-        self.zz.index_add_(0, latents.features, latents.values.square())
         step = max(1, BLOCK_SCORES // len(x))
         for first in range(0, len(self._weight), step):
             block = slice(first, min(first + step, len(self._weight)))
@@ -132,11 +180,10 @@ class Ranking:
         share = share if below is None else torch.where(below, 1 - share, share)
         group_and_feature = groups * self.ranks.shape[1] + features
         self.ranks.view(-1).index_add_(0, group_and_feature, share)
-        self.firings.view(-1).index_add_(0, group_and_feature, torch.ones_like(place, dtype=torch.float64))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The sums by name, for a checkpoint."""
-        return {"tokens": torch.tensor(self.tokens), **{name: getattr(self, name) for name in self._sums}}
+        return {name: getattr(self, name) for name in self._sums}
 
     def go_on_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from the sums of an earlier ranking by the same readout.
@@ -149,27 +196,25 @@ class Ranking:
                 f"the checkpoint lacks {', '.join(sorted(missing))}, because an earlier version wrote it: delete it,"
                 " and start again"
             )
-        self.tokens = int(tensors["tokens"])
         for name in self._sums:
-            setattr(self, name, tensors[name].to(self.z.device))
+            setattr(self, name, tensors[name].to(getattr(self, name)))
 
     def over_all(self, processes: Processes) -> Ranking:
         """This ranking with the sums over the tokens of all processes.
 
         A firing's rank stays its rank among the silent tokens of its own process.
         """
-        tokens, *sums = processes.sums([torch.tensor(self.tokens), *(getattr(self, name) for name in self._sums)])
-        self.tokens = int(tokens)
+        sums = processes.sums([getattr(self, name) for name in self._sums])
         for name, total in zip(self._sums, sums, strict=True):
             setattr(self, name, total)
         return self
 
     @property
     def _sums(self) -> tuple[str, ...]:
-        return SUMS if self.negative is None else (*SUMS, "negative")
+        return OF_READOUT if self.negative is None else (*OF_READOUT, "negative")
 
-    def scores(self) -> Scores:
-        """How well each feature is told on the tokens so far."""
+    def scores(self, held: Firings) -> Scores:
+        """How well each feature is told on the tokens so far, whose latents were added to `held`."""
         areas: list[tuple[Tensor, ...]] = []
         for first in range(0, len(self.firing), FEATURES_AT_ONCE):
             block = slice(first, first + FEATURES_AT_ONCE)
@@ -181,7 +226,7 @@ class Ranking:
                 areas.append(_areas_of_both_sides(firing.double(), negative.double(), (silent - negative).double()))
         auroc, auroc_error, precision, precision_error = (torch.cat(pieces) for pieces in zip(*areas, strict=True))
         squares, cross = self.squares * self.scale.square(), self.cross * self.scale
-        r2 = 1 - (squares - 2 * cross + self.zz) / (self.zz - self.z.square() / self.tokens)
+        r2 = 1 - (squares - 2 * cross + held.zz) / (held.zz - held.z.square() / held.tokens)
         scores = {
             "auroc": auroc,
             "auroc_error": auroc_error,
@@ -189,9 +234,9 @@ class Ranking:
             "average_precision_error": precision_error,
             "r2": r2,
         }
-        scores |= {"ranks": self.ranks, "firings": self.firings}
+        scores |= {"ranks": self.ranks, "firings": held.firings}
         arrays = {name: array.cpu().numpy() for name, array in scores.items()}
-        return Scores(**arrays, tokens=self.tokens, ridge=self.ridge)
+        return Scores(**arrays, tokens=held.tokens, ridge=self.ridge)
 
 
 def _areas(firing: Tensor, silent: Tensor) -> tuple[Tensor, ...]:

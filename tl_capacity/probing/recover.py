@@ -160,8 +160,7 @@ def recover_features(
             readers.append(Reader.at_hook(model, read_at[name].hook, who, f"{name} {RANDOM}"))
         passes = passes_of(readers)
         readouts, sources = passes.fit(tuple(students), fitting)
-        rankings = passes.judge(readouts, sources, judging)
-    scores = {name: ranking.scores() for name, ranking in rankings.items()}
+        scores = passes.judge(readouts, sources, judging)
     recovered = [
         StudentRecovery(
             name,

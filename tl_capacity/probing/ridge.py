@@ -232,7 +232,11 @@ class FitSums:
 
 
 def fit(
-    sums: FitSums, basis: Float64[Tensor, "width dimension"] | None = None, ridges: Sequence[float] = RIDGES
+    sums: FitSums,
+    basis: Float64[Tensor, "width dimension"] | None = None,
+    ridges: Sequence[float] = RIDGES,
+    *,
+    used_up: bool = False,
 ) -> Readout:
     """The readout of all documents that fit or choose.
 
@@ -241,20 +245,32 @@ def fit(
     Best is the lowest mean over features of Σ(z − ẑ)² / Σ(z − z̄)²; both come from the sums, so no token is looked at
     again.
 
+    Args:
+        used_up: the sums are needed no longer, so the readout may take their memory.
+
     Raises:
         CapacityError: where there are no tokens or the activations are all the same.
     """
     if basis is not None:
-        sums = sums.project(basis)
+        sums, used_up = sums.project(basis), True
     ridge = choose_ridge(sums.training(), sums.validation, ridges) if len(ridges) > 1 else ridges[0]
-    return solve(sums.whole, ridge, basis)
+    return solve(sums.whole, ridge, basis, used_up=used_up)
 
 
-def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimension"] | None = None) -> Readout:
+def solve(
+    moments: Moments,
+    ridge: float,
+    basis: Float64[Tensor, "width dimension"] | None = None,
+    *,
+    used_up: bool = False,
+) -> Readout:
     """Ridge regression with an intercept that is not penalised: W = Σ(z − z̄)(x − x̄)ᵀ (Σ(x − x̄)(x − x̄)ᵀ + αI)⁻¹.
 
     α is `ridge` times the mean over dimensions of Σ(x − x̄)²: scaling the activations or repeating the tokens changes
     no prediction.
+
+    Args:
+        used_up: W takes the place of Σ z xᵀ.
 
     Raises:
         CapacityError: where there are no tokens, or the activations are all the same.
@@ -270,7 +286,7 @@ def solve(moments: Moments, ridge: float, basis: Float64[Tensor, "width dimensio
             " point, or pass more text"
         )
     lower = torch.linalg.cholesky(xx + alpha * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
-    weight, spread = torch.empty_like(moments.zx), torch.empty_like(moments.z)
+    weight, spread = moments.zx if used_up else torch.empty_like(moments.zx), torch.empty_like(moments.z)
     for start in range(0, len(weight), SOLVED_AT_ONCE):
         some = slice(start, start + SOLVED_AT_ONCE)
         zx = moments.zx[some].addr(z_mean[some], moments.x, alpha=-1)

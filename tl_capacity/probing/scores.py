@@ -35,7 +35,7 @@ class Scores:
     average_precision_error: NDArray[np.float64]
     r2: NDArray[np.float64]
     ranks: NDArray[np.float64]
-    firings: NDArray[np.float64]
+    firings: NDArray[np.int32]
     tokens: int
     ridge: float
 
@@ -58,7 +58,7 @@ class Scores:
     @cached_property
     def resampled_auroc(self) -> NDArray[np.float64] | None:
         """AUROC in each replicate of the document bootstrap [replicate, feature]."""
-        weights = document_resamples(self.firings.sum(1).round().astype(np.int64))
+        weights = document_resamples(self.firings.sum(1, dtype=np.int64))
         if weights is None:
             return None
         # A resample may leave out every document in which a feature fires: it says nothing about that one.
