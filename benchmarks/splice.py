@@ -2,9 +2,9 @@
 
 python benchmarks/splice.py: the shapes of benchmarks/measure.py: GPT-NeoX d=768, 12 layers, vocabulary 50,304, random
 weights; a ReLU SAE of 24,576 latents after layer 6 of which 0.8% are active; 8×256 tokens, float32, two threads. Five
-numbers of features are kept. The *limit* is the forward pass up to the hook point and the encoder's product, once; the
-upper layers of the teacher and of five variants; and their divergences, in chunks. Apart from that, a curve of ten
-numbers of features on the embedded teacher's held-out text.
+numbers of features are kept, in two batches. The *limit* is for each batch the forward pass up to the hook point and
+the encoder's product, once; the upper layers of the teacher and of five variants; and their divergences, in chunks.
+Apart from that, a curve of ten numbers of features on the embedded teacher's held-out text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from neox import CPU, Shapes, cut_forward, hugging_face, shapes_of, sparse_autoe
 from tl_capacity import Measurement, TokenStream, add_capacity_hooks, load_model, load_sae, splice
 from tl_capacity.models.head import divergences, head_of
 
-VARIANTS = 5
+VARIANTS, BATCHES = 5, 2
 CURVE, HELDOUT = 10, 17_500
 """Points of a curve, and tokens that it is drawn from."""
 
@@ -40,8 +40,9 @@ def kept(measurement: Measurement, shapes: Shapes = CPU) -> list[int]:
 def splicing(
     model: Any, sae: Any, measurement: Measurement, numbers: list[int], shapes: Shapes = CPU
 ) -> Callable[[], object]:
-    """All of splicing, for one batch."""
-    return lambda: splice(model, measurement, tokens(shapes), saes={shapes.hook: sae}, kept=numbers, progress=False)
+    """All of splicing."""
+    text = [tokens(shapes)] * BATCHES
+    return lambda: splice(model, measurement, text, saes={shapes.hook: sae}, kept=numbers, progress=False)
 
 
 def upper_layers(model: Any, shapes: Shapes = CPU) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -55,12 +56,12 @@ def upper_layers(model: Any, shapes: Shapes = CPU) -> Callable[[torch.Tensor], t
 
 
 def limit(model: Any, sae: Any, variants: int, shapes: Shapes = CPU) -> Callable[[], object]:
-    """What must run however splicing is done."""
+    """What must run for each batch, however splicing is done."""
     lower, upper, head = cut_forward(model, shapes), upper_layers(model, shapes), head_of(model)
     block = torch.empty(tokens(shapes).numel(), shapes.d_sae // 24)
 
     @torch.no_grad()
-    def once() -> torch.Tensor:
+    def batch() -> torch.Tensor:
         stream = lower()
         inputs = stream.flatten(0, 1)
         for features in torch.split(sae.W_enc, block.shape[1], dim=1):
@@ -68,7 +69,7 @@ def limit(model: Any, sae: Any, variants: int, shapes: Shapes = CPU) -> Callable
         hidden = [upper(stream)[:, :-1].flatten(0, 1) for _ in range(variants + 1)]
         return divergences(head, hidden[0], torch.stack(hidden[1:]))
 
-    return once
+    return lambda: [batch() for _ in range(BATCHES)]
 
 
 def curve(tokens: int) -> Callable[[], object]:

@@ -54,8 +54,8 @@ def fingerprint(model: Any) -> str:
     return total.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    """The values of a tensor of any type as bytes. Numpy has no bfloat16."""
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor of any type as bytes, on the CPU without a copy. Numpy has no bfloat16."""
     import torch
 
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
