@@ -236,9 +236,9 @@ def sentences(width: int, placements: dict[str, Placement], predicted: dict[str,
         gained, paid, lost = (each or Estimate(0.0) for each in (best.gained, best.paid, best.lost))
         more = Estimate(-lost.value, *(None if end is None else -end for end in (lost.high, lost.low)))
         said.append(
-            f"- Width {width}, {SETS[name]}: plain students keep {plain.chosen.show(',.0f')} of {placement.n_chosen}"
-            f" judged. At weight {best.weight:g} students keep {best.chosen.show(',.0f')}, a change of"
-            f" {gained.show('+,.0f')}. The number of other kept features changes by {more.show('+,.0f')}, and the KL by"
+            f"- Width {width}, {SETS[name]}: plain students keep {plain.chosen.show(',.1f')} of {placement.n_chosen}"
+            f" judged. At weight {best.weight:g} students keep {best.chosen.show(',.1f')}, a change of"
+            f" {gained.show('+,.1f')}. The number of other kept features changes by {more.show('+,.1f')}, and the KL by"
             f" {paid.show('+.3f')} nats per token. Splicing predicts {predicted[name].show('+.3f')}."
         )
     return said
@@ -252,8 +252,8 @@ def measured(found: list[dict[str, Any]], said: list[str], command: str, about: 
             row["width"],
             SETS[row["set"]],
             f"{row['weight']:g}",
-            f"{shown(row['chosen'], ',.0f')} of {row['judged']}",
-            f"{shown(row['others'], ',.0f')} of {row['others_judged']:,}",
+            f"{shown(row['chosen'], ',.1f')} of {row['judged']}",
+            f"{shown(row['others'], ',.1f')} of {row['others_judged']:,}",
             shown(row["kl"], ".3f"),
             shown(row["paid"], "+.3f"),
             shown(row["per_feature"], ".2g"),
@@ -328,9 +328,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = f"python docs/write_placement.py runs/placement --widths {widths} --seeds {seeds} --weights {weights}"
     commit = asked.commit or subprocess.run(COMMIT, capture_output=True, text=True).stdout.strip() or "unknown"
     about = (
-        f"At each weight, students of seeds {seeds} start from the truncated teacher. They read {asked.tokens:,} tokens"
-        f" of {Path(asked.source).name}. {asked.features} features of the teacher's dictionary at {HOOK} are chosen."
-        f" The students were trained at commit {commit} on {asked.machine}."
+        f"Of each kind there are {len(asked.seeds)} students, of seeds {seeds}. They start from the truncated teacher"
+        f" and read {asked.tokens:,} tokens of {Path(asked.source).name}. {asked.features} features of the teacher's"
+        f" own dictionary at {HOOK} are chosen. Beside the student a linear readout of them is trained. Its loss is"
+        " added with a [weight](../about-chosen-features.md), in nats per token; weight 0 is a plain student."
+        f" {asked.choose_tokens:,} tokens were read to choose, {asked.judge_tokens:,} to judge and"
+        f" {asked.splice_tokens:,} to splice. The students were trained at commit {commit} on {asked.machine}."
     )
     make_folder(asked.results)
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"

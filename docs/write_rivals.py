@@ -16,6 +16,7 @@ from write_results import RESULTS, filled, table
 from write_splice import observed
 
 from tl_capacity.predict.forecasts import Forecasts
+from tl_capacity.runtime.units import NATS
 
 PAGE = RESULTS / "rivals.md"
 
@@ -58,15 +59,16 @@ def rows(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> list[dict[s
     return [{**record.to_json(), "observed_seeds": losses.get(record.width, [])} for record in forecasts]
 
 
-def floors_table(forecasts: Forecasts, losses: Mapping[int, list[float]]) -> str:
-    """A row for each predictor and hook point, a column for each width."""
+def floors_table(forecasts: Forecasts, losses: Mapping[int, list[float]], reached: str = "**observed**") -> str:
+    """A row for each predictor and hook point, a column for each width; above them, what students reached."""
     widths = sorted({record.width for record in forecasts})
     students = [f"{sum(losses[w]) / len(losses[w]):.3f}" if w in losses else "not yet" for w in widths]
-    lines: list[list[Any]] = [["**observed**", "", *students]]
+    lines: list[list[Any]] = [[reached, "", *students]]
     for (predictor, hook, *_), by_width in forecasts.series.items():
-        values = [by_width[width].floor.value for width in widths]
-        form = ",.0f" if predictor == "pca_tail" else ".3f"
-        lines.append([f"`{predictor}`", hook and f"`{hook}`", *(f"{value:{form}}" for value in values)])
+        in_nats = by_width[min(by_width)].unit == NATS
+        form, unit = (".3f", "") if in_nats else (",.0f", f" ({by_width[min(by_width)].unit})")
+        values = [f"{by_width[width].floor.value:{form}}" if width in by_width else "not run" for width in widths]
+        lines.append([f"`{predictor}`{unit}", hook and f"`{hook}`", *values])
     return table(["predictor", "hook point", *(f"d={width}" for width in widths)], lines)
 
 

@@ -2,7 +2,8 @@
 `python docs/write_second_teacher.py runs/smollm`.
 
 The folder holds what the commands that the page names have written: dictionaries, `measurement`, its splice in
-`spliced`, `rivals`, and distillations in `students` where there are any yet. A prediction that stands in splice.json
+`spliced`, `rivals`, `bound`, and, where there are any yet, distillations in `students` and the same students in
+`observed`. A prediction that stands in splice.json
 keeps its number; only what was observed is added later.
 """
 
@@ -31,9 +32,12 @@ from write_splice import (
 )
 
 from tl_capacity import Measurement, Spliced
+from tl_capacity.distillation.run import DistillationRun
+from tl_capacity.predict.forecasts import JSON_NAME as FORECASTS
 from tl_capacity.predict.forecasts import Forecasts
 
 TEACHER, WIDTHS = "smollm2-135m", (144, 288, 432)
+REACHED = "**reached so far, not flat**"
 PAGE, JSON = RESULTS / "second_teacher.md", RESULTS / "splice.json"
 
 
@@ -61,17 +65,33 @@ def write(runs: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name, law in (("budget", BUDGET), ("proportional", SHARE), ("consistent", CONSISTENT)):
         text = filled(text, name, law_table([row for row in found if row["law"] == law], seen), Path(__file__).name)
-    if (runs / "rivals").exists():
-        text = filled(text, "rivals", floors_table(Forecasts.load(runs / "rivals"), seen), Path(__file__).name)
+    forecasts = [Forecasts.load(runs / name) for name in ("rivals", "bound") if (runs / name / FORECASTS).exists()]
+    records = tuple(record for each in forecasts for record in each)
+    text = filled(text, "rivals", floors_table(Forecasts(records), seen, REACHED), Path(__file__).name)
     if students:
         text = filled(text, "curves", curves_table(students), Path(__file__).name)
+    if (runs / "observed").exists():
+        text = filled(text, "judged", judged_table(runs / "observed"), Path(__file__).name)
     PAGE.write_text(text, encoding="utf-8")
+
+
+def judged_table(folder: Path) -> str:
+    """Each student beside the teacher in float32, with intervals over documents."""
+    lines = []
+    for student in DistillationRun.load(folder):
+        assert student.judged is not None
+        figures = student.judged.figures
+        shown = [figures[name].show(".3f") for name in ("kl", "above_teacher", "agreement")]
+        lines.append([str(student.width), str(student.seed), *shown])
+    return table(
+        ["width", "seed", "KL(teacher ‖ student)", "cross-entropy above the teacher's", "top-1 agreement"], lines
+    )
 
 
 def law_table(found: list[dict[str, Any]], seen: dict[int, list[float]]) -> str:
     """A row for each dictionary, below what was observed."""
     observed = [number(float(np.mean(seen[width])) if width in seen else None) for width in WIDTHS]
-    lines = [["**observed**", "", "", "", *observed, ""]]
+    lines = [[REACHED, "", "", "", *observed, ""]]
     for hook, sae in dict.fromkeys((row["hook"], row["sae"]) for row in found):
         of = {row["width"]: row for row in found if (row["hook"], row["sae"]) == (hook, sae)}
         cells = [

@@ -1,5 +1,5 @@
-"""Writes docs/results/splice.json, the tables of docs/results/splice.md, and the package's record of how far such
-predictions were off: `python docs/write_splice.py runs`.
+"""Writes docs/results/splice.json, the tables of docs/results/splice.md and worth.md, and the package's record of how
+far such predictions were off: `python docs/write_splice.py runs`.
 
 The folder holds what the commands that the page names have written: `saes/NAME`, dictionaries that train-sae trained,
 `splice/*`, measurements of them, and beside each `splice/*-s`, its splice. A prediction that stands in splice.json
@@ -168,7 +168,7 @@ def with_observed(
 
 
 def write(runs: Path, distillations: list[Path]) -> None:
-    """Replace splice.json and the tables of splice.md. Existing predictions stay as they were committed."""
+    """Replace splice.json and the tables of both pages. Existing predictions stay as they were committed."""
     path = RESULTS / "splice.json"
     every = json.loads(path.read_text(encoding="utf-8"))
     before = {key(row): row for row in every if row["teacher"] == TEACHER}
@@ -186,11 +186,14 @@ def write(runs: Path, distillations: list[Path]) -> None:
     text = page.read_text(encoding="utf-8")
     for name, law in (("budget", BUDGET), ("proportional", SHARE), ("consistent", CONSISTENT)):
         text = filled(text, name, law_table(found, law), "docs/write_splice.py")
-    text = filled(text, "worth", worth_table(runs, seen, cells_of(text, "worth")), "docs/write_splice.py")
     text = filled(text, "spread", spread_table(found), "docs/write_splice.py")
     text = filled(text, "paper", paper_table(), "docs/write_splice.py")
     if distillations:
         text = filled(text, "curves", curves_table(distillations), "docs/write_splice.py")
+    page.write_text(text, encoding="utf-8")
+    page = RESULTS / "worth.md"
+    text = page.read_text(encoding="utf-8")
+    text = filled(text, "worth", worth_table(runs, seen, cells_of(text, "worth")), "docs/write_splice.py")
     page.write_text(text, encoding="utf-8")
 
 
