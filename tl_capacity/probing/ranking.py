@@ -98,11 +98,10 @@ class Ranking:
         features, device = len(readout.weight), readout.weight.device
         still = readout.spread == 0
         self.ridge, self.scale = readout.ridge, torch.where(still, 1.0, readout.spread)
-        # Standardised and centred before they are rounded to float32, which keeps what a large mean would drown.
+        # Standardised and centred before they are rounded to float32, which keeps what a large mean would drown; some
+        # at a time, as the quotients of all in float64 would take the readout's memory once more.
         self._weight = torch.empty(readout.weight.shape, dtype=torch.float32, device=device)
-        for first in range(
-            0, features, FEATURES_AT_ONCE
-        ):  # of all at once, the quotients in float64 are as large again
+        for first in range(0, features, FEATURES_AT_ONCE):
             some = slice(first, first + FEATURES_AT_ONCE)
             self._weight[some] = readout.weight[some] / self.scale[some, None]
         self._weight.masked_fill_(still[:, None], 0.0)
