@@ -2,9 +2,8 @@
 `python docs/write_second_teacher.py runs/smollm`.
 
 The folder holds what the commands that the page names have written: dictionaries, `measurement`, its splice in
-`spliced`, `rivals`, `bound`, and, where there are any yet, distillations in `students` and the same students in
-`observed`. A prediction that stands in splice.json
-keeps its number; only what was observed is added later.
+`spliced`, `rivals`, `bound`, `bound-432`, and, where there are any yet, distillations in `students` and the same
+students in `observed`. A prediction that stands in splice.json keeps its number; only what was observed is added later.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ def write(runs: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name, law in (("budget", BUDGET), ("proportional", SHARE), ("consistent", CONSISTENT)):
         text = filled(text, name, law_table([row for row in found if row["law"] == law], seen), Path(__file__).name)
-    forecasts = [Forecasts.load(runs / name) for name in ("rivals", "bound") if (runs / name / FORECASTS).exists()]
+    folders = [runs / name for name in ("rivals", "bound", "bound-432")]
+    forecasts = [Forecasts.load(folder) for folder in folders if (folder / FORECASTS).exists()]
     records = tuple(record for each in forecasts for record in each)
     text = filled(text, "rivals", floors_table(Forecasts(records), seen, REACHED), Path(__file__).name)
     if students:
