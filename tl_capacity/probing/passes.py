@@ -241,8 +241,9 @@ class Passes:
             for name, ranking in rankings.items():
                 ranking.update(activations[sources[name]], latents, groups)
             del activations, latents  # before the next forward pass
-        held = held.over_all(self.processes)
-        return {name: rankings.pop(name).over_all(self.processes).scores(held) for name in largest_first}
+        for sums in (held, *rankings.values()):
+            sums.over_all(self.processes)
+        return {name: rankings.pop(name).scores(held) for name in largest_first}
 
     def _batches(
         self,

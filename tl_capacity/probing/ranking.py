@@ -26,27 +26,55 @@ FINE = 2.0
 
 A score t falls into bin ½(1 + t/(2 + |t|)) · 256. Bins widen outwards, so no score is too large.
 """
-OF_LATENTS = ("z", "zz", "firings")
-"""The attributes that `Firings` sums up."""
-OF_READOUT = ("all", "firing", "cross", "squares", "ranks")
-"""The attributes that a ranking sums up."""
 BLOCK_SCORES = 2**18
 """How many scores exist at once: 1 MB, which stays in a core's cache while they are used."""
 FEATURES_AT_ONCE = 512
 """How many features have float64 counts at once: 1 MB, for the same reason."""
 
 
-class Firings:
+class _Sums:
+    """Sums over tokens, which a checkpoint keeps and the processes of a launch add up."""
+
+    names: tuple[str, ...]
+    """The attributes that are sums."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The sums by name, for a checkpoint."""
+        return {name: getattr(self, name) for name in self.names}
+
+    def go_on_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from the sums that `to_tensors` gave.
+
+        Raises:
+            MeasurementError: where some are missing, as those of firings of either sign in an earlier version's.
+        """
+        if missing := set(self.names) - tensors.keys():
+            raise MeasurementError(
+                f"the checkpoint lacks {', '.join(sorted(missing))}, because an earlier version wrote it: delete it,"
+                " and start again"
+            )
+        for name in self.names:
+            setattr(self, name, tensors[name].to(getattr(self, name)))
+
+    def over_all(self, processes: Processes) -> None:
+        """Replace the sums by those over the tokens of all processes."""
+        for name, total in zip(self.names, processes.sums([*self.to_tensors().values()]), strict=True):
+            setattr(self, name, total)
+
+
+class Firings(_Sums):
     """Sums over held-out tokens of the latents alone, which all readouts are held against.
 
     Attributes:
-        tokens: so far.
+        tokens: their number.
         z, zz: Σz and Σz² [feature].
         firings: tokens with z ≠ 0 [group, feature].
     """
 
+    names = ("tokens", "z", "zz", "firings")
+
     def __init__(self, features: int, device: torch.device | str = "cpu", groups: int = DOCUMENT_GROUPS) -> None:
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64)
         self.z, self.zz = (torch.zeros(features, dtype=torch.float64, device=device) for _ in range(2))
         self.firings = torch.zeros(groups, features, dtype=torch.int32, device=device)
 
@@ -62,26 +90,8 @@ class Firings:
         place = groups[latents.tokens] * self.firings.shape[1] + latents.features
         self.firings.view(-1).index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The sums by name, for a checkpoint."""
-        return {"tokens": torch.tensor(self.tokens), **{name: getattr(self, name) for name in OF_LATENTS}}
 
-    def go_on_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from the sums that `to_tensors` gave."""
-        self.tokens = int(tensors["tokens"])
-        for name in OF_LATENTS:
-            setattr(self, name, tensors[name].to(getattr(self, name)))
-
-    def over_all(self, processes: Processes) -> Firings:
-        """These with the sums over the tokens of all processes."""
-        tokens, *sums = processes.sums([torch.tensor(self.tokens), *(getattr(self, name) for name in OF_LATENTS)])
-        self.tokens = int(tokens)
-        for name, total in zip(OF_LATENTS, sums, strict=True):
-            setattr(self, name, total)
-        return self
-
-
-class Ranking:
+class Ranking(_Sums):
     """Sums over tokens that say how well a readout's scores tell each feature on held-out tokens.
 
     Nothing of the size tokens · features is ever kept.
@@ -116,6 +126,7 @@ class Ranking:
         self.negative = zeros(features, BINS, dtype=torch.int32) if signed else None
         self.cross, self.squares = zeros(features), zeros(features)
         self.ranks = zeros(groups, features)
+        self.names = ("all", "firing", "cross", "squares", "ranks", *(("negative",) if signed else ()))
 
     @torch.no_grad()
     def update(self, x: Float[Tensor, "token width"], latents: Latents, groups: Int64[Tensor, " token"]) -> None:
@@ -180,40 +191,11 @@ class Ranking:
         group_and_feature = groups * self.ranks.shape[1] + features
         self.ranks.view(-1).index_add_(0, group_and_feature, share)
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The sums by name, for a checkpoint."""
-        return {name: getattr(self, name) for name in self._sums}
-
-    def go_on_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from the sums of an earlier ranking by the same readout.
-
-        Raises:
-            MeasurementError: where it did not tell firings of either sign apart.
-        """
-        if missing := set(self._sums) - tensors.keys():
-            raise MeasurementError(
-                f"the checkpoint lacks {', '.join(sorted(missing))}, because an earlier version wrote it: delete it,"
-                " and start again"
-            )
-        for name in self._sums:
-            setattr(self, name, tensors[name].to(getattr(self, name)))
-
-    def over_all(self, processes: Processes) -> Ranking:
-        """This ranking with the sums over the tokens of all processes.
-
-        A firing's rank stays its rank among the silent tokens of its own process.
-        """
-        sums = processes.sums([getattr(self, name) for name in self._sums])
-        for name, total in zip(self._sums, sums, strict=True):
-            setattr(self, name, total)
-        return self
-
-    @property
-    def _sums(self) -> tuple[str, ...]:
-        return OF_READOUT if self.negative is None else (*OF_READOUT, "negative")
-
     def scores(self, held: Firings) -> Scores:
-        """How well each feature is told on the tokens so far, whose latents were added to `held`."""
+        """How well each feature is told on the tokens so far, whose latents were added to `held`.
+
+        Over several processes, a firing's rank is that among the silent tokens of its own process.
+        """
         areas: list[tuple[Tensor, ...]] = []
         for first in range(0, len(self.firing), FEATURES_AT_ONCE):
             block = slice(first, first + FEATURES_AT_ONCE)
@@ -224,8 +206,8 @@ class Ranking:
                 negative = self.negative[block]
                 areas.append(_areas_of_both_sides(firing.double(), negative.double(), (silent - negative).double()))
         auroc, auroc_error, precision, precision_error = (torch.cat(pieces) for pieces in zip(*areas, strict=True))
-        squares, cross = self.squares * self.scale.square(), self.cross * self.scale
-        r2 = 1 - (squares - 2 * cross + held.zz) / (held.zz - held.z.square() / held.tokens)
+        squares, cross, tokens = self.squares * self.scale.square(), self.cross * self.scale, int(held.tokens)
+        r2 = 1 - (squares - 2 * cross + held.zz) / (held.zz - held.z.square() / tokens)
         scores = {
             "auroc": auroc,
             "auroc_error": auroc_error,
@@ -235,7 +217,7 @@ class Ranking:
         }
         scores |= {"ranks": self.ranks, "firings": held.firings}
         arrays = {name: array.cpu().numpy() for name, array in scores.items()}
-        return Scores(**arrays, tokens=held.tokens, ridge=self.ridge)
+        return Scores(**arrays, tokens=tokens, ridge=self.ridge)
 
 
 def _areas(firing: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
