@@ -194,11 +194,18 @@ def test_a_measurement_is_gone_on_with(cli: Cli, here: Path) -> None:
 
 @pytest.mark.cpu_only("principal components that are fitted elsewhere are rounded otherwise, and so of another digest")
 def test_a_finished_measurement_is_known_again(cli: Cli, here: Path) -> None:
-    model = ("--model", "teacher", "--sae", f"pca:{FIRST_HOOK},k=4", "--sae", "sae", "--source", "text.jsonl")
+    """On a processor that fits the same principal components, to the last bit. On another they are other weights."""
+    measure = ("--quiet", "measure", "--model", "teacher", "--sae", f"pca:{FIRST_HOOK},k=4", "--source", "text.jsonl")
     importance = ("--importance", "second_moment", "--importance", "gradient", "--importance", "fisher")
     before = Path("measurement/measurement.json").read_bytes()
-    code, _, err = cli("--quiet", "measure", *model, *importance, "--tokens", 3000, "--out", "measurement", "--resume")
-    assert (code, err) == (0, "")
+    assert cli(*measure, "--tokens", 300, "--out", "anew")[0] == 0
+    both = [Measurement.load(folder)[FIRST_HOOK].sae_digest for folder in ("anew", "measurement")]
+    code, _, err = cli(*measure, "--sae", "sae", *importance, "--tokens", 3000, "--out", "measurement", "--resume")
+    if both[0] == both[1]:
+        assert (code, err) == (0, "")
+    else:
+        assert code == 2
+        assert f"the SAE at {FIRST_HOOK} has other weights than the one measured before" in err
     assert Path("measurement/measurement.json").read_bytes() == before
 
 

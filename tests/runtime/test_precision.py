@@ -17,9 +17,8 @@ def drawn(*size: int) -> torch.Tensor:
 
 
 def rounds() -> bool:
-    """Whether this machine and this PyTorch can round on a CPU."""
-    can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return can and hasattr(torch.backends.mkldnn.matmul, "fp32_precision")
+    """Whether this processor and this PyTorch must round. Of others, some may."""
+    return torch.cpu._is_amx_tile_supported() and hasattr(torch.backends.mkldnn.matmul, "fp32_precision")
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -32,7 +31,7 @@ def test_inputs_are_rounded_and_sums_are_not() -> None:
     with rounded_products(left.device):
         within = left @ right
     after = left @ right
-    assert error(within, rounded if rounds() else exact) < 1e-6
+    assert error(within, rounded) < 1e-6 or (error(within, exact) < 1e-6 and not rounds())
     assert error(after, exact) < 1e-6
 
 
@@ -69,7 +68,7 @@ def test_a_heads_products_are_rounded_beneath_autocast_alone() -> None:
     assert below == pytest.approx(loss, rel=1e-2)
     moved = [error(found, expected) for found, expected in zip(rounded, exact, strict=True)]
     assert max(moved) < 0.03
-    assert (min(moved) > 1e-4) == rounds()
+    assert min(moved) > 1e-4 or not rounds()
     again, *after = gradients(autocast=False)
     assert again == loss
     assert all(torch.equal(found, expected) for found, expected in zip(after, exact, strict=True))

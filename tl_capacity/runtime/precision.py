@@ -22,7 +22,8 @@ def rounded_products(device: torch.device) -> Iterator[None]:
     """Inside the block, products of float32 matrices round their inputs, to bfloat16 on a CPU and to TF32 on CUDA. They
     still add up in float32, and their results are not rounded.
 
-    A CPU without instructions for bfloat16 computes as outside, and so does PyTorch before 2.9.
+    PyTorch before 2.9 computes as outside. So do processors on which rounding would not be faster; oneDNN, which
+    computes the products, needs AMX on x86.
     """
     backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
     products: Any = getattr(backends.get(device.type), "matmul", None)

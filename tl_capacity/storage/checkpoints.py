@@ -87,7 +87,9 @@ class Checkpoint:
         try:
             with safe_open(path, "pt") as file:
                 texts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # A copy is aligned as any other tensor. Products of what is not may differ in the last bit, and so
+                # would the result of a run that goes on.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             settings, about = json.loads(texts["settings"]), json.loads(texts["about"])
             if texts["sha256"] != tensors_digest(tensors, texts["settings"], texts["about"]):
                 raise ValueError("the SHA-256 of its content is not the recorded one")
