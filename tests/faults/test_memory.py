@@ -144,8 +144,7 @@ def test_an_sae_that_encodes_itself_within_its_bound(kind: str, neox: Any, make_
         fit_memory(capacity, held + bound)
         encoder = capacity.taps[0].encoder
         with TensorBytes() as made:
-            for _ in encoder.parts(x):
-                pass
+            encoder.each_part(x, lambda entries: None)
             Decoder(sae).directly(x, encoder.own_tokens)
         with TensorBytes() as made_at_once:
             own = sae.encode(x)

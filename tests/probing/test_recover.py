@@ -230,7 +230,7 @@ def test_the_stated_error_bounds_any_scores(seed: int, tokens: int, spread: floa
     score = (spread * random.standard_normal(tokens)).astype(np.float32)
     fires = np.zeros(tokens, dtype=bool)
     fires[random.permutation(tokens)[: random.integers(1, tokens)]] = True
-    bins = bins_of_(torch.from_numpy(score.copy())).numpy(force=True)
+    bins = bins_of_(torch.from_numpy(score.copy()), torch.empty(len(score))).numpy(force=True)
     assert bins.min() >= 0
     assert bins.max() < BINS
     assert (np.diff(bins[np.argsort(score)]) >= 0).all()

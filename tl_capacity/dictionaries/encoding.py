@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from tl_capacity.dictionaries.adapter import dead_latents, decoder_bias, decoder
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.runtime.devices import is_accelerator
 from tl_capacity.runtime.scratch import Scratch
+from tl_capacity.runtime.threads import cores_for, side_by_side
+
+Result = TypeVar("Result")
 
 Entries = tuple[Tensor, Tensor, Tensor]
 """`(token, feature, value)` of each active latent. Entries of one feature are in the order of the tokens."""
@@ -29,9 +32,9 @@ CHUNK_TOKENS = 2048
 """Tokens encoded at once, if memory allows. With fewer, a matrix product is slower: with 256 by a quarter."""
 DENSE_LATENTS = 768 * 24_576
 """Most latents that are dense at once: 75 MB in float32."""
-FEATURE_BLOCK = 1024
-"""Features computed at once if each latent is judged by itself: 8 MB at 2,048 tokens. More would take memory and save
-no time.
+FEATURE_BLOCK = 512
+"""Features that each core computes at once if each latent is judged by itself: 4 MB at 2,048 tokens. More would take
+memory and save no time.
 """
 ROW_BLOCK = 24_576
 """The same if the latents of a token are compared with each other."""
@@ -90,10 +93,11 @@ class Encoder:
         sets `chunk`, the tokens to encode at once.
         """
         self.dense_latents = self.own_latents = latents
-        self._block = self.d_sae
+        self._block, device = self.d_sae, self.sae.W_dec.device
         if self._activation is not None:
-            few = DENSE_FEATURES if is_accelerator(self.sae.W_dec.device) else 0
-            self._block = min(self.d_sae, max(self._activation.features_at_once, few))
+            few = DENSE_FEATURES if is_accelerator(device) else 0
+            cores = cores_for(device) if self._activation.apart else 1
+            self._block = min(self.d_sae, max(self._activation.features_at_once * cores, few))
         self.chunk = min(CHUNK_TOKENS, max(1, latents // self._block))
 
     def hold_own(self, latents: int) -> None:
@@ -113,7 +117,7 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Entries:
         """The active latents of at most `chunk` tokens [token, d_in]."""
-        return joined(list(self.parts(inputs)))
+        return joined(self.each_part(inputs, lambda entries: entries))
 
     def entries(self, inputs: Tensor) -> Iterator[Entries]:
         """The active latents of any number of tokens, encoded `chunk` tokens at a time."""
@@ -121,24 +125,48 @@ class Encoder:
             tokens, features, values = self(inputs[start : start + self.chunk])
             yield tokens + start, features, values
 
-    def parts(self, inputs: Tensor) -> Iterator[Entries]:
-        """The active latents of at most `chunk` tokens, in parts, so that all of them need never be in memory. Iterate
-        under `torch.no_grad`.
+    def each_part(self, inputs: Tensor, use: Callable[[Entries], Result]) -> list[Result]:
+        """What `use` makes of the active latents of at most `chunk` tokens. It is given them in parts, so that all of
+        them need never be in memory. Call it under `torch.no_grad`.
+
+        Several threads may call `use` at once. The parts that they have share no feature.
         """
         inputs = inputs.to(self.sae.W_dec.device)  # the model may run elsewhere
-        if self.dead is None:
-            return self._encoded_parts(inputs)
-        return (_without(self.dead, entries) for entries in self._encoded_parts(inputs))
-
-    def _encoded_parts(self, inputs: Tensor) -> Iterator[Entries]:
-        """As `parts`, including latents whose decoder vector is zero."""
         activation = self.short_cut(inputs)
         if activation is None:
-            for start in range(0, max(1, len(inputs)), self.own_tokens):
-                tokens, features, values = active_entries(self.sae.encode(inputs[start : start + self.own_tokens]))
-                yield tokens + start, features, values
-        else:
-            yield from activation.find(self.sae, self._products(inputs))
+            return [use(self._written(entries)) for entries in self._own(inputs)]
+        return self._found(activation, inputs, lambda entries: use(self._written(entries)))
+
+    def _found(self, activation: Activation, inputs: Tensor, use: Callable[[Entries], Result]) -> list[Result]:
+        """As `each_part`, by a short cut, including latents whose decoder vector is zero."""
+        x = self.sae.process_sae_in(inputs)
+        cores = cores_for(x.device) if activation.apart else 1
+        width = -(-self._block // cores)
+        blocks = [slice(first, min(first + width, self.d_sae)) for first in range(0, self.d_sae, width)]
+        # Of the largest chunk, so that a smaller one that comes first does not make it grow.
+        memory = self.scratch.take(cores * max(self.chunk, len(x)) * width, self.sae.W_enc).view(cores, -1)
+        if not activation.apart:
+            return [use(part) for part in activation.find(self.sae, self._products(x, blocks, memory[0]))]
+
+        def used(core: int, block: slice) -> Result:
+            (part,) = activation.find(self.sae, self._products(x, [block], memory[core]))
+            return use(part)
+
+        return side_by_side(used, blocks, cores)
+
+    def _own(self, inputs: Tensor) -> Iterator[Entries]:
+        """The active latents by the SAE's own `encode`."""
+        for start in range(0, max(1, len(inputs)), self.own_tokens):
+            tokens, features, values = active_entries(self.sae.encode(inputs[start : start + self.own_tokens]))
+            yield tokens + start, features, values
+
+    def _written(self, entries: Entries) -> Entries:
+        """Entries without those of latents that write nothing."""
+        if self.dead is None:
+            return entries
+        tokens, features, values = entries
+        kept = torch.nonzero(~self.dead.to(features.device)[features]).view(-1)
+        return tokens[kept], features[kept], values[kept]
 
     def short_cut(self, inputs: Tensor) -> Activation | None:
         """How the active latents are found; None if the SAE's own `encode` must be asked. The two are compared on the
@@ -146,23 +174,21 @@ class Encoder:
         """
         if not self._checked and len(inputs):
             self._checked = True
-            if self._activation is not None and not self._agrees(self._activation.find, inputs[:CHECKED_TOKENS]):
+            if self._activation is not None and not self._agrees(self._activation, inputs[:CHECKED_TOKENS]):
                 self._activation = None
         return None if _has_hooks(self.sae) else self._activation
 
-    def _products(self, inputs: Tensor) -> Products:
-        x, weight = self.sae.process_sae_in(inputs), self.sae.W_enc
-        memory = self.scratch.take(max(self.chunk, len(x)) * self._block, weight)
-        for start in range(0, self.d_sae, self._block):
-            features = slice(start, min(start + self._block, self.d_sae))
-            width = features.stop - start
-            yield features, torch.mm(x, weight[:, features], out=memory[: len(x) * width].view(len(x), width))
+    def _products(self, x: Tensor, blocks: Sequence[slice], memory: Tensor) -> Products:
+        for features in blocks:
+            width = features.stop - features.start
+            block = memory[: len(x) * width].view(len(x), width)
+            yield features, torch.mm(x, self.sae.W_enc[:, features], out=block)
 
-    def _agrees(self, find: Find, inputs: Tensor) -> bool:
+    def _agrees(self, activation: Activation, inputs: Tensor) -> bool:
         expected = _encoded(self.sae, inputs)
         if expected.is_sparse or expected.dtype != self.sae.W_enc.dtype or not bool(expected.isfinite().all()):
             return False
-        tokens, features, values = joined(list(find(self.sae, self._products(inputs))))
+        tokens, features, values = joined(self._found(activation, inputs, lambda entries: entries))
         latents = torch.zeros_like(expected)
         latents[tokens, features] = values
         # Two orders of summation may decide otherwise about a latent on the edge, so a few may differ.
@@ -205,7 +231,7 @@ class Activation:
 
     Attributes:
         find: finds them.
-        features_at_once: how many features' products it is given at once.
+        features_at_once: how many features' products it is given at once, on each core.
         least: what a latent must exceed before its activation, a number for all or [feature]; None where the latents of
             a token are compared with each other.
     """
@@ -213,6 +239,11 @@ class Activation:
     find: Find
     features_at_once: int
     least: Callable[[Any], Tensor | float] | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether each latent is judged by itself, so that blocks of features can be encoded in any order."""
+        return self.least is not None
 
 
 ACTIVATIONS = {
@@ -229,13 +260,6 @@ def joined(parts: Sequence[Entries]) -> Entries:
         return parts[0]
     tokens, features, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return tokens, features, values
-
-
-def _without(dead: Tensor, entries: Entries) -> Entries:
-    """Entries without those of latents that write nothing."""
-    tokens, features, values = entries
-    kept = torch.nonzero(~dead.to(features.device)[features]).view(-1)
-    return tokens[kept], features[kept], values[kept]
 
 
 def _largest(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -160,19 +160,20 @@ class EntryCounting:
         """Count active latents, a few features at a time. Returns the active latents that are needed together: of all
         tokens if an estimator accumulates, otherwise of the tokens whose reconstruction is checked.
         """
-        kept: list[Entries] = []
-        for part in self._encoder.parts(inputs):
+
+        def count(part: Entries) -> Entries:
             tokens, features, values = (t.to(self._device) for t in part)
             values = values.double()
             if not bool(torch.isfinite(values.sum())):
                 raise not_finite("latents", self.hook, batch)
             statistics.update_latents(features, values, groups[tokens])
             open_documents.mark(open_rows[tokens], features)
-            if not self.accumulating:
-                few = torch.nonzero(checked[tokens]).view(-1)
-                tokens, features, values = tokens[few], features[few], values[few]
-            kept.append((tokens, features, values))
-        return joined(kept)
+            if self.accumulating:
+                return tokens, features, values
+            few = torch.nonzero(checked[tokens]).view(-1)
+            return tokens[few], features[few], values[few]
+
+        return joined(self._encoder.each_part(inputs, count))
 
 
 def refuse_unless_linear(hook: str, linear: bool | None, writes_elsewhere: bool = False) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from tl_capacity.errors import MeasurementError
 from tl_capacity.probing.ridge import Latents, Readout
 from tl_capacity.probing.scores import Scores
 from tl_capacity.runtime.processes import Processes
+from tl_capacity.runtime.threads import cores_for, side_by_side
 from tl_capacity.text.documents import DOCUMENT_GROUPS
 
 BINS = 256
@@ -26,8 +27,8 @@ FINE = 2.0
 
 A score t falls into bin ½(1 + t/(2 + |t|)) · 256. Bins widen outwards, so no score is too large.
 """
-BLOCK_SCORES = 2**18
-"""How many scores exist at once: 1 MB, which stays in a core's cache while they are used."""
+BLOCK_SCORES = 2**19
+"""How many scores each core has at once: 2 MB, of which most stays in its cache while they are used."""
 FEATURES_AT_ONCE = 512
 """How many features have float64 counts at once: 1 MB, for the same reason."""
 
@@ -137,28 +138,38 @@ class Ranking(_Sums):
         """
         x = x.float() if self._basis is None else x.float() @ self._basis
         inputs = (x - self._mean).T.contiguous()
-        starts = latents.starts.tolist()
-        single = torch.ones((), dtype=torch.int32, device=inputs.device)
         step = max(1, BLOCK_SCORES // len(x))
-        for first in range(0, len(self._weight), step):
-            block = slice(first, min(first + step, len(self._weight)))
-            entries = slice(starts[block.start], starts[block.stop])
-            features, tokens, values = latents.features[entries], latents.tokens[entries], latents.values[entries]
-            entry = (features - first) * len(x) + tokens
-            scores = torch.mm(self._weight[block], inputs)
-            predicted = scores.add(self._offset[block, None])
-            predicted = predicted.clamp_(min=0) if self.negative is None else predicted
-            self.cross.index_add_(0, features, values * predicted.view(-1)[entry])
-            self.squares[block] += predicted.square_().sum(1, dtype=torch.float64)
-            bins = bins_of_(scores)
-            fired = bins.view(-1)[entry].long()
-            place = (features - first) * BINS + fired
-            below = None if self.negative is None else values < 0
-            for counts, some in self._sides(place, below):
-                counts[block].view(-1).index_add_(0, some, single.expand(len(some)))
-            bins += torch.arange(0, len(bins) * BINS, BINS, dtype=torch.int32, device=bins.device)[:, None]
-            self.all[block].view(-1).index_add_(0, bins.view(-1), single.expand(bins.numel()))
-            self._rank(block, place, below, features, groups[tokens])
+        blocks = [slice(first, first + step) for first in range(0, len(self._weight), step)]
+        cores = cores_for(inputs.device)
+        memory = inputs.new_empty(cores, 2, step, len(x))
+        side_by_side(lambda core, block: self._score(block, inputs, latents, groups, memory[core]), blocks, cores)
+
+    def _score(self, block: slice, inputs: Tensor, latents: Latents, groups: Tensor, memory: Tensor) -> None:
+        """Score a block of features on inputs [dimension, token]. Other threads may score other blocks meanwhile.
+
+        Args:
+            memory: for two blocks of scores [2, feature, token].
+        """
+        weight, n_tokens = self._weight[block], inputs.shape[1]
+        entries = slice(*latents.starts[[block.start, block.start + len(weight)]].tolist())
+        features, tokens, values = latents.features[entries], latents.tokens[entries], latents.values[entries]
+        entry = (features - block.start) * n_tokens + tokens
+        scores, other = memory[:, : len(weight)]
+        torch.mm(weight, inputs, out=scores)
+        predicted = torch.add(scores, self._offset[block, None], out=other)
+        predicted = predicted.clamp_(min=0) if self.negative is None else predicted
+        self.cross.index_add_(0, features, values * predicted.view(-1)[entry])
+        self.squares[block] += torch.linalg.vector_norm(predicted, dim=1).double().square()
+        bins = bins_of_(scores, other)
+        fired = bins.view(-1)[entry].long()
+        place = (features - block.start) * BINS + fired
+        below = None if self.negative is None else values < 0
+        single = torch.ones((), dtype=torch.int32, device=bins.device)
+        for counts, some in self._sides(place, below):
+            counts[block].view(-1).index_add_(0, some, single.expand(len(some)))
+        bins += torch.arange(0, len(bins) * BINS, BINS, dtype=torch.int32, device=bins.device)[:, None]
+        self.all[block].view(-1).index_add_(0, bins.view(-1), single.expand(bins.numel()))
+        self._rank(block, place, below, features, groups[tokens])
 
     def _sides(self, place: Tensor, below: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """The counts of firings above and below zero, each with the bins of some of those firings."""
@@ -196,15 +207,8 @@ class Ranking(_Sums):
 
         Over several processes, a firing's rank is that among the silent tokens of its own process.
         """
-        areas: list[tuple[Tensor, ...]] = []
-        for first in range(0, len(self.firing), FEATURES_AT_ONCE):
-            block = slice(first, first + FEATURES_AT_ONCE)
-            firing, silent = self.firing[block], self.all[block] - self.firing[block]
-            if self.negative is None:
-                areas.append(_areas(firing.double(), silent.double()))
-            else:
-                negative = self.negative[block]
-                areas.append(_areas_of_both_sides(firing.double(), negative.double(), (silent - negative).double()))
+        blocks = [slice(first, first + FEATURES_AT_ONCE) for first in range(0, len(self.firing), FEATURES_AT_ONCE)]
+        areas = side_by_side(lambda _, block: self._areas(block), blocks, cores_for(self.firing.device))
         auroc, auroc_error, precision, precision_error = (torch.cat(pieces) for pieces in zip(*areas, strict=True))
         squares, cross, tokens = self.squares * self.scale.square(), self.cross * self.scale, int(held.tokens)
         r2 = 1 - (squares - 2 * cross + held.zz) / (held.zz - held.z.square() / tokens)
@@ -218,6 +222,14 @@ class Ranking(_Sums):
         scores |= {"ranks": self.ranks, "firings": held.firings}
         arrays = {name: array.cpu().numpy() for name, array in scores.items()}
         return Scores(**arrays, tokens=tokens, ridge=self.ridge)
+
+    def _areas(self, block: slice) -> tuple[Tensor, ...]:
+        """AUROC, its error, average precision and its error of a block of features."""
+        firing, silent = self.firing[block], self.all[block] - self.firing[block]
+        if self.negative is None:
+            return _areas(firing.double(), silent.double())
+        negative = self.negative[block]
+        return _areas_of_both_sides(firing.double(), negative.double(), (silent - negative).double())
 
 
 def _areas(firing: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
@@ -238,11 +250,12 @@ def _areas_of_both_sides(positive: Tensor, negative: Tensor, silent: Tensor) -> 
     )
 
 
-def bins_of_(scores: Float[Tensor, "*any"]) -> Tensor:
-    """The bin of each score, int32; overwrites the scores."""
+def bins_of_(scores: Float32[Tensor, "*any"], spare: Float32[Tensor, "*any"]) -> Int32[Tensor, "*any"]:
+    """The bin of each score, in the memory of `spare`; overwrites the scores."""
     # A hair less than half, so that a score whose quotient rounds to 1 stays in the last bin.
     half = 0.5 * BINS * (1 - 1e-6)
-    return scores.div_(scores.abs().add_(FINE)).add_(1).mul_(half).to(torch.int32)
+    scores.div_(torch.abs(scores, out=spare).add_(FINE)).add_(1).mul_(half)
+    return spare.view(torch.int32).copy_(scores)
 
 
 def auroc_of(
