@@ -29,8 +29,8 @@ A score t falls into bin ½(1 + t/(2 + |t|)) · 256. Bins widen outwards, so no 
 """
 BLOCK_SCORES = 2**19
 """How many scores each core has at once: 2 MB, of which most stays in its cache while they are used."""
-FEATURES_AT_ONCE = 512
-"""How many features have float64 counts at once: 1 MB, for the same reason."""
+FEATURES_AT_ONCE = 256
+"""How many features each core has float64 counts of at once: half a MB, for the same reason."""
 
 
 class _Sums:
