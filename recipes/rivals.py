@@ -86,6 +86,7 @@ def main(config: RivalsConfig) -> Forecasts | None:
         raise CapacityError("there is no width to compute floors for: pass --widths, such as 16,24,32")
     settings = settings_of(config, "out", "threads")
     if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, settings):
+        _forget(config.out)
         return None
     measurement = Measurement.load(config.measurement)
     settings["measured"] = digest((config.measurement / MEASUREMENT_JSON).read_bytes())
@@ -96,11 +97,16 @@ def main(config: RivalsConfig) -> Forecasts | None:
     forecasts = _computed(config, measurement, teacher, settings)
     write_json(config.out / ABOUT_NAME, {"schema": 1, "settings": settings_of(config, "out", "threads")})
     forecasts.save(config.out)
-    for name in (PARTS_NAME, BOUND_NAME):
-        remove_checkpoint(config.out / name)
+    _forget(config.out)
     Console(width=180).print(forecasts)
     print(f"written to {config.out}")
     return forecasts
+
+
+def _forget(out: Path) -> None:
+    """Delete what the searches left to go on from, also where a run was killed once its forecasts were written."""
+    for name in (PARTS_NAME, BOUND_NAME):
+        remove_checkpoint(out / name)
 
 
 def _computed(

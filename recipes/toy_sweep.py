@@ -144,15 +144,16 @@ def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
     """The sweep in `out`, trained first if it is not there."""
     from tl_capacity import toy
 
+    checkpoint = out.with_name(f"{out.name}.checkpoint.safetensors")
     if out.exists():
         result = toy.SweepResult.load(out)
         if changed := earlier_values(result.settings.to_json(), settings.to_json()):
             raise CapacityError(
                 f"{out} holds a sweep with other settings ({changed}): pass those, or choose another --out"
             )
+        remove_checkpoint(checkpoint)  # of a run that was killed once it had its result
         return result
     make_folder(out.parent)
-    checkpoint = out.with_name(f"{out.name}.checkpoint.safetensors")
     try:
         with token_progress(settings.total_steps, label="training", unit="steps") as advance:
             result = toy.run(settings, checkpoint, advance)

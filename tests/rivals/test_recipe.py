@@ -61,8 +61,11 @@ def test_it_writes_what_the_predictors_say(cli: Cli, setup: Path, measured: Path
     assert by_hand.floors("rank_bound") == floors["rank_bound", ""]
     assert forecasts.about["tokens"] == by_hand.about["tokens"]
     assert not list((tmp_path / "r").glob("*.checkpoint.*"))
+    # A run that was killed once its forecasts were written leaves this.
+    (tmp_path / "r" / "rank_bound.checkpoint.safetensors").write_bytes(b"the state")
     code, out, _ = cli(*command(measured, tmp_path / "r", "--widths", "4,8", "--every-layer"))
     assert code == 0
+    assert not list((tmp_path / "r").glob("*.checkpoint.*"))
     assert "already holds a forecasts.json of these settings" in out
     code, _, err = cli(*command(measured, tmp_path / "r", "--widths", "4"))
     assert code == 2

@@ -27,6 +27,7 @@ from tl_capacity.recipes.toy_sweep import main
 from tl_capacity import CapacityLaw, hookimpl, recipe, theory
 from tl_capacity.errors import CapacityError
 from tl_capacity.plugins import register_plugin, unregister_plugin
+from tl_capacity.storage.files import previous
 from tl_capacity.toy import (
     Case,
     FeatureDistribution,
@@ -541,7 +542,12 @@ class TestSweep:
         assert "Median accuracy above 93% at every sparsity" in said
         assert not (tmp_path / "sweep.checkpoint.safetensors").exists()
         before = (tmp_path / "sweep" / "sweep.json").stat().st_mtime_ns
+        # A run that was killed once the sweep was written leaves these.
+        checkpoint = tmp_path / "sweep.checkpoint.safetensors"
+        for path in (checkpoint, previous(checkpoint)):
+            path.write_bytes(b"the state")
         recipe.run(main, arguments)
+        assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
         assert (tmp_path / "sweep" / "sweep.json").stat().st_mtime_ns == before
         with pytest.raises(CapacityError, match="holds a sweep with other settings"):
             recipe.run(main, [*arguments, "--seeds", "3"])
