@@ -3,7 +3,8 @@
 python benchmarks/rest.py: a batch of counting beside its limit, the head of distilling beside its four GEMMs, and
 recovering beside the teacher's measurement, in the shapes of measure.py, distill.py and probe.py. For each operation of
 PyTorch its own time, less what the limit spends on the same operation. The profiler makes all of it slower, so that
-shares count and not seconds. How fast this machine multiplies matrices and moves memory stands beside it.
+shares count and not seconds. All of it runs on one core, as the profiler sees only the thread that calls it. How fast
+this machine multiplies matrices and moves memory, on all cores, stands beside it.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def benchmark(sitting: Sitting) -> None:
     tokens = 4 * shapes.rows * shapes.context
     sitting.notes.append(f"{shapes.described()}; a student of d = {width}; recovering reads {tokens:,} tokens.")
     rates(sitting, shapes, asked.batches)
+    torch.set_num_threads(1)
     model = hugging_face(shapes)
     sae = sparse_autoencoder("standard", model, shapes)
     of_counting(sitting, model, sae, shapes, asked.batches)
