@@ -138,20 +138,28 @@ class Ranking(_Sums):
         """
         x = x.float() if self._basis is None else x.float() @ self._basis
         inputs = (x - self._mean).T.contiguous()
-        step = max(1, BLOCK_SCORES // len(x))
-        blocks = [slice(first, first + step) for first in range(0, len(self._weight), step)]
+        step, last = max(1, BLOCK_SCORES // len(x)), len(self._weight)
+        blocks = [slice(first, min(first + step, last)) for first in range(0, last, step)]
+        starts = latents.starts.tolist()  # once, as a device is waited for
         cores = cores_for(inputs.device)
         memory = inputs.new_empty(cores, 2, step, len(x))
-        side_by_side(lambda core, block: self._score(block, inputs, latents, groups, memory[core]), blocks, cores)
 
-    def _score(self, block: slice, inputs: Tensor, latents: Latents, groups: Tensor, memory: Tensor) -> None:
+        def score(core: int, block: slice) -> None:
+            entries = slice(starts[block.start], starts[block.stop])
+            self._score(block, inputs, latents, entries, groups, memory[core])
+
+        side_by_side(score, blocks, cores)
+
+    def _score(
+        self, block: slice, inputs: Tensor, latents: Latents, entries: slice, groups: Tensor, memory: Tensor
+    ) -> None:
         """Score a block of features on inputs [dimension, token]. Other threads may score other blocks meanwhile.
 
         Args:
+            entries: the block's entries among the latents.
             memory: for two blocks of scores [2, feature, token].
         """
         weight, n_tokens = self._weight[block], inputs.shape[1]
-        entries = slice(*latents.starts[[block.start, block.start + len(weight)]].tolist())
         features, tokens, values = latents.features[entries], latents.tokens[entries], latents.values[entries]
         entry = (features - block.start) * n_tokens + tokens
         scores, other = memory[:, : len(weight)]
