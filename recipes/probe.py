@@ -38,7 +38,13 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
-from tl_capacity.storage.checkpoints import Checkpoint, checkpoint_in, gone_if_refused, remove_checkpoint
+from tl_capacity.storage.checkpoints import (
+    Checkpoint,
+    checkpoint_in,
+    gone_if_refused,
+    remove_checkpoint,
+    remove_checkpoints_in,
+)
 from tl_capacity.storage.digests import digest
 from tl_capacity.storage.files import make_folder, write_bytes
 
@@ -117,8 +123,7 @@ def main(config: ProbeConfig) -> ProbeResult | None:
     processes = Processes.of_launch()
     known = config.decisive(*([] if config.hook else ["hook"]))
     if already_there(config.out / JSON_NAME, config.out / JSON_NAME, known):
-        for left in config.out.glob("*.checkpoint.safetensors"):
-            remove_checkpoint(left)
+        remove_checkpoints_in(config.out)
         return None
     processes = processes.connected(config.device)
     if config.threads:

@@ -40,7 +40,13 @@ from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.logs import log
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
-from tl_capacity.storage.checkpoints import Checkpoint, checkpoint_in, gone_if_refused, remove_checkpoint
+from tl_capacity.storage.checkpoints import (
+    Checkpoint,
+    checkpoint_in,
+    gone_if_refused,
+    remove_checkpoint,
+    remove_checkpoints_in,
+)
 from tl_capacity.storage.digests import digest, fingerprint
 from tl_capacity.storage.files import make_folder, write_bytes, write_json
 from tl_capacity.text.counting import special_token_ids
@@ -104,8 +110,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
     if already_there(
         config.out / JSON_NAME, config.out / ABOUT_NAME, config.decisive(*([] if config.source else ["source"]))
     ):
-        for state in config.out.glob("*.checkpoint.safetensors"):
-            remove_checkpoint(state)
+        remove_checkpoints_in(config.out)
         return None
     processes = processes.connected(config.device)
     measurement = Measurement.load(config.measurement)

@@ -34,7 +34,7 @@ from tl_capacity.rivals.start import TRUNCATED_START, truncated_start
 from tl_capacity.rivals.text import heldout_text
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.versions import library_versions
-from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
+from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoints_in
 from tl_capacity.storage.digests import digest
 from tl_capacity.storage.files import make_folder, write_json
 from tl_capacity.text.counting import CountingRule
@@ -86,7 +86,7 @@ def main(config: RivalsConfig) -> Forecasts | None:
         raise CapacityError("there is no width to compute floors for: pass --widths, such as 16,24,32")
     settings = settings_of(config, "out", "threads")
     if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, settings):
-        _forget(config.out)
+        remove_checkpoints_in(config.out)
         return None
     measurement = Measurement.load(config.measurement)
     settings["measured"] = digest((config.measurement / MEASUREMENT_JSON).read_bytes())
@@ -97,16 +97,10 @@ def main(config: RivalsConfig) -> Forecasts | None:
     forecasts = _computed(config, measurement, teacher, settings)
     write_json(config.out / ABOUT_NAME, {"schema": 1, "settings": settings_of(config, "out", "threads")})
     forecasts.save(config.out)
-    _forget(config.out)
+    remove_checkpoints_in(config.out)
     Console(width=180).print(forecasts)
     print(f"written to {config.out}")
     return forecasts
-
-
-def _forget(out: Path) -> None:
-    """Delete what the searches left to go on from, also where a run was killed once its forecasts were written."""
-    for name in (PARTS_NAME, BOUND_NAME):
-        remove_checkpoint(out / name)
 
 
 def _computed(

@@ -114,6 +114,12 @@ def remove_checkpoint(path: Path) -> None:
         old.unlink(missing_ok=True)
 
 
+def remove_checkpoints_in(folder: Path) -> None:
+    """Delete all checkpoints in the folder of a result that is written, as of a run that was killed just then."""
+    for path in folder.glob("*.checkpoint.safetensors"):
+        remove_checkpoint(path)
+
+
 def checkpoint_in(folder: Path, name: str, beside: Path) -> Path:
     """The file of a checkpoint, in the result's folder.
 
