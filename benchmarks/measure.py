@@ -43,7 +43,7 @@ from neox import (
     tokens,
 )
 
-from tl_capacity.dictionaries.reducing import COMPILE
+from tl_capacity.runtime.compiling import COMPILE
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 """With these glibc gives a large block back to the system when it is freed, and asks for each anew."""
@@ -320,10 +320,11 @@ def counting_once(model: Any, sae: Any, shapes: Shapes) -> None:
 
 
 def waits(sitting: Sitting, name: str, model: Any, sae: Any, shapes: Shapes) -> None:
-    """Add a row on how often a batch synchronises, and a note on where."""
+    """Add a row on how often a batch synchronises where the forward pass alone does not, and a note on where."""
+    forward = cut_forward(model, shapes)
     with runs_of(sharing(model), {shapes.hook: sae}, shapes) as runs:
-        places = synchronisations(runs)
-    title, none = f"synchronisations a batch, {name}", at_most(0)
+        places = synchronisations(runs) - synchronisations(lambda batches: [forward() for _ in range(batches)])
+    title, none = f"synchronisations a batch beyond the forward pass's, {name}", at_most(0)
     gpu = torch.cuda.is_available()
     sitting.rows.append(fact(title, places.total(), none) if gpu else absent(title, "no GPU", none))
     if places:
@@ -360,18 +361,27 @@ def beside_limit(sitting: Sitting, model: Any, saes: Mapping[str, Any], shapes: 
     ]
 
 
-def beside_evals(sitting: Sitting, model: Any, sae: Any, weights: Weights, shapes: Shapes, share: float) -> None:
-    """Add a row on SAELens' `run_evals`, which holds all latents of the batch."""
-    peer, ours = "run_evals, HookedProxyLM", "counting, beside run_evals"
-    claim = Claim("run_evals / everything", (peer,), (ours,), at_least(3))
+def beside_evals(sitting: Sitting, model: Any, sae: Any, shapes: Shapes, share: float) -> None:
+    """Add rows on SAELens' `run_evals`, which holds all latents of the batch."""
+    kind = f"{str(sae.W_enc.dtype).removeprefix('torch.')} SAE"
+    peer, ours = f"run_evals, HookedProxyLM, {kind}", f"counting, beside run_evals, {kind}"
+    ways = {ours: nullcontext(), f"{ours}, compiled": compiled()}
+    claims = [
+        Claim(way.replace("counting, beside run_evals", "run_evals / everything"), (peer,), (way,), at_least(3))
+        for way in ways
+    ]
     try:
         with sitting.group() as attach:
-            count = attach(counting(sharing(model), {shapes.hook: sae}, shapes, warm=1))
-            evals = proxy_evals(model, shapes, weights)
-            sitting.sizes[f"peak device memory of {peer}"] = device_growth_mb(evals)
-            sitting.time({ours: count, peer: evals}, [claim], share)
+            steps: dict[str, Callable[[], object]] = {}
+            for way, switched in ways.items():
+                with switched:
+                    steps[way] = attach(counting(sharing(model), {shapes.hook: sae}, shapes, warm=1))
+            steps[peer] = sae_lens_evals(proxy_model(sharing(model), shapes), sae, shapes)
+            sitting.sizes[f"peak device memory of {peer}"] = device_growth_mb(steps[peer])
+            sitting.time(steps, claims, share)
     except torch.OutOfMemoryError:
-        sitting.rows.append(absent(claim.name, "run_evals runs out of the device's memory", claim.goal))
+        why = "run_evals runs out of the device's memory"
+        sitting.rows += [absent(claim.name, why, claim.goal) for claim in claims]
 
 
 def on_cuda(sitting: Sitting, shapes: Shapes) -> None:
@@ -387,7 +397,10 @@ def on_cuda(sitting: Sitting, shapes: Shapes) -> None:
     beside_limit(sitting, hf, half, shapes, 0.2)
     for name, sae in (single | half).items():
         waits(sitting, name, hf, sae, shapes)
-    beside_evals(sitting, hf, single["ReLU"], fitted, shapes, 0.3)
+    named = f"gpt_neox.layers.{shapes.tapped - 1}"
+    for dtype in (torch.float32, torch.bfloat16):
+        sae = sparse_autoencoder("standard", hf, shapes, named, fitted, dtype)
+        beside_evals(sitting, hf, sae, shapes, 0.15)
 
 
 def benchmark(sitting: Sitting) -> None:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, DistillSettings, HiddenMatch, distill, observed_floors
+from tl_capacity.distillation import losses as losses_module
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.data import Rows, read
 from tl_capacity.distillation.losses import MATCHES, Head, Output, chunked_losses
@@ -33,6 +34,7 @@ from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.errors import CapacityError, HookPointError, MeasurementError, TokenSourceError
 from tl_capacity.models import head as head_module
 from tl_capacity.models.head import CACHED_LOGITS
+from tl_capacity.runtime.compiling import COMPILE
 from tl_capacity.runtime.scratch import Scratch
 from tl_capacity.storage.digests import fingerprint
 from tl_capacity.text.streams import PADDING
@@ -117,6 +119,29 @@ def test_chunks_are_exact_against_the_definition(
             assert part.grad is not None
             assert relative(part.grad, gradient) < 1e-5
     assert teacher.hidden.grad is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.ce_weight], ids=str)
+def test_compiled_divergences(
+    loss: LogitLoss, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compiled, they give what they give in steps, chunks of two lengths among them."""
+
+    def gradients() -> list[torch.Tensor]:
+        teacher, students = output(8, 0), [output(width, width) for width in (3, 5)]
+        losses = chunked_losses(teacher, students, labels(), loss, chunk=10)
+        return [losses.detach(), *torch.autograd.grad(losses.sum(), [p for each in students for p in parts(each)])]
+
+    in_steps = gradients()
+    monkeypatch.setenv(COMPILE, "1")
+    losses_module.compiled_divergence.cache_clear()
+    compiled = gradients()
+    losses_module.compiled_divergence.cache_clear()
+    assert "torch.compile" not in caplog.text
+    for found, expected in zip(compiled, in_steps, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

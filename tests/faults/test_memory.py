@@ -20,6 +20,7 @@ import sae_lens
 import torch
 from commands import HOOK, arguments
 from conftest import D_MODEL
+from place import placed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -138,7 +139,7 @@ def test_an_sae_that_encodes_itself_within_its_bound(kind: str, neox: Any, make_
     makes these tokens fewer, and changes no latent and nothing that is written.
     """
     sae, bound = sae_encoding_itself(make_sae, kind), 3_000_000
-    x = torch.randn(256, D_MODEL, generator=torch.Generator().manual_seed(5))
+    x = placed(torch.randn(256, D_MODEL, generator=torch.Generator().manual_seed(5)))
     with torch.no_grad(), add_capacity_hooks(neox, sae) as capacity:
         held = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
         fit_memory(capacity, held + bound)

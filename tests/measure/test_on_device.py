@@ -13,15 +13,16 @@ import pytest
 import torch
 from commands import Cli, arguments, same
 from conftest import BOS, D_MODEL, SAES, VOCAB
-from place import device, placed
+from place import device, on_cpu, placed
 from pretended import Machine, OnDevice, moved, pretended_device
 
-from tl_capacity.dictionaries import dense, reducing
+from tl_capacity.dictionaries import dense
 from tl_capacity.dictionaries.adapter import NamedDictionary
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure import layout
 from tl_capacity.measure.attach import attach
 from tl_capacity.measure.session import CapacityHooks
+from tl_capacity.runtime.compiling import COMPILE
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import PADDING, TokenBatch
 
@@ -49,8 +50,9 @@ def assert_same_sums(model: Any, sae: Any, stream: Any, **options: Any) -> dict[
         if name in EXACT:
             np.testing.assert_array_equal(device[name], array, err_msg=name)
         else:
-            # FVU's sums are of float32 reconstructions, whose terms are added in another order.
-            loose = {"residual": 1e-5, "energy": 1e-6}.get(name, 1e-6)
+            # FVU's sums are of float32 reconstructions, whose terms are added in another order. On a GPU the latents of
+            # the checked tokens are rounded to TF32 before.
+            loose = (1e-5 if on_cpu() else 1e-4) if name == "residual" else 1e-6
             np.testing.assert_allclose(device[name], array, rtol=loose, atol=1e-7, err_msg=name)
     return device
 
@@ -220,7 +222,7 @@ def test_compiled_sums(
     caplog: pytest.LogCaptureFixture,
     unchecked: None,
 ) -> None:
-    monkeypatch.setenv(reducing.COMPILE, "1")
+    monkeypatch.setenv(COMPILE, "1")
     monkeypatch.setattr(dense, "DENSE_FEATURES", 24)
     assert_same_sums(neox, make_sae(architecture), [*tokens.split(5), *uneven()])
     assert "torch.compile" not in caplog.text
@@ -238,7 +240,7 @@ def test_sums_without_a_compiler(
     def fails(*_: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setenv(reducing.COMPILE, "1")
+    monkeypatch.setenv(COMPILE, "1")
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
     assert_same_sums(neox, make_sae(), tokens.split(5))
     assert caplog.text.count("torch.compile does not work here (RuntimeError)") == 1

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, D_MODEL
+from place import placed
 from sklearn.metrics import average_precision_score, r2_score, roc_auc_score
 
 import tl_capacity as tlc
@@ -145,6 +146,7 @@ def test_the_teacher_itself_tells_its_signed_features(
 @torch.no_grad()
 def _read(model: Any, rows: torch.Tensor, seen: list[torch.Tensor]) -> None:
     """The activations of all but BOS."""
+    rows = placed(rows)
     if hasattr(model, "run_with_cache"):
         seen.append(model.run_with_cache(rows)[1][HOOK][:, 1:].flatten(0, 1))
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packaging.version import Version
+from place import on_cpu, placed
 
 from tl_capacity.distillation.losses import LogitLoss, Output, chunked_losses
 from tl_capacity.models.head import Head
@@ -17,8 +19,8 @@ def drawn(*size: int) -> torch.Tensor:
 
 
 def rounds() -> bool:
-    """Whether this processor and this PyTorch must round. Of others, some may."""
-    return torch.cpu._is_amx_tile_supported() and hasattr(torch.backends.mkldnn.matmul, "fp32_precision")
+    """Whether this processor and this PyTorch must round. Of others, some may, and some round some products alone."""
+    return torch.cpu._is_amx_tile_supported() and Version(torch.__version__) >= Version("2.13")
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -33,6 +35,21 @@ def test_inputs_are_rounded_and_sums_are_not() -> None:
     after = left @ right
     assert error(within, rounded) < 1e-6 or (error(within, exact) < 1e-6 and not rounds())
     assert error(after, exact) < 1e-6
+
+
+@pytest.mark.skipif(on_cpu(), reason="is about a GPU")
+def test_a_gpu_rounds_to_tf32() -> None:
+    """Which has ten bits after the first, so that an input moves by 2^-11 of itself at most."""
+    left, right = placed(drawn(512, 1024)), placed(drawn(1024, 512))
+    exact = left.double() @ right.double()
+    before = left @ right
+    with rounded_products(left.device):
+        within = left @ right
+    largest = left.abs().double() @ right.abs().double() * 2**-10
+    assert ((within - exact).abs() < largest).all()
+    assert error(within, exact) > 1e-5
+    assert error(before, exact) < 1e-6
+    assert torch.equal(left @ right, before)
 
 
 def test_the_precision_comes_back_after_an_error() -> None:

@@ -85,29 +85,30 @@ class DenseEncoder:
             latents = self.sae.encode(inputs).to_dense()
             if len(padding):
                 latents = latents.index_fill(0, padding, 0)
-            yield self._block(slice(0, self.encoder.d_sae), latents, None, length, checked)
+            yield self._block(slice(0, self.encoder.d_sae), self._reduce(latents, None, None, length, checked))
         elif activation.least is None:
             yield self._largest(inputs, padding)
         else:
-            least, memory = activation.least(self.sae), None
+            least = activation.least(self.sae)
             x = self.sae.process_sae_in(inputs)
             for start in range(0, self.encoder.d_sae, DENSE_FEATURES):
                 some = slice(start, min(start + DENSE_FEATURES, self.encoder.d_sae))
-                memory = self._before_activation(x, some)
+                weight, bias = self.sae.W_enc[:, some], self.sae.b_enc[some]
+                # The bias is added later: PyTorch takes a slower kernel for a product with one.
+                products = torch.mm(x, weight, out=self._memory(x, some))
                 if len(padding):
-                    memory.index_fill_(0, padding, -torch.inf)
-                yield self._block(some, memory, least if isinstance(least, float) else least[some], length, checked)
+                    products.index_fill_(0, padding, -torch.inf)
+                bound = least if isinstance(least, float) else least[some]
+                yield self._block(some, self._reduce(products, bias, bound, length, checked))
 
-    def _before_activation(self, x: Tensor, some: slice) -> Tensor:
-        weight, bias, width = self.sae.W_enc[:, some], self.sae.b_enc[some], some.stop - some.start
-        memory = self.encoder.scratch.take(len(x) * width, weight).view(len(x), width)
-        return torch.addmm(bias, x, weight, out=memory)
+    def _memory(self, x: Tensor, some: slice) -> Tensor:
+        """Memory for some features of all tokens, which is overwritten by the next."""
+        width = some.stop - some.start
+        return self.encoder.scratch.take(len(x) * width, self.sae.W_enc).view(len(x), width)
 
-    def _block(
-        self, some: slice, latents: Tensor, least: Tensor | float | None, length: int, checked: int
-    ) -> BlockLatents:
-        """Sums over pieces. If `least`, which a latent must exceed, is given, `latents` is overwritten."""
-        seen, sums = self._reduce(latents, least, length, checked)
+    def _block(self, some: slice, reduced: tuple[Tensor, PieceSums]) -> BlockLatents:
+        """Latents and sums of a block, without what writes nothing."""
+        seen, sums = reduced
         dead = self.encoder.dead
         if dead is not None:
             off = dead[some]
@@ -117,7 +118,8 @@ class DenseEncoder:
 
     def _largest(self, inputs: Tensor, padding: Tensor) -> LargestLatents:
         x = self.sae.process_sae_in(inputs)
-        latents = self._before_activation(x, slice(0, self.encoder.d_sae))
+        memory = self._memory(x, slice(0, self.encoder.d_sae))
+        latents = torch.addmm(self.sae.b_enc, x, self.sae.W_enc, out=memory)
         if rescales(self.sae):
             latents.mul_(self.sae.W_dec.norm(dim=-1))
         values, features = largest_in_two_steps(latents, min(self.sae.cfg.k, latents.shape[1]))

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.forward import forward_options
-from tl_capacity.models.head import CHUNK_TOKENS, Head, cached_pieces, cached_tokens, check_head, head_of, last_hidden
+from tl_capacity.models.head import (
+    CHUNK_TOKENS,
+    Head,
+    cached_pieces,
+    cached_tokens,
+    check_head,
+    head_of,
+    last_hidden,
+    log_and_probabilities,
+    tokens_at_once,
+)
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.scratch import Scratch
 
@@ -178,7 +188,7 @@ def compare(
     kl, cross_entropy = (torch.zeros(shape, dtype=torch.float64, device=exact_device(device)) for _ in range(2))
     own = torch.zeros(len(labels), dtype=torch.float64, device=exact_device(device))
     agreement = torch.zeros(shape, dtype=torch.bool, device=device)
-    size = min(chunk, max(1, len(labels)))
+    size = tokens_at_once(len(labels), vocabulary, device, chunk)
     at_once = cached_tokens(size, vocabulary, device)
     buffers = scratch.take((3 * size + at_once) * vocabulary, torch.empty(0, device=device)).view(-1, vocabulary)
     *whole, piece = torch.split(buffers, [size, size, size, at_once])
@@ -186,11 +196,10 @@ def compare(
         rows = slice(start, min(start + size, len(labels)))
         log_p, p, logits = (buffer[: rows.stop - start] for buffer in whole)
         label = labels[rows, None]
-        teacher.head.logits(teacher.hidden[rows], logits)
-        best_token = likeliest(logits)[:, None]
+        teacher.head.logits(teacher.hidden[rows], log_p)
+        best_token = likeliest(log_p)[:, None]
         for some in cached_pieces(len(label), vocabulary, device):
-            torch.log_softmax(logits[some], -1, out=log_p[some])
-            torch.exp(log_p[some], out=p[some])
+            log_and_probabilities(log_p[some], p[some])
         own[rows] = exact(-log_p.gather(1, label)[:, 0])
         for number, student in enumerate(students):
             student.head.logits(student.hidden[rows], logits)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import log
 from typing import Any
 
@@ -26,7 +27,8 @@ from tl_capacity.distillation.settings import CHUNK_TOKENS, DIVERGENCES, MATCH_K
 from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.head import Head as Head
-from tl_capacity.models.head import cached_tokens
+from tl_capacity.models.head import cached_pieces, cached_tokens, log_and_probabilities, tokens_at_once
+from tl_capacity.runtime.compiling import Compiled
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.precision import beneath_autocast, rounded_products
 from tl_capacity.runtime.scratch import Scratch
@@ -34,7 +36,7 @@ from tl_capacity.runtime.scratch import Scratch
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`(log_p, p, log_q, q)` → value [token] and gradient [token, vocabulary] with respect to the student's logits.
 
-The gradient takes the place of `q`. `log_q` is overwritten too.
+The gradient takes the place of `log_q`.
 """
 
 Probabilities = Float[Tensor, "token vocabulary"]
@@ -47,7 +49,7 @@ def forward_kl(
     arXiv:1503.02531).
     """
     value = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(-1)
-    return value, q.sub_(p)
+    return value, torch.sub(q, p, out=log_q)
 
 
 def reverse_kl(
@@ -56,7 +58,7 @@ def reverse_kl(
     """KL(q ‖ p) = Σ q (log q − log p); its gradient is q (log q − log p − KL) (Gu et al. 2024, arXiv:2306.08543)."""
     ratio = log_q.sub_(log_p)
     value = torch.linalg.vecdot(q, ratio)
-    return value, q.mul_(ratio.sub_(value[:, None]))
+    return value, ratio.sub_(value[:, None]).mul_(q)
 
 
 def generalised_jsd(beta: float) -> Divergence:
@@ -77,7 +79,7 @@ def generalised_jsd(beta: float) -> Divergence:
         ratio = log_q.sub_(log_m)
         teacher = torch.sub(log_p, log_m, out=log_m).mul_(p).sum(-1)
         student = torch.linalg.vecdot(q, ratio)
-        return beta * teacher + (1 - beta) * student, q.mul_(ratio.sub_(student[:, None])).mul_(1 - beta)
+        return beta * teacher + (1 - beta) * student, ratio.sub_(student[:, None]).mul_(q).mul_(1 - beta)
 
     return divergence
 
@@ -86,6 +88,23 @@ def divergence_of(loss: LogitLoss) -> Divergence:
     """The divergence that a loss names, as a function."""
     functions = (forward_kl, reverse_kl, generalised_jsd(loss.beta))
     return dict(zip(DIVERGENCES, functions, strict=True))[loss.divergence]
+
+
+@lru_cache
+def compiled_divergence(name: str, beta: float) -> Compiled[[Tensor, Tensor], Tensor]:
+    """From `(log_p, logits)` to a divergence [token] of p and the softmax of the logits, whose place its gradient
+    takes. A compiler makes two passes over the logits of this.
+    """
+    divergence = divergence_of(LogitLoss(name, beta=beta))
+
+    def replace(log_p: Tensor, logits: Tensor) -> Tensor:
+        log_q = torch.log_softmax(logits, -1)
+        q = log_q.exp()
+        value, gradient = divergence(log_p, log_p.exp(), log_q, q)
+        logits.copy_(gradient)
+        return value
+
+    return Compiled(replace)
 
 
 HELDOUT_LOSS = LogitLoss()
@@ -176,21 +195,23 @@ class _ChunkedLosses(torch.autograd.Function):
         students_parts: Any = zip(parts[0::3], parts[1::3], parts[2::3], task.caps, strict=True)
         students = [_Student(any(ctx.needs_input_grad), *student_parts) for student_parts in students_parts]
         teacher, temperature = task.teacher, task.loss.temperature
-        size = (min(task.chunk, len(task.labels)), teacher.head.weight.shape[0])
-        cached = cached_tokens(*size, task.labels.device)
-        sizes = [tokens * size[1] for tokens in (size[0], size[0], cached, cached)]
+        device, vocabulary = task.labels.device, teacher.head.weight.shape[0]
+        size = (tokens_at_once(len(task.labels), vocabulary, device, task.chunk), vocabulary)
+        cached = cached_tokens(*size, device)
+        sizes = [tokens * vocabulary for tokens in (size[0], size[0], size[0], cached)]
         buffers = [
-            part.view(-1, size[1])
+            part.view(-1, vocabulary)
             for part in torch.split(task.scratch.take(sum(sizes), students[0].head.weight), sizes)
         ]
-        device = task.labels.device
         with rounded_products(device) if beneath_autocast(device) else nullcontext():
-            for start in range(0, len(task.labels), task.chunk):
-                rows = slice(start, min(start + task.chunk, len(task.labels)))
-                log_p, logits, *scratch = (buffer[: rows.stop - start] for buffer in buffers)
-                torch.log_softmax(teacher.head.logits(teacher.hidden[rows], logits, temperature), -1, out=log_p)
+            for start in range(0, len(task.labels), size[0]):
+                rows = slice(start, min(start + size[0], len(task.labels)))
+                log_p, p, logits, q = (buffer[: rows.stop - start] for buffer in buffers)
+                teacher.head.logits(teacher.hidden[rows], log_p, temperature)
+                for some in cached_pieces(len(log_p), vocabulary, device):
+                    log_and_probabilities(log_p[some], p[some])
                 for student in students:
-                    student.add(rows, task, log_p, logits, scratch)
+                    student.add(rows, task, log_p, p, logits, q)
         ctx.save_for_backward(*(gradient for student in students for gradient in student.gradients))
         return torch.stack([student.loss for student in students]) / task.total
 
@@ -227,20 +248,27 @@ class _Student:
         """Gradients of the loss with respect to hidden states, weight and bias."""
         return self.of_hidden, None if self.of_weight is None else self.of_weight.T, self.of_bias
 
-    def add(self, rows: slice, task: _Task, log_p: Tensor, logits: Tensor, scratch: Sequence[Tensor]) -> None:
+    def add(self, rows: slice, task: _Task, log_p: Tensor, p: Tensor, logits: Tensor, q: Tensor) -> None:
         """Add the loss and the gradients of a chunk, given the teacher's distribution on it.
 
-        It overwrites everything except that distribution.
+        Args:
+            rows: which tokens.
+            task: of all students.
+            log_p, p: the teacher's distribution on these.
+            logits: memory for the student's logits [token, vocabulary].
+            q: memory for its probabilities, for as many tokens as are worked on at once.
         """
         hidden = self.hidden[rows]
         self.head.logits(hidden, logits, task.loss.temperature)
-        pieces = zip(
-            *(torch.split(whole, len(scratch[0])) for whole in (task.labels[rows], log_p, logits)), strict=True
-        )
-        values = [
-            self._replace_by_gradient(task, *some, *(buffer[: len(some[0])] for buffer in scratch)) for some in pieces
-        ]
-        self.loss += exact(torch.cat(values)).sum() * (1 - task.loss.ce_weight) * task.loss.temperature**2
+        value = self._replaced_at_once(task, log_p, logits)
+        if value is None:
+            value = torch.cat(
+                [
+                    self._replace_by_gradient(task, task.labels[rows][some], log_p[some], p[some], logits[some], q)
+                    for some in cached_pieces(len(logits), logits.shape[1], logits.device)
+                ]
+            )
+        self.loss += exact(value).sum() * (1 - task.loss.ce_weight) * task.loss.temperature**2
         if self.of_hidden is not None and self.of_weight is not None:
             # Without the text's own loss a factor of T is left for here: T² · ∂(logits/T)/∂logits.
             share = (1 if task.loss.ce_weight else task.loss.temperature) / task.total
@@ -249,20 +277,25 @@ class _Student:
             if self.of_bias is not None:
                 self.of_bias.add_(logits.sum(0), alpha=share)
 
+    def _replaced_at_once(self, task: _Task, log_p: Tensor, logits: Tensor) -> Tensor | None:
+        """As `_replace_by_gradient`, by a compiled function; None where there is none."""
+        if self.head.cap is not None or task.loss.ce_weight:
+            return None
+        return compiled_divergence(task.loss.divergence, task.loss.beta)(logits.device, log_p, logits)
+
     def _replace_by_gradient(
-        self, task: _Task, labels: Tensor, log_p: Tensor, logits: Tensor, p: Tensor, log_q: Tensor
+        self, task: _Task, labels: Tensor, log_p: Tensor, p: Tensor, logits: Tensor, q: Tensor
     ) -> Tensor:
         """The divergence at some tokens [token].
 
-        The gradient of their loss takes the place of their logits, which were divided by the temperature. `p` and
-        `log_q` are overwritten.
+        The gradient of their loss takes the place of their logits, which were divided by the temperature. `q` is
+        overwritten.
         """
         loss, temperature = task.loss, task.loss.temperature
         # The slope of the cap's tanh.
         slope = None if self.head.cap is None else 1 - (logits * (temperature / self.head.cap)).square_()
         hard = torch.log_softmax(logits * temperature, -1) if loss.ce_weight else None
-        torch.log_softmax(logits, -1, out=log_q)
-        value, gradient = task.divergence(log_p, torch.exp(log_p, out=p), log_q, torch.exp(log_q, out=logits))
+        value, gradient = task.divergence(log_p, p, *log_and_probabilities(logits, q[: len(logits)]))
         if hard is not None:
             label = labels[:, None]
             self.loss -= exact(hard.gather(1, label)).sum() * loss.ce_weight

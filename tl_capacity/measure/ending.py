@@ -16,10 +16,15 @@ from torch import Tensor
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure.losses import LOSSES, draw, following, next_tokens
-from tl_capacity.models.head import CHECKED_TOKENS, CHUNK_TOKENS, Head, before_head, cached_pieces, head_input, head_of
-
-DEVICE_LOGITS = 2**27
-"""Logits that exist at a time on an accelerator: 512 MB."""
+from tl_capacity.models.head import (
+    CHECKED_TOKENS,
+    Head,
+    before_head,
+    cached_pieces,
+    head_input,
+    head_of,
+    tokens_at_once,
+)
 
 Slope = tuple[Tensor, Tensor | None]
 """The tensor at which a loss's gradient is taken, and the loss's slope there. The slope is None if the tensor is the
@@ -114,8 +119,7 @@ def slopes_at_head(
     places, tokens = next_tokens(ids, valid)
     draws = {name: torch.rand(len(places), generator=generator) for name in losses if name == "sampled"}
     vocabulary = len(head.weight)
-    most = CHUNK_TOKENS if flat.device.type == "cpu" else max(1, DEVICE_LOGITS // vocabulary)
-    size = min(most, max(1, len(places)))
+    size = tokens_at_once(len(places), vocabulary, flat.device)
     buffer = flat.new_empty(size, vocabulary, dtype=torch.promote_types(head.weight.dtype, torch.float32))
     for start in range(0, len(places), size):
         some = slice(start, min(start + size, len(places)))

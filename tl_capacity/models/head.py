@@ -18,6 +18,9 @@ from tl_capacity.runtime.devices import exact, exact_device
 
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at one time."""
+DEVICE_LOGITS = 2**26
+"""Logits that exist at a time on an accelerator, which waits for its next order if there are fewer: 268 MB in float32.
+"""
 CACHED_LOGITS = 2**17
 """Logits that a processor core works on at once between two matrix products, so that they stay in its cache."""
 CHECKED_TOKENS = 8
@@ -146,13 +149,14 @@ def divergences(
     """
     found = torch.zeros(others.shape[:2], dtype=torch.float64, device=exact_device(others.device))
     vocabulary = len(head.weight)
-    size = min(chunk, max(1, len(clean)))
+    size = tokens_at_once(len(clean), vocabulary, clean.device, chunk)
     log_p, p, logits = clean.new_empty(3, size, vocabulary, dtype=torch.float32)
     for start in range(0, len(clean), size):
         rows = slice(start, min(start + size, len(clean)))
         count = rows.stop - start
-        torch.log_softmax(head.logits(clean[rows], logits[:count]), -1, out=log_p[:count])
-        torch.exp(log_p[:count], out=p[:count])
+        head.logits(clean[rows], log_p[:count])
+        for some in cached_pieces(count, vocabulary, logits.device):
+            log_and_probabilities(log_p[some], p[some])
         for variant, hidden in enumerate(others):
             head.logits(hidden[rows], logits[:count])
             for some in cached_pieces(count, vocabulary, logits.device):
@@ -161,6 +165,29 @@ def divergences(
                     torch.linalg.vecdot(p[some], torch.sub(log_p[some], log_q, out=log_q))
                 )
     return found
+
+
+def log_and_probabilities(
+    logits: Float[Tensor, "token vocabulary"], p: Float[Tensor, "token vocabulary"]
+) -> tuple[Float[Tensor, "token vocabulary"], Float[Tensor, "token vocabulary"]]:
+    """`(log p, p)` of some logits. log p takes the place of the logits, p is written into `p`.
+
+    The logarithm of what the exponentials add up to follows from the likeliest token, whose logit and p are known. So
+    each exponential is computed once.
+    """
+    torch.softmax(logits, -1, out=p)
+    log_sum = logits.amax(-1, keepdim=True).sub_(p.amax(-1, keepdim=True).log_())
+    return logits.sub_(log_sum), p
+
+
+def tokens_at_once(tokens: int, vocabulary: int, device: torch.device, chunk: int = CHUNK_TOKENS) -> int:
+    """How many of some tokens have logits at one time, at least one: on a CPU as many as a chunk has, on an accelerator
+    parts of equal size.
+    """
+    if device.type != "cpu":
+        most = max(chunk, DEVICE_LOGITS // vocabulary)
+        chunk = -(-tokens // max(1, -(-tokens // most)))
+    return max(1, min(chunk, tokens))
 
 
 def cached_pieces(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:

@@ -23,7 +23,7 @@ def rounded_products(device: torch.device) -> Iterator[None]:
     still add up in float32, and their results are not rounded.
 
     PyTorch before 2.9 computes as outside. So do processors on which rounding would not be faster; oneDNN, which
-    computes the products, needs AMX on x86.
+    computes the products, needs AMX on x86. With PyTorch 2.11 it was seen to round some shapes there and not others.
     """
     backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
     products: Any = getattr(backends.get(device.type), "matmul", None)

@@ -1,0 +1,55 @@
+"""What a head's logits become: probabilities and their logarithms, and how many tokens' logits exist at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from place import placed
+
+from tl_capacity.models.head import CHUNK_TOKENS, DEVICE_LOGITS, log_and_probabilities, tokens_at_once
+
+
+@given(st.integers(1, 5), st.integers(1, 3000), st.floats(0, 300), st.floats(-1e4, 1e4), st.integers(0, 1000))
+def test_probabilities_and_their_logarithms(
+    tokens: int, vocabulary: int, scale: float, offset: float, seed: int
+) -> None:
+    """Both are those of float64, for any sharpness and offset, also of words that all but never come."""
+    random = torch.Generator().manual_seed(seed)
+    logits = placed((torch.randn(tokens, vocabulary, generator=random) * scale + offset).float())
+    expected = logits.double().log_softmax(-1)
+    rounding = 1e-6 * float(logits.abs().max() + 1)
+    log_p, p = log_and_probabilities(logits, torch.empty_like(logits))
+    assert log_p.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(log_p.double(), expected, rtol=1e-6, atol=rounding)
+    torch.testing.assert_close(p.double(), expected.exp(), rtol=0, atol=1e-6)
+
+
+def test_words_that_cannot_come() -> None:
+    logits = placed(torch.tensor([[0.0, -torch.inf, 0.0], [torch.nan, 0.0, 0.0]]))
+    log_p, p = log_and_probabilities(logits, torch.empty_like(logits))
+    assert p[0].tolist() == [0.5, 0.0, 0.5]
+    assert log_p[0].tolist() == pytest.approx([-0.6931472, -torch.inf, -0.6931472])
+    assert p[1].isnan().all()
+    assert log_p[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "expected"),
+    [
+        ("cpu", 1000, CHUNK_TOKENS),
+        ("cpu", 3, 3),
+        ("cpu", 0, 1),
+        ("cuda", 1000, 1000),
+        ("cuda", 8184, 2728),  # three equal parts, as 4,000 are the most
+        ("cuda", 0, 1),
+    ],
+)
+def test_tokens_at_once(device: str, tokens: int, expected: int) -> None:
+    found = tokens_at_once(tokens, DEVICE_LOGITS // 4000, torch.device(device))
+    assert found == expected
+
+
+def test_a_large_vocabulary_has_a_chunk_at_least() -> None:
+    assert tokens_at_once(1000, DEVICE_LOGITS, torch.device("cuda")) == 125  # eight equal parts, none above 128
