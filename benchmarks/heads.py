@@ -11,10 +11,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from neox import compiled
 from torch.nn import functional as F
 
 from tl_capacity.distillation.losses import Head, Output, chunked_losses
-from tl_capacity.distillation.settings import CHUNK_TOKENS, LogitLoss
+from tl_capacity.distillation.settings import LogitLoss
+from tl_capacity.models.head import tokens_at_once
 from tl_capacity.runtime.scratch import Scratch
 
 
@@ -52,12 +54,14 @@ Loss = Callable[[Output, Output], torch.Tensor]
 """From a teacher's and a student's hidden states and heads to the mean forward KL of the tokens at T = 1."""
 
 
-def ours(chunk: int = CHUNK_TOKENS) -> Loss:
+def ours(at_once: bool = False) -> Loss:
+    """Ours, compiled at once or not at all."""
     scratch = Scratch()
 
     def loss(of: Output, student: Output) -> torch.Tensor:
         labels = torch.zeros(len(of.hidden), dtype=torch.long, device=of.hidden.device)
-        return chunked_losses(of, [student], labels, LogitLoss(), chunk=chunk, scratch=scratch).sum()
+        with compiled(at_once):
+            return chunked_losses(of, [student], labels, LogitLoss(), scratch=scratch).sum()
 
     return loss
 
@@ -138,10 +142,10 @@ def with_gradients(loss: Loss, shapes: HeadShapes) -> Callable[[], object]:
     return once
 
 
-def four_gemms(shapes: HeadShapes, chunk: int = CHUNK_TOKENS) -> Callable[[], object]:
-    """The products that every head needs, chunk by chunk, into existing buffers."""
+def four_gemms(shapes: HeadShapes) -> Callable[[], object]:
+    """The products that every head needs, chunk by chunk as ours, into existing buffers."""
     of, student = outputs(shapes)
-    chunk = min(chunk, shapes.tokens)
+    chunk = tokens_at_once(shapes.tokens, shapes.vocabulary, torch.device(shapes.device))
     place: dict[str, Any] = {"device": shapes.device, "dtype": shapes.dtype}
     buffers = torch.empty(2, chunk, shapes.vocabulary, **place)
     of_hidden = torch.empty(shapes.tokens, shapes.student, **place)

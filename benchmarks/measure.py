@@ -11,11 +11,10 @@ them.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from neox import (
     Shapes,
     Weights,
     bridge,
+    compiled,
     counting,
     cut_forward,
     hook_behind,
@@ -42,8 +42,6 @@ from neox import (
     tiny,
     tokens,
 )
-
-from tl_capacity.runtime.compiling import COMPILE
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 """With these glibc gives a large block back to the system when it is freed, and asks for each anew."""
@@ -303,16 +301,6 @@ def on_cpu(sitting: Sitting, shapes: Shapes) -> None:
             sitting.sizes[f"peak RSS growth of {peer}"] = growth_apart(__file__, peer, 1)[0]
 
 
-@contextmanager
-def compiled() -> Iterator[None]:
-    """Inside the block, sessions have their sums compiled on a GPU."""
-    os.environ[COMPILE] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[COMPILE]
-
-
 def counting_once(model: Any, sae: Any, shapes: Shapes) -> None:
     """A session of one batch, including everything it allocates."""
     with counting(sharing(model), {shapes.hook: sae}, shapes, warm=1):
@@ -343,8 +331,8 @@ def beside_limit(sitting: Sitting, model: Any, saes: Mapping[str, Any], shapes: 
     with sitting.group() as attach:
         ways: dict[str, Callable[[], object]] = {}
         for name, sae in saes.items():
-            for kind, switched in ((name, nullcontext()), (f"{name}, compiled", compiled())):
-                with switched:
+            for kind, at_once in ((name, False), (f"{name}, compiled", True)):
+                with compiled(at_once):
                     step = counting(sharing(model), {shapes.hook: sae}, shapes, BATCHES, warm=1)
                     ways[f"counting, {kind}"] = attach(step)
         turns = sitting.time(
@@ -365,7 +353,7 @@ def beside_evals(sitting: Sitting, model: Any, sae: Any, shapes: Shapes, share: 
     """Add rows on SAELens' `run_evals`, which holds all latents of the batch."""
     kind = f"{str(sae.W_enc.dtype).removeprefix('torch.')} SAE"
     peer, ours = f"run_evals, HookedProxyLM, {kind}", f"counting, beside run_evals, {kind}"
-    ways = {ours: nullcontext(), f"{ours}, compiled": compiled()}
+    ways = {ours: False, f"{ours}, compiled": True}
     claims = [
         Claim(way.replace("counting, beside run_evals", "run_evals / everything"), (peer,), (way,), at_least(3))
         for way in ways
@@ -373,8 +361,8 @@ def beside_evals(sitting: Sitting, model: Any, sae: Any, shapes: Shapes, share: 
     try:
         with sitting.group() as attach:
             steps: dict[str, Callable[[], object]] = {}
-            for way, switched in ways.items():
-                with switched:
+            for way, at_once in ways.items():
+                with compiled(at_once):
                     steps[way] = attach(counting(sharing(model), {shapes.hook: sae}, shapes, warm=1))
             steps[peer] = sae_lens_evals(proxy_model(sharing(model), shapes), sae, shapes)
             sitting.sizes[f"peak device memory of {peer}"] = device_growth_mb(steps[peer])

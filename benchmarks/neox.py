@@ -5,12 +5,15 @@ it.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from tl_capacity.runtime.compiling import COMPILE
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,18 @@ def sparse_autoencoder(
     sae.W_enc.data = weights.encoder.to(dtype)
     sae.W_dec.data = sae.W_enc.data.T.contiguous()
     return sae.requires_grad_(False)
+
+
+@contextmanager
+def compiled(at_once: bool) -> Iterator[None]:
+    """Inside the block, sessions that begin and losses are compiled at once, or never."""
+    before = os.environ.get(COMPILE)
+    os.environ[COMPILE] = str(int(at_once))
+    try:
+        yield
+    finally:
+        os.environ.pop(COMPILE)
+        os.environ |= {} if before is None else {COMPILE: before}
 
 
 WARM = 3

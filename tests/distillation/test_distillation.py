@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, DistillSettings, HiddenMatch, distill, observed_floors
-from tl_capacity.distillation import losses as losses_module
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.data import Rows, read
 from tl_capacity.distillation.losses import MATCHES, Head, Output, chunked_losses
@@ -136,9 +135,7 @@ def test_compiled_divergences(
 
     in_steps = gradients()
     monkeypatch.setenv(COMPILE, "1")
-    losses_module.compiled_divergence.cache_clear()
     compiled = gradients()
-    losses_module.compiled_divergence.cache_clear()
     assert "torch.compile" not in caplog.text
     for found, expected in zip(compiled, in_steps, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tl_capacity.runtime.compiling import Compiled
+from tl_capacity.runtime.compiling import Compiled, compiling_wanted
 
 
 class PieceSums(NamedTuple):
@@ -54,7 +54,7 @@ class Reducer:
     """The sums of dense latents over pieces, compiled if that works and pays off."""
 
     def __init__(self) -> None:
-        self._compiled = Compiled(sums_at_once)
+        self._compiled = Compiled(sums_at_once, compiling_wanted())
 
     def __call__(
         self, latents: Tensor, bias: Tensor | None, least: Tensor | float | None, length: int, checked: int

@@ -28,7 +28,7 @@ from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.head import Head as Head
 from tl_capacity.models.head import cached_pieces, cached_tokens, log_and_probabilities, tokens_at_once
-from tl_capacity.runtime.compiling import Compiled
+from tl_capacity.runtime.compiling import Compiled, compiling_wanted
 from tl_capacity.runtime.devices import exact, exact_device
 from tl_capacity.runtime.precision import beneath_autocast, rounded_products
 from tl_capacity.runtime.scratch import Scratch
@@ -91,9 +91,13 @@ def divergence_of(loss: LogitLoss) -> Divergence:
 
 
 @lru_cache
-def compiled_divergence(name: str, beta: float) -> Compiled[[Tensor, Tensor], Tensor]:
+def compiled_divergence(name: str, beta: float, wanted: str | None) -> Compiled[[Tensor, Tensor], Tensor]:
     """From `(log_p, logits)` to a divergence [token] of p and the softmax of the logits, whose place its gradient
     takes. A compiler makes two passes over the logits of this.
+
+    Args:
+        name, beta: of the divergence, as in `LogitLoss`.
+        wanted: what `compiling_wanted` says.
     """
     divergence = divergence_of(LogitLoss(name, beta=beta))
 
@@ -104,7 +108,7 @@ def compiled_divergence(name: str, beta: float) -> Compiled[[Tensor, Tensor], Te
         logits.copy_(gradient)
         return value
 
-    return Compiled(replace)
+    return Compiled(replace, wanted)
 
 
 HELDOUT_LOSS = LogitLoss()
@@ -281,7 +285,8 @@ class _Student:
         """As `_replace_by_gradient`, by a compiled function; None where there is none."""
         if self.head.cap is not None or task.loss.ce_weight:
             return None
-        return compiled_divergence(task.loss.divergence, task.loss.beta)(logits.device, log_p, logits)
+        compiled = compiled_divergence(task.loss.divergence, task.loss.beta, compiling_wanted())
+        return compiled(logits.device, log_p, logits)
 
     def _replace_by_gradient(
         self, task: _Task, labels: Tensor, log_p: Tensor, p: Tensor, logits: Tensor, q: Tensor

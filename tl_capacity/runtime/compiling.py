@@ -20,14 +20,23 @@ COMPILED_AFTER = 256
 """Calls on CUDA before compiling pays off. Compiling takes as long as some thousands of them."""
 
 
+def compiling_wanted() -> str | None:
+    """The value of the environment variable; None where it is not set, so that CUDA alone compiles, where it pays."""
+    return os.environ.get(COMPILE)
+
+
 class Compiled(Generic[Arguments, Result]):
     """A function that is compiled once it was called often enough on a device.
 
     Until then, and where compiling fails, which is logged once, a call gives None, so that the caller goes another way.
     """
 
-    def __init__(self, function: Callable[Arguments, Result]) -> None:
-        wanted = os.environ.get(COMPILE)
+    def __init__(self, function: Callable[Arguments, Result], wanted: str | None) -> None:
+        """
+        Args:
+            function: to be compiled.
+            wanted: what `compiling_wanted` said.
+        """
         self._compiles_after: dict[str, int] = {"cuda": COMPILED_AFTER} if wanted is None else {}
         self._at_once, self._calls = wanted == "1", 0
         self._function, self._compiled = function, None
