@@ -277,7 +277,7 @@ def test_the_heads_loss_is_right_where_it_is_timed() -> None:
     from heads import HeadShapes, gradient_error, ours, peers
 
     shapes = HeadShapes(tokens=33, teacher=16, student=8, vocabulary=64)
-    assert gradient_error(ours(chunk=8), shapes) < 1e-5
+    assert gradient_error(ours(), shapes) < 1e-5
     for name, loss, why in peers():
         assert name in ("liger-kernel", "TRL")
         assert (loss is None) == bool(why)
