@@ -22,6 +22,7 @@ from memory import device_growth_mb, growth_apart, peak_growth_mb
 from neox import CPU, CUDA, Shapes, compiled, hugging_face, tiny
 from torch.nn import functional as F
 
+from tl_capacity.distillation.data import model_inputs
 from tl_capacity.distillation.ensemble import Students
 from tl_capacity.distillation.keeping import Kept
 from tl_capacity.distillation.settings import DistillSettings, LogitLoss
@@ -95,15 +96,14 @@ def step_of(
     students = Students([student_of(of, width, shapes) for width in widths], shapes.d_model, settings, keep)
     students.to(shapes.device)
     optimiser = adamw(students)
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    mask[:, -1] = False
-    labels = tokens[:, 1:].flatten()
+    rows = tokens.cpu().numpy()
 
     def step() -> object:
+        ids, places, labels = model_inputs(rows, torch.device(shapes.device))
         with torch.no_grad():
-            target = output_of(of, tokens, mask, students.hooks, students.points)
+            target = output_of(of, ids, places, students.hooks, students.points)
         with autocast(shapes, rounded), compiled(at_once):
-            losses = students(tokens, mask, labels, target, len(labels))
+            losses = students(ids, places, labels, target, len(labels))
         losses.sum().backward()
         norms = [
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip) for parameters in students.parameters_of_each()

@@ -5,7 +5,7 @@ after layer 6 of which 0.8% are active; batches of 8×256 tokens, float32, two t
 forward pass (SDPA) cut after that layer, plus one encoder product into a buffer that is there already.
 
 With --device cuda: d=2,304, 65,536 latents, batches of 16×1,024, the model in bfloat16 and the SAE in float32 or
-bfloat16, its sums in PyTorch's steps or compiled; three batches a turn, and the clock is read when the device has done
+bfloat16, its sums in PyTorch's steps or compiled; six batches a turn, and the clock is read when the device has done
 them.
 """
 
@@ -45,7 +45,7 @@ from neox import (
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 """With these glibc gives a large block back to the system when it is freed, and asks for each anew."""
-BATCHES = 3
+BATCHES = 6
 """Batches of one turn on a GPU. The device is waited for once for all of them."""
 
 

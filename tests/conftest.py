@@ -10,6 +10,8 @@ import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Asked otherwise whether there is a GPU, CUDA cannot be used in processes that are forked later.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import jaxtyping

@@ -20,7 +20,7 @@ import sae_lens
 import torch
 from commands import HOOK, arguments
 from conftest import D_MODEL
-from place import placed
+from place import on_cpu, placed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -151,7 +151,8 @@ def test_an_sae_that_encodes_itself_within_its_bound(kind: str, neox: Any, make_
             own = sae.encode(x)
             written = sae.decode(own)
         assert 0 < own.count_nonzero() < own.numel() / 20
-        assert made.most < bound < made_at_once.most
+        # A GPU keeps more of a layer norm.
+        assert made.most < (bound if on_cpu() else 1.1 * bound) < made_at_once.most
         latents = torch.zeros_like(own)
         tokens, features, values = encoder(x)
         latents[tokens, features] = values

@@ -217,8 +217,10 @@ def test_an_interrupted_run_draws_what_a_whole_one_does(neox: Any, make_sae: Mak
     with tlc.add_capacity_hooks(neox, sae, importance=["fisher"]) as capacity:
         capacity.resume(*saved)
         resumed = capacity.run(batches).measurement()
-    np.testing.assert_array_equal(
-        resumed[HOOK].summary.arrays["state/fisher/square"], whole[HOOK].summary.arrays["state/fisher/square"]
+    np.testing.assert_allclose(
+        resumed[HOOK].summary.arrays["state/fisher/square"],
+        whole[HOOK].summary.arrays["state/fisher/square"],
+        rtol=0 if on_cpu() else 1e-12,
     )
 
 

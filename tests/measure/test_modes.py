@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, D_MODEL, HEADS, VOCAB
-from place import placed
+from place import on_cpu, placed
 
 import tl_capacity as tlc
 from tl_capacity.measure.ablation import ablation_kl
@@ -20,6 +20,10 @@ HOOK = "blocks.0.hook_resid_post"
 WAYS = ["HookedTransformer", "TransformerBridge", "gpt_neox"]
 MakeSAE = Callable[..., Any]
 TOKENS = placed(torch.randint(1, VOCAB, (4, 11), generator=torch.Generator().manual_seed(3)))
+
+
+FVU = 1e-5 if on_cpu() else 1e-4
+"""How exact it is. A GPU rounds what is reconstructed from to TF32."""
 
 
 def residual(model: Any) -> torch.Tensor:
@@ -40,7 +44,7 @@ def assert_counts(capacity: Any, sae: Any, activations: torch.Tensor) -> None:
     np.testing.assert_array_equal(summary.arrays["counts"].sum(0), (latents != 0).sum(0).numpy(force=True))
     np.testing.assert_allclose(summary.arrays["squares"].sum(0), latents.square().sum(0).numpy(force=True), rtol=1e-5)
     spread = (inputs - inputs.mean(0)).double().square().sum()
-    assert summary.fvu.value == pytest.approx(float(error / spread), rel=1e-5)
+    assert summary.fvu.value == pytest.approx(float(error / spread), rel=FVU)
 
 
 class TestAutocast:
@@ -70,7 +74,7 @@ class TestAutocast:
         with torch.no_grad():
             error = (targets - sae(inputs.float()).double()).square().sum()
         expected = float(error / (targets - targets.mean(0)).square().sum())
-        assert capacity.measurement()[HOOK].summary.fvu.value == pytest.approx(expected, rel=1e-5)
+        assert capacity.measurement()[HOOK].summary.fvu.value == pytest.approx(expected, rel=FVU)
 
 
 class Graphs:

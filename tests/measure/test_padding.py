@@ -106,8 +106,13 @@ class TestPaddingOnTheLeft:
             model(batch["input_ids"], attention_mask=batch["attention_mask"])
             assert capacity.n_tokens == sum(LENGTHS) - len(rows)
             assert np.isfinite(capacity.measurement()[hook].summary.fvu.value)
-            with pytest.raises(CapacityError, match=f"{hook} has NaN or infinite activations in batch 2"):
+
+            def measured_without_a_mask() -> None:
                 model(batch["input_ids"])
+                capacity.measurement()  # until when a GPU is not waited for
+
+            with pytest.raises(CapacityError, match=f"{hook} has NaN or infinite activations in batch 2"):
+                measured_without_a_mask()
 
 
 class TestPaddingWithoutAMask:

@@ -625,7 +625,11 @@ class TestSessions:
         assert parts[HOOK].summary.n_documents == 12
         for name, array in whole[HOOK].summary.arrays.items():
             np.testing.assert_allclose(
-                parts[HOOK].summary.arrays[name], array, rtol=0 if array.dtype == np.int64 else 1e-5, err_msg=name
+                parts[HOOK].summary.arrays[name],
+                array,
+                rtol=0 if array.dtype == np.int64 else 1e-5,
+                atol=0 if on_cpu() else 1e-6,  # one row alone is another product there
+                err_msg=name,
             )
         if before != "run row by row":
             assert parts.provenance.tokens_digest == whole.provenance.tokens_digest

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from place import placed
 from safetensors.torch import load_file
 from tl_capacity.recipes import embedded_teacher
 from tl_capacity.recipes.sae_config import TrainSAEConfig
@@ -107,10 +108,10 @@ def test_what_is_written(config: TrainSAEConfig, make_model: Callable[..., Any],
 
     # The record's figures again, by dense computation over the held-out rows.
     _, heldout = split_rows(TokenStream(record["source"], tokenizer, context=24), config, [0])
-    tokens = torch.from_numpy(heldout).long()
+    tokens = placed(torch.from_numpy(heldout).long())
     with torch.no_grad():
         # GPT-NeoX gives the embedding, each block's input but the first, and the normalised last output.
-        x = make_model("gpt_neox")(tokens, output_hidden_states=True).hidden_states[2][tokens != 0]
+        x = make_model("gpt_neox")(tokens, output_hidden_states=True).hidden_states[2][tokens != 0].to(sae.W_dec.device)
         latents = sae.encode(x)
         fvu = (x - sae.decode(latents)).square().sum() / (x - x.mean(0)).square().sum()
     assert record["heldout"]["tokens"] == len(x) >= 500

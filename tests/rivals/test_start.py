@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from place import placed
+from place import on_cpu, placed
 from tiny_families import teacher
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ def test_as_a_distillation_has_it(family: str) -> None:
     forecasts = truncated_start(of, HELD_OUT, [8, 16], shown_on=SHOWN, max_tokens=300, progress=False)
     observed = {student.width: student.heldout_kl[0] for student in run.students}
     for width, floor in forecasts.floors("truncated_start").items():
-        assert floor.value == pytest.approx(observed[width], rel=1e-6)
+        assert floor.value == pytest.approx(observed[width], rel=1e-6 if on_cpu() else 1e-5)
         assert floor.low <= floor.value <= floor.high
     assert forecasts.about["tokens"] == run.heldout_tokens
 

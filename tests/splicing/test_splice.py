@@ -13,6 +13,7 @@ import torch
 from commands import Cli, arguments
 from conftest import BOS, KINDS
 from dense import kl_per_token, logits_with
+from place import placed
 
 from tl_capacity import CapacityError, Measurement, add_capacity_hooks, splice
 from tl_capacity.dictionaries.adapter import decoder_vectors
@@ -111,7 +112,7 @@ def test_all_latents_are_the_reconstruction_that_saelens_evaluates(
 def test_no_latent_is_the_mean_of_the_reconstruction(neox: Any, make_sae: MakeSAE, tokens: torch.Tensor) -> None:
     sae = make_sae("standard", HOOK)
     result, hook = spliced(neox, sae, tokens, kept=[0])
-    constant = (means_of(hook) @ decoder_vectors(sae).double() + sae.b_dec.detach().double()).float()
+    constant = (placed(means_of(hook)) @ decoder_vectors(sae).double() + sae.b_dec.detach().double()).float()
     other = logits_with(neox, HOOK, lambda x: torch.where((tokens == BOS)[..., None], x, constant), tokens)
     expected = kl_per_token(logits_with(neox, HOOK, lambda x: x, tokens), other)
     [curve] = result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from tl_capacity.dictionaries.adapter import decoder_bias, decoder_scale, decoder_vectors, with_skip
 from tl_capacity.dictionaries.encoding import Entries, decoder_vectors_add_up
-from tl_capacity.runtime.precision import rounded_products
+from tl_capacity.runtime.precision import nearly_exact_product
 
 
 class Decoder:
@@ -98,8 +97,7 @@ class AddingUp:
         """Add what a block of features writes."""
         latents = latents.to(self._vectors.dtype)
         latents = latents if self._scale is None else latents * self._scale[features].to(latents)
-        with rounded_products(latents.device) if latents.device.type == "cuda" else nullcontext():
-            self._sum += latents @ self._vectors[features]
+        self._sum += nearly_exact_product(latents, self._vectors[features])
 
     def add_largest(self, features: Int64[Tensor, "token k"], values: Float[Tensor, "token k"]) -> None:
         """Add what the largest features of each token write, the same number for each token."""

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tl_capacity.dictionaries.encoding import DENSE_AT_ONCE, DENSE_FEATURES, Encoder
 from tl_capacity.dictionaries.reducing import PieceSums, Reducer
+from tl_capacity.runtime.compiling import Compiled, compiling_wanted
 
 GROUP = 32
 """Features of one token in a group. To find the largest k, the largest of each group is looked at first."""
@@ -59,7 +60,7 @@ class DenseEncoder:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.sae = encoder, encoder.sae
-        self._reduce = Reducer()
+        self._reduce, self._largest_latents = Reducer(), Largest()
 
     def chunk(self, inputs: Tensor) -> int:
         """How many tokens to encode at once, given the first of them."""
@@ -118,11 +119,10 @@ class DenseEncoder:
 
     def _largest(self, inputs: Tensor, padding: Tensor) -> LargestLatents:
         x = self.sae.process_sae_in(inputs)
-        memory = self._memory(x, slice(0, self.encoder.d_sae))
-        latents = torch.addmm(self.sae.b_enc, x, self.sae.W_enc, out=memory)
-        if rescales(self.sae):
-            latents.mul_(self.sae.W_dec.norm(dim=-1))
-        values, features = largest_in_two_steps(latents, min(self.sae.cfg.k, latents.shape[1]))
+        products = torch.mm(x, self.sae.W_enc, out=self._memory(x, slice(0, self.encoder.d_sae)))
+        scale = self.sae.W_dec.norm(dim=-1) if rescales(self.sae) else None
+        k = min(self.sae.cfg.k, products.shape[1])
+        values, features = self._largest_latents(LatentsOf(products, self.sae.b_enc, scale), k)
         active = torch.le(values, 0).logical_not_()  # NaN is active, and is reported
         if self.encoder.dead is not None:
             active &= ~self.encoder.dead[features]
@@ -131,21 +131,74 @@ class DenseEncoder:
         return LargestLatents(features, values.masked_fill(~active, 0), active)
 
 
-def largest_in_two_steps(latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest latents of each token [token, k], unordered, and their features.
+def in_two_steps(width: int, k: int) -> bool:
+    """Whether the k largest of so many latents are looked for among the groups with the largest."""
+    return width % GROUP == 0 and k * GROUP <= width // 2
+
+
+class LatentsOf(NamedTuple):
+    """Latents as they follow from the products with the encoder.
+
+    Attributes:
+        products: [token, feature].
+        bias, scale: [feature], to be added and to be multiplied by; None where that is done.
+    """
+
+    products: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+    def done(self) -> LatentsOf:
+        """The latents themselves, in the place of the products."""
+        latents = self.products if self.bias is None else self.products.add_(self.bias)
+        return LatentsOf(latents if self.scale is None else latents.mul_(self.scale))
+
+
+def largest_of_groups(of: LatentsOf) -> Tensor:
+    """The largest latent of each group of features [token, group]. A group's members stand apart, which is how a GPU
+    reads them fast.
+    """
+    latents = of.products if of.bias is None else of.products + of.bias
+    latents = latents if of.scale is None else latents * of.scale
+    largest: Tensor = latents.unflatten(1, (GROUP, -1)).amax(1)
+    return largest
+
+
+def members_of_groups(of: LatentsOf, group: Tensor) -> Tensor:
+    """The latents of all members of some groups [token, member · group]."""
+    width = of.products.shape[1]
+    members = torch.arange(0, width, width // GROUP, device=group.device)
+    features = (members[:, None] + group[:, None]).flatten(1)
+    latents = of.products.gather(1, features)
+    latents = latents if of.bias is None else latents + of.bias[features]
+    return latents if of.scale is None else latents * of.scale[features]
+
+
+class Largest:
+    """The k largest latents of each token, compiled if that works and pays off.
 
     `torch.topk` goes over a row once for every two bits of a number. The k largest are in the k groups whose largest
-    are largest, so that only those need be sorted; a group's members stand apart, which is how a GPU reads them fast.
+    are largest, so that only those need be sorted.
     """
-    tokens, width = latents.shape
-    groups = width // GROUP
-    if width % GROUP or k * GROUP > width // 2:
-        return latents.topk(k, dim=-1, sorted=False)
-    group = latents.view(tokens, GROUP, groups).amax(1).topk(k, dim=-1, sorted=False).indices
-    members = torch.arange(0, width, groups, device=latents.device)
-    features = (members[:, None] + group[:, None]).flatten(1)
-    values, place = latents.gather(1, features).topk(k, dim=-1, sorted=False)
-    return values, features.gather(1, place)
+
+    def __init__(self) -> None:
+        wanted = compiling_wanted()
+        self._of_groups, self._members = Compiled(largest_of_groups, wanted), Compiled(members_of_groups, wanted)
+
+    def __call__(self, of: LatentsOf, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest [token, k], unordered, and their features. The products are overwritten."""
+        device, width = of.products.device, of.products.shape[1]
+        if not in_two_steps(width, k):
+            return of.done().products.topk(k, dim=-1, sorted=False)
+        largest = self._of_groups(device, of)
+        if largest is None:
+            of = of.done()
+            largest = largest_of_groups(of)
+        group = largest.topk(k, dim=-1, sorted=False).indices
+        latents = self._members(device, of, group)
+        latents = members_of_groups(of, group) if latents is None else latents
+        values, place = latents.topk(k, dim=-1, sorted=False)
+        return values, group.gather(1, place % k) + place // k * (width // GROUP)
 
 
 def rescales(sae: Any) -> bool:

@@ -13,8 +13,8 @@ from tl_capacity.runtime.compiling import Compiled, compiling_wanted
 class PieceSums(NamedTuple):
     """Sums over the tokens of each piece [piece, feature].
 
-    float32 is enough for a piece of a few hundred tokens: counts are exact below 2²⁴, and a moment is off by 1e-6 of
-    itself at most; what is added up over pieces is float64.
+    They are of float32 at least. That is enough for a piece of a few hundred tokens: counts are exact below 2²⁴, and a
+    moment is off by 1e-6 of itself at most. What is added up over pieces is float64.
     """
 
     counts: Tensor
@@ -36,15 +36,17 @@ def sums_in_steps(latents: Tensor, bias: Tensor | None, least: Tensor | float | 
     latents = latents if bias is None else latents.add_(bias)
     latents = latents if least is None else activated(latents, least)
     pieces = latents.unflatten(0, (-1, length))
+    exact = torch.promote_types(pieces.dtype, torch.float32)
     # A norm of order 0 counts what is not zero, and needs no flags.
-    counts, norms = (torch.linalg.vector_norm(pieces, order, dim=1, dtype=torch.float32) for order in (0, 2))
-    return PieceSums(counts.long(), pieces.sum(1, dtype=torch.float32), norms.square_())
+    counts, norms = (torch.linalg.vector_norm(pieces, order, dim=1, dtype=exact) for order in (0, 2))
+    return PieceSums(counts.long(), pieces.sum(1, dtype=exact), norms.square_())
 
 
 def sums_at_once(latents: Tensor, bias: Tensor | None, least: Tensor | float | None, length: int) -> PieceSums:
     """The same for a compiler, which makes it one pass. Nothing is overwritten."""
     latents = latents if bias is None else latents + bias
-    pieces = latents.unflatten(0, (-1, length)).float()
+    pieces = latents.unflatten(0, (-1, length))
+    pieces = pieces.to(torch.promote_types(pieces.dtype, torch.float32))
     active = pieces != 0 if least is None else ~(pieces <= least)
     values = torch.where(active, pieces, 0.0)
     return PieceSums(active.sum(1), values.sum(1), (values * values).sum(1))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from tl_capacity.errors import CapacityError
-from tl_capacity.models.forward import forward_options
+from tl_capacity.models.forward import at_places, forward_options
 from tl_capacity.models.head import (
     CHUNK_TOKENS,
     Head,
@@ -98,21 +98,22 @@ class Predictor:
         return cls(model, vocabulary, head)
 
     def __call__(
-        self, tokens: Int[Tensor, "row position"], counted: Bool[Tensor, "row position"], vocabulary: int
+        self, tokens: Int[Tensor, "row position"], places: Int[Tensor, " token"], vocabulary: int
     ) -> Predicted:
-        """The predictions at the counted positions. Rows are padded on the right, where causal models do not look.
+        """The predictions at some places of all rows together. Rows are padded on the right, where causal models do not
+        look.
 
         Args:
             vocabulary: logits to keep, the first so many.
         """
         if self.head is None:
             output = self.model(tokens, **forward_options(self.model))
-            return Predicted(getattr(output, "logits", output)[counted][:, :vocabulary], LogitsThemselves())
+            return Predicted(at_places(getattr(output, "logits", output), places)[:, :vocabulary], LogitsThemselves())
         head = self.head
         if vocabulary < self.vocabulary:
             bias = None if head.bias is None else head.bias[:vocabulary]
             head = Head(head.weight[:vocabulary], bias, head.cap)
-        return Predicted(last_hidden(self.model, tokens)[counted], head)
+        return Predicted(at_places(last_hidden(self.model, tokens), places), head)
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,13 @@ def likeliest(logits: Float[Tensor, "token vocabulary"]) -> Int[Tensor, " token"
 def compare_models(
     predictors: Sequence[Predictor],
     tokens: Int[Tensor, "row position"],
-    counted: Bool[Tensor, "row position"],
+    places: Int[Tensor, " token"],
     labels: Int[Tensor, " token"],
     vocabulary: int,
     scratch: Scratch,
 ) -> Compared:
-    """Compare how several models predict the counted positions of some rows. The teacher comes first; see `compare`."""
-    teacher, *students = (predictor(tokens, counted, vocabulary) for predictor in predictors)
+    """Compare how several models predict some places of all rows together. The teacher comes first; see `compare`."""
+    teacher, *students = (predictor(tokens, places, vocabulary) for predictor in predictors)
     return compare(teacher, students, labels, vocabulary, scratch)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Rows:
     @property
     def predicted(self) -> NDArray[np.int64]:
         """Predicted tokens of each row: all but the first."""
-        return np.asarray(np.maximum((self.tokens != PADDING).sum(1) - 1, 0), dtype=np.int64)
+        return predicted_of(self.tokens)
 
     def in_parts(self, rows: int) -> list[int]:
         """Predicted tokens of each block of this many consecutive rows."""
@@ -167,17 +167,24 @@ def first_whole_rows(text: Rows) -> Int[Tensor, "row position"]:
     return torch.from_numpy((whole if len(whole) else text.trimmed(slice(0, 1)))[:SHOWN_ROWS].astype(np.int64))
 
 
+def predicted_of(tokens: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Predicted tokens of each row [row, position] that is padded at its end: all but the first."""
+    return np.asarray(np.maximum((tokens != PADDING).sum(1) - 1, 0), dtype=np.int64)
+
+
 def model_inputs(
     rows: NDArray[np.int64], device: torch.device
-) -> tuple[Int[Tensor, "row position"], Bool[Tensor, "row position"], Int[Tensor, " token"]]:
-    """Token ids [row, position], a mask of the positions that have a next token, and those next tokens [token]."""
+) -> tuple[Int[Tensor, "row position"], Int[Tensor, " token"], Int[Tensor, " token"]]:
+    """Token ids [row, position], the places in all rows together of those that have a next token, and those next
+    tokens. What is made of a mask on the host need not be waited for on a device.
+    """
     counted = np.zeros(rows.shape, dtype=bool)
     counted[:, :-1] = rows[:, 1:] != PADDING
-    labels = rows[:, 1:][counted[:, :-1]]  # on the host: on a device their number would be waited for
-    tokens, counted_there, labels_there = (
-        uploaded(torch.from_numpy(part), device) for part in (rows.clip(min=0), counted, labels)
+    places, labels = np.flatnonzero(counted), rows[:, 1:][counted[:, :-1]]
+    tokens, places_there, labels_there = (
+        uploaded(torch.from_numpy(part), device) for part in (rows.clip(min=0), places, labels)
     )
-    return tokens, counted_there, labels_there
+    return tokens, places_there, labels_there
 
 
 def _table(rows: list[NDArray[np.int32]]) -> NDArray[np.int32]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_capacity.distillation.data import Rows, model_inputs
@@ -59,14 +59,14 @@ class Students(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "row position"],
-        counted: Bool[Tensor, "row position"],
+        places: Int[Tensor, " token"],
         labels: Int[Tensor, " token"],
         teacher: Output,
         total: int,
     ) -> Float[Tensor, " student"]:
         """The training loss of each student in float64: the sum over these tokens, divided by `total`."""
         hooks = tuple(dict.fromkeys((*self.hooks, *(each.hook for each in self.kept))))
-        outputs = [output_of(model, tokens, counted, hooks) for model in self.models]
+        outputs = [output_of(model, tokens, places, hooks) for model in self.models]
         losses = chunked_losses(
             teacher, outputs, labels, self.settings.loss, total, self.settings.chunk_tokens, self.scratch
         )
@@ -151,11 +151,11 @@ def heldout_losses(
         if none_left and not together:
             break
         start = starts[0 if none_left else part]
-        tokens, counted, labels = model_inputs(held.trimmed(slice(start, start + settings.batch_rows)), device)
+        tokens, places, labels = model_inputs(held.trimmed(slice(start, start + settings.batch_rows)), device)
         if none_left:
-            output_of(teacher, tokens, counted)  # the others gather from this process too
+            output_of(teacher, tokens, places)  # the others gather from this process too
             break
-        outputs = [output_of(model, tokens, counted) for model in (teacher, *students.models)]
+        outputs = [output_of(model, tokens, places) for model in (teacher, *students.models)]
         sums[part] = chunked_losses(
             outputs[0],
             outputs[1:],

@@ -21,7 +21,7 @@ from tl_capacity.distillation.losses import feature_loss
 from tl_capacity.distillation.settings import KeepFeatures
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import CapacityContext
-from tl_capacity.models.forward import activation_at
+from tl_capacity.models.forward import activation_at, at_places
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.plugins import plugins
@@ -196,11 +196,11 @@ def _activations(model: Any, point: TapPoint, text: Rows, batch_rows: int, chose
     """What the dictionary reads on the first rows of a text, at the tokens that have a next one."""
     device, parts, tokens, most = next(model.parameters()).device, [], 0, SEEN_TOKENS
     for start in range(0, len(text.tokens), batch_rows):
-        ids, counted, _ = model_inputs(text.trimmed(slice(start, start + batch_rows)), device)
+        ids, places, _ = model_inputs(text.trimmed(slice(start, start + batch_rows)), device)
         seen = activation_at(model, point, ids)
         if seen is None:
             raise HookPointError(f"{point.name} did not fire: keep features at a hook point that the teacher runs")
-        parts.append(seen[counted])
+        parts.append(at_places(seen, places))
         tokens += len(parts[-1])
         most = min(SEEN_TOKENS, max(1, SEEN_NUMBERS // max(chosen, seen[0, 0].numel())))
         if tokens >= most:

@@ -187,6 +187,42 @@ class _Task:
     chunk: int
     scratch: Scratch
 
+    def compiled(self, cap: float | None) -> Compiled[[Tensor, Tensor], Tensor] | None:
+        """The compiled divergence, where the loss is nothing else and the student's logits have no cap."""
+        if cap is not None or self.loss.ce_weight:
+            return None
+        return compiled_divergence(self.loss.divergence, self.loss.beta, compiling_wanted())
+
+
+@dataclass
+class _Target:
+    """The teacher's distribution on a chunk of tokens.
+
+    Attributes:
+        log_p: the logarithm of its probabilities.
+        memory: for the probabilities.
+        known: whether they are there already.
+    """
+
+    log_p: Tensor
+    memory: Tensor
+    known: bool = True
+
+    @classmethod
+    def of(cls, logits: Tensor, memory: Tensor) -> _Target:
+        """The distribution of some logits, whose place its logarithm takes."""
+        for some in cached_pieces(len(logits), logits.shape[1], logits.device):
+            log_and_probabilities(logits[some], memory[some])
+        return cls(logits, memory)
+
+    @property
+    def p(self) -> Tensor:
+        """The probabilities."""
+        if not self.known:
+            torch.exp(self.log_p, out=self.memory)
+            self.known = True
+        return self.memory
+
 
 class _ChunkedLosses(torch.autograd.Function):
     """The losses, and their gradients from the same pass over the chunks.
@@ -211,11 +247,13 @@ class _ChunkedLosses(torch.autograd.Function):
             for start in range(0, len(task.labels), size[0]):
                 rows = slice(start, min(start + size[0], len(task.labels)))
                 log_p, p, logits, q = (buffer[: rows.stop - start] for buffer in buffers)
-                teacher.head.logits(teacher.hidden[rows], log_p, temperature)
-                for some in cached_pieces(len(log_p), vocabulary, device):
-                    log_and_probabilities(log_p[some], p[some])
+                if all(each is not None and each.due(device) for each in map(task.compiled, task.caps)):
+                    teacher.head.logits(teacher.hidden[rows], logits, temperature)
+                    target = _Target(torch.log_softmax(logits, -1, out=log_p), p, known=False)
+                else:
+                    target = _Target.of(teacher.head.logits(teacher.hidden[rows], log_p, temperature), p)
                 for student in students:
-                    student.add(rows, task, log_p, p, logits, q)
+                    student.add(rows, task, target, logits, q)
         ctx.save_for_backward(*(gradient for student in students for gradient in student.gradients))
         return torch.stack([student.loss for student in students]) / task.total
 
@@ -252,23 +290,25 @@ class _Student:
         """Gradients of the loss with respect to hidden states, weight and bias."""
         return self.of_hidden, None if self.of_weight is None else self.of_weight.T, self.of_bias
 
-    def add(self, rows: slice, task: _Task, log_p: Tensor, p: Tensor, logits: Tensor, q: Tensor) -> None:
+    def add(self, rows: slice, task: _Task, target: _Target, logits: Tensor, q: Tensor) -> None:
         """Add the loss and the gradients of a chunk, given the teacher's distribution on it.
 
         Args:
             rows: which tokens.
             task: of all students.
-            log_p, p: the teacher's distribution on these.
+            target: the teacher's distribution on these.
             logits: memory for the student's logits [token, vocabulary].
             q: memory for its probabilities, for as many tokens as are worked on at once.
         """
         hidden = self.hidden[rows]
         self.head.logits(hidden, logits, task.loss.temperature)
-        value = self._replaced_at_once(task, log_p, logits)
+        compiled = task.compiled(self.head.cap)
+        value = None if compiled is None else compiled(logits.device, target.log_p, logits)
         if value is None:
+            log_p, p, labels = target.log_p, target.p, task.labels[rows]
             value = torch.cat(
                 [
-                    self._replace_by_gradient(task, task.labels[rows][some], log_p[some], p[some], logits[some], q)
+                    self._replace_by_gradient(task, labels[some], log_p[some], p[some], logits[some], q)
                     for some in cached_pieces(len(logits), logits.shape[1], logits.device)
                 ]
             )
@@ -280,13 +320,6 @@ class _Student:
             self.of_weight.addmm_(hidden.T, logits, alpha=share)
             if self.of_bias is not None:
                 self.of_bias.add_(logits.sum(0), alpha=share)
-
-    def _replaced_at_once(self, task: _Task, log_p: Tensor, logits: Tensor) -> Tensor | None:
-        """As `_replace_by_gradient`, by a compiled function; None where there is none."""
-        if self.head.cap is not None or task.loss.ce_weight:
-            return None
-        compiled = compiled_divergence(task.loss.divergence, task.loss.beta, compiling_wanted())
-        return compiled(logits.device, log_p, logits)
 
     def _replace_by_gradient(
         self, task: _Task, labels: Tensor, log_p: Tensor, p: Tensor, logits: Tensor, q: Tensor

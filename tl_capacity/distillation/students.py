@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from tl_capacity.distillation.curves import StudentCurve
@@ -22,6 +22,7 @@ from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError, plugin_code
 from tl_capacity.models.defaults import width_of
+from tl_capacity.models.forward import at_places
 from tl_capacity.models.head import head_of, last_hidden
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.plugins import plugins
@@ -195,15 +196,16 @@ def check_teacher(teacher: Any) -> None:
 def output_of(
     model: Any,
     tokens: Int[Tensor, "row position"],
-    counted: Bool[Tensor, "row position"],
+    places: Int[Tensor, " token"],
     hooks: Sequence[str] = (),
     points: Mapping[str, TapPoint] | None = None,
 ) -> Output:
-    """Hidden states at the counted positions and at some hook points, and the head.
+    """Hidden states at some places and hook points, and the head.
 
     Rows are padded on the right, where causal models do not look.
 
     Args:
+        places: of all rows together, one after the other.
         hooks: hook points, by whose names the states there are kept.
         points: places that were found already, by the names under which the states there are kept.
 
@@ -212,10 +214,10 @@ def output_of(
     """
     states: dict[str, Tensor] = {}
     with ExitStack() as watching:
-        places = {hook: find_tap_point(model, hook) for hook in hooks} | dict(points or {})
-        for name, point in places.items():
-            watching.callback(point.watch(partial(_keep, states, name, counted)))
-        hidden = last_hidden(model, tokens)[counted]
+        watched = {hook: find_tap_point(model, hook) for hook in hooks} | dict(points or {})
+        for name, point in watched.items():
+            watching.callback(point.watch(partial(_keep, states, name, places)))
+        hidden = at_places(last_hidden(model, tokens), places)
     return Output(hidden, head_of(model), states)
 
 
@@ -230,5 +232,5 @@ def parameters_of(model: nn.Module) -> tuple[int, int]:
     )
 
 
-def _keep(states: dict[str, Tensor], name: str, counted: Tensor, activation: Tensor) -> None:
-    states[name] = activation[counted]
+def _keep(states: dict[str, Tensor], name: str, places: Tensor, activation: Tensor) -> None:
+    states[name] = at_places(activation, places)

@@ -207,10 +207,10 @@ def distill(
             rows = train.batch(state.step, settings.batch_rows, settings.seed)
             predicted = int((rows != PADDING).sum()) - len(rows)  # over all processes, each of which takes some rows
             rows = rows[accelerator.process_index :: accelerator.num_processes]
-            tokens, counted, labels = data.model_inputs(rows, device)
+            tokens, places, labels = data.model_inputs(rows, device)
             with torch.no_grad():
-                target = output_of(model, tokens, counted, students.hooks, students.points)
-            losses = ddp_students(tokens, counted, labels, target, predicted)
+                target = output_of(model, tokens, places, students.hooks, students.points)
+            losses = ddp_students(tokens, places, labels, target, predicted)
             # Each process has a part of the sum, and DDP takes the mean of their gradients.
             accelerator.backward(losses.sum() * accelerator.num_processes)
             each = students.parameters_of_each()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -68,6 +68,15 @@ def activations_at(model: Any, points: Sequence[TapPoint], tokens: Int[Tensor, "
         with suppress(NothingMoreToSeeError):
             model(tokens.to(device_of(model)), **forward_options(model))
     return [seen.get(place) for place in range(len(points))]
+
+
+def at_places(
+    activation: Float[Tensor, "row position ..."], places: Int[Tensor, " token"]
+) -> Float[Tensor, "token ..."]:
+    """An activation at some places of all rows together, one row after the other. A mask would make the host wait for a
+    device, to know how many there are.
+    """
+    return activation.flatten(0, 1).index_select(0, places.to(activation.device))
 
 
 def embedding_of(model: Any) -> nn.Module:

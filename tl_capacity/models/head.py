@@ -172,9 +172,13 @@ def log_and_probabilities(
 ) -> tuple[Float[Tensor, "token vocabulary"], Float[Tensor, "token vocabulary"]]:
     """`(log p, p)` of some logits. log p takes the place of the logits, p is written into `p`.
 
-    The logarithm of what the exponentials add up to follows from the likeliest token, whose logit and p are known. So
-    each exponential is computed once.
+    On a CPU, where an exponential costs most, each is computed once: the logarithm of what they add up to follows from
+    the likeliest token, whose logit and p are known. On an accelerator, where memory is what is waited for, that would
+    be more passes over it.
     """
+    if logits.device.type != "cpu":
+        logits.copy_(torch.log_softmax(logits, -1, out=p))
+        return logits, p.exp_()
     torch.softmax(logits, -1, out=p)
     log_sum = logits.amax(-1, keepdim=True).sub_(p.amax(-1, keepdim=True).log_())
     return logits.sub_(log_sum), p

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tl_capacity.distillation.comparison import Predictor, compare_models
-from tl_capacity.distillation.data import model_inputs
+from tl_capacity.distillation.data import model_inputs, predicted_of
 from tl_capacity.models.forward import device_of
 from tl_capacity.runtime.processes import ALONE, Processes
 from tl_capacity.runtime.progress import token_progress
@@ -42,10 +42,11 @@ def divergence_by_group(
         for number, batch in enumerate(batches):
             if number % processes.count != processes.index:
                 continue
-            ids, counted, labels = model_inputs(batch.tokens, device)
+            ids, places, labels = model_inputs(batch.tokens, device)
             predictors = predictors or [Predictor.of(model, ids[:1]) for model in (teacher, *students.values())]
-            kl = compare_models(predictors, ids, counted, labels, predictors[0].vocabulary, scratch).kl
-            groups = torch.from_numpy(document_groups(batch.documents)).repeat_interleave(counted.sum(1).cpu())
+            kl = compare_models(predictors, ids, places, labels, predictors[0].vocabulary, scratch).kl
+            of_row = torch.from_numpy(document_groups(batch.documents))
+            groups = of_row.repeat_interleave(torch.from_numpy(predicted_of(batch.tokens)))
             sums.index_add_(1, groups, kl.cpu())
             tokens += torch.bincount(groups, minlength=DOCUMENT_GROUPS)
             advance(int(tokens.sum()))

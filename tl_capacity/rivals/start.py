@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tl_capacity.distillation.data import first_whole_rows, model_inputs, read_to_judge
+from tl_capacity.distillation.data import first_whole_rows, model_inputs, predicted_of, read_to_judge
 from tl_capacity.distillation.losses import HELDOUT_LOSS, Output, chunked_losses
 from tl_capacity.distillation.students import check_teacher, new_student, output_of, student_config
 from tl_capacity.predict.floors import checked_widths
@@ -89,10 +89,10 @@ def _divergence_sums(text: TeacherText, student: Any, scratch: Scratch) -> NDArr
     """KL of a student, summed over the tokens of each document group [group]."""
     sums, begin = np.zeros(DOCUMENT_GROUPS), 0
     for batch in text.batches:
-        tokens, counted, labels = model_inputs(batch.tokens, text.hidden.device)
-        output = output_of(student, tokens, counted)
+        tokens, places, labels = model_inputs(batch.tokens, text.hidden.device)
+        output = output_of(student, tokens, places)
         row_begin = 0
-        for group, length in zip(document_groups(batch.documents), counted.sum(1).tolist(), strict=True):
+        for group, length in zip(document_groups(batch.documents), predicted_of(batch.tokens).tolist(), strict=True):
             of_row = slice(row_begin, row_begin + length)
             of_text = slice(begin + row_begin, begin + row_begin + length)
             if length:

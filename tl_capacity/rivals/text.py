@@ -16,9 +16,9 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_capacity.distillation.data import model_inputs
+from tl_capacity.distillation.data import model_inputs, predicted_of
 from tl_capacity.errors import CapacityError
-from tl_capacity.models.forward import check_row_length, check_token_ids, device_of, evaluating
+from tl_capacity.models.forward import at_places, check_row_length, check_token_ids, device_of, evaluating
 from tl_capacity.models.head import Head, check_head, head_of, last_hidden
 from tl_capacity.results.estimate import Estimate
 from tl_capacity.runtime.logs import ended_early, log
@@ -91,11 +91,11 @@ class TeacherText:
             for batch in batches:
                 check_token_ids(model, batch.ids, "the teacher")
                 check_row_length(model, batch.tokens, "the teacher")
-                tokens, counted, labels = model_inputs(batch.tokens, device_of(model))
+                tokens, places, labels = model_inputs(batch.tokens, device_of(model))
                 if not seen:
                     check_head(model, tokens, "compared with rivals")
-                states.append(last_hidden(model, tokens)[counted])
-                groups.append(np.repeat(document_groups(batch.documents), counted.sum(1).cpu().numpy()))
+                states.append(at_places(last_hidden(model, tokens), places))
+                groups.append(np.repeat(document_groups(batch.documents), predicted_of(batch.tokens)))
                 advance(seen := seen + len(labels))
         hidden = torch.cat(states)
         if not bool(torch.isfinite(hidden).all()):

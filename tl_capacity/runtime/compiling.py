@@ -42,15 +42,20 @@ class Compiled(Generic[Arguments, Result]):
         self._function, self._compiled = function, None
         self._fails = False
 
+    def due(self, device: torch.device) -> bool:
+        """Whether the next call compiles the function, or finds it compiled."""
+        after = 0 if self._at_once else self._compiles_after.get(device.type)
+        return not self._fails and after is not None and self._calls >= after
+
     def __call__(self, device: torch.device, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result | None:
         """What the function gives, or None where it is not compiled on this device yet.
 
         Raises:
             torch.OutOfMemoryError: where the device has too little memory.
         """
+        due = self.due(device)
         self._calls += 1
-        after = 0 if self._at_once else self._compiles_after.get(device.type)
-        if self._fails or after is None or self._calls <= after:
+        if not due:
             return None
         try:
             # A run holds compiled models back, whose graphs would go past hooks; there are none here.

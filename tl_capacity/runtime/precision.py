@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 ROUNDED = {"cpu": "bf16", "cuda": "tf32"}
 """What the inputs of products are rounded to, by kind of device."""
@@ -15,6 +17,26 @@ ROUNDED = {"cpu": "bf16", "cuda": "tf32"}
 def beneath_autocast(device: torch.device) -> bool:
     """Whether autocast lowers the precision of a device's products here."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def nearly_exact_product(left: Float[Tensor, "n k"], right: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
+    """A product of float32 matrices; on CUDA several times as fast, of inputs rounded to TF32.
+
+    They are rounded to the nearest here, as the device may cut off what it does not use, which would make every product
+    smaller. So errors go either way, up to 2^-11 of each input, and what is squared and added up hardly changes.
+    """
+    if left.device.type != "cuda" or left.dtype != torch.float32:
+        return left @ right
+    with rounded_products(left.device):
+        return rounded_to_tf32(left) @ rounded_to_tf32(right)
+
+
+def rounded_to_tf32(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Values of float32 rounded to the nearest of TF32, which has ten bits after the first; of two, away from zero. NaN
+    and infinite values stay.
+    """
+    bits = (values.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)
+    return torch.where(values.isfinite(), bits.view(torch.float32), values)
 
 
 @contextmanager
