@@ -27,7 +27,7 @@ from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, DistillSettings, HiddenMatch, distill, observed_floors
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.data import Rows, read
-from tl_capacity.distillation.losses import MATCHES, Head, Output, chunked_losses
+from tl_capacity.distillation.losses import MATCHES, Head, Output, chunked_losses, compiled_divergence
 from tl_capacity.distillation.observed import fit_power_law, observed_floor, power_law
 from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.errors import CapacityError, HookPointError, MeasurementError, TokenSourceError
@@ -120,6 +120,30 @@ def test_chunks_are_exact_against_the_definition(
     assert teacher.hidden.grad is None
 
 
+def gradients_of(loss: LogitLoss) -> list[torch.Tensor]:
+    """The losses of two students, in chunks of two lengths, and the gradients of their sum."""
+    teacher, students = output(8, 0), [output(width, width) for width in (3, 5)]
+    losses = chunked_losses(teacher, students, labels(), loss, chunk=10)
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), [part for each in students for part in parts(each)])]
+
+
+def test_divergences_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where compiling fails, all is computed without it, and that is said once."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    loss = LogitLoss("jsd", beta=0.3)
+    in_steps = gradients_of(loss)
+    monkeypatch.setenv(COMPILE, "1")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    compiled_divergence.cache_clear()
+    for found, expected in zip(gradients_of(loss), in_steps, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert caplog.text.count("torch.compile does not work here (RuntimeError)") == 1
+    compiled_divergence.cache_clear()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.ce_weight], ids=str)
@@ -127,15 +151,9 @@ def test_compiled_divergences(
     loss: LogitLoss, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Compiled, they give what they give in steps, chunks of two lengths among them."""
-
-    def gradients() -> list[torch.Tensor]:
-        teacher, students = output(8, 0), [output(width, width) for width in (3, 5)]
-        losses = chunked_losses(teacher, students, labels(), loss, chunk=10)
-        return [losses.detach(), *torch.autograd.grad(losses.sum(), [p for each in students for p in parts(each)])]
-
-    in_steps = gradients()
+    in_steps = gradients_of(loss)
     monkeypatch.setenv(COMPILE, "1")
-    compiled = gradients()
+    compiled = gradients_of(loss)
     assert "torch.compile" not in caplog.text
     for found, expected in zip(compiled, in_steps, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -9,7 +9,7 @@ from place import on_cpu, placed
 
 from tl_capacity.distillation.losses import LogitLoss, Output, chunked_losses
 from tl_capacity.models.head import Head
-from tl_capacity.runtime.precision import rounded_products
+from tl_capacity.runtime.precision import nearly_exact_product, rounded_products, rounded_to_tf32
 
 TOKENS, VOCABULARY, WIDTH = 64, 3000, 48
 
@@ -35,6 +35,30 @@ def test_inputs_are_rounded_and_sums_are_not() -> None:
     after = left @ right
     assert error(within, rounded) < 1e-6 or (error(within, exact) < 1e-6 and not rounds())
     assert error(after, exact) < 1e-6
+
+
+def test_the_nearest_of_tf32() -> None:
+    """Ten bits after the first: no number of them is nearer, and what has no more bits stays."""
+    values = placed(drawn(100_000) * torch.logspace(-30, 30, 100_000))
+    rounded = rounded_to_tf32(values)
+    assert ((rounded - values).abs() <= values.abs() * 2**-11).all()
+    assert not (rounded.view(torch.int32) & 0x1FFF).any()
+    assert torch.equal(rounded_to_tf32(rounded), rounded)
+    assert abs(float(((rounded - values) / values).mean())) < 1e-5  # neither larger nor smaller on the whole
+    # Of the NaN, one is what CPUs make and one what GPUs make.
+    bits = placed(torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800000, -0x00800000, 0], dtype=torch.int32))
+    special = rounded_to_tf32(bits.view(torch.float32))
+    assert special.isnan().tolist() == [True, True, False, False, False]
+    assert special[2:].tolist() == [torch.inf, -torch.inf, 0.0]
+
+
+def test_a_product_of_the_nearest_is_nearly_exact() -> None:
+    """Errors of a product of many terms cancel; on a CPU nothing is rounded at all."""
+    left, right = placed(drawn(64, 2048)), placed(drawn(2048, 64))
+    exact = left.double() @ right.double()
+    product = nearly_exact_product(left, right)
+    assert error(product, exact) < (1e-6 if on_cpu() else 1e-3)
+    assert abs(float((product * exact).sum() / exact.square().sum()) - 1) < 1e-5
 
 
 @pytest.mark.skipif(on_cpu(), reason="is about a GPU")

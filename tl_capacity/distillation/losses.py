@@ -147,7 +147,7 @@ def chunked_losses(
     Args:
         labels: the next token of each, for the cross-entropy.
         total: what to divide by, where these tokens are a part of a larger batch.
-        chunk: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time, on a CPU; on an accelerator at least so many.
         scratch: memory for these, where it is kept from one call to the next.
 
     Raises:

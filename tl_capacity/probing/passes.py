@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_capacity.dictionaries.adapter import inputs_for
-from tl_capacity.dictionaries.encoding import Encoder, Entries
+from tl_capacity.dictionaries.encoding import Encoder, joined
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, HookPointError, TokenSourceError
 from tl_capacity.models.forward import activations_at
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.probing.ranking import Firings, Ranking
-from tl_capacity.probing.ridge import FitSums, Latents, Moments, Readout, by_feature, fit, principal_axes, step_among
+from tl_capacity.probing.ridge import FitSums, Latents, Moments, Readout, fit, principal_axes, step_among
 from tl_capacity.probing.scores import Scores
 from tl_capacity.probing.splitting import FIT, HELD_OUT, VALIDATION, split
 from tl_capacity.results.hook import HookMeasurement
@@ -298,26 +298,14 @@ class Passes:
                 " more documents"
             )
 
-    @torch.no_grad()
     def _latents(self, x: Float[Tensor, "token ..."], number: int) -> Latents:
-        inputs, chunk = inputs_for(self.sae, x), self.encoder.chunk
-
-        def sort(entries: Entries) -> tuple[Entries, bool, bool]:
-            """Some entries by feature; whether all of them are finite, and whether one is below zero."""
-            tokens, latents, values = (part.to(self.device) for part in entries)
-            finite, below = bool(torch.isfinite(values.sum())), bool((values < 0).any())
-            return by_feature((tokens, latents, values), self.place), finite, below
-
-        parts: list[Entries] = []
-        for start in range(0, len(inputs), chunk):
-            for (tokens, features, values), finite, below in self.encoder.each_part(
-                inputs[start : start + chunk], sort
-            ):
-                if not finite:
-                    raise CapacityError(f"the SAE gives NaN or infinite latents in batch {number}: check its weights")
-                self.signed = self.signed or below
-                parts.append((tokens + start, features, values))
-        return Latents.from_parts(parts, self.n_features, len(inputs))
+        inputs = inputs_for(self.sae, x)
+        parts = [(t.to(self.device), f.to(self.device), v.to(self.device)) for t, f, v in self.encoder.entries(inputs)]
+        tokens, latents, values = joined(parts)
+        if not bool(torch.isfinite(values.sum())):
+            raise CapacityError(f"the SAE gives NaN or infinite latents in batch {number}: check its weights")
+        self.signed = self.signed or bool((values < 0).any())
+        return Latents.from_entries((tokens, latents, values), self.place, self.n_features, len(inputs))
 
 
 def components_of(width: int) -> str:

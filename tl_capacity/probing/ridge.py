@@ -10,13 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from tl_capacity.dictionaries.encoding import Entries, joined
+from tl_capacity.dictionaries.encoding import Entries
 from tl_capacity.errors import CapacityError
 from tl_capacity.runtime.processes import Processes
 
@@ -58,19 +57,14 @@ class Latents:
         Args:
             place: of each latent of the SAE, or −1 for those that are not looked at.
         """
-        return cls.from_parts([by_feature(entries, place)], n_features, n_tokens)
-
-    @classmethod
-    def from_parts(cls, parts: Sequence[Entries], n_features: int, n_tokens: int) -> Latents:
-        """All entries of some parts, each of them sorted by feature: parts of later features, or of later tokens."""
-        tokens, features, values = joined(parts)
-        seen = [part[1] for part in parts if len(part[1])]
-        if any(later[0] <= earlier[-1] for earlier, later in pairwise(seen)):
-            order = torch.argsort(features, stable=True)
-            tokens, features, values = tokens[order], features[order], values[order]
+        tokens, latents, values = entries
+        features = place[latents]
+        wanted = torch.nonzero(features >= 0).view(-1)
+        order = wanted[torch.argsort(features[wanted], stable=True)]
+        features = features[order]
         starts = torch.zeros(n_features + 1, dtype=torch.int64, device=features.device)
         torch.cumsum(torch.bincount(features, minlength=n_features), 0, out=starts[1:])
-        return cls(features, tokens, values, starts, n_tokens)
+        return cls(features, tokens[order], values[order].double(), starts, n_tokens)
 
     def every(self, step: int) -> Latents:
         """Those of every so many-th feature."""
@@ -86,19 +80,6 @@ class Latents:
             return torch.sparse_csr_tensor(
                 self.starts, self.tokens, self.values, (len(self.starts) - 1, self.n_tokens), check_invariants=False
             )
-
-
-def by_feature(entries: Entries, place: Int64[Tensor, " latent"]) -> Entries:
-    """Entries of the latents that are read out, with their places instead of their numbers, sorted by place.
-
-    Args:
-        place: of each latent of the SAE, or −1 for those that are not looked at.
-    """
-    tokens, latents, values = entries
-    features = place[latents]
-    wanted = torch.nonzero(features >= 0).view(-1)
-    order = wanted[torch.argsort(features[wanted], stable=True)]
-    return tokens[order], features[order], values[order].double()
 
 
 @dataclass
