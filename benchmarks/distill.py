@@ -83,7 +83,6 @@ def step_of(
     tokens: torch.Tensor,
     shapes: Shapes = CPU,
     keep: Sequence[Kept] = (),
-    settings: DistillSettings = SETTINGS,
     rounded: bool = False,
     at_once: bool = False,
 ) -> Callable[[], object]:
@@ -93,7 +92,7 @@ def step_of(
         rounded: with `--mixed-precision bf16`.
         at_once: compiled at once, or not at all.
     """
-    students = Students([student_of(of, width, shapes) for width in widths], shapes.d_model, settings, keep)
+    students = Students([student_of(of, width, shapes) for width in widths], shapes.d_model, SETTINGS, keep)
     students.to(shapes.device)
     optimiser = adamw(students)
     rows = tokens.cpu().numpy()
@@ -106,7 +105,7 @@ def step_of(
             losses = students(ids, places, labels, target, len(labels))
         losses.sum().backward()
         norms = [
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip) for parameters in students.parameters_of_each()
+            torch.nn.utils.clip_grad_norm_(parameters, SETTINGS.clip) for parameters in students.parameters_of_each()
         ]
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -218,28 +217,27 @@ def time_peers(sitting: Sitting, shapes: HeadShapes, share: float) -> None:
         sitting.rows.append(
             fact("gradient, rounded, against float64, in 1e-3", 1e3 * gradient_error(ours_rounded(), small))
         )
-    best, ways, claims = own_heads(gpu), {}, []
+    best = own_heads(gpu)
+    ways: dict[str, Callable[[], object]] = {}
+    claims: list[Claim] = []
     for name, loss, why in peers():
-        titles = [f"{way} / {name}'s loss" for way in best]
+        titles = {f"{way}, beside other libraries": f"{way} / {name}'s loss" for way in best}
         try:
             error = None if loss is None else scale * gradient_error(loss, small)
         except RuntimeError as problem:  # such as a compiler that is missing
             loss, why = None, f"fails: {str(problem).splitlines()[0]}"
         if loss is None or error is None:
-            sitting.rows += [absent(title, why, at_most(1)) for title in titles]
+            sitting.rows += [absent(title, why, at_most(1)) for title in titles.values()]
             continue
         ways[f"{name}'s loss"] = with_gradients(loss, shapes)
-        claims += [
-            Claim(title, (way,), (f"{name}'s loss",), at_most(1)) for title, way in zip(titles, best, strict=True)
-        ]
+        claims += [Claim(title, (way,), (f"{name}'s loss",), at_most(1)) for way, title in titles.items()]
         sitting.rows.append(fact(f"{name}'s gradient against float64, in {unit}", error))
     if not ways:
         return
     if gpu:
         sitting.sizes |= {f"peak device memory of {name}": device_growth_mb(way) for name, way in ways.items()}
     ways |= {f"{name}, beside other libraries": with_gradients(loss, shapes) for name, loss in best.items()}
-    beside = [replace(claim, over=(f"{claim.over[0]}, beside other libraries",)) for claim in claims]
-    sitting.time(ways, beside, share)
+    sitting.time(ways, claims, share)
 
 
 def turns_of(step: Callable[[], object], shapes: Shapes) -> Callable[[], object]:

@@ -199,8 +199,7 @@ def compare(
         label = labels[rows, None]
         teacher.head.logits(teacher.hidden[rows], log_p)
         best_token = likeliest(log_p)[:, None]
-        for some in cached_pieces(len(label), vocabulary, device):
-            log_and_probabilities(log_p[some], p[some])
+        log_and_probabilities(log_p, p)
         own[rows] = exact(-log_p.gather(1, label)[:, 0])
         for number, student in enumerate(students):
             student.head.logits(student.hidden[rows], logits)

@@ -208,13 +208,6 @@ class _Target:
     memory: Tensor
     known: bool = True
 
-    @classmethod
-    def of(cls, logits: Tensor, memory: Tensor) -> _Target:
-        """The distribution of some logits, whose place its logarithm takes."""
-        for some in cached_pieces(len(logits), logits.shape[1], logits.device):
-            log_and_probabilities(logits[some], memory[some])
-        return cls(logits, memory)
-
     @property
     def p(self) -> Tensor:
         """The probabilities."""
@@ -236,22 +229,22 @@ class _ChunkedLosses(torch.autograd.Function):
         students = [_Student(any(ctx.needs_input_grad), *student_parts) for student_parts in students_parts]
         teacher, temperature = task.teacher, task.loss.temperature
         device, vocabulary = task.labels.device, teacher.head.weight.shape[0]
-        size = (tokens_at_once(len(task.labels), vocabulary, device, task.chunk), vocabulary)
-        cached = cached_tokens(*size, device)
-        sizes = [tokens * vocabulary for tokens in (size[0], size[0], size[0], cached)]
+        chunk = tokens_at_once(len(task.labels), vocabulary, device, task.chunk)
+        sizes = [tokens * vocabulary for tokens in (chunk, chunk, chunk, cached_tokens(chunk, vocabulary, device))]
         buffers = [
             part.view(-1, vocabulary)
             for part in torch.split(task.scratch.take(sum(sizes), students[0].head.weight), sizes)
         ]
         with rounded_products(device) if beneath_autocast(device) else nullcontext():
-            for start in range(0, len(task.labels), size[0]):
-                rows = slice(start, min(start + size[0], len(task.labels)))
+            for start in range(0, len(task.labels), chunk):
+                rows = slice(start, min(start + chunk, len(task.labels)))
                 log_p, p, logits, q = (buffer[: rows.stop - start] for buffer in buffers)
                 if all(each is not None and each.due(device) for each in map(task.compiled, task.caps)):
                     teacher.head.logits(teacher.hidden[rows], logits, temperature)
                     target = _Target(torch.log_softmax(logits, -1, out=log_p), p, known=False)
                 else:
-                    target = _Target.of(teacher.head.logits(teacher.hidden[rows], log_p, temperature), p)
+                    teacher.head.logits(teacher.hidden[rows], log_p, temperature)
+                    target = _Target(*log_and_probabilities(log_p, p))
                 for student in students:
                     student.add(rows, task, target, logits, q)
         ctx.save_for_backward(*(gradient for student in students for gradient in student.gradients))

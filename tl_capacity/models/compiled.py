@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
@@ -14,8 +13,6 @@ def uncompiled(model: Any) -> Any:
 
     Calls of the wrapper run the hooks of the model inside it.
     """
-    if "torch._dynamo" not in sys.modules:
-        return model
     from torch._dynamo import OptimizedModule
 
     return model.get_submodule("_orig_mod") if isinstance(model, OptimizedModule) else model
@@ -23,8 +20,6 @@ def uncompiled(model: Any) -> Any:
 
 def forget_graphs() -> None:
     """Make PyTorch compile everything anew, since its graphs were made with other hooks."""
-    if "torch._dynamo" not in sys.modules:
-        return  # nothing can have been compiled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where there is a GPU, PyTorch loads its compiler, which warns of itself
         torch.compiler.reset()

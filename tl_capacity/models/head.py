@@ -154,9 +154,7 @@ def divergences(
     for start in range(0, len(clean), size):
         rows = slice(start, min(start + size, len(clean)))
         count = rows.stop - start
-        head.logits(clean[rows], log_p[:count])
-        for some in cached_pieces(count, vocabulary, logits.device):
-            log_and_probabilities(log_p[some], p[some])
+        log_and_probabilities(head.logits(clean[rows], log_p[:count]), p[:count])
         for variant, hidden in enumerate(others):
             head.logits(hidden[rows], logits[:count])
             for some in cached_pieces(count, vocabulary, logits.device):
@@ -179,9 +177,11 @@ def log_and_probabilities(
     if logits.device.type != "cpu":
         logits.copy_(torch.log_softmax(logits, -1, out=p))
         return logits, p.exp_()
-    torch.softmax(logits, -1, out=p)
-    log_sum = logits.amax(-1, keepdim=True).sub_(p.amax(-1, keepdim=True).log_())
-    return logits.sub_(log_sum), p
+    for some in cached_pieces(len(logits), logits.shape[1], logits.device):
+        torch.softmax(logits[some], -1, out=p[some])
+        log_sum = logits[some].amax(-1, keepdim=True).sub_(p[some].amax(-1, keepdim=True).log_())
+        logits[some].sub_(log_sum)
+    return logits, p
 
 
 def tokens_at_once(tokens: int, vocabulary: int, device: torch.device, chunk: int = CHUNK_TOKENS) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_capacity.distillation.losses import HELDOUT_LOSS, Output, chunked_losses
 from tl_capacity.errors import CapacityError
-from tl_capacity.models.head import CHUNK_TOKENS, Head
+from tl_capacity.models.head import Head, tokens_at_once
 from tl_capacity.options import option
 from tl_capacity.rivals.text import TeacherText
 from tl_capacity.runtime.devices import exact, exact_device
@@ -148,8 +148,9 @@ def _mean_fisher_parts(text: TeacherText) -> tuple[Float64[Tensor, " vocabulary"
     vocabulary, width = head.weight.shape
     frequency = torch.zeros(vocabulary, dtype=torch.float64, device=device)
     moment = torch.zeros(width, width, dtype=torch.float64, device=device)
-    weight, buffer = head.weight.float(), hidden.new_empty(CHUNK_TOKENS, vocabulary, dtype=torch.float32)
-    for rows in torch.split(hidden, CHUNK_TOKENS):
+    chunk = tokens_at_once(len(hidden), vocabulary, hidden.device)
+    weight, buffer = head.weight.float(), hidden.new_empty(chunk, vocabulary, dtype=torch.float32)
+    for rows in torch.split(hidden, chunk):
         p = torch.softmax(head.logits(rows, buffer[: len(rows)]), -1)
         expected = exact(p @ weight)
         frequency += exact(p).sum(0)
