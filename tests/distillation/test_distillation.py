@@ -101,15 +101,22 @@ LOSSES = [
 ]
 
 
+def in_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Have logits of so many tokens at a time, on any device."""
+    monkeypatch.setattr(head_module, "CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(head_module, "DEVICE_LOGITS", tokens * VOCABULARY)
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 @pytest.mark.parametrize(("chunk", "cached"), [(10, CACHED_LOGITS), (10, 1), (1000, CACHED_LOGITS), (1000, 60)])
 @pytest.mark.parametrize(("bias", "cap"), [(False, None), (True, 5.0)])
 def test_chunks_are_exact_against_the_definition(
     loss: LogitLoss, chunk: int, cached: int, bias: bool, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_chunks(monkeypatch, chunk)
     monkeypatch.setattr(head_module, "CACHED_LOGITS", cached)
     teacher, students = output(8, 0, bias, cap), [output(width, width, bias, cap) for width in (3, 5)]
-    losses = chunked_losses(teacher, students, labels(), loss, chunk=chunk)
+    losses = chunked_losses(teacher, students, labels(), loss)
     (losses * placed(torch.tensor([1.0, 2.0], dtype=torch.float64))).sum().backward()
     for i, student in enumerate(students):
         expected = reference(teacher, student, loss)
@@ -121,9 +128,9 @@ def test_chunks_are_exact_against_the_definition(
 
 
 def gradients_of(loss: LogitLoss) -> list[torch.Tensor]:
-    """The losses of two students, in chunks of two lengths, and the gradients of their sum."""
+    """The losses of two students, and the gradients of their sum."""
     teacher, students = output(8, 0), [output(width, width) for width in (3, 5)]
-    losses = chunked_losses(teacher, students, labels(), loss, chunk=10)
+    losses = chunked_losses(teacher, students, labels(), loss)
     return [losses.detach(), *torch.autograd.grad(losses.sum(), [part for each in students for part in parts(each)])]
 
 
@@ -133,6 +140,7 @@ def test_divergences_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog:
     def fails(*_: object) -> None:
         raise RuntimeError("no compiler")
 
+    in_chunks(monkeypatch, 10)
     loss = LogitLoss("jsd", beta=0.3)
     in_steps = gradients_of(loss)
     monkeypatch.setenv(COMPILE, "1")
@@ -150,7 +158,8 @@ def test_divergences_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog:
 def test_compiled_divergences(
     loss: LogitLoss, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Compiled, they give what they give in steps, chunks of two lengths among them."""
+    """Compiled, they give what they give in steps, with chunks of two lengths."""
+    in_chunks(monkeypatch, 10)
     in_steps = gradients_of(loss)
     monkeypatch.setenv(COMPILE, "1")
     compiled = gradients_of(loss)
@@ -170,9 +179,11 @@ def test_gradients_are_those_of_finite_differences(
     loss = LogitLoss("jsd", temperature, beta, ce_weight)
 
     def of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return chunked_losses(teacher, [Output(hidden, Head(weight, bias))], labels(), loss, chunk=16)[0]
+        return chunked_losses(teacher, [Output(hidden, Head(weight, bias))], labels(), loss)[0]
 
-    assert torch.autograd.gradcheck(of, tuple(parts(student)), eps=1e-6, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        in_chunks(patch, 16)
+        assert torch.autograd.gradcheck(of, tuple(parts(student)), eps=1e-6, atol=1e-5)
 
 
 @given(st.floats(0, 1), st.integers(0, 1000))
@@ -206,14 +217,15 @@ def test_parts_of_a_batch_add_up() -> None:
     assert chunked_losses(part(teacher, slice(0)), [part(student, slice(0))], labels()[:0], LogitLoss()).item() == 0
 
 
-def test_memory_that_is_kept_changes_nothing() -> None:
+def test_memory_that_is_kept_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches and vocabularies of other sizes, in turns, in the memory of the ones before."""
+    in_chunks(monkeypatch, 10)
     scratch = Scratch()
     for rows, vocabulary in ((20, 23), (TOKENS, 23), (7, 24), (TOKENS, 23)):
         teacher, student = (output(width, width, vocabulary=vocabulary) for width in (8, 3))
         teacher, student = (Output(of.hidden[:rows], of.head) for of in (teacher, student))
         fresh, kept = (
-            float(chunked_losses(teacher, [student], labels()[:rows], LogitLoss(), chunk=10, scratch=s).detach())
+            float(chunked_losses(teacher, [student], labels()[:rows], LogitLoss(), scratch=s).detach())
             for s in (None, scratch)
         )
         assert fresh == kept > 0

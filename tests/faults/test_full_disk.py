@@ -43,7 +43,7 @@ mount -o remount,bind,ro "$DISK"
 """
 GROWING_DISK = """
 mount -t tmpfs -o size=8m tmpfs "$DISK"
-"$PYTHON" - "$@" << 'END'
+OMP_NUM_THREADS=1 "$PYTHON" - "$@" << 'END'
 import io, json, os, shutil, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -67,7 +67,7 @@ shutil.copytree(disk, results / "disk", ignore=shutil.ignore_patterns("filler"))
 END
 """
 """Runs a command again and again, each time with a little more space, until it gets to its end; whatever it needs to
-write, one of the runs fails at it.
+write, one of the runs fails at it. It has one thread, as tests have: products of two are rounded otherwise.
 """
 
 

@@ -51,8 +51,8 @@ def assert_same_sums(model: Any, sae: Any, stream: Any, **options: Any) -> dict[
             np.testing.assert_array_equal(device[name], array, err_msg=name)
         else:
             # FVU's sums are of float32 reconstructions, whose terms are added in another order. On a GPU the latents of
-            # the checked tokens are rounded to TF32 before, each by up to 2⁻¹¹, and products of other sizes are of other
-            # kernels.
+            # the checked tokens are rounded to TF32 before, each by up to 2⁻¹¹, and products of other sizes are made by
+            # other kernels.
             loose = (1e-5 if name == "residual" else 1e-6) if on_cpu() else (2**-11 if name == "residual" else 1e-5)
             np.testing.assert_allclose(device[name], array, rtol=loose, atol=1e-7, err_msg=name)
     return device

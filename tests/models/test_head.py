@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from place import placed
 
-from tl_capacity.models.head import CHUNK_TOKENS, DEVICE_LOGITS, log_and_probabilities, tokens_at_once
+from tl_capacity.models.head import CHUNK_LOGITS, CHUNK_TOKENS, DEVICE_LOGITS, log_and_probabilities, tokens_at_once
 
 
 @given(st.integers(1, 5), st.integers(1, 3000), st.floats(0, 300), st.floats(-1e4, 1e4), st.integers(0, 1000))
@@ -36,20 +36,24 @@ def test_words_that_cannot_come() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "tokens", "expected"),
+    ("device", "tokens", "vocabulary", "expected"),
     [
-        ("cpu", 1000, CHUNK_TOKENS),
-        ("cpu", 3, 3),
-        ("cpu", 0, 1),
-        ("cuda", 1000, 1000),
-        ("cuda", 8184, 2728),  # three equal parts, as 4,000 are the most
-        ("cuda", 0, 1),
+        ("cpu", 1000, 50, 250),
+        ("cpu", 4 * CHUNK_TOKENS, 50, CHUNK_TOKENS),
+        ("cpu", 1000, CHUNK_LOGITS // 100, 100),
+        ("cpu", 3, 50, 3),
+        ("cuda", 1000, DEVICE_LOGITS // 4000, 1000),
+        ("cuda", 8184, DEVICE_LOGITS // 4000, 2728),
     ],
 )
-def test_tokens_at_once(device: str, tokens: int, expected: int) -> None:
-    found = tokens_at_once(tokens, DEVICE_LOGITS // 4000, torch.device(device))
-    assert found == expected
+def test_tokens_at_once(device: str, tokens: int, vocabulary: int, expected: int) -> None:
+    assert tokens_at_once(tokens, vocabulary, torch.device(device)) == expected
 
 
-def test_a_large_vocabulary_has_a_chunk_at_least() -> None:
-    assert tokens_at_once(1000, DEVICE_LOGITS, torch.device("cuda")) == 125  # eight equal parts, none above 128
+@given(st.sampled_from(["cpu", "cuda"]), st.integers(0, 10**5), st.integers(1, 2**28))
+def test_chunks_are_of_one_length_and_within_bounds(device: str, tokens: int, vocabulary: int) -> None:
+    chunk = tokens_at_once(tokens, vocabulary, torch.device(device))
+    assert chunk == 1 or chunk * vocabulary <= (CHUNK_LOGITS if device == "cpu" else DEVICE_LOGITS)
+    assert device != "cpu" or chunk <= CHUNK_TOKENS
+    chunks = -(-tokens // chunk)
+    assert chunk * chunks - tokens < max(chunks, 1)

@@ -22,6 +22,7 @@ import tl_capacity as tlc
 from tl_capacity.distillation.losses import Output, chunked_losses
 from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.errors import CapacityError
+from tl_capacity.models import head as head_module
 from tl_capacity.models.head import Head, divergences
 from tl_capacity.models.loading import load_model
 from tl_capacity.runtime import devices
@@ -78,7 +79,10 @@ def test_divergences_without_float64(without_float64: None) -> None:
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
-def test_losses_of_a_distillation_without_float64(without_float64: None, unchecked: None, ce_weight: float) -> None:
+def test_losses_of_a_distillation_without_float64(
+    without_float64: None, unchecked: None, monkeypatch: pytest.MonkeyPatch, ce_weight: float
+) -> None:
+    monkeypatch.setattr(head_module, "DEVICE_LOGITS", 4 * 50)
     draw = torch.Generator().manual_seed(0)
     sizes = ((9, 8), (50, 8), (9, 4), (50, 4))
     numbers = [torch.randn(size, generator=draw) for size in sizes]
@@ -89,7 +93,7 @@ def test_losses_of_a_distillation_without_float64(without_float64: None, uncheck
         teacher = Output(hidden, Head(weight, None))
         students = [Output(student, Head(student_weight, None))]
         with torch.no_grad():
-            return chunked_losses(teacher, students, place(labels), LogitLoss(ce_weight=ce_weight), chunk=4)
+            return chunked_losses(teacher, students, place(labels), LogitLoss(ce_weight=ce_weight))
 
     wanted = losses(lambda tensor: tensor)
     with pretended_device():

@@ -16,7 +16,6 @@ from torch import Tensor
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.forward import at_places, forward_options
 from tl_capacity.models.head import (
-    CHUNK_TOKENS,
     Head,
     cached_pieces,
     cached_tokens,
@@ -174,11 +173,10 @@ def compare(
     labels: Int[Tensor, " token"],
     vocabulary: int,
     scratch: Scratch,
-    chunk: int = CHUNK_TOKENS,
 ) -> Compared:
     """Compare the next-token distributions of a teacher and its students.
 
-    Logits of `chunk` tokens exist at a time, those of the teacher once for all students.
+    Logits exist for a chunk of tokens at a time, those of the teacher once for all students.
 
     Args:
         labels: the token that came after each.
@@ -189,7 +187,7 @@ def compare(
     kl, cross_entropy = (torch.zeros(shape, dtype=torch.float64, device=exact_device(device)) for _ in range(2))
     own = torch.zeros(len(labels), dtype=torch.float64, device=exact_device(device))
     agreement = torch.zeros(shape, dtype=torch.bool, device=device)
-    size = tokens_at_once(len(labels), vocabulary, device, chunk)
+    size = tokens_at_once(len(labels), vocabulary, device)
     at_once = cached_tokens(size, vocabulary, device)
     buffers = scratch.take((3 * size + at_once) * vocabulary, torch.empty(0, device=device)).view(-1, vocabulary)
     *whole, piece = torch.split(buffers, [size, size, size, at_once])

@@ -67,9 +67,7 @@ class Students(nn.Module):
         """The training loss of each student in float64: the sum over these tokens, divided by `total`."""
         hooks = tuple(dict.fromkeys((*self.hooks, *(each.hook for each in self.kept))))
         outputs = [output_of(model, tokens, places, hooks) for model in self.models]
-        losses = chunked_losses(
-            teacher, outputs, labels, self.settings.loss, total, self.settings.chunk_tokens, self.scratch
-        )
+        losses = chunked_losses(teacher, outputs, labels, self.settings.loss, total, self.scratch)
         if not hooks:
             return losses
         terms = self._matched(teacher, outputs, total), self._told(teacher, outputs, total)
@@ -156,15 +154,7 @@ def heldout_losses(
             output_of(teacher, tokens, places)  # the others gather from this process too
             break
         outputs = [output_of(model, tokens, places) for model in (teacher, *students.models)]
-        sums[part] = chunked_losses(
-            outputs[0],
-            outputs[1:],
-            labels,
-            HELDOUT_LOSS,
-            total=1,
-            chunk=settings.chunk_tokens,
-            scratch=students.scratch,
-        )
+        sums[part] = chunked_losses(outputs[0], outputs[1:], labels, HELDOUT_LOSS, total=1, scratch=students.scratch)
     students.train()
     everywhere: list[list[float]] = accelerator.reduce(sums, "sum").tolist()
     return everywhere

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tl_capacity.distillation.settings import CHUNK_TOKENS, DIVERGENCES, MATCH_KINDS, LogitLoss
+from tl_capacity.distillation.settings import DIVERGENCES, MATCH_KINDS, LogitLoss
 from tl_capacity.distillation.settings import HiddenMatch as HiddenMatch
 from tl_capacity.errors import CapacityError
 from tl_capacity.models.head import Head as Head
@@ -136,7 +136,6 @@ def chunked_losses(
     labels: Int[Tensor, " token"],
     loss: LogitLoss,
     total: int | None = None,
-    chunk: int = CHUNK_TOKENS,
     scratch: Scratch | None = None,
 ) -> Float[Tensor, " student"]:
     """The loss of each student in float64: the sum over the tokens, divided by `total` (default: their number).
@@ -147,7 +146,6 @@ def chunked_losses(
     Args:
         labels: the next token of each, for the cross-entropy.
         total: what to divide by, where these tokens are a part of a larger batch.
-        chunk: tokens whose logits exist at a time, on a CPU; on an accelerator at least so many.
         scratch: memory for these, where it is kept from one call to the next.
 
     Raises:
@@ -166,7 +164,6 @@ def chunked_losses(
         loss,
         divergence_of(loss),
         total or max(1, len(labels)),
-        chunk,
         scratch or Scratch(),
     )
     apply: Any = _ChunkedLosses.apply  # which has no annotations
@@ -184,7 +181,6 @@ class _Task:
     loss: LogitLoss
     divergence: Divergence
     total: int
-    chunk: int
     scratch: Scratch
 
     def compiled(self, cap: float | None) -> Compiled[[Tensor, Tensor], Tensor] | None:
@@ -229,7 +225,7 @@ class _ChunkedLosses(torch.autograd.Function):
         students = [_Student(any(ctx.needs_input_grad), *student_parts) for student_parts in students_parts]
         teacher, temperature = task.teacher, task.loss.temperature
         device, vocabulary = task.labels.device, teacher.head.weight.shape[0]
-        chunk = tokens_at_once(len(task.labels), vocabulary, device, task.chunk)
+        chunk = tokens_at_once(len(task.labels), vocabulary, device)
         sizes = [tokens * vocabulary for tokens in (chunk, chunk, chunk, cached_tokens(chunk, vocabulary, device))]
         buffers = [
             part.view(-1, vocabulary)

@@ -14,8 +14,6 @@ from tl_capacity.storage.files import read_json
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 MATCH_KINDS = ("mse", "cosine")
 SCHEDULES = ("cosine", "wsd")
-CHUNK_TOKENS = 128
-"""Three buffers of [chunk, vocabulary] live at once: 77 MB in float32 at a vocabulary of 50,304."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,6 @@ class DistillSettings:
         seed: of the order of the rows.
         mixed_precision: "no", or "bf16" for the students' blocks under autocast and for the inputs of the heads'
             products (`rounded_products`); weights, optimiser, sums and losses stay float32.
-        chunk_tokens: tokens whose logits exist at a time, on a CPU; on an accelerator at least so many.
 
     Raises:
         CapacityError: on a value outside its domain.
@@ -238,7 +235,6 @@ class DistillSettings:
     mixed_precision: str = option(
         "no", "Mixed precision: no, or bf16 for the products of the students' blocks and heads."
     )
-    chunk_tokens: int = internal(CHUNK_TOKENS)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -249,7 +245,7 @@ class DistillSettings:
             raise CapacityError(f"{self.start!r} is not a way to start all students: choose random or truncated")
         if self.mixed_precision not in ("no", "bf16"):
             raise CapacityError(f"{self.mixed_precision!r} is not a precision to train in: choose no or bf16")
-        for name in ("tokens", "batch_rows", "evaluations", "heldout_tokens", "chunk_tokens", "lr", "clip"):
+        for name in ("tokens", "batch_rows", "evaluations", "heldout_tokens", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise CapacityError(f"{name} = {getattr(self, name)} trains nothing: choose a number above 0")
         if not 0 <= self.warmup < 1 or not 0 < self.decay <= 1 or self.warmup + self.decay > 1:

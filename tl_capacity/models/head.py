@@ -16,10 +16,13 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.models.forward import NothingMoreToSeeError, evaluating
 from tl_capacity.runtime.devices import exact, exact_device
 
-CHUNK_TOKENS = 128
-"""Tokens whose logits exist at one time."""
+CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time on a CPU. More take more memory and hardly less time."""
+CHUNK_LOGITS = 2**25
+"""Logits that exist at one time on a CPU, however large the vocabulary: 134 MB in float32."""
 DEVICE_LOGITS = 2**26
-"""Logits that exist at a time on an accelerator, which waits for its next order if there are fewer: 268 MB in float32.
+"""Logits that exist at one time on an accelerator, which waits for its next order if there are fewer: 268 MB in
+float32.
 """
 CACHED_LOGITS = 2**17
 """Logits that a processor core works on at once between two matrix products, so that they stay in its cache."""
@@ -141,15 +144,14 @@ def divergences(
     head: Head,
     clean: Float[Tensor, "token d_model"],
     others: Float[Tensor, "variant token d_model"],
-    chunk: int = CHUNK_TOKENS,
 ) -> Float64[Tensor, "variant token"]:
     """KL(clean ‖ other) of the next-token distributions at T = 1, in nats, for several variants of the hidden states.
 
-    Logits of `chunk` tokens exist at a time, those of the clean states once for all variants.
+    Logits exist for a chunk of tokens at a time, those of the clean states once for all variants.
     """
     found = torch.zeros(others.shape[:2], dtype=torch.float64, device=exact_device(others.device))
     vocabulary = len(head.weight)
-    size = tokens_at_once(len(clean), vocabulary, clean.device, chunk)
+    size = tokens_at_once(len(clean), vocabulary, clean.device)
     log_p, p, logits = clean.new_empty(3, size, vocabulary, dtype=torch.float32)
     for start in range(0, len(clean), size):
         rows = slice(start, min(start + size, len(clean)))
@@ -184,14 +186,11 @@ def log_and_probabilities(
     return logits, p
 
 
-def tokens_at_once(tokens: int, vocabulary: int, device: torch.device, chunk: int = CHUNK_TOKENS) -> int:
-    """How many of some tokens have logits at one time, at least one: on a CPU as many as a chunk has, on an accelerator
-    parts of equal size.
-    """
-    if device.type != "cpu":
-        most = max(chunk, DEVICE_LOGITS // vocabulary)
-        chunk = -(-tokens // max(1, -(-tokens // most)))
-    return max(1, min(chunk, tokens))
+def tokens_at_once(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """How many of some tokens have logits at one time, at least one, so that all chunks are of nearly one length."""
+    most = min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary) if device.type == "cpu" else DEVICE_LOGITS // vocabulary
+    chunks = -(-tokens // max(1, most))
+    return max(1, -(-tokens // max(1, chunks)))
 
 
 def cached_pieces(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
