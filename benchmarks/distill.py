@@ -321,10 +321,10 @@ def benchmark(sitting: Sitting) -> None:
         shapes.rows * shapes.context, shapes.d_model, students.one, shapes.vocabulary, shapes.device, shapes.dtype
     )
     time_heads(sitting, heads, 0.15)
-    time_peers(sitting, heads, 0.1)
+    time_peers(sitting, heads, 0.3)
     of = teacher(shapes)
-    time_step(sitting, of, shapes, students.one, 0.2)
-    time_several(sitting, of, shapes, students.widths, 0.55)
+    time_step(sitting, of, shapes, students.one, 0.15)
+    time_several(sitting, of, shapes, students.widths, 0.4)
     if asked.device == "cpu" and not asked.tiny:
         growth, loop = growth_apart(__file__, "chunks"), growth_apart(__file__, "plain loop", 1)[0]
         sitting.rows.append(spread("growth of peak RSS / plain loop", [each / loop for each in growth], at_most(0.25)))
@@ -332,7 +332,7 @@ def benchmark(sitting: Sitting) -> None:
 
 
 def main() -> None:
-    asked = arguments(__doc__, 240, {"cuda": 40}, tiny=True)
+    asked = arguments(__doc__, 240, {"cuda": 180}, tiny=True)
     if asked.memory_of:
         print(memory(asked.memory_of))
         return
