@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from tl_capacity import recipe
 from tl_capacity.distillation import DistillationRun, DistillSettings, HiddenMatch, distill, observed_floors
+from tl_capacity.distillation import losses as losses_module
 from tl_capacity.distillation.curves import StudentCurve
 from tl_capacity.distillation.data import Rows, read
 from tl_capacity.distillation.losses import MATCHES, Head, Output, chunked_losses, compiled_divergence
@@ -103,7 +104,7 @@ LOSSES = [
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Have logits of so many tokens at a time, on any device."""
-    monkeypatch.setattr(head_module, "CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(losses_module, "CHUNK_TOKENS", tokens)
     monkeypatch.setattr(head_module, "DEVICE_LOGITS", tokens * VOCABULARY)
 
 

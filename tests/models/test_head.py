@@ -38,7 +38,7 @@ def test_words_that_cannot_come() -> None:
 @pytest.mark.parametrize(
     ("device", "tokens", "vocabulary", "expected"),
     [
-        ("cpu", 1000, 50, 250),
+        ("cpu", 1000, 50, 125),
         ("cpu", 4 * CHUNK_TOKENS, 50, CHUNK_TOKENS),
         ("cpu", 1000, CHUNK_LOGITS // 100, 100),
         ("cpu", 3, 50, 3),

@@ -16,8 +16,8 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.models.forward import NothingMoreToSeeError, evaluating
 from tl_capacity.runtime.devices import exact, exact_device
 
-CHUNK_TOKENS = 256
-"""Tokens whose logits exist at one time on a CPU. More take more memory and hardly less time."""
+CHUNK_TOKENS = 128
+"""Tokens whose logits exist at one time on a CPU, where nothing else is said."""
 CHUNK_LOGITS = 2**25
 """Logits that exist at one time on a CPU, however large the vocabulary: 134 MB in float32."""
 DEVICE_LOGITS = 2**26
@@ -186,9 +186,13 @@ def log_and_probabilities(
     return logits, p
 
 
-def tokens_at_once(tokens: int, vocabulary: int, device: torch.device) -> int:
-    """How many of some tokens have logits at one time, at least one, so that all chunks are of nearly one length."""
-    most = min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary) if device.type == "cpu" else DEVICE_LOGITS // vocabulary
+def tokens_at_once(tokens: int, vocabulary: int, device: torch.device, chunk: int = CHUNK_TOKENS) -> int:
+    """How many of some tokens have logits at one time, at least one, so that all chunks are of nearly one length.
+
+    Args:
+        chunk: how many at most on a CPU.
+    """
+    most = min(chunk, CHUNK_LOGITS // vocabulary) if device.type == "cpu" else DEVICE_LOGITS // vocabulary
     chunks = -(-tokens // max(1, most))
     return max(1, -(-tokens // max(1, chunks)))
 
