@@ -105,8 +105,8 @@ def of_head(sitting: Sitting, shapes: Shapes, student: int, batches: int) -> Non
     compare(sitting, "head", own_seconds(with_gradients(ours(), sizes), batches), bare)
     sitting.notes.append(
         f"The logits of a batch are {BYTES * sizes.tokens * sizes.vocabulary / 1e9:.2f} GB. Between the products they"
-        " must cross memory five times at least: the teacher's are read, its log-probabilities written and read, and"
-        " the student's read and written."
+        " cross memory seven times: the teacher's are read, its log-probabilities and its probabilities written and"
+        " read, and the student's read and written."
     )
 
 
