@@ -24,7 +24,7 @@ DEVICE_LOGITS = 2**26
 """Logits that exist at one time on an accelerator, which waits for its next order if there are fewer: 268 MB in
 float32.
 """
-CACHED_LOGITS = 2**18
+CACHED_LOGITS = 2**17
 """Logits that a processor core works on at once between two matrix products, so that they stay in its cache."""
 CHECKED_TOKENS = 8
 """Tokens on which a head is compared with the model's own logits."""
