@@ -96,9 +96,14 @@ def divergence_of(loss: LogitLoss) -> Divergence:
 
 
 @lru_cache
-def compiled_divergence(name: str, beta: float, wanted: str | None) -> Compiled[[Tensor, Tensor], Tensor]:
-    """From `(log_p, logits)` to a divergence [token] of p and the softmax of the logits, whose place its gradient
-    takes. A compiler makes two passes over the logits of this.
+def compiled_divergence(
+    name: str, beta: float, wanted: str | None
+) -> Compiled[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """From `(log_p, logits)` to a divergence [token] of p and the softmax of the logits, and its gradient. A compiler
+    makes two passes over the logits of this.
+
+    Neither argument is written to: where the gradient took the place of the logits, what PyTorch 2.11 compiled for a
+    CPU wrote it before it had read all logits for the value.
 
     Args:
         name, beta: of the divergence, as in `LogitLoss`.
@@ -106,14 +111,11 @@ def compiled_divergence(name: str, beta: float, wanted: str | None) -> Compiled[
     """
     divergence = divergence_of(LogitLoss(name, beta=beta))
 
-    def replace(log_p: Tensor, logits: Tensor) -> Tensor:
+    def with_gradient(log_p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         log_q = torch.log_softmax(logits, -1)
-        q = log_q.exp()
-        value, gradient = divergence(log_p, log_p.exp(), log_q, q)
-        logits.copy_(gradient)
-        return value
+        return divergence(log_p, log_p.exp(), log_q, log_q.exp())
 
-    return Compiled(replace, wanted)
+    return Compiled(with_gradient, wanted)
 
 
 HELDOUT_LOSS = LogitLoss()
@@ -188,7 +190,7 @@ class _Task:
     total: int
     scratch: Scratch
 
-    def compiled(self, cap: float | None) -> Compiled[[Tensor, Tensor], Tensor] | None:
+    def compiled(self, cap: float | None) -> Compiled[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         """The compiled divergence, where the loss is nothing else and the student's logits have no cap."""
         if cap is not None or self.loss.ce_weight:
             return None
@@ -297,23 +299,21 @@ class _Student:
         hidden = self.hidden[rows]
         self.head.logits(hidden, logits, task.loss.temperature)
         compiled = task.compiled(self.head.cap)
-        value = None if compiled is None else compiled(logits.device, target.log_p, logits)
-        if value is None:
+        found = None if compiled is None else compiled(logits.device, target.log_p, logits)
+        if found is None:
             log_p, p, labels = target.log_p, target.p, task.labels[rows]
-            value = torch.cat(
-                [
-                    self._replace_by_gradient(task, labels[some], log_p[some], p[some], logits[some], q)
-                    for some in cached_pieces(len(logits), logits.shape[1], logits.device)
-                ]
-            )
+            pieces = cached_pieces(len(logits), logits.shape[1], logits.device)
+            values = [self._replace_by_gradient(task, labels[s], log_p[s], p[s], logits[s], q) for s in pieces]
+            found = torch.cat(values), logits
+        value, gradient = found
         self.loss += exact(value).sum() * (1 - task.loss.ce_weight) * task.loss.temperature**2
         if self.of_hidden is not None and self.of_weight is not None:
             # Without the text's own loss a factor of T is left for here: T² · ∂(logits/T)/∂logits.
             share = (1 if task.loss.ce_weight else task.loss.temperature) / task.total
-            torch.addmm(self.of_hidden[rows], logits, self.head.weight, beta=0, alpha=share, out=self.of_hidden[rows])
-            self.of_weight.addmm_(hidden.T, logits, alpha=share)
+            torch.addmm(self.of_hidden[rows], gradient, self.head.weight, beta=0, alpha=share, out=self.of_hidden[rows])
+            self.of_weight.addmm_(hidden.T, gradient, alpha=share)
             if self.of_bias is not None:
-                self.of_bias.add_(logits.sum(0), alpha=share)
+                self.of_bias.add_(gradient.sum(0), alpha=share)
 
     def _replace_by_gradient(
         self, task: _Task, labels: Tensor, log_p: Tensor, p: Tensor, logits: Tensor, q: Tensor
