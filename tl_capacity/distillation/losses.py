@@ -103,7 +103,7 @@ def compiled_divergence(
     makes two passes over the logits of this.
 
     Neither argument is written to: where the gradient took the place of the logits, what PyTorch 2.11 compiled for a
-    CPU wrote it before it had read all logits for the value.
+    CPU wrote it before it had read all logits for the value. pytorch/pytorch#94693 and #198270 are of this kind.
 
     Args:
         name, beta: of the divergence, as in `LogitLoss`.
