@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import log
 from pathlib import Path
@@ -135,6 +135,15 @@ def gradients_of(loss: LogitLoss) -> list[torch.Tensor]:
     return [losses.detach(), *torch.autograd.grad(losses.sum(), [part for each in students for part in parts(each)])]
 
 
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """No divergence was compiled before a test, and what it compiled is not there after it."""
+    compiled_divergence.cache_clear()
+    yield
+    compiled_divergence.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 def test_divergences_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Where compiling fails, all is computed without it, and that is said once."""
 
@@ -146,25 +155,22 @@ def test_divergences_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog:
     in_steps = gradients_of(loss)
     monkeypatch.setenv(COMPILE, "1")
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
-    compiled_divergence.cache_clear()
     for found, expected in zip(gradients_of(loss), in_steps, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     assert caplog.text.count("torch.compile does not work here (RuntimeError)") == 1
-    compiled_divergence.cache_clear()
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.ce_weight], ids=str)
 def test_what_is_compiled_writes_to_none_of_its_arguments(loss: LogitLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     """With PyTorch 2.11 a compiler for CPUs wrote the gradient over logits that the value still had to be read from."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    compiled_divergence.cache_clear()
     logits = placed(torch.randn(5, VOCABULARY))
     log_p = logits.flip(0).log_softmax(-1)
     versions = log_p._version, logits._version
     found = compiled_divergence(loss.divergence, loss.beta, "1")(logits.device, log_p, logits)
     assert found is not None
     assert (log_p._version, logits._version) == versions
-    compiled_divergence.cache_clear()
 
 
 @pytest.mark.slow

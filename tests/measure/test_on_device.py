@@ -16,7 +16,7 @@ from conftest import BOS, D_MODEL, SAES, VOCAB
 from place import device, on_cpu, placed
 from pretended import Machine, OnDevice, moved, pretended_device
 
-from tl_capacity.dictionaries import dense
+from tl_capacity.dictionaries import dense, reducing
 from tl_capacity.dictionaries.adapter import NamedDictionary
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure import layout
@@ -123,6 +123,16 @@ def test_the_largest_in_two_steps(width: int, k: int) -> None:
         torch.testing.assert_close(values.sort(-1).values, own.sort(-1).values, **same_values)
         torch.testing.assert_close(latents.gather(1, features), values, **same_values)
         assert all(len(set(row)) == k for row in features.tolist())
+
+
+def test_what_is_compiled_writes_to_none_of_its_arguments() -> None:
+    """As `Compiled` demands."""
+    products, bias, scale, least = (placed(torch.randn(size)) for size in ((8, 256), 256, 256, 256))
+    of, group = dense.LatentsOf(products, bias, scale), placed(torch.tensor([[0, 3]]).expand(8, -1))
+    dense.largest_of_groups(of)
+    dense.members_of_groups(of, group)
+    reducing.sums_at_once(products, bias, least, 4)
+    assert [each._version for each in (products, bias, scale, least, group)] == [0] * 5
 
 
 def test_moments_are_those_of_float64(neox: Any, make_sae: MakeSAE) -> None:

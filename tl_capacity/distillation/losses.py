@@ -100,10 +100,7 @@ def compiled_divergence(
     name: str, beta: float, wanted: str | None
 ) -> Compiled[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """From `(log_p, logits)` to a divergence [token] of p and the softmax of the logits, and its gradient. A compiler
-    makes two passes over the logits of this.
-
-    Neither argument is written to: where the gradient took the place of the logits, what PyTorch 2.11 compiled for a
-    CPU wrote it before it had read all logits for the value. pytorch/pytorch#94693 and #198270 are of this kind.
+    makes two passes over the logits of this. The gradient does not take their place (`Compiled`).
 
     Args:
         name, beta: of the divergence, as in `LogitLoss`.

@@ -34,7 +34,8 @@ class Compiled(Generic[Arguments, Result]):
     def __init__(self, function: Callable[Arguments, Result], wanted: str | None) -> None:
         """
         Args:
-            function: to be compiled.
+            function: to be compiled. It must write to none of its arguments: PyTorch's compiler has put such a write
+                before reads that come first (pytorch/pytorch#94693, #198270), and the result was silently wrong.
             wanted: what `compiling_wanted` said.
         """
         self._compiles_after: dict[str, int] = {"cuda": COMPILED_AFTER} if wanted is None else {}
