@@ -14,7 +14,11 @@ import pytest
 import torch
 from place import on_cpu
 
+from pretended import OnDevice, pretended_device
+
 from tl_capacity.distillation import DistillationRun, DistillSettings, distill
+from tl_capacity.distillation.losses import Head, Output, chunked_losses
+from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.distillation.unread import AT_ONCE, Unread
 
 SETTINGS = DistillSettings(tokens=2_000, batch_rows=4, heldout_tokens=200, evaluations=3, lr=3e-3)
@@ -77,3 +81,25 @@ def test_the_cpu_is_read_at_once() -> None:
     unread = Unread(torch.device("cpu"))
     unread.add(1, torch.ones(1, dtype=torch.float64), [torch.ones(())])
     assert unread.due
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_gradients_of_a_kept_graph_are_the_same_again(unchecked: None, share: float) -> None:
+    """On a device the backward pass cannot read what it is multiplied by, and must not multiply what it kept."""
+    draw = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(size, generator=draw) for size in ((9, 8), (50, 8), (9, 4), (50, 4))]
+    labels = torch.randint(50, (9,), generator=draw)
+
+    def gradients(place: Callable[[torch.Tensor], torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        hidden, weight, *student = (place(each.clone()) for each in numbers)
+        for each in student:
+            each.requires_grad_()
+        of_student = Output(student[0], Head(student[1], None))
+        losses = chunked_losses(Output(hidden, Head(weight, None)), [of_student], place(labels), LogitLoss())
+        return [torch.autograd.grad(losses.sum() * share, student, retain_graph=True) for _ in range(3)]
+
+    wanted = gradients(lambda tensor: tensor)
+    with pretended_device(float64=True):
+        there: Any = gradients(OnDevice)
+    for found in (*wanted[1:], *([each.held for each in again] for again in there)):
+        torch.testing.assert_close(tuple(found), wanted[0], rtol=1e-5, atol=1e-7)

@@ -253,12 +253,11 @@ class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if upstream.device.type != "cpu":  # to read it would wait for the device
-            scale: Any = (upstream[i // 3] for i in range(len(ctx.saved_tensors)))
-            return None, *(g if g is None else g.mul_(by) for g, by in zip(ctx.saved_tensors, scale, strict=True))
-        weights = upstream.tolist()  # of a sum over students 1, which needs no copy of each gradient
+        known = upstream.device.type == "cpu"  # to read it elsewhere would wait for the device
+        weights: Any = upstream.tolist() if known else upstream
+        # Of a sum over students each weight is 1, which needs no copy of a gradient.
         scaled = (
-            gradient if gradient is None or weights[i // 3] == 1 else gradient * weights[i // 3]
+            gradient if gradient is None or (known and weights[i // 3] == 1) else gradient * weights[i // 3]
             for i, gradient in enumerate(ctx.saved_tensors)
         )
         return None, *scaled
