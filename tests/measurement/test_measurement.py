@@ -529,7 +529,7 @@ class TestResume:
         }
 
     @pytest.mark.parametrize(
-        "batches", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 11]
+        "batches", [1, *(pytest.param(batches, marks=pytest.mark.slow) for batches in (2, 5, 11))]
     )
     def test_equals_the_uninterrupted_run(
         self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path, batches: int
