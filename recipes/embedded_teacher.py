@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tl_capacity.hooks.embedded import LAYERS
 from tl_capacity.recipes import train_sae
 from tl_capacity.recipes.muon import Muon
 from tl_capacity.recipes.public_domain_text import SPLITS, Document, documents
@@ -38,7 +39,7 @@ from tl_capacity.storage.folders import new_folder, written
 
 BOS = 0  # <|endoftext|>, as in Pythia; the id is valid although it is falsy
 STAGES = ("texts", "tokenizer", "train", "export", "saes")
-LAYERS = (1, 3, 5)
+
 SAMPLE_PROMPTS = ("The Lord is my", "Elizabeth had never", "And it came to pass", "In the beginning", "Mr. Knightley")
 
 

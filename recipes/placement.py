@@ -8,7 +8,7 @@ where it was; under `accelerate launch -m tl_capacity run placement …` the pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from tl_capacity.recipes.splice import text_to_judge_on
 from tl_capacity.recipes.wanted_features import CONCEPT, concept_latents, concept_of
 
 from tl_capacity.distillation.keeping import risen
@@ -48,10 +49,16 @@ from tl_capacity.results.naming import middle
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
-from tl_capacity.storage.checkpoints import Checkpoint, remove_checkpoint
+from tl_capacity.storage.checkpoints import (
+    Checkpoint,
+    checkpoint_in,
+    gone_if_refused,
+    remove_checkpoint,
+    remove_checkpoints_in,
+)
 from tl_capacity.storage.digests import digest
 from tl_capacity.storage.files import make_folder, write_bytes, write_json
-from tl_capacity.text.counting import CountingRule, special_token_ids
+from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenStream
 
 ABOUT_NAME, FIGURE_NAME = "settings.json", "placement.html"
@@ -137,7 +144,7 @@ def main(config: PlacementConfig) -> Placement | None:
     config = replace(config, device=device_named(config.device))  # is recorded
     free = ("out", "threads", "checkpoint_seconds")
     if already_there(config.out / JSON_NAME, config.out / ABOUT_NAME, settings_of(config, *free)):
-        _forget(config.out, Processes.of_launch())
+        remove_checkpoints_in(config.out)
         return None
     weights = config.all_weights()
     config.settings(None, 0.0)  # in case it is refused, before a model is loaded
@@ -148,10 +155,10 @@ def main(config: PlacementConfig) -> Placement | None:
     teacher = measured_teacher(config.measurement, provenance, config.device)
     measured, keep, concept, sae = chosen(config, measurement, teacher)
     widths = tuple(dict.fromkeys(config.widths)) or (max(1, measured.teacher_width // 4),)
-    heldout = heldout_source(config.heldout, provenance.source)
+    heldout = text_to_judge_on(config.heldout, provenance.source)
     text = as_measured(heldout, teacher.tokenizer, provenance, row_length(teacher.model.config))
-    masked = provenance.settings.get("masked_token_ids", special_token_ids(teacher.model, teacher.tokenizer))
-    check_parts(text, CountingRule.without(masked), config.judge_tokens, "--judge-tokens")  # before hours of training
+    rule = CountingRule.recorded(provenance.settings)
+    check_parts(text, rule, config.judge_tokens, "--judge-tokens")  # before hours of training
     runs = {weight: train(config, teacher, widths, keep, weight, sae, heldout) for weight in weights}
     processes = Processes.of_launch().connected(config.device)
     models = {
@@ -161,7 +168,7 @@ def main(config: PlacementConfig) -> Placement | None:
         for weight, run in runs.items()
         for student in run
     }
-    recovery = recover(config, measured, teacher, models, sae, text, masked, processes)
+    recovery = recover(config, measured, teacher, models, sae, text, rule, processes)
     kl, tokens = divergence_by_group(
         teacher.model,
         {name: model.model for name, model in models.items()},
@@ -196,7 +203,8 @@ def main(config: PlacementConfig) -> Placement | None:
     if processes.first:
         write(placement, recovery, config, free)
     processes.wait()
-    _forget(config.out, processes)
+    for state in _states(config.out, processes):
+        remove_checkpoint(state)
     return placement
 
 
@@ -232,11 +240,6 @@ def chosen(
     latents = concept_latents(concept, teacher, sae, measured.hook)
     features = carrying_features(latents, concept, config.concept_features, firing)
     return measured, KeepFeatures(measured.hook, features), concept, sae
-
-
-def heldout_source(asked: str, measured: str) -> str:
-    """The text to judge the students on."""
-    return asked or ("embedded:heldout" if measured in ("embedded", "embedded:measure") else measured)
 
 
 def train(
@@ -275,7 +278,7 @@ def recover(
     models: Mapping[str, LoadedModel],
     sae: Any,
     text: TokenStream,
-    masked: Sequence[int],
+    rule: CountingRule,
     processes: Processes,
 ) -> Recovery:
     """What readouts find in all students."""
@@ -286,21 +289,21 @@ def recover(
         "weights": [loaded.revision for loaded in (teacher, *models.values())],
         "measured": digest((config.measurement / MEASUREMENT_JSON).read_bytes()),
     }
-    return recover_features(
-        teacher.model,
-        sae,
-        {name: loaded.model for name, loaded in models.items()},
-        text,
-        measured=measured,
-        tau=config.tau,
-        max_tokens=config.judge_tokens,
-        mask_token_ids=masked,
-        processes=processes,
-        checkpoints=(
-            Checkpoint(_state(config.out, processes, "fit"), decides),
-            Checkpoint(_state(config.out, processes, "judge"), decides),
-        ),
-    )
+    states = _states(config.out, processes)
+    fitting, judging = (Checkpoint(state, decides) for state in states)
+    with gone_if_refused(states):
+        return recover_features(
+            teacher.model,
+            sae,
+            {name: loaded.model for name, loaded in models.items()},
+            text,
+            measured=measured,
+            tau=config.tau,
+            max_tokens=config.judge_tokens,
+            rule=rule,
+            processes=processes,
+            checkpoints=(fitting, judging),
+        )
 
 
 def probe_of(model: LoadedModel, hook: str, concept: LabelledTexts | None) -> Probe | None:
@@ -361,10 +364,7 @@ def about(
 
 
 def write(placement: Placement, recovery: Recovery, config: PlacementConfig, free: tuple[str, ...]) -> None:
-    """Write the figures and settings, and last the price list, as it says that everything is there.
-
-    The price list comes last, as it says that everything is there.
-    """
+    """Write the figures and settings, and last the price list, as it says that everything is there."""
     settings = {"schema": 1, "settings": settings_of(config, *free)}
     make_folder(config.out)
     recovery.save_arrays(config.out, settings)
@@ -385,15 +385,14 @@ def _name(weight: float, student: str) -> str:
     return f"weight {weight:g}, {student}"
 
 
-def _state(out: Path, processes: Processes, which: str) -> Path:
-    """The file in which a process keeps the sums of a pass so far."""
-    return processes.own(out / f"{which}.checkpoint.safetensors")
-
-
-def _forget(out: Path, processes: Processes) -> None:
-    """Delete the sums of the passes once the price list is written."""
-    for which in ("fit", "judge"):
-        remove_checkpoint(_state(out, processes, which))
+def _states(out: Path, processes: Processes) -> list[Path]:
+    """The files in which a process keeps the sums of the two passes of `recover`."""
+    return [
+        checkpoint_in(
+            out, processes.own(Path(which)).name, beside=processes.own(out / f"{which}.checkpoint.safetensors")
+        )
+        for which in ("fit", "judge")
+    ]
 
 
 if __name__ == "__main__":

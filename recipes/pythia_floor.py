@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tl_capacity.hooks.embedded import heldout_of
+
 from tl_capacity.distillation.decomposition import Decomposition, decompose
 from tl_capacity.distillation.run import JSON_NAME as DISTILLATION_JSON
 from tl_capacity.distillation.run import DistillationRun
@@ -283,7 +285,7 @@ def train(config: PythiaFloorConfig, teacher: LoadedModel) -> DistillationRun:
             )
         return run
     stream = _stream(config, teacher)
-    heldout = config.heldout or ("embedded:heldout" if stream.source == "embedded" else "")
+    heldout = config.heldout or heldout_of(stream.source) or ""
     return run_distill(
         teacher,
         config.widths,

@@ -49,7 +49,7 @@ from tl_capacity.storage.checkpoints import (
 )
 from tl_capacity.storage.digests import digest, fingerprint
 from tl_capacity.storage.files import make_folder, write_bytes, write_json
-from tl_capacity.text.counting import special_token_ids
+from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.same_tokens import check_same_tokens, last_token
 
 ABOUT_NAME = "settings.json"
@@ -127,7 +127,6 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
         check_teacher(spec, run, teacher)
     heldout = [run.heldout_source for run in runs.values() if run.heldout_source != run.source]
     source = config.source or next(iter(heldout), provenance.source)
-    mask = provenance.settings.get("masked_token_ids", special_token_ids(teacher.model, teacher.tokenizer))
     stream = as_measured(source, teacher.tokenizer, provenance, row_length(teacher.model.config))
     models = {name: student.load(config.device) for name, student in students.items()}
     read_at = named_hooks(config.student_hook, list(models))
@@ -164,7 +163,7 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
                 importance=config.importance,
                 tau=config.tau,
                 max_tokens=config.tokens,
-                mask_token_ids=mask,
+                rule=CountingRule.recorded(provenance.settings),
                 processes=processes,
                 checkpoints=(fitting, judging),
                 student_hooks=read_at,

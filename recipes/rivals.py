@@ -108,7 +108,7 @@ def _computed(
 ) -> Forecasts:
     """The floors of every predictor. Those of an interrupted run come from the checkpoint."""
     provenance = measurement.provenance
-    source = text_to_judge_on(config.source, provenance)
+    source = text_to_judge_on(config.source, provenance.source)
     text = partial(
         as_measured, tokenizer=teacher.tokenizer, provenance=provenance, usual=row_length(teacher.model.config)
     )

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from tl_capacity.hooks.embedded import heldout_of
 
 from tl_capacity.measure.setup import as_measured, measured_dictionary, measured_teacher, tapped_model
 from tl_capacity.measurement.folder import JSON_NAME as MEASUREMENT_JSON
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.models.defaults import row_length
 from tl_capacity.predict.spliced import JSON_NAME, Spliced, floor_cells
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
@@ -75,7 +75,7 @@ def main(config: SpliceConfig) -> Spliced | None:
         torch.set_num_threads(config.threads)
     provenance = measurement.provenance
     teacher = measured_teacher(config.measurement, provenance, config.device)
-    source = text_to_judge_on(config.source, provenance)
+    source = text_to_judge_on(config.source, provenance.source)
     parts = []
     for hook in hooks:
         sae = measured_dictionary(hook, teacher, provenance)
@@ -110,9 +110,9 @@ def main(config: SpliceConfig) -> Spliced | None:
     return spliced
 
 
-def text_to_judge_on(given: str, provenance: Provenance) -> str:
-    """The requested text, or else the measured one. For the embedded teacher's text, it is the held-out part."""
-    return given or ("embedded:heldout" if provenance.source == "embedded" else provenance.source)
+def text_to_judge_on(given: str, measured: str) -> str:
+    """The requested text, or else the measured one; instead of the embedded corpus its held-out part."""
+    return given or heldout_of(measured) or measured
 
 
 def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:

@@ -15,6 +15,8 @@ from tl_capacity.plugins import plugins
 
 FOLDER = Path(__file__).parent
 LAYERS = (1, 3, 5)
+MEASURED, HELD_OUT = ("embedded", "embedded:measure"), "embedded:heldout"
+"""The names of the two parts of the corpus: for measuring, and for judging what was made with the other."""
 
 
 class EmbeddedCorpus(TokenSource):
@@ -26,12 +28,17 @@ class EmbeddedCorpus(TokenSource):
     summary = "embedded[:measure|:heldout]: public-domain prose that the embedded teacher has not seen"
 
     def matches(self, spec: str) -> bool:
-        return spec in ("embedded", "embedded:measure", "embedded:heldout")
+        return spec in (*MEASURED, HELD_OUT)
 
     def documents(self, spec: str) -> Iterator[str | None]:
         split = spec.partition(":")[2] or "measure"
         path = str(FOLDER / "texts" / f"{split}.jsonl.xz")
         return plugins().token_sources["jsonl file"].documents(path)
+
+
+def heldout_of(source: str) -> str | None:
+    """The text to judge on what was made with a text: for one part of the corpus the other; None for another text."""
+    return HELD_OUT if source in MEASURED else None
 
 
 def load() -> tuple[Any, Any]:

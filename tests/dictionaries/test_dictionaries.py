@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from tl_capacity.dictionaries.formats import read_sae_lens, sparsify_hooks
 from tl_capacity.dictionaries.loading import load_sae
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.models.loading import load_model
 from tl_capacity.text.streams import TokenStream
 
 MakeSAE = Callable[..., Any]
@@ -539,3 +541,32 @@ def test_a_dictionary_of_ones_own(neox: Any, tokens: torch.Tensor) -> None:
         assert (
             capacity.run(tokens.split(8)).measurement()[HOOK].summary.arrays["counts"] == found.summary.arrays["counts"]
         ).all()
+
+
+def test_a_basis_is_fitted_again_as_it_was(setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the text of the measurement: rows as long as an SAE beside it wants them, and batches of as many rows."""
+    from sae_lens import SAE
+
+    from tl_capacity.measure.job import measure
+    from tl_capacity.measure.settings import MeasureSettings
+    from tl_capacity.measure.setup import measured_dictionary
+
+    sae = SAE.load_from_disk(setup / "sae")
+    sae.cfg.metadata.context_size = 12
+    sae.save_model(tmp_path / "sae")
+    monkeypatch.setattr(BasisSpec, "fit", partialmethod(BasisSpec.fit, tokens=50))
+    measurement = measure(
+        MeasureSettings(
+            str(setup / "model"),
+            tmp_path / "m",
+            (str(tmp_path / "sae"), f"pca:{HOOK},k=4"),
+            tokens=300,
+            source=str(setup / "text.jsonl"),
+            batch_rows=3,
+            progress=False,
+        )
+    )
+    assert measurement.provenance.settings["context"] == 12
+    for measured in measurement:
+        found = measured_dictionary(measured, load_model(str(setup / "model")), measurement.provenance)
+        assert dictionary_digest(found) == measured.sae_digest

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from place import on_cpu
-
 from pretended import OnDevice, pretended_device
 
 from tl_capacity.distillation import DistillationRun, DistillSettings, distill

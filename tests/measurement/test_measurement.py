@@ -528,9 +528,7 @@ class TestResume:
             name: array for name, array in read_folder(folder)[1].items() if name.startswith("resume/")
         }
 
-    @pytest.mark.parametrize(
-        "batches", [1, *(pytest.param(batches, marks=pytest.mark.slow) for batches in (2, 5, 11))]
-    )
+    @pytest.mark.parametrize("batches", [1, *(pytest.param(batches, marks=pytest.mark.slow) for batches in (2, 5, 11))])
     def test_equals_the_uninterrupted_run(
         self, attach: Callable[..., Any], stream: TokenStream, tmp_path: Path, batches: int
     ) -> None:

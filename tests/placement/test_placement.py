@@ -29,6 +29,7 @@ from tl_capacity.probing import recover_features
 from tl_capacity.probing.splitting import HELD_OUT, split
 from tl_capacity.report import Results, report_page
 from tl_capacity.results.estimate import Estimate
+from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenStream
 
 # A planted teacher
@@ -110,7 +111,9 @@ def test_planted_features_are_kept_where_they_are_asked_for_and_cost_what_they_s
         models[f"{weight:g}"] = AutoModelForCausalLM.from_pretrained(
             tmp_path / f"{weight:g}" / "students" / run.students[0].name
         ).eval()
-    recovery = recover_features(teacher, sae, models, text[:200], measured=measured, mask_token_ids=(), progress=False)
+    recovery = recover_features(
+        teacher, sae, models, text[:200], measured=measured, rule=CountingRule(), progress=False
+    )
     kl, tokens = divergence_by_group(
         teacher, models, [batch for _, batch in split(text[:200], (HELD_OUT,))], progress=False
     )

@@ -58,6 +58,7 @@ from tl_capacity.results.estimate import document_resamples
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.storage import checkpoints
 from tl_capacity.storage.checkpoints import Checkpoint
+from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import PADDING, TokenStream
 
 HOOK = "blocks.0.hook_resid_post"
@@ -350,7 +351,7 @@ def recovered(
 ) -> Recovery:
     stream = list(torch.split(stream, 8)) if isinstance(stream, torch.Tensor) else stream
     found: Recovery = recover_features(
-        teacher, sae, students, stream, measured=measured, mask_token_ids=(), progress=False, **options
+        teacher, sae, students, stream, measured=measured, progress=False, **{"rule": CountingRule(), **options}
     )
     return found
 
@@ -435,9 +436,12 @@ def test_only_positions_that_the_sae_was_trained_on_are_read(
     teacher, student, _ = planted
     sae = copy.deepcopy(coordinates)
     sae.cfg.metadata.seqpos_slice = (4, -8)
-    measured = measurement_of(teacher, sae, rows)
-    found = recovered(teacher, sae, {"a": student}, rows, measured)
-    assert sum(found.tokens.values()) == measured.summary.n_tokens == rows[:, slice(4, -8)].numel()
+    with add_capacity_hooks(teacher, {HOOK: sae}) as capacity:
+        measured = capacity.run(rows, progress=False).measurement()[HOOK]
+    found = recovered(teacher, sae, {"a": student}, rows, measured, rule=None)
+    special = CountingRule.for_model(teacher, None).special_ids
+    counted = ~np.isin(rows[:, slice(4, -8)].numpy(force=True), special)
+    assert sum(found.tokens.values()) == measured.summary.n_tokens == counted.sum()
 
 
 @pytest.mark.slow
@@ -844,6 +848,20 @@ def measured_setup(setup: Path) -> Path:
         )
     )
     return setup
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_replicates", "unchecked")
+def test_the_tokens_that_count_are_those_that_were_measured(measured_setup: Path, tmp_path: Path) -> None:
+    setup = measured_setup
+    measured, folder = Measurement.load(setup / "measured-for-any-student"), tmp_path / "measurement"
+    settings = {**measured.provenance.settings, "skip_first_positions": 5, "masked_token_ids": [0, 2]}
+    replace(measured, provenance=replace(measured.provenance, settings=settings)).save(folder)
+    arguments = recovering(setup, students_of(setup), tmp_path / "out", "--tokens", 6_000, "--no-random")
+    [found] = recipe.run(main, [str(folder), *arguments[1:]])
+    stream = TokenStream(str(setup / "text.jsonl"), load_model(str(setup / "model")).tokenizer, context=32)
+    rows = [row for _, batch in split(stream, (FIT, VALIDATION, HELD_OUT), 6_000) for row in batch.tokens]
+    assert sum(found.tokens.values()) == sum(int((~np.isin(row[5:], (0, 2, PADDING))).sum()) for row in rows)
 
 
 @pytest.mark.slow

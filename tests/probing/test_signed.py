@@ -21,6 +21,7 @@ from tl_capacity.probing.ranking import Firings, Ranking
 from tl_capacity.probing.recover import recover_features
 from tl_capacity.probing.ridge import Latents, Moments, Readout, solve
 from tl_capacity.probing.scores import Scores
+from tl_capacity.text.counting import CountingRule
 
 HOOK = "blocks.1.hook_resid_post"
 TOKENS, WIDTH, FEATURES, GROUPS = 2000, 12, 16, 64
@@ -133,7 +134,13 @@ def test_the_teacher_itself_tells_its_signed_features(
     with tlc.add_capacity_hooks(model, {HOOK: basis}, mask_token_ids=[BOS]) as capacity:
         measured = capacity.run(rows, progress=False).measurement()[HOOK]
     found = recover_features(
-        model, basis, {"itself": model}, list(rows.split(20)), measured=measured, mask_token_ids=[BOS], progress=False
+        model,
+        basis,
+        {"itself": model},
+        list(rows.split(20)),
+        measured=measured,
+        rule=CountingRule.without([BOS]),
+        progress=False,
     )
     kept, judged = int(found.kept(found.teacher).sum()), int(found.judged.sum())
     assert judged > 10

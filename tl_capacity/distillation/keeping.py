@@ -21,7 +21,7 @@ from tl_capacity.distillation.losses import feature_loss
 from tl_capacity.distillation.settings import KeepFeatures
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import CapacityContext
-from tl_capacity.models.forward import activation_at, at_places
+from tl_capacity.models.forward import activation_at, at_places, device_of
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.models.loading import LoadedModel
 from tl_capacity.plugins import plugins
@@ -194,7 +194,7 @@ def risen(losses: Sequence[float]) -> bool:
 
 def _activations(model: Any, point: TapPoint, text: Rows, batch_rows: int, chosen: int) -> Float[Tensor, "token ..."]:
     """What the dictionary reads on the first rows of a text, at the tokens that have a next one."""
-    device, parts, tokens, most = next(model.parameters()).device, [], 0, SEEN_TOKENS
+    device, parts, tokens, most = device_of(model), [], 0, SEEN_TOKENS
     for start in range(0, len(text.tokens), batch_rows):
         ids, places, _ = model_inputs(text.trimmed(slice(start, start + batch_rows)), device)
         seen = activation_at(model, point, ids)

@@ -22,7 +22,7 @@ from tl_capacity.distillation.settings import DistillSettings
 from tl_capacity.distillation.truncation import truncate
 from tl_capacity.errors import CapacityError, plugin_code
 from tl_capacity.models.defaults import width_of
-from tl_capacity.models.forward import at_places
+from tl_capacity.models.forward import at_places, device_of
 from tl_capacity.models.head import head_of, last_hidden
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.plugins import plugins
@@ -63,13 +63,13 @@ def new_student(
         student = type(teacher)(student_config(teacher.config, width)).float()
     if start == "teacher":
         student.load_state_dict(teacher.state_dict())
-    student.to(next(teacher.parameters()).device)
+    student.to(device_of(teacher))
     if start == "truncated":
         if tokens is None:
             raise CapacityError(
                 "a student that starts truncated needs text on which its teacher's stream is seen: pass tokens"
             )
-        truncate(teacher, student, tokens.to(next(teacher.parameters()).device))
+        truncate(teacher, student, tokens.to(device_of(teacher)))
     return student.requires_grad_(True).train()
 
 

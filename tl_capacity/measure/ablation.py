@@ -23,7 +23,7 @@ from tl_capacity.dictionaries.adapter import (
 from tl_capacity.dictionaries.encoding import decoder_vectors_add_up
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
-from tl_capacity.models.forward import evaluating
+from tl_capacity.models.forward import device_of, evaluating
 from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.runtime.progress import token_progress
 
@@ -119,7 +119,7 @@ def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
     """Log-probabilities [row, position, vocabulary] of the next token. The last position is counted too, although its
     token is not in the row.
     """
-    output: Any = model(tokens.to(next(model.parameters()).device))
+    output: Any = model(tokens.to(device_of(model)))
     logits: Tensor = getattr(output, "logits", output)
     return logits.float().log_softmax(-1)
 

@@ -54,7 +54,7 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
         stream = TokenStream(
             source,
             loaded.tokenizer,
-            row_length(settings, loaded.model, []),
+            row_length(settings, loaded.model, [sae for _, _, sae in saes]),
             settings.batch_rows,
             default_bos([sae for _, _, sae in saes]) if settings.prepend_bos is None else settings.prepend_bos,
             special_tokens=settings.special_tokens,
@@ -123,6 +123,7 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
         context=context,
         prepend_bos=provenance.settings.get("bos", 0) is not None,
         special_tokens=bool(provenance.settings.get("special_tokens")),
+        batch_rows=provenance.settings.get("batch_rows", MeasureSettings.batch_rows),
         device=device,
     )
     [(_, _, sae)] = dictionaries(settings, loaded)

@@ -67,6 +67,7 @@ class LoadedModel:
         """
         from transformer_lens.model_bridge import TransformerBridge
 
+        from tl_capacity.models.forward import device_of
         from tl_capacity.models.sharding import is_spread
 
         if is_spread(self.model):
@@ -79,7 +80,7 @@ class LoadedModel:
                 f"{self.name!r} is spread over devices by a device map, which TransformerLens' bridge does not "
                 "support: tap residual-stream hooks, or leave out --device-map"
             )
-        device = str(next(self.model.parameters()).device)
+        device = str(device_of(self.model))
         try:
             return TransformerBridge.boot_transformers(
                 self.name, hf_model=self.model, tokenizer=deepcopy(self.tokenizer), device=device
@@ -154,7 +155,7 @@ def load_model(
             f"the plugin's model {spec!r} is placed on devices by its plugin: leave out --device-map, or save the "
             "model to a folder and pass that"
         )
-    placed = _Placement.of(device_map)
+    placed = _device_map(device_map)
     if named is not None:
         try:
             model, tokenizer = named.load()
@@ -178,7 +179,7 @@ def load_model(
         model, tokenizer = _load_from_hub(spec, dtype, placed, revision)
         revision = _cached_commit(spec, revision)
     with within_device_memory(f"the model {spec!r} in {dtype}", "choose a smaller --dtype or another --device"):
-        model = placed.settle(model) if device_map is not None else model.to(device=device, dtype=getattr(torch, dtype))
+        model = model if placed is not None else model.to(device=device, dtype=getattr(torch, dtype))
     model = model.eval()
     return LoadedModel(model, tokenizer, spec, revision, named)
 
@@ -245,7 +246,9 @@ def load_tokenizer(spec: str) -> Any:
         ) from problem
 
 
-def load_folder(folder: Path, dtype: str = "float32", placed: _Placement | None = None) -> tuple[Any, Any]:
+def load_folder(
+    folder: Path, dtype: str = "float32", device_map: str | dict[str, str | int] | None = None
+) -> tuple[Any, Any]:
     """The causal language model and the tokenizer that `save_pretrained` wrote to `folder`.
 
     Raises:
@@ -262,7 +265,7 @@ def load_folder(folder: Path, dtype: str = "float32", placed: _Placement | None 
             " format"
         )
     try:
-        return _pretrained(str(folder), dtype, placed)
+        return _pretrained(str(folder), dtype, device_map)
     except loading_errors() as problem:
         raise CapacityError(
             f"the model in {folder} cannot be loaded ({reason_of(problem)}): save it again with save_pretrained"
@@ -274,7 +277,9 @@ def folder_digest(folder: Path) -> str:
     return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
-def _load_from_hub(spec: str, dtype: str, placed: _Placement, revision: str | None) -> tuple[Any, Any]:
+def _load_from_hub(
+    spec: str, dtype: str, device_map: str | dict[str, str | int] | None, revision: str | None
+) -> tuple[Any, Any]:
     names = [m.name for m in plugins().models]
     near = get_close_matches(spec, names, n=1)
     meant = f"did you mean {near[0]!r}, " if near else f"use {', '.join(map(repr, names)) or 'a model of a plugin'} "
@@ -283,7 +288,7 @@ def _load_from_hub(spec: str, dtype: str, placed: _Placement, revision: str | No
         raise CapacityError(f"{spec!r} is neither a folder nor a hub id: {local}")
     try:
         with hub_or_cache():
-            return _pretrained(spec, dtype, placed, revision)
+            return _pretrained(spec, dtype, device_map, revision)
     except loading_errors() as problem:
         at = f" at the revision {revision!r}" if revision else ""
         reason = reason_of(problem)
@@ -299,66 +304,52 @@ def _cached_commit(spec: str, revision: str | None) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-@dataclass(frozen=True)
-class _Placement:
-    """Where Accelerate puts the parts of a model.
+def _device_map(given: str | Mapping[str, str | int] | None) -> str | dict[str, str | int] | None:
+    """The strategy or mapping that was asked for.
 
-    Attributes:
-        device_map: a strategy, or the device of each module.
-        offload: a folder for what is put on disk.
+    Raises:
+        CapacityError: where it is no strategy, mapping or JSON file of one.
     """
-
-    device_map: str | dict[str, str | int] | None = None
-    offload: str | None = None
-
-    @classmethod
-    def of(cls, device_map: str | Mapping[str, str | int] | None) -> _Placement:
-        """The placement that was asked for.
-
-        Raises:
-            CapacityError: where it is no strategy, mapping or JSON file of one.
-        """
-        if device_map is None:
-            return cls()
-        if isinstance(device_map, str) and device_map not in STRATEGIES:
-            try:
-                device_map = json.loads(Path(device_map).expanduser().read_bytes())
-            except (OSError, ValueError) as problem:
-                raise CapacityError(
-                    f"the device map {device_map!r} cannot be read ({reason_of(problem)}): pass one of"
-                    f' {", ".join(STRATEGIES)}, or a JSON file such as {{"model.embed_tokens": 0, …}}'
-                ) from problem
-            if not isinstance(device_map, dict):
-                raise CapacityError("the device map is not a JSON object: give each module a device")
-        return cls(device_map if isinstance(device_map, str) else dict(device_map), tempfile.mkdtemp(prefix="offload-"))
-
-    def options(self) -> dict[str, Any]:
-        """The options to pass to `from_pretrained`."""
-        return {} if self.device_map is None else {"device_map": self.device_map, "offload_folder": self.offload}
-
-    def settle(self, model: Any) -> Any:
-        """The model as it was placed. Parts that were put on disk are deleted with it."""
-        if self.offload is not None:
-            weakref.finalize(model, shutil.rmtree, self.offload, True)
-        return model
+    if given is None or (isinstance(given, str) and given in STRATEGIES):
+        return given
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).expanduser().read_bytes())
+        except (OSError, ValueError) as problem:
+            raise CapacityError(
+                f"the device map {given!r} cannot be read ({reason_of(problem)}): pass one of"
+                f' {", ".join(STRATEGIES)}, or a JSON file such as {{"model.embed_tokens": 0, …}}'
+            ) from problem
+        if not isinstance(given, dict):
+            raise CapacityError("the device map is not a JSON object: give each module a device")
+    return dict(given)
 
 
 def _pretrained(
-    source: str, dtype: str, placed: _Placement | None = None, revision: str | None = None
+    source: str, dtype: str, device_map: str | dict[str, str | int] | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves the loading information out
-    model, report = from_pretrained(
-        source,
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        **({} if revision is None else {"revision": revision}),
-        **({} if placed is None else placed.options()),
-    )
+    # What is put on disk is deleted with the model.
+    on_disk = None if device_map is None else tempfile.mkdtemp(prefix="offload-")
+    try:
+        model, report = from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **({} if revision is None else {"revision": revision}),
+            **({} if device_map is None else {"device_map": device_map, "offload_folder": on_disk}),
+        )
+    except BaseException:
+        if on_disk is not None:
+            shutil.rmtree(on_disk, ignore_errors=True)
+        raise
+    if on_disk is not None:
+        weakref.finalize(model, shutil.rmtree, on_disk, True)
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights in their place
         raise ValueError(f"its weights lack {len(missing):,} tensors, such as {missing[0]}")
     tokenizer = _tokenizer(source, revision)

@@ -19,7 +19,7 @@ from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
-from tl_capacity.models.forward import activation_at, embedding_of, evaluating, longest
+from tl_capacity.models.forward import activation_at, device_of, embedding_of, evaluating, longest
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.progress import token_progress
@@ -156,7 +156,7 @@ def bag_of_embeddings(model: Any, activations: Activations) -> Activations:
     ids = np.unique(np.concatenate(activations.tokens))
     with evaluating(model), torch.no_grad():
         embedding = embedding_of(model)
-        table = embedding(torch.from_numpy(ids)[None].to(next(model.parameters()).device))[0].float().cpu().numpy()
+        table = embedding(torch.from_numpy(ids)[None].to(device_of(model)))[0].float().cpu().numpy()
     values = np.stack([table[np.searchsorted(ids, tokens)].mean(axis=0) for tokens in activations.tokens])
     return Activations(
         "embedding", activations.pooling, values, activations.texts, activations.tokens, activations.truncated
@@ -170,7 +170,7 @@ def randomly_initialised(model: Any, seed: int = 0) -> Any:
     """
     with seeded(seed):
         fresh = type(model)(model.config)
-    return fresh.to(next(model.parameters()).device).eval()
+    return fresh.to(device_of(model)).eval()
 
 
 def _rows(tokenizer: Any, texts: Sequence[str], context: int, prepend_bos: bool) -> tuple[list[NDArray[np.int64]], int]:

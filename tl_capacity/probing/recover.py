@@ -8,7 +8,7 @@ student with random weights, and as many principal components of the teacher as 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ def recover_features(
     importance: str | None = None,
     tau: float = TAU,
     max_tokens: int | None = None,
-    mask_token_ids: Sequence[int] | None = None,
+    rule: CountingRule | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
     checkpoints: tuple[Checkpoint, Checkpoint] | None = None,
@@ -74,7 +74,8 @@ def recover_features(
         importance: estimator by which the theory's kept set is taken; None for the default one.
         tau: AUROC from which a feature counts as kept.
         max_tokens: read no more tokens of the stream than this, padding and special ones included.
-        mask_token_ids: ids not to count; by default every special token of the teacher's tokenizer.
+        rule: which tokens count, best the one that the measurement recorded (`CountingRule.recorded`); by default all
+            but special tokens of the teacher's tokenizer, at the positions that the SAE was trained on.
         progress: show it once it takes longer than two seconds.
         processes: that share the batches; each gets the result.
         checkpoints: of this process, for the pass that fits readouts and for the one that judges them; both go on from
@@ -125,12 +126,8 @@ def recover_features(
         Reader.at_hooks(students[name], {f"{name} at {hook}": hook for hook in several}, f"the student {name!r}")
         for name, several in hooks.items()
     ]
-    rule = (
-        CountingRule.for_model(teacher, getattr(teacher, "tokenizer", None))
-        if mask_token_ids is None
-        else CountingRule.without(mask_token_ids)
-    )
-    rule = rule.at(counted_positions(None, [sae]))
+    if rule is None:
+        rule = CountingRule.for_model(teacher, getattr(teacher, "tokenizer", None)).at(counted_positions(None, [sae]))
     check_parts(stream, rule, max_tokens)
     fitting, judging = checkpoints or (Checkpoint(None, {}), Checkpoint(None, {}))
     passes_of = partial(

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_capacity.errors import MeasurementError
-from tl_capacity.probing.recovery_row import COUNTS, FIELDS, JSON_NAME, RecoveryRow
+from tl_capacity.probing.recovery_row import COUNTS, JSON_NAME, RecoveryRow
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.storage.files import file_in, read_json, save_into
-
-FIELDS |= {"n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens", "student_hook", "tried"}
-"""Fields of a row that are no law's budget."""
 
 
 @dataclass(frozen=True)

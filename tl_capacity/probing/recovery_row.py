@@ -40,7 +40,11 @@ DEFAULT_BUDGET = "budget"
 """The field of the default law's budget. The fields of other laws have the law's name."""
 
 
-FIELDS = {"schema", "student", "width", "hook", "tau", *COUNTS.values(), DEFAULT_BUDGET, "predicted", "n_features"}
+FIELDS = {
+    *("schema", "student", "width", "hook", "tau", *COUNTS.values(), DEFAULT_BUDGET, "predicted", "n_features"),
+    *("n_judged", "intervals", "overlap", "by_tau", "readouts", "tokens", "student_hook", "tried"),
+}
+"""The fields of a row; any other is a law's budget."""
 
 
 TAU_KEY = re.compile(r"0\.\d{1,9}")

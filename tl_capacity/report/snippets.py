@@ -89,7 +89,7 @@ def top_snippets(
 
     from tl_capacity.dictionaries.reading import reading_of
     from tl_capacity.measure.setup import measured_dictionary, tapped_model
-    from tl_capacity.models.forward import forward_options
+    from tl_capacity.models.forward import device_of, forward_options
     from tl_capacity.runtime.progress import token_progress
 
     provenance = measurement.provenance
@@ -102,7 +102,7 @@ def top_snippets(
         )
     model = tapped_model(loaded, list(saes.values()), [hook.hook for hook in measured.values()])
     run: Any = model if hasattr(model, "hook_dict") else model.base_model  # without the head, which nobody looks at
-    device, rule = next(model.parameters()).device, counting_rule(measurement)
+    device, rule = device_of(model), counting_rule(measurement)
     strongest = {place: StrongestRows(sae, shown[place]) for place, sae in saes.items()}
     seen: dict[int, Tensor] = {}
     read = 0

@@ -28,7 +28,7 @@ from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
 from tl_capacity.measurement.measurement import Measurement
-from tl_capacity.models.forward import check_token_ids, evaluating
+from tl_capacity.models.forward import check_token_ids, device_of, evaluating
 from tl_capacity.models.head import check_head, head_of
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import checked_widths, sparsity
@@ -144,7 +144,7 @@ def splice(
             check_token_ids(model, ids.numpy())
             if number % processes.count == processes.index:
                 if number == processes.index:
-                    check_head(model, ids.to(_device(model)), "spliced")
+                    check_head(model, ids.to(device_of(model)), "spliced")
                 for job in jobs:
                     job.read(ids, text)
             tokens += int(text.valid.sum())
@@ -231,7 +231,7 @@ class _Job:
     def _hidden(self, rows: RowsOfText, variants: Variants) -> Float[Tensor, "one_more row position d_model"]:
         """Last hidden states of the teacher, then those of each variant."""
         read: list[Tensor] = []
-        device = _device(self.model)
+        device = device_of(self.model)
         spliced = rows.counted.to(device)
 
         def replace(x: Tensor) -> Tensor:
@@ -327,8 +327,3 @@ def _wanted(
         _Wanted(name, np.concatenate([ranked, rest]), tuple(sorted(min(n, alive) for n in numbers)))
         for name, ranked in rankings.items()
     ]
-
-
-def _device(model: Any) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
