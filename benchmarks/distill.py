@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tl_capacity.distillation.data import model_inputs
 from tl_capacity.distillation.ensemble import Students
 from tl_capacity.distillation.keeping import Kept
-from tl_capacity.distillation.losses import CHUNK_TOKENS
+from tl_capacity.distillation.losses import LOSS_TOKENS
 from tl_capacity.distillation.settings import DistillSettings, LogitLoss
 from tl_capacity.distillation.students import new_student, output_of
 from tl_capacity.models.head import last_hidden, tokens_at_once
@@ -144,7 +144,7 @@ def bare_step(of: Any, widths: Sequence[int], tokens: torch.Tensor, shapes: Shap
     students = [student_of(of, width, shapes) for width in widths]
     optimisers = [adamw(student) for student in students]
     place: dict[str, Any] = {"device": shapes.device, "dtype": of.get_output_embeddings().weight.dtype}
-    chunk = tokens_at_once(tokens[:, 1:].numel(), shapes.vocabulary, tokens.device, CHUNK_TOKENS)
+    chunk = tokens_at_once(tokens[:, 1:].numel(), shapes.vocabulary, tokens.device, LOSS_TOKENS)
     buffer = torch.empty(chunk, shapes.vocabulary, **place)
     of_weights = [torch.zeros(width, shapes.vocabulary, **place) for width in widths]
 

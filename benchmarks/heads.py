@@ -14,7 +14,7 @@ import torch
 from neox import compiled
 from torch.nn import functional as F
 
-from tl_capacity.distillation.losses import CHUNK_TOKENS, Head, Output, chunked_losses
+from tl_capacity.distillation.losses import LOSS_TOKENS, Head, Output, chunked_losses
 from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.models.head import tokens_at_once
 from tl_capacity.runtime.scratch import Scratch
@@ -145,7 +145,7 @@ def with_gradients(loss: Loss, shapes: HeadShapes) -> Callable[[], object]:
 def four_gemms(shapes: HeadShapes) -> Callable[[], object]:
     """The products that every head needs, chunk by chunk as ours, into existing buffers."""
     of, student = outputs(shapes)
-    chunk = tokens_at_once(shapes.tokens, shapes.vocabulary, torch.device(shapes.device), CHUNK_TOKENS)
+    chunk = tokens_at_once(shapes.tokens, shapes.vocabulary, torch.device(shapes.device), LOSS_TOKENS)
     place: dict[str, Any] = {"device": shapes.device, "dtype": shapes.dtype}
     buffers = torch.empty(2, chunk, shapes.vocabulary, **place)
     of_hidden = torch.empty(shapes.tokens, shapes.student, **place)

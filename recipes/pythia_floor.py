@@ -25,6 +25,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.defaults import USUAL_CONTEXT, row_length
 from tl_capacity.models.loading import LoadedModel, load_config, load_model
 from tl_capacity.recipe import option, option_of, run_file, values_of
+from tl_capacity.results.naming import middle
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
 from tl_capacity.storage.files import make_folder, read_kept, write_json
 from tl_capacity.storage.same_run import changed_fields
@@ -325,7 +326,7 @@ def probe(config: PythiaFloorConfig, measurement: Measurement) -> None:
     run_probes(
         ProbeConfig(
             model=(config.teacher, str(config.out / "distillation")),
-            hook=config.hook or measurement.hooks[len(measurement.hooks) // 2].hook,
+            hook=config.hook or middle(measurement).hook,
             concepts=config.concepts,
             out=out,
             measurement=config.measurement or config.out / "measurement",

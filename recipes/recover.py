@@ -36,6 +36,7 @@ from tl_capacity.probing.recovery import Recovery, recovery_figure
 from tl_capacity.probing.recovery_row import JSON_NAME
 from tl_capacity.recipe import already_there, argument, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
+from tl_capacity.results.naming import middle
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.logs import log
 from tl_capacity.runtime.processes import Processes
@@ -217,11 +218,7 @@ def tapped_at(teacher: LoadedModel, student: LoadedModel, name: str, hook: str, 
 
 def chosen(measurement: Measurement, hooks: tuple[str, ...]) -> list[HookMeasurement]:
     """The measurement at some hook points; by default the middle one."""
-    return (
-        [measurement[hook] for hook in dict.fromkeys(hooks)]
-        if hooks
-        else [measurement.hooks[len(measurement.hooks) // 2]]
-    )
+    return [measurement[hook] for hook in dict.fromkeys(hooks)] if hooks else [middle(measurement)]
 
 
 def might_be_model(spec: str) -> bool:

@@ -324,6 +324,10 @@ def test_settings_are_read_back_from_a_measurement(measured: Path, setup: Path, 
         2,
         "--alive-threshold",
         1e-4,
+        "--fvu-every",
+        3,
+        "--importance",
+        "gradient",
     )
     assert cli(*arguments(measured, tmp_path / "other", *more))[0] == 0
     read = settings_of(Measurement.load(tmp_path / "other"), tmp_path / "other", 7, "auto")
@@ -336,7 +340,9 @@ def test_settings_are_read_back_from_a_measurement(measured: Path, setup: Path, 
         context=16,
         batch_rows=4,
         prepend_bos=False,
+        importance=("gradient",),
         alive_threshold=1e-4,
+        fvu_every=3,
         skip_first_positions=2,
         shard=(1, 3),
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tl_capacity.hooks.embedded import FOLDER, LAYERS
+from tl_capacity.recipes.splice import text_to_judge_on
 from torch.nn import functional as F
 
 from tl_capacity import Measurement, TokenStream, add_capacity_hooks
@@ -64,6 +65,20 @@ def test_splits_share_no_document() -> None:
     assert measured
     assert heldout
     assert not measured & heldout
+
+
+@pytest.mark.parametrize(
+    ("given", "measured", "judged_on"),
+    [
+        ("", "embedded", "embedded:heldout"),
+        ("", "embedded:measure", "embedded:heldout"),
+        ("", "embedded:heldout", "embedded:heldout"),
+        ("", "some/texts", "some/texts"),
+        ("mine.jsonl", "embedded", "mine.jsonl"),
+    ],
+)
+def test_the_text_to_judge_on(given: str, measured: str, judged_on: str) -> None:
+    assert text_to_judge_on(given, measured) == judged_on
 
 
 def test_weights_are_small_float16_safetensors() -> None:

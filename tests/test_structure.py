@@ -33,12 +33,19 @@ def test_a_module_is_read_at_one_sitting(path: Path) -> None:
     assert lines <= MOST_LINES
 
 
+def private(name: str) -> bool:
+    """Whether a name is its owner's alone. Python's own names, such as `__name__`, are not."""
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
 def reaches(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """`(line, access)` of every private name of something else: `other._name`, but not `self._name` or `__name__`."""
+    """`(line, access)` of every private name of something else: `other._name` and `from other import _name`, but not
+    `self._name` or `__name__`.
+    """
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
-            continue
-        if node.attr in OTHERS_OWN or (node.attr.startswith("__") and node.attr.endswith("__")):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names if private(alias.name))
+        if not isinstance(node, ast.Attribute) or node.attr in OTHERS_OWN or not private(node.attr):
             continue
         owner = node.value
         of_its_own = isinstance(owner, ast.Name) and owner.id in ("self", "cls")
@@ -54,8 +61,8 @@ def test_nobody_reaches_into_another(path: Path) -> None:
 
 
 def test_reaches_are_found() -> None:
-    code = "self._a; cls._b; super()._c; x.__dict__; other._d; self.other._e; f()._g; __file__"
-    assert [access for _, access in reaches(ast.parse(code))] == ["other._d", "self.other._e", "f()._g"]
+    code = "self._a; cls._b; super()._c; x.__dict__; other._d; self.other._e; f()._g; __file__\nfrom other import h, _i"
+    assert [access for _, access in reaches(ast.parse(code))] == ["_i", "other._d", "self.other._e", "f()._g"]
 
 
 def imported(path: Path) -> Iterator[str]:

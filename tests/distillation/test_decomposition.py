@@ -463,8 +463,12 @@ def test_forecasts_for_which_the_teacher_was_run_are_candidates(
     assert any(
         "truncated_start has no floor at width 8, 12, 16, 24, so it is not a candidate" in n for n in found.notes()
     )
-    with pytest.raises(MeasurementError, match="forecasts are of 'another': decompose the floors of one teacher"):
+    with pytest.raises(MeasurementError, match=r"the forecasts are of the teacher 'another' and not of"):
         decompose(measured, run, max_fvu=None, forecasts=[replace(told, about={"model": "another"})])
+    others = Spliced((replace(curve, sae_digest="1" * 64),), spliced.about)
+    for other, says in ((replace(spliced, about={"model": "another"}), "of the model 'another'"), (others, "of other")):
+        with pytest.raises(MeasurementError, match=f"the splice is {says}"):
+            decompose(measured, run, max_fvu=None, forecasts=[other])
     for folder, result in (("m", measured), ("d", run), ("s", spliced), ("f", told)):
         result.save(tmp_path / folder)
     paths = [str(tmp_path / folder) for folder in "mdsf"]

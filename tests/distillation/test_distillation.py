@@ -104,7 +104,7 @@ LOSSES = [
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Have logits of so many tokens at a time, on any device."""
-    monkeypatch.setattr(losses_module, "CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(losses_module, "LOSS_TOKENS", tokens)
     monkeypatch.setattr(head_module, "DEVICE_LOGITS", tokens * VOCABULARY)
 
 

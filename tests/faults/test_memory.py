@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from tl_capacity import Measurement, add_capacity_hooks
 from tl_capacity.dictionaries.decoding import Decoder
 from tl_capacity.errors import CapacityError
-from tl_capacity.measure.memory import RESERVE, SUMS_AT_ONCE, fit_memory, sums_of
+from tl_capacity.measure.memory import COPIES_OF_SUMS, RESERVE, fit_memory, sums_of
 from tl_capacity.runtime.units import bytes_in
 
 
@@ -141,7 +141,7 @@ def test_an_sae_that_encodes_itself_within_its_bound(kind: str, neox: Any, make_
     sae, bound = sae_encoding_itself(make_sae, kind), 3_000_000
     x = placed(torch.randn(256, D_MODEL, generator=torch.Generator().manual_seed(5)))
     with torch.no_grad(), add_capacity_hooks(neox, sae) as capacity:
-        held = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
+        held = psutil.Process().memory_info().rss + int(COPIES_OF_SUMS * sums_of(capacity)) + RESERVE
         fit_memory(capacity, held + bound)
         encoder = capacity.taps[0].encoder
         with TensorBytes() as made:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from tl_capacity.measure.ending import Ending, separate_head, slopes_at_head
 from tl_capacity.measure.losses import draw
 from tl_capacity.models.forward import forward_options
-from tl_capacity.models.head import CHUNK_TOKENS, Head
+from tl_capacity.models.head import LOGIT_TOKENS, Head
 
-ROWS, POSITIONS, WIDTH, VOCABULARY = 3, CHUNK_TOKENS, 8, 50
+ROWS, POSITIONS, WIDTH, VOCABULARY = 3, LOGIT_TOKENS, 8, 50
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from place import placed
 
-from tl_capacity.models.head import CHUNK_LOGITS, CHUNK_TOKENS, DEVICE_LOGITS, log_and_probabilities, tokens_at_once
+from tl_capacity.models.head import CHUNK_LOGITS, DEVICE_LOGITS, LOGIT_TOKENS, log_and_probabilities, tokens_at_once
 
 
 @given(st.integers(1, 5), st.integers(1, 3000), st.floats(0, 300), st.floats(-1e4, 1e4), st.integers(0, 1000))
@@ -39,7 +39,7 @@ def test_words_that_cannot_come() -> None:
     ("device", "tokens", "vocabulary", "expected"),
     [
         ("cpu", 1000, 50, 125),
-        ("cpu", 4 * CHUNK_TOKENS, 50, CHUNK_TOKENS),
+        ("cpu", 4 * LOGIT_TOKENS, 50, LOGIT_TOKENS),
         ("cpu", 1000, CHUNK_LOGITS // 100, 100),
         ("cpu", 3, 50, 3),
         ("cuda", 1000, DEVICE_LOGITS // 4000, 1000),
@@ -54,6 +54,6 @@ def test_tokens_at_once(device: str, tokens: int, vocabulary: int, expected: int
 def test_chunks_are_of_one_length_and_within_bounds(device: str, tokens: int, vocabulary: int) -> None:
     chunk = tokens_at_once(tokens, vocabulary, torch.device(device))
     assert chunk == 1 or chunk * vocabulary <= (CHUNK_LOGITS if device == "cpu" else DEVICE_LOGITS)
-    assert device != "cpu" or chunk <= CHUNK_TOKENS
+    assert device != "cpu" or chunk <= LOGIT_TOKENS
     chunks = -(-tokens // chunk)
     assert chunk * chunks - tokens < max(chunks, 1)

@@ -35,6 +35,9 @@ from tl_capacity.plugins import plugins, register_plugin, unregister_plugin
 from tl_capacity.text.datasets import load_dataset_rows
 from tl_capacity.text.streams import documents
 
+WITHOUT_RETRIES = 20
+"""Seconds in which everybody can see that there is no hub; its client would retry for half a minute."""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, neox: Any, tokenizer: Any) -> Path:
@@ -126,7 +129,7 @@ class TestModels:
             r" network and copy the cache, or use .*'smollm2-135m' or a folder",
         ) as caught:
             load_model("someone/unknown")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < WITHOUT_RETRIES
         assert "\n" not in str(caught.value)
 
     def test_a_misspelt_name_is_recognised(self, cache: Path) -> None:
@@ -525,7 +528,7 @@ class TestDatasets:
             TokenSourceError, match=r"'someone/texts:test' cannot be read \(no hub can be reached.*pass a local file"
         ):
             list(load_dataset_rows("someone/texts:test"))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < WITHOUT_RETRIES
 
 
 class TestNetwork:
@@ -542,7 +545,7 @@ class TestNetwork:
             assert same_model(load_model("someone/tiny"), neox)
             with pytest.raises(CapacityError, match="no hub can be reached"):
                 load_model("someone/unknown")
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < WITHOUT_RETRIES
         assert constants.HF_HUB_OFFLINE is False
 
     @pytest.mark.slow

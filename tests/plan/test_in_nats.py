@@ -291,7 +291,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ({"students": replace(students, complete=False)}, "has not ended"),
         ({"students": students, "observed": "best"}, "'best' is not a way to read the observed floor"),
         ({"students": students_with({4: [0.0]})}, "are 0 at every width"),
-        ({"forecasts": [forecasts("a", {2: 1.0}, model="other")]}, "the forecasts are of 'other'"),
+        ({"forecasts": [forecasts("a", {2: 1.0}, model="other")]}, "the forecasts are of the teacher 'other'"),
         ({"spliced": SPLICED, "importance": "decoder_weighted"}, "of the importance 'decoder_weighted'"),
     ):
         with pytest.raises(CapacityError, match=says):

@@ -1,4 +1,4 @@
-"""The headline figures: each is declared once, and every list of them, the README's too, is a selection."""
+"""The headline figures: each is declared once, and every list of them, that of a page too, is a selection."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from tl_capacity.errors import DictionaryError, HookPointError, MeasurementError
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.laws import context_at, kept_features
 from tl_capacity.predict.spliced import Spliced
+from tl_capacity.storage.files import SEAL
 
 MakeSAE = Callable[..., Any]
 HOOK = "blocks.1.hook_resid_post"
@@ -212,7 +213,11 @@ def test_round_trip_and_tables(neox: Any, make_sae: MakeSAE, tokens: torch.Tenso
     content = json.loads((tmp_path / "splice.json").read_text())
     content["curves"][0]["kl"][0].pop()
     (tmp_path / "splice.json").write_text(json.dumps(content))
-    with pytest.raises(MeasurementError, match="splice again"):
+    with pytest.raises(MeasurementError, match=r"SHA-256 of its content is not the recorded one.*: splice again"):
+        Spliced.load(tmp_path)
+    del content[SEAL]  # as earlier versions wrote it
+    (tmp_path / "splice.json").write_text(json.dumps(content))
+    with pytest.raises(MeasurementError, match=r"lacks or garbles .*: splice again"):
         Spliced.load(tmp_path)
 
 

@@ -231,7 +231,7 @@ def _check_is_sae(sae: Any) -> None:
     if isinstance(sae, str):
         raise DictionaryError(
             f"{sae!r} is a name, not an SAE: load it first, as with sae_lens.SAE.from_pretrained or "
-            "tl_capacity.models.loading.load_sae"
+            "tl_capacity.load_sae"
         )
     if not isinstance(sae, SparseAutoencoder):
         raise DictionaryError(

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tl_capacity.dictionaries.encoding import DENSE_AT_ONCE, DENSE_FEATURES, Encoder
+from tl_capacity.dictionaries.encoding import DENSE_AT_ONCE, DENSE_FEATURES, LANES, Encoder
 from tl_capacity.dictionaries.reducing import PieceSums, Reducer
 from tl_capacity.runtime.compiling import Compiled, compiling_wanted
 
-GROUP = 32
-"""Features of one token in a group. To find the largest k, the largest of each group is looked at first."""
 OWN_ENCODE_BLOCKS = 8
 """Most blocks of the latents' size that an SAE's own `encode` makes on its way."""
 
@@ -133,7 +131,7 @@ class DenseEncoder:
 
 def in_two_steps(width: int, k: int) -> bool:
     """Whether the k largest of so many latents are looked for among the groups with the largest."""
-    return width % GROUP == 0 and k * GROUP <= width // 2
+    return width % LANES == 0 and k * LANES <= width // 2
 
 
 class LatentsOf(NamedTuple):
@@ -160,14 +158,14 @@ def largest_of_groups(of: LatentsOf) -> Tensor:
     """
     latents = of.products if of.bias is None else of.products + of.bias
     latents = latents if of.scale is None else latents * of.scale
-    largest: Tensor = latents.unflatten(1, (GROUP, -1)).amax(1)
+    largest: Tensor = latents.unflatten(1, (LANES, -1)).amax(1)
     return largest
 
 
 def members_of_groups(of: LatentsOf, group: Tensor) -> Tensor:
     """The latents of all members of some groups [token, member · group]."""
     width = of.products.shape[1]
-    members = torch.arange(0, width, width // GROUP, device=group.device)
+    members = torch.arange(0, width, width // LANES, device=group.device)
     features = (members[:, None] + group[:, None]).flatten(1)
     latents = of.products.gather(1, features)
     latents = latents if of.bias is None else latents + of.bias[features]
@@ -198,7 +196,7 @@ class Largest:
         latents = self._members(device, of, group)
         latents = members_of_groups(of, group) if latents is None else latents
         values, place = latents.topk(k, dim=-1, sorted=False)
-        return values, group.gather(1, place % k) + place // k * (width // GROUP)
+        return values, group.gather(1, place % k) + place // k * (width // LANES)
 
 
 def rescales(sae: Any) -> bool:

@@ -28,7 +28,7 @@ block overwrites the products.
 Find = Callable[[Any, Products], Iterator[Entries]]
 """A function from an SAE and its products to the active latents, one block of features after the other."""
 
-CHUNK_TOKENS = 2048
+ENCODED_TOKENS = 2048
 """Tokens encoded at once, if memory allows. With fewer, a matrix product is slower: with 256 by a quarter."""
 DENSE_LATENTS = 768 * 24_576
 """Most latents that are dense at once: 75 MB in float32."""
@@ -98,7 +98,7 @@ class Encoder:
             few = DENSE_FEATURES if is_accelerator(device) else 0
             cores = cores_for(device) if self._activation.apart else 1
             self._block = min(self.d_sae, max(self._activation.features_at_once * cores, few))
-        self.chunk = min(CHUNK_TOKENS, max(1, latents // self._block))
+        self.chunk = min(ENCODED_TOKENS, max(1, latents // self._block))
 
     def hold_own(self, latents: int) -> None:
         """Allow the SAE's own `encode` to make so many latents at once, at least those of one token."""

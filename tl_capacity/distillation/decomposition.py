@@ -29,12 +29,14 @@ from tl_capacity.distillation.run import DistillationRun
 from tl_capacity.distillation.standings import candidate_cells, league_cells
 from tl_capacity.errors import CapacityError, MeasurementError
 from tl_capacity.measurement.measurement import Measurement
+from tl_capacity.measurement.splices import check_splice
 from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import hook_floors
 from tl_capacity.predict.forecasts import Forecasts
 from tl_capacity.predict.predictors import forecasts_of
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.results.estimate import Estimate, group_resamples, significant
+from tl_capacity.results.naming import middle
 from tl_capacity.runtime.units import NATS, per_token
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, plain, table, terminal_notes
@@ -307,14 +309,13 @@ def decompose(
         raise CapacityError(
             f"{observed!r} is not a way to read the observed floor: choose one of {', '.join(OBSERVED)}"
         )
-    advice = "decompose the floors of one teacher"
-    check_students(measurement, run, advice)
-    teacher = measurement.provenance.model
+    check_students(measurement, run, "decompose the floors of one teacher")
     for told in forecasts:
-        if (other := told.about.get("model", teacher)) != teacher:
-            what = "splice is" if isinstance(told, Spliced) else "forecasts are"
-            raise MeasurementError(f"the measurement is of {teacher!r}, but the {what} of {other!r}: {advice}")
-    asked_hook = measurement[hook] if hook is not None else measurement.hooks[len(measurement.hooks) // 2]
+        if isinstance(told, Spliced):
+            check_splice(told, measurement)
+        else:
+            told.check_teacher(measurement.provenance.model)
+    asked_hook = measurement[hook] if hook is not None else middle(measurement)
     measurement.budget((), importance, law, max_fvu)  # refuses SAEs that do not fit the model
     chosen_law = plugins().capacity_laws.named(law)
     floors = observed_floors(run)

@@ -41,7 +41,7 @@ The gradient takes the place of `log_q`.
 
 Probabilities = Float[Tensor, "token vocabulary"]
 
-CHUNK_TOKENS = 512
+LOSS_TOKENS = 512
 """Tokens whose logits exist at one time on a CPU. Products of large blocks are faster, and their memory is little
 beside that of a training step.
 """
@@ -229,7 +229,7 @@ class _ChunkedLosses(torch.autograd.Function):
         students = [_Student(any(ctx.needs_input_grad), *student_parts) for student_parts in students_parts]
         teacher, temperature = task.teacher, task.loss.temperature
         device, vocabulary = task.labels.device, teacher.head.weight.shape[0]
-        chunk = tokens_at_once(len(task.labels), vocabulary, device, CHUNK_TOKENS)
+        chunk = tokens_at_once(len(task.labels), vocabulary, device, LOSS_TOKENS)
         sizes = [tokens * vocabulary for tokens in (chunk, chunk, chunk, cached_tokens(chunk, vocabulary, device))]
         buffers = [
             part.view(-1, vocabulary)

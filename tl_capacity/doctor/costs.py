@@ -11,7 +11,7 @@ from pathlib import Path
 from tl_capacity.dictionaries.adapter import NamedDictionary
 from tl_capacity.doctor.finding import OK, STOP, Finding
 from tl_capacity.doctor.running import Trial
-from tl_capacity.measure.memory import SUMS_AT_ONCE, sums_of
+from tl_capacity.measure.memory import COPIES_OF_SUMS, sums_of
 from tl_capacity.runtime.progress import peak_memory
 from tl_capacity.runtime.units import show_bytes, show_seconds
 
@@ -35,7 +35,7 @@ def cost_findings(trial: Trial, dictionaries: Sequence[NamedDictionary]) -> Iter
     rate = capacity.n_tokens / seconds
     took = show_seconds(settings.tokens / rate)
     yield Finding("duration", OK, f"{settings.tokens:,} tokens at {rate:,.0f} tokens/s: about {took}")
-    yield memory(int(SUMS_AT_ONCE * sums))
+    yield memory(int(COPIES_OF_SUMS * sums))
     yield disk(settings.out, FILES_AT_ONCE * sums)
 
 

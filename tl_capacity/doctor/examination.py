@@ -18,9 +18,10 @@ from tl_capacity.doctor.setup import (
     vocabulary_finding,
 )
 from tl_capacity.measure.settings import MeasureSettings
-from tl_capacity.measure.setup import dictionaries, rule_for, spec_of, stream_for, tapped_model
+from tl_capacity.measure.setup import began_with_bos, dictionaries, rule_for, spec_of, stream_for, tapped_model
 from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.models.loading import LoadedModel, hub_revision, load_model
+from tl_capacity.plugins import plugins
 from tl_capacity.runtime.devices import AUTO
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch
@@ -56,17 +57,20 @@ def examine_folder(folder: Path, tokens: int = MeasureSettings.tokens, device: s
 def settings_of(measurement: Measurement, folder: Path, tokens: int, device: str) -> MeasureSettings:
     """The settings of a measurement, as far as it records them."""
     p = measurement.provenance
+    estimators = dict.fromkeys(name for hook in measurement for name in hook.estimators)
     return MeasureSettings(
         model=p.model,
         out=folder,
         saes=tuple(spec_of(h, p.model) for h in measurement),
         tokens=tokens,
         source=p.source,
+        importance=tuple(name for name in estimators if name in plugins().importance_estimators),
         context=p.settings.get("context"),
         batch_rows=p.settings.get("batch_rows", MeasureSettings.batch_rows),
-        prepend_bos=p.settings.get("bos") is not None,
+        prepend_bos=began_with_bos(p),
         special_tokens=bool(p.settings.get("special_tokens")),
         alive_threshold=measurement.hooks[0].summary.alive_threshold,
+        fvu_every=p.settings.get("fvu_every", MeasureSettings.fvu_every),
         # A slice of positions is the SAE's own, for which no option stands.
         skip_first_positions=None if "stop_position" in p.settings else p.settings.get("skip_first_positions", 0),
         shard=(p.shards[0], p.shard_count),

@@ -20,11 +20,10 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.attach import attach
 from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
+from tl_capacity.predict.caveats import HIGH_FVU
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch
 
-HIGH_FVU = 0.5
-"""Above it, the SAE misses half of the variance, and the features in it."""
 FIRST_NORM_RATIO = 10.0
 """Attention sinks have norms a hundred times those of other positions. Nothing else comes near ten."""
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tl_capacity.dictionaries.adapter import dictionary_digest
 from tl_capacity.errors import MeasurementError, NothingCountedError
 from tl_capacity.measure.job import attached, check_settings, count, earlier_in, finished, measure
-from tl_capacity.measure.launches import Earlier, Left, clear, gather_up, leave_out, left_behind, part_folder
+from tl_capacity.measure.launches import Earlier, Left, clear, gather_up, leave_out, left_behind
 from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.folder import write_folder
@@ -26,7 +26,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.results.sums import merge_sums
 from tl_capacity.runtime.logs import log
-from tl_capacity.runtime.processes import Processes
+from tl_capacity.runtime.processes import Processes, of_process
 from tl_capacity.storage.digests import digest
 from tl_capacity.text.shares import Share
 from tl_capacity.text.streams import TokenStream, documents
@@ -83,7 +83,7 @@ def share(settings: MeasureSettings, processes: Processes, left: Left | None = N
     mine = replace(
         settings,
         tokens=max(1, -(-(settings.tokens - left.tokens) // processes.count)),
-        out=part_folder(settings.out, processes.index, processes.count),
+        out=of_process(settings.out, processes.index, processes.count),
         progress=settings.progress and processes.first,
     )
     if left.launches:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tl_capacity.dictionaries.bases import LargestOfABasis
 from tl_capacity.errors import CapacityError, MeasurementError, SourceCutOffError
@@ -29,9 +29,6 @@ from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.progress import peak_memory
 from tl_capacity.storage.files import last_whole
 from tl_capacity.text.streams import TokenStream
-
-if TYPE_CHECKING:
-    pass
 
 FVU_TOKENS_BEFORE_REFUSAL = 2_000
 

@@ -91,11 +91,6 @@ class Part:
         return self.extra[f"resume/{tap}/open_documents"].tolist(), self.extra[f"resume/{tap}/open_seen"]
 
 
-def part_folder(out: Path, index: int, count: int) -> Path:
-    """The folder where a process of a launch keeps its sums."""
-    return out.with_name(f"{out.name}.process-{index}-of-{count}")
-
-
 def left_behind(out: Path) -> list[Path]:
     """The folders that launches have left beside a measurement."""
     beside = out.parent.glob(f"{escape(out.name)}.process-*-of-*")

@@ -6,7 +6,7 @@ from tl_capacity.dictionaries.encoding import CHECKED_TOKENS
 from tl_capacity.errors import CapacityError
 from tl_capacity.measure.session import CapacityHooks
 
-SUMS_AT_ONCE = 4.5
+COPIES_OF_SUMS = 4.5
 """Copies of the sums held at once: the sums themselves and, while saving, the snapshot, its counts as floats, and its
 bytes twice (gathered by safetensors, then joined).
 """
@@ -41,7 +41,7 @@ def fit_memory(capacity: CapacityHooks, limit: int) -> None:
     """
     import psutil
 
-    fixed = psutil.Process().memory_info().rss + int(SUMS_AT_ONCE * sums_of(capacity)) + RESERVE
+    fixed = psutil.Process().memory_info().rss + int(COPIES_OF_SUMS * sums_of(capacity)) + RESERVE
     widest = max(tap.d_sae for tap in capacity.taps)  # taps encode one after the other, into the same memory
     room = limit - fixed
     # The first tokens are also encoded by the SAE itself, to compare.

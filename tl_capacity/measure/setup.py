@@ -15,6 +15,7 @@ from tl_capacity.dictionaries.rows import advised_source, counted_positions, def
 from tl_capacity.errors import CapacityError, DictionaryError
 from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.measurement.provenance import Provenance
+from tl_capacity.models.defaults import MEASURED_CONTEXT
 from tl_capacity.models.defaults import row_length as fitting_row_length
 from tl_capacity.models.forward import device_of, longest
 from tl_capacity.models.places import hugging_face_place
@@ -91,6 +92,11 @@ def measured_teacher(folder: Path, provenance: Provenance, device: str) -> Loade
     return teacher
 
 
+def began_with_bos(provenance: Provenance) -> bool:
+    """Whether the rows of a measurement began with BOS. They did if it does not say."""
+    return provenance.settings.get("bos", 0) is not None
+
+
 def as_measured(source: str, tokenizer: Any, provenance: Provenance, usual: int, batch_rows: int = 8) -> TokenStream:
     """Text in rows like those of a measurement: of the same length, with or without BOS, special tokens read or not.
 
@@ -103,7 +109,7 @@ def as_measured(source: str, tokenizer: Any, provenance: Provenance, usual: int,
         tokenizer,
         int(settings.get("context") or usual),
         batch_rows,
-        settings.get("bos", 0) is not None,
+        began_with_bos(provenance),
         special_tokens=bool(settings.get("special_tokens")),
     )
 
@@ -121,7 +127,7 @@ def measured_dictionary(measured: HookMeasurement, loaded: LoadedModel, provenan
         (spec_of(measured, loaded.name),),
         source=provenance.source,
         context=context,
-        prepend_bos=provenance.settings.get("bos", 0) is not None,
+        prepend_bos=began_with_bos(provenance),
         special_tokens=bool(provenance.settings.get("special_tokens")),
         batch_rows=provenance.settings.get("batch_rows", MeasureSettings.batch_rows),
         device=device,
@@ -226,7 +232,7 @@ def row_length(settings: MeasureSettings, model: Any, saes: Sequence[Any]) -> in
 def context_of(model: Any, saes: Sequence[Any]) -> int:
     """Positions in a row by default: the shortest context of the SAEs, else 512. Never more than the model has."""
     contexts = [int(size) for sae in saes if (size := metadata_of(sae, "context_size"))]
-    return min(longest(model), min(contexts, default=512))
+    return min(longest(model), min(contexts, default=MEASURED_CONTEXT))
 
 
 def tapped_model(loaded: LoadedModel, saes: Sequence[Any], hooks: Sequence[str], more_hooks: Sequence[str] = ()) -> Any:

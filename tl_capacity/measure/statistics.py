@@ -32,7 +32,7 @@ class FeatureStatistics:
     """Sums over counted tokens, for each document group, and the summary of them.
 
     Counts are int64 and moments float64: float32 counts stop at 2²⁴. What each sum is and its axes:
-    `tl_capacity.results.summary.SUMS`; `state` holds what importance estimators accumulated, `estimator/key` →
+    `tl_capacity.results.sums.SUMS`; `state` holds what importance estimators accumulated, `estimator/key` →
     [group, ...].
     """
 

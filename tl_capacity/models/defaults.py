@@ -7,7 +7,11 @@ from typing import Any
 from tl_capacity.errors import CapacityError
 
 USUAL_CONTEXT = 256
-"""Positions in a row, if neither the user, an SAE nor the model says otherwise."""
+"""Positions in a row that models and SAEs are trained and judged on, if neither the user, an SAE nor the model says
+otherwise.
+"""
+MEASURED_CONTEXT = 512
+"""The same of a row that is measured or probed, where no gradient takes memory."""
 
 
 def longest_row(config: Any) -> int:

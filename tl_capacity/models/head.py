@@ -16,7 +16,7 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.models.forward import NothingMoreToSeeError, evaluating
 from tl_capacity.runtime.devices import exact, exact_device
 
-CHUNK_TOKENS = 128
+LOGIT_TOKENS = 128
 """Tokens whose logits exist at one time on a CPU, where nothing else is said."""
 CHUNK_LOGITS = 2**25
 """Logits that exist at one time on a CPU, however large the vocabulary: 134 MB in float32."""
@@ -186,7 +186,7 @@ def log_and_probabilities(
     return logits, p
 
 
-def tokens_at_once(tokens: int, vocabulary: int, device: torch.device, chunk: int = CHUNK_TOKENS) -> int:
+def tokens_at_once(tokens: int, vocabulary: int, device: torch.device, chunk: int = LOGIT_TOKENS) -> int:
     """How many of some tokens have logits at one time, at least one, so that all chunks are of nearly one length.
 
     Args:

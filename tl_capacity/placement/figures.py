@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tl_capacity.placement.price import NATS, Price
+from tl_capacity.placement.price import Price
 from tl_capacity.results.estimate import Estimate
+from tl_capacity.runtime.units import NATS
 from tl_capacity.show.figures import GREY, error_bars, legend_entry, line_of, marker_of, new_figure
 
 

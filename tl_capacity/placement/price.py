@@ -8,7 +8,6 @@ from typing import Any
 
 from tl_capacity.results.estimate import Estimate
 
-NATS = "nats per token"
 ESTIMATES = ("chosen", "others", "kl", "paid", "gained", "lost", "per_feature", "probe")
 BY_SEED = ("chosen", "others", "kl", "probe")
 

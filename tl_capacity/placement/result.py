@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tl_capacity.errors import MeasurementError
-from tl_capacity.placement.price import ESTIMATES, NATS, Price, numbers_of
+from tl_capacity.placement.price import ESTIMATES, Price, numbers_of
 from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.runtime.units import NATS
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
-from tl_capacity.storage.files import check_schema, file_in, read_result, save_into
+from tl_capacity.storage.files import check_schema, file_in, read_result, save_into, write_record
 
 JSON_NAME = "placement.json"
 SCHEMA = 1
@@ -144,7 +145,7 @@ class Placement(ShownInNotebooks):
         Raises:
             CapacityError: where it cannot be written.
         """
-        return save_into(folder, JSON_NAME, self.to_json())
+        return save_into(folder, JSON_NAME, self.to_json(), write_record)
 
     @classmethod
     def load(cls, path: str | Path) -> Placement:

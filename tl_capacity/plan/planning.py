@@ -114,12 +114,7 @@ def _evidence(
     if spliced is not None:
         check_splice(spliced, measurement)
     for each in forecasts:
-        model = each.about.get("model")
-        if model and model != measurement.provenance.model:
-            raise CapacityError(
-                f"the forecasts are of {model!r}, but the measurement is of {measurement.provenance.model!r}: pass"
-                " forecasts of the measured teacher"
-            )
+        each.check_teacher(measurement.provenance.model)
     if students is None:
         return Evidence(spliced, forecasts)
     check_students(measurement, students)

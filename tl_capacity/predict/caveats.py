@@ -15,6 +15,9 @@ from tl_capacity.runtime.units import per_token
 if TYPE_CHECKING:
     from tl_capacity.results.hook import HookMeasurement
 
+HIGH_FVU = 0.5
+"""Above it, the SAE misses half of the variance, and the features in it."""
+
 
 def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True) -> list[str]:
     """Sentences that a reader must know before trusting the figures of a measurement."""
@@ -31,7 +34,7 @@ def measurement_warnings(hooks: Sequence[HookMeasurement], complete: bool = True
             sentences.append(
                 f"{where}: FVU = {s.fvu.value:.3g}, worse than predicting the mean: {advice_on_fit(hook.is_basis)}"
             )
-        elif s.fvu.value > 0.5:
+        elif s.fvu.value > HIGH_FVU:
             sentences.append(
                 f"{where}: FVU = {s.fvu.value:.2f}: the {hook.kind} misses half of the variance, and its features"
                 " with it"

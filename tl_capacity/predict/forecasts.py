@@ -17,7 +17,7 @@ from tl_capacity.runtime.checks import checked
 from tl_capacity.runtime.units import NATS
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
-from tl_capacity.storage.files import file_in, read_record, save_into, write_record
+from tl_capacity.storage.files import check_schema, file_in, read_record, save_into, write_record
 
 JSON_NAME = "forecasts.json"
 SCHEMA = 1
@@ -175,10 +175,10 @@ class Forecasts(ShownInNotebooks):
         """The checked forecasts that `to_json` gave.
 
         Raises:
+            MeasurementError: where it is of a newer version.
             KeyError, TypeError, ValueError: where it lacks or garbles something.
         """
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema {content['schema']!r}")
+        check_schema(JSON_NAME, content["schema"], SCHEMA)
         return cls(
             tuple(map(Forecast.from_json, content["forecasts"])),
             dict(content["about"]),

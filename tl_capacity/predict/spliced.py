@@ -18,16 +18,16 @@ from tl_capacity.plugins import plugins
 from tl_capacity.predict.floors import checked_widths, sparsity
 from tl_capacity.predict.laws import context_at, kept_features
 from tl_capacity.predict.spliced_curve import SplicedCurve
-from tl_capacity.predict.spliced_floor import SplicedFloor as SplicedFloor
+from tl_capacity.predict.spliced_floor import SplicedFloor
 from tl_capacity.predict.spliced_floor import floor_cells as floor_cells
 from tl_capacity.results.estimate import significant
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import places_told_apart
 from tl_capacity.runtime.checks import checked
-from tl_capacity.runtime.units import NATS as NATS
+from tl_capacity.runtime.units import NATS
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.show.tables import html_notes, html_table, table, terminal_notes
-from tl_capacity.storage.files import check_schema, file_in, read_result, save_into
+from tl_capacity.storage.files import check_schema, file_in, read_result, save_into, write_record
 
 JSON_NAME = "splice.json"
 SCHEMA = 1
@@ -109,7 +109,7 @@ class Spliced(ShownInNotebooks):
         Raises:
             CapacityError: where it cannot be written.
         """
-        return save_into(folder, JSON_NAME, self.to_json())
+        return save_into(folder, JSON_NAME, self.to_json(), write_record)
 
     @classmethod
     @checked

@@ -19,6 +19,7 @@ from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.dictionaries.reading import reading_of
 from tl_capacity.errors import CapacityError, HookPointError
 from tl_capacity.interfaces import SparseAutoencoder
+from tl_capacity.models.defaults import MEASURED_CONTEXT
 from tl_capacity.models.forward import activation_at, device_of, embedding_of, evaluating, longest
 from tl_capacity.models.hook_points import TapPoint, find_tap_point
 from tl_capacity.runtime.checks import checked
@@ -30,7 +31,6 @@ from tl_capacity.text.tokenizing import bos_of, token_ids
 POOLINGS = ("mean", "last", "token")
 TOKENS_PER_TEXT = 8
 """Most tokens kept per text if tokens are kept apart. They are evenly spaced; this bounds memory."""
-DEFAULT_CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def collect(
     point = find_tap_point(model, hook) if sae is None else reading_of(model, sae, hook).point
     pool = _latents(sae, hook) if sae is not None else _activations
     rows, truncated = _rows(
-        tokenizer, texts, min(DEFAULT_CONTEXT if context is None else context, longest(model)), prepend_bos
+        tokenizer, texts, min(MEASURED_CONTEXT if context is None else context, longest(model)), prepend_bos
     )
     rule = CountingRule.for_model(model, tokenizer)
     chosen = [_chosen(ids, rule, pooling, number) for number, ids in enumerate(rows)]

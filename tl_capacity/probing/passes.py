@@ -28,7 +28,7 @@ from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.storage.checkpoints import Checkpoint
 from tl_capacity.text.counting import CountedTokens, CountingRule
-from tl_capacity.text.streams import PADDING, TokenBatch
+from tl_capacity.text.streams import TokenBatch
 
 TEACHER, RANDOM = "teacher", "with random weights"
 WHOLE = "whole"
@@ -93,7 +93,7 @@ class Reader:
             HookPointError: where a hook point does not fire, or gives no vector per token.
             CapacityError: where an activation is NaN or infinite.
         """
-        ids = torch.from_numpy(np.where(tokens.tokens == PADDING, filler, tokens.tokens))
+        ids = torch.from_numpy(tokens.filled(filler))
         seen = activations_at(self.model, list(self.points.values()), ids)
         return {
             name: self._counted(point.name, activation, batch, number)

@@ -112,7 +112,7 @@ def top_snippets(
             watching.callback(point.watch(lambda activation, place=place: seen.update({place: activation.detach()})))  # type: ignore[misc]
         for batch in stream:
             counted = rule.apply(batch)
-            tokens = torch.from_numpy(np.where(batch.tokens == PADDING, rule.filler, batch.tokens)).to(device)
+            tokens = torch.from_numpy(batch.filled(rule.filler)).to(device)
             seen.clear()
             with torch.no_grad():
                 run(tokens, **forward_options(run))

@@ -1,7 +1,7 @@
 """Each headline figure of a hook point, declared once: its names, format, formula and getter.
 
-The JSON of a measurement, the tables in a terminal, a notebook and the report, the DataFrame and the README's table of
-figures are all selections of these columns.
+The JSON of a measurement, the tables in a terminal, a notebook and the report, the DataFrame and the table of figures
+on docs/about-counting.md are all selections of these columns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Column:
         label: its name where there is room for a formula.
         heading: its name above a column.
         digits: how its numbers are formatted.
-        formula, meaning: what the README says of it.
+        formula, meaning: what docs/about-counting.md says of it.
         to_json: its value in JSON.
     """
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
@@ -163,7 +162,7 @@ def _spectra(
             text = CountedTokens(batch, rule)
             if not text.n_counted:
                 continue
-            ids = torch.from_numpy(np.maximum(batch.tokens, 0))
+            ids = torch.from_numpy(batch.filled(rule.filler))
             for point, sums, seen in zip(points, moments, activations_at(model, points, ids), strict=True):
                 if seen is None:
                     raise HookPointError(
@@ -203,7 +202,7 @@ def _divergences(
     head, sums, tokens = head_of(model), [DivergenceSums(len(widths)) for _ in sites], 0
     with token_progress(max_tokens, progress, "projecting") as advance:
         for batch in heldout_text(stream, max_tokens):
-            text, ids = CountedTokens(batch, rule), torch.from_numpy(np.maximum(batch.tokens, 0))
+            text, ids = CountedTokens(batch, rule), torch.from_numpy(batch.filled(rule.filler))
             check_token_ids(model, ids.numpy())
             if not tokens:
                 check_head(model, ids.to(device_of(model)), "spliced")

@@ -36,6 +36,11 @@ def is_first() -> bool:
     return Processes.of_launch().first
 
 
+def of_process(path: Path, index: int, count: int) -> Path:
+    """A place beside `path` where one of several processes keeps its files."""
+    return path.with_name(f"{path.name}.process-{index}-of-{count}")
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process and the others of its launch. All must ask for the same sums and lists in the same order. A process
@@ -97,7 +102,7 @@ class Processes:
 
     def own(self, path: Path) -> Path:
         """A place beside `path` where this process keeps its files; `path` itself if it is alone."""
-        return path if self.count == 1 else path.with_name(f"{path.name}.process-{self.index}-of-{self.count}")
+        return path if self.count == 1 else of_process(path, self.index, self.count)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items that this process takes: every n-th."""

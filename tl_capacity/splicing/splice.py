@@ -140,7 +140,7 @@ def splice(
             if max_tokens is not None and tokens >= max_tokens:
                 break
             text = CountedTokens(batch, rule)
-            ids = torch.from_numpy(np.maximum(batch.tokens, 0))
+            ids = torch.from_numpy(batch.filled(rule.filler))
             check_token_ids(model, ids.numpy())
             if number % processes.count == processes.index:
                 if number == processes.index:

@@ -19,8 +19,11 @@ from tl_capacity.toy.features import FeatureDistribution, zipf_importance
 from tl_capacity.toy.predictors import Case, Predictor, predictors
 from tl_capacity.toy.result import SweepResult
 
-BANDS = {"d/d* < 0.8": (0.0, 0.8), "0.8 ≤ d/d* ≤ 1.2": (0.8, 1.2), "d/d* > 1.2": (1.2, np.inf)}
+TRANSITION = "0.8 ≤ d/d* ≤ 1.2"
+BANDS = {"d/d* < 0.8": (0.0, 0.8), TRANSITION: (0.8, 1.2), "d/d* > 1.2": (1.2, np.inf)}
 """Below, around and above the critical width. The middle band includes both ends."""
+PUBLISHED_ACCURACY = 0.93
+"""The paper's claim of a predictor's median accuracy, at every sparsity."""
 ACCURACIES = ("relative", "relative_to_nothing", "r2", "mae", "pearson_r")
 CELL = ["n", "alpha", "teacher_width", "width"]
 """Columns that are the same for all seeds of a student."""
@@ -112,14 +115,14 @@ def strata(rows: Any) -> dict[str, Any]:
     parts = {"all": rows}
     parts |= {f"α = {alpha:g}": rows[rows.alpha == alpha] for alpha in sorted(rows.alpha.unique())}
     bands = {
-        name: ((ratio >= low) & (ratio <= high)) if high == 1.2 else ((ratio > low) & (ratio < high))
+        name: ((ratio >= low) & (ratio <= high)) if name == TRANSITION else ((ratio > low) & (ratio < high))
         for name, (low, high) in BANDS.items()
     }
     parts |= {name: rows[inside] for name, inside in bands.items()}
     return {name: chosen for name, chosen in parts.items() if len(chosen)}
 
 
-def at_every_sparsity(table: Any, threshold: float = 0.93) -> list[tuple[str, str, float]]:
+def at_every_sparsity(table: Any, threshold: float = PUBLISHED_ACCURACY) -> list[tuple[str, str, float]]:
     """`(predictor, definition, lowest value)` for which the published claim holds.
 
     It holds if the median accuracy exceeds the threshold at every α.

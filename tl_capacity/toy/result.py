@@ -20,7 +20,7 @@ from tl_capacity import theory
 from tl_capacity.errors import CapacityError
 from tl_capacity.show.notebook import ShownInNotebooks
 from tl_capacity.storage.digests import digest
-from tl_capacity.storage.files import make_folder, read_record, write_bytes, write_record
+from tl_capacity.storage.files import check_schema, make_folder, read_record, write_bytes, write_record
 from tl_capacity.toy import measures
 from tl_capacity.toy.features import zipf_importance
 from tl_capacity.toy.sweep import Family, Stream, SweepSettings
@@ -130,10 +130,7 @@ class SweepResult(ShownInNotebooks):
         folder = Path(folder)
         try:
             content = read_record(folder / "sweep.json", SCHEMA)
-            if content["schema"] != SCHEMA:
-                raise CapacityError(
-                    f"{folder} has schema {content['schema']}, but this version reads {SCHEMA}: run the sweep again"
-                )
+            check_schema(folder, content["schema"], SCHEMA)
             settings = SweepSettings.from_json(content["settings"])
             data = (folder / "students.safetensors").read_bytes()
             if content.get("students_sha256", sha256 := digest(data)) != sha256:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tl_capacity.placement.price import NATS, Price
+from tl_capacity.placement.price import Price
 from tl_capacity.placement.result import Placement
 from tl_capacity.report.parts import Cell, PageTable, Section, estimate_cell, number_cell, share_cell
 from tl_capacity.report.story import Story
 from tl_capacity.results.estimate import Estimate, significant
+from tl_capacity.runtime.units import NATS
 
 
 def placement(story: Story, empty: Section) -> Section:
