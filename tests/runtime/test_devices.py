@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ from conftest import SAES
 from pretended import DEVICE, OnDevice, moved, pretended_device
 
 import tl_capacity as tlc
+from tl_capacity.distillation import distill
 from tl_capacity.distillation.losses import Output, chunked_losses
 from tl_capacity.distillation.settings import LogitLoss
 from tl_capacity.errors import CapacityError
@@ -161,6 +164,28 @@ class TestSpreadOverDevices:
             CapacityError, match=r"is spread over devices by a device map, which .* bridge does not support"
         ):
             _ = spread.bridge
+
+    def test_what_needs_weights_that_are_on_disk_is_refused(self, setup: Path, tmp_path: Path) -> None:
+        spread = load_model(str(setup / "model"), device_map=self.MAP).model
+        rows, hook = np.ones((4, 8), dtype=np.int64), "blocks.1.hook_resid_post"
+        with tlc.add_capacity_hooks(spread, {hook: tlc.load_sae(str(setup / "sae"))[1]}) as capacity:
+            measurement = capacity.run(np.arange(2, 34).reshape(4, 8), progress=False).measurement()
+        with pytest.raises(CapacityError, match="the model's head is in CPU memory or on disk"):
+            tlc.splice(spread, measurement, rows, saes={hook: tlc.load_sae(str(setup / "sae"))[1]}, progress=False)
+        with pytest.raises(CapacityError, match="the teacher is partly in CPU memory or on disk"):
+            distill(spread, [8], rows, progress=False)
+
+    def test_a_model_that_cannot_be_loaded_leaves_nothing_on_disk(
+        self, setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        damaged = shutil.copytree(setup / "model", tmp_path / "model")
+        [weights] = damaged.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-100])
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+        (tmp_path / "temporary").mkdir()
+        with pytest.raises(CapacityError, match="cannot be loaded"):
+            load_model(str(damaged), device_map=self.MAP)
+        assert not list((tmp_path / "temporary").iterdir())
 
     @pytest.mark.parametrize(
         ("device_map", "says"),

@@ -181,7 +181,8 @@ def check_teacher(teacher: Any) -> None:
     """Refuse a model that cannot be distilled.
 
     Raises:
-        CapacityError: where it is no Hugging Face causal language model, or holds one beside others.
+        CapacityError: where it is no Hugging Face causal language model, holds one beside others, or is partly in CPU
+            memory or on disk.
     """
     from transformers import PreTrainedModel
 
@@ -191,6 +192,11 @@ def check_teacher(teacher: Any) -> None:
             f"{type(teacher).__name__} cannot be distilled: pass a Hugging Face causal language model, unwrapped"
         )
     width_of(model.config)
+    if hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
+        raise CapacityError(
+            "the teacher is partly in CPU memory or on disk, where its device map put it, and students are built from"
+            " all of its weights: load it without a device map"
+        )
 
 
 def output_of(

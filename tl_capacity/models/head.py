@@ -64,12 +64,21 @@ class Head:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a Hugging Face or TransformerLens causal language model."""
+    """The head of a Hugging Face or TransformerLens causal language model.
+
+    Raises:
+        CapacityError: where a device map keeps its weights off every device.
+    """
     if hasattr(model, "hook_dict"):
         cap = getattr(model.cfg, "output_logits_soft_cap", None)
         bias = getattr(model, "b_U", None)
         return Head(model.W_U.T, bias, cap if cap is not None and cap > 0 else None)
     linear = model.get_output_embeddings()
+    if linear.weight.is_meta and hasattr(model, "hf_device_map"):
+        raise CapacityError(
+            "the model's head is in CPU memory or on disk, where its device map put it, and is needed on a device: load"
+            " the model without a device map, or with the head on a device"
+        )
     return Head(linear.weight, linear.bias, getattr(model.config, "final_logit_softcapping", None))
 
 
