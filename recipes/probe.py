@@ -36,6 +36,7 @@ from tl_capacity.probing.rows import JSON_NAME
 from tl_capacity.recipe import already_there, option, run_file, settings_of
 from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
+from tl_capacity.runtime.paths import beside
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import (
@@ -148,11 +149,10 @@ def main(config: ProbeConfig) -> ProbeResult | None:
         ).encode()
     )
     decides = config.decisive() | {"weights": [model.revision for model in models], "texts": texts}
-    beside = processes.own(config.out)
     state = checkpoint_in(
         config.out,
         processes.own(Path("probes")).name,
-        beside=beside.with_name(f"{beside.name}.checkpoint.safetensors"),
+        beside=beside(processes.own(config.out), "checkpoint.safetensors"),
     )
     checkpoint = Checkpoint(state, decides)
     settings = ProbeSettings(**{field.name: getattr(config, field.name) for field in fields(ProbeSettings)})

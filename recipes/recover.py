@@ -39,6 +39,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.results.naming import middle
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP, device_named
 from tl_capacity.runtime.logs import log
+from tl_capacity.runtime.paths import beside
 from tl_capacity.runtime.processes import Processes
 from tl_capacity.runtime.versions import library_versions
 from tl_capacity.storage.checkpoints import (
@@ -190,12 +191,8 @@ def main(config: RecoverConfig) -> list[Recovery] | None:
 
 def _state(out: Path, processes: Processes, name: str) -> Path:
     """The file of this process's checkpoint."""
-    return checkpoint_in(out, processes.own(Path(name)).name, beside=_beside(processes.own(out), name))
-
-
-def _beside(folder: Path, name: str) -> Path:
-    """The file in which version 0.1 kept it."""
-    return folder.with_name(f"{folder.name}.{name}.checkpoint.safetensors")
+    of_version_0_1 = beside(processes.own(out), f"{name}.checkpoint.safetensors")
+    return checkpoint_in(out, processes.own(Path(name)).name, beside=of_version_0_1)
 
 
 def tapped_at(teacher: LoadedModel, student: LoadedModel, name: str, hook: str, named: str | None) -> Any:

@@ -10,6 +10,7 @@ from tl_capacity.measure.settings import MeasureSettings
 from tl_capacity.models.defaults import USUAL_CONTEXT, middle_hook, row_length
 from tl_capacity.recipe import option, option_of
 from tl_capacity.runtime.devices import AUTO, DEVICE_HELP
+from tl_capacity.runtime.paths import beside
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "gated", "jumprelu")
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
@@ -81,7 +82,7 @@ class TrainSAEConfig:
     @property
     def checkpoints_folder(self) -> Path:
         """The folder of checkpoints until the SAE is complete."""
-        return self.out.with_name(f"{self.out.name}.checkpoints")
+        return beside(self.out, "checkpoints")
 
     def decisive(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_capacity.errors import CapacityError
 from tl_capacity.recipe import option, run_file
+from tl_capacity.runtime.paths import beside
 from tl_capacity.runtime.progress import token_progress
 from tl_capacity.storage.checkpoints import remove_checkpoint
 from tl_capacity.storage.files import make_folder
@@ -144,7 +145,7 @@ def _sweep(settings: toy.SweepSettings, out: Path) -> toy.SweepResult:
     """The sweep in `out`, trained first if it is not there."""
     from tl_capacity import toy
 
-    checkpoint = out.with_name(f"{out.name}.checkpoint.safetensors")
+    checkpoint = beside(out, "checkpoint.safetensors")
     if out.exists():
         result = toy.SweepResult.load(out)
         if changed := earlier_values(result.settings.to_json(), settings.to_json()):

@@ -124,8 +124,16 @@ def run(function: Callable[[Any], Any], arguments: Sequence[str] | None = None, 
     `tuple[int, ...]` fields are given as `16,32,64`, or the option is repeated; a field without a default is a required
     option.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return command_of(function).main(given, prog_name=name or sys.argv[0], standalone_mode=False)
+    import typer
+
+    given, command = list(sys.argv[1:] if arguments is None else arguments), command_of(function)
+    try:  # not its `main`, which would turn an interruption into a number that cannot be told from a result
+        with command.make_context(name or sys.argv[0], given) as context:
+            return command.invoke(context)
+    except typer.Exit as ended:
+        if ended.exit_code:
+            raise SystemExit(ended.exit_code) from None
+        return None
 
 
 def run_file(function: Callable[[Any], Any]) -> None:

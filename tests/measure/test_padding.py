@@ -85,6 +85,69 @@ class TestPaddingOnTheLeft:
         with tlc.add_capacity_hooks(model, sae, fvu_every=1, skip_first_positions=skip) as capacity:
             assert_same_sums(counted, sums(capacity.run([row[None] for row in rows])), but=("masked",))
 
+    @pytest.mark.parametrize(
+        ("kind", "called"),
+        [
+            ("HookedTransformer", "run_with_cache"),
+            ("TransformerBridge", "run_with_cache"),
+            ("TransformerBridge", "run_with_hooks"),
+            ("gpt_neox", "forward"),
+            ("gpt_neox", "base_model"),
+            ("gpt2", "base_model"),
+        ],
+    )
+    def test_a_call_past_the_hooks_of_the_model_itself(
+        self, models_by_kind: dict[str, Any], make_sae: Callable[..., Any], kind: str, called: str, rows: Any
+    ) -> None:
+        model, batch = models_by_kind[kind], padded(rows, "left")
+        with tlc.add_capacity_hooks(model, make_sae("topk", HOOK)) as capacity, torch.no_grad():
+            getattr(model, called)(batch["input_ids"], attention_mask=batch["attention_mask"])
+        assert capacity.n_tokens == sum(LENGTHS) - len(rows)
+        assert capacity.measurement()[HOOK].summary.masked["padding"] == batch["attention_mask"].eq(0).sum()
+
+    @pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])
+    def test_embeddings_of_the_models_own(
+        self, models_by_kind: dict[str, Any], make_sae: Callable[..., Any], kind: str, rows: Any
+    ) -> None:
+        """Each is counted with its own mask."""
+        model, batch = models_by_kind[kind], padded(rows, "left")
+        ids, embed = batch["input_ids"], model.get_input_embeddings()
+        with tlc.add_capacity_hooks(model, make_sae("topk", HOOK), mask_token_ids=()) as capacity, torch.no_grad():
+            model(inputs_embeds=embed(ids), attention_mask=batch["attention_mask"])
+            assert capacity.n_tokens == sum(LENGTHS)
+            model(inputs_embeds=embed(ids), attention_mask=torch.ones_like(ids))
+            assert capacity.n_tokens == sum(LENGTHS) + ids.numel()
+            embed(ids)  # for something else
+            model(ids[:2])
+            assert capacity.n_tokens == sum(LENGTHS) + ids.numel() + ids[:2].numel()
+            with pytest.raises(CapacityError, match=r"inputs_embeds \[4, 12, 32\] that its own embedding did not just"):
+                model(inputs_embeds=embed.weight[ids])
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+    def test_a_mask_of_queries_and_keys(
+        self, neox: Any, make_sae: Callable[..., Any], rows: list[torch.Tensor], dtype: torch.dtype
+    ) -> None:
+        batch = padded(rows, "left")
+        ids, present = batch["input_ids"], batch["attention_mask"].bool()
+        lets = present[:, None, None] & torch.ones(12, 12, dtype=torch.bool, device=ids.device).tril()
+        mask = lets if dtype == torch.bool else torch.zeros(lets.shape).to(ids.device).masked_fill(~lets, -1e30)
+        with tlc.add_capacity_hooks(neox, make_sae("topk", HOOK)) as capacity, torch.no_grad():
+            neox(ids, attention_mask=mask)
+            assert capacity.n_tokens == sum(LENGTHS) - len(rows)
+            with pytest.warns(UserWarning, match=r"an attention mask of shape \[4, 1, 1, 12\], which does not say"):
+                neox(ids, attention_mask=mask[:, :, -1:])
+
+    def test_a_cache_of_fixed_size(self, neox: Any, make_sae: Callable[..., Any], rows: list[torch.Tensor]) -> None:
+        """Its masks are of queries and keys, most of which are still empty."""
+        batch, options = padded(rows, "left"), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+        found = []
+        for kind in (None, "static"):
+            with tlc.add_capacity_hooks(neox, make_sae("topk", HOOK), mask_token_ids=()) as capacity:
+                neox.generate(**batch, **options, pad_token_id=5, cache_implementation=kind)
+            found.append(sums(capacity))
+        assert found[0]["tokens"].sum() == sum(LENGTHS) + 2 * len(rows)
+        assert_same_sums(*found)
+
     def test_importances_in_nats(self, neox: Any, make_sae: Callable[..., Any], rows: list[torch.Tensor]) -> None:
         found = []
         for stream in (padded(rows, "left"), [row[None] for row in rows]):

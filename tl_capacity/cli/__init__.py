@@ -20,7 +20,7 @@ from tl_capacity.cli.extending import plugins, run
 from tl_capacity.cli.judging import decompose, effective, observe, report
 from tl_capacity.cli.measuring import doctor, hooks, measure, merge
 from tl_capacity.cli.predicting import budget, floor, plan
-from tl_capacity.errors import CapacityError, reporting_errors
+from tl_capacity.errors import EXIT_INTERRUPTED, CapacityError, reporting_errors
 from tl_capacity.runtime.logs import configure, figures
 from tl_capacity.runtime.logs import log as logger
 from tl_capacity.runtime.progress import peak_memory
@@ -90,5 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: the name of a file need not be UTF-8
     with reporting_errors():
         code = app(arguments, standalone_mode=False) or 0
+        if code == EXIT_INTERRUPTED:  # which Typer makes of Ctrl-C
+            raise KeyboardInterrupt
         logger.info("done", extra=figures(peak_memory_bytes=peak_memory()))
         raise SystemExit(code)

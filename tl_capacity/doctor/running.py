@@ -20,6 +20,8 @@ from tl_capacity.errors import CapacityError
 from tl_capacity.measure.attach import attach
 from tl_capacity.measure.session import CapacityHooks
 from tl_capacity.measure.settings import MeasureSettings
+from tl_capacity.models.forward import activation_at, evaluating
+from tl_capacity.models.hook_points import TapPoint
 from tl_capacity.predict.caveats import HIGH_FVU
 from tl_capacity.text.counting import CountingRule
 from tl_capacity.text.streams import TokenBatch
@@ -46,6 +48,14 @@ class Trial:
         settings = self.settings
         importance = settings.importance or None
         return attach(self.model, dictionaries, self.rule, importance, settings.alive_threshold, fvu_every)
+
+    def activations(self, point: TapPoint) -> Iterator[Float[Tensor, "row position d"]]:
+        """The activations at a hook point that fires, with heads joined, for each batch."""
+        for batch in self.batches:
+            with evaluating(self.model):
+                seen = activation_at(self.model, point, torch.from_numpy(batch.filled(self.rule.filler)))
+            assert seen is not None
+            yield seen.flatten(2)
 
     def counted(self) -> list[Tensor]:
         """For each batch, bool [row, position]: which tokens count."""
@@ -77,15 +87,11 @@ def _running_findings(trial: Trial, dictionary: NamedDictionary) -> list[Finding
             f"{hook} has width {point.width:,}, but the SAE's d_in is {sae.cfg.d_in:,}: it belongs to another hook"
             " point or model, so pass an SAE that was trained on this one"
         )
-    activations: list[Tensor] = []
-    unwatch = point.watch(lambda activation: activations.append(activation.detach().flatten(2)))
-    try:
-        with trial.attached([dictionary], fvu_every=1) as capacity:
-            capacity.run(trial.batches, progress=False)
-    finally:
-        unwatch()
+    with trial.attached([dictionary], fvu_every=1) as capacity:
+        capacity.run(trial.batches, progress=False)
     summary = capacity.measurement().hooks[0].summary
     assert summary.fvu is not None
+    activations = list(trial.activations(point))
     counted = trial.counted()
     inputs = torch.cat([x[c.to(x.device)] for x, c in zip(activations, counted, strict=True)])
     fires = f"{hook} fires, with {sae.cfg.d_in:,} dimensions like the SAE; {summary.n_tokens:,} tokens counted"

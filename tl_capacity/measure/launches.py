@@ -27,6 +27,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.provenance import Provenance
 from tl_capacity.results.sums import merge_sums
 from tl_capacity.runtime.logs import log
+from tl_capacity.runtime.paths import beside, named
 from tl_capacity.text.shares import Place, Share
 from tl_capacity.text.streams import TokenStream
 
@@ -93,8 +94,9 @@ class Part:
 
 def left_behind(out: Path) -> list[Path]:
     """The folders that launches have left beside a measurement."""
-    beside = out.parent.glob(f"{escape(out.name)}.process-*-of-*")
-    there = [path for path in beside if (path / JSON_NAME).exists() and _numbers(path)]
+    whole = named(out)
+    parts = whole.parent.glob(f"{escape(whole.name)}.process-*-of-*")
+    there = [path for path in parts if (path / JSON_NAME).exists() and _numbers(path)]
     return sorted(there) + ([_gathered(out)] if (_gathered(out) / JSON_NAME).exists() else [])
 
 
@@ -270,7 +272,7 @@ def _remove(part: Part, out: Path) -> None:
 
 def _gathered(out: Path) -> Path:
     """The folder where the sums of earlier launches are kept."""
-    return out.with_name(f"{out.name}.earlier-launches")
+    return beside(out, "earlier-launches")
 
 
 def _numbers(folder: Path) -> tuple[int, int] | None:

@@ -28,6 +28,10 @@ from tl_capacity.runtime.out_of_memory import within_device_memory
 from tl_capacity.storage.digests import files_digest
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+FEW_TOKENS = 8
+"""Tokens on which a bridge's logits are compared with those of the model that it is made of."""
+SAME_LOGITS, SAME_HALF_LOGITS = 0.01, 0.1
+"""Largest difference of the two that is rounding, as a share of the largest logit, in float32 and in half precision."""
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 """Accelerate's ways to spread a model over devices."""
 LARGEST_TOKEN_ID = 2**31 - 1
@@ -63,7 +67,7 @@ class LoadedModel:
         model in place. Its tokenizer is a copy, because TransformerLens adds special tokens to it.
 
         Raises:
-            CapacityError: where TransformerLens cannot bridge the architecture.
+            CapacityError: where TransformerLens cannot bridge the architecture, or its bridge computes something else.
         """
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -80,16 +84,14 @@ class LoadedModel:
                 f"{self.name!r} is spread over devices by a device map, which TransformerLens' bridge does not "
                 "support: tap residual-stream hooks, or leave out --device-map"
             )
-        device = str(device_of(self.model))
+        device, kind = device_of(self.model), self.model.config.model_type
+        few, own = _few_logits(self.model, device)
         try:
-            return TransformerBridge.boot_transformers(
-                self.name, hf_model=self.model, tokenizer=deepcopy(self.tokenizer), device=device
+            bridge = TransformerBridge.boot_transformers(
+                self.name, hf_model=self.model, tokenizer=deepcopy(self.tokenizer), device=str(device)
             )
         except (ValueError, KeyError, AttributeError, NotImplementedError) as problem:
-            kind, reason = (
-                self.model.config.model_type,
-                reason_of(problem).partition(". ")[0],
-            )  # it goes on to list all that it can
+            reason = reason_of(problem).partition(". ")[0]  # it goes on to list all that it can
             known = plugins().family_of(kind) is not None
             what = (
                 "tap a residual-stream hook instead"
@@ -97,6 +99,14 @@ class LoadedModel:
                 else "register a model family (docs/families.md), and tap a residual-stream hook"
             )
             raise CapacityError(f"TransformerLens cannot bridge {kind!r} ({reason}): {what}") from problem
+        off = _difference(bridge, few, own)
+        if not off <= (SAME_HALF_LOGITS if own.dtype.itemsize < 4 else SAME_LOGITS):
+            raise CapacityError(
+                f"TransformerLens' bridge of {kind!r} is not the same model: its logits are off by {off:.0%} of the"
+                " largest, so nothing is counted on it; tap a hook point that the model's family has a place for"
+                " (docs/families.md), or use another version of TransformerLens"
+            )
+        return bridge
 
     def source(self, given: str) -> str:
         """The token source that was given, or else the model's own.
@@ -302,6 +312,25 @@ def _cached_commit(spec: str, revision: str | None) -> str | None:
 
     path = try_to_load_from_cache(spec, "config.json", revision=revision)
     return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _few_logits(model: Any, device: Any) -> tuple[Any, Any]:
+    """Some tokens from all over the vocabulary, [1, position], and a Hugging Face model's logits for them."""
+    import torch
+
+    size = model.get_input_embeddings().weight.shape[0]
+    few = (torch.arange(FEW_TOKENS, device=device) * (size // FEW_TOKENS))[None]
+    with torch.no_grad():
+        return few, model(few).logits.cpu()
+
+
+def _difference(bridge: Any, few: Any, own: Any) -> float:
+    """The largest difference of a bridge's logits from the model's own, as a share of the largest of these."""
+    import torch
+
+    with torch.no_grad():
+        found = bridge(few).cpu()
+    return float((found.double() - own.double()).abs().max() / own.double().abs().max())
 
 
 def _device_map(given: str | Mapping[str, str | int] | None) -> str | dict[str, str | int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import Any
 
 from tl_capacity.errors import CapacityError
@@ -67,6 +68,8 @@ class Budget(ShownInNotebooks):
         warnings: Sequence[str] = (),
     ) -> Budget:
         """The budget at some hook points; see `Measurement.budget`."""
+        if max_fvu is not None and isnan(max_fvu):
+            raise CapacityError("max_fvu = nan refuses nothing: give a number, or inf to accept any fit")
         for hook in hooks:
             fvu = hook.summary.fvu
             if max_fvu is not None and fvu is not None and fvu.value > max_fvu:

@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from tl_capacity.errors import CapacityError
 from tl_capacity.runtime.devices import device_named
 from tl_capacity.runtime.hub import reason_of
+from tl_capacity.runtime.paths import beside
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -38,7 +39,7 @@ def is_first() -> bool:
 
 def of_process(path: Path, index: int, count: int) -> Path:
     """A place beside `path` where one of several processes keeps its files."""
-    return path.with_name(f"{path.name}.process-{index}-of-{count}")
+    return beside(path, f"process-{index}-of-{count}")
 
 
 @dataclass(frozen=True)

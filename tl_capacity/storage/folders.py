@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tl_capacity.errors import NotWrittenError
 from tl_capacity.runtime.hub import reason_of
+from tl_capacity.runtime.paths import named
 from tl_capacity.storage.files import make_folder
 
 FULL_BYTES = 2**16
@@ -46,6 +47,7 @@ def new_folder(place: Path) -> Iterator[Path]:
     Raises:
         NotWrittenError: where the disk is full or the folder cannot be written.
     """
+    place = named(place)
     unfinished = place.with_name(f".writing-{place.name}")
     make_folder(place.parent)
     shutil.rmtree(unfinished, ignore_errors=True)
