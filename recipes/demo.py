@@ -42,7 +42,7 @@ class DemoConfig:
     tokens: int = option(20_000, "Predicted tokens to train each student on.")
     verbose: bool = option(False, "Also print what the command of each stage prints.", "--verbose")
     device: str = option(AUTO, f"Where everything runs: {DEVICE_HELP}")
-    threads: int = option(1, "CPU threads. Such small models gain little from more. 0 leaves it to torch.")
+    threads: int = option(1, "CPU threads. Such small models gain little from more. 0 leaves it to torch.", least=0)
 
 
 def main(config: DemoConfig) -> Path:

@@ -46,7 +46,7 @@ class DistillConfig:
     keep_hook: str = option(
         "", "Hook point of a concept's features, or of a file that names none. Default: the middle SAE's."
     )
-    concept_features: int = option(16, "How many features carry a concept. The k-sparse probe chooses them.")
+    concept_features: int = option(16, "How many features carry a concept. The k-sparse probe chooses them.", least=1)
     sae: tuple[str, ...] = option(
         (), "Dictionaries of the features to keep, as for measure. Default: those that come with the teacher."
     )
@@ -74,9 +74,9 @@ class DistillConfig:
         False, "Spread the blocks of a teacher that was loaded on the CPU over the processes (FSDP)."
     )
     mixed_precision: str = option_of(DistillSettings, "mixed_precision")
-    checkpoint_seconds: float = option(60.0, "Save a checkpoint this often.")
+    checkpoint_seconds: float = option(60.0, "Save a checkpoint this often.", least=0)
     trackers: tuple[str, ...] = option((), "Also report to these trackers of Accelerate, such as wandb,tensorboard.")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.", least=0)
 
     def settings(self) -> DistillSettings:
         """The settings of the students, without teacher, widths, text, and the features to keep.

@@ -81,7 +81,7 @@ class PlacementConfig:
     )
     out: Path = option(Path("runs/placement"), "Folder to write. A rerun continues in it.")
     hook: str = option("", "Hook point. Default: the file's, else the middle one of those measured.")
-    concept_features: int = option(16, "How many features carry a concept. The k-sparse probe chooses them.")
+    concept_features: int = option(16, "How many features carry a concept. The k-sparse probe chooses them.", least=1)
     tokens: int = option_of(DistillSettings, "tokens", "Predicted tokens to train the students of each weight on.")
     seeds: tuple[int, ...] = option_of(DistillSettings, "seeds")
     start: str = option_of(DistillSettings, "start", default="truncated")
@@ -109,9 +109,9 @@ class PlacementConfig:
     seed: int = option_of(DistillSettings, "seed")
     mixed_precision: str = option_of(DistillSettings, "mixed_precision")
     tau: float = option(0.95, "A feature counts as kept from this AUROC on.")
-    checkpoint_seconds: float = option(60.0, "Save a checkpoint of a distillation this often.")
+    checkpoint_seconds: float = option(60.0, "Save a checkpoint of a distillation this often.", least=0)
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.", least=0)
 
     def settings(self, keep: KeepFeatures | None, weight: float) -> DistillSettings:
         """The settings of the distillation with one weight."""

@@ -97,10 +97,10 @@ class ProbeConfig:
         " task.",
     )
     context: int | None = option(None, "Positions in a row, BOS included. Default: what the model takes, at most 512.")
-    batch_rows: int = option(32, "Texts in a forward pass.")
-    seed: int = option(0, "Seed of folds, random weights, control labels and resamples.")
+    batch_rows: int = option(32, "Texts in a forward pass.", least=1)
+    seed: int = option(0, "Seed of folds, random weights, control labels and resamples.", least=0)
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
-    threads: int = option(0, "CPU threads of the models; 0 leaves it to torch.")
+    threads: int = option(0, "CPU threads of the models; 0 leaves it to torch.", least=0)
 
     def decisive(self, *without: str) -> dict[str, Any]:
         """The settings that decide the result, except the given ones.

@@ -132,7 +132,7 @@ class PythiaFloorConfig:
     seed: int = option_of(DistillSettings, "seed")
     device: str = option(AUTO, f"Where everything runs: {DEVICE_HELP}")
     revision: str | None = option_of(MeasureSettings, "revision")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.", least=0)
 
     def whole(self) -> PythiaFloorConfig:
         """The settings with the preset's values filled in.

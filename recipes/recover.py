@@ -86,7 +86,7 @@ class RecoverConfig:
     importance: str = option("second_moment", "Importance estimator of the predicted set.")
     random: bool = option(True, "Also read students with random weights, as the floor.")
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.", least=0)
 
     def decisive(self, *without: str) -> dict[str, Any]:
         """The settings that decide the result, except the given ones.

@@ -59,12 +59,12 @@ class RivalsConfig:
         " its held-out part.",
     )
     tokens: int = option(16_384, "Predicted tokens to read, in whole batches, as run distill reads --heldout-tokens.")
-    fit_tokens: int = option(50_000, "Tokens of the measured text to fit principal components to.")
-    seed: int = option(0, "Seed of the truncated student's weights that the teacher does not give.")
+    fit_tokens: int = option(50_000, "Tokens of the measured text to fit principal components to.", least=1)
+    seed: int = option(0, "Seed of the truncated student's weights that the teacher does not give.", least=0)
     iterations: int = option_of(BoundSettings, "iterations")
     tolerance: float = option_of(BoundSettings, "tolerance")
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.", least=0)
 
 
 def main(config: RivalsConfig) -> Forecasts | None:

@@ -31,7 +31,7 @@ class TrainSAEConfig:
     architecture: str = option("topk", f"One of {', '.join(ARCHITECTURES)}.")
     d_sae: int = option(4096, "Number of latents.")
     k: int = option(32, "Active latents per token, for topk and batchtopk.")
-    l1_coefficient: float = option(1.0, "Sparsity penalty, for standard and gated.")
+    l1_coefficient: float = option(1.0, "Sparsity penalty, for standard and gated.", least=0)
     l0_coefficient: float = option(1.0, "Sparsity penalty, for jumprelu.")
     lr: float = option(
         1e-3, "Peak learning rate of Adam. It rises over the first 5% of the steps and falls to zero over the last 20%."
@@ -40,7 +40,7 @@ class TrainSAEConfig:
     context: int | None = option(None, "Positions in a row, BOS included. Default: what the model takes, at most 256.")
     batch_rows: int = option(8, "Rows in one forward pass of the model.")
     dead_after_tokens: int = option(
-        200_000, "A latent that was silent for this many tokens counts as dead, and topk revives it."
+        200_000, "A latent that was silent for this many tokens counts as dead, and topk revives it.", least=0
     )
     checkpoints: int = option(4, "How many to write during training. The same command resumes from the newest.")
     save_dtype: str = option(
@@ -54,7 +54,7 @@ class TrainSAEConfig:
     )
     device: str = option(AUTO, f"Where the model and the SAE run: {DEVICE_HELP}")
     revision: str | None = option_of(MeasureSettings, "revision")
-    seed: int = option(0, "Seed of the split, the order of the rows and the initial weights.")
+    seed: int = option(0, "Seed of the split, the order of the rows and the initial weights.", least=0)
 
     @property
     def steps(self) -> int:

@@ -51,7 +51,7 @@ class SpliceConfig:
     lost: str = option("mean", f"What stands in for a lost latent: {', '.join(LOST)}.")
     keep_error: bool = option(False, "Leave the SAE's own error in the stream.")
     device: str = option(AUTO, f"Where the model runs: {DEVICE_HELP}")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.", least=0)
 
 
 def main(config: SpliceConfig) -> Spliced | None:

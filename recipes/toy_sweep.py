@@ -52,7 +52,7 @@ class ToySweepConfig:
     correlation: str = option("independent", "independent, correlated or anticorrelated pairs of features.")
     distilled: bool = option(True, "Also train students of the teachers.")
     seeds: int | None = option(None, "Number of seeds.")
-    first_seed: int = option(0, "The first seed.")
+    first_seed: int = option(0, "The first seed.", least=0)
     steps: int | None = option(None, "Steps of Adam.")
     batch: int = option(128, "Samples in a step, of those that are not all zero.")
     lr: float = option(1e-2, "Learning rate at the start. It falls to zero along half a cosine.")

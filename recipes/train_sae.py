@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,11 @@ def _check(config: TrainSAEConfig) -> None:
         raise CapacityError(f"k = {config.k} must lie between 1 and d_sae = {config.d_sae}")
     if not 1 <= config.batch_tokens <= config.tokens:
         raise CapacityError(f"batch_tokens = {config.batch_tokens} must lie between 1 and tokens = {config.tokens}")
-    if config.heldout_tokens < 1 or config.lr <= 0 or config.checkpoints < 0 or config.batch_rows < 1:
-        raise CapacityError("heldout_tokens, lr and batch_rows must be positive and checkpoints not negative")
+    for name, least in (("heldout_tokens", 1), ("checkpoints", 0), ("batch_rows", 1)):
+        if getattr(config, name) < least:
+            raise CapacityError(f"{name} = {getattr(config, name):,} is too small: choose at least {least}")
+    if not 0 < config.lr < inf:
+        raise CapacityError(f"lr = {config.lr:g} trains nothing: choose a finite number above 0")
     if config.out.exists():
         raise CapacityError(f"{config.out} exists already: choose another --out, or delete it first")
     make_folder(config.out.parent)

@@ -190,6 +190,11 @@ BAD_INPUT = [
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--alive-threshold", "2"], "alive_threshold"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--max-fvu", "1e-9"], "wrong hook or wrong model"),
     (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--max-fvu", "nan"], "refuses nothing"),
+    (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--fvu-every", "0"], "--fvu-every 0 is not possible"),
+    (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--skip-first-positions", "-1"], "give at least 0"),
+    (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--checkpoint-seconds", "nan"], "give at least 0"),
+    (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--batch-rows", "1" * 30], "--batch-rows has 30 digits"),
+    (["--sae", "SETUP/sae", "--source", "SETUP/text.jsonl", "--widths", "8" * 400], "a width of 400 digits"),
     (
         ["--sae", "ln_final.hook_normalised=SETUP/sae", "--source", "SETUP/text.jsonl"],
         "'ln_final.hook_normalised' is not a hook point.*ln_final.hook_normalized",

@@ -272,6 +272,14 @@ def test_a_folder_with_a_basis(measured: Path, cli: Cli) -> None:
     assert [f.says for f in findings if f.check == "SAE"][1].startswith(basis)
 
 
+def test_an_importance_that_needs_a_backward_pass(measured: Path, cli: Cli) -> None:
+    """It runs the model more often than once for each batch."""
+    options = ("--model", measured / "model", "--sae", measured / "sae", "--source", measured / "text.jsonl")
+    code, out, err = cli("doctor", *options, "--importance", "gradient", "--json")
+    assert (code, err) == (0, "")
+    assert {finding["level"] for finding in json.loads(out)} == {OK}
+
+
 def test_a_folder_whose_model_or_sae_has_changed(measured: Path) -> None:
     from sae_lens import SAE
     from transformers import GPTNeoXForCausalLM

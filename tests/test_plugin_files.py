@@ -216,6 +216,23 @@ def test_a_recipe_in_a_plugin_file(command: Cli, plugin: Plugin, target: str, fu
     assert "Twice a number" in command("--plugin", mine, "run")[1]
 
 
+@pytest.mark.parametrize(
+    ("stops", "code", "says"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted; what was saved is whole"),
+        ("raise SystemExit(3)", 3, ""),
+        ("import typer; raise typer.Exit(4)", 4, ""),
+    ],
+)
+def test_a_recipe_that_is_stopped_ends_with_its_own_code(
+    command: Cli, plugin: Plugin, stops: str, code: int, says: str
+) -> None:
+    mine = plugin(RECIPE.replace("TARGET", "'mine:main'").replace("    print(", f"    {stops}\n    print("))
+    ended, out, err = command("--plugin", mine, "run", "double", "--number", 2)
+    assert (ended, out) == (code, "")
+    assert says in err
+
+
 def test_two_files_of_one_name_each_run_their_own_recipe(cli: Cli, plugin: Plugin) -> None:
     first = plugin(RECIPE.replace("TARGET", "'mine:main'"))
     other = RECIPE.replace("TARGET", "'mine:main'").replace('"double"', '"triple"').replace("TIMES = 2", "TIMES = 3")

@@ -18,6 +18,7 @@ MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("
 MOST_LINES = 450
 OTHERS_OWN = {
     "_repr_html_": "IPython's name for how a result looks in a notebook, to be called by whoever shows it",
+    "_dynamo": "torch has no public limit of how often a function is compiled",
     "_forward_hooks": "torch has no public way to ask whether a module has hooks",
 }
 """Private names of other packages that may be used, and why."""

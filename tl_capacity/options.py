@@ -16,6 +16,11 @@ from typing import Any, TypeVar
 from tl_capacity.errors import CapacityError, PluginError
 
 Value = TypeVar("Value")
+MOST = 2**63
+"""Whole numbers are below it, as in all libraries that count with them."""
+
+WIDEST = 2**31
+"""Widths are below it."""
 
 
 def option(
@@ -25,6 +30,7 @@ def option(
     repeated: bool = False,
     parse: Callable[[str], Any] | None = None,
     typed: str = "",
+    least: int | None = None,
     **parameters: Any,
 ) -> Any:
     """A dataclass field with a help text for its option.
@@ -38,9 +44,10 @@ def option(
         parse: makes the value of the text that was typed; its `CapacityError` begins with that text, and the option's
             name is put before it.
         typed: with `parse`, the text that stands for `default`.
+        least: the smallest number that may be given.
         parameters: others of `dataclasses.field`.
     """
-    metadata = {"help": help, "names": names, "repeated": repeated, "parse": parse, "typed": typed}
+    metadata = {"help": help, "names": names, "repeated": repeated, "parse": parse, "typed": typed, "least": least}
     return dataclasses.field(default=default, metadata=metadata, **parameters)
 
 
@@ -94,6 +101,8 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         raise CapacityError(f"{text!r} is not a list of whole numbers: write them as 128,256,512") from problem
     if any(width < 1 for width in widths):
         raise CapacityError(f"{text!r} has a width below 1: give widths of at least 1")
+    if any(width >= WIDEST for width in widths):
+        raise CapacityError(f"a width of {len(str(max(widths)))} digits is no model's: give widths below 2³¹")
     return widths
 
 
@@ -227,16 +236,30 @@ class _Option:
         if parse:
             return self.default if given == self.field.metadata["typed"] else read(name, given, parse)
         if not self.is_tuple:
+            self._check(name, given)
             return given
         item = typing.get_args(self.kind)[0]
         joined = ",".join(given)
         parts = given if self.field.metadata.get("repeated") else [p for p in joined.split(",") if p.strip()]
         try:
-            return tuple(item(part) for part in parts)
+            items = tuple(item(part) for part in parts)
         except ValueError as problem:
             raise CapacityError(
                 f"{name} {joined!r} is not a list of {item.__name__}s: write them as 1,2,3"
             ) from problem
+        for each in items:
+            self._check(name, each)
+        return items
+
+    def _check(self, name: str, value: Any) -> None:
+        """Refuse a number that has more digits than any count, or is not as large as it must be."""
+        if not isinstance(value, int | float):
+            return
+        if isinstance(value, int) and abs(value) >= MOST:
+            raise CapacityError(f"{name} has {len(str(abs(value)))} digits: give a number below 2⁶³")
+        least = self.field.metadata.get("least")
+        if least is not None and not value >= least:
+            raise CapacityError(f"{name} {value:g} is not possible: give at least {least}")
 
     def _typed(self, items: Sequence[Any]) -> list[str]:
         """A tuple as a user would type it."""

@@ -162,6 +162,35 @@ class TestHandles:
         assert measurement[HOOK].summary.n_tokens == int((tokens != BOS).sum())
         assert all_hooks(model) == before
 
+    def test_a_batch_that_was_interrupted_is_not_measured(
+        self, model: Any, make_sae: Callable[..., Any], tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ctrl-C between the tokens of a batch and its latents, as anything else that ends counting there."""
+        with tlc.add_capacity_hooks(model, make_sae("standard", HOOK)) as capacity:
+            capacity.run(tokens[:8])
+            statistics = capacity.taps[0].statistics
+
+            def interrupted(*_: object, **__: object) -> None:
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(statistics, "update_masked", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    model(tokens[8:16])
+            for save in (capacity.measurement, capacity.checkpoint):
+                with pytest.raises(CapacityError, match=f"{HOOK} ended in the midst of batch 2, and its sums"):
+                    save()
+
+    def test_of_blocks_inside_each_other_the_outermost_ends(
+        self, model: Any, make_sae: Callable[..., Any], tokens: torch.Tensor
+    ) -> None:
+        with tlc.add_capacity_hooks(model, make_sae("standard", HOOK), mask_token_ids=()) as capacity:
+            with capacity:
+                model(tokens)
+            model(tokens)
+        model(tokens)
+        assert capacity.n_tokens == 2 * tokens.numel()
+
     def test_a_removed_one_is_not_entered(self, model: Any, make_sae: Callable[..., Any]) -> None:
         capacity = tlc.add_capacity_hooks(model, make_sae("standard", HOOK))
         with capacity:

@@ -16,6 +16,7 @@ from tl_capacity.measurement.measurement import Measurement
 from tl_capacity.measurement.splices import splice_of, splices_beside
 from tl_capacity.predict.spliced import Spliced
 from tl_capacity.storage.digests import digest
+from tl_capacity.storage.files import SEAL
 
 MEASURED = measurement_of_counts((64 * np.ceil(120 / np.arange(1, 201))).astype(np.int64))
 CURVE = curve_at(MEASURED.hooks[0], lambda kept: 1 / (1 + kept))
@@ -70,6 +71,7 @@ def test_a_splice_of_another_teacher_or_dictionary_is_refused(tmp_path: Path) ->
         with pytest.raises(MeasurementError, match=says):
             splice_of(named, tmp_path / "measured", tmp_path / "s")
     content = json.loads((tmp_path / "s" / "splice.json").read_text())
+    del content[SEAL]  # of its content as it was
     content["schema"] = 2
     (tmp_path / "s" / "splice.json").write_text(json.dumps(content))
     with pytest.raises(MeasurementError, match=r"json has schema 2, and this version reads up to 1: upgrade"):

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import Cli
-from transformers import BioGptConfig
+from transformers import BioGptConfig, CohereConfig, CohereForCausalLM
 
 from tl_capacity.errors import CapacityError, HookPointError
+from tl_capacity.models.loading import LoadedModel
 from tl_capacity.plugins import unregister_plugin
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,20 @@ def test_a_stale_table_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert content.endswith("after\n")
     page.write_text(content.replace("yes", "no", 1), encoding="utf-8")
     assert write_families.main(["--check"]) == 1
+
+
+def test_a_bridge_that_is_not_its_model(tokenizer: Any) -> None:
+    """That of Cohere's models in TransformerLens 3.9."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CohereForCausalLM(CohereConfig(**write_families.SHARED, **small)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) / 10)
+    model.config.architectures = [type(model).__name__]  # as a saved model has it
+    with pytest.raises(CapacityError, match=r"'cohere' is not the same model, as its logits are off by \d+% of"):
+        _ = LoadedModel(model, tokenizer, "local/cohere", None).bridge
 
 
 def test_an_architecture_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:

@@ -415,7 +415,7 @@ def test_rows_of_a_document_stay_together(config: TrainSAEConfig, tokenizer: Any
         ({"save_dtype": "int4"}, "'int4' is not a dtype to save in"),
         ({"k": 65}, "k = 65 must lie between 1 and d_sae = 64"),
         ({"tokens": 100}, "batch_tokens = 128 must lie between 1 and tokens = 100"),
-        ({"lr": 0.0}, "must be positive"),
+        ({"lr": 0.0}, "lr = 0 trains nothing"),
     ],
 )
 def test_settings_that_do_not_fit(config: TrainSAEConfig, change: dict[str, Any], message: str) -> None:

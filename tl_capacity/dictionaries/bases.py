@@ -113,6 +113,11 @@ def activations(model: Any, hook: str, stream: TokenStream) -> Iterator[Float[Te
             seen = activation_at(model, point, torch.from_numpy(batch.filled(rule.filler)))
         if seen is None:
             raise HookPointError(f"{hook} did not fire: the model does not run it, choose another hook point")
+        if seen.shape[:2] != counted.shape:
+            raise HookPointError(
+                f"{hook} has shape {list(seen.shape)} for tokens of shape {list(counted.shape)}: choose a hook point"
+                " with one vector per token"
+            )
         if bool(counted.any()):
             yield seen.flatten(2)[counted.to(seen.device)].float().cpu()
 

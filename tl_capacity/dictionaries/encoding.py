@@ -319,7 +319,7 @@ def decoder_vectors_add_up(sae: Any, inputs: Tensor) -> bool | None:
     """
     # One token after the other: what undoes the normalisation of a token remembers the last that was encoded.
     pairs = []
-    for token in torch.split(inputs[:CHECKED_TOKENS], 1):
+    for token in torch.split(inputs[:CHECKED_TOKENS].to(sae.W_dec.device), 1):
         latent = sae.encode(token)
         pairs.append((latent.to_dense(), sae.decode(latent).flatten(1)))
     latents, written = (torch.cat(each) for each in zip(*pairs, strict=True))

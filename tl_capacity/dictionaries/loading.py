@@ -102,11 +102,13 @@ def _load_sae_folder(folder: Path, device: str) -> SparseAutoencoder:
 
 
 def _read(path: Path, trainer: str, read: Callable[[Path], Any], device: str) -> SparseAutoencoder:
-    """What a function reads from a trainer's files. Any failure becomes one sentence."""
+    """What a function reads from a trainer's files. Any failure but a lack of memory becomes one sentence."""
+    from torch import OutOfMemoryError
+
     try:
         sae: SparseAutoencoder = read(path).to(device)
         return sae
-    except DictionaryError:
+    except (DictionaryError, OutOfMemoryError):
         raise
     except loading_errors() as problem:
         raise DictionaryError(

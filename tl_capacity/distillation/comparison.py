@@ -134,7 +134,7 @@ class Compared:
     def figures(self) -> Float64[Tensor, "figure student token"]:
         """All figures as numbers, in the order of `judged.MEANS`."""
         own = self.teacher_cross_entropy.expand_as(self.kl)
-        return torch.stack([self.kl, self.cross_entropy, own, self.agreement.to(self.kl)])
+        return torch.stack([self.kl, self.cross_entropy, own, exact(self.agreement)])
 
 
 def likeliest(logits: Float[Tensor, "token vocabulary"]) -> Int[Tensor, " token"]:

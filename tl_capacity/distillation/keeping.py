@@ -74,6 +74,7 @@ class Kept:
     ) -> Float[Tensor, ""]:
         """The weighted loss of a readout on some tokens, in float64: the sum, divided by `total`."""
         logits, values = readout.float().chunk(2, dim=-1)
+        latents = latents.to(readout.device)
         rate, square = (each.to(latents) for each in (self.latents.rate, self.latents.square))
         told = feature_loss(logits, values, latents, rate, square)
         return exact(told).sum() * self.wanted.weight / total
@@ -98,7 +99,7 @@ def dictionaries_of(
         if saes is not None and hook in saes:
             sae = saes[hook]
         elif hook in bundled:
-            _, sae = load_sae(str(bundled[hook]))
+            _, sae = load_sae(str(bundled[hook]), str(device_of(teacher.model)))
         else:
             known = ", ".join({**bundled, **(saes or {})}) or "none"
             raise CapacityError(

@@ -43,7 +43,7 @@ class ObserveSettings:
     context: int | None = option(
         None, "Positions in a row, BOS included. Default: what all the models take, at most 256."
     )
-    batch_rows: int = option(8, "Rows in a forward pass.")
+    batch_rows: int = option(8, "Rows in a forward pass.", least=1)
     prepend_bos: bool = option(True, "Begin each row with the teacher's BOS.", "--bos/--no-bos")
     special_tokens: bool = option(
         False,
@@ -53,7 +53,7 @@ class ObserveSettings:
     device: str = option(AUTO, f"Where the models run: {DEVICE_HELP}")
     dtype: str = option("float32", "Precision of all weights.")
     revision: str | None = option(None, "Branch, tag or commit of the teacher's hub id. Default: its main branch.")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch.")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch.", least=0)
 
     def __post_init__(self) -> None:
         if not self.students:

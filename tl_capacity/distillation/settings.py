@@ -46,7 +46,7 @@ class LogitLoss:
             raise CapacityError(
                 f"{self.divergence!r} is not a loss to distil with: choose one of {', '.join(DIVERGENCES)}"
             )
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise CapacityError(
                 f"temperature = {self.temperature:g} does not scale logits: choose a number above 0, such as 1 or 2"
             )
@@ -201,7 +201,7 @@ class DistillSettings:
     """
 
     tokens: int = option(1_000_000, "Predicted tokens to train on.")
-    seeds: tuple[int, ...] = option((0,), "Seeds of the initial weights. Each width is trained once per seed.")
+    seeds: tuple[int, ...] = option((0,), "Seeds of the initial weights. Each width is trained once per seed.", least=0)
     seeded_widths: tuple[int, ...] = option(
         (), "Widths that are trained with every seed. The others get only the first. Default: all widths."
     )
@@ -224,14 +224,14 @@ class DistillSettings:
     warmup: float = option(0.05, "Share of the steps over which the learning rate rises.")
     schedule: str = option("cosine", "How the learning rate falls: cosine or wsd.")
     decay: float = internal(0.2)
-    weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW.", least=0)
     betas: tuple[float, float] = internal((0.9, 0.95))
     clip: float = internal(1.0)
     batch_rows: int = option(8, "Rows in a step, over all processes.")
     evaluations: int = option(40, "How often to judge the students during training, evenly spaced.")
     heldout_tokens: int = option(16_384, "Predicted tokens to judge the students on.")
     repeat: bool = option(False, "Repeat the source if it is shorter than --tokens.")
-    seed: int = option(0, "Seed of the order of the rows.")
+    seed: int = option(0, "Seed of the order of the rows.", least=0)
     mixed_precision: str = option(
         "no", "Mixed precision: no, or bf16 for the products of the students' blocks and heads."
     )
@@ -246,8 +246,8 @@ class DistillSettings:
         if self.mixed_precision not in ("no", "bf16"):
             raise CapacityError(f"{self.mixed_precision!r} is not a precision to train in: choose no or bf16")
         for name in ("tokens", "batch_rows", "evaluations", "heldout_tokens", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise CapacityError(f"{name} = {getattr(self, name)} trains nothing: choose a number above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise CapacityError(f"{name} = {getattr(self, name)} trains nothing: choose a finite number above 0")
         if not 0 <= self.warmup < 1 or not 0 < self.decay <= 1 or self.warmup + self.decay > 1:
             raise CapacityError(
                 f"warmup = {self.warmup:g} and decay = {self.decay:g} are not shares of one run: choose numbers from 0"

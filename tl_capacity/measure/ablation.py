@@ -88,7 +88,7 @@ def ablation_kl(
                 clean = _log_probabilities(model, tokens[rows])
             if not seen:
                 raise HookPointError(f"{hook} did not fire: the model does not run it, choose another hook point")
-            inputs = inputs_for(sae, seen[0].flatten(0, 1))
+            inputs = inputs_for(sae, seen[0].flatten(0, 1)).to(sae.W_dec.device)
             linear = decoder_vectors_add_up(sae, inputs) if linear is None else linear
             if linear is False:
                 raise DictionaryError(

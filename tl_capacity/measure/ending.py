@@ -116,7 +116,7 @@ def slopes_at_head(
     nearly 1, a product of lower precision would lose the difference.
     """
     flat, slopes = hidden.flatten(0, 1), [torch.zeros_like(hidden) for _ in losses]
-    places, tokens = next_tokens(ids, valid)
+    places, tokens = next_tokens(ids.to(flat.device), valid)
     draws = {name: torch.rand(len(places), generator=generator) for name in losses if name == "sampled"}
     vocabulary = len(head.weight)
     size = tokens_at_once(len(places), vocabulary, flat.device)

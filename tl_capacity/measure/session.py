@@ -78,6 +78,7 @@ class CapacityHooks:
         self._record = SessionRecord(model, taps, alive_threshold, rule)
         self._passes = CurrentPasses(taps)
         self._seen_training = self._said_assumption = False
+        self._blocks = 0
         special = special_token_ids(model, getattr(model, "tokenizer", None))
         self._fillers = Fillers(special, [token for token in special if token not in rule.special_ids])
         self._pace = Pace(model)
@@ -95,12 +96,15 @@ class CapacityHooks:
 
     def __enter__(self) -> CapacityHooks:
         self._attachment.check()
+        self._blocks += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.remove()
+        self._blocks -= 1
+        if not self._blocks:  # of blocks inside each other, the outermost ends
+            self.remove()
 
     def __repr__(self) -> str:
         state = "removed" if self._attachment.ended else "attached"
@@ -181,7 +185,7 @@ class CapacityHooks:
                     break
             self._run_beside_others()
         for tap in self.taps:
-            tap.check_finite()
+            tap.check_sums()
         counted = self.n_tokens - earlier_tokens
         if max_tokens is not None and counted < max_tokens:
             log.warning(ended_early(counted, max_tokens))

@@ -66,7 +66,7 @@ class MeasureSettings:
         repeated=True,
     )
     context: int | None = option(None, "Positions in a row. Default: as many as the SAE was trained on.")
-    batch_rows: int = option(8, "Rows in a forward pass.")
+    batch_rows: int = option(8, "Rows in a forward pass.", least=1)
     prepend_bos: bool | None = option(
         None,
         "Begin each row with the tokenizer's BOS. Default: as the SAE was trained, or with BOS if that is unknown.",
@@ -78,11 +78,12 @@ class MeasureSettings:
         "--special-tokens",
     )
     alive_threshold: float = option(1e-5, "A feature is alive if its firing rate exceeds this.")
-    fvu_every: int = option(8, "Check the SAE's reconstruction on one document in this many.")
+    fvu_every: int = option(8, "Check the SAE's reconstruction on one document in this many.", least=1)
     skip_first_positions: int | None = option(
         None,
         "Do not count this many positions at the start of each row. Default: count the positions that the SAE "
         "was trained on.",
+        least=0,
     )
     shard: tuple[int, int] = option(
         (0, 1),
@@ -105,7 +106,7 @@ class MeasureSettings:
         "--shard-model",
     )
     max_fvu: float = option(1.0, MAX_FVU)
-    checkpoint_seconds: float = option(30.0, "Seconds between two checkpoints.")
+    checkpoint_seconds: float = option(30.0, "Seconds between two checkpoints.", least=0)
     max_memory: int | None = option(
         None, "Most memory that the process may use, as 4GB. It then works on fewer latents at a time.", parse=bytes_in
     )

@@ -22,7 +22,7 @@ from tl_capacity.dictionaries.adapter import (
 from tl_capacity.dictionaries.decoding import Decoder
 from tl_capacity.dictionaries.encoding import Encoder
 from tl_capacity.dictionaries.reading import Reading
-from tl_capacity.errors import DictionaryError, HookPointError
+from tl_capacity.errors import CapacityError, DictionaryError, HookPointError
 from tl_capacity.interfaces import ImportanceEstimator
 from tl_capacity.measure.documents import OpenDocuments
 from tl_capacity.measure.entries import EntryCounting, refuse_unless_linear
@@ -120,6 +120,7 @@ class Tap:
         self.statistics = FeatureStatistics.empty(self.d_sae, decoder_vectors(self.sae).shape[1], norms, self.device)
         self.statistics.state.update(empty_states(estimators, self.sae, self.device))
         self._open = OpenDocuments(self.d_sae, self.device)
+        self._counting: int | None = None
         on_device = is_accelerator(device) if on_device is None else on_device
         own = accumulating(estimators)
         self._entries = EntryCounting(self.hook, self.encoder, self._decoder, own, fvu_every, self.device)
@@ -178,15 +179,17 @@ class Tap:
         self._check_shape(activation, tokens)
         if self._on_device is None:
             self._entries.check_finite(activation, tokens, batch)
-        self._begin(tokens, {*tokens.unique_documents, *open_elsewhere})
         in_model = any(self.sae is sae for sae in self.point.carried())
         awaiting: list[Written] = []
+        self._counting = batch
+        self._begin(tokens, {*tokens.unique_documents, *open_elsewhere})
         with unhooked(self.sae) if in_model else nullcontext():
             for target, written in self._written(activation, tokens, batch, gradients):
                 if self.target_hook is None:
                     self._compare(target, written)
                 else:
                     awaiting.append(written)
+        self._counting = None
         return awaiting
 
     def _written(
@@ -209,12 +212,18 @@ class Tap:
         self.statistics.update_tokens(tokens.groups[tokens.row_of_token])
         self.statistics.update_masked(tokens.masked)
 
-    def check_finite(self) -> None:
-        """Check that everything counted is finite, unless that was checked for each batch.
+    def check_sums(self) -> None:
+        """Check that every batch was counted whole, and that everything counted is finite, unless that was checked for
+        each batch.
 
         Raises:
-            CapacityError: where it is not; the sums are worth nothing then.
+            CapacityError: where they are not; the sums are worth nothing then.
         """
+        if self._counting is not None:
+            raise CapacityError(
+                f"counting at {self.hook} ended in the midst of batch {self._counting}, and its sums hold a part of it:"
+                " attach again and count anew, or resume from a checkpoint"
+            )
         if self._on_device is not None:
             self._on_device.first_bad.check()
 
@@ -283,7 +292,7 @@ class Tap:
         Raises:
             CapacityError: where something that was counted is not finite.
         """
-        self.check_finite()
+        self.check_sums()
         statistics, (documents, seen) = self.statistics.clone(), self._open.arrays()
         if close:
             self._open.added_to(statistics)

@@ -69,9 +69,9 @@ class LoadedModel:
         Raises:
             CapacityError: where TransformerLens cannot bridge the architecture, or its bridge computes something else.
         """
+        from torch import OutOfMemoryError
         from transformer_lens.model_bridge import TransformerBridge
 
-        from tl_capacity.models.forward import device_of
         from tl_capacity.models.sharding import is_spread
 
         if is_spread(self.model):
@@ -84,27 +84,27 @@ class LoadedModel:
                 f"{self.name!r} is spread over devices by a device map, which TransformerLens' bridge does not "
                 "support: tap residual-stream hooks, or leave out --device-map"
             )
-        device, kind = device_of(self.model), self.model.config.model_type
-        few, own = _few_logits(self.model, device)
+        kind = self.model.config.model_type
+        instead = (
+            "tap a residual-stream hook instead"
+            if plugins().family_of(kind) is not None
+            else "register a model family (docs/families.md), and tap a residual-stream hook"
+        )
+        few, own = _few_logits(self.model)
         try:
             bridge = TransformerBridge.boot_transformers(
-                self.name, hf_model=self.model, tokenizer=deepcopy(self.tokenizer), device=str(device)
+                self.name, hf_model=self.model, tokenizer=deepcopy(self.tokenizer), device=str(few.device)
             )
-        except (ValueError, KeyError, AttributeError, NotImplementedError) as problem:
+            off = _difference(bridge, few, own)
+        except OutOfMemoryError:
+            raise
+        except (ValueError, KeyError, AttributeError, NotImplementedError, RuntimeError) as problem:
             reason = reason_of(problem).partition(". ")[0]  # it goes on to list all that it can
-            known = plugins().family_of(kind) is not None
-            what = (
-                "tap a residual-stream hook instead"
-                if known
-                else "register a model family (docs/families.md), and tap a residual-stream hook"
-            )
-            raise CapacityError(f"TransformerLens cannot bridge {kind!r} ({reason}): {what}") from problem
-        off = _difference(bridge, few, own)
+            raise CapacityError(f"TransformerLens cannot bridge {kind!r} ({reason}): {instead}") from problem
         if not off <= (SAME_HALF_LOGITS if own.dtype.itemsize < 4 else SAME_LOGITS):
             raise CapacityError(
-                f"TransformerLens' bridge of {kind!r} is not the same model: its logits are off by {off:.0%} of the"
-                " largest, so nothing is counted on it; tap a hook point that the model's family has a place for"
-                " (docs/families.md), or use another version of TransformerLens"
+                f"TransformerLens' bridge of {kind!r} is not the same model, as its logits are off by {off:.0%} of the"
+                f" largest: {instead}"
             )
         return bridge
 
@@ -314,12 +314,14 @@ def _cached_commit(spec: str, revision: str | None) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def _few_logits(model: Any, device: Any) -> tuple[Any, Any]:
+def _few_logits(model: Any) -> tuple[Any, Any]:
     """Some tokens from all over the vocabulary, [1, position], and a Hugging Face model's logits for them."""
     import torch
 
+    from tl_capacity.models.forward import device_of
+
     size = model.get_input_embeddings().weight.shape[0]
-    few = (torch.arange(FEW_TOKENS, device=device) * (size // FEW_TOKENS))[None]
+    few = (torch.arange(FEW_TOKENS, device=device_of(model)) * (size // FEW_TOKENS))[None]
     with torch.no_grad():
         return few, model(few).logits.cpu()
 

@@ -52,7 +52,7 @@ class BoundSettings:
         CapacityError: on a value outside its domain.
     """
 
-    iterations: int = option(200, "Most iterations of the search for the rank bound, for each width.")
+    iterations: int = option(200, "Most iterations of the search for the rank bound, for each width.", least=1)
     tolerance: float = option(
         0.02, "The search stops earlier if twenty iterations lower the bound by less than this share."
     )

@@ -68,7 +68,7 @@ class Spectrum:
 
     def projected(self, x: Float[Tensor, "token width"], width: int) -> Float[Tensor, "token width"]:
         """μ + U_d U_dᵀ (x − μ) in float32, of activations of any dtype."""
-        mean, kept = self.mean.to(x.device).float(), self.components[:width].to(x.device).float()
+        mean, kept = self.mean.float().to(x.device), self.components[:width].float().to(x.device)
         return mean + (x.float() - mean) @ kept.T @ kept
 
 
@@ -237,12 +237,13 @@ def _projecting(spectrum: Spectrum, counted: Bool[Tensor, "row position"], width
     """
 
     def change(x: Tensor) -> Tensor:
+        here = counted.to(x.device)  # a device map may have put the layer elsewhere
         several = x if len(x) != len(counted) else x.repeat(len(widths) + 1, *[1] * (x.ndim - 1))
         flat = several.flatten(2).view(len(widths) + 1, *counted.shape, -1).clone()
         for variant, width in enumerate(widths, start=1):
-            new = spectrum.projected(flat[variant, counted], width)
+            new = spectrum.projected(flat[variant, here], width)
             check_finite_activations(spectrum.point.name, new)
-            flat[variant, counted] = new.to(flat.dtype)
+            flat[variant, here] = new.to(flat.dtype)
         edited: Tensor = flat.flatten(0, 1).unflatten(2, x.shape[2:])
         return edited
 

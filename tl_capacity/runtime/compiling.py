@@ -16,6 +16,8 @@ Result = TypeVar("Result")
 
 COMPILE = "TL_CAPACITY_COMPILE"
 """An environment variable: 1 compiles at once on any device, 0 never compiles."""
+GRAPHS = 64
+"""Most forms that a function is compiled for: shapes, precisions and options of all SAEs of a session."""
 COMPILED_AFTER = 256
 """Calls on CUDA before compiling pays off. Compiling takes as long as some thousands of them."""
 
@@ -60,7 +62,9 @@ class Compiled(Generic[Arguments, Result]):
             return None
         try:
             # A run holds compiled models back, whose graphs would go past hooks; there are none here.
-            with torch.compiler.set_stance("default"), warnings.catch_warnings():
+            # A compiler that has compiled too often would run the function step by step, which nobody would notice.
+            limits = torch._dynamo.config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True)
+            with torch.compiler.set_stance("default"), limits, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a compiler warns of its own libraries, and of products not in here
                 compiled: Any = self._compiled or torch.compile(self._function)
                 self._compiled = compiled

@@ -56,10 +56,12 @@ def is_accelerator(device: torch.device) -> bool:
 
 
 def uploaded(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the host copied to a device without waiting; for CUDA, from pinned memory."""
+    """Values of the host copied to a device without waiting; for CUDA, from pinned memory. For MPS it is waited for,
+    because PyTorch before 2.13 may free the memory that it still copies from (pytorch/pytorch#139550).
+    """
     import torch
 
     device = torch.device(device)
     if values.device.type != "cpu" or device.type == "cpu":
         return values.to(device)
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=device.type != "mps")

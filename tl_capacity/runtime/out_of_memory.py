@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 from tl_capacity.errors import DeviceFullError
 
+MPS_FULL = "MPS backend out of memory"
+"""What PyTorch says of a full MPS device, in a RuntimeError without a class of its own."""
+
 
 @contextmanager
 def within_device_memory(what: str, help: str) -> Iterator[None]:
@@ -26,7 +29,9 @@ def within_device_memory(what: str, help: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as problem:
+    except RuntimeError as problem:
+        if not isinstance(problem, torch.OutOfMemoryError) and MPS_FULL not in str(problem):
+            raise
         asked = re.search(r"[Tt]ried to allocate (?:about )?([\d.]+ \w+)", str(problem))
         needed = f", where {asked[1]} more were asked for" if asked else ""
         traceback.clear_frames(problem.__traceback__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,10 @@ from torch import Tensor
 
 ROUNDED = {"cpu": "bf16", "cuda": "tf32"}
 """What the inputs of products are rounded to, by kind of device."""
+
+_SETTING = threading.Lock()
+_INSIDE: dict[str, tuple[int, str]] = {}
+"""How many blocks round the products of a kind of device now, and its setting before the first of them."""
 
 
 def beneath_autocast(device: torch.device) -> bool:
@@ -46,15 +51,25 @@ def rounded_products(device: torch.device) -> Iterator[None]:
 
     PyTorch before 2.9 computes as outside. So do processors on which rounding would not be faster; oneDNN, which
     computes the products, needs AMX on x86. With PyTorch 2.11 it was seen to round some shapes there and not others.
+
+    PyTorch has one setting for a whole process. Of several threads, the last to leave restores it, and what others
+    multiply meanwhile is rounded too.
     """
     backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
     products: Any = getattr(backends.get(device.type), "matmul", None)
     if not hasattr(products, "fp32_precision"):
         yield
         return
-    before = products.fp32_precision
-    products.fp32_precision = ROUNDED[device.type]
+    with _SETTING:
+        inside, before = _INSIDE.get(device.type, (0, products.fp32_precision))
+        _INSIDE[device.type] = inside + 1, before
+        products.fp32_precision = ROUNDED[device.type]
     try:
         yield
     finally:
-        products.fp32_precision = before
+        with _SETTING:
+            inside, before = _INSIDE.pop(device.type)
+            if inside > 1:
+                _INSIDE[device.type] = inside - 1, before
+            else:
+                products.fp32_precision = before

@@ -231,8 +231,6 @@ class _Job:
     def _hidden(self, rows: RowsOfText, variants: Variants) -> Float[Tensor, "one_more row position d_model"]:
         """Last hidden states of the teacher, then those of each variant."""
         read: list[Tensor] = []
-        device = device_of(self.model)
-        spliced = rows.counted.to(device)
 
         def replace(x: Tensor) -> Tensor:
             if not read:
@@ -240,16 +238,17 @@ class _Job:
                     f"{self.target.name} fired before {self.source.name}, which the transcoder reads: splice another"
                     " hook point"
                 )
-            inputs = inputs_for(self.sae, read[0][spliced])
+            # The model, its layers and the SAE may be on different devices.
+            inputs = inputs_for(self.sae, read[0][rows.counted.to(read[0].device)]).to(self.sae.W_dec.device)
             self._check(inputs)
-            flat = x.flatten(2)
+            flat, spliced = x.flatten(2), rows.counted.to(x.device)
             new = variants(flat[spliced], inputs, joined(list(self.encoder.entries(inputs))))
             check_finite_activations(self.target.name, new)
             edited: Tensor = variants.edited(flat, spliced, new).unflatten(2, x.shape[2:])
             return edited
 
-        watched = [(self.source, read.append)]
-        return hidden_states(self.model, rows.ids.to(device), variants.n, [(self.target, replace)], watched)
+        ids, watched = rows.ids.to(device_of(self.model)), [(self.source, read.append)]
+        return hidden_states(self.model, ids, variants.n, [(self.target, replace)], watched)
 
     def _variants(self, curve: _Wanted, kept: tuple[int, ...]) -> Variants:
         """The variants of a pass. They are made once, as what stands for lost latents does not change."""
