@@ -167,7 +167,7 @@ class TestHandles:
     ) -> None:
         """Ctrl-C between the tokens of a batch and its latents, as anything else that ends counting there."""
         with tlc.add_capacity_hooks(model, make_sae("standard", HOOK)) as capacity:
-            capacity.run(tokens[:8])
+            capacity.run(tokens)
             statistics = capacity.taps[0].statistics
 
             def interrupted(*_: object, **__: object) -> None:
@@ -176,7 +176,7 @@ class TestHandles:
             with monkeypatch.context() as patch:
                 patch.setattr(statistics, "update_masked", interrupted)
                 with pytest.raises(KeyboardInterrupt):
-                    model(tokens[8:16])
+                    model(tokens)
             for save in (capacity.measurement, capacity.checkpoint):
                 with pytest.raises(CapacityError, match=f"{HOOK} ended in the midst of batch 2, and its sums"):
                     save()

@@ -30,6 +30,8 @@ class Cursor:
 
     def after(self, batch: TokenBatch, rows_go_on: bool = False) -> Cursor:
         """The cursor after one more batch. The batch's rows may continue rows that were already consumed."""
+        if not len(batch.documents):
+            return self
         content = self.digest.encode() + batch.tokens.tobytes() + batch.documents.tobytes()
         last = int(batch.documents[-1])
         elsewhere = np.flatnonzero(batch.documents != last)
