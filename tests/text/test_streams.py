@@ -91,8 +91,11 @@ class TestTokenStream:
     def test_rows_of_ids(self) -> None:
         ids = np.arange(1, 25, dtype=np.int64).reshape(6, 4)
         stream = TokenStream(ids, context=3, batch_rows=4)
-        assert rows_of(stream) == [(i, row[:3].tolist()) for i, row in enumerate(ids)]
+        assert rows_of(stream) == [(i, part) for i, row in enumerate(ids.tolist()) for part in (row[:3], row[3:])]
         assert rows_of(TokenStream(ids, context=8, shard=(1, 3))) == [(1, ids[1].tolist()), (4, ids[4].tolist())]
+        for wrong in (ids[0], ids[None]):
+            with pytest.raises(TokenSourceError, match=r"rows of token ids are whole numbers \[row, position\], not"):
+                TokenStream(wrong)
 
     @pytest.mark.parametrize(
         ("options", "says"),

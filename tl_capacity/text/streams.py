@@ -81,7 +81,7 @@ class TokenStream:
 
     Attributes:
         source: what the documents are read from: a specification for a registered token source, the texts themselves,
-            or rows of token ids.
+            or rows of token ids [row, position], of which longer ones are cut as texts are.
         tokenizer: a Hugging Face tokenizer; not needed for rows of token ids.
         context: positions in a row, BOS included.
         batch_rows: rows in a batch.
@@ -111,6 +111,11 @@ class TokenStream:
         index, of = self.shard
         if not 0 <= index < of:
             raise TokenSourceError(f"shard {index} of {of} does not exist: choose an index from 0 to {of - 1}")
+        if isinstance(self.source, np.ndarray) and (self.source.ndim != 2 or self.source.dtype.kind not in "iu"):
+            raise TokenSourceError(
+                "rows of token ids are whole numbers [row, position], not"
+                f" {self.source.dtype}{list(self.source.shape)}: pass such an array, or texts"
+            )
         if not isinstance(self.source, np.ndarray) and self.tokenizer is None:
             raise TokenSourceError("a stream of text needs a tokenizer: pass the model's, or rows of token ids")
 
@@ -154,8 +159,8 @@ class TokenStream:
         """`(document number, ids)` of each row."""
         if isinstance(self.source, np.ndarray):
             for number, done, ids in self.share(self._of_shard(self.source)):
-                if not done:
-                    yield number, ids[: self.context].astype(np.int64)
+                for start in range(done * self.context, len(ids), self.context):
+                    yield number, ids[start : start + self.context].astype(np.int64)
             return
         numbered = (((number, done), text) for number, done, text in self.share(self._of_shard(self._texts())))
         for (number, done), pieces in tokens_of_each(self.tokenizer, numbered, self.special_tokens):
