@@ -39,7 +39,6 @@ from tl_capacity.storage.folders import new_folder, written
 
 BOS = 0  # <|endoftext|>, as in Pythia; the id is valid although it is falsy
 STAGES = ("texts", "tokenizer", "train", "export", "saes")
-
 SAMPLE_PROMPTS = ("The Lord is my", "Elizabeth had never", "And it came to pass", "In the beginning", "Mr. Knightley")
 
 
