@@ -653,6 +653,7 @@ def undisturbed(on_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Dist
     return DistillationRun.load(out)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_curves(on_disk: Path, undisturbed: DistillationRun, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = CHILDREN.Process(target=run_in_a_child, args=(command(on_disk, out, "--checkpoint-seconds", "0"),))

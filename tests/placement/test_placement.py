@@ -248,6 +248,7 @@ def test_the_price_list_is_what_loops_over_logits_and_the_features_file_say(
         assert asked_for.per_feature.value == pytest.approx(asked_for.paid.value / asked_for.gained.value)
 
 
+@pytest.mark.slow
 def test_students_of_weight_0_are_those_of_the_plain_command(placed: Path) -> None:
     assert "keep" not in DistillationRun.load(placed / "weight-0").settings
     [keep] = DistillationRun.load(placed / "weight-2").settings["keep"]

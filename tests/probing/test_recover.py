@@ -812,6 +812,7 @@ def test_the_recipe(saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
         recipe.run(main, [*arguments, "--tau", "0.9"])
 
 
+@pytest.mark.slow
 def test_the_recipe_wants_both_folders_of_one_teacher(saved: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(Exception, match="Missing parameter: distillation"):
         recipe.run(main, [str(saved[0])])

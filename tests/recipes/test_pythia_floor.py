@@ -80,6 +80,7 @@ def finished(setup: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_what_it_writes_fits_together(finished: Path) -> None:
     measurement, run = Measurement.load(finished / "measurement"), DistillationRun.load(finished / "distillation")
     assert run.widths == WIDTHS

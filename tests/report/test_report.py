@@ -271,6 +271,7 @@ def test_it_is_drawn_without_an_error_and_fits_a_desktop(desktop: Any) -> None:
     assert_drawn(desktop, 1280, "light")
 
 
+@pytest.mark.slow
 def test_the_slider_changes_the_lists(desktop: Any, full: Results) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -289,6 +290,7 @@ def test_the_slider_changes_the_lists(desktop: Any, full: Results) -> None:
     assert browser.find_element("css selector", "#kept .head span").text == f"latent {other.kept[0]}"
 
 
+@pytest.mark.slow
 def test_tables_sort(desktop: Any) -> None:
     table = desktop.find_element("css selector", "#floors table")
     heads = table.find_elements("css selector", "th")
@@ -355,6 +357,7 @@ HTMLAnchorElement.prototype.click = click;
 """Presses a button, and gives the text that it would save instead of saving it."""
 
 
+@pytest.mark.slow
 def test_tables_and_features_are_downloaded_as_csv(desktop: Any, full: Results) -> None:
     def rows(selector: str) -> list[list[str]]:
         text = desktop.execute_async_script(DOWNLOADED, desktop.find_element("css selector", selector))
@@ -381,6 +384,7 @@ def _edges_of(hook: HookMeasurement) -> list[Edge]:
     return edges(hook, WIDTHS, "second_moment", plugins().capacity_laws["compressed_sensing"])
 
 
+@pytest.mark.slow
 def test_markup_in_a_token_is_shown_as_text(desktop: Any, page: Path) -> None:
     browser = desktop
     assert browser.title == f"Feature capacity of {page_model(page)}"
@@ -397,6 +401,7 @@ def test_markup_in_a_token_is_shown_as_text(desktop: Any, page: Path) -> None:
     assert "<i>topic</i>" in browser.find_element("css selector", "#probes figcaption").text
 
 
+@pytest.mark.slow
 def test_it_is_drawn_without_an_error_and_fits_a_phone_in_the_dark(browser: Any, page: Path) -> None:
     assert_drawn(opened(browser, page, 390, "dark"), 390, "dark")
 
