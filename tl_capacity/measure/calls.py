@@ -106,7 +106,7 @@ class Calls:
         cache = next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
         thread, inside = self._thread, self._thread.called not in (None, module)
         if inside:  # what the model outside made of its own arguments
-            thread.mask = mask if _rows_of(mask) or thread.mask is None else thread.mask
+            thread.mask = mask if _is_of_tokens(mask) or thread.mask is None else thread.mask
             thread.cache = thread.cache if cache is None else cache
             return
         thread.called, thread.mask, thread.cache = module, mask, cache
@@ -217,7 +217,7 @@ def _models_in(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(each for each in (model, whole, base) if isinstance(each, nn.Module)))
 
 
-def _rows_of(mask: Any) -> bool:
+def _is_of_tokens(mask: Any) -> bool:
     """Whether an attention mask has a number for each token."""
     return isinstance(mask, Tensor) and mask.ndim == 2
 
@@ -232,7 +232,7 @@ def _present(shape: tuple[int, ...], mask: Any, cached: int | None) -> NDArray[n
     """
     if not isinstance(mask, Tensor) or len(mask) not in (1, shape[0]):
         return None
-    if _rows_of(mask) and len(mask) == shape[0] and mask.shape[1] >= shape[1]:
+    if _is_of_tokens(mask) and len(mask) == shape[0] and mask.shape[1] >= shape[1]:
         return np.asarray(mask.numpy(force=True) != 0)
     if mask.ndim == 4 and cached is not None and mask.shape[2] == shape[1] and mask.shape[3] >= cached + shape[1]:
         own = mask[:, 0].diagonal(cached, 1, 2)[:, : shape[1]]

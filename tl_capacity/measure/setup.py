@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from tl_capacity.results.hook import HookMeasurement
 from tl_capacity.runtime.devices import device_named
 from tl_capacity.runtime.logs import log
 from tl_capacity.text.counting import CountingRule
+from tl_capacity.text.shares import Share
 from tl_capacity.text.streams import TokenStream
 
 if TYPE_CHECKING:
@@ -50,16 +52,8 @@ def dictionaries(settings: MeasureSettings, loaded: LoadedModel) -> list[NamedDi
         model = tapped_model(
             loaded, [sae for _, _, sae in saes], [hook for hook, _, _ in saes], [basis.hook for basis in bases]
         )
-        source = text_source(settings, loaded, [sae for _, _, sae in saes])
         # From the whole source, so that every shard is measured in the same basis.
-        stream = TokenStream(
-            source,
-            loaded.tokenizer,
-            row_length(settings, loaded.model, [sae for _, _, sae in saes]),
-            settings.batch_rows,
-            default_bos([sae for _, _, sae in saes]) if settings.prepend_bos is None else settings.prepend_bos,
-            special_tokens=settings.special_tokens,
-        )
+        stream = replace(stream_for(settings, loaded, [sae for _, _, sae in saes]), shard=(0, 1), share=Share())
         fitted = {basis: basis.fit(model, stream, progress=settings.progress).to(device) for basis in bases}
     return [
         NamedDictionary(spec.hook, str(spec), fitted[spec]) if isinstance(spec, BasisSpec) else spec for spec in wanted
